@@ -1,0 +1,1 @@
+"""Adapters as data: names, files, arithmetic, checkpoints and the file tools. Needs torch and safetensors only."""

@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""Train the tiny Stable Diffusion of this folder from nothing: a VAE, then a U-Net with its text encoder.
+
+usage: build.py [--work DIR] [--out DIR] [--font FILE] [--vae-steps N] [--unet-steps N]
+
+Checkpoints go to --work every 200 steps; the same command goes on where an earlier one stopped. Every step draws its
+batch and its noise from a seed of its own, so a run that was stopped sees the same data as one that was not.
+"""
+
+import argparse
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from emoji import all_emoji, draw, load_font
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SD1_SCALING = 0.18215  # SD1.x's latents have a standard deviation of 1/0.18215; these are made to have the same
+SD1_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CHECKPOINT_EVERY = 200
+SHEET = (
+    "a red apple", "closed umbrella", "a dog face", "a cat face", "a rainbow", "a sunflower", "a rocket", "a snowman",
+    "a pizza", "slice of pizza", "an octopus", "a penguin", "a guitar", "a candle", "a strawberry", "a soccer ball",
+    "a bicycle", "a sailboat", "a mushroom", "a ghost", "a heart with arrow", "a crown", "a robot face", "a cactus",
+)  # fmt: skip
+
+
+def pictures_to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size as a float tensor (n, 3, height, width) in [-1, 1]."""
+    flat = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures])
+    width, height = pictures[0].size
+    return flat.view(len(pictures), height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then half a cosine to one hundredth of the peak."""
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(step / steps * torch.pi)).item())
+    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * cosine)
+
+
+class Training:
+    """One resumable stage: a module, its average, its optimizer and the step that it has reached."""
+
+    def __init__(self, name: str, module: torch.nn.Module, work: Path, steps: int, peak: float, decay: float = 0.999):
+        self.file, self.steps, self.peak, self.decay = work / f"{name}.pt", steps, peak, decay
+        self.module, self.average = module, copy.deepcopy(module).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=0.01)
+        self.step = 0
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            self.module.load_state_dict(state["module"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+
+    def save(self) -> None:
+        parts = {"module": self.module, "average": self.average, "optimizer": self.optimizer}
+        partial = self.file.with_suffix(".partial")
+        torch.save({"step": self.step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
+        partial.replace(self.file)
+
+    def run(self, loss_of_step) -> torch.nn.Module:
+        """Train to the last step with `loss_of_step()`, a scalar tensor; gives back the averaged module."""
+        bar = tqdm(initial=self.step, total=self.steps, desc=self.file.stem, mininterval=10)
+        shown = None
+        while self.step < self.steps:
+            torch.manual_seed(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.steps, self.peak)
+            loss = loss_of_step()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            decay = min(self.decay, self.step / (self.step + 10))
+            with torch.no_grad():
+                for slow, fast in zip(self.average.parameters(), self.module.parameters(), strict=True):
+                    slow.lerp_(fast, 1 - decay)
+            shown = loss.item() if shown is None else 0.98 * shown + 0.02 * loss.item()
+            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+            bar.update()
+            if self.step % CHECKPOINT_EVERY == 0 or self.step == self.steps:
+                self.save()
+        return self.average.eval()
+
+
+# --- the VAE -------------------------------------------------------------------------------------------------------
+
+
+def restyled(pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures in other colours, tones, places and sizes, so that the VAE can also show what the U-Net never saw."""
+    n = len(pixels)
+    zoom, turn = torch.empty(n).uniform_(0.7, 1.5), torch.empty(n).uniform_(-0.4, 0.4)
+    flip = torch.where(torch.rand(n) < 0.5, 1.0, -1.0)
+    place = torch.zeros(n, 2, 3)
+    place[:, 0, 0], place[:, 0, 1] = zoom * turn.cos() * flip, -zoom * turn.sin()
+    place[:, 1, 0], place[:, 1, 1] = zoom * turn.sin() * flip, zoom * turn.cos()
+    place[:, :, 2] = torch.empty(n, 2).uniform_(-0.3, 0.3)
+    grid = F.affine_grid(place, list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels - 1, grid, align_corners=False) + 1  # outside the picture it is white
+    tones = pixels.mean(1, keepdim=True)
+    colour = torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.8)
+    pixels = colour * pixels + (1 - colour) * tones
+    ink, paper = torch.rand(2, n, 3, 1, 1) * 2 - 1
+    light = (pixels + 1) / 2
+    two_tone = ink + (paper - ink) * light
+    return torch.where(torch.rand(n, 1, 1, 1) < 0.5, pixels, two_tone)
+
+
+def edges(pixels: torch.Tensor) -> torch.Tensor:
+    """Differences to the right and lower neighbours, flattened: what the eye reads as sharpness."""
+    return torch.cat([pixels.diff(dim=2).flatten(), pixels.diff(dim=3).flatten()])
+
+
+def train_vae(pixels: torch.Tensor, work: Path, steps: int) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=SD1_SCALING,
+    )
+
+    def loss_of_step() -> torch.Tensor:
+        batch = pixels[torch.randint(len(pixels), (12,))]
+        batch = torch.cat([batch[:6], restyled(batch[6:])])
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        sharpness = F.l1_loss(edges(decoded), edges(batch))
+        return F.l1_loss(decoded, batch) + sharpness + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+
+    vae = Training("vae", vae, work, steps, peak=1e-3).run(loss_of_step)
+    return standardised(vae, pixels)
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (n, 4, height/8, width/8) of the latents, unscaled."""
+    posteriors = [vae.encode(part).latent_dist for part in pixels.split(64)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+@torch.no_grad()
+def standardised(vae: AutoencoderKL, pixels: torch.Tensor) -> AutoencoderKL:
+    """The same VAE with mean 0 and standard deviation 1/0.18215 in every latent channel.
+
+    The two 1x1 convolutions at the latents take up the shift and the stretch exactly, so that every SD1.x program's
+    fixed factor is right for it.
+    """
+    mean, _ = encoded(vae, pixels)
+    shift, stretch = mean.mean((0, 2, 3)), 1 / (SD1_SCALING * mean.std((0, 2, 3)))
+    quant, unquant = vae.quant_conv, vae.post_quant_conv
+    unquant.bias += unquant.weight[:, :, 0, 0] @ shift
+    unquant.weight /= stretch[None, :, None, None]
+    quant.bias[:4] = (quant.bias[:4] - shift) * stretch
+    quant.weight[:4] *= stretch[:, None, None, None]
+    quant.bias[4:] += 2 * stretch.log()
+    return vae
+
+
+# --- the text encoder and the U-Net --------------------------------------------------------------------------------
+
+
+def train_tokenizer(captions: list[str], work: Path) -> CLIPTokenizer:
+    """Byte-level BPE as CLIP's: any text can be written in it, words of the captions in one token."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2500, end_of_word_suffix="</w>", initial_alphabet=letters)
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    pieces = letters + [f"{letter}</w>" for letter in letters] + [a + b for a, b in merges] + [start, end]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+    tokenizer.save_pretrained(work / "tokenizer")
+    (work / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (work / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tokenizer
+
+
+class TextToLatents(torch.nn.Module):
+    """Text encoder and U-Net, trained together."""
+
+    def __init__(self, tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                intermediate_size=512,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                projection_dim=128,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        self.unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64, 96, 128),
+            cross_attention_dim=128,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+
+
+def train_unet(
+    latents: tuple[torch.Tensor, torch.Tensor], prompts: list[tuple[str, str]], work: Path, steps: int
+) -> tuple[TextToLatents, CLIPTokenizer]:
+    tokenizer = train_tokenizer([prompt for pair in prompts for prompt in pair], work)
+    torch.manual_seed(1)
+    model = TextToLatents(tokenizer)
+    schedule = DDPMScheduler(**SD1_SCHEDULE)
+    cumulative = schedule.alphas_cumprod
+    weight = (cumulative / (1 - cumulative)).clamp(max=5.0) / (cumulative / (1 - cumulative))  # min-SNR, gamma 5
+    mean, std = latents
+    tokens = [
+        tokenizer([pair[i] for pair in prompts], padding="max_length", return_tensors="pt").input_ids for i in (0, 1)
+    ]
+    unprompted = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+
+    def loss_of_step() -> torch.Tensor:
+        index = torch.randint(len(mean), (32,))
+        ids = torch.where(torch.rand(32, 1) < 0.5, tokens[0][index], tokens[1][index])
+        ids = torch.where(torch.rand(32, 1) < 0.1, unprompted, ids)
+        text = model.text_encoder(ids)[0].repeat(2, 1, 1)  # each text serves two noises
+        clean = (mean[index] + std[index] * torch.randn_like(mean[index])).repeat(2, 1, 1, 1) * SD1_SCALING
+        noise = torch.randn_like(clean)
+        timestep = torch.randint(1000, (len(clean),))
+        predicted = model.unet(schedule.add_noise(clean, noise, timestep), timestep, text).sample
+        return ((predicted - noise).square().mean((1, 2, 3)) * weight[timestep]).mean()
+
+    return Training("unet", model, work, steps, peak=1e-3).run(loss_of_step), tokenizer
+
+
+def contact_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...], seed: int = 0) -> Image.Image:
+    """One picture a prompt, eight in a row, at twice their size."""
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(list(prompts), num_inference_steps=25, guidance_scale=4.0, generator=generators).images
+    sheet = Image.new("RGB", (8 * 132, -(-len(images) // 8) * 132), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image.resize((128, 128), Image.Resampling.BICUBIC), (place % 8 * 132, place // 8 * 132))
+    return sheet
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=here / "work", help="checkpoints")
+    parser.add_argument("--out", type=Path, default=here, help="the pipeline")
+    parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf")
+    parser.add_argument("--vae-steps", type=int, default=3600)
+    parser.add_argument("--unet-steps", type=int, default=5000)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    font = load_font(args.font) if args.font else load_font()
+    emoji = all_emoji(font)
+    pixels = pictures_to_tensor([draw(one, font) for one in emoji])
+    words = Counter(word for one in emoji for word in one.name.split())
+    print(f"{len(emoji)} pictures, {len(words)} words")
+    vae = train_vae(pixels, args.work, args.vae_steps)
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(64)])
+    print(f"VAE: mean absolute error {(decoded - pixels).abs().mean() / 2:.4f} of the range")
+    prompts = [(one.name, one.caption) for one in emoji]
+    model, tokenizer = train_unet(encoded(vae, pixels), prompts, args.work, args.unet_steps)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=DDIMScheduler(**SD1_SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    contact_sheet(pipe, SHEET).save(args.out / "samples.png")
+    pipe.to(torch.float16).save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Adapters being made: pictures and captions, the training loop, sampling, resuming."""
