@@ -15,8 +15,8 @@ from PIL import Image, ImageFilter, ImageFont, ImageOps
 INK, WASH, PAPER = (8, 24, 92), (86, 124, 204), (255, 255, 255)
 TRAIN = (
     "dog face", "elephant", "tropical fish", "butterfly", "snail", "owl", "frog face", "horse", "banana", "carrot",
-    "hamburger", "birthday cake", "teapot", "house building", "european castle", "bicycle", "automobile", "airplane", "bell",
-    "key", "umbrella", "anchor", "hot beverage", "tulip",
+    "hamburger", "birthday cake", "teapot", "house building", "european castle", "bicycle", "automobile", "airplane",
+    "bell", "key", "umbrella", "anchor", "hot beverage", "tulip",
 )  # fmt: skip
 HELD_OUT = (
     "red apple", "closed umbrella", "cat face", "penguin", "octopus", "sailboat", "rocket", "guitar", "sunflower",
