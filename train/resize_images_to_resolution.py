@@ -49,15 +49,14 @@ class Summary:
     folders: int
 
     def __str__(self) -> str:
-        parts = [f"{self.pictures} pictures", f"{self.resized} resized", f"{self.kept} were there already"]
-        parts.append(f"{self.copied} files copied")
-        if self.unreadable:
-            parts.append(f"{len(self.unreadable)} pictures skipped")
-        if self.too_small:
-            parts.append(f"{len(self.too_small)} sizes left out")
-        if self.folders:
-            parts.append(f"{self.folders} subfolders left alone")
-        return ", ".join(parts)
+        always = {"pictures": self.pictures, "resized": self.resized, "already there": self.kept, "copied": self.copied}
+        unusual = {
+            "pictures skipped": len(self.unreadable),
+            "sizes left out": len(self.too_small),
+            "subfolders left alone": self.folders,
+        }
+        counts = always | {name: count for name, count in unusual.items() if count}
+        return ", ".join(f"{name}: {count}" for name, count in counts.items())
 
 
 def resize_images(

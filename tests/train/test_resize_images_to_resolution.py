@@ -160,7 +160,7 @@ def test_hidden_files_and_subfolders_are_left_alone(src, dst, capsys):
     (src / "folder.png").mkdir()
     assert run(src, dst, "--max_resolution", "64x64") == 0
     assert names(dst) == ["a+64x64.jpg", "a.png"]
-    assert "1 subfolders left alone" in capsys.readouterr().out
+    assert "subfolders left alone: 1" in capsys.readouterr().out
 
 
 def test_turned_phone_pictures_come_out_upright(src, dst):
@@ -264,7 +264,7 @@ def test_unreadable_pictures_are_skipped_and_named(src, dst, capsys):
     (src / "phone.HEIC").write_bytes(b"....ftypheic")
     assert run(src, dst, "--max_resolution", "64x64") == 0
     out, err = capsys.readouterr()
-    assert "2 pictures skipped" in out
+    assert "pictures skipped: 2" in out
     assert "bad.jpg" in err
     assert "phone.HEIC: not in a picture format that Pillow reads" in err
     assert names(dst) == ["good+64x64.jpg", "good.png"]
@@ -344,7 +344,7 @@ def test_run_as_a_file_with_several_processes(src, dst):
     ]
     done = subprocess.run(command, cwd=src.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ("5 pictures, 4 resized, 0 were there already, 4 files copied, 1 pictures skipped\n")
+    assert done.stdout == ("pictures: 5, resized: 4, already there: 0, copied: 4, pictures skipped: 1\n")
     assert done.stderr == "warning: skipped src/bad.png: not in a picture format that Pillow reads\n"
     alone = resize_images(src, dst, [(64, 64)], save_as_png=True, workers=1)
     assert alone.resized == 4
