@@ -1,0 +1,200 @@
+"""The adapter: one small object that is read from files, does arithmetic, and is written to files."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from . import format_diffusers, format_kohya, format_peft
+from .errors import AdapterError
+from .files import read_tensors, replacing, sync
+from .low_rank import LowRank
+from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, network_args
+from .names import ModuleName, architecture_of
+from .sources import locate
+
+FORMATS = ("kohya", "diffusers", "peft")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """`{ModuleName(component, path): LowRank}` and the metadata of its file (all strings).
+
+    `tensors` of a loaded adapter are views of the memory-mapped file until they are used.
+    """
+
+    modules: Mapping[ModuleName, LowRank]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, source: str | Path, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any):
+        """Read an adapter from a file, a folder or a Hub repository, in kohya's, diffusers' or PEFT's format.
+
+        `hub` options (token, revision, cache_dir, local_files_only, ...) go to `huggingface_hub`. AdapterError, with
+        the file in it, where the source is missing, broken, or in another format.
+        """
+        path = locate(source, weight_name=weight_name, subfolder=subfolder, **hub)
+        if path.is_dir():
+            modules, metadata = format_peft.read(path)
+            return cls(modules, metadata)
+        tensors, metadata = read_tensors(path)
+        try:
+            return cls.from_tensors(tensors, metadata)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):
+        """The adapter in a state dict of kohya's or one of diffusers' formats."""
+        metadata = dict(metadata or {})
+        if not tensors:
+            raise AdapterError("there are no tensors in it")
+        if format_kohya.is_mine(set(tensors)):
+            return cls(format_kohya.read(tensors), metadata)
+        if format_diffusers.is_mine(set(tensors)):
+            return cls(format_diffusers.read(tensors, metadata), metadata)
+        known = format_kohya if any(format_kohya.is_mine({key}) for key in tensors) else format_diffusers
+        strange = next(key for key in tensors if not known.is_mine({key}))
+        raise AdapterError(f"{strange} is no key of kohya's or diffusers' LoRA formats")
+
+    def save(
+        self,
+        path: str | Path,
+        format: str = "kohya",
+        dtype: torch.dtype | None = None,
+        fold_alpha: bool = False,
+    ) -> Path:
+        """Write the adapter, whole or not at all, and give back its path.
+
+        format: "kohya" (also what A1111 and ComfyUI read), "diffusers" (alphas folded into the weights), both one
+        file; or "peft", a folder. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the
+        most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ.
+        """
+        if format not in FORMATS:
+            raise AdapterError(f"unknown format {format}: {', '.join(FORMATS)} are known")
+        if not self.modules:
+            raise AdapterError(f"{path} is not written: the adapter has no modules")
+        path = Path(path).expanduser()
+        adapter = self.with_common_alpha() if fold_alpha else self
+        adapter = adapter.to(dtype)
+        if format == "peft":
+            dylora = self.dylora
+            tuner = {"type": "DyLora", **asdict(dylora)} if dylora else {}
+            format_peft.write(path, adapter.modules, adapter.full_metadata(), tuner)
+            return path
+        metadata = adapter.full_metadata()
+        if format == "kohya":
+            tensors = format_kohya.write(adapter.modules, self.architecture)
+            metadata |= hashes(tensors, metadata)
+        else:
+            tensors, own = format_diffusers.write(adapter.modules)
+            metadata = {**metadata, **own, "ss_network_alpha": str(float(adapter.rank))}
+        with replacing(path) as partial:
+            if path.suffix == ".safetensors":
+                safetensors.torch.save_file(tensors, partial, metadata)
+            else:
+                torch.save(tensors, partial)
+            sync(partial)
+        return path
+
+    # --- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def architecture(self) -> str:
+        """ "sd" (SD1.x, SD2.x) or "sdxl", told from the module names and the metadata."""
+        told = self.metadata.get("ss_base_model_version", "")
+        found = architecture_of(self.modules)
+        return "sdxl" if found == "sd" and told.startswith("sdxl") else found
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that it has modules of."""
+        return tuple(dict.fromkeys(module.component for module in self.modules))
+
+    @property
+    def rank(self) -> int:
+        """The rank that most of its modules have."""
+        return Counter(one.rank for one in self.modules.values()).most_common(1)[0][0]
+
+    @property
+    def dylora(self) -> DyLora | None:
+        """Unit and rank scaling where the metadata says that it is a DyLoRA, else None."""
+        return dylora_of(self.metadata)
+
+    def full_metadata(self) -> dict[str, str]:
+        """The metadata with everything that readers of kohya's files expect, but for the hashes."""
+        alpha = Counter(one.alpha for one in self.modules.values()).most_common(1)[0][0]
+        return complete(self.metadata, self.architecture, self.rank, alpha)
+
+    def __repr__(self) -> str:
+        kind = f", DyLoRA unit {self.dylora.unit}" if self.dylora else ""
+        return f"Adapter({len(self.modules)} modules of {', '.join(self.components)}, rank {self.rank}{kind})"
+
+    # --- arithmetic ------------------------------------------------------------------------------------------------
+
+    def map(self, change, metadata: Mapping[str, str] | None = None) -> "Adapter":
+        """A new adapter with `change(low_rank)` for every module, and metadata entries added."""
+        modules = {module: change(one) for module, one in self.modules.items()}
+        return replace(self, modules=modules, metadata={**self.metadata, **(metadata or {})})
+
+    def to(self, dtype: torch.dtype | None) -> "Adapter":
+        """All factors in another dtype; None keeps them as they are."""
+        return self if dtype is None else self.map(lambda one: one.to(dtype))
+
+    def scale(self, weight: float) -> "Adapter":
+        """weight · ΔW in every module."""
+        return self.map(lambda one: one.scaled(weight))
+
+    def __add__(self, other: "Adapter") -> "Adapter":
+        """The sum of both, exactly; ranks add up, modules of only one stay.
+
+        AdapterError where one is for SD1/2 and the other for SDXL, or where shapes differ (SD1 and SD2).
+        """
+        if self.architecture != other.architecture:
+            names = {"sd": "SD1.x/SD2.x", "sdxl": "SDXL"}
+            raise AdapterError(
+                f"one adapter is for {names[self.architecture]}, the other for {names[other.architecture]}"
+            )
+        modules = dict(self.modules)
+        for module, one in other.modules.items():
+            try:
+                modules[module] = modules[module] + one if module in modules else one
+            except AdapterError as error:
+                raise AdapterError(f"{module}: {error}") from None
+        return Adapter(modules, self._plain_metadata())
+
+    def truncate(self, rank: int) -> "Adapter":
+        """The first `rank` components of every module, at the scale that they were trained for.
+
+        For a DyLoRA this is the adapter of that rank; AdapterError where the rank is no multiple of its unit.
+        """
+        highest = max(one.rank for one in self.modules.values())
+        dylora = self.dylora or DyLora()
+        valid = [*range(dylora.unit, highest, dylora.unit), highest]
+        if rank not in valid:
+            shown = ", ".join(map(str, valid if len(valid) <= 16 else [*valid[:8], "...", *valid[-2:]]))
+            raise AdapterError(f"rank {rank} is not one that this adapter can be cut to: {shown}")
+        facts = {"ss_network_dim": str(rank)}
+        cut = self.map(lambda one: one.truncated(rank, dylora.rank_scaling), facts)
+        alpha = Counter(one.alpha for one in cut.modules.values()).most_common(1)[0][0]
+        return replace(cut, metadata={**cut.metadata, "ss_network_alpha": str(float(alpha))})
+
+    def with_common_alpha(self) -> "Adapter":
+        """The same changes with one alpha in all modules, the most common one."""
+        alpha = Counter(one.alpha for one in self.modules.values() if one.alpha).most_common(1)[0][0]
+        return self.map(lambda one: one.with_alpha(alpha), {"ss_network_alpha": str(float(alpha))})
+
+    def as_dylora(self, dylora: DyLora) -> "Adapter":
+        """The same adapter, marked as a DyLoRA in its metadata."""
+        return replace(self, metadata={**self.metadata, **dylora_metadata(dylora, network_args(self.metadata))})
+
+    def _plain_metadata(self) -> dict[str, str]:
+        """Metadata without what is no longer true of a combination: rank, alpha, type, blocks."""
+        gone = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sshs_", "modelspec.")
+        return {key: value for key, value in self.metadata.items() if not key.startswith(gone)}

@@ -1,0 +1,152 @@
+"""diffusers' file formats: today's PEFT-like keys with `lora_adapter_metadata`, and the older processor names.
+
+    unet.<path>.lora_A.weight                                     today
+    unet.<path>.lora.down.weight                                  up to 2024
+    unet.<path to attention>.processor.to_q_lora.down.weight      2023, with and without `unet.`
+
+In all of them the scale is 1 (alpha = rank) unless the metadata says otherwise.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .errors import AdapterError
+from .low_rank import LowRank
+from .names import COMPONENTS, ModuleName, check_known
+
+METADATA_KEY = "lora_adapter_metadata"
+_PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
+_HALVES = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+}
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def split_key(key: str) -> tuple[ModuleName, str] | None:
+    """Module and half ("down", "up", "alpha") of a key in any of the formats; None for any other key."""
+    component, _, rest = key.partition(".")
+    if component not in COMPONENTS:
+        component, rest = "unet", key
+    if match := _PROCESSOR.fullmatch(rest):
+        attention, name, half = match.groups()
+        return ModuleName(component, f"{attention}.{'to_out.0' if name == 'to_out' else name}"), half
+    for ending, half in _HALVES.items():
+        if rest.endswith(ending):
+            path = rest.removesuffix(ending)
+            if component != "unet":
+                path = path if path.startswith("text_model.") else f"text_model.{path}"
+                head, _, tail = path.rpartition(".")
+                path = f"{head}.{_OLD_TEXT.get(tail, tail)}"
+            return ModuleName(component, path), half
+    return None
+
+
+def is_mine(keys: set[str]) -> bool:
+    """Whether every key is half of a low-rank pair in one of diffusers' formats."""
+    return bool(keys) and all(split_key(key) is not None for key in keys)
+
+
+def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
+    """The component's part of `lora_adapter_metadata`, without its prefix; {} where there is none."""
+    try:
+        table = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{METADATA_KEY} is no JSON ({error})") from None
+    start = f"{component}."
+    return {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
+
+
+def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first key that matches the end of the path, as PEFT looks up rank_pattern and alpha_pattern.
+
+    A live text encoder may or may not have the `text_model.` level in its names: a match of either spelling counts.
+    """
+    for key, value in pattern.items():
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in (path, path.removeprefix("text_model."))):
+            return value
+    return default
+
+
+def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """alpha of one module by a PEFT config; its rank where there is none. rsLoRA's scale is turned into LoRA's."""
+    if not config:
+        return float(rank)
+    alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", rank)))
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[ModuleName, LowRank]:
+    """The modules of diffusers-format tensors; AdapterError for unknown names and lone halves."""
+    halves: dict[ModuleName, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key)
+        if split is None:
+            raise AdapterError(f"{key} is no key of diffusers' LoRA formats")
+        halves.setdefault(check_known(split[0]), {})[split[1]] = tensor
+    configs = {component: _config(metadata, component) for component in COMPONENTS}
+    modules = {}
+    for module, pair in halves.items():
+        if len(pair) != 2:
+            missing = "up" if "down" in pair else "down"
+            raise AdapterError(f"{module} has only one half: its {missing} matrix is missing")
+        config = configs[module.component]
+        rank = pair["down"].shape[0]
+        try:
+            modules[module] = LowRank(pair["down"], pair["up"], alpha_from_config(config, module.path, rank))
+        except AdapterError as error:
+            raise AdapterError(f"{module}: {error}") from None
+    return modules
+
+
+def lora_config(modules: Mapping[str, LowRank]) -> dict[str, Any]:
+    """r, lora_alpha, target_modules, rank_pattern, alpha_pattern that give each path its own rank and alpha.
+
+    Patterns are anchored (`^`), since a path may be the end of another. Those of text encoders match with and without
+    the `text_model.` level, which transformers 5 dropped from one of its two CLIP text models.
+    """
+    rank = Counter(one.rank for one in modules.values()).most_common(1)[0][0]
+    alpha = Counter(one.alpha for one in modules.values()).most_common(1)[0][0]
+
+    def anchored(path: str) -> str:
+        inner = path.removeprefix("text_model.")
+        return f"^{path}" if inner == path else rf"^(text_model\.)?{inner}"
+
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(path.removeprefix("text_model.") for path in modules),
+        "rank_pattern": {anchored(path): one.rank for path, one in modules.items() if one.rank != rank},
+        "alpha_pattern": {anchored(path): one.alpha for path, one in modules.items() if one.alpha != alpha},
+    }
+
+
+def write(modules: Mapping[ModuleName, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that every diffusers reads right, also those from before the metadata existed.
+
+    Alphas are folded into `up`, so that the scale is 1 with and without the metadata.
+    """
+    tensors, table = {}, {}
+    for component in COMPONENTS:
+        mine = {
+            module.path: one.with_alpha(float(one.rank)) if one.alpha else one
+            for module, one in modules.items()
+            if module.component == component
+        }
+        for path, one in mine.items():
+            up = one.up if one.alpha else torch.zeros_like(one.up)
+            tensors[f"{component}.{path}.lora_A.weight"] = one.down.contiguous()
+            tensors[f"{component}.{path}.lora_B.weight"] = up.contiguous()
+        if mine:
+            table.update({f"{component}.{key}": value for key, value in lora_config(mine).items()})
+    return tensors, {METADATA_KEY: json.dumps(table, indent=2, sort_keys=True), "format": "pt"}

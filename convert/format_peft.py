@@ -1,0 +1,102 @@
+"""PEFT's folders: `unet/`, `text_encoder/`, `text_encoder_2/`, each what `PeftModel.from_pretrained` reads."""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from .errors import AdapterError
+from .files import read_tensors, replacing, sync
+from .format_diffusers import alpha_from_config, lora_config
+from .low_rank import LowRank
+from .names import COMPONENTS, ModuleName, check_known
+
+CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+
+
+def is_mine(folder: Path) -> bool:
+    """Whether the folder, or one of its component folders, holds a PEFT adapter."""
+    return any((folder / part / CONFIG).is_file() for part in ("", *COMPONENTS))
+
+
+def _live_path(module: ModuleName) -> str:
+    """The path as the installed transformers names it: version 5 dropped `text_model.` from CLIPTextModel only."""
+    try:
+        flattened = int(version("transformers").split(".")[0]) >= 5
+    except PackageNotFoundError:
+        flattened = True
+    return module.path.removeprefix("text_model.") if module.component == "text_encoder" and flattened else module.path
+
+
+def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowRank], dict[str, Any]]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{folder / CONFIG} is no JSON ({error})") from None
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter that is more than plain LoRA")
+    weights = folder / WEIGHTS
+    tensors, _ = read_tensors(weights if weights.exists() else folder / WEIGHTS_PICKLED)
+    pairs: dict[ModuleName, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        path, _, half = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if half not in ("A.weight", "B.weight"):
+            raise AdapterError(f"{folder}: {key} is no half of a low-rank pair")
+        if component != "unet" and not path.startswith("text_model."):
+            path = f"text_model.{path}"
+        pairs.setdefault(check_known(ModuleName(component, path)), {})[half[0]] = tensor
+    modules = {}
+    for module, pair in pairs.items():
+        if len(pair) != 2:
+            raise AdapterError(f"{folder}: {module} has only one half, lora_{next(iter(pair))}")
+        alpha = alpha_from_config(config, module.path, pair["A"].shape[0])
+        modules[module] = LowRank(pair["A"], pair["B"], alpha)
+    return modules, config
+
+
+def read(folder: Path) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
+    """Modules and metadata of a PEFT folder; one without component folders is a U-Net's or a text encoder's."""
+    modules: dict[ModuleName, LowRank] = {}
+    metadata: dict[str, str] = {}
+    parts = [(folder / part, part) for part in COMPONENTS if (folder / part / CONFIG).is_file()]
+    if not parts:
+        listed = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("target_modules") or []
+        text = any("encoder.layers" in name or name in ("q_proj", "fc1") for name in listed)
+        parts = [(folder, "text_encoder" if text else "unet")]
+    for path, component in parts:
+        found, config = _read_component(path, component)
+        modules |= found
+        facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
+        metadata.update(facts.get("metadata") or {})
+    return modules, metadata
+
+
+def write(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
+    """Write the component folders. `tuner` is what a config needs to come back as its own type (DyLoRA's facts).
+
+    It stands in `auto_mapping`, a free-form field of every PEFT config, so that stock PEFT reads the plain adapter.
+    """
+    for component in COMPONENTS:
+        mine = {_live_path(module): one for module, one in modules.items() if module.component == component}
+        if not mine:
+            continue
+        config = {
+            **lora_config(mine),
+            "peft_type": "LORA",
+            "task_type": None,
+            "inference_mode": True,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
+        }
+        tensors = {f"{_PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
+        tensors |= {f"{_PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
+        with replacing(folder / component / WEIGHTS) as partial:
+            safetensors.torch.save_file(tensors, partial, {"format": "pt"})
+            sync(partial)
+        with replacing(folder / component / CONFIG) as partial:
+            partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""One module's low-rank change of weight."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from .errors import AdapterError
+
+RANK_SCALINGS = ("constant", "rank", "sqrt")
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = (alpha / rank) · up · down, of one linear layer or convolution (LoRA, arXiv:2106.09685, section 4.1).
+
+    `down` is (rank, in) or (rank, in, height, width), `up` is (out, rank) or (out, rank, 1, 1). The 2-D and the 4-D
+    spelling of a linear layer or 1x1 convolution are the same thing. AdapterError where the shapes do not fit.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+
+    def __post_init__(self) -> None:
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        if len(down) not in (2, 4) or len(up) not in (2, 4) or math.prod(up[2:]) != 1:
+            raise AdapterError(f"down {list(down)} and up {list(up)} are no low-rank pair")
+        if up[1] != down[0] or down[0] == 0:
+            raise AdapterError(f"ranks differ or are 0: down {list(down)} has {down[0]}, up {list(up)} has {up[1]}")
+        if not (self.down.is_floating_point() and self.up.is_floating_point()):
+            raise AdapterError(f"weights must be floating point, not {self.down.dtype} and {self.up.dtype}")
+        if not math.isfinite(self.alpha):
+            raise AdapterError(f"alpha is {self.alpha}")
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Height and width of the convolution; (1, 1) for a linear layer."""
+        return (self.down.shape[2], self.down.shape[3]) if self.down.ndim == 4 else (1, 1)
+
+    @property
+    def out_in(self) -> tuple[int, int]:
+        """Output and input channels."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def matrices(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """`up` as (out, rank) and `down` as (rank, in·height·width)."""
+        return self.up.to(dtype).flatten(1), self.down.to(dtype).flatten(1)
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """ΔW in full, (out, in) or (out, in, height, width), computed in `dtype`."""
+        up, down = self.matrices(dtype)
+        return (up @ down).mul_(self.scale).reshape(len(up), *self.down.shape[1:])
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether ΔW is for a weight of this shape, in either spelling of 1x1."""
+        return (*self.out_in, *self.kernel) == (*weight_shape, 1, 1)[:4]
+
+    def shaped_like(self, weight_shape: tuple[int, ...]) -> "LowRank":
+        """The same change with factors in as many dimensions as the weight; AdapterError where it is for another."""
+        if not self.fits(weight_shape):
+            shape = [*self.out_in, *self.kernel][: 4 if self.kernel != (1, 1) else 2]
+            raise AdapterError(f"made for a weight of {shape}, but the model's is {list(weight_shape)}")
+        extra = (1, 1) if len(weight_shape) == 4 else ()
+        down = self.down.reshape(self.rank, *weight_shape[1:])
+        return replace(self, down=down, up=self.up.reshape(*self.up.shape[:2], *extra))
+
+    def scaled(self, weight: float) -> "LowRank":
+        """weight · ΔW; the factors are shared, alpha changes."""
+        return replace(self, alpha=self.alpha * weight)
+
+    def with_alpha(self, alpha: float) -> "LowRank":
+        """The same ΔW with this alpha: `up` takes up the difference, rounded to its dtype."""
+        factor = self.alpha / alpha
+        return self if factor == 1 else replace(self, up=(self.up.float() * factor).to(self.up.dtype), alpha=alpha)
+
+    def truncated(self, rank: int, rank_scaling: str = "constant") -> "LowRank":
+        """The first `rank` components (all, where there are fewer), as DyLoRA uses them.
+
+        "constant" keeps the scale that the components were trained with, alpha/R; "rank" keeps alpha, so that the
+        scale is alpha/rank as in the DyLoRA paper (arXiv:2210.07558) and in kohya's splitter; "sqrt" is between them.
+        """
+        if rank >= self.rank:
+            return self
+        if rank < 1:
+            raise AdapterError(f"rank {rank} is none: ranks are 1 to {self.rank}")
+        power = {"constant": 1.0, "rank": 0.0, "sqrt": 0.5}[rank_scaling]
+        alpha = self.alpha * (rank / self.rank) ** power
+        return LowRank(self.down[:rank].contiguous(), self.up[:, :rank].contiguous(), alpha)
+
+    def to(self, dtype: torch.dtype | None) -> "LowRank":
+        """Factors in another dtype; None keeps them."""
+        return self if dtype is None else replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
+
+    def __add__(self, other: "LowRank") -> "LowRank":
+        """The sum of both changes, exactly: ranks are concatenated, and both scales go into `up` (float32)."""
+        if (self.out_in, self.kernel) != (other.out_in, other.kernel):
+            shapes = [[*one.out_in, *one.kernel] for one in (self, other)]
+            raise AdapterError(f"cannot be added: one is for a weight of {shapes[0]}, the other of {shapes[1]}")
+        other = other.shaped_like((self.up.shape[0], *self.down.shape[1:]))
+        up = torch.cat([self.up.float() * self.scale, other.up.float() * other.scale], dim=1)
+        return LowRank(torch.cat([self.down.float(), other.down.float()]), up, float(self.rank + other.rank))

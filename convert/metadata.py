@@ -1,0 +1,106 @@
+"""The metadata that kohya's trainer writes and other programs read: ss_*, sshs_* and modelspec.*."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import safetensors.torch
+import torch
+
+_MODELSPEC_ARCHITECTURE = {
+    "sd_v1": "stable-diffusion-v1",
+    "sd_v2": "stable-diffusion-v2-512",
+    "sd_v2_v": "stable-diffusion-v2-768-v",
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+}
+_RESOLUTION = {"sd_v1": "512x512", "sd_v2": "512x512", "sd_v2_v": "768x768", "sdxl_base_v1-0": "1024x1024"}
+_HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+
+
+@dataclass(frozen=True)
+class DyLora:
+    """What makes an adapter a DyLoRA: ranks come in steps of `unit`, and how the scale goes with the rank."""
+
+    unit: int = 1
+    rank_scaling: str = "constant"
+    freeze_lower: bool = False
+
+
+def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
+    """ss_network_args as a table; {} where it is missing or no JSON object."""
+    try:
+        table = json.loads(metadata.get("ss_network_args", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return {str(key): str(value) for key, value in table.items()} if isinstance(table, dict) else {}
+
+
+def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
+    """The DyLoRA facts in kohya's metadata, or None.
+
+    A file from kohya's own trainer has no rank_scaling; its splitter keeps alpha, which is "rank".
+    """
+    if metadata.get("ss_network_module", "") not in ("networks.dylora", "network.dylora"):
+        return None
+    args = network_args(metadata)
+    unit = args.get("unit", "1")
+    return DyLora(
+        unit=int(unit) if unit.isdecimal() and int(unit) > 0 else 1,
+        rank_scaling=args.get("rank_scaling", "rank"),
+        freeze_lower=args.get("freeze_lower", "False") == "True",
+    )
+
+
+def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
+    """The entries that say so, with the other network args kept."""
+    facts = {
+        "unit": str(dylora.unit),
+        "rank_scaling": dylora.rank_scaling,
+        "freeze_lower": str(dylora.freeze_lower),
+    }
+    return {"ss_network_module": "networks.dylora", "ss_network_args": json.dumps({**args, **facts})}
+
+
+def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: float) -> dict[str, str]:
+    """The metadata with everything that readers expect and that is not there yet; hashes are left out.
+
+    `architecture` is "sd" or "sdxl", `rank` and `alpha` are those of most modules.
+    """
+    base = metadata.get("ss_base_model_version", "sdxl_base_v1-0" if architecture == "sdxl" else "sd_v1")
+    kind = _MODELSPEC_ARCHITECTURE.get(base, base)
+    defaults = {
+        "ss_v2": str(base.startswith("sd_v2")),
+        "ss_base_model_version": base,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(alpha)),
+        "ss_network_args": "{}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{kind}/lora",
+        "modelspec.implementation": (
+            "https://github.com/Stability-AI/generative-models" if architecture == "sdxl" else "diffusers"
+        ),
+        "modelspec.title": metadata.get("ss_output_name", "LoRA"),
+        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
+        "modelspec.resolution": _RESOLUTION.get(base, "512x512"),
+        "modelspec.prediction_type": "v" if base.endswith("_v") else "epsilon",
+    }
+    kept = {key: value for key, value in metadata.items() if key not in _HASHES}
+    return {**defaults, **kept}
+
+
+def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """sshs_model_hash and sshs_legacy_hash of a file with these tensors, as A1111's extensions compute them.
+
+    The first is the SHA-256 of all bytes behind the header; the second of 64 KiB from 1 MiB on, of the file as it would
+    be with no other metadata than ss_*.
+    """
+    ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    written = memoryview(safetensors.torch.save(dict(tensors), ss_only))
+    data_start = 8 + int.from_bytes(written[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(written[data_start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(written[0x100000:0x110000]).hexdigest()[:8],
+    }
