@@ -1,4 +1,4 @@
-"""The base model: tokenizers, text encoders, VAE and U-Net of SD1.x, SD2.x or SDXL, from a folder, the hub or a file."""
+"""The base model, SD1.x, SD2.x or SDXL, from a folder, the hub or a file: tokenizers, text encoders, VAE, U-Net."""
 
 import argparse
 from dataclasses import dataclass, field
@@ -114,10 +114,8 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
     if getattr(pipeline, "text_encoder_2", None) is not None:
         encoders.append(pipeline.text_encoder_2)
         tokenizers.append(pipeline.tokenizer_2)
-    if len(encoders) == 2:
-        kind = "sdxl"
-    else:
-        kind = "sd2" if pipeline.unet.config.cross_attention_dim == 1024 else "sd1"
+    one_encoder = "sd2" if pipeline.unet.config.cross_attention_dim == 1024 else "sd1"
+    kind = one_encoder if len(encoders) == 1 else "sdxl"
     schedule = dict(pipeline.scheduler.config)
     prediction = schedule.get("prediction_type", "epsilon")
     return BaseModels(kind, tokenizers, encoders, pipeline.vae, pipeline.unet, prediction, name, schedule)
@@ -188,7 +186,7 @@ def _has_two_text_encoders(path: Path) -> bool:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:  # pickle's errors are of many kinds, and all mean the same here
         raise TrainingError(
-            f"{path} cannot be read as plain weights ({_first_line(error)}); convert it to .safetensors where you trust it"
+            f"{path} cannot be read as plain weights ({_first_line(error)}); use a .safetensors version of it"
         ) from None
     return any(str(key).startswith("conditioner.embedders.1.") for key in content.get("state_dict", content))
 

@@ -43,12 +43,12 @@ def apply_memory_options(models: BaseModels, settings: argparse.Namespace, train
     if settings.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         for encoder in models.text_encoders if trained_text else ():
-            encoder.gradient_checkpointing_enable()
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def set_training(models: BaseModels, training: bool, unet: bool, text: bool) -> None:
-    """Training mode for the models that are trained or that gradients flow through, evaluation mode otherwise."""
-    models.unet.train(training and unet)
+def set_training(models: BaseModels, training: bool, text: bool) -> None:
+    """Training mode for the U-Net, which gradients flow through in any case, and with `text` for text encoders."""
+    models.unet.train(training)
     for encoder in models.text_encoders:
         encoder.train(training and text)
 

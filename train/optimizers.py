@@ -133,6 +133,13 @@ def create_optimizer(settings: argparse.Namespace, groups: list[dict[str, Any]])
         raise TrainingError(f"{name} does not take these arguments: {error}") from None
 
 
+def settle_weights(optimizer: Any) -> None:
+    """Leave the weights as those to save: the end of training."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if callable(getattr(inner, "eval", None)):
+        inner.eval()
+
+
 @contextlib.contextmanager
 def weights_to_keep(optimizer: Any) -> Iterator[None]:
     """Within it the weights are those to save, sample and measure; afterwards they are bit for bit what they were.

@@ -21,6 +21,21 @@ class Encoded:
         return Encoded(self.hidden.to(device, dtype), pooled)
 
 
+def encoded_from(cached: dict[str, torch.Tensor]) -> Encoded:
+    """The outputs from a cache: hidden_state, or SDXL's hidden_state1, hidden_state2 and pool2."""
+    if "hidden_state" in cached:
+        return Encoded(cached["hidden_state"])
+    return Encoded(torch.cat([cached["hidden_state1"], cached["hidden_state2"]], dim=-1), cached["pool2"])
+
+
+def cacheable(encoded: Encoded, first_width: int) -> dict[str, torch.Tensor]:
+    """The reverse: `first_width` is the width of SDXL's first text encoder."""
+    if encoded.pooled is None:
+        return {"hidden_state": encoded.hidden}
+    first, second = encoded.hidden.split([first_width, encoded.hidden.shape[-1] - first_width], dim=-1)
+    return {"hidden_state1": first, "hidden_state2": second, "pool2": encoded.pooled}
+
+
 @dataclass
 class Tokens:
     """`ids` (n, chunks, length), and the `weights` of the same shape where captions have weighted words."""

@@ -18,7 +18,7 @@ UNSUPPORTED: dict[str, str] = {
     "zero3_init_flag": _DEEPSPEED,
     "zero3_save_16bit_model": _DEEPSPEED,
     "fp16_master_weights_and_gradients": _DEEPSPEED,
-    "full_fp16": "adapter weights in fp16 are not supported: they underflow; use --full_bf16, or --mixed_precision fp16",
+    "full_fp16": "adapter weights in fp16 are not supported: they underflow; use --full_bf16 or --mixed_precision fp16",
     "fp8_base": _FP8,
     "fp8_base_unet": _FP8,
     "fused_backward_pass": "it saves nothing for an adapter's few weights and is not supported",
