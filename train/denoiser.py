@@ -55,7 +55,7 @@ class StepOptions:
 
 
 class StepLoss:
-    """The loss of batches under one base model, schedule and set of options; `denoiser` may be wrapped by accelerate."""
+    """The loss of batches under one base model and set of options; `denoiser` may be wrapped by accelerate."""
 
     def __init__(self, models: BaseModels, denoiser: Any, schedule: DDPMScheduler, options: StepOptions, device: Any):
         self.models, self.denoiser, self.options, self.device = models, denoiser, options, device

@@ -44,7 +44,11 @@ def by_block(run: Run) -> list[tuple[str, int, int]]:
 def memory(run: Run) -> dict[str, int]:
     """Bytes of what is certain beforehand: weights of the base, the adapter with gradients, two optimizer states."""
     trained = sum(p.numel() * p.element_size() for p in run.parameters)
-    parts = {"U-Net": run.models.unet, "text encoders": torch.nn.ModuleList(run.models.text_encoders), "VAE": run.models.vae}
+    parts = {
+        "U-Net": run.models.unet,
+        "text encoders": torch.nn.ModuleList(run.models.text_encoders),
+        "VAE": run.models.vae,
+    }
     found = {
         name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
         for name, part in parts.items()

@@ -10,10 +10,10 @@ from typing import Any
 
 import diffusers
 import torch
-from lora_adapters.dylora import dials, set_rank
 from PIL import Image
 
 from lora_adapters.convert.files import replacing
+from lora_adapters.dylora import dials, set_rank
 from lora_adapters.train.arguments import tomllib
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
@@ -63,7 +63,9 @@ def check_samples(settings: argparse.Namespace) -> None:
         raise TrainingError("sample pictures need --sample_prompts, a file of prompts")
     if settings.sample_prompts:
         if not wanted:
-            raise TrainingError("--sample_prompts needs --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first")
+            raise TrainingError(
+                "--sample_prompts needs --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+            )
         read_prompts(Path(settings.sample_prompts))
 
 
@@ -86,7 +88,9 @@ def read_prompts(file: Path) -> list[Prompt]:
     except OSError as error:
         raise TrainingError(f"--sample_prompts {file} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise error if isinstance(error, TrainingError) else TrainingError(f"--sample_prompts {file}: {error}") from None
+        raise (
+            error if isinstance(error, TrainingError) else TrainingError(f"--sample_prompts {file}: {error}")
+        ) from None
     if not isinstance(entries, list) or not entries:
         raise TrainingError(f"--sample_prompts {file} has no prompts")
     return [_prompt(entry, file) for entry in entries]
@@ -140,7 +144,9 @@ def spread(ranks: list[int], most: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample(models: BaseModels, settings: argparse.Namespace, prompts: list[Prompt], device: Any, context: Any) -> Image.Image:
+def sample(
+    models: BaseModels, settings: argparse.Namespace, prompts: list[Prompt], device: Any, context: Any
+) -> Image.Image:
     """A picture with a column for each prompt and, with DyLoRA, a row for each of up to four ranks.
 
     `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
@@ -166,7 +172,9 @@ def sample(models: BaseModels, settings: argparse.Namespace, prompts: list[Promp
     return grid(rows)
 
 
-def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, device: Any, context: Any) -> Any:
+def _one(
+    models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, device: Any, context: Any
+) -> Any:
     scheduler = sampler(prompt.sample_sampler or settings.sample_sampler, models, settings.zero_terminal_snr)
     pipe = models.pipeline(scheduler)
     pipe.set_progress_bar_config(disable=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lora_adapters.dylora import dials, set_rank
 
+from lora_adapters.dylora import dials, set_rank
 from lora_adapters.train.denoiser import StepLoss
 from lora_adapters.train.sampling import spread
 from lora_adapters.train.training_data import TrainingData
@@ -28,7 +28,12 @@ def fixed_timesteps(low: int, high: int, count: int = TIMESTEPS_A_SAMPLE) -> lis
 
 
 def held_out_losses(
-    step_loss: StepLoss, data: TrainingData, models: list[torch.nn.Module], step: int, accelerator: Any, most: int | None
+    step_loss: StepLoss,
+    data: TrainingData,
+    models: list[torch.nn.Module],
+    step: int,
+    accelerator: Any,
+    most: int | None,
 ) -> list[HeldOut]:
     """The held-out loss now, for DyLoRA at each of up to eight ranks; the pictures are shared among the processes.
 
