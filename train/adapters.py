@@ -1,47 +1,35 @@
 """The network options put on the models: which adapter, on which of them, and from which weights."""
 
 import argparse
+import copy
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lora_adapters import Adapter, network_config, param_groups
-from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import LowRank
+from lora_adapters import Adapter, DyLoraConfig, network_options, param_groups
+from lora_adapters.convert.metadata import DyLora
 from lora_adapters.convert.names import ModuleName
+from lora_adapters.kohya_options import NetworkOptions
+from lora_adapters.placing import fitted, place
 from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
+from lora_adapters.train.dropouts import add_dropouts
 from lora_adapters.train.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
 ADAPTER = "default"
-_DROPOUTS = ("rank_dropout", "module_dropout")
-_LORAPLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 
 
-@dataclass(frozen=True)
-class NetworkArgs:
-    """--network_args, sorted by who reads them: the adapter's config, the dropouts, the learning rates."""
-
-    config: dict[str, str]
-    dropouts: dict[str, float]
-    loraplus: dict[str, float]
-
-
-def network_args(settings: argparse.Namespace) -> NetworkArgs:
-    """Raises TrainingError for an item that is not key=value, or a number that is none."""
-    pairs = key_values(settings.network_args, "network_args")
-    return NetworkArgs(
-        config={key: value for key, value in pairs.items() if key not in _DROPOUTS + _LORAPLUS},
-        dropouts={key: _number(key, pairs[key]) for key in _DROPOUTS if key in pairs},
-        loraplus={key: _number(key, pairs[key]) for key in _LORAPLUS if key in pairs},
-    )
+def options(settings: argparse.Namespace, architecture: str = "sd") -> NetworkOptions:
+    """What --network_module, --network_dim, --network_alpha and --network_args ask for, on "sd" or "sdxl"."""
+    if not settings.network_module:
+        raise TrainingError("--network_module is missing: networks.lora or networks.dylora")
+    args = key_values(settings.network_args, "network_args")
+    return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, architecture)
 
 
 def check_network(settings: argparse.Namespace) -> None:
@@ -57,15 +45,9 @@ def check_network(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms <= 0:
         raise TrainingError(f"--scale_weight_norms must be above 0, not {settings.scale_weight_norms}")
-    adapter_config(settings)
-
-
-def adapter_config(settings: argparse.Namespace) -> Any:
-    """The PEFT config that --network_module, --network_dim, --network_alpha and --network_args ask for."""
     if not settings.network_module:
         raise TrainingError("--network_module is missing: networks.lora or networks.dylora")
-    dim = 4 if settings.network_dim is None else settings.network_dim
-    return network_config(settings.network_module, dim, settings.network_alpha, network_args(settings).config)
+    key_values(settings.network_args, "network_args")
 
 
 def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, torch.nn.Module]:
@@ -80,19 +62,21 @@ def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict
 
 def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, torch.nn.Module]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
+    asked = options(settings, models.architecture)
     start = Adapter.load(settings.network_weights) if settings.network_weights else None
     if start is not None and settings.dim_from_weights:
-        start.to_models(trained, adapter_name=ADAPTER)
+        _place(trained, start, isinstance(asked.config, DyLoraConfig), settings.network_weights)
     else:
         for model in trained.values():
-            model.add_adapter(adapter_config(settings), adapter_name=ADAPTER)
+            model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
         if start is not None:
             load_start(trained, start, settings.network_weights)
     for model in trained.values():
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
-    dtype = torch.bfloat16 if settings.full_bf16 else torch.float32
-    cast_training_params(list(trained.values()), dtype)
+    cast_training_params(list(trained.values()), torch.bfloat16 if settings.full_bf16 else torch.float32)
+    layers = lora_layers(trained).values()
+    add_dropouts(layers, ADAPTER, settings.network_dropout, asked.rank_dropout, asked.module_dropout)
 
 
 def lora_layers(trained: dict[str, torch.nn.Module]) -> dict[ModuleName, LoraLayer]:
@@ -140,11 +124,13 @@ def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
         weight = multipliers[number] if number < len(multipliers) else 1.0
-        for name, low_rank in Adapter.load(source).modules.items():
-            try:
-                _add_delta(models, name, low_rank, weight)
-            except (AdapterError, AttributeError, KeyError) as error:
-                raise TrainingError(f"--base_weights {source}: {name} does not fit the base model ({error})") from None
+        loaded = Adapter.load(source)
+        for component, model in models.components.items():
+            modules = {name.path: one for name, one in loaded.modules.items() if name.component == component}
+            for path, low_rank in fitted(model, component, modules).items():
+                base = model.get_submodule(path)
+                with torch.no_grad():
+                    base.weight += (weight * low_rank.delta()).reshape(base.weight.shape).to(base.weight)
 
 
 def parameter_groups(
@@ -155,39 +141,32 @@ def parameter_groups(
     text_rates = settings.text_encoder_lr or [None]
     if len(text_rates) > max(1, len(encoders)):
         raise TrainingError(f"{len(text_rates)} of --text_encoder_lr for {len(encoders)} text encoders")
-    args = network_args(settings)
-    groups = param_groups(
+    asked = options(settings, models.architecture)
+    return param_groups(
         trained.get("unet"),
         encoders,
         lr=settings.learning_rate,
         unet_lr=settings.unet_lr,
         text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates,
-        **block_rates(settings, models),
-        **args.loraplus,
+        block_lr_weights=asked.block_lr_weights,
+        loraplus_lr_ratio=asked.loraplus_lr_ratio,
+        loraplus_unet_lr_ratio=asked.loraplus_unet_lr_ratio,
+        loraplus_text_encoder_lr_ratio=asked.loraplus_text_encoder_lr_ratio,
+        adapter_name=ADAPTER,
     )
-    if not any(group["params"] for group in groups):
-        raise TrainingError("there is nothing to train: all learning rates or all ranks are 0")
-    return groups
 
 
-def _add_delta(models: BaseModels, name: ModuleName, low_rank: LowRank, weight: float) -> None:
-    model = models.components[name.component]
-    path = name.path
-    if name.component != "unet" and not hasattr(model, "text_model"):
-        path = path.removeprefix("text_model.")
-    module = model.get_submodule(path)
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    fitting = low_rank.shaped_like(tuple(base.weight.shape))
-    with torch.no_grad():
-        base.weight += (weight * fitting.delta()).reshape(base.weight.shape).to(base.weight)
+def _place(trained: dict[str, torch.nn.Module], start: Adapter, as_dylora: bool, source: str) -> None:
+    """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
+    for component, model in trained.items():
+        modules = {name.path: one for name, one in start.modules.items() if name.component == component}
+        if modules:
+            place(model, fitted(model, component, modules), ADAPTER, (start.dylora or DyLora()) if as_dylora else None)
+    if not lora_layers(trained):
+        raise TrainingError(f"--network_weights {source} has no module of {', '.join(trained)}")
 
 
 def _full_path(component: str, path: str) -> str:
     return path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
 
 
-def _number(key: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise TrainingError(f"--network_args: {key}={text} is not a number") from None

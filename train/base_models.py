@@ -39,6 +39,11 @@ class BaseModels:
         return self.prediction_type == "v_prediction"
 
     @property
+    def architecture(self) -> str:
+        """"sd" or "sdxl": the two ways in which blocks are counted."""
+        return "sdxl" if self.kind == "sdxl" else "sd"
+
+    @property
     def components(self) -> dict[str, torch.nn.Module]:
         """The models that may carry an adapter, by the name of their part in a pipeline."""
         names = ["text_encoder", "text_encoder_2"][: len(self.text_encoders)]

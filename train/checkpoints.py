@@ -82,9 +82,7 @@ def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
         facts = json.loads((folder / _POSITION).read_text())
         state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise TrainingError(
-            f"--resume {folder}: it is no saved state ({error.filename} is missing)"
-        ) from None
+        raise TrainingError(f"--resume {folder}: it is no saved state ({error.filename} is missing)") from None
     except (ValueError, RuntimeError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({str(error).splitlines()[0]})") from None
     return state, Position(**{key: facts[key] for key in asdict(Position()) if key in facts})

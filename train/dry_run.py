@@ -19,7 +19,7 @@ def report(run: Run) -> str:
     lines = [
         run.data.summary(),
         f"steps: {run.steps} in {run.epochs} epochs of {run.steps_per_epoch}; {batch} batches a step",
-        f"adapter: {type(adapters.adapter_config(settings)).__name__}, {len(layers)} modules, {parameters:,} parameters",
+        f"adapter: {settings.network_module}, {len(layers)} modules, {parameters:,} parameters",
         *(f"  {place}: {count} modules, {numbers:,} parameters" for place, count, numbers in by_block(run)),
         "memory for weights, gradients and optimizer (activations come on top):",
         *(f"  {name}: {size / _MIB:,.1f} MiB" for name, size in memory(run).items()),
@@ -44,11 +44,8 @@ def by_block(run: Run) -> list[tuple[str, int, int]]:
 def memory(run: Run) -> dict[str, int]:
     """Bytes of what is certain beforehand: weights of the base, the adapter with gradients, two optimizer states."""
     trained = sum(p.numel() * p.element_size() for p in run.parameters)
-    parts = {
-        "U-Net": run.models.unet,
-        "text encoders": torch.nn.ModuleList(run.models.text_encoders),
-        "VAE": run.models.vae,
-    }
+    encoders = torch.nn.ModuleList(run.models.text_encoders)
+    parts = {"U-Net": run.models.unet, "text encoders": encoders, "VAE": run.models.vae}
     found = {
         name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
         for name, part in parts.items()

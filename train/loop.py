@@ -119,8 +119,8 @@ def _step(run: Run, step: int, group: list[Any], progress: Progress) -> float:
     loss_value = accelerator.reduce(total, reduction="mean").item()
     if not math.isfinite(loss_value):
         raise TrainingError(
-            f"the loss is {loss_value} at step {step + 1}: training stopped, earlier saves are kept; lower the learning "
-            "rate, or train in another precision"
+            f"the loss is {loss_value} at step {step + 1}: training stopped, earlier saves are kept; lower the "
+            "learning rate, or train in another precision"
         )
     norm = None
     if settings.max_grad_norm:

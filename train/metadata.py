@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import time
@@ -10,60 +9,24 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import lora_adapters
 from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.optimizers import literals, optimizer_class, optimizer_name
 from lora_adapters.train.options_output import METADATA
 
-_SAME_NAME = [
-    "learning_rate",
-    "unet_lr",
-    "text_encoder_lr",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "max_grad_norm",
-    "gradient_checkpointing",
-    "gradient_accumulation_steps",
-    "mixed_precision",
-    "full_fp16",
-    "full_bf16",
-    "fp8_base",
-    "fp8_base_unet",
-    "lowram",
-    "network_dropout",
-    "scale_weight_norms",
-    "clip_skip",
-    "max_token_length",
-    "cache_latents",
-    "noise_offset",
-    "noise_offset_random_strength",
-    "adaptive_noise_scale",
-    "multires_noise_iterations",
-    "multires_noise_discount",
-    "zero_terminal_snr",
-    "ip_noise_gamma",
-    "ip_noise_gamma_random_strength",
-    "min_snr_gamma",
-    "loss_type",
-    "huber_schedule",
-    "huber_scale",
-    "huber_c",
-    "prior_loss_weight",
-    "output_name",
-    "training_comment",
-    "seed",
-    "max_train_steps",
-    "caption_dropout_rate",
-    "caption_dropout_every_n_epochs",
-    "caption_tag_dropout_rate",
-    "face_crop_aug_range",
-    "validation_seed",
-    "validation_split",
-    "validate_every_n_epochs",
-    "validate_every_n_steps",
-    "max_validation_steps",
+_SAME_NAME = (
+    "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm",
+    "gradient_checkpointing", "gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16",
+    "fp8_base", "fp8_base_unet", "lowram", "network_dropout", "scale_weight_norms", "clip_skip", "max_token_length",
+    "cache_latents", "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale",
+    "multires_noise_iterations", "multires_noise_discount", "zero_terminal_snr", "ip_noise_gamma",
+    "ip_noise_gamma_random_strength", "min_snr_gamma", "loss_type", "huber_schedule", "huber_scale", "huber_c",
+    "prior_loss_weight", "output_name", "training_comment", "seed", "max_train_steps", "caption_dropout_rate",
+    "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "face_crop_aug_range", "validation_seed",
+    "validation_split", "validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps",
     "resize_interpolation",
-]
+)  # fmt: skip
 _ALWAYS = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
 )  # fmt: skip
@@ -95,15 +58,9 @@ def run_metadata(
         **network_facts(settings, models),
         **model_facts(settings),
     }
-    try:
-        facts["ss_lora_adapters_version"] = importlib.metadata.version("lora-adapters")
-    except importlib.metadata.PackageNotFoundError:
-        pass  # run from a checkout
-    return {
-        **{key: str(value) for key, value in facts.items()},
-        **data.metadata(world_size),
-        **modelspec(settings, models),
-    }
+    facts["ss_lora_adapters_version"] = lora_adapters.__version__
+    text = {key: str(value) for key, value in facts.items()}
+    return {**text, **data.metadata(world_size), **modelspec(settings, models)}
 
 
 def network_facts(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:

@@ -258,9 +258,8 @@ def cache(
             tokens = [tokenize(one, captions, options.chunks, options.weighted_captions) for one in models.tokenizers]
             return {name: part.float().cpu() for name, part in cacheable(denoiser.encode(tokens), first_width).items()}
 
-        made = (
-            f"{models.name} clip_skip={settings.clip_skip} chunks={options.chunks} weighted={options.weighted_captions}"
-        )
+        made = f"{models.name} clip_skip={settings.clip_skip} chunks={options.chunks}"
+        made += " weighted" if options.weighted_captions else ""
         to_disk = settings.cache_text_encoder_outputs_to_disk
         data.cache_text(encode, to_disk=to_disk, encoder=made, check=check_disk, **place)
         denoiser.text_encoders = torch.nn.ModuleList()  # accelerate would take them back to the device

@@ -1,4 +1,4 @@
-"""Sample pictures while training: prompts from a file, one picture of all of them a time, a row for each DyLoRA rank."""
+"""Sample pictures while training: prompts from a file, all in one picture, with a row for each DyLoRA rank."""
 
 import argparse
 import json
@@ -63,9 +63,8 @@ def check_samples(settings: argparse.Namespace) -> None:
         raise TrainingError("sample pictures need --sample_prompts, a file of prompts")
     if settings.sample_prompts:
         if not wanted:
-            raise TrainingError(
-                "--sample_prompts needs --sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
-            )
+            when = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+            raise TrainingError(f"--sample_prompts needs {when}")
         read_prompts(Path(settings.sample_prompts))
 
 
@@ -87,10 +86,10 @@ def read_prompts(file: Path) -> list[Prompt]:
             entries = [parse_line(line, file) for line in lines if line and not line.startswith("#")]
     except OSError as error:
         raise TrainingError(f"--sample_prompts {file} cannot be read ({error.strerror})") from None
+    except TrainingError:
+        raise
     except ValueError as error:
-        raise (
-            error if isinstance(error, TrainingError) else TrainingError(f"--sample_prompts {file}: {error}")
-        ) from None
+        raise TrainingError(f"--sample_prompts {file}: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise TrainingError(f"--sample_prompts {file} has no prompts")
     return [_prompt(entry, file) for entry in entries]
@@ -163,7 +162,7 @@ def sample(
         for rank in ranks:
             if rank is not None:
                 set_rank(adapters, rank)
-            rows.append([_one(models, settings, one, n, device, context) for n, one in enumerate(prompts)])
+            rows.append([_one(models, settings, one, n, context) for n, one in enumerate(prompts)])
     finally:
         for dial in found:
             dial.set_rank(at[id(dial)])
@@ -173,7 +172,7 @@ def sample(
 
 
 def _one(
-    models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, device: Any, context: Any
+    models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, context: Any
 ) -> Any:
     scheduler = sampler(prompt.sample_sampler or settings.sample_sampler, models, settings.zero_terminal_snr)
     pipe = models.pipeline(scheduler)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lora_adapters import Adapter
+from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.train import adapters
 from lora_adapters.train import checkpoints as files
 from lora_adapters.train.checkpoints import Position
@@ -24,7 +25,8 @@ def trained_adapter(run: Run, position: Position) -> Adapter:
     """The adapter as it is now, with the metadata of a save at this position."""
     epoch = position.epoch + (1 if position.batch else 0)
     metadata = for_save(run.metadata, run.settings, position.step, epoch)
-    return Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
+    live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
+    return live.map(lambda one: LowRank(_copy(one.down), _copy(one.up), one.alpha))
 
 
 def save_at_step(run: Run, position: Position) -> None:
@@ -99,3 +101,8 @@ def go_on_from(run: Run, folder: Path) -> Position:
         position.batch, position.batches_per_epoch = 0, run.batches_per_epoch
     log.info("going on after step %d, in epoch %d", position.step, position.epoch + 1)
     return position
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as it is now, on the CPU: training goes on in place."""
+    return weight.detach().to("cpu", copy=True)
