@@ -8,9 +8,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from typing_extensions import Self
 
 from . import format_diffusers, format_kohya, format_peft
-from .errors import AdapterError
+from .errors import AdapterError, UnknownFormatError
 from .files import read_tensors, replacing, sync
 from .low_rank import LowRank
 from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, network_args
@@ -33,7 +34,9 @@ class Adapter:
     # --- files ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, source: str | Path, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any):
+    def load(
+        cls, source: str | Path, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+    ) -> Self:
         """Read an adapter from a file, a folder or a Hub repository, in kohya's, diffusers' or PEFT's format.
 
         `hub` options (token, revision, cache_dir, local_files_only, ...) go to `huggingface_hub`. AdapterError, with
@@ -47,10 +50,10 @@ class Adapter:
         try:
             return cls.from_tensors(tensors, metadata)
         except AdapterError as error:
-            raise AdapterError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Self:
         """The adapter in a state dict of kohya's or one of diffusers' formats."""
         metadata = dict(metadata or {})
         if not tensors:
@@ -61,7 +64,7 @@ class Adapter:
             return cls(format_diffusers.read(tensors, metadata), metadata)
         known = format_kohya if any(format_kohya.is_mine({key}) for key in tensors) else format_diffusers
         strange = next(key for key in tensors if not known.is_mine({key}))
-        raise AdapterError(f"{strange} is no key of kohya's or diffusers' LoRA formats")
+        raise UnknownFormatError(f"{strange} is no key of kohya's or diffusers' LoRA formats")
 
     def save(
         self,
@@ -138,20 +141,20 @@ class Adapter:
 
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
-    def map(self, change, metadata: Mapping[str, str] | None = None) -> "Adapter":
+    def map(self, change, metadata: Mapping[str, str] | None = None) -> Self:
         """A new adapter with `change(low_rank)` for every module, and metadata entries added."""
         modules = {module: change(one) for module, one in self.modules.items()}
         return replace(self, modules=modules, metadata={**self.metadata, **(metadata or {})})
 
-    def to(self, dtype: torch.dtype | None) -> "Adapter":
+    def to(self, dtype: torch.dtype | None) -> Self:
         """All factors in another dtype; None keeps them as they are."""
         return self if dtype is None else self.map(lambda one: one.to(dtype))
 
-    def scale(self, weight: float) -> "Adapter":
+    def scale(self, weight: float) -> Self:
         """weight · ΔW in every module."""
         return self.map(lambda one: one.scaled(weight))
 
-    def __add__(self, other: "Adapter") -> "Adapter":
+    def __add__(self, other: "Adapter") -> Self:
         """The sum of both, exactly; ranks add up, modules of only one stay.
 
         AdapterError where one is for SD1/2 and the other for SDXL, or where shapes differ (SD1 and SD2).
@@ -167,9 +170,9 @@ class Adapter:
                 modules[module] = modules[module] + one if module in modules else one
             except AdapterError as error:
                 raise AdapterError(f"{module}: {error}") from None
-        return Adapter(modules, self._plain_metadata())
+        return replace(self, modules=modules, metadata=self._plain_metadata())
 
-    def truncate(self, rank: int) -> "Adapter":
+    def truncate(self, rank: int) -> Self:
         """The first `rank` components of every module, at the scale that they were trained for.
 
         For a DyLoRA this is the adapter of that rank; AdapterError where the rank is no multiple of its unit.
@@ -185,12 +188,12 @@ class Adapter:
         alpha = Counter(one.alpha for one in cut.modules.values()).most_common(1)[0][0]
         return replace(cut, metadata={**cut.metadata, "ss_network_alpha": str(float(alpha))})
 
-    def with_common_alpha(self) -> "Adapter":
+    def with_common_alpha(self) -> Self:
         """The same changes with one alpha in all modules, the most common one."""
         alpha = Counter(one.alpha for one in self.modules.values() if one.alpha).most_common(1)[0][0]
         return self.map(lambda one: one.with_alpha(alpha), {"ss_network_alpha": str(float(alpha))})
 
-    def as_dylora(self, dylora: DyLora) -> "Adapter":
+    def as_dylora(self, dylora: DyLora) -> Self:
         """The same adapter, marked as a DyLoRA in its metadata."""
         return replace(self, metadata={**self.metadata, **dylora_metadata(dylora, network_args(self.metadata))})
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -109,14 +109,27 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> di
     return modules
 
 
-def lora_config(modules: Mapping[str, LowRank]) -> dict[str, Any]:
+class Scaled(Protocol):
+    """Anything with a rank and an alpha."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+
+def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: float | None = None) -> dict[str, Any]:
     """r, lora_alpha, target_modules, rank_pattern, alpha_pattern that give each path its own rank and alpha.
 
+    `rank` and `alpha` are the r and lora_alpha to use, by default the most common ones.
     Patterns are anchored (`^`), since a path may be the end of another. Those of text encoders match with and without
     the `text_model.` level, which transformers 5 dropped from one of its two CLIP text models.
     """
-    rank = Counter(one.rank for one in modules.values()).most_common(1)[0][0]
-    alpha = Counter(one.alpha for one in modules.values()).most_common(1)[0][0]
+    if rank is None:
+        rank = Counter(one.rank for one in modules.values()).most_common(1)[0][0]
+    if alpha is None:
+        alpha = Counter(one.alpha for one in modules.values()).most_common(1)[0][0]
 
     def anchored(path: str) -> str:
         inner = path.removeprefix("text_model.")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import format_peft
-from .errors import AdapterError
+from .errors import AdapterError, UnknownFormatError
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by itself
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,7 +23,7 @@ def _choose(names: list[str], place: str) -> str:
         return DIFFUSERS_NAME
     if not names:
         raise AdapterError(f"{place} holds no adapter (no {', '.join(_ENDINGS)} file and no {format_peft.CONFIG})")
-    raise AdapterError(f"{place} holds several files, name one with weight_name=: {', '.join(sorted(names)[:6])}")
+    raise UnknownFormatError(f"{place} holds several files, name one with weight_name=: {', '.join(sorted(names)[:6])}")
 
 
 def locate(source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:

@@ -3,6 +3,7 @@
 Importing this package is cheap: diffusers and peft are plugged into when, and only when, somebody imports them.
 """
 
+from importlib import import_module
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -10,5 +11,38 @@ __version__ = "0.1.0"
 # In a checkout, convert/ and train/ stand beside this folder. Python started there finds this folder before the
 # installed package, so it has to be told that they belong to it.
 _checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "convert").is_dir() and (_checkout / "train").is_dir() and str(_checkout) not in __path__:
+if (_checkout / "convert").is_dir() and (_checkout / "pyproject.toml").is_file() and str(_checkout) not in __path__:
     __path__.append(str(_checkout))
+
+from . import seams  # noqa: E402
+
+seams.plug_in()
+
+_PUBLIC = {
+    "Adapter": "adapter",
+    "AdapterError": "convert.errors",
+    "C3LierConfig": "config",
+    "DyLoraConfig": "config",
+    "LierLaConfig": "config",
+    "LowRank": "convert.low_rank",
+    "ModuleName": "convert.names",
+    "block_lr_weights": "lr_weights",
+    "network_options": "kohya_options",
+    "param_groups": "param_groups",
+    "set_rank": "dylora",
+    "set_step": "dylora",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Load public names when they are first used, so that `import lora_adapters` costs nothing."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

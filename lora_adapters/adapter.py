@@ -1,0 +1,49 @@
+"""The adapter of `lora_adapters.convert`, with the ways into and out of live pipelines."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_adapters.convert.adapter import Adapter as AdapterData
+from lora_adapters.convert.errors import AdapterError
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(AdapterData):
+    """`lora_adapters.convert.Adapter` that can also be put into a pipeline and taken out of one."""
+
+    @classmethod
+    def from_models(
+        cls, models: Mapping[str, Any], adapter_name: str = "default", metadata: Mapping[str, str] | None = None
+    ) -> "Adapter":
+        """The adapter of that name in the models, by component ("unet", "text_encoder", "text_encoder_2").
+
+        The tensors are those of the models, not copies. AdapterError where no model has such an adapter.
+        """
+        from .placing import dylora_in, taken
+
+        modules, dylora = {}, None
+        for component, model in models.items():
+            if adapter_name in getattr(model, "peft_config", {}):
+                modules.update(taken(model, component, adapter_name))
+                dylora = dylora or dylora_in(model, adapter_name)
+        if not modules:
+            names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
+            raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
+        adapter = cls(modules, dict(metadata or {}))
+        return adapter if dylora is None else adapter.as_dylora(dylora)
+
+    @classmethod
+    def from_pipeline(
+        cls, pipe: Any, adapter_name: str = "default", metadata: Mapping[str, str] | None = None
+    ) -> "Adapter":
+        """The adapter of that name in a pipeline."""
+        from .pipeline import _models
+
+        return cls.from_models(_models(pipe), adapter_name, metadata)
+
+    def to_pipeline(self, pipe: Any, adapter_name: str | None = None) -> None:
+        """Load it into a pipeline, as `pipe.load_lora_weights` does with a file."""
+        from .pipeline import load
+
+        load(pipe, self, adapter_name=adapter_name)

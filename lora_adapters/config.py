@@ -1,0 +1,146 @@
+"""PEFT configs of LoRA-LierLa, LoRA-C3Lier and DyLoRA.
+
+They are `LoraConfig`s that need no target_modules, since they know which modules kohya's LoRA types adapt. Their
+PEFT type is LORA, and `to_dict` and `adapter_config.json` hold nothing that stock PEFT does not know: what is beyond
+LoRA stands in `auto_mapping`, a free-form field, from which this package restores the type.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.low_rank import RANK_SCALINGS
+from lora_adapters.convert.metadata import DyLora
+
+FACTS = "lora_adapters"  # the key in auto_mapping
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise AdapterError(message)
+
+
+@dataclass
+class LierLaConfig(LoraConfig):
+    """LoRA of the linear layers and 1x1 convolutions of attention blocks and CLIP text encoders (kohya's default).
+
+    r is the rank (kohya's network_dim), lora_alpha the alpha. With target_modules given, it acts on any model as
+    `LoraConfig` does. AdapterError for values that make no sense.
+    """
+
+    covers_conv: ClassVar[bool] = False
+
+    r: int = field(default=4, metadata={"help": "Rank."})
+    lora_alpha: float = field(default=1, metadata={"help": "Alpha: the change of weight is alpha/rank · up · down."})  # type: ignore[assignment]
+    conv_dim: int | None = field(default=None, metadata={"help": "Rank of convolutions larger than 1x1."})
+    conv_alpha: float = field(default=1, metadata={"help": "Alpha of convolutions larger than 1x1."})
+    block_dims: list[int] | None = field(
+        default=None, metadata={"help": "Rank in each of the 25 blocks of the U-Net (SDXL: 23); 0 skips a block."}
+    )
+    block_alphas: list[float] | None = field(default=None, metadata={"help": "Alpha in each block."})
+    conv_block_dims: list[int] | None = field(default=None, metadata={"help": "As block_dims, for conv_dim."})
+    conv_block_alphas: list[float] | None = field(default=None, metadata={"help": "As block_alphas, for conv_alpha."})
+    resolved: bool = field(
+        default=False, metadata={"help": "Set once it is in a model: every rank and alpha stands in the patterns."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.r >= 1, f"r is {self.r}: a rank is at least 1")
+        _check(self.conv_dim is None or self.conv_dim >= 1, f"conv_dim is {self.conv_dim}: a rank is at least 1")
+        for name in ("block_dims", "conv_block_dims"):
+            for value in getattr(self, name) or ():
+                _check(isinstance(value, int) and value >= 0, f"{name} has the value {value}: ranks are whole, 0 skips")
+
+    @property
+    def conv(self) -> bool:
+        """Whether convolutions larger than 1x1, and everything else in ResNet blocks, are covered."""
+        return self.covers_conv or self.conv_dim is not None or self.conv_block_dims is not None
+
+    def facts(self) -> dict[str, Any]:
+        """The type and its own fields, as they stand in `auto_mapping`."""
+        return {
+            "type": type(self).__name__.removesuffix("Config"),
+            **{name: getattr(self, name) for name in _own(self)},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The equal plain LoRA's config, with the type's own facts in `auto_mapping`."""
+        plain = {key: value for key, value in super().to_dict().items() if key not in _own(self)}
+        return {**plain, "auto_mapping": {**(self.auto_mapping or {}), FACTS: self.facts()}}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json; PEFT's own `auto_mapping` entries and this type's facts both go into it."""
+        if kwargs.get("auto_mapping_dict") is not None:
+            kwargs["auto_mapping_dict"] = {**kwargs["auto_mapping_dict"], FACTS: self.facts()}
+        super().save_pretrained(save_directory, **kwargs)
+
+
+@dataclass
+class C3LierConfig(LierLaConfig):
+    """LierLa and everything in ResNet blocks, downsamplers and upsamplers of the U-Net.
+
+    Convolutions larger than 1x1 have rank conv_dim and alpha conv_alpha; the ResNets' linear layers and 1x1
+    convolutions have r and lora_alpha, as in kohya's trainer.
+    """
+
+    covers_conv: ClassVar[bool] = True
+
+    conv_dim: int | None = field(default=4, metadata={"help": "Rank of convolutions larger than 1x1."})
+
+
+@dataclass
+class DyLoraConfig(LierLaConfig):
+    """DyLoRA (arXiv:2210.07558): one training whose first b components are a good adapter of rank b, for every b.
+
+    One b, a multiple of `unit`, is drawn for the whole model in each training step, and only the first b components
+    take part. Covers what LierLa does, or what C3Lier does where conv_dim (or conv_block_dims) is given. A module whose
+    rank is below b takes part in full.
+    """
+
+    unit: int = field(default=1, metadata={"help": "Ranks are trained in steps of this; it divides r and conv_dim."})
+    rank_scaling: str = field(
+        default="constant",
+        metadata={"help": "Scale at rank b: constant is alpha/r, rank is alpha/b (the paper's), sqrt is between."},
+    )
+    freeze_lower: bool = field(
+        default=False, metadata={"help": "Train only the last `unit` of the b components in a step."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
+        for name in ("r", "conv_dim"):
+            rank = getattr(self, name)
+            _check(rank is None or rank % self.unit == 0, f"unit {self.unit} does not divide {name} {rank}")
+        _check(
+            self.rank_scaling in RANK_SCALINGS,
+            f"rank_scaling is {self.rank_scaling!r}: it is one of {', '.join(RANK_SCALINGS)}",
+        )
+
+    @property
+    def dylora(self) -> DyLora:
+        """Its facts as they stand in kohya's metadata."""
+        return DyLora(self.unit, self.rank_scaling, self.freeze_lower)
+
+
+_TYPES = {"LierLa": LierLaConfig, "C3Lier": C3LierConfig, "DyLora": DyLoraConfig}
+
+
+def _own(config: LierLaConfig) -> list[str]:
+    """Names of the fields that LoraConfig does not have."""
+    plain = {one.name for one in fields(LoraConfig)}
+    return [one.name for one in fields(config) if one.name not in plain]
+
+
+def restored(config: LoraConfig) -> LoraConfig:
+    """The config as its own type, where `auto_mapping` says that it is one of this package's; else as it is."""
+    facts = dict((config.auto_mapping or {}).get(FACTS) or {})
+    cls = _TYPES.get(facts.pop("type", ""))
+    if cls is None or isinstance(config, LierLaConfig):
+        return config
+    plain = {one.name: getattr(config, one.name) for one in fields(LoraConfig) if one.init}
+    own = {name: value for name, value in facts.items() if name in {one.name for one in fields(cls)}}
+    return cls(**{**plain, **own})

@@ -1,0 +1,219 @@
+"""DyLoRA's layer arithmetic, and the dial that says which rank it works at."""
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import nn
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.low_rank import LowRank
+from lora_adapters.convert.metadata import DyLora
+
+_POWER = {"constant": 0.0, "rank": 1.0, "sqrt": 0.5}
+
+
+class RankDial:
+    """The rank that one DyLoRA adapter works at in one model, shared by all of its layers.
+
+    In training the rank of step n is a function of (seed, n) alone, the same in the U-Net, in the text encoders and in
+    every data-parallel process. It is drawn when the model is called, not when a layer is, so that gradient
+    checkpointing, which calls layers again, computes with the same rank again. In evaluation it is `rank`.
+    """
+
+    def __init__(self, adapter_name: str, highest: int, dylora: DyLora, seed: int = 0):
+        self.adapter_name, self.highest, self.dylora, self.seed = adapter_name, highest, dylora, seed
+        self.rank = highest
+        self.step = 0
+        self.at = highest
+        self.drawn = False
+        self._gates: dict[tuple, torch.Tensor] = {}
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that it can be set to, in order."""
+        return [*range(self.dylora.unit, self.highest, self.dylora.unit), self.highest]
+
+    def rank_of_step(self, step: int) -> int:
+        """The rank of a training step, uniform over the multiples of unit."""
+        return random.Random(f"{self.seed}/{step}").choice(self.ranks)
+
+    def set_rank(self, rank: int) -> None:
+        """The rank for evaluation; AdapterError, with the valid ones, where it is none of `ranks`."""
+        if rank not in self.ranks:
+            ranks = self.ranks if len(self.ranks) <= 16 else [*self.ranks[:8], "...", *self.ranks[-2:]]
+            raise AdapterError(f"rank {rank} is not one of adapter {self.adapter_name}'s: {', '.join(map(str, ranks))}")
+        self.rank = self.at = rank
+        self.drawn = False
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the model: draws the rank of this step, or sets that of evaluation."""
+        self.drawn = model.training and torch.is_grad_enabled()
+        if self.drawn:
+            self.at = self.rank_of_step(self.step)
+            self.step += 1
+        else:
+            self.at = self.rank
+
+    def factor(self, rank: int, full: int) -> float:
+        """What the scale alpha/full is multiplied with when `rank` of `full` components are used."""
+        return (full / rank) ** _POWER[self.dylora.rank_scaling]
+
+    def gate(self, full: int, scaling: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """(full,) or (full, 1, 1), for activations (..., full) or (batch, full, h, w): the scale, then zeros."""
+        rank = min(self.at, full)
+        scale = scaling * self.factor(rank, full)
+        shape = (full, 1, 1) if like.ndim == 4 else (full,)
+        if isinstance(scale, torch.Tensor):  # a hot-swapped adapter's scale changes in place
+            return torch.cat([scale.expand(rank), scale.new_zeros(full - rank)]).to(like).view(shape)
+        key = (full, rank, scale, shape, like.device, like.dtype)
+        if key not in self._gates:
+            if len(self._gates) >= 256:
+                self._gates.clear()
+            gate = torch.zeros(full, dtype=like.dtype, device=like.device)
+            gate[:rank] = scale
+            self._gates[key] = gate.view(shape)
+        return self._gates[key]
+
+
+def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), with no gradient for the weight's first `start` slices of `dim`."""
+    weight = layer.weight
+    parts = [weight.narrow(dim, 0, start).detach(), weight.narrow(dim, start, weight.shape[dim] - start)]
+    return torch.func.functional_call(layer, {"weight": torch.cat(parts, dim)}, (x,))
+
+
+class DyLoraVariant(LoraVariant):
+    """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, in place of a LoRA layer's alpha/r · up · down · x.
+
+    The components from b on are gated to zero between the two factors: the weights are used through their own modules,
+    so that offloading, sharding and quantisation hooks on these keep working.
+    """
+
+    def __init__(self, dial: RankDial):
+        self.dial = dial
+
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """result + ΔW_b x; x is (..., in) for linear layers, (batch, in, height, width) for convolutions."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x = module.lora_dropout[active_adapter](x)
+        full, dial = down.weight.shape[0], self.dial
+        start = min(dial.at, full) - dial.dylora.unit if dial.dylora.freeze_lower and dial.drawn else 0
+        hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
+        hidden = hidden * dial.gate(full, module.scaling[active_adapter], hidden)
+        return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
+
+    def _delta(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
+        full = down.shape[0]
+        rank = min(self.dial.at, full)
+        scale = float(module.scaling[adapter]) * self.dial.factor(rank, full)
+        delta = LowRank(down[:rank], up[:, :rank], scale * rank).delta()
+        delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta.reshape(weight.shape)
+        return delta.to(weight)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """The weight with the change of the present rank added."""
+        return orig_weight + self._delta(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:  # type: ignore[override]
+        """Add the change of the present rank in place."""
+        orig_weight.data += self._delta(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """The weight with the change of the present rank taken away."""
+        return orig_weight.data - self._delta(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to prepare: the factors are LoRA's own."""
+
+
+def layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every LoRA layer that has the adapter."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            yield path, module
+
+
+def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
+    """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training."""
+    mine = [layer for _, layer in layers(model, adapter_name)]
+    dial = RankDial(adapter_name, max(layer.r[adapter_name] for layer in mine), dylora)
+    detach(model, adapter_name)
+    for layer in mine:
+        layer.lora_variant[adapter_name] = DyLoraVariant(dial)
+    model.register_forward_pre_hook(dial)
+
+
+def detach(model: nn.Module, adapter_name: str) -> None:
+    """Make a DyLoRA adapter a plain LoRA of its full rank again (as far as it is one)."""
+    for _, layer in layers(model, adapter_name):
+        if isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
+            del layer.lora_variant[adapter_name]
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, RankDial) and hook.adapter_name == adapter_name:
+            del model._forward_pre_hooks[key]
+
+
+def _models(target: Any) -> list[nn.Module]:
+    """The models of a pipeline, a model, or a list of models."""
+    if isinstance(target, nn.Module):
+        return [target]
+    if hasattr(target, "components"):
+        return [part for part in target.components.values() if isinstance(part, nn.Module)]
+    if isinstance(target, Iterable):
+        return list(target)
+    raise TypeError(f"expected a pipeline, a model or a list of models, not {type(target).__name__}")
+
+
+def dials(target: Any, adapter_name: str | None = None) -> list[RankDial]:
+    """The dials in a pipeline, a model or a list of models, of one adapter or of all."""
+    found = {}
+    for model in _models(target):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for name, variant in module.lora_variant.items():
+                    if isinstance(variant, DyLoraVariant) and adapter_name in (None, name):
+                        found[id(variant.dial)] = variant.dial
+    return list(found.values())
+
+
+def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
+    """Set the rank that DyLoRA adapters work at from now on, live: of one adapter, or of all in the target.
+
+    target: a pipeline, a model, or a list of models. AdapterError where there is no such DyLoRA, where the rank is none
+    of its own (they are listed), or while it is fused into the weights; then nothing is changed.
+    """
+    found = dials(target, adapter_name)
+    if not found:
+        name = f"{adapter_name} is no DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
+        raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
+    for model in _models(target):
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and any(
+                isinstance(module.lora_variant.get(name), DyLoraVariant) and adapter_name in (None, name)
+                for name in module.merged_adapters
+            ):
+                raise AdapterError(f"{', '.join(module.merged_adapters)} is fused into the weights: unfuse it first")
+    highest = max(dial.highest for dial in found)
+    valid = sorted({one for dial in found for one in dial.ranks})
+    for dial in found:  # a text encoder's or a smaller adapter's dial stops at its own highest rank
+        if rank not in dial.ranks and not (rank in valid and rank > dial.highest and rank <= highest):
+            dial.set_rank(rank)  # raises
+    for dial in found:
+        dial.set_rank(min(rank, dial.highest))
+
+
+def set_step(target: Any, step: int, seed: int = 0) -> None:
+    """Say which training step comes next, so that DyLoRA draws the rank of this step when the models are called.
+
+    Without it, each dial counts its model's training calls from 0, which is the same where every model is called once a
+    step. A training loop that resumes, or that calls a model several times a step, says it before each call.
+    """
+    for dial in dials(target):
+        dial.step, dial.seed = step, seed

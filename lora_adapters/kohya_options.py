@@ -1,0 +1,129 @@
+"""kohya's --network_module, --network_dim, --network_alpha and --network_args as a config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.names import BLOCK_COUNT, nearest
+
+from .config import C3LierConfig, DyLoraConfig, LierLaConfig
+from .coverage import check_block_list
+from .lr_weights import block_lr_weights, without_zero_blocks
+
+MODULES = {
+    "networks.lora": "lora",
+    "network.lora": "lora",
+    "lora": "lora",
+    "lierla": "lora",
+    "c3lier": "c3lier",
+    "networks.dylora": "dylora",
+    "network.dylora": "dylora",
+    "dylora": "dylora",
+}
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What kohya's network options say: the layers, and the learning rates and dropouts that go with them."""
+
+    config: LierLaConfig
+    block_lr_weights: list[float] | None = None
+    loraplus_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
+    rank_dropout: float | None = None
+    module_dropout: float | None = None
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(item.strip()) for item in text.split(",")]
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
+
+
+_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "conv_dim": (int, "a whole number"),
+    "conv_alpha": (float, "a number"),
+    "block_dims": (_list(int), "whole numbers with commas between them"),
+    "block_alphas": (_list(float), "numbers with commas between them"),
+    "conv_block_dims": (_list(int), "whole numbers with commas between them"),
+    "conv_block_alphas": (_list(float), "numbers with commas between them"),
+    "down_lr_weight": (str, "weights"),
+    "mid_lr_weight": (str, "weights"),
+    "up_lr_weight": (str, "weights"),
+    "block_lr_zero_threshold": (float, "a number"),
+    "unit": (int, "a whole number"),
+    "rank_scaling": (str, "a name"),
+    "freeze_lower": (_flag, "True or False"),
+    "rank_dropout": (float, "a number"),
+    "module_dropout": (float, "a number"),
+    "loraplus_lr_ratio": (float, "a number"),
+    "loraplus_unet_lr_ratio": (float, "a number"),
+    "loraplus_text_encoder_lr_ratio": (float, "a number"),
+}
+_ONLY_DYLORA = ("unit", "rank_scaling", "freeze_lower")
+_LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+
+
+def parse_network_args(args: Mapping[str, str]) -> dict[str, Any]:
+    """The values of network_args in their own types; AdapterError names the option, its value and what it takes."""
+    parsed = {}
+    for key, text in args.items():
+        if key not in _KINDS:
+            raise AdapterError(f"unknown network_args option {key}{nearest(key, _KINDS)}")
+        kind, wanted = _KINDS[key]
+        try:
+            parsed[key] = kind(str(text))
+        except ValueError:
+            raise AdapterError(f"network_args {key}={text}: it takes {wanted}") from None
+    return parsed
+
+
+def network_options(
+    network_module: str = "networks.lora",
+    network_dim: int | None = None,
+    network_alpha: float | None = None,
+    network_args: Mapping[str, str] | None = None,
+    architecture: str = "sd",
+) -> NetworkOptions:
+    """The config and rates that kohya's options mean, for "sd" (SD1.x, SD2.x) or "sdxl".
+
+    Rank and alpha default to 4 and 1. Where kohya's trainer ignores an option without a word (block_alphas or
+    conv_block_dims alone) or fails on it (one number as a block weight), it means here what it says. AdapterError for
+    unknown options, wrong values and wrong list lengths.
+    """
+    kind = MODULES.get(network_module)
+    if kind is None:
+        raise AdapterError(f"unknown network_module {network_module}: {', '.join(MODULES)} are known")
+    given = parse_network_args(network_args or {})
+    for name in _ONLY_DYLORA:
+        if name in given and kind != "dylora":
+            raise AdapterError(f"network_args {name} is for DyLoRA: give network_module networks.dylora")
+    for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
+        check_block_list(name, given.get(name), architecture)
+
+    fields: dict[str, Any] = {"r": network_dim or 4, "lora_alpha": network_alpha or 1.0}
+    names = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+    fields |= {name: given[name] for name in (*names, *_ONLY_DYLORA) if name in given}
+    weights = None
+    if any(name in given for name in _LR_WEIGHTS):
+        down, mid, up = (given.get(name) for name in _LR_WEIGHTS)
+        weights = block_lr_weights(architecture, down, mid, up, given.get("block_lr_zero_threshold", 0.0))
+        if not all(weights):
+            dims = fields.get("block_dims") or [fields["r"]] * BLOCK_COUNT[architecture]
+            fields["block_dims"] = without_zero_blocks(dims, weights)
+            conv = fields.get("conv_block_dims")
+            conv = conv or ([fields["conv_dim"]] * BLOCK_COUNT[architecture] if "conv_dim" in fields else None)
+            if conv:
+                fields["conv_block_dims"] = without_zero_blocks(conv, weights)
+    elif "block_lr_zero_threshold" in given:
+        raise AdapterError("block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")
+    conv_given = "conv_dim" in fields or "conv_block_dims" in fields
+    config_type = DyLoraConfig if kind == "dylora" else C3LierConfig if conv_given or kind == "c3lier" else LierLaConfig
+    rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("_dropout")}
+    return NetworkOptions(config_type(**fields), weights, **rest)

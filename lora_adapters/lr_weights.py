@@ -1,0 +1,89 @@
+"""Learning-rate weights of the U-Net's blocks: 25 in SD1.x and SD2.x, 23 in SDXL."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+
+from lora_adapters.convert.errors import AdapterError
+
+PRESETS: dict[str, Callable[[float], float]] = {
+    "sine": lambda t: math.sin(math.pi * t / 2),
+    "cosine": lambda t: math.cos(math.pi * t / 2),
+    "linear": lambda t: t,
+    "reverse_linear": lambda t: 1 - t,
+    "zeros": lambda t: 0.0,
+}
+_SIDES = {"sd": (12, 1, 12), "sdxl": (9, 3, 9)}  # down, mid, up
+_PRESET = re.compile(rf"({'|'.join(PRESETS)})(?:\+(\d*\.?\d+))?")
+
+Weights = str | float | Sequence[float] | None
+
+
+def _preset(text: str, count: int) -> list[float] | None:
+    """The values of `<preset>` or `<preset>+<number>` from the first block to the last; None for any other text."""
+    match = _PRESET.fullmatch(text)
+    if match is None:
+        return None
+    name, added = match.groups()
+    return [PRESETS[name](i / (count - 1) if count > 1 else 0.0) + float(added or 0) for i in range(count)]
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(item) if item.strip() else 0.0 for item in text.split(",")]
+    except ValueError:
+        raise AdapterError(
+            f"{name} is {text!r}: give numbers with commas between them, or one of {', '.join(PRESETS)}, "
+            "with +number behind it to add to all"
+        ) from None
+
+
+def _side(name: str, given: Weights, count: int) -> list[float]:
+    """`count` weights. One number is for all; a short list goes on with 1.0; a long one is cut, with a warning."""
+    if given is None:
+        return [1.0] * count
+    if isinstance(given, str):
+        text = given.strip()
+        preset = _preset(text, count)
+        given = preset if preset is not None else _numbers(name, text)
+        if preset is None and len(given) == 1:
+            given = given[0]
+    if isinstance(given, (int, float)):
+        return [float(given)] * count
+    values = [float(value) for value in given]
+    if len(values) > count:
+        warnings.warn(f"{name} has {len(values)} values: only the first {count} are used", stacklevel=3)
+    return (values + [1.0] * count)[:count]
+
+
+def block_lr_weights(
+    architecture: str = "sd",
+    down: Weights = None,
+    mid: Weights = None,
+    up: Weights = None,
+    zero_threshold: float = 0.0,
+) -> list[float]:
+    """One learning-rate weight for each block of the U-Net (25; SDXL 23).
+
+    down and up have 12 blocks (SDXL 9), the first at the input and at the middle; mid has 1 (SDXL 3). Each side is a
+    list, one number for the whole side, text such as "1,0.5,,1" (an empty item is 0), or a preset, "sine", "cosine",
+    "linear", "reverse_linear", "zeros", with "+0.2" behind it to add to all. Weights of zero_threshold or less become
+    0: such blocks get no modules (see `without_zero_blocks`). The format is that of kohya's network_args.
+    """
+    if architecture not in _SIDES:
+        raise AdapterError(f"unknown architecture {architecture!r}: sd (SD1.x, SD2.x) and sdxl are known")
+    counts = _SIDES[architecture]
+    sides = [
+        _side(name, given, count)
+        for name, given, count in zip(
+            ("down_lr_weight", "mid_lr_weight", "up_lr_weight"), (down, mid, up), counts, strict=True
+        )
+    ]
+    weights = [weight if weight > zero_threshold else 0.0 for side in sides for weight in side]
+    return weights if architecture == "sd" else [1.0, *weights, 1.0]
+
+
+def without_zero_blocks(ranks: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """The ranks, with 0 (no module) where a block's learning-rate weight is 0."""
+    return [rank if weight else 0 for rank, weight in zip(ranks, weights, strict=True)]

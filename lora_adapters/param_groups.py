@@ -1,0 +1,85 @@
+"""Optimizer groups of adapters: learning rates for the U-Net, its blocks, the text encoders, and LoRA+."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
+
+from .dylora import layers
+
+
+def _unet_blocks(paths: list[str], weights: Sequence[float]) -> dict[str, int]:
+    """The block of each path; AdapterError where there are not as many weights as blocks."""
+    architecture = architecture_of(ModuleName("unet", path) for path in paths)
+    if len(weights) != BLOCK_COUNT[architecture]:
+        raise AdapterError(
+            f"block_lr_weights has {len(weights)} values, {architecture.upper()}'s U-Net has "
+            f"{BLOCK_COUNT[architecture]} blocks"
+        )
+    return {path: index for path in paths if (index := block_index(path, architecture)) is not None}
+
+
+def _first(*ratios: float | None) -> float | None:
+    return next((ratio for ratio in ratios if ratio is not None), None)
+
+
+def _rates(
+    model: nn.Module, adapter_name: str, name: str, lr: float, ratio: float | None, weights: Sequence[float] | None
+) -> Iterator[tuple[str, float, nn.Module]]:
+    """(group, learning rate, factor) for each factor of the adapter in one model."""
+    found = list(layers(model, adapter_name))
+    blocks = _unet_blocks([path for path, _ in found], weights) if weights is not None else {}
+    for path, layer in found:
+        group, rate = name, lr
+        if weights is not None:
+            group, rate = f"{name}_block{blocks[path]}", lr * weights[blocks[path]]
+        yield group, rate, layer.lora_A[adapter_name]
+        plus = (group, rate) if ratio is None else (f"{group} plus", rate * ratio)
+        yield *plus, layer.lora_B[adapter_name]
+
+
+def param_groups(
+    unet: nn.Module | None = None,
+    text_encoders: Sequence[nn.Module] = (),
+    *,
+    lr: float,
+    unet_lr: float | None = None,
+    text_encoder_lr: float | Sequence[float] | None = None,
+    block_lr_weights: Sequence[float] | None = None,
+    loraplus_lr_ratio: float | None = None,
+    loraplus_unet_lr_ratio: float | None = None,
+    loraplus_text_encoder_lr_ratio: float | None = None,
+    adapter_name: str = "default",
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer, each with "params", "lr" and "name", of one adapter's trainable parameters.
+
+    unet_lr and text_encoder_lr (one number, or one for each encoder) are lr where they are None. With block_lr_weights
+    (see `block_lr_weights`), each U-Net block has a group with unet_lr times its weight. A LoRA+ ratio
+    (arXiv:2402.12354) puts the `up` matrices into groups of their own, at ratio times the rate; the ratios for one part
+    win over the common one. Groups with a rate of 0 are left out. Names: unet, unet_block<index>, text_encoder,
+    text_encoder_2, with " plus" for the `up` groups. AdapterError where there is nothing to train.
+    """
+    if text_encoder_lr is None or isinstance(text_encoder_lr, (int, float)):
+        text_encoder_lr = [lr if text_encoder_lr is None else text_encoder_lr] * len(text_encoders)
+    if len(text_encoder_lr) != len(text_encoders):
+        raise AdapterError(f"text_encoder_lr has {len(text_encoder_lr)} values for {len(text_encoders)} text encoders")
+    parts: list[tuple] = []
+    text_ratio = _first(loraplus_text_encoder_lr_ratio, loraplus_lr_ratio)
+    for number, (model, rate) in enumerate(zip(text_encoders, text_encoder_lr, strict=True), start=1):
+        name = "text_encoder" if number == 1 else f"text_encoder_{number}"
+        parts.append((model, adapter_name, name, rate, text_ratio, None))
+    if unet is not None:
+        rate, ratio = lr if unet_lr is None else unet_lr, _first(loraplus_unet_lr_ratio, loraplus_lr_ratio)
+        parts.append((unet, adapter_name, "unet", rate, ratio, block_lr_weights))
+    groups: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, rate, factor in _rates(*part):
+            params = [parameter for parameter in factor.parameters() if parameter.requires_grad]
+            if rate and params:
+                groups.setdefault(name, {"params": [], "lr": rate, "name": name})["params"] += params
+    if not groups:
+        raise AdapterError(f"adapter {adapter_name} has nothing to train: no such layers, or every rate is 0")
+    return list(groups.values())

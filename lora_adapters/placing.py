@@ -1,0 +1,153 @@
+"""Putting low-rank pairs into a live model, all or nothing, and taking them out again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.format_diffusers import lora_config
+from lora_adapters.convert.low_rank import LowRank
+from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.names import ModuleName, nearest
+
+from .config import FACTS, DyLoraConfig, LierLaConfig
+from .dylora import layers
+
+
+def live_path(model: nn.Module, path: str) -> str:
+    """The path as this model has it: transformers 5's CLIPTextModel has no `text_model.` level."""
+    return path if hasattr(model, "text_model") else path.removeprefix("text_model.")
+
+
+def _base_layer(model: Any, path: str) -> nn.Module | None:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(out, in) or (out, in, height, width), also of quantised layers, whose weights are packed."""
+    if isinstance(layer, nn.Conv2d):
+        return tuple(layer.weight.shape)
+    return (layer.out_features, layer.in_features)  # type: ignore[return-value]
+
+
+def fitted(model: nn.Module, component: str, modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The pairs by this model's own paths, in its own spelling of 1x1; nothing is changed in the model.
+
+    AdapterError, which names the module and what was expected, where the model lacks a module or its shape differs.
+    """
+    placed = {}
+    for path, one in modules.items():
+        live = live_path(model, path)
+        layer = _base_layer(model, live)
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            known = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+            raise AdapterError(f"the model has no module {component}.{live}{nearest(live, known)}")
+        try:
+            placed[live] = one.shaped_like(_weight_shape(layer))
+        except AdapterError as error:
+            raise AdapterError(f"{component}.{path} is {error}") from None
+    return placed
+
+
+def state_dict(modules: Mapping[str, LowRank], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """PEFT's keys; copies, so that the model does not hang on a memory-mapped file."""
+    tensors = {}
+    for path, one in modules.items():
+        if one.alpha == 0:  # PEFT divides by nothing here, but files made from it would
+            one = LowRank(one.down, torch.zeros_like(one.up), float(one.rank))
+        tensors[f"{path}.lora_A.weight"] = one.down.to(dtype, copy=True).contiguous()
+        tensors[f"{path}.lora_B.weight"] = one.up.to(dtype, copy=True).contiguous()
+    return tensors
+
+
+def plain_config(modules: Mapping[str, LowRank], dylora: DyLora | None) -> dict[str, Any]:
+    """Keyword arguments of the LoraConfig that gives each module its own rank and alpha, and its type back."""
+    table = lora_config(modules)
+    if dylora is None:
+        facts: dict[str, Any] = {"type": "LierLa"}
+    else:
+        unit, highest = dylora.unit, max(one.rank for one in modules.values())
+        facts = {"type": "DyLora", "unit": unit if highest % unit == 0 else 1}
+        facts |= {"rank_scaling": dylora.rank_scaling, "freeze_lower": dylora.freeze_lower}
+        table["r"] = table["r"] if table["r"] % facts["unit"] == 0 else highest
+        table = {**lora_config(modules, rank=table["r"])}
+    return {**table, "auto_mapping": {FACTS: {**facts, "resolved": True}}}
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    dtype = getattr(model, "dtype", torch.float32)
+    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+
+
+def place(
+    model: nn.Module,
+    placed: Mapping[str, LowRank],
+    adapter_name: str,
+    dylora: DyLora | None = None,
+    low_cpu_mem_usage: bool = True,
+) -> None:
+    """Add the fitted pairs (see `fitted`) to the model as an adapter, in the model's dtype and on its device."""
+    config = LoraConfig(**plain_config(placed, dylora))
+    tensors = state_dict(placed, _dtype(model))
+    inject_adapter_in_model(
+        config, model, adapter_name=adapter_name, state_dict=tensors, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    wrong = set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    if wrong is not None and wrong.unexpected_keys:
+        raise AdapterError(f"{wrong.unexpected_keys[0]} found no place in the model")
+    for _, layer in layers(model, adapter_name):
+        weight = layer.get_base_layer().weight
+        for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
+            if weight.device.type != "meta":
+                part.to(weight.device)
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
+
+
+def remove(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model; with the last one, PEFT's layers go too."""
+    configs = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    for _, layer in list(layers(model, adapter_name)):
+        layer.delete_adapter(adapter_name)
+    if not configs:
+        from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+        recurse_remove_peft_layers(model)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def taken(model: Any, component: str, adapter_name: str) -> dict[ModuleName, LowRank]:
+    """The pairs of an adapter in the model, by the paths that files have; views of the live weights."""
+    config = model.peft_config[adapter_name]
+    found = {}
+    for path, layer in layers(model, adapter_name):
+        if component != "unet" and not path.startswith("text_model."):
+            path = f"text_model.{path}"
+        rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
+        if getattr(config, "use_rslora", False):
+            alpha *= rank**0.5
+        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        # a hot-swapped adapter is padded with zeros up to the rank that was prepared for
+        found[ModuleName(component, path)] = LowRank(down.detach()[:rank], up.detach()[:, :rank], alpha)
+    return found
+
+
+def dylora_in(model: Any, adapter_name: str) -> DyLora | None:
+    """The DyLoRA facts of an adapter in the model, or None."""
+    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    return config.dylora if isinstance(config, DyLoraConfig) else None
+
+
+def is_ours(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter has one of this package's configs."""
+    return isinstance(getattr(model, "peft_config", {}).get(adapter_name), LierLaConfig)

@@ -1,0 +1,76 @@
+"""Every place where this package touches peft and diffusers, and the checks that these are as expected.
+
+Nothing is imported here that is slow: the changes are made when peft or diffusers' pipelines are imported by anybody,
+before or after this package.
+"""
+
+import functools
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+OLDEST = {"peft": "0.21.2", "diffusers": "0.42.1", "transformers": "5.23"}  # run by the tests
+
+
+def plug_in() -> None:
+    """Register the changes; each is made at once where its module is imported already."""
+    wrapt.register_post_import_hook(_into_peft, "peft")
+    wrapt.register_post_import_hook(_into_diffusers, "diffusers.loaders.lora_pipeline")
+
+
+def unfit(package: str, what: str) -> ImportError:
+    """The one error of a version that does not fit."""
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        found = "none"
+    return ImportError(
+        f"lora_adapters needs {package} {OLDEST[package]} or newer, and one that it knows: {package} {found} {what}"
+    )
+
+
+def _into_peft(peft: ModuleType) -> None:
+    """LoRA's tuner becomes AdapterTuner, which treats plain LoraConfigs as PEFT's own does."""
+    try:
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from peft.tuners.lora import LoraModel
+        from peft.tuners.lora.layer import LoraVariant  # noqa: F401
+        from peft.tuners.tuners_utils import BaseTuner
+    except ImportError as error:
+        raise unfit("peft", f"lacks {error.name or error}") from error
+    if not (hasattr(BaseTuner, "inject_adapter") and hasattr(LoraModel, "_create_and_replace")):
+        raise unfit("peft", "injects its layers in another way")
+    from .tuner import AdapterTuner
+
+    PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = AdapterTuner
+
+
+def _into_diffusers(lora_pipeline: ModuleType) -> None:
+    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; the rest goes to diffusers."""
+    for name in ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"):
+        mixin = getattr(lora_pipeline, name, None)
+        if mixin is None or not hasattr(mixin, "load_lora_weights"):
+            raise unfit("diffusers", f"lacks {name}.load_lora_weights")
+        if not hasattr(mixin.load_lora_weights, "stock"):
+            mixin.load_lora_weights = _loading(mixin.load_lora_weights)
+
+
+def _loading(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def load_lora_weights(
+        self: Any,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        from .pipeline import load
+
+        source = pretrained_model_name_or_path_or_dict
+        if not load(self, source, adapter_name=adapter_name, hotswap=hotswap, **kwargs):
+            stock(self, source, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+
+    load_lora_weights.stock = stock  # type: ignore[attr-defined]
+    return load_lora_weights

@@ -1,0 +1,83 @@
+"""The tuner: PEFT's own LoRA, with rank and alpha decided for every module by this package's configs."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora_adapters.convert.format_diffusers import lora_config as patterns_of
+
+from . import dylora
+from .config import DyLoraConfig, LierLaConfig, restored
+from .coverage import RankAlpha, RankRule, base_layers, covered
+
+_PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into itself, under this name
+
+
+class _Resolved:
+    """Rank and alpha by the anchored patterns of a config that was in a model before; a plain look-up of each path."""
+
+    def __init__(self, config: LoraConfig):
+        self.default = RankAlpha(config.r, config.lora_alpha)
+        self.ranks, self.alphas = _literal(config.rank_pattern), _literal(config.alpha_pattern)
+
+    def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
+        path = path.removeprefix("text_model.")
+        return RankAlpha(self.ranks.get(path, self.default.rank), self.alphas.get(path, self.default.alpha))
+
+
+def _literal(pattern: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key.removeprefix("^").removeprefix(r"(text_model\.)?"): value for key, value in (pattern or {}).items()}
+
+
+class AdapterTuner(LoraModel):
+    """`LoraModel` for every LoRA config: plain `LoraConfig`s are treated exactly as PEFT treats them."""
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as PEFT does, with this package's coverage and ranks; then make it a DyLoRA where it is one."""
+        config: Any = restored(self.peft_config[adapter_name])  # type: ignore[arg-type]
+        if not isinstance(config, LierLaConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
+        config = self.peft_config[adapter_name] = copy.copy(config)  # the caller's may be for another model too
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if config.target_modules is None:
+            config.target_modules = set(covered(inner, config.conv))
+        paths = [path for path, _, _ in base_layers(inner)]
+        self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        found = {
+            path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
+            for path, layer in dylora.layers(inner, adapter_name)
+        }
+        for name, value in patterns_of(found, config.r, config.lora_alpha).items():
+            setattr(config, name, set(value) if name == "target_modules" else value)
+        config.resolved = True
+        if isinstance(config, DyLoraConfig):
+            dylora.attach(inner, adapter_name, config.dylora)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(lora_config, LierLaConfig):
+            path = current_key.removeprefix(_PEFT_MODEL_PREFIX)
+            decided = self._rule(path, target.get_base_layer() if isinstance(target, LoraLayer) else target)
+            if decided.rank == 0:
+                return
+            lora_config = copy.copy(lora_config)
+            lora_config.r, lora_config.lora_alpha = decided.rank, decided.alpha  # type: ignore[assignment]
+            lora_config.rank_pattern, lora_config.alpha_pattern = {}, {}
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
