@@ -168,5 +168,3 @@ def _place(trained: dict[str, torch.nn.Module], start: Adapter, as_dylora: bool,
 
 def _full_path(component: str, path: str) -> str:
     return path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
-
-

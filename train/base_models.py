@@ -40,7 +40,7 @@ class BaseModels:
 
     @property
     def architecture(self) -> str:
-        """"sd" or "sdxl": the two ways in which blocks are counted."""
+        """ "sd" or "sdxl": the two ways in which blocks are counted."""
         return "sdxl" if self.kind == "sdxl" else "sd"
 
     @property

@@ -171,9 +171,7 @@ def sample(
     return grid(rows)
 
 
-def _one(
-    models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, context: Any
-) -> Any:
+def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, context: Any) -> Any:
     scheduler = sampler(prompt.sample_sampler or settings.sample_sampler, models, settings.zero_terminal_snr)
     pipe = models.pipeline(scheduler)
     pipe.set_progress_bar_config(disable=True)

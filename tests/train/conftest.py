@@ -71,7 +71,11 @@ def build_sd1(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 8, 16, 16), cross_attention_dim=32, attention_head_dim=2, norm_num_groups=4
+        sample_size=8,
+        block_out_channels=(8, 8, 16, 16),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
     )
     pipe = StableDiffusionPipeline(
         vae=tiny_vae(),
