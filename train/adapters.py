@@ -9,10 +9,12 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft.tuners.lora import LoraLayer
 
-from lora_adapters import Adapter, DyLoraConfig, network_options, param_groups
+from lora_adapters.adapter import Adapter
+from lora_adapters.config import DyLoraConfig
 from lora_adapters.convert.metadata import DyLora
 from lora_adapters.convert.names import ModuleName
-from lora_adapters.kohya_options import NetworkOptions
+from lora_adapters.kohya_options import NetworkOptions, network_options
+from lora_adapters.param_groups import param_groups
 from lora_adapters.placing import fitted, place
 from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
@@ -50,7 +52,7 @@ def check_network(settings: argparse.Namespace) -> None:
     key_values(settings.network_args, "network_args")
 
 
-def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, torch.nn.Module]:
+def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
     """The models that get an adapter, by the name of their part in a pipeline."""
     every = models.components
     if settings.network_train_unet_only:
@@ -60,7 +62,7 @@ def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict
     return every
 
 
-def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, torch.nn.Module]) -> None:
+def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
     asked = options(settings, models.architecture)
     start = Adapter.load(settings.network_weights) if settings.network_weights else None
@@ -79,7 +81,7 @@ def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, tor
     add_dropouts(layers, ADAPTER, settings.network_dropout, asked.rank_dropout, asked.module_dropout)
 
 
-def lora_layers(trained: dict[str, torch.nn.Module]) -> dict[ModuleName, LoraLayer]:
+def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
     """The trained modules by name; names keep the `text_model.` that transformers may leave out."""
     found = {}
     for component, model in trained.items():
@@ -89,7 +91,7 @@ def lora_layers(trained: dict[str, torch.nn.Module]) -> dict[ModuleName, LoraLay
     return found
 
 
-def load_start(trained: dict[str, torch.nn.Module], start: Adapter, source: str) -> None:
+def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
     """Start from an adapter's changes: modules that only one side has are left alone.
 
     Where the file's alpha is another than the one that is trained with, `up` takes up the difference, so that training
@@ -133,9 +135,7 @@ def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None
                     base.weight += (weight * low_rank.delta()).reshape(base.weight.shape).to(base.weight)
 
 
-def parameter_groups(
-    settings: argparse.Namespace, models: BaseModels, trained: dict[str, torch.nn.Module]
-) -> list[dict[str, Any]]:
+def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
     """Parameter groups with params, lr and name. TrainingError where nothing is left to train."""
     encoders = [model for name, model in trained.items() if name != "unet"]
     text_rates = settings.text_encoder_lr or [None]
@@ -156,7 +156,15 @@ def parameter_groups(
     )
 
 
-def _place(trained: dict[str, torch.nn.Module], start: Adapter, as_dylora: bool, source: str) -> None:
+def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """No gradients for what has a learning rate of 0: it is saved, but not trained."""
+    chosen = {id(parameter) for group in groups for parameter in group["params"]}
+    for model in trained.values():
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+
+
+def _place(trained: dict[str, Any], start: Adapter, as_dylora: bool, source: str) -> None:
     """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
     for component, model in trained.items():
         modules = {name.path: one for name, one in start.modules.items() if name.component == component}

@@ -27,9 +27,9 @@ class BaseModels:
 
     kind: str
     tokenizers: list[Any]
-    text_encoders: list[torch.nn.Module]
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
+    text_encoders: list[Any]
+    vae: Any  # AutoencoderKL
+    unet: Any  # UNet2DConditionModel
     prediction_type: str = "epsilon"
     name: str = ""
     schedule_config: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class BaseModels:
         return "sdxl" if self.kind == "sdxl" else "sd"
 
     @property
-    def components(self) -> dict[str, torch.nn.Module]:
+    def components(self) -> dict[str, Any]:
         """The models that may carry an adapter, by the name of their part in a pipeline."""
         names = ["text_encoder", "text_encoder_2"][: len(self.text_encoders)]
         return {"unet": self.unet, **dict(zip(names, self.text_encoders, strict=True))}
@@ -137,7 +137,7 @@ def check_kind(models: BaseModels, settings: argparse.Namespace) -> None:
 
 
 def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) -> Any:
-    options: dict[str, Any] = {"torch_dtype": dtype, "cache_dir": settings.tokenizer_cache_dir}
+    options: dict[str, Any] = {"dtype": dtype, "cache_dir": settings.tokenizer_cache_dir}
     if settings.disable_mmap_load_safetensors:
         options["disable_mmap"] = True
     if settings.lowram and torch.cuda.is_available():
@@ -159,7 +159,7 @@ def _from_file(path: Path, settings: argparse.Namespace, dtype: torch.dtype) -> 
     """A single file needs configs and a tokenizer: --model_config's, or those of the hub's original model."""
     two_encoders = _has_two_text_encoders(path)
     kind = StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline
-    options: dict[str, Any] = {"torch_dtype": dtype, "cache_dir": settings.tokenizer_cache_dir}
+    options: dict[str, Any] = {"dtype": dtype, "cache_dir": settings.tokenizer_cache_dir}
     if not two_encoders:
         options |= {"safety_checker": None, "feature_extractor": None}
     if settings.model_config:
@@ -201,9 +201,9 @@ def _load_vae(name: str, dtype: torch.dtype, settings: argparse.Namespace) -> Au
     try:
         if path.is_file():
             config = {"config": settings.model_config, "subfolder": "vae"} if settings.model_config else {}
-            return AutoencoderKL.from_single_file(str(path), torch_dtype=dtype, **config)
+            return AutoencoderKL.from_single_file(str(path), dtype=dtype, **config)
         whole_model = (path / "model_index.json").exists()
-        return AutoencoderKL.from_pretrained(name, torch_dtype=dtype, subfolder="vae" if whole_model else None)
+        return AutoencoderKL.from_pretrained(name, dtype=dtype, subfolder="vae" if whole_model else None)
     except OSError as error:
         raise TrainingError(f"--vae {name} cannot be loaded: {_first_line(error)}") from error
 

@@ -89,13 +89,13 @@ def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
 
 
 def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trained weights by name, on the CPU."""
-    return {name: p.detach().cpu().clone() for name, p in module.named_parameters() if p.requires_grad}
+    """The adapter's weights by name, on the CPU."""
+    return {name: weight.detach().cpu().clone() for name, weight in _adapter_weights(module).items()}
 
 
 def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Put trained weights back. TrainingError where the adapter has other modules or ranks than the state's."""
-    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """Put the adapter's weights back. TrainingError where the adapter has other modules or ranks than the state's."""
+    own = _adapter_weights(module)
     differing = sorted(own.keys() ^ state.keys())
     differing += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if differing:
@@ -103,6 +103,10 @@ def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor]
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
+
+
+def _adapter_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
 def _write(file: Path, write: Any) -> None:

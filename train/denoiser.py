@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.losses import LossOptions, loss_per_sample
@@ -57,7 +56,7 @@ class StepOptions:
 class StepLoss:
     """The loss of batches under one base model and set of options; `denoiser` may be wrapped by accelerate."""
 
-    def __init__(self, models: BaseModels, denoiser: Any, schedule: DDPMScheduler, options: StepOptions, device: Any):
+    def __init__(self, models: BaseModels, denoiser: Any, schedule: Any, options: StepOptions, device: Any):
         self.models, self.denoiser, self.options, self.device = models, denoiser, options, device
         self.schedule = schedule
         self.alphas = schedule.alphas_cumprod.to(device)

@@ -1,16 +1,16 @@
 """Dropout and norm limits on low-rank layers, as hooks: the layers themselves know nothing of them."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 
 from lora_adapters.train.errors import TrainingError
 
 
 def add_dropouts(
-    layers: Iterable[LoraLayer], adapter: str, network: float | None, rank: float | None, module: float | None
+    layers: Iterable[Any], adapter: str, network: float | None, rank: float | None, module: float | None
 ) -> None:
     """Dropouts that act in training mode only.
 
@@ -43,13 +43,13 @@ def module_dropout(out: torch.Tensor, p: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def norms(layers: Iterable[LoraLayer], adapter: str) -> torch.Tensor:
+def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
     """Frobenius norm of each layer's change of weight, without forming it: (layers,)."""
     return torch.stack([_norm(layer, adapter) for layer in layers])
 
 
 @torch.no_grad()
-def limit_norms(layers: Iterable[LoraLayer], adapter: str, largest: float) -> int:
+def limit_norms(layers: Iterable[Any], adapter: str, largest: float) -> int:
     """Scale down every change whose norm is above `largest`, evenly in both factors; gives back how many were."""
     limited = 0
     for layer in layers:
@@ -62,7 +62,7 @@ def limit_norms(layers: Iterable[LoraLayer], adapter: str, largest: float) -> in
     return limited
 
 
-def _norm(layer: LoraLayer, adapter: str) -> torch.Tensor:
+def _norm(layer: Any, adapter: str) -> torch.Tensor:
     """||UD||^2 is the sum over (UᵀU) * (DDᵀ), which are rank by rank."""
     down, up = (part[adapter].weight.float().flatten(1) for part in (layer.lora_A, layer.lora_B))
     return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * float(layer.scaling[adapter])

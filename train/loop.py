@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lora_adapters import Adapter, set_step
+from lora_adapters.adapter import Adapter
+from lora_adapters.dylora import set_step
 from lora_adapters.train import adapters
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.checkpoints import Position
@@ -18,7 +19,7 @@ from lora_adapters.train.dropouts import limit_norms
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.metadata import run_metadata
 from lora_adapters.train.noise import derived_seed
-from lora_adapters.train.optimizers import weights_to_keep
+from lora_adapters.train.optimizers import start_training, weights_to_keep
 from lora_adapters.train.progress import Progress
 from lora_adapters.train.run import Run, prepare, workers
 from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, save_final
@@ -62,6 +63,7 @@ def train_prepared(run: Run) -> Trained:
     position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
     if settings.resume:
         position = go_on_from(run, Path(settings.resume))
+    start_training(run.optimizer)
     result = Trained(Adapter({}), run.models, position.step)
     with Progress(run, position.step) as progress:
         if position.step == 0:

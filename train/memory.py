@@ -43,7 +43,7 @@ def apply_memory_options(models: BaseModels, settings: argparse.Namespace, train
     if settings.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         for encoder in models.text_encoders if trained_text else ():
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            encoder.activation_checkpointing_enable()
 
 
 def set_training(models: BaseModels, training: bool, text: bool) -> None:

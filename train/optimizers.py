@@ -133,6 +133,13 @@ def create_optimizer(settings: argparse.Namespace, groups: list[dict[str, Any]])
         raise TrainingError(f"{name} does not take these arguments: {error}") from None
 
 
+def start_training(optimizer: Any) -> None:
+    """Tell an optimizer that knows two sets of weights that training begins."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if callable(getattr(inner, "train", None)):
+        inner.train()
+
+
 def settle_weights(optimizer: Any) -> None:
     """Leave the weights as those to save: the end of training."""
     inner = getattr(optimizer, "optimizer", optimizer)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from peft.tuners.lora import LoraLayer
 
 from lora_adapters.train import adapters
 from lora_adapters.train.arguments import parser
@@ -44,7 +44,7 @@ class Run:
     accelerator: Accelerator
     models: BaseModels
     data: TrainingData
-    trained: dict[str, torch.nn.Module]
+    trained: dict[str, Any]
     plain: Denoiser
     denoiser: Any
     loss: StepLoss
@@ -54,7 +54,7 @@ class Run:
     epochs: int
     metadata: dict[str, str] = field(default_factory=dict)
     prompts: list[Prompt] = field(default_factory=list)
-    layers: list[LoraLayer] = field(default_factory=list)
+    layers: list[Any] = field(default_factory=list)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -123,7 +123,8 @@ def check(settings: argparse.Namespace) -> None:
 
 
 def create_accelerator(settings: argparse.Namespace) -> Accelerator:
-    """accelerate's view of this machine and this process."""
+    """accelerate's view of this machine and this process; an earlier run's precision is forgotten."""
+    AcceleratorState._reset_state()
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
             gradient_as_bucket_view=settings.ddp_gradient_as_bucket_view, static_graph=settings.ddp_static_graph
@@ -133,7 +134,7 @@ def create_accelerator(settings: argparse.Namespace) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.ddp_timeout)))
     return Accelerator(
         mixed_precision=settings.mixed_precision,
-        log_with=tracker_names(settings),
+        log_with=tracker_names(settings) or None,
         project_dir=settings.logging_dir,
         kwargs_handlers=handlers,
         dynamo_backend=settings.dynamo_backend if settings.torch_compile else None,
@@ -195,6 +196,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     chunks = (settings.max_token_length or 75) // 75
     options = StepOptions(noise, loss, chunks, settings.weighted_captions)
     groups = adapters.parameter_groups(settings, models, trained)
+    adapters.freeze_rest(trained, groups)
     optimizer = create_optimizer(settings, groups)
     steps, epochs = length(settings, data.batches_per_epoch(accelerator.num_processes))
     schedule = create_schedule(settings, optimizer, steps)

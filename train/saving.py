@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora_adapters import Adapter
+from lora_adapters.adapter import Adapter
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.train import adapters
 from lora_adapters.train import checkpoints as files
