@@ -203,7 +203,9 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     data.set_schedule(steps, settings.gradient_accumulation_steps)
     if not settings.dry_run:
         plain.to(device)
-        models.vae.to(device, torch.float32 if settings.no_half_vae else dtype)
+        models.vae.to(device)
+        if settings.no_half_vae and models.vae.dtype != torch.float32:
+            models.vae.to(torch.float32)
         cache(settings, models, plain, data, accelerator, options)
     noise_schedule = models.noise_schedule(settings.zero_terminal_snr)
     denoiser, optimizer = accelerator.prepare(plain, optimizer)
