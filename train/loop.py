@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lora_adapters.train.progress import Progress
 from lora_adapters.train.run import Run, prepare, workers
 from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, save_final
 from lora_adapters.train.training_data import TrainingData
+from lora_adapters.train.uploads import state_folder
 from lora_adapters.train.validation import HeldOut
 from lora_adapters.train.watching import measure, show_samples
 
@@ -62,7 +62,7 @@ def train_prepared(run: Run) -> Trained:
     run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.epochs)
     position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
     if settings.resume:
-        position = go_on_from(run, Path(settings.resume))
+        position = go_on_from(run, state_folder(settings))
     start_training(run.optimizer)
     result = Trained(Adapter({}), run.models, position.step)
     with Progress(run, position.step) as progress:

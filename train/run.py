@@ -32,6 +32,7 @@ from lora_adapters.train.text import cacheable, tokenize
 from lora_adapters.train.trackers import check_trackers, tracker_names
 from lora_adapters.train.training_data import TrainingData
 from lora_adapters.train.unsupported import refuse
+from lora_adapters.train.uploads import Uploads, check_uploads
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Run:
     steps: int
     epochs: int
     metadata: dict[str, str] = field(default_factory=dict)
+    uploads: Uploads | None = None
     prompts: list[Prompt] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
 
@@ -103,8 +105,13 @@ def check(settings: argparse.Namespace) -> None:
     check_schedule(settings)
     check_samples(settings)
     check_trackers(settings)
-    for name in ("network_weights", "resume"):
-        value = getattr(settings, name)
+    check_uploads(settings)
+    files = [
+        ("network_weights", settings.network_weights),
+        *(("base_weights", one) for one in settings.base_weights or []),
+    ]
+    files += [] if settings.resume_from_huggingface else [("resume", settings.resume)]
+    for name, value in files:
         if value and not Path(value).exists():
             raise TrainingError(f"--{name} {value} does not exist")
     for name in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "train_batch_size", "clip_skip",
@@ -223,6 +230,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         schedule=schedule,
         steps=steps,
         epochs=epochs,
+        uploads=Uploads(settings) if settings.huggingface_repo_id and accelerator.is_main_process else None,
         prompts=read_prompts(Path(settings.sample_prompts)) if settings.sample_prompts else [],
         layers=list(adapters.lora_layers(trained).values()),
     )

@@ -51,7 +51,9 @@ def save_final(run: Run, position: Position) -> Adapter:
     if run.accelerator.is_main_process:
         _write(run, adapter, files.final_name(settings))
         if settings.save_state or settings.save_state_on_train_end:
-            files.save_state(run.output / f"{files.final_name(settings)}-state", _state(run), position)
+            _save_state(run, position, files.final_name(settings))
+        if run.uploads is not None:
+            run.uploads.finish()
     run.accelerator.wait_for_everyone()
     settle_weights(run.optimizer)
     return adapter
@@ -62,7 +64,7 @@ def _save(run: Run, position: Position, name: str, with_state: bool) -> None:
         with weights_to_keep(run.optimizer):
             _write(run, trained_adapter(run, position), name)
         if with_state:
-            files.save_state(run.output / f"{name}-state", _state(run), position)
+            _save_state(run, position, name)
     run.accelerator.wait_for_everyone()
 
 
@@ -70,6 +72,15 @@ def _write(run: Run, adapter: Adapter, name: str) -> None:
     file = run.output / f"{name}{files.ending(run.settings)}"
     adapter.save(file, dtype=_PRECISION[run.settings.save_precision])
     log.info("saved %s", file)
+    if run.uploads is not None:
+        run.uploads.file(file)
+
+
+def _save_state(run: Run, position: Position, name: str) -> None:
+    folder = run.output / f"{name}-state"
+    files.save_state(folder, _state(run), position)
+    if run.uploads is not None:
+        run.uploads.state(folder)
 
 
 def _state(run: Run) -> dict[str, Any]:

@@ -39,26 +39,34 @@ def same(first: Adapter, second: Adapter) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        {"optimizer_type": "AdamW"},
-        pytest.param({"optimizer_type": "AdamWScheduleFree", "optimizer_args": ["warmup_steps=2"]}),
-        pytest.param({"optimizer_type": "Prodigy", "learning_rate": 1.0}, marks=pytest.mark.slow),
-        pytest.param({"optimizer_type": "AdamW8bit"}, marks=pytest.mark.slow),
-    ],
-)
-def test_resuming_gives_the_same_bits(basics, tmp_path, optimizer) -> None:
-    package = {"AdamWScheduleFree": "schedulefree", "Prodigy": "prodigyopt", "AdamW8bit": "bitsandbytes"}
-    if optimizer["optimizer_type"] in package:
-        pytest.importorskip(package[optimizer["optimizer_type"]])
-    options = {**basics, **WHOLE, **optimizer, "save_every_n_steps": 1, "save_state": True, "output_name": "x"}
+OPTIMIZERS = {
+    "AdamWScheduleFree": ("schedulefree", {"optimizer_args": ["warmup_steps=2"]}),
+    "Prodigy": ("prodigyopt", {"learning_rate": 1.0}),
+    "AdamW8bit": ("bitsandbytes", {}),
+    "AdaFactor": ("transformers", {}),
+}
+
+
+def resumes_exactly(options: dict, tmp_path: Path, steps: tuple[int, ...]) -> None:
+    options = {**options, "save_every_n_steps": 1, "save_state": True, "output_name": "x"}
     whole = train(settings(**options))
-    for step in (2, 3):  # between epochs and within one: an epoch has two steps
+    for step in steps:
         state = tmp_path / "out" / f"x-step{step:08d}-state"
         resumed = train(settings(**{**options, "output_dir": str(tmp_path / f"again{step}"), "resume": str(state)}))
         assert resumed.losses == whole.losses[step:]
         assert same(resumed.adapter, whole.adapter)
+
+
+def test_resuming_gives_the_same_bits(basics, tmp_path) -> None:
+    resumes_exactly({**basics, **WHOLE, "max_train_steps": 4}, tmp_path, (3,))  # an epoch has two steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resuming_every_optimizer(basics, tmp_path, optimizer) -> None:
+    package, options = OPTIMIZERS[optimizer]
+    pytest.importorskip(package)
+    resumes_exactly({**basics, **WHOLE, "optimizer_type": optimizer, **options}, tmp_path, (2, 3))
 
 
 def test_state_says_where_it_was(basics, tmp_path) -> None:
@@ -107,6 +115,7 @@ def command_line(options: dict) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_killed_in_a_save_and_resumed(basics, tmp_path) -> None:
     """kill -9 hits the program while it writes a state; going on from the last whole one gives the same adapter."""
     options = {**basics, **WHOLE, "save_every_n_steps": 1, "save_state": True, "output_name": "x"}
