@@ -21,7 +21,7 @@ from .sources import locate
 FORMATS = ("kohya", "diffusers", "peft")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """`{ModuleName(component, path): LowRank}` and the metadata of its file (all strings).
 

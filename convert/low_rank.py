@@ -10,7 +10,7 @@ from .errors import AdapterError
 RANK_SCALINGS = ("constant", "rank", "sqrt")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """ΔW = (alpha / rank) · up · down, of one linear layer or convolution (LoRA, arXiv:2106.09685, section 4.1).
 
@@ -33,8 +33,12 @@ class LowRank:
         if not math.isfinite(self.alpha):
             raise AdapterError(f"alpha is {self.alpha}")
 
+    def __repr__(self) -> str:
+        return f"LowRank(rank {self.rank}, alpha {self.alpha:g}, {list(self.down.shape)} -> {self.up.shape[0]})"
+
     @property
     def rank(self) -> int:
+        """The number of components."""
         return self.down.shape[0]
 
     @property

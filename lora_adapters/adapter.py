@@ -8,7 +8,7 @@ from lora_adapters.convert.adapter import Adapter as AdapterData
 from lora_adapters.convert.errors import AdapterError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter(AdapterData):
     """`lora_adapters.convert.Adapter` that can also be put into a pipeline and taken out of one."""
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from lora_adapters.convert.format_diffusers import lora_config as patterns_of
 
+from . import config as configs  # whole: `config` is half loaded when its import of peft is what loads this module
 from . import dylora
-from .config import DyLoraConfig, LierLaConfig, restored
 from .coverage import RankAlpha, RankRule, base_layers, covered
 
 _PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into itself, under this name
@@ -39,8 +39,8 @@ class AdapterTuner(LoraModel):
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, with this package's coverage and ranks; then make it a DyLoRA where it is one."""
-        config: Any = restored(self.peft_config[adapter_name])  # type: ignore[arg-type]
-        if not isinstance(config, LierLaConfig):
+        config: Any = configs.restored(self.peft_config[adapter_name])  # type: ignore[arg-type]
+        if not isinstance(config, configs.LierLaConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
         config = self.peft_config[adapter_name] = copy.copy(config)  # the caller's may be for another model too
@@ -57,7 +57,7 @@ class AdapterTuner(LoraModel):
         for name, value in patterns_of(found, config.r, config.lora_alpha).items():
             setattr(config, name, set(value) if name == "target_modules" else value)
         config.resolved = True
-        if isinstance(config, DyLoraConfig):
+        if isinstance(config, configs.DyLoraConfig):
             dylora.attach(inner, adapter_name, config.dylora)
 
     def _create_and_replace(  # type: ignore[override]
@@ -70,7 +70,7 @@ class AdapterTuner(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(lora_config, LierLaConfig):
+        if isinstance(lora_config, configs.LierLaConfig):
             path = current_key.removeprefix(_PEFT_MODEL_PREFIX)
             decided = self._rule(path, target.get_base_layer() if isinstance(target, LoraLayer) else target)
             if decided.rank == 0:

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Teach a small Stable Diffusion a style from two dozen pictures, and see what each rank of the adapter has learned.
+
+usage: quickstart.py [--steps N] [--out DIR] [--data DIR]
+
+Trains one DyLoRA on DIR/train, loads the file that it saved with `pipe.load_lora_weights`, and draws prompts that were
+not trained at every rank. Needs no network and no GPU; takes about five minutes on two cores.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from lora_adapters import Adapter, set_rank
+from lora_adapters.train.arguments import settings
+from lora_adapters.train.loop import train
+
+HERE = Path(__file__).parent
+RANK, UNIT = 16, 4
+RANKS = list(range(UNIT, RANK + 1, UNIT))
+PROMPTS = (
+    "a red apple", "a closed umbrella", "a cat face", "a penguin", "an octopus", "a sailboat", "a guitar", "a mushroom",
+)  # fmt: skip
+DATASET = """
+[general]
+resolution = 64
+caption_extension = ".txt"
+
+[[datasets]]
+batch_size = 8
+
+  [[datasets.subsets]]
+  image_dir = "{folder}"
+"""
+
+
+def train_adapter(base: Path, data: Path, out: Path, steps: int) -> Path:
+    """Train a DyLoRA with C3Lier coverage; the path of its file, in kohya's format."""
+    dataset = out / "dataset.toml"
+    dataset.write_text(DATASET.format(folder=(data / "train").as_posix()), encoding="utf-8")
+    train(
+        settings(
+            pretrained_model_name_or_path=str(base),
+            dataset_config=str(dataset),
+            output_dir=str(out),
+            output_name="delft",
+            network_module="networks.dylora",
+            network_dim=RANK,
+            network_alpha=RANK,
+            network_args={"conv_dim": RANK, "conv_alpha": RANK, "unit": UNIT},
+            learning_rate=1e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=20,
+            max_train_steps=steps,
+            network_train_unet_only=True,
+            cache_latents=True,
+            max_data_loader_n_workers=0,
+            seed=1,
+        )
+    )
+    return out / "delft.safetensors"
+
+
+@torch.no_grad()
+def held_out_loss(pipe: StableDiffusionPipeline, folder: Path, repeats: int = 4) -> float:
+    """Mean squared error of the predicted noise over a folder of captioned pictures, noise and timesteps fixed."""
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for file in sorted(folder.glob("*.png")):
+        picture = pipe.image_processor.preprocess(Image.open(file).convert("RGB"))
+        latents = pipe.vae.encode(picture).latent_dist.mean * pipe.vae.config.scaling_factor
+        text, _ = pipe.encode_prompt(file.with_suffix(".txt").read_text(encoding="utf-8").strip(), "cpu", 1, False)
+        noise = torch.randn(repeats, *latents.shape[1:], generator=generator)
+        timesteps = torch.linspace(100, 900, repeats).long()
+        noisy = pipe.scheduler.add_noise(latents.expand_as(noise), noise, timesteps)
+        predicted = pipe.unet(noisy, timesteps, text.expand(repeats, -1, -1)).sample
+        losses.append((predicted - noise).square().mean().item())
+    return sum(losses) / len(losses)
+
+
+def draw(pipe: StableDiffusionPipeline) -> list[Image.Image]:
+    """One picture for each prompt, from the same noise whatever the adapter."""
+    generators = [torch.Generator().manual_seed(1) for _ in PROMPTS]
+    return pipe(list(PROMPTS), num_inference_steps=20, guidance_scale=4.0, generator=generators).images
+
+
+def grid(columns: dict[str, list[Image.Image]], side: int = 128, margin: int = 150) -> Image.Image:
+    """A sheet with a row for each prompt and a titled column for each setting."""
+    font = ImageFont.load_default(15)
+    sheet = Image.new("RGB", (margin + len(columns) * (side + 4), 26 + len(PROMPTS) * (side + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, prompt in enumerate(PROMPTS):
+        pen.text((8, 26 + row * (side + 4) + side // 2), prompt, "black", font, anchor="lm")
+    for column, (title, pictures) in enumerate(columns.items()):
+        left = margin + column * (side + 4)
+        pen.text((left + side // 2, 13), title, "black", font, anchor="mm")
+        for row, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, 26 + row * (side + 4)))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for everything that is made")
+    parser.add_argument("--data", type=Path, default=HERE / "pictures" / "delft", help="folder with train and held_out")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)  # products of tiny gradients slow a CPU down several times over
+    diffusers_logging.set_verbosity_error()
+
+    file = train_adapter(HERE / "tiny-sd", args.data, args.out, args.steps)
+
+    pipe = StableDiffusionPipeline.from_pretrained(HERE / "tiny-sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    columns, losses = {"base": draw(pipe)}, {"base": held_out_loss(pipe, args.data / "held_out")}
+    pipe.load_lora_weights(file, adapter_name="delft")
+    for rank in tqdm(RANKS, desc="pictures and held-out loss"):
+        set_rank(pipe, rank)
+        columns[f"rank {rank}"] = draw(pipe)
+        losses[f"rank {rank}"] = held_out_loss(pipe, args.data / "held_out")
+
+    grid(columns).save(args.out / "grid.png")
+    table = ["| | held-out loss |", "|---|---|", *(f"| {name} | {loss:.4f} |" for name, loss in losses.items())]
+    (args.out / "held_out.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    best = min(RANKS, key=lambda rank: losses[f"rank {rank}"])
+    cut = Adapter.load(file).truncate(best).save(args.out / f"delft-rank{best}.safetensors")
+
+    print("\n".join(table))
+    print(f"\npictures:  {args.out / 'grid.png'}\nadapter:   {file}\ncut to its best rank:  {cut}")
+
+
+if __name__ == "__main__":
+    main()
