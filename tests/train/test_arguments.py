@@ -32,15 +32,13 @@ def test_no_option_is_read_and_ignored(name) -> None:
     """Each option is used by some module besides those that declare it, or is refused with a reason."""
     if name in UNSUPPORTED:
         return
-    elsewhere = [
-        file for file in TRAIN.glob("*.py") if not file.name.startswith(("options_", "unsupported", "metadata."))
-    ]
-    named = rf"(settings|options|self|args|first)\.{name}|[\"']{name}[\"']|{name}: .* = option\("
+    elsewhere = [file for file in TRAIN.glob("*.py") if not file.name.startswith(("options_", "unsupported", "meta"))]
+    named = rf"(settings|options|self|args|first)\.{name}\b|[\"']{name}[\"']|\b{name}: .* = option\("
     used = any(re.search(named, file.read_text()) for file in elsewhere)
-    if name.startswith("metadata_") or name in ("no_metadata", "training_comment"):  # these are metadata and no more
-        used = (
-            f"settings.{name}" in METADATA_CODE or f'"{name}"' in METADATA_CODE or name[9:] in options_output.METADATA
-        )
+    if name.startswith("metadata_"):
+        used = name.removeprefix("metadata_") in options_output.METADATA and "metadata_{name}" in METADATA_CODE
+    if name in ("no_metadata", "training_comment"):  # these are metadata and no more
+        used = f"settings.{name}" in METADATA_CODE or f'"{name}"' in METADATA_CODE
     assert used, f"--{name} is declared and nothing reads it"
 
 
