@@ -60,17 +60,22 @@ class Buckets:
         self.sizes = [self.resolution]
         if self.enabled:
             self.sizes = bucket_sizes(self.resolution, self.smallest, self.largest, self.steps)
+        self._placed: dict[Size, Placement] = {}  # most pictures of a set share a few sizes
 
     def place(self, size: Size) -> Placement:
         """Where a picture of `size` goes."""
-        if self.enabled and self.no_upscale:
-            return self._place_without_enlarging(size)
-        bucket = size if size in self.sizes else min(self.sizes, key=lambda other: abs(_aspect(other) - _aspect(size)))
-        return Placement(bucket, cover(size, bucket))
+        if size not in self._placed:
+            without = self.enabled and self.no_upscale
+            self._placed[size] = self._place_without_enlarging(size) if without else self._place(size)
+        return self._placed[size]
 
     def aspect_error(self, size: Size) -> float:
         """How far the bucket's width / height is from the picture's."""
         return abs(_aspect(self.place(size).bucket) - _aspect(size))
+
+    def _place(self, size: Size) -> Placement:
+        bucket = size if size in self.sizes else min(self.sizes, key=lambda other: abs(_aspect(other) - _aspect(size)))
+        return Placement(bucket, cover(size, bucket))
 
     def _place_without_enlarging(self, size: Size) -> Placement:
         shrink = min(1.0, math.sqrt(self.resolution[0] * self.resolution[1] / (size[0] * size[1])))

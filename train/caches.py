@@ -70,9 +70,9 @@ def latents_fit(path: str, wanted: LatentsWanted) -> bool:
                 return False
             if "vae" in file and str(file["vae"]) != wanted.vae:
                 return False
-            latents = [file["latents"]] + ([file["latents_flipped"]] if wanted.flip else [])
-            mask_fits = not wanted.alpha_mask or file["alpha_mask"].shape == wanted.bucket[::-1]
-            return mask_fits and all(part.shape[-2:] == shape and np.isfinite(part).all() for part in latents)
+            names = ["latents", "latents_flipped"] if wanted.flip else ["latents"]
+            mask_fits = not wanted.alpha_mask or _shape(file, "alpha_mask") == wanted.bucket[::-1]
+            return mask_fits and all(_shape(file, name)[-2:] == shape for name in names)
     except NPZ_ERRORS:
         return False
 
@@ -87,8 +87,8 @@ def read_latents(path: str) -> CachedLatents:
             }
     except NPZ_ERRORS as error:
         raise DataError(f"{path}: damaged latents cache ({error}); delete it") from None
-    if parts["latents"] is None:
-        raise DataError(f"{path}: holds no latents; delete it")
+    if parts["latents"] is None or not torch.isfinite(parts["latents"]).all():
+        raise DataError(f"{path}: holds {'no latents' if parts['latents'] is None else 'NaN'}; delete it")
     return CachedLatents(parts["latents"], parts["latents_flipped"], parts["alpha_mask"])
 
 
@@ -153,6 +153,14 @@ def vae_identity(vae: torch.nn.Module) -> str:
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _shape(file: Any, name: str) -> tuple[int, ...]:
+    """The shape of an array in an open .npz, from its header alone; KeyError where it is not there."""
+    with file.zip.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(member)[0]
 
 
 def _origin(caption: str, encoder: str) -> dict[str, str]:

@@ -97,7 +97,8 @@ def encode_text(
         return [outputs[caption] for caption in captions]
     paths = [stem + TEXT_ENDING for stem in _stems(pictures.pictures)]
     _one_use_each(paths, captions)
-    shapes = {name: value.shape[1:] for name, value in encode([""]).items()}
+    with torch.no_grad():
+        shapes = {name: value.shape[1:] for name, value in encode([""]).items()}
     missing = [
         number
         for number, (path, caption) in enumerate(zip(paths, captions, strict=True))

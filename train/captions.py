@@ -12,11 +12,11 @@ WILDCARD = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Moment:
-    """When a caption is drawn: the epoch from 0, the optimizer step from 0, and how many steps there will be."""
+    """When a caption is drawn: the epoch from 0, the optimizer step from 0, and how many steps there will be in all."""
 
     epoch: int = 0
     step: int = 0
-    max_train_steps: int | None = None
+    max_train_steps: int = 0
 
 
 def varying_options(subset: SubsetConfig) -> list[str]:
@@ -94,8 +94,6 @@ def _warmed_up(count: int, subset: SubsetConfig, moment: Moment) -> int:
     """How many of `count` tags this step reaches: from token_warmup_min at step 0 to all at token_warmup_step."""
     steps = subset.token_warmup_step
     if 0 < steps < 1:
-        if moment.max_train_steps is None:
-            raise ValueError("token_warmup_step below 1 is a share of max_train_steps, which is not set")
         steps = math.floor(steps * moment.max_train_steps)
     if steps == 0 or moment.step >= steps or count <= subset.token_warmup_min:
         return count

@@ -21,6 +21,8 @@ else:
     import tomli as tomllib
 
 VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
+FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
+HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
@@ -79,7 +81,7 @@ class SubsetConfig:
     class_tokens: str | None = option(None, "GDS")
     caption_extension: str = option(".caption", "GDSC", read=_suffix)
     cache_info: bool = option(False, "GDSC")
-    num_repeats: int = option(1, "GDS", at_least=0)  # 0 leaves the subset out
+    num_repeats: int = option(1, "GDSC", at_least=0)  # 0 leaves the subset out
 
     shuffle_caption: bool = option(False, "GDSC")
     keep_tokens: int = option(0, "GDSC", at_least=0)
@@ -138,8 +140,8 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
 
     `arguments` maps the training program's option names to values, as vars() of parsed arguments does; None means not
     given and names that do not concern data are left alone. Of use here: `dataset_config`, or `train_data_dir` with
-    `reg_data_dir` or with `in_json` and `dataset_repeats`, and every option of SubsetConfig and DatasetConfig that has
-    a C in its rule (batch_size is spelled train_batch_size). Raises DataError.
+    `reg_data_dir` or with `in_json`, and every option of SubsetConfig and DatasetConfig that has
+    a C in its rule (two are spelled as in FLAGS). Raises DataError.
     """
     given = _command_line(arguments)
     file, folder = arguments.get("dataset_config"), arguments.get("train_data_dir")
@@ -154,9 +156,7 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
     if arguments.get("in_json"):
         if arguments.get("reg_data_dir"):
             raise DataError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
-        repeats = arguments.get("dataset_repeats")
-        metadata = {"image_dir": folder, "metadata_file": arguments["in_json"]}
-        subsets = [metadata | ({} if repeats is None else {"num_repeats": repeats})]
+        subsets = [{"image_dir": folder, "metadata_file": arguments["in_json"]}]
     else:
         subsets = class_folders(Path(folder), "--train_data_dir", is_reg=False)
         if arguments.get("reg_data_dir"):
@@ -167,16 +167,15 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
 def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The data options of a command line, checked; those left at None are not in it."""
     spelled = dict(arguments)
-    if spelled.get("train_batch_size") is not None:
-        spelled["batch_size"] = spelled["train_batch_size"]
+    for name, flag in FLAGS.items():
+        spelled[name] = spelled.get(flag)
     if spelled.get("caption_extention") is not None:  # an old spelling that people's scripts still have
         spelled["caption_extension"] = spelled["caption_extention"]
     given = {}
     for kind in (SubsetConfig, DatasetConfig):
         for name, (hint, rule) in rules(kind).items():
             if "C" in rule.where and spelled.get(name) is not None:
-                flag = "--train_batch_size" if name == "batch_size" else f"--{name}"
-                given[name] = check_value(hint, rule, spelled[name], flag)
+                given[name] = check_value(hint, rule, spelled[name], f"--{FLAGS.get(name, name)}")
     return given
 
 
@@ -230,9 +229,6 @@ def _tables(table: dict[str, Any], key: str, path: str, source: str) -> list[dic
         problem = "is missing" if value is None else f"must be a list of at least one table, not {show(value)}"
         raise DataError(f"{source}: {path} {problem}")
     return value
-
-
-HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
 
 
 def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, source: str) -> None:

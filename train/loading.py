@@ -1,5 +1,6 @@
 """Loading batches: from entry numbers to tensors, in this process or in others."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class BatchReader(Dataset):
         """Process `rank`'s orders of an epoch from batch `start` on; data that is not shuffled has one epoch only."""
         plan = plan_epoch(self.pictures.groups, self.seed, epoch, world_size, shuffle=self.pictures.shuffle)
         epoch = epoch if self.pictures.shuffle else 0
-        first_step = epoch * -(-len(plan) // self.accumulation)
+        first_step = epoch * math.ceil(len(plan) / self.accumulation)
         return [
             Order(epoch, first_step + number // self.accumulation, share(plan[number], rank, world_size))
             for number in range(start, len(plan))
@@ -83,7 +84,7 @@ class BatchReader(Dataset):
         samples, captions = [], []
         for entry, number, picture in zip(order.share.entries, numbers, pictures, strict=True):
             samples.append(self._sample(entry, number, picture, order.epoch))
-            moment = Moment(order.epoch, order.step, self.max_train_steps)
+            moment = Moment(order.epoch, order.step, self.max_train_steps or 0)
             rng = python_random(self.seed, "caption", order.epoch, entry)
             captions.append(draw_caption(picture.found.caption, picture.subset, rng, moment))
         weights = [
@@ -161,7 +162,9 @@ def load_mask(picture: Picture, variation: Variation) -> torch.Tensor | None:
     """(height, width) in [0, 1] from the picture's mask file, None where it has none."""
     if picture.found.mask is None:
         return None
-    return mask_tensor(open_picture(FileSource(picture.found.mask)), picture.placement, variation)
+    mask = open_picture(FileSource(picture.found.mask))
+    grey = to_rgb(mask, picture.found.mask, blend=False)[0].convert("L")
+    return mask_tensor(grey, picture.placement, variation)
 
 
 def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:

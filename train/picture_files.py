@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,6 @@ from lora_adapters.train.data_error import DataError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"})
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 TAIL = 64
-READ_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,18 @@ def size_if_whole(source: Source) -> tuple[int, int] | str:
             stream.seek(0)
             with Image.open(stream) as picture:
                 width, height = picture.size
-                sideways = picture.getexif().get(ORIENTATION) in SIDEWAYS
-                if not _ends_properly(stream, picture.format):
+                if picture.format == "PNG":
+                    whole, exif = _walk_png(stream)
+                else:
+                    whole, exif = _ends_properly(stream, picture.format), True
+                if not whole:
                     stream.seek(0)
                     Image.open(stream).load()
+                # Pillow decodes a whole PNG in search of EXIF data, which few have.
+                sideways = exif and picture.getexif().get(ORIENTATION) in SIDEWAYS
     except UnidentifiedImageError:
         return "not a picture"
-    except READ_ERRORS as error:
+    except Exception as error:  # a damaged picture makes Pillow's readers raise almost anything
         return str(error) or type(error).__name__
     return (height, width) if sideways else (width, height)
 
@@ -90,20 +95,32 @@ def open_picture(source: Source) -> Image.Image:
     try:
         with source.stream() as stream, Image.open(stream) as picture:
             return ImageOps.exif_transpose(picture)
-    except READ_ERRORS as error:
+    except Exception as error:
         raise DataError(f"{source.name}: cannot be read as a picture ({error}); remove or repair it") from None
 
 
 def _ends_properly(stream: BinaryIO, kind: str | None) -> bool:
-    """Whether a JPEG, PNG or WebP is complete, judged by its last bytes; other formats are not known here."""
+    """Whether a JPEG or WebP is complete, judged by its last bytes; other formats are not known here."""
     length = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, length - TAIL))
     tail = stream.read(TAIL)
     if kind == "JPEG":
         return b"\xff\xd9" in tail
-    if kind == "PNG":
-        return b"IEND" in tail
     if kind == "WEBP":
         stream.seek(4)
         return int.from_bytes(stream.read(4), "little") + 8 <= length
     return False
+
+
+def _walk_png(stream: BinaryIO) -> tuple[bool, bool]:
+    """(whether the file is complete, whether it has EXIF data), from the chunks' headers."""
+    length = stream.seek(0, os.SEEK_END)
+    position, exif = 8, False
+    while position + 12 <= length:  # a chunk: length, name, data, check sum
+        stream.seek(position)
+        size, name = struct.unpack(">I4s", stream.read(8))
+        exif = exif or name in (b"eXIf", b"zTXt", b"iTXt", b"tEXt")  # some writers put EXIF or XMP into text
+        position += size + 12
+        if name == b"IEND":
+            return position <= length, exif
+    return False, exif

@@ -95,9 +95,8 @@ def picture_tensor(
 
 
 def mask_tensor(mask: Image.Image, placement: Placement, variation: Variation) -> torch.Tensor:
-    """A mask picture of any size in its picture's place: (height, width) in [0, 1]."""
-    grey, _ = to_rgb(mask, "mask", blend=False)
-    scaled = grey.convert("L").resize(placement.resized, Image.Resampling.BOX).crop(_box(placement, variation))
+    """A grey mask of any size, scaled and cropped as its picture is: (height, width) in [0, 1]."""
+    scaled = mask.resize(placement.resized, Image.Resampling.BOX).crop(_box(placement, variation))
     if variation.flip:
         scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(scaled)).float() / 255

@@ -151,8 +151,12 @@ def _write_info(folder: Path, pictures: list[Found], candidates: list[Candidate]
         for found in pictures
     }
     partial = folder / f"{INFO_CACHE}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(table, ensure_ascii=False, indent=2), encoding="utf-8")
-    os.replace(partial, folder / INFO_CACHE)
+    try:
+        partial.write_text(json.dumps(table, ensure_ascii=False, indent=2), encoding="utf-8")
+        os.replace(partial, folder / INFO_CACHE)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(f"{folder / INFO_CACHE}: cannot be written for cache_info ({error.strerror})") from None
 
 
 def _measure(candidates: list[Candidate], name: str) -> list[Size | str]:

@@ -25,7 +25,8 @@ class TrainingData:
     """The training pictures of `config`, with `validation` split off where it asks for that.
 
     config: from load_data_config. seed: the run's. prior_loss_weight: the loss weight of regularisation pictures.
-    Opens every picture's header; raises DataError where there is nothing to train on.
+    pictures: given, these are used in place of the config's. Opens every picture's header; raises DataError where there
+    is nothing to train on.
     """
 
     validation: "TrainingData | None"
@@ -38,19 +39,18 @@ class TrainingData:
         prior_loss_weight: float = 1.0,
         persistent_workers: bool = False,
         pin_memory: bool = False,
+        pictures: PictureSet | None = None,
     ) -> None:
-        training, held_out = load_pictures(config, seed)
-        self._set_up(training, config, seed, prior_loss_weight, persistent_workers, pin_memory)
-        if held_out is not None:
-            self.validation = TrainingData.__new__(TrainingData)
-            self.validation._set_up(held_out, config, seed, 1.0, persistent_workers, pin_memory)
-
-    def _set_up(
-        self, pictures: PictureSet, config: DataConfig, seed: int, prior: float, persistent: bool, pin: bool
-    ) -> None:
+        held_out = None
+        if pictures is None:
+            pictures, held_out = load_pictures(config, seed)
         self.config, self.pictures, self.validation = config, pictures, None
-        self._reader = BatchReader(pictures, seed, prior)
-        self._loader = EpochLoader(self._reader, persistent, pin)
+        self._reader = BatchReader(pictures, seed, prior_loss_weight)
+        self._loader = EpochLoader(self._reader, persistent_workers, pin_memory)
+        if held_out is not None:
+            self.validation = TrainingData(
+                config, seed=seed, persistent_workers=persistent_workers, pin_memory=pin_memory, pictures=held_out
+            )
 
     @property
     def num_pictures(self) -> int:
@@ -91,6 +91,8 @@ class TrainingData:
         part; where a bucket's last batch does not divide, loss_weights keep the gradients those of one process (see
         batches.share). Validation data is the same in every epoch.
         """
+        if self.needs_max_train_steps and self._reader.max_train_steps is None:
+            raise DataError("token_warmup_step below 1 is a share of max_train_steps: call set_schedule first")
         return self._loader.batches(epoch, start, rank, world_size, workers)
 
     def cache_latents(
@@ -160,7 +162,7 @@ class TrainingData:
         return kohya_metadata(self.pictures, self.config, world_size)
 
     def _subsets(self) -> list[SubsetConfig]:
-        return [subset for dataset in self.config.datasets for subset in dataset.subsets]
+        return [loaded.config for loaded in self.pictures.subsets]
 
     def _with_validation(self) -> list["TrainingData"]:
         return [self, self.validation] if self.validation else [self]
