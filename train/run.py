@@ -188,6 +188,8 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     accelerator = create_accelerator(settings)
     if not settings.output_dir and not settings.dry_run:
         raise TrainingError("--output_dir is missing: the folder for what is saved")
+    if accelerator.device.type == "cpu":
+        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
     settings.seed = decide_seed(settings)
     data = data or open_data(settings, settings.seed)
     dtype, device = weight_type(settings.mixed_precision), accelerator.device

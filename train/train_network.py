@@ -41,6 +41,11 @@ def _run(settings) -> None:
     from lora_adapters.train.trackers import start_console
 
     start_console(settings)
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+
+    disable_progress_bar()  # one bar is enough: that of training
+    disable_transformers_progress_bar()
     from lora_adapters.train.loop import train_prepared
     from lora_adapters.train.run import prepare
 
