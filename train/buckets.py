@@ -91,7 +91,8 @@ class Buckets:
     def _cut(self, resized: Size) -> Placement:
         """Both sides down to the steps; only a side shorter than one step is enlarged, to that step."""
         bucket = self._floor(resized[0]), self._floor(resized[1])
-        return Placement(bucket, cover(resized, bucket))
+        fits = resized[0] >= bucket[0] and resized[1] >= bucket[1]
+        return Placement(bucket, resized if fits else cover(resized, bucket))
 
     def _round(self, side: float, most: int) -> int:
         return self._floor(min(side + self.steps / 2, most))

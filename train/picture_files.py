@@ -14,6 +14,7 @@ from lora_adapters.train.data_error import DataError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"})
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 TAIL = 64
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")  # chunks that some writers put EXIF or XMP into
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,11 @@ def _walk_png(stream: BinaryIO) -> tuple[bool, bool]:
     while position + 12 <= length:  # a chunk: length, name, data, check sum
         stream.seek(position)
         size, name = struct.unpack(">I4s", stream.read(8))
-        exif = exif or name in (b"eXIf", b"zTXt", b"iTXt", b"tEXt")  # some writers put EXIF or XMP into text
+        exif = (
+            exif
+            or name == b"eXIf"
+            or (name in PNG_TEXT and stream.read(17) in (b"Raw profile type ", b"XML:com.adobe.xmp"))
+        )
         position += size + 12
         if name == b"IEND":
             return position <= length, exif
