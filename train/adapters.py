@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from lora_adapters.adapter import Adapter
 from lora_adapters.config import DyLoraConfig
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DyLora
 from lora_adapters.convert.names import ModuleName
 from lora_adapters.kohya_options import NetworkOptions, network_options
@@ -34,8 +35,11 @@ def options(settings: argparse.Namespace, architecture: str = "sd") -> NetworkOp
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, architecture)
 
 
-def check_network(settings: argparse.Namespace) -> None:
-    """Raise TrainingError for network options that contradict each other."""
+def check_network(settings: argparse.Namespace, architecture: str | None) -> None:
+    """Raise an error for network options that are wrong or contradict each other.
+
+    `architecture` is None where it is not known before the base model is loaded.
+    """
     if settings.network_train_unet_only and settings.network_train_text_encoder_only:
         raise TrainingError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
     if settings.dim_from_weights and not settings.network_weights:
@@ -47,9 +51,12 @@ def check_network(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms <= 0:
         raise TrainingError(f"--scale_weight_norms must be above 0, not {settings.scale_weight_norms}")
-    if not settings.network_module:
-        raise TrainingError("--network_module is missing: networks.lora or networks.dylora")
-    key_values(settings.network_args, "network_args")
+    try:
+        options(settings, architecture or "sd")
+    except AdapterError:
+        if architecture is not None:
+            raise
+        options(settings, "sdxl")
 
 
 def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:

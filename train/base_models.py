@@ -92,6 +92,16 @@ def check_path(settings: argparse.Namespace) -> None:
         raise TrainingError(f"base model {name} does not exist")
 
 
+def architecture_on_disk(settings: argparse.Namespace) -> str | None:
+    """ "sd" or "sdxl", told from a local folder or .safetensors file without loading it; None where that is not possible."""
+    path = Path(settings.pretrained_model_name_or_path)
+    if (path / "model_index.json").exists():
+        return "sdxl" if '"text_encoder_2"' in (path / "model_index.json").read_text(encoding="utf-8") else "sd"
+    if path.is_file() and path.suffix == ".safetensors":
+        return "sdxl" if _has_two_text_encoders(path) else "sd"
+    return None
+
+
 def load_base_models(settings: argparse.Namespace, dtype: torch.dtype = torch.float32) -> BaseModels:
     """Load what --pretrained_model_name_or_path and --vae name, frozen and in evaluation mode, in `dtype`."""
     check_path(settings)

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from lora_adapters.train import adapters
 from lora_adapters.train.arguments import parser
-from lora_adapters.train.base_models import BaseModels, check_path, load_base_models
+from lora_adapters.train.base_models import BaseModels, architecture_on_disk, check_path, load_base_models
 from lora_adapters.train.dataset_config import load_data_config
 from lora_adapters.train.denoiser import Denoiser, StepLoss, StepOptions
 from lora_adapters.train.errors import TrainingError
@@ -100,7 +100,7 @@ def check(settings: argparse.Namespace) -> None:
     refuse(settings, vars(parser().parse_args([])))
     check_machine(settings)
     check_path(settings)
-    adapters.check_network(settings)
+    adapters.check_network(settings, architecture_on_disk(settings))
     optimizer_class(optimizer_name(settings))
     check_schedule(settings)
     check_samples(settings)
