@@ -93,7 +93,7 @@ def check_path(settings: argparse.Namespace) -> None:
 
 
 def architecture_on_disk(settings: argparse.Namespace) -> str | None:
-    """ "sd" or "sdxl", told from a local folder or .safetensors file without loading it; None where that is not possible."""
+    """ "sd" or "sdxl", told from a folder or .safetensors file without loading it; None where that cannot be told."""
     path = Path(settings.pretrained_model_name_or_path)
     if (path / "model_index.json").exists():
         return "sdxl" if '"text_encoder_2"' in (path / "model_index.json").read_text(encoding="utf-8") else "sd"

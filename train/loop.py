@@ -22,6 +22,7 @@ from lora_adapters.train.optimizers import start_training, weights_to_keep
 from lora_adapters.train.progress import Progress
 from lora_adapters.train.run import Run, prepare, workers
 from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, save_final
+from lora_adapters.train.trackers import start_trackers
 from lora_adapters.train.training_data import TrainingData
 from lora_adapters.train.uploads import state_folder
 from lora_adapters.train.validation import HeldOut
@@ -63,6 +64,7 @@ def train_prepared(run: Run) -> Trained:
     position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
     if settings.resume:
         position = go_on_from(run, state_folder(settings))
+    start_trackers(settings, accelerator)
     start_training(run.optimizer)
     result = Trained(Adapter({}), run.models, position.step)
     with Progress(run, position.step) as progress:

@@ -54,7 +54,7 @@ def start_trackers(settings: argparse.Namespace, accelerator: Accelerator) -> No
         os.environ["WANDB_API_KEY"] = settings.wandb_api_key
     if settings.logging_dir:
         folder = Path(settings.logging_dir) / f"{settings.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
-        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.project_configuration.logging_dir = str(folder)
     arguments: dict[str, Any] = {name: {} for name in names}
     if settings.log_tracker_config:
         arguments |= read_sections(Path(settings.log_tracker_config))

@@ -21,13 +21,13 @@ def close(first: Adapter, second: Adapter, tolerance: float = 1e-5) -> bool:
 
 
 def test_training_learns_and_its_file_is_what_was_trained(basics, sd1, tmp_path) -> None:
-    options = {**basics, "max_train_steps": 12, "validation_split": 0.25, "network_args": {"conv_dim": "2"}}
+    options = {**basics, "max_train_steps": 8, "validation_split": 0.25, "network_args": {"conv_dim": "2"}}
     trained = train(settings(**options, output_name="x", cache_latents=True))
     assert trained.held_out[-1].loss < trained.held_out[0].loss
-    assert len(trained.losses) == trained.steps == 12
+    assert len(trained.losses) == trained.steps == 8
     loaded = Adapter.load(tmp_path / "out" / "x.safetensors")
     assert same(loaded, trained.adapter)
-    assert loaded.metadata["ss_steps"] == "12"
+    assert loaded.metadata["ss_steps"] == "8"
     pipe = StableDiffusionPipeline.from_pretrained(sd1)
     pipe.load_lora_weights(tmp_path / "out" / "x.safetensors")
     inputs = torch.ones(1, 4, 8, 8), 7, torch.ones(1, 77, 32)
@@ -71,6 +71,7 @@ def test_cached_text_is_the_text(basics) -> None:
     assert close(plain.adapter, cached.adapter)
 
 
+@pytest.mark.slow
 def test_cached_latents_are_those_of_the_vae(basics) -> None:
     """With a VAE whose posterior has no width, a cached sample is every sample."""
     from lora_adapters.train.base_models import load_base_models
@@ -86,6 +87,7 @@ def test_cached_latents_are_those_of_the_vae(basics) -> None:
     assert close(*adapters, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", ["unet", "text_encoder"])
 def test_only_one_part_is_trained(basics, only) -> None:
     trained = train(settings(**basics, **{f"network_train_{only}_only": True}))
@@ -93,6 +95,7 @@ def test_only_one_part_is_trained(basics, only) -> None:
     assert max(one.up.abs().max() for one in trained.adapter.modules.values()) > 0
 
 
+@pytest.mark.slow
 def test_sdxl_trains_both_text_encoders(basics, sdxl, tmp_path) -> None:
     options = {**basics, "pretrained_model_name_or_path": str(sdxl), "max_train_steps": 2}
     trained = train(settings(**options, save_precision="fp16"))
@@ -110,6 +113,7 @@ def test_sdxl_with_cached_text(basics, sdxl) -> None:
     assert close(plain.adapter, cached.adapter)
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_weights_in_fp32(basics) -> None:
     trained = train(settings(**basics, mixed_precision="bf16"))
     assert {one.up.dtype for one in trained.adapter.modules.values()} == {torch.float32}
