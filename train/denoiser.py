@@ -97,7 +97,9 @@ class StepLoss:
         noise = draw_noise(latents, generators, self.options.noise)
         timesteps = timesteps.to(self.device)
         noisy = self.schedule.add_noise(latents, perturbed(noise, generators, self.options.noise), timesteps)
-        predicted = self.denoiser(noisy, timesteps, text, self.time_ids(batch))
+        # Measuring needs no word between processes, which the wrapper would have at every call.
+        denoiser = self.denoiser if torch.is_grad_enabled() else self.denoiser_module
+        predicted = denoiser(noisy, timesteps, text, self.time_ids(batch))
         wants_velocity = self.options.loss.v_prediction
         target = self.schedule.get_velocity(latents, noise, timesteps) if wants_velocity else noise
         return loss_per_sample(predicted, target, timesteps, self.alphas, self.options.loss, batch.masks)

@@ -17,11 +17,11 @@ from lora_adapters.train.checkpoints import Position
 from lora_adapters.train.dropouts import limit_norms
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.metadata import run_metadata
-from lora_adapters.train.noise import derived_seed
 from lora_adapters.train.optimizers import start_training, weights_to_keep
 from lora_adapters.train.progress import Progress
 from lora_adapters.train.run import Run, prepare, workers
 from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, save_final
+from lora_adapters.train.seeding import derive
 from lora_adapters.train.trackers import start_trackers
 from lora_adapters.train.training_data import TrainingData
 from lora_adapters.train.uploads import state_folder
@@ -111,7 +111,7 @@ def _step(run: Run, step: int, group: list[Any], progress: Progress) -> float:
     """One optimizer step over a group of batches; gives back the loss, the mean over all processes."""
     accelerator, settings = run.accelerator, run.settings
     # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
-    torch.manual_seed(derived_seed(settings.seed, "step", step, accelerator.process_index))
+    torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
         set_step(list(run.trained.values()), step, settings.seed)

@@ -25,7 +25,6 @@ class LossOptions:
     debiased_estimation_loss: bool = False
     scale_v_pred_loss_like_noise_pred: bool = False
     v_pred_like_loss: float | None = None
-    masked_loss: bool = False
 
     @classmethod
     def of(cls, settings: argparse.Namespace, v_prediction: bool) -> "LossOptions":
@@ -46,7 +45,6 @@ class LossOptions:
             debiased_estimation_loss=settings.debiased_estimation_loss,
             scale_v_pred_loss_like_noise_pred=settings.scale_v_pred_loss_like_noise_pred,
             v_pred_like_loss=settings.v_pred_like_loss,
-            masked_loss=settings.masked_loss,
         )
 
 
@@ -69,7 +67,7 @@ def loss_per_sample(
         schedule = (options.huber_schedule, options.huber_c, options.huber_scale)
         width = huber_width(timesteps, alphas_cumprod, *schedule).to(predicted.device, torch.float32).view(-1, 1, 1, 1)
     loss = elementwise(predicted.float(), target.float(), options.loss_type, width)
-    if options.masked_loss and mask is not None:
+    if mask is not None:
         loss = loss * resized_mask(mask, loss)
     weights = timestep_weights(signal_to_noise(alphas_cumprod)[timesteps], options)
     return loss.mean(dim=(1, 2, 3)) * weights.to(loss)

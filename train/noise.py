@@ -5,12 +5,13 @@ whatever the device, the batch size, the number of processes, and whether the ru
 """
 
 import argparse
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from lora_adapters.train.seeding import derive
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,9 @@ class NoiseOptions:
         )
 
 
-def derived_seed(*key: int | str) -> int:
-    """A 63-bit seed that depends on every part of `key`, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
-
-
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator of its own for `key`."""
-    return torch.Generator().manual_seed(derived_seed(*key))
+    return torch.Generator().manual_seed(derive(*key))
 
 
 def draw_timesteps(generators: list[torch.Generator], options: NoiseOptions) -> torch.Tensor:

@@ -192,6 +192,8 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
     settings.seed = decide_seed(settings)
     data = data or open_data(settings, settings.seed)
+    if settings.masked_loss and not data.has_masks:
+        raise TrainingError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     torch.manual_seed(settings.seed)  # the start of `down` is random

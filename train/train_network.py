@@ -32,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ in ("AdapterError", "DataError"):
             return _failed(error)
         raise
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _failed(
+            "the device has too little memory: try --gradient_checkpointing, a smaller batch, or --cache_latents"
+        )
     except KeyboardInterrupt:
         return _failed("interrupted; saved files and states are whole")
     return 0

@@ -68,9 +68,9 @@ def test_mask_is_resized_by_area_and_not_renormalised() -> None:
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2, :1] = 1  # half of the upper left quarter
     timestep = torch.tensor([500])
-    masked = loss_per_sample(predicted, target, timestep, ALPHAS, LossOptions(masked_loss=True), mask)
+    masked = loss_per_sample(predicted, target, timestep, ALPHAS, LossOptions(), mask)
     assert masked.item() == pytest.approx(0.5 / 4)
-    assert loss_per_sample(predicted, target, timestep, ALPHAS, LossOptions(), mask).item() == 1
+    assert loss_per_sample(predicted, target, timestep, ALPHAS, LossOptions()).item() == 1
 
 
 def test_contradicting_options() -> None:

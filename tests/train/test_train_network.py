@@ -45,6 +45,7 @@ def fails(options: dict, capsys, monkeypatch) -> str:
         ({"lr_scheduler": "cosin"}, "not one of linear"),
         ({"sample_every_n_steps": 1}, "need --sample_prompts"),
         ({"log_with": "tensorboard"}, "needs --logging_dir"),
+        ({"masked_loss": True}, "--masked_loss needs masks"),
         ({"async_upload": True}, "needs --huggingface_repo_id"),
         ({"adaptive_noise_scale": 0.1}, "--noise_offset, which is not given"),
         ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "leave nothing to train"),
