@@ -68,7 +68,8 @@ def test_the_last_batches_of_an_epoch_are_a_step(basics) -> None:
 def test_cached_text_is_the_text(basics) -> None:
     options = {**basics, "network_train_unet_only": True}
     plain, cached = train(settings(**options)), train(settings(**options, cache_text_encoder_outputs=True))
-    assert close(plain.adapter, cached.adapter)
+    assert plain.losses == pytest.approx(cached.losses, rel=1e-5)
+    assert close(plain.adapter, cached.adapter, 3e-4)  # Adam's first steps make the most of rounding
 
 
 @pytest.mark.slow
@@ -110,7 +111,8 @@ def test_sdxl_with_cached_text(basics, sdxl) -> None:
     options = {**basics, "pretrained_model_name_or_path": str(sdxl), "max_train_steps": 2}
     options["network_train_unet_only"] = True
     plain, cached = train(settings(**options)), train(settings(**options, cache_text_encoder_outputs=True))
-    assert close(plain.adapter, cached.adapter)
+    assert plain.losses == pytest.approx(cached.losses, rel=1e-5)
+    assert close(plain.adapter, cached.adapter, 3e-4)  # Adam's first steps make the most of rounding
 
 
 @pytest.mark.slow
