@@ -1,0 +1,62 @@
+"""Two processes through accelerate give what one process with the same total batch gives."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import PROGRAM, command_line
+
+from lora_adapters.convert import Adapter
+from lora_adapters.train.arguments import settings
+from lora_adapters.train.loop import train
+
+
+def test_shares_of_a_batch_have_its_loss(basics) -> None:
+    """The mean over two processes of their losses is the loss of one process with the same total batch."""
+    from lora_adapters.train.run import prepare
+
+    run = prepare(settings(**basics))
+    whole = next(run.data.batches(0, world_size=1))
+    run.data = None  # free the loader
+    halves = prepare(settings(**{**basics, "train_batch_size": 1})).data
+    parts = [next(halves.batches(0, rank=rank, world_size=2)) for rank in (0, 1)]
+    losses = [run.loss.training(part) for part in parts]
+    torch.testing.assert_close(sum(losses) / 2, run.loss.training(whole))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(basics, tmp_path) -> None:
+    options = {
+        **basics,
+        "network_module": "networks.dylora",
+        "network_args": {"unit": "1"},
+        "validation_split": 0.25,
+        "max_train_steps": 4,
+        "cache_latents": True,
+        "save_state": True,
+    }
+    one = train(settings(**options))
+    two = {**options, "train_batch_size": 1, "output_dir": str(tmp_path / "two")}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_cpu_threads_per_process=1", f"--main_process_port={29500 + os.getpid() % 400}"]
+    # accelerate's own way to start several processes on CPUs needs MPI; its way for GPUs does without.
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    finished = subprocess.run(
+        [*command, str(PROGRAM), *command_line(two)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    shown = [float(text) for text in re.findall(r"rank\d (\d\.\d+)", finished.stdout.splitlines()[-1])]
+    assert shown == pytest.approx([measured.loss for measured in one.held_out if measured.step == 4], abs=2e-5)
+    adapter = Adapter.load(Path(two["output_dir"]) / "last.safetensors")
+    for name, expected in one.adapter.modules.items():
+        torch.testing.assert_close(adapter.modules[name].up, expected.up, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(adapter.modules[name].down, expected.down, rtol=1e-3, atol=2e-5)

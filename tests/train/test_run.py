@@ -1,0 +1,61 @@
+import os
+
+import pytest
+
+from lora_adapters.train.arguments import settings
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.memory import check_machine
+from lora_adapters.train.run import decide_seed, length, prepare, workers
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "expected"),
+    [
+        ({"max_train_steps": 10}, 4, (10, 3)),
+        ({"max_train_steps": 10, "gradient_accumulation_steps": 3}, 4, (10, 5)),  # two steps an epoch
+        ({"max_train_steps": 10, "max_train_epochs": 3}, 4, (12, 3)),
+        ({"max_train_epochs": 3, "gradient_accumulation_steps": 3}, 4, (6, 3)),
+    ],
+)
+def test_steps_and_epochs(options, batches, expected) -> None:
+    assert length(settings(**options), batches) == expected
+
+
+def test_seed_is_the_given_one_or_drawn() -> None:
+    assert decide_seed(settings(seed=5)) == 5
+    assert decide_seed(settings()) != decide_seed(settings())
+
+
+def test_no_more_workers_than_cores() -> None:
+    assert workers(settings(max_data_loader_n_workers=10_000)) == os.cpu_count()
+    assert workers(settings(max_data_loader_n_workers=0)) == 0
+
+
+def test_attention_options_exclude_each_other() -> None:
+    with pytest.raises(TrainingError, match="give one of"):
+        check_machine(settings(sdpa=True, mem_eff_attn=True))
+
+
+def test_text_encoder_is_trained_unless_its_outputs_are_cached(basics) -> None:
+    with pytest.raises(TrainingError, match="needs --network_train_unet_only"):
+        prepare(settings(**basics, cache_text_encoder_outputs=True))
+
+
+def test_cached_parts_leave_the_trained_module(basics) -> None:
+    run = prepare(settings(**basics, network_train_unet_only=True, cache_text_encoder_outputs=True))
+    assert not list(run.plain.text_encoders.parameters())
+    batch = next(run.data.batches(0))
+    assert batch.text["hidden_state"].shape == (2, 77, 32)
+
+
+def test_block_rates_become_groups(basics) -> None:
+    args = {"down_lr_weight": "zeros+0.5", "mid_lr_weight": "0", "loraplus_unet_lr_ratio": "4"}
+    run = prepare(settings(**basics, network_args=args, unet_lr=1e-3, text_encoder_lr=[0.0]))
+    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+    assert rates["unet_block1"] == pytest.approx(5e-4)
+    assert rates["unet_block1 plus"] == pytest.approx(2e-3)
+    assert rates["unet_block16"] == pytest.approx(1e-3)
+    assert "unet_block12" not in rates
+    assert not any(name.startswith("text_encoder") for name in rates)
+    assert not any(p.requires_grad for p in run.models.text_encoders[0].parameters())
+    assert {id(p) for p in run.parameters} == {id(p) for group in run.optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_adapters.train.arguments import settings
+from lora_adapters.train.base_models import load_base_models
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.options_output import SAMPLERS
+from lora_adapters.train.sampling import Prompt, check_samples, grid, read_prompts, sampler, spread
+
+FULL = Prompt("a red disc", "bad", 64, 128, 12, 4.5, 7, "euler_a")
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_prompts_of_a_text_file(tmp_path) -> None:
+    text = "# comment\n\na red disc --n bad --w 64 --h 128 --s 12 --l 4.5 --d 7 --ss euler_a\na well-known -- dash\n"
+    assert read_prompts(written(tmp_path, "p.txt", text)) == [FULL, Prompt("a well-known -- dash")]
+
+
+def test_prompts_of_toml_and_json(tmp_path) -> None:
+    toml = """[prompt]
+negative_prompt = "bad"
+width = 64
+[[prompt.subset]]
+prompt = "a red disc"
+height = 128
+sample_steps = 12
+scale = 4.5
+seed = 7
+sample_sampler = "euler_a"
+[[prompt.subset]]
+prompt = "a blue square"
+"""
+    assert read_prompts(written(tmp_path, "p.toml", toml)) == [FULL, Prompt("a blue square", "bad", 64)]
+    json = '[{"prompt": "a red disc", "width": 64}]'
+    assert read_prompts(written(tmp_path, "p.json", json)) == [Prompt("a red disc", width=64)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "# nothing", "has no prompts"),
+        ("p.txt", "x --w many", "width cannot be 'many'"),
+        ("p.txt", "x --q 1", "--q in"),
+        ("p.txt", "x --w 65", "no multiple of 8"),
+        ("p.txt", "x --ss fast", "fast is no sampler"),
+        ("p.json", '[{"prompt": "x", "size": 1}]', "size is none of"),
+        ("p.json", "[{", "p.json: "),
+        ("p.toml", "[prompt", "p.toml: "),
+    ],
+)
+def test_wrong_prompt_files(tmp_path, name, text, message) -> None:
+    with pytest.raises(TrainingError, match=message):
+        read_prompts(written(tmp_path, name, text))
+
+
+def test_samples_need_prompts_and_an_occasion(tmp_path) -> None:
+    with pytest.raises(TrainingError, match="need --sample_prompts"):
+        check_samples(settings(sample_every_n_steps=1))
+    with pytest.raises(TrainingError, match="cannot be read"):
+        check_samples(settings(sample_every_n_steps=1, sample_prompts="nowhere.txt"))
+    with pytest.raises(TrainingError, match="needs --sample_every_n_steps"):
+        check_samples(settings(sample_prompts=written(tmp_path, "p.txt", "x")))
+
+
+def test_every_sampler_is_there_and_keeps_the_prediction(sd1) -> None:
+    models = load_base_models(settings(pretrained_model_name_or_path=sd1))
+    models.prediction_type = "v_prediction"
+    for name in SAMPLERS:
+        if name.endswith("lms"):
+            pytest.importorskip("scipy")
+        made = sampler(name, models, zero_terminal_snr=False)
+        assert made.config.prediction_type == "v_prediction"
+        assert made.config.beta_end == 0.012
+        made.set_timesteps(4)
+
+
+def test_ranks_are_spread_evenly_with_the_highest() -> None:
+    assert spread([4, 8, 12, 16], 4) == [4, 8, 12, 16]
+    assert spread(list(range(1, 17)), 4) == [4, 8, 12, 16]
+    assert spread(list(range(1, 11)), 3)[-1] == 10
+
+
+def test_grid() -> None:
+    colours = [["red", "green", "blue"], ["white", "black", "gray"]]
+    sheet = grid([[Image.new("RGB", (8, 8), colour) for colour in row] for row in colours])
+    assert sheet.size == (3 * 12 - 4, 2 * 12 - 4)
+    assert [sheet.getpixel((x, 16)) for x in (0, 12, 24)] == [(255, 255, 255), (0, 0, 0), (128, 128, 128)]

@@ -1,0 +1,109 @@
+"""The program: its mistakes are one line on stderr and exit status 1, and nothing is left behind."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_resume import PROGRAM, command_line
+
+from lora_adapters.train.train_network import main
+
+
+def fails(options: dict, capsys, monkeypatch) -> str:
+    """The error of a run that must end before the base model is loaded."""
+
+    def loaded(*_, **__):
+        raise AssertionError("the base model was loaded")
+
+    monkeypatch.setattr("lora_adapters.train.run.load_base_models", loaded)
+    assert main(command_line(options)) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained_model_name_or_path": "/nowhere/model"}, "/nowhere/model does not exist"),
+        ({"pretrained_model_name_or_path": "model.safetensors"}, "model.safetensors does not exist"),
+        ({"network_module": "networks.loha"}, "unknown network_module networks.loha"),
+        ({"network_args": {"block_dims": "1,2"}}, "block_dims has 2 values"),
+        ({"network_module": "networks.dylora", "network_args": {"unit": "3"}}, "unit 3 does not divide"),
+        ({"network_args": {"conv_dimm": "4"}}, "unknown network_args option conv_dimm"),
+        ({"mixed_precision": "fp16"}, "go on with --mixed_precision bf16"),
+        ({"xformers": True}, "go on with --sdpa"),
+        ({"full_bf16": True}, "needs --mixed_precision bf16"),
+        ({"deepspeed": True}, "DeepSpeed is not supported"),
+        ({"train_data_dir": "/nowhere/data"}, "/nowhere/data"),
+        ({"max_train_steps": 0}, "--max_train_steps must be at least 1"),
+        ({"min_timestep": 900, "max_timestep": 100}, "--min_timestep 900 and --max_timestep 100"),
+        ({"resume": "/nowhere/state"}, "--resume /nowhere/state does not exist"),
+        ({"network_weights": "nowhere.safetensors"}, "--network_weights nowhere.safetensors does not exist"),
+        ({"optimizer_type": "Nadda"}, "there is no Nadda"),
+        ({"lr_scheduler": "cosin"}, "not one of linear"),
+        ({"sample_every_n_steps": 1}, "need --sample_prompts"),
+        ({"log_with": "tensorboard"}, "needs --logging_dir"),
+        ({"masked_loss": True}, "--masked_loss needs masks"),
+        ({"async_upload": True}, "needs --huggingface_repo_id"),
+        ({"adaptive_noise_scale": 0.1}, "--noise_offset, which is not given"),
+        ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "leave nothing to train"),
+        ({"no_such_option": 1}, "unrecognized arguments: --no_such_option=1"),
+    ],
+)
+def test_one_line_before_the_model_is_loaded(basics, tmp_path, capsys, monkeypatch, changes, message) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert message in fails({**basics, **changes}, capsys, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_options(basics, capsys, monkeypatch) -> None:
+    for name in ("pretrained_model_name_or_path", "network_module", "output_dir", "train_data_dir"):
+        rest = {key: value for key, value in basics.items() if key != name}
+        assert f"--{name}" in fails(rest, capsys, monkeypatch)
+
+
+def test_empty_folder_and_broken_pictures(basics, pictures, tmp_path, capsys, monkeypatch) -> None:
+    data = tmp_path / "data"
+    (data / "1_x").mkdir(parents=True)
+    assert "1_x" in fails({**basics, "train_data_dir": str(data)}, capsys, monkeypatch)
+    (data / "1_x" / "a.png").touch()
+    assert main(command_line({**basics, "train_data_dir": str(data)})) == 1
+    monkeypatch.undo()
+    shutil.copy(next((pictures / "1_shape").glob("*.png")), data / "1_x" / "b.png")
+    assert main(command_line({**basics, "train_data_dir": str(data), "max_train_steps": 1})) == 0
+
+
+def test_model_folder_without_an_index(basics, tmp_path, capsys, monkeypatch) -> None:
+    basics["pretrained_model_name_or_path"] = str(tmp_path)
+    assert "has no model_index.json" in fails(basics, capsys, monkeypatch)
+
+
+def test_dry_run_trains_nothing(basics, tmp_path, capsys) -> None:
+    options = {**basics, "dry_run": True, "network_module": "networks.dylora", "network_args": {"conv_dim": "2"}}
+    assert main(command_line(options)) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 3 in 1 epochs of 4" in shown
+    assert "unet block 12:" in shown
+    assert "text_encoder: 12 modules" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_while_saving(basics, tmp_path, capsys, monkeypatch) -> None:
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert main(command_line({**basics, "max_train_steps": 1})) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_runs_as_a_file_from_anywhere(basics, tmp_path) -> None:
+    command = [sys.executable, str(PROGRAM), *command_line({**basics, "max_train_steps": 1})]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "out" / "last.safetensors").exists()

@@ -1,0 +1,179 @@
+"""Latents and text-encoder outputs on disk, beside the pictures, in files that kohya's scripts read and write too.
+
+`<stem>_<width>x<height>_sd.npz` or `_sdxl.npz` (size of the picture, four digits at least) holds latents,
+original_size, crop_ltrb and where needed latents_flipped and alpha_mask; `<stem>_te_outputs.npz` holds text-encoder
+outputs. Keys of our own (vae, caption, encoder) tell what a file was made from; a file without them is taken on trust.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lora_adapters.train.buckets import Size
+from lora_adapters.train.data_error import DataError
+from lora_adapters.train.dataset_config import VAE_FACTOR
+
+ModelKind = Literal["sd", "sdxl"]
+TEXT_ENDING = "_te_outputs.npz"
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class CachedLatents:
+    """Unscaled float32 latents (c, height/8, width/8), the same of the mirrored picture, and a mask (height, width)."""
+
+    latents: torch.Tensor
+    flipped: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LatentsWanted:
+    """What a latents file must hold to be used. Sizes are (width, height); `modified` is the picture's, in ns."""
+
+    size: Size
+    bucket: Size
+    flip: bool
+    alpha_mask: bool
+    vae: str
+    modified: int = 0
+
+
+def latents_path(stem: str, size: Size, model: ModelKind) -> str:
+    """The file for the latents of the picture at `stem` (its path without suffix)."""
+    return f"{stem}_{size[0]:04d}x{size[1]:04d}_{model}.npz"
+
+
+def existing_latents(stem: str, wanted: LatentsWanted, model: ModelKind, *, check: bool) -> str | None:
+    """The usable file, or None. An SD model also takes the older name `<stem>.npz`; without `check` any file does."""
+    old = [f"{stem}.npz"] if model == "sd" else []
+    for path in [*old, latents_path(stem, wanted.size, model)]:
+        if os.path.isfile(path) and ((not check and path not in old) or latents_fit(path, wanted)):
+            return path
+    return None
+
+
+def latents_fit(path: str, wanted: LatentsWanted) -> bool:
+    """Whether the file is whole, made from this picture as it is now, by this VAE, and holds all that is wanted."""
+    shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
+    if os.stat(path).st_mtime_ns < wanted.modified:
+        return False
+    try:
+        with np.load(path) as file:
+            if tuple(int(side) for side in file["original_size"]) != wanted.size or "crop_ltrb" not in file:
+                return False
+            if "vae" in file and str(file["vae"]) != wanted.vae:
+                return False
+            names = ["latents", "latents_flipped"] if wanted.flip else ["latents"]
+            mask_fits = not wanted.alpha_mask or _shape(file, "alpha_mask") == wanted.bucket[::-1]
+            return mask_fits and all(_shape(file, name)[-2:] == shape for name in names)
+    except NPZ_ERRORS:
+        return False
+
+
+def read_latents(path: str) -> CachedLatents:
+    """The contents of a latents file; DataError where it is damaged."""
+    try:
+        with np.load(path) as file:
+            parts = {
+                name: torch.from_numpy(file[name]).float() if name in file else None
+                for name in ("latents", "latents_flipped", "alpha_mask")
+            }
+    except NPZ_ERRORS as error:
+        raise DataError(f"{path}: damaged latents cache ({error}); delete it") from None
+    if parts["latents"] is None or not torch.isfinite(parts["latents"]).all():
+        raise DataError(f"{path}: holds {'no latents' if parts['latents'] is None else 'NaN'}; delete it")
+    return CachedLatents(parts["latents"], parts["latents_flipped"], parts["alpha_mask"])
+
+
+def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted) -> None:
+    """Write a latents file in one piece."""
+    arrays: dict[str, Any] = {
+        "latents": cached.latents.float().numpy(),
+        "original_size": np.array(wanted.size),
+        "crop_ltrb": np.array(_box_in_bucket(wanted.bucket, wanted.size)),
+        "vae": np.array(wanted.vae),
+    }
+    if cached.flipped is not None:
+        arrays["latents_flipped"] = cached.flipped.float().numpy()
+    if cached.mask is not None:
+        arrays["alpha_mask"] = cached.mask.float().numpy()
+    write_npz(path, arrays)
+
+
+def read_text(path: str) -> dict[str, torch.Tensor]:
+    """The text-encoder outputs of a file; DataError where it is damaged."""
+    try:
+        with np.load(path) as file:
+            return {name: torch.from_numpy(file[name]).float() for name in file if name not in ("caption", "encoder")}
+    except NPZ_ERRORS as error:
+        raise DataError(f"{path}: damaged text-encoder cache ({error}); delete it") from None
+
+
+def text_fits(path: str, caption: str, encoder: str, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether the file is whole, made from this caption by this encoder, and holds tensors of `shapes`."""
+    try:
+        with np.load(path) as file:
+            same = all(name not in file or str(file[name]) == text for name, text in _origin(caption, encoder).items())
+            return same and all(file[name].shape == tuple(shape) for name, shape in shapes.items())
+    except NPZ_ERRORS:
+        return False
+
+
+def write_text(path: str, outputs: Mapping[str, torch.Tensor], caption: str, encoder: str) -> None:
+    """Write text-encoder outputs in one piece, float32."""
+    arrays = {name: value.float().numpy() for name, value in outputs.items()}
+    write_npz(path, arrays | {name: np.array(text) for name, text in _origin(caption, encoder).items()})
+
+
+def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
+    """An uncompressed .npz that is either whole or not there."""
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, path)
+    except OSError as error:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise DataError(f"{path}: cannot write the cache ({error.strerror or error})") from None
+
+
+def vae_identity(vae: torch.nn.Module) -> str:
+    """A short hash of the weights that make latents; equal for the same VAE in float32 and float16."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _shape(file: Any, name: str) -> tuple[int, ...]:
+    """The shape of an array in an open .npz, from its header alone; KeyError where it is not there."""
+    with file.zip.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(member)[0]
+
+
+def _origin(caption: str, encoder: str) -> dict[str, str]:
+    # A numpy string drops NULs at its end, and no caption has them.
+    return {"caption": caption, "encoder": encoder}
+
+
+def _box_in_bucket(bucket: Size, size: Size) -> tuple[float, float, float, float]:
+    """crop_ltrb as other readers of the format expect it: the whole picture fitted into the bucket, centred.
+
+    This is not what was cropped, which follows from both sizes and is computed where it is needed.
+    """
+    scale = min(bucket[0] / size[0], bucket[1] / size[1])
+    width, height = size[0] * scale, size[1] * scale
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    return left, top, left + width, top + height

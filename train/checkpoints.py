@@ -1,0 +1,157 @@
+"""What a run leaves behind: adapter files, states to resume from, and the removal of old ones."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_adapters.train.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+_STATE, _POSITION = "state.pt", "train_state.json"
+
+
+@dataclass
+class Position:
+    """How far a run has come: optimizer steps, whole epochs, and batches (of each process) into the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    batches_per_epoch: int = 0
+    seed: int = 0
+
+
+def ending(settings: argparse.Namespace) -> str:
+    return f".{settings.save_model_as or 'safetensors'}"
+
+
+def step_name(settings: argparse.Namespace, step: int) -> str:
+    return f"{settings.output_name or 'at'}-step{step:08d}"
+
+
+def epoch_name(settings: argparse.Namespace, epoch: int) -> str:
+    return f"{settings.output_name or 'epoch'}-{epoch:06d}"
+
+
+def final_name(settings: argparse.Namespace) -> str:
+    return settings.output_name or "last"
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
+    """Write a state, whole or not at all: into a folder of another name first, which is then renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir()
+        _write(partial / _STATE, lambda file: torch.save(state, file))
+        facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
+        _write(partial / _POSITION, lambda file: file.write(json.dumps(facts, indent=1).encode()))
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+            folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old)
+        else:
+            partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"state {folder} cannot be written ({error.strerror or error})") from error
+    except RuntimeError as error:  # torch.save's own way to report a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"state {folder} cannot be written ({str(error).splitlines()[0]})") from error
+
+
+def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
+    """A state that save_state wrote. TrainingError where there is none."""
+    try:
+        facts = json.loads((folder / _POSITION).read_text())
+        state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise TrainingError(f"--resume {folder}: it is no saved state ({error.filename} is missing)") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise TrainingError(f"--resume {folder} cannot be read ({str(error).splitlines()[0]})") from None
+    return state, Position(**{key: facts[key] for key in asdict(Position()) if key in facts})
+
+
+def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights by name, on the CPU."""
+    return {name: weight.detach().cpu().clone() for name, weight in _adapter_weights(module).items()}
+
+
+def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Put the adapter's weights back. TrainingError where the adapter has other modules or ranks than the state's."""
+    own = _adapter_weights(module)
+    differing = sorted(own.keys() ^ state.keys())
+    differing += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if differing:
+        raise TrainingError(f"--resume {source} was made with other network options: {differing[0]} differs")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def _adapter_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def _write(file: Path, write: Any) -> None:
+    with file.open("wb") as opened:
+        write(opened)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete states that a killed run left half-written."""
+    for partial in folder.glob(".*-state.*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# --- pruning ---------------------------------------------------------------------------------------------------------
+
+
+def prune_epochs(settings: argparse.Namespace, output: Path, epoch: int, every: int) -> None:
+    """Delete epoch saves but the last --save_last_n_epochs (one in `every` epochs), and epoch states likewise."""
+    keep = settings.save_last_n_epochs
+    keep_state = keep if settings.save_last_n_epochs_state is None else settings.save_last_n_epochs_state
+    name = re.escape(settings.output_name or "epoch")
+    if keep:
+        _remove(output, rf"{name}-(\d{{6}}){re.escape(ending(settings))}", epoch - every * keep)
+    if keep_state:
+        _remove(output, rf"{name}-(\d{{6}})-state", epoch - every * keep_state)
+
+
+def prune_steps(settings: argparse.Namespace, output: Path, step: int) -> None:
+    """Delete step saves older than --save_last_n_steps, and step states likewise."""
+    keep = settings.save_last_n_steps
+    keep_state = keep if settings.save_last_n_steps_state is None else settings.save_last_n_steps_state
+    name = re.escape(settings.output_name or "at")
+    if keep:
+        _remove(output, rf"{name}-step(\d{{8}}){re.escape(ending(settings))}", step - keep - 1)
+    if keep_state:
+        _remove(output, rf"{name}-step(\d{{8}})-state", step - keep_state - 1)
+
+
+def _remove(output: Path, pattern: str, newest: int) -> None:
+    """Delete what matches `pattern` and has a number of at most `newest`."""
+    for path in output.iterdir():
+        found = re.fullmatch(pattern, path.name)
+        if found and int(found.group(1)) <= newest:
+            log.info("removing %s", path)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,35 @@
+"""Folders that say how often and as what their pictures are trained: `10_sks dog` in a parent folder."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.train.data_error import DataError
+
+logger = logging.getLogger(__name__)
+NAME = re.compile(r"(\d+)_(.+)")
+
+
+def class_folders(parent: Path, flag: str, *, is_reg: bool) -> list[dict[str, Any]]:
+    """One subset table for each `N_class` folder in `parent`, sorted by name: N repeats, class as caption.
+
+    `flag` names the option in messages. Raises DataError where there is no such folder; others are left with a warning.
+    """
+    if not parent.is_dir():
+        raise DataError(f"{flag}: {parent} is not a folder")
+    subsets, left = [], []
+    for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
+        match = NAME.fullmatch(folder.name)
+        if match is None:
+            left.append(folder.name)
+            continue
+        repeats, tokens = int(match[1]), match[2]
+        subsets.append(
+            {"image_dir": str(folder), "num_repeats": repeats, "class_tokens": tokens, "is_reg": is_reg},
+        )
+    if not subsets:
+        raise DataError(f"{flag}: {parent} has no folder named like 10_name (repeats, underscore, class)")
+    if left:
+        logger.warning("%s: folders not named like 10_name are left out: %s", parent, ", ".join(left))
+    return subsets

@@ -1,0 +1,181 @@
+"""The training loop: `train(settings)` is the whole program, for callers in Python as for the command line."""
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_adapters.adapter import Adapter
+from lora_adapters.dylora import set_step
+from lora_adapters.train import adapters
+from lora_adapters.train.base_models import BaseModels
+from lora_adapters.train.checkpoints import Position
+from lora_adapters.train.dropouts import limit_norms
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.metadata import run_metadata
+from lora_adapters.train.optimizers import start_training, weights_to_keep
+from lora_adapters.train.progress import Progress
+from lora_adapters.train.run import Run, prepare, workers
+from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, save_final
+from lora_adapters.train.seeding import derive
+from lora_adapters.train.trackers import start_trackers
+from lora_adapters.train.training_data import TrainingData
+from lora_adapters.train.uploads import state_folder
+from lora_adapters.train.validation import HeldOut
+from lora_adapters.train.watching import measure, show_samples
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Trained:
+    """What a training gives back.
+
+    adapter: what was saved last. models: the base model with the adapter on it, in evaluation mode. losses: of every
+    optimizer step of this call. held_out: every measurement of the held-out loss.
+    """
+
+    adapter: Adapter
+    models: BaseModels
+    steps: int
+    losses: list[float] = field(default_factory=list)
+    held_out: list[HeldOut] = field(default_factory=list)
+
+
+def train(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
+    """Train an adapter, save it under --output_dir, and give it back.
+
+    settings: from `arguments.settings(...)` or `arguments.parse(argv)`. models: a base model that is loaded already;
+    the adapter stays on it. data: pictures that are opened already. Raises TrainingError, DataError or AdapterError,
+    each with one line that says what to do.
+    """
+    run = prepare(settings, models, data)
+    return train_prepared(run)
+
+
+def train_prepared(run: Run) -> Trained:
+    """The loop over a run that `prepare` has set up."""
+    accelerator, settings = run.accelerator, run.settings
+    run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.epochs)
+    position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
+    if settings.resume:
+        position = go_on_from(run, state_folder(settings))
+    start_trackers(settings, accelerator)
+    start_training(run.optimizer)
+    result = Trained(Adapter({}), run.models, position.step)
+    with Progress(run, position.step) as progress:
+        if position.step == 0:
+            measure(run, result.held_out, 0, progress)
+            if settings.sample_at_first:
+                show_samples(run, position)
+        run.training_mode()
+        while position.step < run.steps:
+            _epoch(run, position, progress, result)
+        run.training_mode(False)
+        result.steps = position.step
+        result.adapter = save_final(run, position)
+    accelerator.end_training()
+    return result
+
+
+def _epoch(run: Run, position: Position, progress: Progress, result: Trained) -> None:
+    """The rest of the epoch at `position`, or of the run."""
+    settings, accelerator = run.settings, run.accelerator
+    batches = run.data.batches(
+        position.epoch,
+        start=position.batch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        workers=workers(settings),
+    )
+    left = run.batches_per_epoch - position.batch
+    for group in _groups(batches, settings.gradient_accumulation_steps, left):
+        loss = _step(run, position.step, group, progress)
+        result.losses.append(loss)
+        position.step += 1
+        position.batch += len(group)
+        ended = position.batch >= run.batches_per_epoch
+        if ended:
+            position.epoch, position.batch = position.epoch + 1, 0
+        progress.stepped(position, loss)
+        _after_step(run, position, ended, progress, result)
+        if position.step >= run.steps:
+            return
+
+
+def _step(run: Run, step: int, group: list[Any], progress: Progress) -> float:
+    """One optimizer step over a group of batches; gives back the loss, the mean over all processes."""
+    accelerator, settings = run.accelerator, run.settings
+    # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
+    torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(group):
+        set_step(list(run.trained.values()), step, settings.seed)
+        last = number == len(group) - 1
+        with run.accumulating(last), run.offloading():
+            loss = run.loss.training(batch) / len(group)
+            total += loss.detach()
+            accelerator.backward(loss)
+    loss_value = accelerator.reduce(total, reduction="mean").item()
+    if not math.isfinite(loss_value):
+        raise TrainingError(
+            f"the loss is {loss_value} at step {step + 1}: training stopped, earlier saves are kept; lower the "
+            "learning rate, or train in another precision"
+        )
+    norm = None
+    if settings.max_grad_norm:
+        norm = float(accelerator.clip_grad_norm_(run.parameters, settings.max_grad_norm))
+        if not math.isfinite(norm) and accelerator.scaler is None:
+            raise TrainingError(f"the gradient is {norm} at step {step + 1}: training stopped, earlier saves are kept")
+    progress.gradient_norm = norm
+    run.optimizer.step()
+    if not accelerator.optimizer_step_was_skipped:
+        run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if settings.scale_weight_norms:
+        progress.limited = limit_norms(run.layers, adapters.ADAPTER, settings.scale_weight_norms)
+    return loss_value
+
+
+def _after_step(run: Run, position: Position, ended: bool, progress: Progress, result: Trained) -> None:
+    """Measure, show and save what is due now."""
+    settings, step, epoch = run.settings, position.step, position.epoch
+    last = step >= run.steps
+    due_held_out = _due(settings.validate_every_n_steps, step)
+    if settings.validate_every_n_steps is None or settings.validate_every_n_epochs is not None:
+        due_held_out |= ended and _due(settings.validate_every_n_epochs or 1, epoch)
+    due_samples = not settings.sample_every_n_epochs and _due(settings.sample_every_n_steps, step)
+    due_samples |= ended and _due(settings.sample_every_n_epochs, epoch)
+    due_step = _due(settings.save_every_n_steps, step)
+    due_epoch = ended and not last and _due(run.save_every_n_epochs, epoch)
+    if not (due_held_out or due_samples or due_step or due_epoch or last):
+        return
+    run.training_mode(False)
+    if due_step:
+        save_at_step(run, position)
+    if due_epoch:
+        save_at_epoch(run, position)
+    with weights_to_keep(run.optimizer):
+        if due_held_out or last:
+            measure(run, result.held_out, step, progress)
+        if due_samples:
+            show_samples(run, position)
+    run.training_mode()
+
+
+def _due(every: int | None, number: int) -> bool:
+    return every is not None and number % every == 0
+
+
+def _groups(batches: Iterator[Any], size: int, left: int) -> Iterator[list[Any]]:
+    """Batches in groups of `size`; the last of an epoch may be smaller."""
+    group: list[Any] = []
+    for number, batch in enumerate(batches, start=1):
+        group.append(batch)
+        if len(group) == size or number == left:
+            yield group
+            group = []

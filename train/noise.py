@@ -1,0 +1,133 @@
+"""What a training step draws: timesteps and noise. Everything is a function of (seed, number of the sample).
+
+Each sample of the run has a generator of its own, on the CPU. So the n-th picture of a run meets the same noise
+whatever the device, the batch size, the number of processes, and whether the run was stopped in between.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lora_adapters.train.seeding import derive
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """The options of the noise, named as on the command line."""
+
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    noise_offset: float | None = None
+    noise_offset_random_strength: bool = False
+    adaptive_noise_scale: float | None = None
+    multires_noise_iterations: int | None = None
+    multires_noise_discount: float = 0.3
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+
+    @classmethod
+    def of(cls, settings: argparse.Namespace) -> "NoiseOptions":
+        return cls(
+            min_timestep=settings.min_timestep or 0,
+            max_timestep=1000 if settings.max_timestep is None else settings.max_timestep,
+            noise_offset=settings.noise_offset,
+            noise_offset_random_strength=settings.noise_offset_random_strength,
+            adaptive_noise_scale=settings.adaptive_noise_scale,
+            multires_noise_iterations=settings.multires_noise_iterations,
+            multires_noise_discount=settings.multires_noise_discount,
+            ip_noise_gamma=settings.ip_noise_gamma,
+            ip_noise_gamma_random_strength=settings.ip_noise_gamma_random_strength,
+        )
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator of its own for `key`."""
+    return torch.Generator().manual_seed(derive(*key))
+
+
+def draw_timesteps(generators: list[torch.Generator], options: NoiseOptions) -> torch.Tensor:
+    """One timestep a sample (n,), uniform over min_timestep <= t < max_timestep."""
+    low, high = options.min_timestep, options.max_timestep
+    return torch.cat([torch.randint(low, high, (1,), generator=g) for g in generators])
+
+
+def draw_noise(latents: torch.Tensor, generators: list[torch.Generator], options: NoiseOptions) -> torch.Tensor:
+    """The noise (n, channels, height, width) that is to be predicted, with offset and multi-resolution noise."""
+    noise = _normal(latents, generators)
+    if options.noise_offset:
+        strength = _strength(options.noise_offset, options.noise_offset_random_strength, generators).to(latents.device)
+        if options.adaptive_noise_scale:
+            mean = latents.mean(dim=(2, 3), keepdim=True).abs()
+            strength = (strength + options.adaptive_noise_scale * mean).clamp(min=0)
+        channels = torch.stack([torch.randn(latents.shape[1], 1, 1, generator=g) for g in generators])
+        noise = noise + strength * channels.to(latents)
+    if options.multires_noise_iterations:
+        levels, discount = options.multires_noise_iterations, options.multires_noise_discount
+        parts = [multires(part, levels, discount, g) for part, g in zip(noise, generators, strict=True)]
+        noise = torch.stack(parts)
+    return noise
+
+
+def perturbed(noise: torch.Tensor, generators: list[torch.Generator], options: NoiseOptions) -> torch.Tensor:
+    """The noise that is added to the latents: `noise`, and with ip_noise_gamma more that is not to be predicted."""
+    if not options.ip_noise_gamma:
+        return noise
+    strength = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generators).to(noise.device)
+    return noise + strength * _normal(noise, generators)
+
+
+def multires(noise: torch.Tensor, levels: int, discount: float, generator: torch.Generator) -> torch.Tensor:
+    """`noise` (channels, height, width) with `levels` ever coarser layers added, brought back to deviation 1.
+
+    Layer i is discount^i strong and r^i times coarser, r drawn from [2, 4); it ends at one pixel.
+    """
+    channels, height, width = noise.shape
+    for level in range(levels):
+        factor = (2 + 2 * torch.rand((), generator=generator).item()) ** level
+        size = max(1, int(height / factor)), max(1, int(width / factor))
+        coarse = torch.randn(1, channels, *size, generator=generator)
+        layer = F.interpolate(coarse, (height, width), mode="bilinear")[0]
+        noise = noise + discount**level * layer.to(noise)
+        if 1 in size:
+            break
+    return noise / noise.std()
+
+
+def _normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
+
+
+def _strength(strength: float, random: bool, generators: list[torch.Generator]) -> torch.Tensor:
+    """(n, 1, 1, 1): `strength` itself, or drawn between 0 and it."""
+    drawn = [torch.rand((), generator=g).item() if random else 1.0 for g in generators]
+    return strength * torch.tensor(drawn).view(-1, 1, 1, 1)
+
+
+def signal_to_noise(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """SNR of each timestep (steps,): alpha-bar / (1 - alpha-bar), in float64."""
+    alphas = alphas_cumprod.double()
+    return alphas / (1 - alphas)
+
+
+def velocity_share(snr: torch.Tensor) -> torch.Tensor:
+    """snr / (snr + 1): what the loss of v has to be multiplied with to become the loss of the noise."""
+    return snr / (snr + 1)
+
+
+def huber_width(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, schedule: str, c: float, scale: float
+) -> torch.Tensor:
+    """Huber's c of each timestep (n,).
+
+    constant: c; exponential: from 1 at t=0 down to c at the last step; snr: (1 - c) / (1 + sigma)^2 + c with
+    sigma^2 = 1/SNR. `scale` multiplies the first two.
+    """
+    if schedule == "constant":
+        return torch.full(timesteps.shape, c * scale, dtype=torch.float64)
+    if schedule == "exponential":
+        return scale * torch.exp(math.log(c) / len(alphas_cumprod) * timesteps.double())
+    sigma = signal_to_noise(alphas_cumprod)[timesteps].rsqrt()
+    return (1 - c) / (1 + sigma) ** 2 + c

@@ -1,0 +1,80 @@
+"""What is seen of a run while it trains: one bar with loss, learning rate and speed, and the same in the logs."""
+
+from collections import deque
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lora_adapters.train import adapters
+from lora_adapters.train.checkpoints import Position
+from lora_adapters.train.dropouts import norms
+from lora_adapters.train.run import Run
+from lora_adapters.train.trackers import tracker_names
+
+
+class Progress:
+    """The bar, the logs, and the mean loss over the last epoch. Use it as a context."""
+
+    def __init__(self, run: Run, step: int):
+        self.run = run
+        self.bar = tqdm(
+            total=run.steps,
+            initial=step,
+            desc="training",
+            unit="step",
+            smoothing=0.1,
+            disable=not run.accelerator.is_local_main_process,
+        )
+        self.recent: deque[float] = deque(maxlen=min(1000, max(1, run.steps_per_epoch)))
+        self.gradient_norm: float | None = None
+        self.limited: int | None = None
+        self.logging = bool(tracker_names(run.settings))
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def stepped(self, position: Position, loss: float) -> None:
+        """Tell that a step was made."""
+        self.recent.append(loss)
+        mean = sum(self.recent) / len(self.recent)
+        rates = learning_rates(self.run.optimizer)
+        rate = next(iter(rates.values()), 0.0)
+        self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}", epoch=position.epoch + 1, refresh=False)
+        self.bar.update()
+        if self.logging:
+            self.run.accelerator.log(self._values(loss, mean, rates), step=position.step)
+
+    def held_out(self, step: int, values: dict[str, float]) -> None:
+        """Put held-out losses into the logs and, the last of them, onto the console."""
+        if self.logging:
+            self.run.accelerator.log(values, step=step)
+        if self.run.accelerator.is_main_process:
+            text = ", ".join(f"{name.partition('/')[2] or name} {value:.5f}" for name, value in values.items())
+            tqdm.write(f"step {step}: held-out loss {text}")
+
+    def _values(self, loss: float, mean: float, rates: dict[str, float]) -> dict[str, float]:
+        values = {"loss/current": loss, "loss/average": mean}
+        values |= {f"lr/{name}": rate for name, rate in rates.items()}
+        if self.gradient_norm is not None:
+            values["norm/gradient"] = self.gradient_norm
+        of_modules = norms(self.run.layers, adapters.ADAPTER)
+        values |= {"norm/average": of_modules.mean().item(), "norm/largest": of_modules.max().item()}
+        if self.limited is not None:
+            values["norm/limited_modules"] = float(self.limited)
+        return values
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """The learning rate of each group by name; with D-Adaptation and Prodigy also the rate times their d."""
+    found: dict[str, float] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        name = group.get("name", str(number))
+        if group["lr"] is not None:
+            found[name] = float(group["lr"])
+            if "d" in group:
+                found[f"d*{name}"] = float(torch.as_tensor(group["d"]) * group["lr"])
+    return found

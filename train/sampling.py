@@ -1,0 +1,216 @@
+"""Sample pictures while training: prompts from a file, all in one picture, with a row for each DyLoRA rank."""
+
+import argparse
+import json
+import logging
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+from lora_adapters.convert.files import replacing
+from lora_adapters.dylora import dials, set_rank
+from lora_adapters.train.arguments import tomllib
+from lora_adapters.train.base_models import BaseModels
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.options_output import SAMPLERS
+from lora_adapters.train.text import Encoded, encode_tokens, tokenize
+
+log = logging.getLogger(__name__)
+
+_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample picture. `scale` is the guidance scale; without a seed the run's is used."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    sample_steps: int = 30
+    scale: float = 7.5
+    seed: int | None = None
+    sample_sampler: str | None = None
+
+
+_LETTERS = {"w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "n": "negative_prompt",
+            "ss": "sample_sampler"}  # fmt: skip
+_KINDS: dict[str, type] = {"width": int, "height": int, "seed": int, "sample_steps": int, "scale": float}
+
+
+def check_samples(settings: argparse.Namespace) -> None:
+    """Raise TrainingError where samples are wanted without prompts, or the prompt file is wrong."""
+    wanted = settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first
+    if wanted and not settings.sample_prompts:
+        raise TrainingError("sample pictures need --sample_prompts, a file of prompts")
+    if settings.sample_prompts:
+        if not wanted:
+            when = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+            raise TrainingError(f"--sample_prompts needs {when}")
+        read_prompts(Path(settings.sample_prompts))
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Prompts from a txt file (one a line, options like --w 512 after it; # is a comment), a toml or a json file.
+
+    toml: [prompt] with common options and [[prompt.subset]] for each prompt; json: a list of objects.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".toml":
+            table = tomllib.loads(text).get("prompt", {})
+            common = {key: value for key, value in table.items() if key != "subset"}
+            entries = [{**common, **entry} for entry in table.get("subset", [])]
+        elif file.suffix == ".json":
+            entries = json.loads(text)
+        else:
+            lines = [line.strip() for line in text.splitlines()]
+            entries = [parse_line(line, file) for line in lines if line and not line.startswith("#")]
+    except OSError as error:
+        raise TrainingError(f"--sample_prompts {file} cannot be read ({error.strerror})") from None
+    except TrainingError:
+        raise
+    except ValueError as error:
+        raise TrainingError(f"--sample_prompts {file}: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise TrainingError(f"--sample_prompts {file} has no prompts")
+    return [_prompt(entry, file) for entry in entries]
+
+
+def parse_line(line: str, file: Path) -> dict[str, Any]:
+    """`a cat --w 512 --n bad` as a table."""
+    prompt, *options = re.split(r"\s--(?=[a-z]+\s)", line)
+    table: dict[str, Any] = {"prompt": prompt.strip()}
+    for option in options:
+        letter, _, value = option.partition(" ")
+        if letter not in _LETTERS:
+            raise TrainingError(f"--sample_prompts {file}: --{letter} in {line!r} is none of --{', --'.join(_LETTERS)}")
+        table[_LETTERS[letter]] = value.strip()
+    return table
+
+
+def _prompt(entry: Any, file: Path) -> Prompt:
+    names = [one.name for one in fields(Prompt)]
+    if not isinstance(entry, dict) or "prompt" not in entry:
+        raise TrainingError(f"--sample_prompts {file}: {entry!r} has no prompt")
+    for key, value in entry.items():
+        if key not in names:
+            raise TrainingError(f"--sample_prompts {file}: {key} is none of {', '.join(names)}")
+        try:
+            entry[key] = _KINDS.get(key, str)(value)
+        except ValueError:
+            raise TrainingError(f"--sample_prompts {file}: {key} cannot be {value!r}") from None
+    made = Prompt(**entry)
+    if made.sample_sampler and made.sample_sampler not in SAMPLERS:
+        raise TrainingError(f"--sample_prompts {file}: {made.sample_sampler} is no sampler; {', '.join(SAMPLERS)} are")
+    if made.width % 8 or made.height % 8 or min(made.width, made.height) < 8:
+        raise TrainingError(f"--sample_prompts {file}: {made.width}x{made.height} is no multiple of 8")
+    return replace(made, sample_steps=max(1, min(1000, made.sample_steps)))
+
+
+def sampler(name: str, models: BaseModels, zero_terminal_snr: bool) -> Any:
+    """diffusers' scheduler of that name, with the training schedule's betas."""
+    kind, own = _CLASSES[name.removeprefix("k_")]
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    if zero_terminal_snr and kind == "DDIMScheduler":
+        own = {**own, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return getattr(diffusers, kind)(**options, prediction_type=models.prediction_type, **own)
+
+
+def spread(ranks: list[int], most: int) -> list[int]:
+    """At most `most` of the ranks, evenly spread, the highest among them."""
+    if len(ranks) <= most:
+        return ranks
+    return [ranks[round((i + 1) * len(ranks) / most) - 1] for i in range(most)]
+
+
+@torch.no_grad()
+def sample(
+    models: BaseModels, settings: argparse.Namespace, prompts: list[Prompt], device: Any, context: Any
+) -> Image.Image:
+    """A picture with a column for each prompt and, with DyLoRA, a row for each of up to four ranks.
+
+    `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
+    """
+    adapters = list(models.components.values())
+    found = dials(adapters)
+    at = {id(dial): dial.rank for dial in found}
+    ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 4)) if found else [None]
+    home = [next(module.parameters()).device for module in (models.vae, *models.text_encoders)]
+    for module in (models.vae, *models.text_encoders):
+        module.to(device)
+    try:
+        rows = []
+        for rank in ranks:
+            if rank is not None:
+                set_rank(adapters, rank)
+            rows.append([_one(models, settings, one, n, context) for n, one in enumerate(prompts)])
+    finally:
+        for dial in found:
+            dial.set_rank(at[id(dial)])
+        for module, place in zip((models.vae, *models.text_encoders), home, strict=True):
+            module.to(place)
+    return grid(rows)
+
+
+def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, context: Any) -> Any:
+    scheduler = sampler(prompt.sample_sampler or settings.sample_sampler, models, settings.zero_terminal_snr)
+    pipe = models.pipeline(scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    seed = settings.seed + number if prompt.seed is None else prompt.seed
+    with context():
+        wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
+        embeds = {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
+        if models.kind == "sdxl":
+            embeds |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
+        return pipe(
+            **embeds,
+            width=prompt.width,
+            height=prompt.height,
+            num_inference_steps=prompt.sample_steps,
+            guidance_scale=prompt.scale,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+
+
+def _encode(models: BaseModels, settings: argparse.Namespace, text: str) -> Encoded:
+    chunks = (settings.max_token_length or 75) // 75
+    tokens = [tokenize(one, [text], chunks, settings.weighted_captions) for one in models.tokenizers]
+    return encode_tokens(tokens, models.text_encoders, settings.clip_skip)
+
+
+def grid(rows: list[list[Image.Image]]) -> Image.Image:
+    """Pictures in rows and columns of the size of the largest, 4 pixels apart."""
+    width = max(one.width for row in rows for one in row) + 4
+    height = max(one.height for row in rows for one in row) + 4
+    sheet = Image.new("RGB", (width * len(rows[0]) - 4, height * len(rows) - 4), "white")
+    for y, row in enumerate(rows):
+        for x, one in enumerate(row):
+            sheet.paste(one, (x * width, y * height))
+    return sheet
+
+
+def write_samples(image: Image.Image, settings: argparse.Namespace, name: str) -> Path:
+    """Save it as <output_dir>/sample/<name>.png."""
+    file = Path(settings.output_dir) / "sample" / f"{name}.png"
+    with replacing(file) as partial:
+        image.save(partial, format="png")
+    return file

@@ -1,0 +1,119 @@
+"""What is saved when: adapters and states at steps, epochs and the end; and going on from a state."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_adapters.adapter import Adapter
+from lora_adapters.convert.low_rank import LowRank
+from lora_adapters.train import adapters
+from lora_adapters.train import checkpoints as files
+from lora_adapters.train.checkpoints import Position
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.metadata import for_save
+from lora_adapters.train.optimizers import settle_weights, weights_to_keep
+from lora_adapters.train.run import Run
+
+log = logging.getLogger(__name__)
+
+_PRECISION = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def trained_adapter(run: Run, position: Position) -> Adapter:
+    """The adapter as it is now, with the metadata of a save at this position."""
+    epoch = position.epoch + (1 if position.batch else 0)
+    metadata = for_save(run.metadata, run.settings, position.step, epoch)
+    live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
+    return live.map(lambda one: LowRank(_copy(one.down), _copy(one.up), one.alpha))
+
+
+def save_at_step(run: Run, position: Position) -> None:
+    """A save between epochs, with its state if --save_state, and the removal of old ones."""
+    _save(run, position, files.step_name(run.settings, position.step), run.settings.save_state)
+    if run.accelerator.is_main_process:
+        files.prune_steps(run.settings, run.output, position.step)
+
+
+def save_at_epoch(run: Run, position: Position) -> None:
+    """The same at the end of an epoch."""
+    _save(run, position, files.epoch_name(run.settings, position.epoch), run.settings.save_state)
+    if run.accelerator.is_main_process:
+        files.prune_epochs(run.settings, run.output, position.epoch, run.save_every_n_epochs or 1)
+
+
+def save_final(run: Run, position: Position) -> Adapter:
+    """The save at the end of the run. From here on the models have the weights that were saved."""
+    settings = run.settings
+    with weights_to_keep(run.optimizer):
+        adapter = trained_adapter(run, position)
+    if run.accelerator.is_main_process:
+        _write(run, adapter, files.final_name(settings))
+        if settings.save_state or settings.save_state_on_train_end:
+            _save_state(run, position, files.final_name(settings))
+        if run.uploads is not None:
+            run.uploads.finish()
+    run.accelerator.wait_for_everyone()
+    settle_weights(run.optimizer)
+    return adapter
+
+
+def _save(run: Run, position: Position, name: str, with_state: bool) -> None:
+    if run.accelerator.is_main_process:
+        with weights_to_keep(run.optimizer):
+            _write(run, trained_adapter(run, position), name)
+        if with_state:
+            _save_state(run, position, name)
+    run.accelerator.wait_for_everyone()
+
+
+def _write(run: Run, adapter: Adapter, name: str) -> None:
+    file = run.output / f"{name}{files.ending(run.settings)}"
+    adapter.save(file, dtype=_PRECISION[run.settings.save_precision])
+    log.info("saved %s", file)
+    if run.uploads is not None:
+        run.uploads.file(file)
+
+
+def _save_state(run: Run, position: Position, name: str) -> None:
+    folder = run.output / f"{name}-state"
+    files.save_state(folder, _state(run), position)
+    if run.uploads is not None:
+        run.uploads.state(folder)
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """All that later steps depend on. Data, noise, dropout and DyLoRA's ranks depend on seed and step alone."""
+    scaler = run.accelerator.scaler
+    return {
+        "weights": files.trainable_state(run.plain),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+
+
+def go_on_from(run: Run, folder: Path) -> Position:
+    """Put a saved state into the run and give back where it was saved."""
+    state, position = files.load_state(folder)
+    files.load_trainable_state(run.plain, state["weights"], folder)
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.schedule.load_state_dict(state["schedule"])
+    except (ValueError, KeyError) as error:
+        raise TrainingError(f"--resume {folder} was made with another optimizer or schedule ({error})") from None
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if position.seed != run.settings.seed:
+        log.warning("--resume %s was made with --seed %d: from here on the run is another one", folder, position.seed)
+    if position.batches_per_epoch != run.batches_per_epoch:
+        log.warning("%s was made with other data or devices: the epoch it stopped in starts anew", folder)
+        position.batch, position.batches_per_epoch = 0, run.batches_per_epoch
+    log.info("going on after step %d, in epoch %d", position.step, position.epoch + 1)
+    return position
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as it is now, on the CPU: training goes on in place."""
+    return weight.detach().to("cpu", copy=True)

@@ -1,0 +1,147 @@
+"""Captions to what the U-Net reads: tokens, chunks of 75, weights of words, hidden states."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+_PIECES = re.compile(r"\\[()\[\]\\]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
+_ROUND, _SQUARE = 1.1, 1 / 1.1
+
+
+@dataclass
+class Encoded:
+    """What the text encoders say: `hidden` (n, tokens, width), and for SDXL `pooled` (n, width)."""
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoded":
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return Encoded(self.hidden.to(device, dtype), pooled)
+
+
+def encoded_from(cached: dict[str, torch.Tensor]) -> Encoded:
+    """The outputs from a cache: hidden_state, or SDXL's hidden_state1, hidden_state2 and pool2."""
+    if "hidden_state" in cached:
+        return Encoded(cached["hidden_state"])
+    return Encoded(torch.cat([cached["hidden_state1"], cached["hidden_state2"]], dim=-1), cached["pool2"])
+
+
+def cacheable(encoded: Encoded, first_width: int) -> dict[str, torch.Tensor]:
+    """The reverse: `first_width` is the width of SDXL's first text encoder."""
+    if encoded.pooled is None:
+        return {"hidden_state": encoded.hidden}
+    first, second = encoded.hidden.split([first_width, encoded.hidden.shape[-1] - first_width], dim=-1)
+    return {"hidden_state1": first, "hidden_state2": second, "pool2": encoded.pooled}
+
+
+@dataclass
+class Tokens:
+    """`ids` (n, chunks, length), and the `weights` of the same shape where captions have weighted words."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+def weighted_parts(text: str) -> list[tuple[str, float]]:
+    """Split "a (red:1.3) [old] hat" into texts and weights: (x) is 1.1, [x] is 1/1.1, (x:w) is w; they multiply.
+
+    A backslash before a bracket keeps it as text. Brackets left open apply to the end of the text.
+    """
+    parts: list[tuple[str, float]] = []
+    opened: list[tuple[str, int]] = []  # kind of bracket, and where its contents begin in `parts`
+
+    def close(kind: str, factor: float) -> None:
+        while opened:
+            found, start = opened.pop()
+            own = factor if found == kind else (_ROUND if found == "(" else _SQUARE)
+            parts[start:] = [(piece, weight * own) for piece, weight in parts[start:]]
+            if found == kind:
+                return
+
+    for match in _PIECES.finditer(text):
+        piece = match.group(0)
+        kinds = [kind for kind, _ in opened]
+        if piece in "([":
+            opened.append((piece, len(parts)))
+        elif match.group(1) is not None and "(" in kinds:
+            close("(", float(match.group(1)))
+        elif piece == ")" and "(" in kinds:
+            close("(", _ROUND)
+        elif piece == "]" and "[" in kinds:
+            close("[", _SQUARE)
+        else:
+            parts.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
+    while opened:
+        close(opened[-1][0], _ROUND if opened[-1][0] == "(" else _SQUARE)
+    merged: list[tuple[str, float]] = []
+    for piece, weight in parts:
+        if merged and merged[-1][1] == weight:
+            merged[-1] = (merged[-1][0] + piece, weight)
+        else:
+            merged.append((piece, weight))
+    return merged
+
+
+def tokenize(tokenizer, captions: list[str], chunks: int = 1, weighted: bool = False) -> Tokens:
+    """Tokens of `captions` in `chunks` windows of the tokenizer's length, each with its start and end token.
+
+    Words beyond the last window are cut off.
+    """
+    room = tokenizer.model_max_length - 2
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    all_ids, all_weights = [], []
+    for caption in captions:
+        ids: list[int] = []
+        weights: list[float] = []
+        for part, weight in weighted_parts(caption) if weighted else [(caption, 1.0)]:
+            found = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids
+            ids += found
+            weights += [weight] * len(found)
+        for chunk in range(chunks):
+            own, factors = (x[chunk * room : (chunk + 1) * room] for x in (ids, weights))
+            rest = room - len(own)
+            all_ids.append([start, *own, end, *[pad] * rest])
+            all_weights.append([1.0, *factors, 1.0, *[1.0] * rest])
+    shape = (len(captions), chunks, room + 2)
+    return Tokens(torch.tensor(all_ids).view(shape), torch.tensor(all_weights).view(shape) if weighted else None)
+
+
+def join_chunks(states: torch.Tensor) -> torch.Tensor:
+    """(n, chunks, length, width) to (n, chunks*(length-2)+2, width): the first start and the last end token stay."""
+    if states.shape[1] == 1:
+        return states[:, 0]
+    inner = states[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
+
+
+def encode_tokens(tokens: list[Tokens], text_encoders: list, clip_skip: int | None = None) -> Encoded:
+    """Hidden states for the U-Net from one text encoder (SD1, SD2) or two (SDXL).
+
+    One encoder: the last layer, or with clip_skip the n-th from the end under the final normalisation. Two encoders:
+    the last layer but one of each, side by side, without normalisation, and the second's projection of the end
+    token as `pooled` (of the first chunk); SDXL was trained so, hence clip_skip does not apply.
+    """
+    states, pooled = [], None
+    for own, encoder in zip(tokens, text_encoders, strict=True):
+        n, chunks, length = own.ids.shape
+        output = encoder(own.ids.view(-1, length).to(_device(encoder)), output_hidden_states=True)
+        if len(text_encoders) == 2:
+            hidden = output.hidden_states[-2]
+            if hasattr(output, "text_embeds"):
+                pooled = output.text_embeds.view(n, chunks, -1)[:, 0]
+        elif clip_skip:
+            layers = getattr(encoder, "text_model", encoder)
+            hidden = layers.final_layer_norm(output.hidden_states[-clip_skip])
+        else:
+            hidden = output.last_hidden_state
+        hidden = hidden.view(n, chunks, length, -1)
+        if own.weights is not None:
+            hidden = hidden * own.weights.to(hidden).unsqueeze(-1)
+        states.append(join_chunks(hidden))
+    return Encoded(torch.cat(states, dim=-1), pooled)
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,101 @@
+"""Where losses, learning rates and pictures are logged: TensorBoard and Weights & Biases, through accelerate."""
+
+import argparse
+import importlib.util
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+
+from lora_adapters.train.arguments import tomllib
+from lora_adapters.train.errors import TrainingError
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+_SECRETS = ("wandb_api_key", "huggingface_token")
+
+
+def tracker_names(settings: argparse.Namespace) -> list[str]:
+    """The trackers to use: none without --logging_dir, unless it is Weights & Biases alone."""
+    if settings.log_with == "all":
+        return ["tensorboard", "wandb"]
+    if settings.log_with:
+        return [settings.log_with]
+    return ["tensorboard"] if settings.logging_dir else []
+
+
+def check_trackers(settings: argparse.Namespace) -> None:
+    """Raise TrainingError for a tracker that is not installed, or has no place to write to."""
+    for name in tracker_names(settings):
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise TrainingError(f"--log_with {name} needs the package {name}: pip install {name}")
+        if name == "tensorboard" and not settings.logging_dir:
+            raise TrainingError("--log_with tensorboard needs --logging_dir")
+    if not tracker_names(settings):
+        for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "wandb_run_name", "wandb_api_key"):
+            if getattr(settings, name):
+                raise TrainingError(f"--{name} needs --logging_dir or --log_with")
+        if settings.log_config:
+            raise TrainingError("--log_config needs --logging_dir or --log_with")
+    if settings.log_tracker_config:
+        read_sections(Path(settings.log_tracker_config))
+
+
+def start_trackers(settings: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Open the logs: a folder of its own for each run, named by --log_prefix and the time."""
+    names = tracker_names(settings)
+    if not names:
+        return
+    if settings.wandb_api_key:
+        os.environ["WANDB_API_KEY"] = settings.wandb_api_key
+    if settings.logging_dir:
+        folder = Path(settings.logging_dir) / f"{settings.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+        accelerator.project_configuration.logging_dir = str(folder)
+    arguments: dict[str, Any] = {name: {} for name in names}
+    if settings.log_tracker_config:
+        arguments |= read_sections(Path(settings.log_tracker_config))
+    if settings.wandb_run_name:
+        arguments.setdefault("wandb", {})["name"] = settings.wandb_run_name
+    config = None
+    if settings.log_config:
+        config = {key: _plain(value) for key, value in vars(settings).items() if key not in _SECRETS}
+    accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)
+
+
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Put a picture into every log."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [image]}, step=step)
+
+
+def read_sections(file: Path) -> dict[str, Any]:
+    """A toml file with a section of arguments for each tracker."""
+    if not file.exists():
+        raise TrainingError(f"--log_tracker_config {file} does not exist")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise TrainingError(f"--log_tracker_config {file} is not toml: {error}") from None
+
+
+def start_console(settings: argparse.Namespace) -> None:
+    """Messages on the console, or in --console_log_file."""
+    simple = settings.console_log_simple
+    logging.basicConfig(
+        level=settings.console_log_level or "INFO",
+        format="%(message)s" if simple else "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        filename=settings.console_log_file,
+        force=True,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """What every tracker can show."""
+    return value if isinstance(value, int | float | str | bool) else str(value)

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Train a LoRA-LierLa, LoRA-C3Lier or DyLoRA adapter for Stable Diffusion.
+
+usage: accelerate launch train_network.py --pretrained_model_name_or_path=... --dataset_config=... --output_dir=...
+       --network_module=networks.lora ...   (all options: --help)
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a file from a checkout: this folder is where Python looks first, the package is beside its parent.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
+    from lora_adapters.train.arguments import parse
+    from lora_adapters.train.errors import TrainingError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
+    try:
+        settings = parse(argv)
+        _run(settings)
+    except BrokenPipeError:
+        raise
+    except (TrainingError, OSError) as error:
+        return _failed(error)
+    except ValueError as error:
+        if type(error).__name__ in ("AdapterError", "DataError"):
+            return _failed(error)
+        raise
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _failed(
+            "the device has too little memory: try --gradient_checkpointing, a smaller batch, or --cache_latents"
+        )
+    except KeyboardInterrupt:
+        return _failed("interrupted; saved files and states are whole")
+    return 0
+
+
+def _run(settings) -> None:
+    from lora_adapters.train.trackers import start_console
+
+    start_console(settings)
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+
+    disable_progress_bar()  # one bar is enough: that of training
+    disable_transformers_progress_bar()
+    from lora_adapters.train.loop import train_prepared
+    from lora_adapters.train.run import prepare
+
+    run = prepare(settings)
+    if settings.dry_run:
+        from lora_adapters.train.dry_run import report
+
+        if run.accelerator.is_main_process:
+            print(report(run))
+        return
+    train_prepared(run)
+
+
+def _failed(error: BaseException | str) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Held-out losses and sample pictures at their due time."""
+
+from lora_adapters.train.checkpoints import Position
+from lora_adapters.train.progress import Progress
+from lora_adapters.train.run import Run
+from lora_adapters.train.sampling import sample, write_samples
+from lora_adapters.train.trackers import log_image
+from lora_adapters.train.validation import HeldOut, held_out_losses
+
+
+def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) -> None:
+    """Measure the held-out loss, where pictures are held out, unless this step's is there already."""
+    data = run.data.validation
+    if data is None or any(one.step == step for one in measured):
+        return
+    run.training_mode(False)
+    most = run.settings.max_validation_steps
+    now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
+    measured += now
+    progress.held_out(step, {_name(one): one.loss for one in now})
+
+
+def show_samples(run: Run, position: Position) -> None:
+    """Draw the sample pictures, write them under --output_dir and into the logs."""
+    if run.accelerator.is_main_process:
+        run.training_mode(False)
+        context = run.accelerator.autocast
+        image = sample(run.models, run.settings, run.prompts, run.accelerator.device, context)
+        write_samples(image, run.settings, f"{run.settings.output_name or 'sample'}-step{position.step:08d}")
+        log_image(run.accelerator, "samples", image, position.step)
+    run.accelerator.wait_for_everyone()
+
+
+def _name(one: HeldOut) -> str:
+    return "loss/validation" if one.rank is None else f"loss/validation_rank{one.rank}"
