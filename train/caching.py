@@ -59,10 +59,10 @@ def encode_latents(
             cached[number] = existing_latents(stems[number], want, model, check=check)
     missing: dict[Size, list[int]] = defaultdict(list)
     for number, entry in enumerate(cached):
-        if entry is None:
+        # By number, not by what is missing: another process may have begun to write. In memory each needs all.
+        mine = number % world_size == rank or not to_disk
+        if entry is None and mine:
             missing[wanted[number].bucket].append(number)
-    if to_disk:  # in memory every process needs all
-        missing = {bucket: numbers[rank::world_size] for bucket, numbers in missing.items()}
     bar = tqdm(total=sum(map(len, missing.values())), desc="caching latents", disable=rank != 0)
     for numbers in missing.values():
         for chunk in _chunks(numbers, batch_size):
@@ -99,11 +99,11 @@ def encode_text(
     _one_use_each(paths, captions)
     with torch.no_grad():
         shapes = {name: value.shape[1:] for name, value in encode([""]).items()}
-    missing = [
-        number
-        for number, (path, caption) in enumerate(zip(paths, captions, strict=True))
-        if not (text_fits(path, caption, encoder, shapes) if check else _readable(path))
-    ][rank::world_size]
+    missing = []
+    for number in range(rank, len(paths), world_size):
+        path, caption = paths[number], captions[number]
+        if not (text_fits(path, caption, encoder, shapes) if check else _readable(path)):
+            missing.append(number)
     made = _encode_captions([captions[number] for number in missing], encode, batch_size, rank)
     for number, output in zip(missing, made, strict=True):
         write_text(paths[number], output, captions[number], encoder)
