@@ -148,6 +148,7 @@ def _after_step(run: Run, position: Position, ended: bool, progress: Progress, r
     due_held_out = _due(settings.validate_every_n_steps, step)
     if settings.validate_every_n_steps is None or settings.validate_every_n_epochs is not None:
         due_held_out |= ended and _due(settings.validate_every_n_epochs or 1, epoch)
+    due_held_out &= run.data.validation is not None
     due_samples = not settings.sample_every_n_epochs and _due(settings.sample_every_n_steps, step)
     due_samples |= ended and _due(settings.sample_every_n_epochs, epoch)
     due_step = _due(settings.save_every_n_steps, step)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import functools
 import logging
 import math
 import os
@@ -76,8 +77,9 @@ class Run:
         ratio = self.settings.save_n_epoch_ratio
         return max(1, self.epochs // ratio) if ratio else self.settings.save_every_n_epochs
 
-    @property
+    @functools.cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained; looked up once, since a U-Net has thousands of modules to look through."""
         return [p for p in self.plain.parameters() if p.requires_grad]
 
     def training_mode(self, training: bool = True) -> None:
