@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=here, help="the pipeline")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf")
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--unet-steps", type=int, default=2800)
+    parser.add_argument("--unet-steps", type=int, default=3600)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)

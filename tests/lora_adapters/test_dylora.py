@@ -1,0 +1,159 @@
+"""DyLoRA's arithmetic and its dial."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank, set_step
+from lora_adapters.dylora import dials
+
+from .conftest import expected
+from .golden_outputs import error, outputs
+
+
+def trained(pipe, **options):
+    """The pipeline with a DyLoRA whose `up` matrices are not zero."""
+    config = DyLoraConfig(**{"r": 8, "lora_alpha": 4, "conv_dim": 4, "conv_alpha": 2, "unit": 2, **options})
+    torch.manual_seed(0)
+    for model in (pipe.unet, pipe.text_encoder):
+        model.add_adapter(config, "a")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return pipe
+
+
+def gradients(pipe, step):
+    golden = expected("sd15")
+    pipe.unet.zero_grad()
+    set_step([pipe.unet], step)
+    pipe.unet(golden["latents"], 7, golden["context"]).sample.square().mean().backward()
+    return {name: p.grad.clone() for name, p in pipe.unet.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("scaling", ["constant", "rank", "sqrt"])
+def test_set_rank_equals_the_cut_adapter(scaling, pipeline, tmp_path):
+    golden = expected("sd15")
+    base = outputs(pipeline(), golden)
+    pipe = trained(pipeline(), rank_scaling=scaling)
+    for model in (pipe.unet, pipe.text_encoder):
+        model.eval()
+    for rank in (2, 6, 8):
+        set_rank(pipe, rank)
+        cut = Adapter.from_pipeline(pipe, "a")
+        cut = cut.truncate(rank) if rank < 8 else cut
+        other = pipeline()
+        other.load_lora_weights(cut.save(tmp_path / f"{rank}.safetensors"))
+        assert error(outputs(pipe, golden), outputs(other, golden), base) < 1e-4
+
+
+def test_one_rank_a_step_for_the_whole_model_and_every_process(pipeline):
+    pipe, golden = trained(pipeline()), expected("sd15")
+    models = [pipe.unet.train(), pipe.text_encoder.train()]
+    drawn = []
+    for step in range(12):
+        set_step(models, step, seed=3)
+        pipe.text_encoder(golden["input_ids"])
+        pipe.unet(golden["latents"], 7, golden["context"])
+        (rank,) = {dial.at for dial in dials(models)}
+        drawn.append(rank)
+    assert set(drawn) == {2, 4, 6, 8}
+    again = copy.deepcopy(pipe.unet)  # another process
+    for step in (3, 7):
+        set_step([again], step, seed=3)
+        again(golden["latents"], 7, golden["context"])
+        assert dials(again)[0].at == drawn[step]
+
+
+def test_gradients_are_the_same_with_checkpointing_and_stop_at_the_rank(pipeline):
+    pipe = trained(pipeline())
+    pipe.unet.train()
+    for step in range(4):
+        pipe.unet.disable_gradient_checkpointing()
+        plain = gradients(pipe, step)
+        pipe.unet.enable_gradient_checkpointing()
+        again = gradients(pipe, step)
+        assert plain.keys() == again.keys()
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+        rank = dials(pipe)[0].at
+        for name, gradient in plain.items():
+            part = gradient[rank:] if "lora_A" in name else gradient[:, rank:]
+            assert not part.any()
+
+
+def test_freeze_lower_trains_the_last_unit_only(pipeline):
+    pipe = trained(pipeline(), freeze_lower=True, conv_dim=8)
+    pipe.unet.train()
+    for step in range(4):
+        found = gradients(pipe, step)
+        rank = dials(pipe)[0].at
+        for name, gradient in found.items():
+            rows = gradient if "lora_A" in name else gradient.transpose(0, 1)
+            assert not rows[: rank - 2].any()
+            assert not rows[rank:].any()
+            assert rows[rank - 2 : rank].any() or "attn2" in name
+
+
+def test_configs_check_their_fields():
+    for options, said in (
+        ({"r": 8, "unit": 3}, "unit 3 does not divide r 8"),
+        ({"r": 8, "unit": 0}, "unit is 0"),
+        ({"r": 8, "conv_dim": 6, "unit": 4}, "unit 4 does not divide conv_dim 6"),
+        ({"rank_scaling": "none"}, "rank_scaling is 'none'"),
+        ({"r": 0}, "r is 0"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            DyLoraConfig(**options)
+
+
+def test_block_lists_are_checked_and_zero_skips(pipeline):
+    unet = pipeline().unet
+    with pytest.raises(AdapterError, match="block_dims has 24 values, SD1.x and SD2.x has 25"):
+        unet.add_adapter(LierLaConfig(block_dims=[4] * 24), "short")
+    unet = pipeline().unet
+    unet.add_adapter(C3LierConfig(block_dims=[0] * 12 + [3] + [1] * 12, conv_block_dims=[0] * 24 + [2]), "blocks")
+    ranks = {module.path: one.rank for module, one in Adapter.from_models({"unet": unet}, "blocks").modules.items()}
+    assert {rank for path, rank in ranks.items() if path.startswith("mid_block.attentions")} == {3}
+    assert not [path for path in ranks if path.startswith("down_blocks")]
+    assert {rank for path, rank in ranks.items() if path.endswith((".conv1", ".conv2"))} == {2}
+
+
+FULL_UNETS = {
+    "sd15": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 192, 278),
+    "sd21": (
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+        192,
+        278,
+    ),
+    "sdxl": (
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        722,
+        788,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FULL_UNETS)
+def test_coverage_of_full_size_unets(name):
+    from accelerate import init_empty_weights
+
+    from lora_adapters.coverage import covered
+
+    options, lierla, c3lier = FULL_UNETS[name]
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**options)
+    assert len(covered(unet, conv=False)) == lierla
+    assert len(covered(unet, conv=True)) == c3lier

@@ -1,0 +1,213 @@
+"""`pipe.load_lora_weights` with this package: exact, reversible, all or nothing."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_adapters import Adapter, AdapterError, set_rank
+from lora_adapters.dylora import dials
+
+from .conftest import GOLDEN, expected
+from .golden_outputs import error, outputs
+
+CASES = sorted({(name, key.split(".")[0]) for name in ("sd15", "sdxl") for key in expected(name) if ".x1.0." in key})
+
+
+def wanted(name, file, weight):
+    golden = expected(name)
+    return {key.split(".")[-1]: golden[key] for key in golden if key.startswith(f"{file}.x{weight}.")}
+
+
+def state(pipe):
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    return {f"{part}.{key}": value for part, model in parts.items() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("name", "file"), CASES)
+def test_exact(name, file, pipeline):
+    pipe, golden = pipeline(name), expected(name)
+    base = {part: golden[f"base.{part}"] for part in outputs(pipe, golden)}
+    pipe.load_lora_weights(GOLDEN / name / f"{file}.safetensors", adapter_name="golden")
+    for weight in ("1.0", "0.7"):
+        pipe.set_adapters(["golden"], [float(weight)])
+        assert error(outputs(pipe, golden), wanted(name, file, weight), base) < 1e-3
+
+
+@pytest.mark.parametrize("source", ["path", "string", "folder", "dict", "peft", "diffusers", "adapter", "not low"])
+def test_sources(source, pipeline, tmp_path):
+    pipe, golden = pipeline(), expected("sd15")
+    base = outputs(pipe, golden)
+    file = GOLDEN / "sd15" / "block_dims_alphas_conv.safetensors"
+    adapter = Adapter.load(file)
+    if source == "adapter":
+        adapter.to_pipeline(pipe, "a")
+    else:
+        given = {
+            "path": lambda: file,
+            "string": lambda: str(file),
+            "folder": lambda: adapter.save(tmp_path / "one" / "a.safetensors").parent,
+            "dict": lambda: load_file(file),
+            "peft": lambda: adapter.save(tmp_path / "peft", "peft"),
+            "diffusers": lambda: adapter.save(tmp_path / "d.safetensors", "diffusers"),
+            "not low": lambda: file,
+        }[source]()
+        pipe.load_lora_weights(given, adapter_name="a", low_cpu_mem_usage=source != "not low")
+    assert error(outputs(pipe, golden), wanted("sd15", file.stem, "1.0"), base) < 1e-3
+
+
+def test_unload_leaves_every_tensor_as_it_was(pipeline):
+    pipe = pipeline()
+    before = copy.deepcopy(state(pipe))
+    pipe.load_lora_weights(GOLDEN / "sd15" / "dylora_conv.safetensors", adapter_name="a")
+    pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors", adapter_name="b")
+    pipe.set_adapters(["a", "b"], [0.3, 0.6])
+    outputs(pipe, expected("sd15"))
+    pipe.unload_lora_weights()
+    after = state(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_several_adapters_add_up_and_can_be_fused_and_deleted(pipeline):
+    pipe, golden = pipeline(), expected("sd15")
+    adapters = {name: Adapter.load(GOLDEN / "sd15" / f"{name}.safetensors") for name in ("c3lier", "dylora")}
+    base = outputs(pipe, golden)
+    (adapters["c3lier"].scale(0.5) + adapters["dylora"].scale(0.7)).to_pipeline(pipe, "sum")
+    together = outputs(pipe, golden)
+    pipe.unload_lora_weights()
+    for name in adapters:
+        pipe.load_lora_weights(GOLDEN / "sd15" / f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(list(adapters), [0.5, 0.7])
+    assert error(outputs(pipe, golden), together, base) < 1e-3
+    pipe.fuse_lora(adapter_names=list(adapters))
+    assert error(outputs(pipe, golden), together, base) < 1e-3
+    with pytest.raises(AdapterError, match="fused"):
+        set_rank(pipe, 4)
+    pipe.unfuse_lora()
+    pipe.delete_adapters("dylora")
+    assert not dials(pipe)
+    pipe.set_adapters(["c3lier"])
+    assert error(outputs(pipe, golden), wanted("sd15", "c3lier", "1.0"), base) < 1e-3
+    pipe.disable_lora()
+    assert error(outputs(pipe, golden), base, base) < 1e-4  # fusing and unfusing rounds
+
+
+@pytest.mark.parametrize("order", [("dylora", "lierla"), ("lierla", "dylora")])
+def test_dylora_and_plain_on_the_same_layers(order, pipeline, tmp_path):
+    pipe, golden = pipeline(), expected("sd15")
+    base = outputs(pipe, golden)
+    for name in order:
+        pipe.load_lora_weights(GOLDEN / "sd15" / f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(["dylora"])
+    for rank in (4, 8, 12):
+        set_rank(pipe, rank, "dylora")
+        other = pipeline()
+        cut = Adapter.load(GOLDEN / "sd15" / "dylora.safetensors").truncate(rank).save(tmp_path / f"{rank}.safetensors")
+        other.load_lora_weights(cut)
+        assert error(outputs(pipe, golden), outputs(other, golden), base) < 1e-4
+    pipe.set_adapters(["lierla"])
+    assert error(outputs(pipe, golden), wanted("sd15", "lierla", "1.0"), base) < 1e-3
+    with pytest.raises(AdapterError, match=r"rank 5 .*4, 8, 12, 16"):
+        set_rank(pipe, 5)
+
+
+def test_hotswap_of_the_unet(pipeline):
+    pipe, golden = pipeline(), expected("sd15")
+    base = outputs(pipe, golden)
+    pipe.load_lora_weights(GOLDEN / "sd15" / "unet_only.safetensors", adapter_name="a")
+    modules = Adapter.load(GOLDEN / "sd15" / "unet_only.safetensors").scale(-2)
+    pipe.load_lora_weights(modules, adapter_name="a", hotswap=True)
+    other = pipeline()
+    modules.to_pipeline(other, "a")
+    assert error(outputs(pipe, golden), outputs(other, golden), base) < 1e-4
+    with pytest.raises(AdapterError, match="no adapter b to swap"):
+        pipe.load_lora_weights(modules, adapter_name="b", hotswap=True)
+
+
+def test_half_precision(pipeline):
+    pipe = pipeline().to(torch.bfloat16)
+    pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors")
+    kinds = {p.dtype for model in (pipe.unet, pipe.text_encoder) for p in model.parameters()}
+    assert kinds == {torch.bfloat16}
+
+
+def test_save_lora_weights_and_back(pipeline, tmp_path):
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+
+    pipe, golden = pipeline(), expected("sd15")
+    base = outputs(pipe, golden)
+    pipe.load_lora_weights(GOLDEN / "sd15" / "dylora_conv.safetensors", adapter_name="default")
+    here = outputs(pipe, golden)
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        text_encoder_lora_layers=get_peft_model_state_dict(pipe.text_encoder),
+        **_collate_lora_metadata(parts),
+    )
+    other = pipeline()
+    other.load_lora_weights(tmp_path)
+    assert error(outputs(other, golden), here, base) < 1e-4
+
+
+@pytest.mark.parametrize("fault", ["architecture", "shape", "half", "truncated", "module", "name", "late"])
+def test_a_failed_load_leaves_the_pipeline_as_it_was(fault, pipeline, tmp_path, monkeypatch, recwarn):
+    pipe = pipeline()
+    pipe.load_lora_weights(GOLDEN / "sd15" / "lierla.safetensors", adapter_name="first")
+    golden = expected("sd15")
+    before, was = copy.deepcopy(state(pipe)), outputs(pipe, golden)
+    whole = GOLDEN / "sd15" / "c3lier.safetensors"
+    tensors = load_file(whole)
+    up = "lora_te_text_model_encoder_layers_2_mlp_fc2.lora_up.weight"
+    file, name = tmp_path / "bad.safetensors", "second"
+    if fault == "architecture":
+        file = GOLDEN / "sdxl" / "lierla_xl.safetensors"
+    elif fault == "shape":
+        save_file({**tensors, up: torch.zeros(25, 8)}, file)
+    elif fault == "half":
+        save_file({key: value for key, value in tensors.items() if key != up}, file)
+    elif fault == "truncated":
+        file.write_bytes(whole.read_bytes()[:20000])
+    elif fault == "module":
+        save_file({key.replace("proj_in", "proj_inn"): value for key, value in tensors.items()}, file)
+    elif fault == "name":
+        file, name = whole, "first"
+    else:
+        file = whole
+        place = __import__("lora_adapters.placing", fromlist=["place"]).place
+
+        def failing(model, *args, **kwargs):
+            if model is pipe.unet:
+                raise RuntimeError("out of memory")
+            place(model, *args, **kwargs)
+
+        monkeypatch.setattr("lora_adapters.placing.place", failing)
+    with pytest.raises(RuntimeError if fault == "late" else AdapterError) as caught:
+        pipe.load_lora_weights(file, adapter_name=name)
+    if fault != "late":
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    after = state(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert pipe.get_list_adapters() == {"unet": ["first"], "text_encoder": ["first"]}
+    assert error(outputs(pipe, golden), was, was) < 1e-6
+    assert not [one for one in recwarn if "newly initialized" in str(one.message)]
+
+
+def test_other_formats_go_to_diffusers(pipeline, monkeypatch, tmp_path):
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+
+    seen = []
+    monkeypatch.setattr(
+        StableDiffusionLoraLoaderMixin, "lora_state_dict", classmethod(lambda cls, *args, **kwargs: seen.append(args))
+    )
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file({f"{key}.hada_w1_a": torch.zeros(2, 2), f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "l.safetensors")
+    with warnings.catch_warnings(), pytest.raises(TypeError):  # what the stand-in gives back cannot be unpacked
+        pipeline().load_lora_weights(tmp_path / "l.safetensors")
+    assert seen
