@@ -27,20 +27,21 @@ def _parts(folder):
     return UNet2DConditionModel.from_pretrained(folder / "unet"), encoders
 
 
+def make_pipeline(name="sd15"):
+    unet, encoders = copy.deepcopy(_parts(GOLDEN / name))
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    if len(encoders) == 2:
+        return StableDiffusionXLPipeline(
+            vae, *encoders, None, None, unet, EulerDiscreteScheduler(), add_watermarker=False
+        )
+    return StableDiffusionPipeline(
+        vae, encoders[0], None, unet, DDIMScheduler(), None, None, requires_safety_checker=False
+    )
+
+
 @pytest.fixture
 def pipeline():
-    def make(name="sd15"):
-        unet, encoders = copy.deepcopy(_parts(GOLDEN / name))
-        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-        if len(encoders) == 2:
-            return StableDiffusionXLPipeline(
-                vae, *encoders, None, None, unet, EulerDiscreteScheduler(), add_watermarker=False
-            )
-        return StableDiffusionPipeline(
-            vae, encoders[0], None, unet, DDIMScheduler(), None, None, requires_safety_checker=False
-        )
-
-    return make
+    return make_pipeline
 
 
 @cache

@@ -77,7 +77,7 @@ def test_gradients_are_the_same_with_checkpointing_and_stop_at_the_rank(pipeline
         again = gradients(pipe, step)
         assert plain.keys() == again.keys()
         assert all(torch.equal(plain[name], again[name]) for name in plain)
-        rank = dials(pipe)[0].at
+        rank = dials(pipe.unet)[0].at
         for name, gradient in plain.items():
             part = gradient[rank:] if "lora_A" in name else gradient[:, rank:]
             assert not part.any()
@@ -88,7 +88,7 @@ def test_freeze_lower_trains_the_last_unit_only(pipeline):
     pipe.unet.train()
     for step in range(4):
         found = gradients(pipe, step)
-        rank = dials(pipe)[0].at
+        rank = dials(pipe.unet)[0].at
         for name, gradient in found.items():
             rows = gradient if "lora_A" in name else gradient.transpose(0, 1)
             assert not rows[: rank - 2].any()
@@ -110,7 +110,7 @@ def test_configs_check_their_fields():
 
 def test_block_lists_are_checked_and_zero_skips(pipeline):
     unet = pipeline().unet
-    with pytest.raises(AdapterError, match="block_dims has 24 values, SD1.x and SD2.x has 25"):
+    with pytest.raises(AdapterError, match=r"block_dims has 24 values, SD1\.x and SD2\.x has 25"):
         unet.add_adapter(LierLaConfig(block_dims=[4] * 24), "short")
     unet = pipeline().unet
     unet.add_adapter(C3LierConfig(block_dims=[0] * 12 + [3] + [1] * 12, conv_block_dims=[0] * 24 + [2]), "blocks")

@@ -25,7 +25,7 @@ from tests.lora_adapters.golden_outputs import outputs
 from peft import PeftModel
 
 golden, out, results = conftest.expected("sd15"), Path({out!r}), {{}}
-make = conftest.pipeline.__wrapped__() if hasattr(conftest.pipeline, "__wrapped__") else conftest.pipeline._fixture_function()
+make = conftest.make_pipeline
 for file in sorted(out.glob("*.safetensors")):
     pipe = make()
     pipe.load_lora_weights(str(file))
