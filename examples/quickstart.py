@@ -106,7 +106,7 @@ def grid(columns: dict[str, list[Image.Image]], side: int = 128, margin: int = 1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for everything that is made")
     parser.add_argument("--data", type=Path, default=HERE / "pictures" / "delft", help="folder with train and held_out")
     args = parser.parse_args()
