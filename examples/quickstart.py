@@ -4,7 +4,7 @@
 usage: quickstart.py [--steps N] [--out DIR] [--data DIR]
 
 Trains one DyLoRA on DIR/train, loads the file that it saved with `pipe.load_lora_weights`, and draws prompts that were
-not trained at every rank. Needs no network and no GPU; takes about five minutes on two cores.
+not trained at every rank. Needs no network and no GPU; takes two to six minutes on two cores.
 """
 
 import argparse
