@@ -6,9 +6,11 @@ from typing import Any
 
 from . import format_peft
 from .errors import AdapterError, UnknownFormatError
+from .hub_errors import HubError, hub_errors
+from .names import COMPONENTS
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by itself
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -29,40 +31,91 @@ def _choose(names: list[str], place: str) -> str:
 def locate(source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:
     """The local path of an adapter's file or PEFT folder; a repository is downloaded to the Hub's cache.
 
-    `hub` goes to `huggingface_hub.hf_hub_download` (token, revision, cache_dir, local_files_only, ...), whose own
-    errors come through. AdapterError where there is nothing, or more than one file to choose from.
+    `hub` goes to `huggingface_hub.hf_hub_download` (token, revision, cache_dir, local_files_only, endpoint, ...).
+    AdapterError where there is nothing, or more than one file to choose from; HubError, an AdapterError whose cause is
+    the Hub library's own error, where a repository cannot be had: missing, private, gated, another revision, offline.
     """
     path = Path(source).expanduser()
     if path.exists():
-        path = path / (subfolder or "")
-        if not path.is_dir():
-            return path
-        if weight_name is None and format_peft.is_mine(path):
-            return path
-        if weight_name is not None and not (path / weight_name).exists():
-            raise AdapterError(f"{path} has no file {weight_name}")
-        return path / (weight_name or _choose([entry.name for entry in path.iterdir() if entry.is_file()], str(path)))
+        return _in_folder(path / (subfolder or ""), weight_name)
     if not _REPO_ID.fullmatch(str(source)) or str(source).endswith(_ENDINGS):
         raise AdapterError(f"{source} does not exist (no such file or folder, and no owner/name of a repository)")
-    return _download(str(source), weight_name, subfolder, **hub)
+    return _in_repository(str(source), weight_name, subfolder, {key: hub[key] for key in hub if hub[key] is not None})
 
 
-def _download(repo: str, weight_name: str | None, subfolder: str | None, **hub: Any) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _in_folder(path: Path, weight_name: str | None) -> Path:
+    """The file, or the folder itself where it is PEFT's and has no file of the name that diffusers picks."""
+    if not path.is_dir():
+        return path
+    if weight_name is not None:
+        if not (path / weight_name).exists():
+            raise AdapterError(f"{path} has no file {weight_name}")
+        return path / weight_name
+    if (path / DIFFUSERS_NAME).is_file():
+        return path / DIFFUSERS_NAME
+    if format_peft.is_mine(path):
+        return path
+    return path / _choose([entry.name for entry in path.iterdir() if entry.is_file()], str(path))
 
-    options = {key: value for key, value in hub.items() if value is not None}
-    if weight_name is None:
-        try:
-            return Path(hf_hub_download(repo, DIFFUSERS_NAME, subfolder=subfolder, **options))
-        except EntryNotFoundError:
-            pass
-        start = f"{subfolder}/" if subfolder else ""
-        about = {key: options[key] for key in ("token", "revision") if key in options}
-        files = HfApi().list_repo_files(repo, **about)
-        names = [name.removeprefix(start) for name in files if name.startswith(start)]
-        if any(name.split("/")[-1] == format_peft.CONFIG for name in names):
-            patterns = [f"{start}*{format_peft.CONFIG}", f"{start}*{format_peft.WEIGHTS}"]
+
+def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, options: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    def download(name: str) -> Path:
+        shown = f"{subfolder}/{name}" if subfolder else name
+        with hub_errors(repo, options.get("revision"), shown):
+            return Path(hf_hub_download(repo, name, subfolder=subfolder, **options))
+
+    if weight_name is not None:
+        return download(weight_name)
+    try:
+        return download(DIFFUSERS_NAME)
+    except HubError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):  # offline: what is in the cache may do
+            return _cached(repo, subfolder, options, error)
+        if not isinstance(error.__cause__, RemoteEntryNotFoundError):
+            raise
+    return _listed(repo, subfolder, options, download)
+
+
+def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download: Any) -> Path:
+    """What the repository holds where it has no file of diffusers' name: PEFT's folders, or the one file there is."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    start = f"{subfolder}/" if subfolder else ""
+    revision = options.get("revision")
+    with hub_errors(repo, revision):
+        api = HfApi(endpoint=options.get("endpoint"), token=options.get("token"))
+        files = set(api.list_repo_files(repo, revision=revision))
+    if start and not any(name.startswith(start) for name in files):
+        raise AdapterError(f"{repo} has no folder {subfolder}")
+    places = [f"{start}{part}/" if part else start for part in ("", *COMPONENTS)]
+    peft = [place for place in places if f"{place}{format_peft.CONFIG}" in files]
+    if peft:
+        wanted = (format_peft.CONFIG, format_peft.WEIGHTS, format_peft.WEIGHTS_PICKLED)
+        patterns = [f"{place}{name}" for place in peft for name in wanted]
+        with hub_errors(repo, revision):
             return Path(snapshot_download(repo, allow_patterns=patterns, **options)) / start
-        weight_name = _choose([name for name in names if "/" not in name], repo)
-    return Path(hf_hub_download(repo, weight_name, subfolder=subfolder, **options))
+    names = [name.removeprefix(start) for name in files if name.startswith(start)]
+    return download(_choose([name for name in names if "/" not in name], f"{repo}/{start}" if start else repo))
+
+
+def _cached(repo: str, subfolder: str | None, options: dict[str, Any], error: HubError) -> Path:
+    """An adapter of the repository that was downloaded before; else the error that says why it cannot be now."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    local = {key: options[key] for key in ("cache_dir", "revision") if key in options}
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, **local))
+    except IncompleteSnapshotError as incomplete:  # files that are no part of the adapter were never fetched
+        folder = Path(incomplete.snapshot_path)
+    except LocalEntryNotFoundError:
+        raise error from error.__cause__
+    try:
+        return _in_folder(folder / (subfolder or ""), None)
+    except UnknownFormatError:
+        raise
+    except AdapterError:
+        raise error from error.__cause__
