@@ -14,6 +14,11 @@ _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether it is written as owner/name of a repository, and not as a weights file."""
+    return _REPO_ID.fullmatch(name) is not None and not name.endswith(_ENDINGS)
+
+
 def _choose(names: list[str], place: str) -> str:
     """The one weights file among the names, or the one that diffusers would take."""
     names = [name for name in names if name.endswith(".safetensors")] or [
@@ -38,7 +43,7 @@ def locate(source: str | Path, weight_name: str | None = None, subfolder: str | 
     path = Path(source).expanduser()
     if path.exists():
         return _in_folder(path / (subfolder or ""), weight_name)
-    if not _REPO_ID.fullmatch(str(source)) or str(source).endswith(_ENDINGS):
+    if not is_repo_id(str(source)):
         raise AdapterError(f"{source} does not exist (no such file or folder, and no owner/name of a repository)")
     return _in_repository(str(source), weight_name, subfolder, {key: hub[key] for key in hub if hub[key] is not None})
 

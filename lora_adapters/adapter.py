@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_adapters.convert.adapter import Adapter as AdapterData
 from lora_adapters.convert.errors import AdapterError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,3 +50,14 @@ class Adapter(AdapterData):
         from .pipeline import load
 
         load(pipe, self, adapter_name=adapter_name)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+        """Push it to the Hub in one commit: for diffusers, kohya's programs and PEFT, with a model card.
+
+        options: private, revision, token, commit_message, create_pr, endpoint, and what the card shows: base_model,
+        trigger_words, description, license, samples ({prompt: picture}), grid (a picture), tags; dtype of the weights.
+        See `lora_adapters.hub.push_to_hub`.
+        """
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)

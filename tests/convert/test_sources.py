@@ -1,6 +1,7 @@
 """Repositories as sources: what is found in them, and what is said when they cannot be had."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_offline(hub, monkeypatch, name) -> None:
 def test_no_hub_at_all(hub, monkeypatch) -> None:
     put(hub, "me/x", {DIFFUSERS_NAME: LIERLA})
     hub.__exit__()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's own five attempts
     with pytest.raises(HubError, match="not in the local cache, and the Hub cannot be reached for me/x") as caught:
         Adapter.load("me/x")
     assert caught.value.transient
