@@ -61,7 +61,7 @@ class Adapter:
         if format_kohya.is_mine(set(tensors)):
             return cls(format_kohya.read(tensors), metadata)
         if format_diffusers.is_mine(set(tensors)):
-            return cls(format_diffusers.read(tensors, metadata), metadata)
+            return cls(format_diffusers.read(tensors, metadata), format_diffusers.kohya_metadata(metadata))
         known = format_kohya if any(format_kohya.is_mine({key}) for key in tensors) else format_diffusers
         strange = next(key for key in tensors if not known.is_mine({key}))
         raise UnknownFormatError(f"{strange} is no key of kohya's or diffusers' LoRA formats")

@@ -18,6 +18,7 @@ import torch
 
 from .errors import AdapterError
 from .low_rank import LowRank
+from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
 from .names import COMPONENTS, ModuleName, check_known
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -84,6 +85,20 @@ def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
         return float(rank)
     alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", rank)))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a diffusers file as kohya's files have it.
+
+    Without what speaks of the file's own form, since the modules carry their alphas from here on; with the DyLoRA facts
+    of this package's configs, which diffusers saves among the config's fields.
+    """
+    kept = {key: value for key, value in metadata.items() if key not in (METADATA_KEY, "format")}
+    found = (dylora_of_config(_config(metadata, component)) for component in COMPONENTS)
+    dylora = next((one for one in found if one is not None), None)
+    if dylora is None or dylora_of(kept) is not None:
+        return kept
+    return {**kept, **dylora_metadata(dylora, network_args(kept))}
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[ModuleName, LowRank]:

@@ -12,6 +12,7 @@ from .errors import AdapterError
 from .files import read_tensors, replacing, sync
 from .format_diffusers import alpha_from_config, lora_config
 from .low_rank import LowRank
+from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
 from .names import COMPONENTS, ModuleName, check_known
 
 CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -72,6 +73,9 @@ def read(folder: Path) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
         modules |= found
         facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
         metadata.update(facts.get("metadata") or {})
+        dylora = dylora_of_config(config)
+        if dylora is not None and dylora_of(metadata) is None:  # written by PEFT itself, without kohya's metadata
+            metadata.update(dylora_metadata(dylora, network_args(metadata)))
     return modules, metadata
 
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -51,6 +52,15 @@ def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
         rank_scaling=args.get("rank_scaling", "rank"),
         freeze_lower=args.get("freeze_lower", "False") == "True",
     )
+
+
+def dylora_of_config(config: Mapping[str, Any]) -> DyLora | None:
+    """The DyLoRA facts in a PEFT config's `auto_mapping`, where this package's own configs have them, or None."""
+    facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
+    if facts.get("type") != "DyLora":
+        return None
+    known = {one.name: facts[one.name] for one in fields(DyLora) if one.name in facts}
+    return DyLora(**known)
 
 
 def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:

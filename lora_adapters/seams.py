@@ -5,6 +5,7 @@ before or after this package.
 """
 
 import functools
+import inspect
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -48,13 +49,17 @@ def _into_peft(peft: ModuleType) -> None:
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:
-    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; the rest goes to diffusers."""
+    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; the rest goes to diffusers.
+
+    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none.
+    """
     for name in ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"):
         mixin = getattr(lora_pipeline, name, None)
-        if mixin is None or not hasattr(mixin, "load_lora_weights"):
-            raise unfit("diffusers", f"lacks {name}.load_lora_weights")
+        if mixin is None or not (hasattr(mixin, "load_lora_weights") and hasattr(mixin, "save_lora_weights")):
+            raise unfit("diffusers", f"lacks {name}.load_lora_weights or its save_lora_weights")
         if not hasattr(mixin.load_lora_weights, "stock"):
             mixin.load_lora_weights = _loading(mixin.load_lora_weights)
+            mixin.save_lora_weights = classmethod(_saving(mixin.save_lora_weights.__func__))
 
 
 def _loading(stock: Any) -> Any:
@@ -74,3 +79,15 @@ def _loading(stock: Any) -> Any:
 
     load_lora_weights.stock = stock  # type: ignore[attr-defined]
     return load_lora_weights
+
+
+def _saving(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def save_lora_weights(cls: Any, *args: Any, **kwargs: Any) -> None:
+        from .saved_metadata import completed
+
+        bound = inspect.signature(stock).bind(cls, *args, **kwargs)
+        bound.arguments.update(completed(bound.arguments))
+        stock(*bound.args, **bound.kwargs)
+
+    return save_lora_weights

@@ -12,7 +12,7 @@ from torch import nn
 from lora_adapters.convert.format_diffusers import lora_config as patterns_of
 
 from . import config as configs  # whole: `config` is half loaded when its import of peft is what loads this module
-from . import dylora
+from . import dylora, saved_metadata
 from .coverage import RankAlpha, RankRule, base_layers, covered
 
 _PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into itself, under this name
@@ -59,6 +59,7 @@ class AdapterTuner(LoraModel):
         config.resolved = True
         if isinstance(config, configs.DyLoraConfig):
             dylora.attach(inner, adapter_name, config.dylora)
+        saved_metadata.remember(inner)
 
     def _create_and_replace(  # type: ignore[override]
         self,

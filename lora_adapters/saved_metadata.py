@@ -1,0 +1,86 @@
+"""What diffusers is told to save of this package's adapters, made complete.
+
+Training scripts take the tensors out of a model (`get_peft_model_state_dict`), rename them
+(`convert_state_dict_to_diffusers`) and give them to `save_lora_weights`. Many leave the config out, without which alpha
+is taken to be the rank and a DyLoRA is forgotten. And only the attention's tensors are renamed, of which a loader that
+looks at the first name alone then reads a part and leaves the rest. So for adapters of this package the config is
+looked up in the models that the tensors come from, and the names are PEFT's throughout.
+"""
+
+import json
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_adapters.convert.format_diffusers import split_key
+from lora_adapters.convert.low_rank import LowRank
+from lora_adapters.convert.names import COMPONENTS, ModuleName
+
+logger = logging.getLogger(__name__)
+_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def remember(model: nn.Module) -> None:
+    """Note a model that has an adapter of this package."""
+    _models.add(model)
+
+
+def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `save_lora_weights` that are to be others, for the components with adapters of this package."""
+    changed: dict[str, Any] = {}
+    for component in COMPONENTS:
+        layers, name = arguments.get(f"{component}_lora_layers"), f"{component}_lora_adapter_metadata"
+        if not layers:
+            continue
+        tensors = layers.state_dict() if isinstance(layers, nn.Module) else layers
+        halves = {key: split_key(f"{component}.{key}") for key in tensors}
+        configs = _configs(component, tensors, halves)
+        if not configs:
+            continue
+        changed[f"{component}_lora_layers"] = {
+            _peft_name(key, *half): tensors[key] for key, half in halves.items() if half is not None
+        }
+        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles hold no metadata
+            continue
+        if len(configs) == 1:
+            changed[name] = configs[0]
+        else:
+            logger.warning("The %s's adapter is saved without its alphas: several in memory look like it.", component)
+    return changed
+
+
+def _peft_name(key: str, module: ModuleName, half: str) -> str:
+    """The tensor's name in PEFT's form, with the `text_model.` level where it has that."""
+    path = module.path if key.startswith("text_model.") else module.path.removeprefix("text_model.")
+    return f"{path}.lora_{'A' if half == 'down' else 'B'}.weight"
+
+
+def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The different configs of adapters with these modules and ranks; the one whose very weights these are, if it is
+    among them."""
+    if not all(halves.values()) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        return []
+    ranks = {half[0]: tensors[key].shape[0] for key, half in halves.items() if half[1] == "down"}
+    places = {tensor.data_ptr() for tensor in tensors.values()}
+    alike: dict[str, dict[str, Any]] = {}
+    for config, pairs in _adapters(component):
+        if {module: one.rank for module, one in pairs.items()} == ranks:
+            table = config.to_dict()
+            if any(one.down.data_ptr() in places for one in pairs.values()):
+                return [table]
+            alike[json.dumps(table, sort_keys=True, default=sorted)] = table
+    return list(alike.values())
+
+
+def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank]]]:
+    """Config and pairs of each adapter of this package in the models that are alive."""
+    from .placing import is_ours, taken
+
+    for model in list(_models):
+        for name, config in getattr(model, "peft_config", {}).items():
+            if is_ours(model, name):
+                yield config, taken(model, component, name)

@@ -1,0 +1,93 @@
+"""`save_lora_weights` keeps alphas, ranks and the type of this package's adapters, whatever it is handed."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lora_adapters import Adapter, C3LierConfig, DyLoraConfig
+from lora_adapters.convert.metadata import DyLora
+
+ALPHAS = C3LierConfig(r=4, lora_alpha=3, conv_dim=2, conv_alpha=5)
+DYLORA = DyLoraConfig(r=4, lora_alpha=2, unit=2, rank_scaling="sqrt", freeze_lower=True)
+
+
+def save(pipe, folder, **options):
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    text = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.text_encoder))
+    StableDiffusionPipeline.save_lora_weights(folder, layers, text, **options)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def with_adapter(pipe, config):
+    pipe.unet.add_adapter(config)
+    pipe.text_encoder.add_adapter(config)
+    return pipe
+
+
+@pytest.mark.parametrize("config", [ALPHAS, DYLORA], ids=["c3lier", "dylora"])
+def test_what_is_saved_without_metadata_comes_back(config, pipeline, tmp_path) -> None:
+    pipe = with_adapter(pipeline(), config)
+    back, live = Adapter.load(save(pipe, tmp_path)), Adapter.from_pipeline(pipe)
+    assert back.modules.keys() == live.modules.keys()
+    for module, one in live.modules.items():
+        assert (one.rank, one.alpha) == (back.modules[module].rank, back.modules[module].alpha)
+    assert back.dylora == (DyLora(2, "sqrt", True) if config is DYLORA else None)
+
+
+def test_names_are_peft_s_throughout(pipeline, tmp_path) -> None:
+    tensors = load_file(save(with_adapter(pipeline(), ALPHAS), tmp_path))
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
+
+
+def test_metadata_that_is_handed_in_is_kept(pipeline, tmp_path) -> None:
+    pipe = with_adapter(pipeline(), ALPHAS)
+    with safe_open(save(pipe, tmp_path, unet_lora_adapter_metadata={"r": 9}), "pt") as opened:
+        table = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert table["unet.r"] == 9
+    assert table["text_encoder.lora_alpha"] == 3
+
+
+def test_of_two_of_one_form_it_is_the_one_whose_weights_they_are(pipeline, tmp_path, caplog) -> None:
+    first, second = with_adapter(pipeline(), ALPHAS), with_adapter(pipeline(), C3LierConfig(r=4, conv_dim=2))
+    for pipe, alpha in ((first, 3), (second, 1)):
+        adapter = Adapter.load(save(pipe, tmp_path))
+        assert {one.alpha for one in adapter.modules.values() if one.kernel == (1, 1)} == {alpha}
+    copies = {key: value.clone() for key, value in get_peft_model_state_dict(first.unet).items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, copies)
+    assert "several in memory look like it" in caplog.text
+
+
+def test_plain_lora_is_saved_as_ever(pipeline, tmp_path) -> None:
+    pipe = with_adapter(pipeline(), LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "q_proj"]))
+    file = save(pipe, tmp_path)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert any(".lora.down." in key for key in load_file(file))
+
+
+def test_a_pickle_is_a_pickle(pipeline, tmp_path) -> None:
+    save(with_adapter(pipeline(), ALPHAS), tmp_path, safe_serialization=False)
+    assert torch.load(tmp_path / "pytorch_lora_weights.bin", weights_only=True)
+
+
+def test_a_kohya_file_made_of_it_is_kohya_s_alone(pipeline, tmp_path) -> None:
+    adapter = Adapter.load(save(with_adapter(pipeline(), DYLORA), tmp_path))
+    with safe_open(adapter.save(tmp_path / "kohya.safetensors"), "pt") as opened:
+        metadata = opened.metadata()
+    assert "lora_adapter_metadata" not in metadata
+    assert metadata["ss_network_module"] == "networks.dylora"
+    assert Adapter.load(tmp_path / "kohya.safetensors").dylora == DyLora(2, "sqrt", True)
+
+
+def test_peft_s_own_folder_of_a_dylora(pipeline, tmp_path) -> None:
+    from peft import get_peft_model
+
+    get_peft_model(pipeline().unet, DYLORA).save_pretrained(tmp_path)
+    assert Adapter.load(tmp_path).dylora == DyLora(2, "sqrt", True)
