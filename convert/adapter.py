@@ -146,6 +146,10 @@ class Adapter:
         modules = {module: change(one) for module, one in self.modules.items()}
         return replace(self, modules=modules, metadata={**self.metadata, **(metadata or {})})
 
+    def with_modules(self, modules: Mapping[ModuleName, LowRank]) -> Self:
+        """Other modules under the same metadata."""
+        return replace(self, modules=modules)
+
     def to(self, dtype: torch.dtype | None) -> Self:
         """All factors in another dtype; None keeps them as they are."""
         return self if dtype is None else self.map(lambda one: one.to(dtype))
@@ -170,7 +174,7 @@ class Adapter:
                 modules[module] = modules[module] + one if module in modules else one
             except AdapterError as error:
                 raise AdapterError(f"{module}: {error}") from None
-        return replace(self, modules=modules, metadata=self._plain_metadata())
+        return replace(self, modules=modules, metadata=self.plain_metadata())
 
     def truncate(self, rank: int) -> Self:
         """The first `rank` components of every module, at the scale that they were trained for.
@@ -188,6 +192,42 @@ class Adapter:
         alpha = Counter(one.alpha for one in cut.modules.values()).most_common(1)[0][0]
         return replace(cut, metadata={**cut.metadata, "ss_network_alpha": str(float(alpha))})
 
+    def svd(
+        self,
+        rank: int | None,
+        conv_rank: int | None = None,
+        *,
+        target_error: float | None = None,
+        device: str | None = None,
+    ) -> Self:
+        """The best approximation with `rank` components, and `conv_rank` (else rank) in convolutions above 1x1.
+
+        With target_error each module gets the smallest rank whose relative error is at most that; rank and conv_rank
+        are then the largest ranks allowed, and may be None. Computed in float32 on `device`.
+        """
+        from .svd import svd
+
+        return svd(self, rank, conv_rank, target_error, device)
+
+    @classmethod
+    def from_difference(
+        cls, base: str | Path, tuned: str | Path, rank: int, conv_rank: int | None = None, **options: Any
+    ) -> Self:
+        """The best adapter of that rank for tuned - base, two models in files or Diffusers folders.
+
+        `options` are those of `lora_adapters.convert.extraction.extract`. conv_rank None is LoRA-LierLa.
+        """
+        from .extraction import extract
+
+        adapter = extract(base, tuned, rank, conv_rank, **options).adapter
+        return cls(adapter.modules, adapter.metadata)
+
+    def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
+        """Write the model (a file, or a Diffusers folder) to `out` with weight · ΔW added to its weights."""
+        from .merge import merge_into_model
+
+        return merge_into_model(model, out, [self], [weight])
+
     def with_common_alpha(self) -> Self:
         """The same changes with one alpha in all modules, the most common one."""
         alpha = Counter(one.alpha for one in self.modules.values() if one.alpha).most_common(1)[0][0]
@@ -197,7 +237,8 @@ class Adapter:
         """The same adapter, marked as a DyLoRA in its metadata."""
         return replace(self, metadata={**self.metadata, **dylora_metadata(dylora, network_args(self.metadata))})
 
-    def _plain_metadata(self) -> dict[str, str]:
+    def plain_metadata(self) -> dict[str, str]:
         """Metadata without what is no longer true of a combination: rank, alpha, type, blocks."""
-        gone = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sshs_", "modelspec.")
+        facts = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
+        gone = (*facts, "sshs_", "modelspec.", format_diffusers.METADATA_KEY)
         return {key: value for key, value in self.metadata.items() if not key.startswith(gone)}
