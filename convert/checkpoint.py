@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial as bound
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class WeightsFile:
             if key in by_key:
                 planned[key] = Planned(to, tuple(tensor.shape), _changed(tensor, by_key[key], to))
             elif to != tensor.dtype:
-                planned[key] = Planned(to, tuple(tensor.shape), lambda tensor=tensor, to=to: tensor.to(to))
+                planned[key] = Planned(to, tuple(tensor.shape), bound(tensor.to, to))
             else:
                 planned[key] = Planned.copy(tensor)
         write(target, planned, metadata, wrapped=self.path.suffix != ".bin")
@@ -196,9 +197,9 @@ def _files_of(folder: Path) -> Iterator[Path]:
             continue
         if len(inner.parts) == 1 and file.name.endswith(_WEIGHT_ENDINGS):
             continue
-        if inner.parts[0] in COMPONENTS and file.name.endswith((".bin", ".bin.index.json")):
-            if any(file.parent.glob("*.safetensors")):
-                continue
+        pickled = inner.parts[0] in COMPONENTS and file.name.endswith((".bin", ".bin.index.json"))
+        if pickled and any(file.parent.glob("*.safetensors")):
+            continue
         yield file
 
 

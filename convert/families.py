@@ -22,8 +22,8 @@ def family_of(adapter: Adapter) -> str:
 def check_one_family(adapters: Mapping[str, Adapter]) -> None:
     """AdapterError, with their names, where two adapters are for different models."""
     families = {name: family_of(adapter) for name, adapter in adapters.items()}
-    known = {name: family for name, family in families.items() if family != "SD"} if "SDXL" not in families.values() \
-        else families  # fmt: skip
+    sdxl = "SDXL" in families.values()  # then one that is SD1.x or SD2.x is a stranger, whichever of them it is
+    known = {name: family for name, family in families.items() if sdxl or family != "SD"}
     first = next(iter(known.items()), None)
     for name, family in known.items():
         if first is not None and family != first[1]:

@@ -1,8 +1,8 @@
 """The best approximation of low-rank changes by fewer components, from the factors alone.
 
 ΔW = up · down has the singular values of the small matrix R_up · R_downᵀ, where up = Q_up · R_up and
-downᵀ = Q_down · R_down are QR decompositions. No matrix of the size of the weight is ever made. The truncated SVD is the
-best approximation of its rank (Eckart and Young, 1936).
+downᵀ = Q_down · R_down are QR decompositions. No matrix of the size of the weight is ever made. The truncated SVD
+is the best approximation of its rank (Eckart and Young, 1936).
 """
 
 import math

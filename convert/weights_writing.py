@@ -65,7 +65,7 @@ def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, st
             assert tensor.dtype == planned.dtype, name
             assert tuple(tensor.shape) == planned.shape, name
             if tensor.numel():
-                out.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     sync(file)
 
 
