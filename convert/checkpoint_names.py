@@ -76,6 +76,10 @@ def places_in_file(tensors: Mapping[str, torch.Tensor], architecture: str) -> di
         place = next((place for place in _candidates(module, architecture) if place.key in tensors), None)
         if place is not None:
             found[module] = place
+    if architecture == "sd" and any(place.third is not None for place in found.values()):
+        # The last layer of SD2.x's text encoder is in its checkpoints, but no output of it is used.
+        last = max(int(match[1]) for module in found if (match := _LAYER.fullmatch(module.path)))
+        found = {module: place for module, place in found.items() if f".layers.{last}." not in module.path}
     return found
 
 
