@@ -1,5 +1,6 @@
 """Weighted sums of adapters, and adapters put into a model's weights."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
 
     Metadata: the base model's; AdapterError where adapters are for different models.
     """
+    modules = {}
+    for module, parts in _gathered(adapters, weights).items():
+        try:
+            modules[module] = add_up(parts)
+        except AdapterError as error:
+            names = [name for name, adapter in adapters.items() if module in adapter.modules]
+            raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
+    first = next(iter(adapters.values()))
+    base = {key: first.metadata[key] for key in ("ss_v2", "ss_base_model_version") if key in first.metadata}
+    return Adapter(modules, base)
+
+
+def _gathered(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> dict[ModuleName, list[LowRank]]:
+    """The weighted changes of each module."""
     if not adapters:
         raise AdapterError("there are no adapters to add up")
     if len(weights) != len(adapters):
@@ -43,27 +58,19 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
         for module, one in adapter.modules.items():
             _check_finite(module, one)
             parts.setdefault(module, []).append(one.scaled(weight))
-    modules = {}
-    for module, listed in parts.items():
-        try:
-            modules[module] = add_up(listed)
-        except AdapterError as error:
-            names = [name for name, adapter in adapters.items() if module in adapter.modules]
-            raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
-    first = next(iter(adapters.values()))
-    base = {key: first.metadata[key] for key in ("ss_v2", "ss_base_model_version") if key in first.metadata}
-    return Adapter(modules, base)
+    return parts
 
 
 def _check_finite(module: ModuleName, one: LowRank) -> None:
     for half, factor in (("down", one.down), ("up", one.up)):
         # The sum is NaN or infinite if any number is, and needs no table of flags.
-        if not bool(torch.isfinite(factor.sum(dtype=torch.float64))):
+        if not math.isfinite(float(factor.sum(dtype=torch.float32))):
             raise AdapterError(f"{module}: {half} has NaN or infinite numbers")
 
 
-def _adding(one: LowRank) -> Callable[[torch.Tensor], torch.Tensor]:
+def _adding(parts: Sequence[LowRank]) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(weight: torch.Tensor) -> torch.Tensor:
+        one = add_up(parts)  # only now: all of them together would need the memory of all adapters
         up, down = one.matrices()
         return weight.reshape(len(weight), -1).addmm_(up, down, alpha=one.scale).reshape(weight.shape)
 
@@ -90,11 +97,11 @@ def merge_into_model(
     labels = list(names or (f"adapter {number}" for number in range(1, len(adapters) + 1)))
     labels = [label if labels.count(label) == 1 else f"{label} ({at + 1})" for at, label in enumerate(labels)]
     named = dict(zip(labels, adapters, strict=True))
-    whole = weighted_sum(named, weights)
+    parts = _gathered(named, weights)
     known = checkpoint.modules
     for label, adapter in named.items():
         _check_fits(checkpoint, label, adapter, known)
-    changes = {module: _adding(one) for module, one in whole.modules.items()}
+    changes = {module: _adding(listed) for module, listed in parts.items()}
     return checkpoint.write(target, changes, dtype, {**(metadata or {})} if keep_metadata else None)
 
 

@@ -4,7 +4,9 @@ The layout of .safetensors: 8 bytes with the header's length, the header (JSON, 
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,11 +56,32 @@ def _header(tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
+class _Flusher:
+    """Brings what was written to the disk in the background, so that the last fsync has little left to wait for."""
+
+    def __init__(self, descriptor: int, every: int = 128 << 20) -> None:
+        self.descriptor, self.every, self.waiting = descriptor, every, 0
+        self.worker = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "_Flusher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.worker.shutdown(cancel_futures=True)
+
+    def wrote(self, size: int) -> None:
+        """Count written bytes."""
+        self.waiting += size
+        if self.waiting >= self.every:
+            self.waiting = 0
+            self.worker.submit(os.fsync, self.descriptor)
+
+
 def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file, making each tensor only when its turn comes."""
     # Wide types first: every tensor's bytes are then aligned to its type, as readers that map the file like it.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    with file.open("wb") as out:
+    with file.open("wb") as out, _Flusher(out.fileno()) as flusher:
         out.write(_header(ordered, metadata))
         for name, planned in progress(ordered.items(), "writing", len(ordered)):
             tensor = planned.make()
@@ -66,6 +89,7 @@ def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, st
             assert tuple(tensor.shape) == planned.shape, name
             if tensor.numel():
                 out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                flusher.wrote(planned.size)
     sync(file)
 
 
