@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from typing_extensions import Self
 
-from . import format_diffusers, format_kohya, format_peft
+from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
 from .errors import AdapterError, UnknownFormatError
 from .files import read_tensors, replacing, sync
 from .low_rank import LowRank
@@ -18,7 +18,7 @@ from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, netw
 from .names import ModuleName, architecture_of
 from .sources import locate
 
-FORMATS = ("kohya", "diffusers", "peft")
+FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,7 +37,7 @@ class Adapter:
     def load(
         cls, source: str | Path, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
     ) -> Self:
-        """Read an adapter from a file, a folder or a Hub repository, in kohya's, diffusers' or PEFT's format.
+        """Read an adapter from a file, a folder or a Hub repository, in any of FORMATS.
 
         `hub` options (token, revision, cache_dir, local_files_only, ...) go to `huggingface_hub`. AdapterError, with
         the file in it, where the source is missing, broken, or in another format.
@@ -54,12 +54,14 @@ class Adapter:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Self:
-        """The adapter in a state dict of kohya's or one of diffusers' formats."""
+        """The adapter in a state dict of kohya's, cloneofsimo's or one of diffusers' formats."""
         metadata = dict(metadata or {})
         if not tensors:
             raise AdapterError("there are no tensors in it")
         if format_kohya.is_mine(set(tensors)):
             return cls(format_kohya.read(tensors), metadata)
+        if format_cloneofsimo.is_mine(set(tensors)):
+            return cls(format_cloneofsimo.read(tensors, metadata), format_cloneofsimo.other_metadata(metadata))
         if format_diffusers.is_mine(set(tensors)):
             return cls(format_diffusers.read(tensors, metadata), metadata)
         known = format_kohya if any(format_kohya.is_mine({key}) for key in tensors) else format_diffusers
@@ -72,12 +74,14 @@ class Adapter:
         format: str = "kohya",
         dtype: torch.dtype | None = None,
         fold_alpha: bool = False,
+        embeddings: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
         """Write the adapter, whole or not at all, and give back its path.
 
         format: "kohya" (also what A1111 and ComfyUI read), "diffusers" (alphas folded into the weights), both one
         file; or "peft", a folder. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the
-        most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ.
+        most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
+        is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens.
         """
         if format not in FORMATS:
             raise AdapterError(f"unknown format {format}: {', '.join(FORMATS)} are known")
@@ -95,6 +99,8 @@ class Adapter:
         if format == "kohya":
             tensors = format_kohya.write(adapter.modules, self.architecture)
             metadata |= hashes(tensors, metadata)
+        elif format == "cloneofsimo":
+            tensors, metadata = format_cloneofsimo.write(adapter.modules, self.architecture, embeddings or {})
         else:
             tensors, own = format_diffusers.write(adapter.modules)
             metadata = {**metadata, **own, "ss_network_alpha": str(float(adapter.rank))}

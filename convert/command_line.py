@@ -81,6 +81,8 @@ def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | No
         return 0
     except AdapterError as error:
         message = str(error)
+    except BrokenPipeError:  # whoever read the output has enough of it
+        return 1
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     except torch.OutOfMemoryError:

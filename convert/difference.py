@@ -7,6 +7,7 @@ needed, through the eigenvectors of their Gram matrix, or an SVD where that is c
 
 import torch
 
+from .orthonormal import orthonormal
 from .rank_choice import RankRule
 from .svd import Fit
 
@@ -22,26 +23,28 @@ def _gram(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.clamp_min(0).sqrt().flip(0), vectors.flip(1).T
 
 
-def _range_basis(matrix: torch.Tensor, rank: int, energy: float) -> torch.Tensor:
-    """Orthonormal columns that hold the best `rank` components of a matrix with squared norm `energy`.
+def _range_finder(matrix: torch.Tensor, rank: int, energy: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest singular values of a matrix with squared norm `energy`, enough for `rank`; U·S and Vᵀ of them.
 
     The starting directions are drawn with a fixed seed: the same models give the same adapter.
     """
     rows, columns = matrix.shape
     size = min(rank + max(_OVERSAMPLING, rank // 4), rows, columns)
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(columns, size, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ sample).Q
+    found = matrix @ torch.randn(columns, size, generator=generator).to(matrix)
     missing = energy
     for iteration in range(_MOST_ITERATIONS):
-        projected = matrix.T @ basis  # its singular values are those found so far
-        directions, small = torch.linalg.qr(projected)
-        basis = torch.linalg.qr(matrix @ directions).Q
-        found = float(torch.linalg.svdvals(small)[:rank].double().square().sum())
-        before, missing = missing, max(energy - found, 0.0)
-        if iteration >= 1 and before - missing <= 2 * _STANDSTILL * missing + 1e-9 * energy:
+        basis = orthonormal(found)[0].to(matrix.dtype)
+        # The singular values of matrixᵀ · basis are those found so far; its directions start the next iteration.
+        projected = matrix.T @ basis
+        directions, root = orthonormal(projected)
+        u, values, vh = torch.linalg.svd(root, full_matrices=False)
+        before, missing = missing, max(energy - float(values[:rank].square().sum()), 0.0)
+        if iteration >= 2 and before - missing <= 2 * _STANDSTILL * missing + 1e-9 * energy:
             break
-    return basis
+        found = matrix @ directions.to(matrix.dtype)
+    up = basis @ (vh.T * values).to(matrix.dtype)
+    return values, up, (directions @ u).T.to(matrix.dtype)
 
 
 def best_approximation(
@@ -57,18 +60,14 @@ def best_approximation(
     if shorter <= _DIRECT:
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
         up = u * values
-    elif most is None or 2 * most >= shorter:
-        if rows >= columns:
-            values, vh = _gram(matrix)
-            up = matrix @ vh.T
-        else:
-            values, left = _gram(matrix.T)
-            vh, up = left @ matrix / values.clamp_min(1e-30)[:, None], left.T * values
+    elif most is not None and 2 * most < shorter:
+        values, up, vh = _range_finder(matrix, most, energy)
+    elif rows >= columns:
+        values, vh = _gram(matrix)
+        up = matrix @ vh.T
     else:
-        basis = _range_basis(matrix, most, energy)
-        small = basis.T @ matrix
-        u, values, vh = torch.linalg.svd(small, full_matrices=False)
-        up = (basis @ u) * values
+        values, left = _gram(matrix.T)
+        up, vh = left.T * values, left @ matrix / values.clamp_min(1e-30)[:, None]
     rank = rule(values)
     up, down = up[:, :rank], vh[:rank]
     missing = energy - float(values[:rank].double().square().sum())

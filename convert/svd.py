@@ -1,8 +1,8 @@
 """The best approximation of low-rank changes by fewer components, from the factors alone.
 
 ΔW = up · down has the singular values of the small matrix R_up · R_downᵀ, where up = Q_up · R_up and
-downᵀ = Q_down · R_down are QR decompositions. No matrix of the size of the weight is ever made. The truncated SVD
-is the best approximation of its rank (Eckart and Young, 1936).
+downᵀ = Q_down · R_down with orthonormal columns in both Q. No matrix of the size of the weight is ever made.
+The truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
 """
 
 import math
@@ -16,6 +16,7 @@ from .command_line import progress
 from .errors import AdapterError
 from .low_rank import LowRank
 from .names import COMPONENTS, ModuleName
+from .orthonormal import orthonormal
 from .rank_choice import RankRule, by_error, fixed
 
 
@@ -53,12 +54,17 @@ def rules(rank: int | None, conv_rank: int | None = None, target_error: float | 
 
 
 def decompose(one: LowRank, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U (out, n), singular values (n), Vᵀ (n, in·height·width) of ΔW, float32; n is at most the rank."""
+    """U (out, n), singular values (n), Vᵀ (n, in·height·width) of ΔW, float64; n is its rank, at most one.rank.
+
+    AdapterError where a factor has NaN or infinite numbers.
+    """
     up, down = (factor.to(device) for factor in one.matrices())
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.T)
-    u, values, vh = torch.linalg.svd(r_up @ r_down.T * one.scale, full_matrices=False)
-    return q_up @ u, values, vh @ q_down.T
+    if not (math.isfinite(float(up.sum())) and math.isfinite(float(down.sum()))):
+        raise AdapterError("there are NaN or infinite numbers in it")
+    left, left_root = orthonormal(up)
+    right, right_root = orthonormal(down.T)
+    u, values, vh = torch.linalg.svd(left_root @ right_root.T * one.scale, full_matrices=False)
+    return left @ u, values, vh @ right.T
 
 
 def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,10 +85,11 @@ def reduced(
 ) -> tuple[LowRank, Fit]:
     """The change with the number of components that the rule chooses, alpha = rank, and how well it fits."""
     u, values, vh = decompose(one, device)
-    if not bool(torch.isfinite(values).all()):
-        raise AdapterError("there are NaN or infinite numbers in it")
+    if len(values) == 0:  # no change at all: one component of zeros
+        none = one.truncated(1)
+        return LowRank(none.down.float(), torch.zeros_like(none.up).float(), 1.0), Fit(0.0, 0.0)
     rank = rule(values)
-    energy = values.double().square()
+    energy = values.square()
     fit = Fit(float(energy.sum()), float(energy[rank:].sum()))
     up, down = u[:, :rank] * values[:rank], vh[:rank]
     if clamp_quantile is not None:
@@ -90,8 +97,8 @@ def reduced(
         missing = product_norm_squared(torch.cat([u * values, -up], dim=1), torch.cat([vh, down]))
         fit = Fit(fit.total, missing)
     shape, extra = one.down.shape[1:], (1,) * (one.up.ndim - 2)
-    down = down.cpu().contiguous().reshape(rank, *shape)
-    return LowRank(down, up.cpu().contiguous().reshape(*up.shape, *extra), float(rank)), fit
+    up, down = (factor.float().cpu().contiguous() for factor in (up, down))
+    return LowRank(down.reshape(rank, *shape), up.reshape(*up.shape, *extra), float(rank)), fit
 
 
 def reduce_modules(
