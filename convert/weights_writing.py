@@ -108,7 +108,8 @@ def write(target: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, s
         try:
             stream(streamed, tensors, {})
             table, _ = read_tensors(streamed)
-            ordered = {name: table[name] for name in tensors}
+            # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
+            ordered = {name: table[name] if table[name].numel() else table[name].clone() for name in tensors}
             torch.save({"state_dict": ordered} if wrapped else ordered, partial)
             sync(partial)
         finally:
