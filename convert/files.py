@@ -5,7 +5,7 @@ import pickle
 import secrets
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -64,7 +64,8 @@ def replacing(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its folder is none: what went wrong is told by now
+            partial.unlink(missing_ok=True)
 
 
 def sync(file: Path) -> None:
