@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from typing_extensions import Self
 
-from . import format_diffusers, format_kohya, format_peft
+from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
 from .errors import AdapterError, UnknownFormatError
 from .files import read_tensors, replacing, sync
 from .low_rank import LowRank
@@ -18,7 +18,7 @@ from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, netw
 from .names import ModuleName, architecture_of
 from .sources import locate
 
-FORMATS = ("kohya", "diffusers", "peft")
+FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,7 +37,7 @@ class Adapter:
     def load(
         cls, source: str | Path, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
     ) -> Self:
-        """Read an adapter from a file, a folder or a Hub repository, in kohya's, diffusers' or PEFT's format.
+        """Read an adapter from a file, a folder or a Hub repository, in any of FORMATS.
 
         `hub` options (token, revision, cache_dir, local_files_only, ...) go to `huggingface_hub`. AdapterError, with
         the file in it, where the source is missing, broken, or in another format.
@@ -54,12 +54,14 @@ class Adapter:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Self:
-        """The adapter in a state dict of kohya's or one of diffusers' formats."""
+        """The adapter in a state dict of kohya's, cloneofsimo's or one of diffusers' formats."""
         metadata = dict(metadata or {})
         if not tensors:
             raise AdapterError("there are no tensors in it")
         if format_kohya.is_mine(set(tensors)):
             return cls(format_kohya.read(tensors), metadata)
+        if format_cloneofsimo.is_mine(set(tensors)):
+            return cls(format_cloneofsimo.read(tensors, metadata), format_cloneofsimo.other_metadata(metadata))
         if format_diffusers.is_mine(set(tensors)):
             return cls(format_diffusers.read(tensors, metadata), format_diffusers.kohya_metadata(metadata))
         known = format_kohya if any(format_kohya.is_mine({key}) for key in tensors) else format_diffusers
@@ -72,12 +74,14 @@ class Adapter:
         format: str = "kohya",
         dtype: torch.dtype | None = None,
         fold_alpha: bool = False,
+        embeddings: Mapping[str, torch.Tensor] | None = None,
     ) -> Path:
         """Write the adapter, whole or not at all, and give back its path.
 
         format: "kohya" (also what A1111 and ComfyUI read), "diffusers" (alphas folded into the weights), both one
         file; or "peft", a folder. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the
-        most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ.
+        most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
+        is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens.
         """
         if format not in FORMATS:
             raise AdapterError(f"unknown format {format}: {', '.join(FORMATS)} are known")
@@ -95,6 +99,8 @@ class Adapter:
         if format == "kohya":
             tensors = format_kohya.write(adapter.modules, self.architecture)
             metadata |= hashes(tensors, metadata)
+        elif format == "cloneofsimo":
+            tensors, metadata = format_cloneofsimo.write(adapter.modules, self.architecture, embeddings or {})
         else:
             tensors, own = format_diffusers.write(adapter.modules)
             metadata = {**metadata, **own, "ss_network_alpha": str(float(adapter.rank))}
@@ -146,6 +152,10 @@ class Adapter:
         modules = {module: change(one) for module, one in self.modules.items()}
         return replace(self, modules=modules, metadata={**self.metadata, **(metadata or {})})
 
+    def with_modules(self, modules: Mapping[ModuleName, LowRank]) -> Self:
+        """Other modules under the same metadata."""
+        return replace(self, modules=modules)
+
     def to(self, dtype: torch.dtype | None) -> Self:
         """All factors in another dtype; None keeps them as they are."""
         return self if dtype is None else self.map(lambda one: one.to(dtype))
@@ -170,7 +180,7 @@ class Adapter:
                 modules[module] = modules[module] + one if module in modules else one
             except AdapterError as error:
                 raise AdapterError(f"{module}: {error}") from None
-        return replace(self, modules=modules, metadata=self._plain_metadata())
+        return replace(self, modules=modules, metadata=self.plain_metadata())
 
     def truncate(self, rank: int) -> Self:
         """The first `rank` components of every module, at the scale that they were trained for.
@@ -188,6 +198,42 @@ class Adapter:
         alpha = Counter(one.alpha for one in cut.modules.values()).most_common(1)[0][0]
         return replace(cut, metadata={**cut.metadata, "ss_network_alpha": str(float(alpha))})
 
+    def svd(
+        self,
+        rank: int | None,
+        conv_rank: int | None = None,
+        *,
+        target_error: float | None = None,
+        device: str | None = None,
+    ) -> Self:
+        """The best approximation with `rank` components, and `conv_rank` (else rank) in convolutions above 1x1.
+
+        With target_error each module gets the smallest rank whose relative error is at most that; rank and conv_rank
+        are then the largest ranks allowed, and may be None. Computed in float32 on `device`.
+        """
+        from .svd import svd
+
+        return svd(self, rank, conv_rank, target_error, device)
+
+    @classmethod
+    def from_difference(
+        cls, base: str | Path, tuned: str | Path, rank: int, conv_rank: int | None = None, **options: Any
+    ) -> Self:
+        """The best adapter of that rank for tuned - base, two models in files or Diffusers folders.
+
+        `options` are those of `lora_adapters.convert.extraction.extract`. conv_rank None is LoRA-LierLa.
+        """
+        from .extraction import extract
+
+        adapter = extract(base, tuned, rank, conv_rank, **options).adapter
+        return cls(adapter.modules, adapter.metadata)
+
+    def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
+        """Write the model (a file, or a Diffusers folder) to `out` with weight · ΔW added to its weights."""
+        from .merge import merge_into_model
+
+        return merge_into_model(model, out, [self], [weight])
+
     def with_common_alpha(self) -> Self:
         """The same changes with one alpha in all modules, the most common one."""
         alpha = Counter(one.alpha for one in self.modules.values() if one.alpha).most_common(1)[0][0]
@@ -197,7 +243,8 @@ class Adapter:
         """The same adapter, marked as a DyLoRA in its metadata."""
         return replace(self, metadata={**self.metadata, **dylora_metadata(dylora, network_args(self.metadata))})
 
-    def _plain_metadata(self) -> dict[str, str]:
+    def plain_metadata(self) -> dict[str, str]:
         """Metadata without what is no longer true of a combination: rank, alpha, type, blocks."""
-        gone = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sshs_", "modelspec.")
+        facts = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
+        gone = (*facts, "sshs_", "modelspec.", format_diffusers.METADATA_KEY)
         return {key: value for key, value in self.metadata.items() if not key.startswith(gone)}

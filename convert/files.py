@@ -3,8 +3,9 @@
 import os
 import pickle
 import secrets
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from .errors import AdapterError
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a .safetensors file (memory-mapped) or of a PyTorch pickle, and the metadata ({} of a pickle).
+    """All tensors of a .safetensors file or of a PyTorch pickle, memory-mapped, and the metadata ({} of a pickle).
 
     Pickles are read without executing anything (`weights_only`). AdapterError where the file is missing, truncated,
     or not what its ending says.
@@ -28,7 +29,8 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             with safe_open(file, framework="pt") as opened:
                 names = opened.keys()  # not a dict: it has no iterator of its own
                 return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        # Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except SafetensorError as error:
         raise AdapterError(f"{file} is truncated or no safetensors file ({error})") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
@@ -62,7 +64,8 @@ def replacing(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its folder is none: what went wrong is told by now
+            partial.unlink(missing_ok=True)
 
 
 def sync(file: Path) -> None:

@@ -18,9 +18,9 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 BLOCK_COUNT = {"sd": 25, "sdxl": 23}
 TEXT_LAYERS = 32  # the deepest text encoder, SDXL's second; SD1.x uses 12 of them, SD2.x 23
 _SGM_RESNET = {
-    "conv1": "in_layers_2",
-    "conv2": "out_layers_3",
-    "time_emb_proj": "emb_layers_1",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
 _PLACE = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
@@ -76,22 +76,38 @@ def _paths(architecture: str) -> frozenset[str]:
     return frozenset(_unet((1, 1, 1, 0), 1) if architecture == "sd" else _unet((0, 2, 10), 10))
 
 
-def _sgm_name(path: str) -> str:
-    """sgm's flat name of an SDXL U-Net path."""
+def unet_paths(architecture: str) -> frozenset[str]:
+    """The paths of all U-Net modules that an adapter can have, of "sd" (SD1.x, SD2.x) or "sdxl"."""
+    return _paths(architecture)
+
+
+def text_encoder_paths() -> list[str]:
+    """The paths of all modules of the deepest text encoder that an adapter can have, layer by layer."""
+    return list(_text_encoder())
+
+
+def sgm_path(path: str, architecture: str = "sdxl") -> str:
+    """The dotted name of a U-Net module in Stability's and CompVis' own code (`input_blocks.4.1...`)."""
     match = _PLACE.fullmatch(path)
     assert match, path
     half, block, kind, layer, rest = match.groups()
     if half == "mid":
-        place = f"middle_block_{2 * int(layer) if kind == 'resnets' else 1}"
+        place = f"middle_block.{2 * int(layer) if kind == 'resnets' else 1}"
     elif kind == "downsamplers":
-        return f"input_blocks_{3 + 3 * int(block)}_0_op"
+        return f"input_blocks.{3 + 3 * int(block)}.0.op"
     elif kind == "upsamplers":
-        return f"output_blocks_{2 + 3 * int(block)}_2_conv"
+        # It stands behind the attention, which the deepest block of SD1.x and SD2.x does not have.
+        return f"output_blocks.{2 + 3 * int(block)}.{1 if architecture == 'sd' and block == '0' else 2}.conv"
     else:
         first = "input_blocks" if half == "down" else "output_blocks"
         index = (1 if half == "down" else 0) + 3 * int(block) + int(layer)
-        place = f"{first}_{index}_{0 if kind == 'resnets' else 1}"
-    return f"{place}_{_SGM_RESNET[rest] if kind == 'resnets' else rest.replace('.', '_')}"
+        place = f"{first}.{index}.{0 if kind == 'resnets' else 1}"
+    return f"{place}.{_SGM_RESNET[rest] if kind == 'resnets' else rest}"
+
+
+def _sgm_name(path: str) -> str:
+    """sgm's flat name of an SDXL U-Net path."""
+    return sgm_path(path).replace(".", "_")
 
 
 @cache

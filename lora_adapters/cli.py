@@ -5,6 +5,13 @@ from collections.abc import Sequence
 from importlib import import_module
 
 PROGRAMS = {
+    "merge": ("lora_adapters.convert.merge_lora", "merge LoRAs into a model, or several LoRAs into one"),
+    "svd-merge": ("lora_adapters.convert.svd_merge_lora", "merge LoRAs into one of a given rank"),
+    "extract": ("lora_adapters.convert.extract_lora_from_models", "extract the LoRA between two models"),
+    "split": ("lora_adapters.convert.extract_lora_from_dylora", "split a DyLoRA into one LoRA for each rank"),
+    "resize": ("lora_adapters.convert.resize_lora", "give a LoRA a smaller rank"),
+    "convert": ("lora_adapters.convert.convert_format", "write a LoRA in another format"),
+    "info": ("lora_adapters.convert.info", "show what a LoRA file is"),
     "train": ("lora_adapters.train.train_network", "train an adapter, with kohya's train_network.py options"),
     "resize-images": ("lora_adapters.train.resize_images_to_resolution", "resize a folder of training pictures"),
 }

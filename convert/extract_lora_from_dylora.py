@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Split a DyLoRA into LoRA files, one for each of its ranks.
+
+usage: extract_lora_from_dylora.py --model dylora.safetensors --save_to split.safetensors [--unit 4] [--ranks 4,8]
+
+Writes split-0004.safetensors, split-0008.safetensors, ... up to the full rank.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.command_line import Parser, output_file, progress, run
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.metadata import DyLora
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(prog="extract_lora_from_dylora.py", description="Split a DyLoRA into one LoRA for each rank.")
+    made.add_argument("--model", required=True, help="the DyLoRA: a file, a PEFT folder or a Hub repository")
+    made.add_argument("--save_to", required=True, help="name of the results; -0004 and so on is put before its ending")
+    made.add_argument("--unit", type=int, help="distance of ranks (default: what the file says)")
+    made.add_argument("--ranks", help="only these ranks, such as 4,8 (default: all, with the full one)")
+    return made
+
+
+def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
+    """The ranks to write: all that the adapter can be cut to, or those asked for."""
+    highest = max(one.rank for one in adapter.modules.values())
+    unit = (adapter.dylora or DyLora()).unit
+    if asked is None:
+        return [*range(unit, highest, unit), highest]
+    try:
+        return sorted({int(number) for number in asked.split(",")})
+    except ValueError:
+        raise AdapterError(f"--ranks is a list of numbers such as 4,8, not {asked}") from None
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    args = parser().parse_args(argv)
+    path = output_file(args.save_to)
+    adapter = Adapter.load(args.model)
+    dylora = adapter.dylora
+    if args.unit is not None and args.unit < 1:
+        raise AdapterError(f"unit {args.unit} is none: it is 1 or more")
+    if dylora is None and args.unit is None:
+        raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit")
+    if dylora is None:
+        dylora = DyLora(rank_scaling="rank")  # such a file can only be kohya's, cut as kohya's script does
+    adapter = adapter.as_dylora(replace(dylora, unit=args.unit or dylora.unit))
+    # All are made before the first is written: a rank that cannot be cut leaves nothing half-done.
+    cuts = {rank: adapter.truncate(rank) for rank in ranks_of(adapter, args.ranks)}
+    for rank, cut in progress(cuts.items(), "splitting", len(cuts)):
+        print(cut.save(path.with_name(f"{path.stem}-{rank:04d}{path.suffix}")))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives back its exit status."""
+    return run(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Extract the LoRA between two models: the best approximation of what fine-tuning changed.
+
+usage: extract_lora_from_models.py --model_org base.safetensors --model_tuned tuned.safetensors --dim 32
+                                   --save_to lora.safetensors
+
+Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, in any combination.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lora_adapters.convert.checkpoint import Checkpoint
+from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.extraction import extract
+from lora_adapters.convert.svd import report
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(prog="extract_lora_from_models.py", description="Extract the LoRA between two models.")
+    made.add_argument("--model_org", required=True, help="the original model: checkpoint file or Diffusers folder")
+    made.add_argument("--model_tuned", required=True, help="the fine-tuned model: checkpoint file or Diffusers folder")
+    made.add_argument("--save_to", required=True, help="the resulting file")
+    made.add_argument("--dim", type=int, help="rank of the LoRA (default: 4; with target_error: no limit)")
+    made.add_argument("--conv_dim", type=int, help="rank of convolutions above 1x1 (default: leave them out)")
+    made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, dim at most")
+    made.add_argument("--min_diff", type=float, default=0.0, help="leave out text encoders that differ no more (0)")
+    made.add_argument("--clamp_quantile", type=float, help="clamp factors to this quantile (kohya: 0.99; default: no)")
+    made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
+    add_dtype(made, "--save_precision", "of the result (default: float)")
+    made.add_argument("--v2", action="store_true", help="the models must be SD2.x (recognised without this)")
+    made.add_argument("--v_parameterization", action="store_true", help="the models predict v (SD2.x)")
+    made.add_argument("--sdxl", action="store_true", help="the models must be SDXL (recognised without this)")
+    return made
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    args = parser().parse_args(argv)
+    path, device = output_file(args.save_to), device_of(args.device)
+    _check_version(args)
+    dim = 4 if args.dim is None and args.target_error is None else args.dim
+    found = extract(
+        args.model_org,
+        args.model_tuned,
+        dim,
+        args.conv_dim,
+        target_error=args.target_error,
+        min_diff=args.min_diff,
+        clamp_quantile=args.clamp_quantile,
+        device=device,
+        v_prediction=args.v_parameterization,
+    )
+    for component, value in found.largest.items():
+        left = ": the same, left out" if component in found.left_out else ""
+        print(f"{component}: largest difference {value:.4g}{left}")
+    found.adapter.save(path, dtype=dtype_of(args.save_precision))
+    print(report(found.fits))
+    print(f"{found.adapter} written to {path}")
+
+
+def _check_version(args) -> None:
+    wanted = {"sdxl": args.sdxl, "sd_v2": args.v2 or args.v_parameterization}
+    for start, asked in wanted.items():
+        version = Checkpoint.open(args.model_org).base_version if asked else start
+        if not version.startswith(start):
+            raise AdapterError(f"{args.model_org} is {version}, not {start} as the options say")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives back its exit status."""
+    return run(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

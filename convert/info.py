@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Show what LoRA files are: for which model, of which type, ranks by block, training facts, whether the hash is right.
+
+usage: info.py model.safetensors ... [--json] [--plot norms.png]
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.command_line import Parser, run
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families import family_of
+from lora_adapters.convert.files import replacing
+from lora_adapters.convert.low_rank import LowRank
+from lora_adapters.convert.names import ModuleName, block_index
+from lora_adapters.convert.sources import locate
+from lora_adapters.convert.svd import product_norm_squared
+
+_TRAINING = (
+    "ss_output_name", "ss_sd_model_name", "ss_steps", "ss_max_train_steps", "ss_epoch", "ss_num_epochs",
+    "ss_num_train_images", "ss_learning_rate", "ss_unet_lr", "ss_text_encoder_lr", "ss_optimizer", "ss_lr_scheduler",
+    "ss_mixed_precision", "ss_seed", "ss_training_comment", "modelspec.merged_from", "modelspec.title",
+)  # fmt: skip
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(prog="info.py", description="Show what LoRA files are.")
+    made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
+    made.add_argument("--json", action="store_true", help="one JSON list, for programs")
+    made.add_argument("--plot", metavar="PNG", help="draw the norm of the change in each block (needs matplotlib)")
+    return made
+
+
+def block_name(module: ModuleName, architecture: str) -> str:
+    """The name of a module's block: its component, or IN, MID or OUT with its number in the U-Net."""
+    if module.component != "unet":
+        return module.component
+    index = block_index(module.path, architecture)
+    if index is None:
+        return "unet"
+    first, middle = (0, (12,)) if architecture == "sd" else (1, (10, 11, 12))
+    if index in middle:
+        return "MID"
+    return f"IN{index - first:02d}" if index < middle[0] else f"OUT{index - 13:02d}"
+
+
+def _place(block: str) -> tuple[int, str]:
+    """Where a block stands in tables: text encoders first, then the U-Net from its input to its output."""
+    kinds = ("text_encoder", "IN", "MID", "OUT", "unet")
+    return next(number for number, kind in enumerate(kinds) if block.startswith(kind)), block
+
+
+def _ordered_blocks(adapter: Adapter) -> dict[str, list[LowRank]]:
+    blocks: dict[str, list[LowRank]] = {}
+    for module, one in adapter.modules.items():
+        blocks.setdefault(block_name(module, adapter.architecture), []).append(one)
+    return {block: blocks[block] for block in sorted(blocks, key=_place)}
+
+
+def block_norms(adapter: Adapter) -> dict[str, float]:
+    """The Frobenius norm of the change in each block."""
+    norms = {}
+    for block, ones in _ordered_blocks(adapter).items():
+        norms[block] = sum(product_norm_squared(*one.matrices()) * one.scale**2 for one in ones) ** 0.5
+    return norms
+
+
+def _kind(adapter: Adapter) -> str:
+    has_resnets = any(module.component == "unet" and ".attentions." not in module.path for module in adapter.modules)
+    kind = "LoRA-C3Lier" if has_resnets else "LoRA-LierLa"
+    return f"DyLoRA (unit {adapter.dylora.unit}), as {kind}" if adapter.dylora else kind
+
+
+def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
+    """Whether the file's bytes have the SHA-256 that its metadata says; None where it says none."""
+    told = metadata.get("sshs_model_hash")
+    if told is None or file.suffix != ".safetensors":
+        return None
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest() == told
+
+
+def _count(values: Sequence[Any]) -> dict[str, int]:
+    return {f"{value:g}" if isinstance(value, float) else str(value): n for value, n in sorted(Counter(values).items())}
+
+
+def facts(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """What there is to say about an adapter, fit for JSON."""
+    ones = list(adapter.modules.values())
+    hashed = None
+    if path.is_file():
+        hashed = hash_is_right(path, adapter.metadata)
+    norms = block_norms(adapter)
+    return {
+        "file": str(path),
+        "for": family_of(adapter),
+        "base": adapter.metadata.get("ss_base_model_version"),
+        "type": _kind(adapter),
+        "modules": dict(Counter(module.component for module in adapter.modules)),
+        "dtypes": sorted({str(one.up.dtype).removeprefix("torch.") for one in ones}),
+        "parameters": sum(one.up.numel() + one.down.numel() for one in ones),
+        "hash": {True: "right", False: "wrong", None: "none"}[hashed],
+        "blocks": [
+            {
+                "block": block,
+                "modules": len(listed),
+                "ranks": _count([one.rank for one in listed]),
+                "alphas": _count([one.alpha for one in listed]),
+                "norm": norms[block],
+            }
+            for block, listed in _ordered_blocks(adapter).items()
+        ],
+        "training": {key: adapter.metadata[key] for key in _TRAINING if key in adapter.metadata},
+    }
+
+
+def _shown(counts: Mapping[str, int]) -> str:
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{value} ({n})" for value, n in counts.items())
+
+
+def as_text(about: Mapping[str, Any]) -> str:
+    """The facts as a few lines and a table."""
+    modules = ", ".join(f"{count} in {component}" for component, count in about["modules"].items())
+    lines = [
+        about["file"],
+        f"  {about['type']} for {about['for']} ({about['base'] or 'base not told'}), {modules}",
+        f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {about['hash']}",
+        f"  {'block':<16}{'modules':>8}{'norm':>10}  rank / alpha",
+    ]
+    for row in about["blocks"]:
+        ranks, alphas = _shown(row["ranks"]), _shown(row["alphas"])
+        lines.append(f"  {row['block']:<16}{row['modules']:>8}{row['norm']:>10.4g}  {ranks} / {alphas}")
+    return "\n".join([*lines, *(f"  {key}: {value}" for key, value in about["training"].items())])
+
+
+def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
+    """Draw the norm of the change in each block, a line for each adapter."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise AdapterError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    norms = {name: block_norms(adapter) for name, adapter in adapters.items()}
+    longest = max(norms.values(), key=len)
+    blocks = [*longest, *sorted({block for each in norms.values() for block in each} - longest.keys())]
+    for name, each in norms.items():
+        axes.plot(range(len(blocks)), [each.get(block, 0.0) for block in blocks], marker="o", label=Path(name).stem)
+    axes.set_xticks(range(len(blocks)), blocks, rotation=90)
+    axes.set_ylabel("norm of the change")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    args = parser().parse_args(argv)
+    adapters = {model: Adapter.load(model) for model in args.models}
+    listed = [facts(adapter, locate(model)) for model, adapter in adapters.items()]
+    if args.plot:
+        plot(adapters, Path(args.plot).expanduser())
+    print(json.dumps(listed, indent=2) if args.json else "\n\n".join(map(as_text, listed)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives back its exit status."""
+    return run(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

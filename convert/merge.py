@@ -1,0 +1,123 @@
+"""Weighted sums of adapters, and adapters put into a model's weights."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .adapter import Adapter
+from .checkpoint import Checkpoint
+from .errors import AdapterError
+from .families import check_one_family, family_of
+from .low_rank import LowRank
+from .names import ModuleName, nearest
+
+
+def add_up(parts: Sequence[LowRank]) -> LowRank:
+    """The sum of the changes, exactly: ranks are concatenated, scales go into `up` (float32)."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts[1:]:
+        if (part.out_in, part.kernel) != (first.out_in, first.kernel):
+            shapes = [[*one.out_in, *one.kernel] for one in (first, part)]
+            raise AdapterError(f"one is for a weight of {shapes[0]}, the other of {shapes[1]}")
+    shape = (first.up.shape[0], *first.down.shape[1:])
+    alike = [part.shaped_like(shape) for part in parts]
+    up = torch.cat([part.up.float() * part.scale for part in alike], dim=1)
+    return LowRank(torch.cat([part.down.float() for part in alike]), up, float(up.shape[1]))
+
+
+def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
+    """Σ weight · ΔW, exactly, of adapters under the names that errors shall show; modules of only some stay.
+
+    Metadata: the base model's; AdapterError where adapters are for different models.
+    """
+    modules = {}
+    for module, parts in _gathered(adapters, weights).items():
+        try:
+            modules[module] = add_up(parts)
+        except AdapterError as error:
+            names = [name for name, adapter in adapters.items() if module in adapter.modules]
+            raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
+    first = next(iter(adapters.values()))
+    base = {key: first.metadata[key] for key in ("ss_v2", "ss_base_model_version") if key in first.metadata}
+    return Adapter(modules, base)
+
+
+def _gathered(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> dict[ModuleName, list[LowRank]]:
+    """The weighted changes of each module."""
+    if not adapters:
+        raise AdapterError("there are no adapters to add up")
+    if len(weights) != len(adapters):
+        raise AdapterError(f"{len(weights)} ratios for {len(adapters)} adapters: one for each is needed")
+    check_one_family(adapters)
+    parts: dict[ModuleName, list[LowRank]] = {}
+    for adapter, weight in zip(adapters.values(), weights, strict=True):
+        for module, one in adapter.modules.items():
+            _check_finite(module, one)
+            parts.setdefault(module, []).append(one.scaled(weight))
+    return parts
+
+
+def _check_finite(module: ModuleName, one: LowRank) -> None:
+    for half, factor in (("down", one.down), ("up", one.up)):
+        # The sum is NaN or infinite if any number is, and needs no table of flags.
+        if not math.isfinite(float(factor.sum(dtype=torch.float32))):
+            raise AdapterError(f"{module}: {half} has NaN or infinite numbers")
+
+
+def _adding(parts: Sequence[LowRank]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        one = add_up(parts)  # only now: all of them together would need the memory of all adapters
+        up, down = one.matrices()
+        return weight.reshape(len(weight), -1).addmm_(up, down, alpha=one.scale).reshape(weight.shape)
+
+    return change
+
+
+def merge_into_model(
+    model: str | Path | Checkpoint,
+    target: str | Path,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    keep_metadata: bool = True,
+) -> Path:
+    """Write a model with Σ weight · ΔW added to its weights; its path is given back.
+
+    Tensors that no adapter touches are copied bit for bit; the others are computed in float32 and written in their old
+    dtype. With `dtype` all floating point tensors are written in that. The whole is written or nothing. `names` are the
+    adapters' for error messages.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
+    labels = list(names or (f"adapter {number}" for number in range(1, len(adapters) + 1)))
+    labels = [label if labels.count(label) == 1 else f"{label} ({at + 1})" for at, label in enumerate(labels)]
+    named = dict(zip(labels, adapters, strict=True))
+    parts = _gathered(named, weights)
+    known = checkpoint.modules
+    for label, adapter in named.items():
+        _check_fits(checkpoint, label, adapter, known)
+    changes = {module: _adding(listed) for module, listed in parts.items()}
+    return checkpoint.write(target, changes, dtype, {**(metadata or {})} if keep_metadata else None)
+
+
+def _check_fits(checkpoint: Checkpoint, name: str, adapter: Adapter, known: Mapping[ModuleName, object]) -> None:
+    family, model = family_of(adapter), "SDXL" if checkpoint.architecture == "sdxl" else "SD1.x or SD2.x"
+    if (family == "SDXL") != (checkpoint.architecture == "sdxl"):
+        raise AdapterError(f"{name} is for {family}, but {checkpoint.path} is {model}")
+    for module, one in adapter.modules.items():
+        if module not in known:
+            parts = {found.component for found in known}
+            hint = nearest(str(module), map(str, known)) if module.component in parts else f"; no {module.component}"
+            raise AdapterError(f"{name} changes {module}, which {checkpoint.path} does not have{hint}")
+        shape = tuple(checkpoint.weight(module).shape)
+        if not one.fits(shape):
+            made = [*one.out_in, *one.kernel][: 4 if one.kernel != (1, 1) else 2]
+            raise AdapterError(
+                f"{name} is for a {module} of {made}, but in {checkpoint.path} it is {list(shape)}: "
+                "they are for different versions of the model"
+            )

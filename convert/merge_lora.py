@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Merge LoRA files into a Stable Diffusion model, or several LoRA files into one.
+
+usage: merge_lora.py --sd_model model.safetensors --save_to merged.safetensors --models a.safetensors --ratios 0.8
+       merge_lora.py --save_to sum.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5
+
+Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of SD1.x, SD2.x and SDXL; the result is what the
+source is. Without --sd_model the result is exactly the weighted sum of the changes: its rank is the sum of the ranks
+(--new_rank makes it smaller).
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.block_weights import parse, weighted
+from lora_adapters.convert.checkpoint import Checkpoint
+from lora_adapters.convert.command_line import Parser, add_dtype, dtype_of, output_file, run
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.merge import merge_into_model, weighted_sum
+from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(prog="merge_lora.py", description="Merge LoRAs into a model, or several LoRAs into one.")
+    made.add_argument("--sd_model", help="checkpoint file or Diffusers folder to merge into; without it, into one LoRA")
+    made.add_argument("--save_to", required=True, help="the result: a file, or a folder where sd_model is one")
+    made.add_argument("--models", nargs="+", required=True, help="LoRA files, PEFT folders or Hub repositories")
+    made.add_argument("--ratios", nargs="+", type=float, help="a weight for each model (default: 1 for each)")
+    made.add_argument("--lbws", nargs="+", help="block weights for each model, JSON lists of 12, 17, 20 or 26 numbers")
+    add_dtype(made, "--precision", "of the result where save_precision is not given; sums are always made in float")
+    add_dtype(made, "--save_precision", "of the result; by default tensors of a model keep theirs, a LoRA is float")
+    made.add_argument("--new_rank", type=int, help="reduce the sum to this rank (without sd_model)")
+    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
+    made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
+    made.add_argument("--concat", action="store_true", help="concatenate ranks; sums are always made so")
+    return made
+
+
+def load_all(models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequence[str] | None):
+    """The adapters by name (block weights in them), and their ratios."""
+    ratios = [1.0] * len(models) if ratios is None else ratios
+    for what, listed in (("ratios", ratios), ("lbws", lbws)):
+        if listed is not None and len(listed) != len(models):
+            raise AdapterError(f"{len(models)} models, but {len(listed)} {what}: one for each is needed")
+    adapters: dict[str, Adapter] = {}
+    for number, model in enumerate(models):
+        adapter = Adapter.load(model)
+        if lbws is not None:
+            adapter = weighted(adapter, parse(lbws[number]))
+        adapters[model if model not in adapters else f"{model} ({number + 1})"] = adapter
+    return adapters, ratios
+
+
+def provenance(adapters: dict[str, Adapter], no_metadata: bool) -> dict[str, str]:
+    """Metadata that names what the result was made from."""
+    return {} if no_metadata else {"modelspec.merged_from": ", ".join(Path(name).stem for name in adapters)}
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    args = parser().parse_args(argv)
+    dtype = dtype_of(args.save_precision, args.precision)
+    if args.sd_model is None:
+        _into_one(args, dtype)
+        return
+    if args.new_rank or args.new_conv_rank:
+        raise AdapterError("--new_rank is for merging LoRAs into one: leave out --sd_model")
+    checkpoint = Checkpoint.open(args.sd_model)
+    if not checkpoint.is_folder:
+        output_file(args.save_to)
+    if args.v2 and not checkpoint.base_version.startswith("sd_v2"):
+        raise AdapterError(f"{args.sd_model} is not SD2.x, as --v2 says, but {checkpoint.base_version}")
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws)
+    facts = provenance(adapters, args.no_metadata)
+    path = merge_into_model(
+        checkpoint, args.save_to, [*adapters.values()], ratios, [*adapters], dtype, facts, not args.no_metadata
+    )
+    print(f"merged {len(adapters)} into {args.sd_model}: {path}")
+
+
+def _into_one(args, dtype) -> None:
+    path = output_file(args.save_to)
+    if args.v2 or (args.new_conv_rank and not args.new_rank):
+        raise AdapterError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws)
+    merged = weighted_sum(adapters, ratios)
+    if args.new_rank:
+        modules, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
+        merged = merged.with_modules(modules)
+        print(report(fits))
+    metadata = with_rank_facts(merged.modules, {**merged.metadata, **provenance(adapters, args.no_metadata)})
+    Adapter(merged.modules, metadata).save(path, dtype=dtype)
+    print(f"{merged} written to {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives back its exit status."""
+    return run(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Orthonormal bases of tall, narrow matrices."""
+
+import torch
+
+_SMALL = 192  # columns up to which the eigenvectors of the Gram matrix are faster than Householder's QR
+_NOTHING = 1e-14  # of the largest eigenvalue: 1e-7 of the largest singular value, the rounding of float32
+
+
+def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """basis (rows, n) with orthonormal columns and root (n, columns), float64, with basis · root = matrix (float32).
+
+    n is the numerical rank. Matrix products in float64 and a small eigenproblem: much faster than a QR decomposition,
+    and exact to the rounding of float32, since directions below that are left out.
+    """
+    matrix = matrix.double()
+    rows, columns = matrix.shape
+    if columns > min(rows, _SMALL):
+        basis, root = torch.linalg.qr(matrix)
+        return basis, root
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    kept = values > _NOTHING * values[-1].clamp_min(1e-300)
+    vectors, roots = vectors[:, kept], values[kept].sqrt()
+    return matrix @ (vectors / roots), roots[:, None] * vectors.T

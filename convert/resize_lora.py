@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Give a LoRA a smaller rank: the best approximation, of a fixed rank or as small as each module allows.
+
+usage: resize_lora.py --model big.safetensors --save_to small.safetensors --new_rank 8
+       resize_lora.py --model big.safetensors --save_to small.safetensors --new_rank 32 --dynamic_method sv_fro
+                      --dynamic_param 0.9
+
+alpha / rank stays as it was in every module.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.rank_choice import DYNAMIC_METHODS, dynamic
+from lora_adapters.convert.svd import Rules, reduce_modules, report, rules, with_rank_facts
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(prog="resize_lora.py", description="Give a LoRA a smaller rank.")
+    made.add_argument("--model", required=True, help="the LoRA: a file, a PEFT folder or a Hub repository")
+    made.add_argument("--save_to", required=True, help="the resulting file")
+    made.add_argument("--new_rank", type=int, help="rank of the result, or the largest (default: 4)")
+    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument("--dynamic_method", choices=DYNAMIC_METHODS, help="choose the rank of each module")
+    made.add_argument("--dynamic_param", type=float, help="what the method compares with, such as 0.9")
+    made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, new_rank at most")
+    made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
+    made.add_argument("--verbose", action="store_true", help="show the rank and the error of each module")
+    add_dtype(made, "--save_precision", "of the result (default: float)")
+    return made
+
+
+def chosen_rules(args) -> Rules:
+    """The rules that the options ask for."""
+    if (args.dynamic_method is None) != (args.dynamic_param is None):
+        raise AdapterError("--dynamic_method and --dynamic_param go together")
+    if args.dynamic_method and args.target_error is not None:
+        raise AdapterError("--dynamic_method and --target_error are two ways to choose ranks: give one")
+    if args.target_error is not None:
+        return rules(args.new_rank, args.new_conv_rank, args.target_error)
+    rank = 4 if args.new_rank is None else args.new_rank
+    if args.dynamic_method is None:
+        return rules(rank, args.new_conv_rank)
+    conv = rank if args.new_conv_rank is None else args.new_conv_rank
+    method, parameter = args.dynamic_method, args.dynamic_param
+    return Rules(dynamic(method, parameter, rank), dynamic(method, parameter, conv))
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    args = parser().parse_args(argv)
+    path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
+    adapter = Adapter.load(args.model)
+    modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
+    if args.verbose:
+        for module, fit in fits.items():
+            print(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
+    metadata = with_rank_facts(modules, adapter.plain_metadata())
+    if args.dynamic_method or args.target_error is not None:
+        metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    result = Adapter(modules, metadata)
+    result.save(path, dtype=dtype_of(args.save_precision))
+    print(report(fits))
+    print(f"{result} written to {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives back its exit status."""
+    return run(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Merge LoRA files into one of a given rank: the best approximation of their weighted sum.
+
+usage: svd_merge_lora.py --save_to c.safetensors --models a.safetensors b.safetensors --ratios 0.6 0.4 --new_rank 32
+
+Any ranks, dtypes and modules; computed from the factors, without a matrix of the size of a weight.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
+from lora_adapters.convert.merge import weighted_sum
+from lora_adapters.convert.merge_lora import load_all, provenance
+from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(prog="svd_merge_lora.py", description="Merge LoRAs into one of a given rank.")
+    made.add_argument("--save_to", required=True, help="the resulting file")
+    made.add_argument("--models", nargs="+", required=True, help="LoRA files, PEFT folders or Hub repositories")
+    made.add_argument("--ratios", nargs="+", type=float, help="a weight for each model (default: 1 for each)")
+    made.add_argument("--lbws", nargs="+", help="block weights for each model, JSON lists of 12, 17, 20 or 26 numbers")
+    made.add_argument("--new_rank", type=int, help="rank of the result (default: 4; with target_error: no limit)")
+    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, new_rank at most")
+    made.add_argument(
+        "--clamp_quantile", type=float, help="clamp factors to this quantile (kohya's is 0.99; default: no)"
+    )
+    made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
+    add_dtype(made, "--precision", "of the result where save_precision is not given; it is always computed in float")
+    add_dtype(made, "--save_precision", "of the result (default: float)")
+    made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
+    return made
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    args = parser().parse_args(argv)
+    path, device = output_file(args.save_to), device_of(args.device)
+    rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
+    chosen = rules(rank, args.new_conv_rank, args.target_error)
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws)
+    merged = weighted_sum(adapters, ratios)
+    modules, fits = reduce_modules(merged.modules, chosen, args.clamp_quantile, device)
+    metadata = with_rank_facts(modules, {**merged.metadata, **provenance(adapters, args.no_metadata)})
+    result = Adapter(modules, metadata)
+    result.save(path, dtype=dtype_of(args.save_precision, args.precision))
+    print(report(fits))
+    print(f"{result} written to {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives back its exit status."""
+    return run(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

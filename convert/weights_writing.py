@@ -1,0 +1,116 @@
+"""Writing large weights files tensor by tensor, so that memory does not grow with the file.
+
+The layout of .safetensors: 8 bytes with the header's length, the header (JSON, padded with spaces), the tensors' bytes.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .command_line import progress
+from .errors import AdapterError
+from .files import read_tensors, replacing, sync
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+}  # fmt: skip
+
+
+class Planned(NamedTuple):
+    """A tensor to be written: what it will be, and how to get it when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @classmethod
+    def copy(cls, tensor: torch.Tensor) -> "Planned":
+        """A tensor as it is."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def _header(tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise AdapterError(f"{name} is {tensor.dtype}, which .safetensors cannot hold")
+        offsets = [at, at + tensor.size]
+        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Flusher:
+    """Brings what was written to the disk in the background, so that the last fsync has little left to wait for."""
+
+    def __init__(self, descriptor: int, every: int = 128 << 20) -> None:
+        self.descriptor, self.every, self.waiting = descriptor, every, 0
+        self.worker = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "_Flusher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.worker.shutdown(cancel_futures=True)
+
+    def wrote(self, size: int) -> None:
+        """Count written bytes."""
+        self.waiting += size
+        if self.waiting >= self.every:
+            self.waiting = 0
+            self.worker.submit(os.fsync, self.descriptor)
+
+
+def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file, making each tensor only when its turn comes."""
+    # Wide types first: every tensor's bytes are then aligned to its type, as readers that map the file like it.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    with file.open("wb") as out, _Flusher(out.fileno()) as flusher:
+        out.write(_header(ordered, metadata))
+        for name, planned in progress(ordered.items(), "writing", len(ordered)):
+            tensor = planned.make()
+            assert tensor.dtype == planned.dtype, name
+            assert tuple(tensor.shape) == planned.shape, name
+            if tensor.numel():
+                out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                flusher.wrote(planned.size)
+    sync(file)
+
+
+def write(target: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str], wrapped: bool = True) -> None:
+    """Write a weights file in the format of its ending: .safetensors, or a pickle for any other.
+
+    A pickle is made from a .safetensors file beside it that is streamed first and then mapped, so that the tensors need
+    not be in memory together. `wrapped` puts them under `state_dict`, as Stable Diffusion's own checkpoints are.
+    """
+    if target.suffix == ".safetensors":
+        with replacing(target) as partial:
+            stream(partial, tensors, metadata)
+        return
+    with replacing(target) as partial:
+        streamed = partial.with_suffix(".safetensors")
+        try:
+            stream(streamed, tensors, {})
+            table, _ = read_tensors(streamed)
+            # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
+            ordered = {name: table[name] if table[name].numel() else table[name].clone() for name in tensors}
+            torch.save({"state_dict": ordered} if wrapped else ordered, partial)
+            sync(partial)
+        finally:
+            streamed.unlink(missing_ok=True)

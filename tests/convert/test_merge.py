@@ -1,0 +1,201 @@
+"""Sums of adapters and adapters in models, against dense arithmetic, golden outputs and live pipelines."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import GOLDEN, original
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
+from lora_adapters.convert.checkpoint import Checkpoint
+from lora_adapters.convert.merge import merge_into_model, weighted_sum
+from tests.train.single_files import checkpoint as single_file
+
+TINY = Path(__file__).parent.parent.parent / "examples" / "tiny-sd"
+PATHS = (
+    ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", (6, 5)),
+    ("unet", "mid_block.attentions.0.proj_in", (4, 7, 1, 1)),
+    ("unet", "mid_block.resnets.0.conv1", (3, 4, 3, 3)),
+    ("text_encoder", "text_model.encoder.layers.0.mlp.fc1", (8, 3)),
+)
+
+
+@st.composite
+def adapters(draw, most_rank=4, dtypes=(torch.float32, torch.float16, torch.bfloat16)):
+    """Random adapters of random modules, ranks, alphas and dtypes."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    modules = {}
+    for component, path, shape in draw(st.lists(st.sampled_from(PATHS), min_size=1, unique=True)):
+        rank, dtype = draw(st.integers(1, most_rank)), draw(st.sampled_from(dtypes))
+        alpha = draw(st.sampled_from([0.5, 1.0, 4.0, -2.0]))
+        flat = len(shape) == 4 and shape[2:] == (1, 1) and draw(st.booleans())  # the 2-D spelling of a 1x1 convolution
+        kernel = () if flat else shape[2:]
+        down = torch.randn(rank, shape[1], *kernel, generator=generator).to(dtype)
+        up = torch.randn(shape[0], rank, *(1 for _ in kernel), generator=generator).to(dtype)
+        modules[ModuleName(component, path)] = LowRank(down, up, alpha)
+    return Adapter(modules)
+
+
+def dense(adapter, module, shape):
+    one = adapter.modules.get(module)
+    return torch.zeros(shape, dtype=torch.float64) if one is None else one.delta(torch.float64).reshape(shape)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(adapters(), st.sampled_from([-1.0, 0.3, 0.5, 2.0])), min_size=1, max_size=4))
+def test_a_sum_is_the_sum_of_weighted_changes(parts):
+    total = weighted_sum({str(n): adapter for n, (adapter, _) in enumerate(parts)}, [weight for _, weight in parts])
+    for component, path, shape in PATHS:
+        module = ModuleName(component, path)
+        wanted = sum(weight * dense(adapter, module, shape) for adapter, weight in parts)
+        assert (module in total.modules) == any(module in adapter.modules for adapter, _ in parts)
+        torch.testing.assert_close(dense(total, module, shape), wanted, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(adapters(), st.sampled_from(["kohya", "diffusers", "peft"]))
+def test_every_format_keeps_the_change(tmp_path_factory, adapter, format):
+    folder = tmp_path_factory.mktemp("formats")
+    again = Adapter.load(adapter.save(folder / ("a" if format == "peft" else "a.safetensors"), format))
+    assert set(again.modules) == set(adapter.modules)
+    for component, path, shape in PATHS:
+        module = ModuleName(component, path)
+        wanted = dense(adapter, module, shape)
+        torch.testing.assert_close(
+            dense(again, module, shape), wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max() + 1e-9)
+        )
+
+
+def golden_outputs(unet, encoders, expected):
+    result, extra = {"text": encoders[0](expected["input_ids"])[0]}, {}
+    if len(encoders) == 2:
+        result["text_2"] = encoders[1](expected["input_ids"]).text_embeds
+        extra["added_cond_kwargs"] = {"text_embeds": expected["pooled"], "time_ids": expected["time_ids"]}
+    result["unet"] = unet(expected["latents"], 7, expected["context"], **extra).sample
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind, names in {
+        "sd15": ("c3lier", "lierla_fp16", "block_dims_alphas_conv", "text_encoder_only", "dylora"),
+        "sdxl": ("c3lier_xl", "block_xl"),
+    }.items() for name in names],
+)  # fmt: skip
+@pytest.mark.parametrize("weight", ["1.0", "0.7"])
+@torch.no_grad()
+def test_a_merged_model_loaded_plain_gives_what_kohyas_network_gives(kind, name, weight, tmp_path):
+    expected = load_file(GOLDEN / kind / "expected.safetensors")
+    adapter = Adapter.load(GOLDEN / kind / f"{name}.safetensors")
+    out = adapter.merge_into(GOLDEN / kind, tmp_path / "merged", float(weight))
+    encoders = [CLIPTextModel.from_pretrained(out / "text_encoder")]
+    if kind == "sdxl":
+        encoders.append(CLIPTextModelWithProjection.from_pretrained(out / "text_encoder_2"))
+    found = golden_outputs(UNet2DConditionModel.from_pretrained(out / "unet"), encoders, expected)
+    for part, value in found.items():
+        wanted = expected[f"{name}.x{weight}.{part}"]
+        change = float((wanted - expected[f"base.{part}"]).norm())
+        assert float((value - wanted).norm()) < 1e-3 * (change if change > 1e-6 else 1.0), part
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_single_files_and_folders_get_the_same_weights(kind, tmp_path):
+    golden, name = ("sdxl", "c3lier_xl") if kind == "sdxl" else ("sd15", "c3lier")
+    adapter = Adapter.load(GOLDEN / golden / f"{name}.safetensors")
+    save_file(original(kind), tmp_path / "in.safetensors")
+    file = Checkpoint.open(adapter.merge_into(tmp_path / "in.safetensors", tmp_path / "out.safetensors", 0.6))
+    folder = Checkpoint.open(adapter.merge_into(GOLDEN / golden, tmp_path / "folder", 0.6))
+    base = Checkpoint.open(GOLDEN / golden)
+    for module, one in adapter.modules.items():
+        weight = base.weight(module).double()
+        wanted = weight + 0.6 * one.delta(torch.float64).reshape(weight.shape)
+        torch.testing.assert_close(file.weight(module).double(), wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(file.weight(module), folder.weight(module))
+
+
+def test_several_at_once(tmp_path):
+    names = ("c3lier", "unet_only", "lierla_bf16")
+    several = [Adapter.load(GOLDEN / "sd15" / f"{name}.safetensors") for name in names]
+    out = Checkpoint.open(merge_into_model(GOLDEN / "sd15", tmp_path / "out", several, [0.5, -1.0, 0.25]))
+    base = Checkpoint.open(GOLDEN / "sd15")
+    for module in base.modules:
+        wanted = base.weight(module).double()
+        for adapter, weight in zip(several, [0.5, -1.0, 0.25], strict=True):
+            wanted = wanted + weight * dense(adapter, module, wanted.shape)
+        torch.testing.assert_close(out.weight(module).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def tiny_adapter():
+    """An adapter of tiny-sd that changes its pictures visibly."""
+    generator, modules = torch.Generator().manual_seed(5), {}
+    opened = Checkpoint.open(TINY)
+    for module in opened.modules:
+        weight = opened.weight(module)
+        shape = weight.shape
+        down = torch.randn(4, *shape[1:], generator=generator) * 0.1
+        up = torch.randn(shape[0], 4, *(1 for _ in shape[2:]), generator=generator) * 0.02
+        modules[module] = LowRank(down, up, 2.0)
+    return Adapter(modules)
+
+
+def picture(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    return torch.from_numpy(
+        pipe("a red apple", num_inference_steps=3, generator=generator, output_type="np", height=64, width=64).images
+    )
+
+
+@pytest.mark.parametrize("form", ["folder", "safetensors", "ckpt"])
+def test_pictures_of_the_merged_model_are_those_of_the_adapter_in_the_pipeline(form, tiny_adapter, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None, torch_dtype=torch.float32)
+    plain = picture(pipe)
+    tiny_adapter.save(tmp_path / "a.safetensors", fold_alpha=True)
+    pipe.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
+    pipe.set_adapters(["a"], [0.8])
+    wanted = picture(pipe)
+    assert float((wanted - plain).abs().mean()) > 0.01
+    if form == "folder":
+        merged = StableDiffusionPipeline.from_pretrained(
+            merge_into_model(TINY, tmp_path / "merged", [tiny_adapter], [0.8], dtype=torch.float32),
+            safety_checker=None,
+            torch_dtype=torch.float32,
+        )
+    else:
+        source, out = tmp_path / f"in.{form}", tmp_path / f"out.{form}"
+        save_file(single_file(TINY), source) if form == "safetensors" else torch.save(single_file(TINY), source)
+        merge_into_model(source, out, [tiny_adapter], [0.8], dtype=torch.float32)
+        merged = StableDiffusionPipeline.from_single_file(
+            str(out), config=str(TINY), safety_checker=None, torch_dtype=torch.float32
+        )
+    torch.testing.assert_close(picture(merged), wanted, rtol=0, atol=2e-3)
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    sd, sdxl = (str(GOLDEN / name) for name in ("sd15/lierla.safetensors", "sdxl/lierla_xl.safetensors"))
+    with pytest.raises(AdapterError, match=r"sd15/lierla.*SD1.x.*sdxl/lierla_xl.*SDXL"):
+        weighted_sum({sd: Adapter.load(sd), sdxl: Adapter.load(sdxl)}, [1, 1])
+    with pytest.raises(AdapterError, match=r"for SDXL, but .*sd15 is SD1"):
+        Adapter.load(sdxl).merge_into(GOLDEN / "sd15", tmp_path / "out")
+    shutil.copytree(GOLDEN / "sd15" / "unet", tmp_path / "model" / "unet")
+    with pytest.raises(AdapterError, match=r"changes text_encoder.*does not have; no text_encoder"):
+        Adapter.load(sd).merge_into(tmp_path / "model", tmp_path / "out")
+    q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    for width, family in ((768, "SD1.x"), (1024, "SD2.x"), (99, "")):
+        adapter = Adapter({q: LowRank(torch.zeros(2, width), torch.zeros(1280, 2), 1.0)})
+        with pytest.raises(AdapterError, match=rf"is for a {q} of \[1280, {width}\]"):
+            adapter.merge_into(GOLDEN / "sd15", tmp_path / "out")
+        if family == "SD2.x":
+            with pytest.raises(AdapterError, match=r"SD1.x, but b is for SD2.x"):
+                weighted_sum({"a": Adapter.load(sd), "b": adapter}, [1, 1])
+    bad = Adapter({q: LowRank(torch.full((2, 4), float("nan")), torch.zeros(4, 2), 1.0)})
+    with pytest.raises(AdapterError, match=f"{q}: down has NaN"):
+        weighted_sum({"a": bad}, [1])
+    assert not (tmp_path / "out").exists()

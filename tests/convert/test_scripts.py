@@ -1,0 +1,414 @@
+"""The command-line programs of the file tools: what they write, and one line for whatever goes wrong."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import GOLDEN, original
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_adapters import cli
+from lora_adapters.convert import Adapter
+from lora_adapters.convert.metadata import DyLora
+
+ROOT = Path(__file__).parent.parent.parent
+SD15 = GOLDEN / "sd15"
+SCRIPTS = {
+    "merge": "merge_lora", "svd-merge": "svd_merge_lora", "extract": "extract_lora_from_models",
+    "split": "extract_lora_from_dylora", "resize": "resize_lora", "convert": "convert_format", "info": "info",
+}  # fmt: skip
+
+
+def delta_distance(a, b):
+    assert set(a.modules) == set(b.modules)
+    return max(
+        float((one.delta() - b.modules[module].delta().reshape(one.delta().shape)).abs().max())
+        for module, one in a.modules.items()
+    )
+
+
+def run(capsys, *words):
+    status = cli.main([str(word) for word in words])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    return printed.out
+
+
+def fails(capsys, *words):
+    assert cli.main([str(word) for word in words]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize("program", SCRIPTS)
+def test_every_program_runs_as_a_file_and_needs_no_slow_library(program):
+    code = (
+        f"import sys, runpy; sys.argv = ['x', '--help']; sys.path[0] = {str(ROOT / 'convert')!r}\n"
+        f"try: runpy.run_path({str(ROOT / 'convert' / SCRIPTS[program])!r} + '.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "slow = {'diffusers', 'transformers', 'peft', 'huggingface_hub', 'matplotlib'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "--model" in done.stdout or "models" in done.stdout
+    assert import_module(f"lora_adapters.convert.{SCRIPTS[program]}").main is not None
+
+
+def test_merge_of_adapters(tmp_path, capsys):
+    out, models = tmp_path / "out.safetensors", [SD15 / "c3lier.safetensors", SD15 / "lierla_bf16.safetensors"]
+    said = run(capsys, "merge", "--save_to", out, "--models", *models, "--ratios", "0.5", "-0.25")
+    assert "rank 16" in said
+    a, b = map(Adapter.load, models)
+    assert delta_distance(Adapter.load(out), a.scale(0.5) + b.scale(-0.25)) < 1e-6
+    with safe_open(out, "pt") as opened:
+        metadata = opened.metadata()
+        assert opened.get_tensor(opened.keys()[0]).dtype == torch.float32
+    assert metadata["modelspec.merged_from"] == "c3lier, lierla_bf16"
+    assert metadata["ss_network_dim"] == "16"
+    assert "hash: right" in run(capsys, "info", out)
+    run(
+        capsys,
+        "merge",
+        "--save_to",
+        out,
+        "--models",
+        *models,
+        "--new_rank",
+        "3",
+        "--precision",
+        "fp16",
+        "--no_metadata",
+    )
+    assert {one.rank for one in Adapter.load(out).modules.values()} == {3}
+    with safe_open(out, "pt") as opened:
+        assert "modelspec.merged_from" not in opened.metadata()
+    assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float16}
+
+
+def test_merge_into_a_model_and_extraction(tmp_path, capsys):
+    base, tuned, lora = (tmp_path / f"{name}.safetensors" for name in ("base", "tuned", "lora"))
+    save_file(original("sd1"), base)
+    c3lier = SD15 / "c3lier.safetensors"
+    run(capsys, "merge", "--sd_model", base, "--save_to", tuned, "--models", c3lier, "--ratios", "0.8")
+    said = run(
+        capsys, "extract", "--model_org", base, "--model_tuned", tuned, "--save_to", lora, "--dim", 8, "--conv_dim", 4
+    )
+    assert "text_encoder: largest difference" in said
+    assert "relative error: unet" in said
+    assert delta_distance(Adapter.load(lora), Adapter.load(c3lier).scale(0.8)) < 1e-5
+    assert Adapter.load(lora).metadata["ss_base_model_version"] == "sd_v1"
+    assert json.loads(Adapter.load(lora).metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "4.0"}
+    said = fails(capsys, "merge", "--sd_model", base, "--save_to", tuned, "--models", c3lier, "--v2")
+    assert "not SD2.x" in said
+    assert "not sdxl" in fails(
+        capsys, "extract", "--model_org", base, "--model_tuned", tuned, "--save_to", lora, "--sdxl"
+    )
+
+
+@pytest.mark.parametrize(("name", "unit"), [("dylora", 4), ("dylora_conv", 2)])
+def test_split(name, unit, tmp_path, capsys):
+    source = SD15 / f"{name}.safetensors"
+    run(capsys, "split", "--model", source, "--save_to", tmp_path / "d.safetensors", "--unit", unit)
+    highest = Adapter.load(source).rank
+    ranks = [*range(unit, highest + 1, unit)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"d-{rank:04}.safetensors" for rank in ranks]
+    for rank in ranks:
+        file = tmp_path / f"d-{rank:04}.safetensors"
+        golden = source if rank == highest else SD15 / f"{name}.kohya_split_{rank:04}.safetensors"
+        tensors, wanted = load_file(file), load_file(golden)
+        assert tensors.keys() == wanted.keys()
+        assert all(torch.equal(tensors[key], wanted[key]) for key in tensors)
+        assert '"hash": "right"' in run(capsys, "info", "--json", file)
+
+
+def test_split_of_chosen_ranks(tmp_path, capsys):
+    adapter = Adapter.load(SD15 / "c3lier.safetensors").as_dylora(DyLora(unit=2))
+    source = adapter.save(tmp_path / "in.safetensors")
+    run(capsys, "split", "--model", source, "--save_to", tmp_path / "d.safetensors", "--ranks", "6,2")
+    assert sorted(file.name for file in tmp_path.glob("d-*")) == ["d-0002.safetensors", "d-0006.safetensors"]
+    for module, one in Adapter.load(tmp_path / "d-0002.safetensors").modules.items():
+        assert one.rank == 2
+        assert one.scale == pytest.approx(adapter.modules[module].scale)
+    said = fails(capsys, "split", "--model", source, "--save_to", tmp_path / "e.safetensors", "--ranks", "2,3")
+    assert "rank 3" in said
+    assert "give its --unit" in fails(
+        capsys, "split", "--model", SD15 / "c3lier.safetensors", "--save_to", "x.safetensors"
+    )
+    assert not list(tmp_path.glob("e-*"))
+
+
+def test_resize(tmp_path, capsys):
+    source, out = SD15 / "c3lier.safetensors", tmp_path / "out.safetensors"
+    before = Adapter.load(source)
+    run(capsys, "resize", "--model", source, "--save_to", out, "--new_rank", "4", "--new_conv_rank", "2")
+    for module, one in Adapter.load(out).modules.items():
+        assert one.rank == (2 if one.kernel == (3, 3) else min(4, *one.out_in))
+        assert one.scale == pytest.approx(before.modules[module].scale)
+    said = run(capsys, "resize", "--model", source, "--save_to", out, "--new_rank", 8, "--dynamic_method", "sv_fro",
+               "--dynamic_param", 0.8, "--verbose")  # fmt: skip
+    assert said.count("rank 8 ->") > 100
+    assert Adapter.load(out).metadata["ss_network_dim"] == "Dynamic"
+    said = run(capsys, "resize", "--model", source, "--save_to", out, "--target_error", 0.4)
+    assert float(said.split("largest: ")[1].split()[0]) <= 0.4
+    assert "go together" in fails(capsys, "resize", "--model", source, "--save_to", out, "--dynamic_method", "sv_fro")
+
+
+def cloneofsimo_file(path):
+    """An adapter as cloneofsimo/lora writes it, for SD1.5's U-Net: rank 1, attention and GEGLU, and one token."""
+    widths = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
+    tensors, metadata = {"<s1>": torch.randn(768)}, {"<s1>": "<embed>", "unet": '["GEGLU", "CrossAttention"]'}
+    shapes = []
+    for width in widths:  # attn1: q, k, v, out; GEGLU; attn2: q, k, v, out
+        shapes += [(width, width)] * 4 + [
+            (8 * width, width),
+            (width, width),
+            (width, 768),
+            (width, 768),
+            (width, width),
+        ]
+    for number, (out, into) in enumerate(shapes):
+        tensors[f"unet:{number}:up"], tensors[f"unet:{number}:down"] = torch.randn(out, 1), torch.randn(1, into)
+        metadata[f"unet:{number}:rank"] = "1"
+    save_file(tensors, path, metadata)
+    return tensors
+
+
+def test_cloneofsimos_format_both_ways(tmp_path, capsys):
+    source = tmp_path / "in.safetensors"
+    tensors = cloneofsimo_file(source)
+    run(capsys, "convert", "--model", source, "--save_to", tmp_path / "k.safetensors", "--format", "kohya")
+    table = json.loads((GOLDEN / "modules" / "kohya_modules_sd15.json").read_text())
+    shapes = {(row[1], row[2]): (row[5], row[4]) for row in table["rows"]}
+    adapter = Adapter.load(tmp_path / "k.safetensors")
+    assert len(adapter.modules) == 144
+    assert all(one.out_in == shapes[module] and one.scale == 1 for module, one in adapter.modules.items())
+    embedding = tmp_path / "k.s1.safetensors"
+    assert torch.equal(load_file(embedding)["<s1>"], tensors["<s1>"])
+    back = tmp_path / "back.safetensors"
+    words = [
+        "--model",
+        tmp_path / "k.safetensors",
+        "--save_to",
+        back,
+        "--format",
+        "cloneofsimo",
+        "--embeddings",
+        embedding,
+    ]
+    run(capsys, "convert", *words)
+    again = load_file(back)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+    assert delta_distance(Adapter.load(source), adapter) == 0
+
+
+def test_cloneofsimos_format_has_no_place_for_some(tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    for model, said in (("sdxl/lierla_xl", "SDXL"), ("sd15/lr_weight_zero_blocks", "may not be missing")):
+        words = ["--model", GOLDEN / f"{model}.safetensors", "--save_to", out, "--format", "cloneofsimo"]
+        assert said in fails(capsys, "convert", *words)
+    source = tmp_path / "in.safetensors"
+    tensors = cloneofsimo_file(source)
+    for change, said in (
+        ({"unet:3:up": None}, "unet:3 has only one half"),
+        ({"unet:3:up": None, "unet:3:down": None}, "positions of unet are missing"),
+        ({"unet:144:up": torch.zeros(2, 1), "unet:144:down": torch.zeros(1, 2)}, "no layer"),
+    ):
+        save_file(
+            {key: one for key, one in {**tensors, **change}.items() if one is not None}, tmp_path / "bad.safetensors"
+        )
+        assert said in fails(capsys, "info", tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "cloneofsimo"])
+def test_convert(format, tmp_path, capsys):
+    out = tmp_path / ("out" if format == "peft" else "out.safetensors")
+    source = SD15 / "lierla.safetensors"
+    run(capsys, "convert", "--model", source, "--save_to", out, "--format", format)
+    assert delta_distance(Adapter.load(out), Adapter.load(source)) < 1e-6
+    run(capsys, "convert", "--model", out, "--save_to", tmp_path / "again.safetensors", "--format", "kohya")
+    assert delta_distance(Adapter.load(tmp_path / "again.safetensors"), Adapter.load(source)) < 1e-6
+
+
+def test_info(tmp_path, capsys):
+    (about,) = json.loads(run(capsys, "info", "--json", SD15 / "block_dims_alphas_conv.safetensors"))
+    assert about["type"] == "LoRA-C3Lier"
+    assert about["for"] == "SD1.x"
+    names = [row["block"] for row in about["blocks"]]
+    assert names == ["text_encoder", *(f"IN{n:02}" for n in range(1, 12)), "MID", *(f"OUT{n:02}" for n in range(12))]
+    adapter = Adapter.load(SD15 / "block_dims_alphas_conv.safetensors")
+    text = sum(float(one.delta().square().sum()) for m, one in adapter.modules.items() if m.component != "unet") ** 0.5
+    assert about["blocks"][0]["norm"] == pytest.approx(text, rel=1e-4)
+    said = run(capsys, "info", SD15 / "dylora.safetensors", GOLDEN / "sdxl" / "lierla_xl.safetensors")
+    assert "DyLoRA (unit 4), as LoRA-LierLa for SD1.x" in said
+    assert "LoRA-LierLa for SDXL" in said
+    file = Adapter.load(SD15 / "lierla.safetensors").save(tmp_path / "a.safetensors")
+    bytes_ = bytearray(file.read_bytes())
+    bytes_[-1] ^= 1
+    file.write_bytes(bytes_)
+    assert "hash: wrong" in run(capsys, "info", file)
+
+
+def test_plot(tmp_path, capsys, monkeypatch):
+    words = ["info", SD15 / "lierla.safetensors", SD15 / "block_dims.safetensors", "--plot", tmp_path / "a.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "needs matplotlib" in fails(capsys, *words)
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    run(capsys, *words)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def hostile(path, kind):
+    """A broken or hostile adapter file."""
+    whole = load_file(SD15 / "text_encoder_only.safetensors")
+    up = next(key for key in whole if key.endswith("lora_up.weight"))
+    alpha, down = up.replace("lora_up.weight", "alpha"), up.replace("lora_up", "lora_down")
+    raw = (SD15 / "text_encoder_only.safetensors").read_bytes()
+    header = b'{"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}'
+    huge = header % (1 << 60, 1 << 62)
+    by_bytes = {
+        "truncated": raw[:3000],
+        "header too long": struct.pack("<Q", 1 << 62) + raw[8:],
+        "header no json": struct.pack("<Q", 8) + b"notjson!" + raw[8:],
+        "huge sizes": struct.pack("<Q", len(huge)) + huge,
+        "offsets lie": struct.pack("<Q", len(header % (4, 8))) + header % (4, 8) + b"12345678",
+        "nothing": b"",
+    }
+    by_tensors = {
+        "nan": {up: torch.full_like(whole[up], float("nan"))},
+        "half pair": {up: None},
+        "rank 0": {up: torch.zeros(len(whole[up]), 0), down: torch.zeros(0, 32)},
+        "integers": {up: torch.ones(whole[up].shape, dtype=torch.int32)},
+        "torn alpha": {alpha: torch.ones(3)},
+        "alpha nan": {alpha: torch.tensor(float("nan"))},
+        "zero size": {up: torch.zeros(0, 0)},
+        "same module twice": {key.replace("lora_te_", "lora_te1_"): whole[key].clone() for key in (up, down)},
+    }
+    if kind in by_bytes:
+        path.write_bytes(by_bytes[kind])
+    elif kind in by_tensors:
+        save_file({key: one for key, one in {**whole, **by_tensors[kind]}.items() if one is not None}, path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "no permission":
+        save_file(whole, path)
+        path.chmod(0)
+    return path
+
+
+KINDS = (
+    "missing", "truncated", "header too long", "header no json", "huge sizes", "offsets lie", "nothing", "nan",
+    "half pair", "rank 0", "integers", "torn alpha", "alpha nan", "zero size", "same module twice", "folder",
+    "no permission",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("program", ["merge", "svd-merge", "resize", "into model"])
+def test_bad_adapters_are_one_line_and_leave_the_target(kind, program, tmp_path, capsys):
+    if kind == "no permission" and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    bad, out = hostile(tmp_path / "bad.safetensors", kind), tmp_path / "out.safetensors"
+    out.write_bytes(b"before")
+    words = {
+        "merge": ["merge", "--models", bad],
+        "svd-merge": ["svd-merge", "--models", bad],
+        "resize": ["resize", "--model", bad],
+        "into model": ["merge", "--sd_model", tmp_path / "model.safetensors", "--models", bad],
+    }[program]
+    if program == "into model":
+        save_file(original("sd1"), tmp_path / "model.safetensors")
+    said = fails(capsys, *words, "--save_to", out)
+    assert "bad.safetensors" in said or "NaN" in said
+    assert out.read_bytes() == b"before"
+    assert not [file for file in tmp_path.iterdir() if "partial" in file.name]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "header too long", "offsets lie", "evil", "empty pickle", "no tensors"])
+@pytest.mark.parametrize("program", ["merge", "extract"])
+def test_bad_models_are_one_line_and_leave_the_target(kind, program, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    pickled = kind in ("evil", "empty pickle", "no tensors")
+    bad, out = tmp_path / ("bad.ckpt" if pickled else "bad.safetensors"), tmp_path / "out.safetensors"
+    if kind == "evil":
+        torch.save({"state_dict": {"model.diffusion_model.x": Evil()}}, bad)
+    elif kind == "no tensors":
+        torch.save({"state_dict": [1, 2]}, bad)
+    elif kind == "empty pickle":
+        bad.write_bytes(b"")
+    else:
+        hostile(bad, kind)
+    out.write_bytes(b"before")
+    lora = SD15 / "lierla.safetensors"
+    words = ["--sd_model", bad, "--models", lora] if program == "merge" else ["--model_org", SD15, "--model_tuned", bad]
+    assert str(bad) in fails(capsys, program, *words, "--save_to", out)
+    assert out.read_bytes() == b"before"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_and_ctrl_c_leave_the_target(tmp_path, capsys, monkeypatch):
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file(original("sd1"), model)
+    out.write_bytes(b"before")
+    for reason, said in ((OSError(28, "No space left on device"), "No space left"), (KeyboardInterrupt(), "stopped")):
+
+        def sync(file, reason=reason):
+            assert file.stat().st_size > 100000  # what is written so far is there, under another name
+            raise reason
+
+        monkeypatch.setattr("lora_adapters.convert.weights_writing.sync", sync)
+        for target in (out, tmp_path / "out.ckpt"):
+            words = ["--sd_model", model, "--save_to", target, "--models", SD15 / "lierla.safetensors"]
+            assert said in fails(capsys, "merge", *words)
+        folder = ["--sd_model", SD15, "--save_to", tmp_path / "folder", "--models", SD15 / "lierla.safetensors"]
+        assert said in fails(capsys, "merge", *folder)
+    assert out.read_bytes() == b"before"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "out.safetensors"]
+
+
+def test_wrong_options_are_one_line(tmp_path, capsys):
+    lora, out = SD15 / "lierla.safetensors", tmp_path / "out.safetensors"
+    for words, said in (
+        (["merge"], "required"),
+        (["merge", "--save_to", "out.txt", "--models", lora], "out.txt has no ending"),
+        (["merge", "--save_to", out, "--models", lora, lora, "--ratios", "1"], "2 models, but 1 ratios"),
+        (["merge", "--save_to", out, "--models", lora, "--ratios", "x"], "invalid float"),
+        (["merge", "--save_to", tmp_path, "--models", lora], "ending"),
+        (["merge", "--save_to", out, "--models", lora, GOLDEN / "sdxl" / "lierla_xl.safetensors"], "SDXL"),
+        (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0"),
+        (["svd-merge", "--save_to", out, "--models", lora, "--device", "nonsense"], "device nonsense"),
+        (["svd-merge", "--save_to", out, "--models", lora, "--lbws", "[1,2]"], "2 block weights"),
+        (["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"], "unit 0"),
+        (["info", tmp_path / "none.safetensors"], "does not exist"),
+        (["convert", "--model", lora, "--save_to", out, "--format", "other"], "invalid choice"),
+    ):
+        assert said in fails(capsys, *words)
+    assert not out.exists()
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in fails(
+        capsys, "merge", "--save_to", tmp_path / "file" / "x.safetensors", "--models", lora
+    )
+
+
+def test_the_console_program_lists_its_programs(capsys):
+    listed = run(capsys, "--help")
+    assert all(program in listed for program in SCRIPTS)
+    assert "no program mergee" in fails(capsys, "mergee")
