@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from checkpoints import GOLDEN, original, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import AdapterError, ModuleName
 from lora_adapters.convert.checkpoint import Checkpoint
+
+from .checkpoints import GOLDEN, original, weights
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checkpoints import GOLDEN, original
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter, AdapterError
@@ -10,6 +9,8 @@ from lora_adapters.convert.checkpoint import Checkpoint
 from lora_adapters.convert.difference import best_approximation
 from lora_adapters.convert.extraction import extract
 from lora_adapters.convert.rank_choice import by_error, fixed
+
+from .checkpoints import GOLDEN, original
 
 
 def distance(found, wanted, modules=None):

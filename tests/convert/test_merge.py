@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import GOLDEN, original
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +15,8 @@ from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.checkpoint import Checkpoint
 from lora_adapters.convert.merge import merge_into_model, weighted_sum
 from tests.train.single_files import checkpoint as single_file
+
+from .checkpoints import GOLDEN, original
 
 TINY = Path(__file__).parent.parent.parent / "examples" / "tiny-sd"
 PATHS = (

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import GOLDEN, original
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_adapters import cli
 from lora_adapters.convert import Adapter
 from lora_adapters.convert.metadata import DyLora
+
+from .checkpoints import GOLDEN, original
 
 ROOT = Path(__file__).parent.parent.parent
 SD15 = GOLDEN / "sd15"

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from checkpoints import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,8 @@ from lora_adapters.convert.merge import weighted_sum
 from lora_adapters.convert.names import block_index
 from lora_adapters.convert.rank_choice import by_error, dynamic
 from lora_adapters.convert.svd import clamp, decompose, reduce_modules, reduced, rules, total
+
+from .checkpoints import GOLDEN
 
 
 @st.composite
