@@ -3,12 +3,10 @@
 import argparse
 import json
 import logging
-import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image
 
@@ -17,24 +15,11 @@ from lora_adapters.dylora import dials, set_rank
 from lora_adapters.train.arguments import tomllib
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.options_output import SAMPLERS
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_text, whole
+from lora_adapters.train.samplers import SAMPLERS, check_sampler, sampler
 from lora_adapters.train.text import Encoded, encode_tokens, tokenize
 
 log = logging.getLogger(__name__)
-
-_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
-}
 
 
 @dataclass(frozen=True)
@@ -51,8 +36,15 @@ class Prompt:
     sample_sampler: str | None = None
 
 
-_LETTERS = {"w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "n": "negative_prompt",
-            "ss": "sample_sampler"}  # fmt: skip
+_LETTERS = {
+    "w": LineOption("width", whole, WHOLE),
+    "h": LineOption("height", whole, WHOLE),
+    "d": LineOption("seed", whole, WHOLE),
+    "s": LineOption("sample_steps", whole, WHOLE),
+    "l": LineOption("scale", float, "a number"),
+    "n": LineOption("negative_prompt"),
+    "ss": LineOption("sample_sampler"),
+}
 _KINDS: dict[str, type] = {"width": int, "height": int, "seed": int, "sample_steps": int, "scale": float}
 
 
@@ -65,7 +57,8 @@ def check_samples(settings: argparse.Namespace) -> None:
         if not wanted:
             when = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
             raise TrainingError(f"--sample_prompts needs {when}")
-        read_prompts(Path(settings.sample_prompts))
+        for prompt in read_prompts(Path(settings.sample_prompts)):
+            check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
 
 
 def read_prompts(file: Path) -> list[Prompt]:
@@ -73,66 +66,44 @@ def read_prompts(file: Path) -> list[Prompt]:
 
     toml: [prompt] with common options and [[prompt.subset]] for each prompt; json: a list of objects.
     """
+    named = f"--sample_prompts {file}"
+    text = read_text(file, "--sample_prompts")
     try:
-        text = file.read_text(encoding="utf-8")
         if file.suffix == ".toml":
             table = tomllib.loads(text).get("prompt", {})
             common = {key: value for key, value in table.items() if key != "subset"}
-            entries = [{**common, **entry} for entry in table.get("subset", [])]
+            entries = [({**common, **entry}, named) for entry in table.get("subset", [])]
         elif file.suffix == ".json":
-            entries = json.loads(text)
+            loaded = json.loads(text)
+            entries = [(entry, named) for entry in loaded] if isinstance(loaded, list) else []
         else:
-            lines = [line.strip() for line in text.splitlines()]
-            entries = [parse_line(line, file) for line in lines if line and not line.startswith("#")]
-    except OSError as error:
-        raise TrainingError(f"--sample_prompts {file} cannot be read ({error.strerror})") from None
+            entries = [(parse_line(line, _LETTERS, where), where) for line, where in numbered_lines(text, named)]
     except TrainingError:
         raise
     except ValueError as error:
-        raise TrainingError(f"--sample_prompts {file}: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise TrainingError(f"--sample_prompts {file} has no prompts")
-    return [_prompt(entry, file) for entry in entries]
+        raise TrainingError(f"{named}: {error}") from None
+    if not entries:
+        raise TrainingError(f"{named} has no prompts")
+    return [_prompt(entry, where) for entry, where in entries]
 
 
-def parse_line(line: str, file: Path) -> dict[str, Any]:
-    """`a cat --w 512 --n bad` as a table."""
-    prompt, *options = re.split(r"\s--(?=[a-z]+\s)", line)
-    table: dict[str, Any] = {"prompt": prompt.strip()}
-    for option in options:
-        letter, _, value = option.partition(" ")
-        if letter not in _LETTERS:
-            raise TrainingError(f"--sample_prompts {file}: --{letter} in {line!r} is none of --{', --'.join(_LETTERS)}")
-        table[_LETTERS[letter]] = value.strip()
-    return table
-
-
-def _prompt(entry: Any, file: Path) -> Prompt:
+def _prompt(entry: Any, where: str) -> Prompt:
     names = [one.name for one in fields(Prompt)]
     if not isinstance(entry, dict) or "prompt" not in entry:
-        raise TrainingError(f"--sample_prompts {file}: {entry!r} has no prompt")
+        raise TrainingError(f"{where}: {entry!r} has no prompt")
     for key, value in entry.items():
         if key not in names:
-            raise TrainingError(f"--sample_prompts {file}: {key} is none of {', '.join(names)}")
+            raise TrainingError(f"{where}: {key} is none of {', '.join(names)}")
         try:
             entry[key] = _KINDS.get(key, str)(value)
         except ValueError:
-            raise TrainingError(f"--sample_prompts {file}: {key} cannot be {value!r}") from None
+            raise TrainingError(f"{where}: {key} cannot be {value!r}") from None
     made = Prompt(**entry)
     if made.sample_sampler and made.sample_sampler not in SAMPLERS:
-        raise TrainingError(f"--sample_prompts {file}: {made.sample_sampler} is no sampler; {', '.join(SAMPLERS)} are")
+        raise TrainingError(f"{where}: {made.sample_sampler} is no sampler; {', '.join(SAMPLERS)} are")
     if made.width % 8 or made.height % 8 or min(made.width, made.height) < 8:
-        raise TrainingError(f"--sample_prompts {file}: {made.width}x{made.height} is no multiple of 8")
+        raise TrainingError(f"{where}: {made.width}x{made.height} is no multiple of 8")
     return replace(made, sample_steps=max(1, min(1000, made.sample_steps)))
-
-
-def sampler(name: str, models: BaseModels, zero_terminal_snr: bool) -> Any:
-    """diffusers' scheduler of that name, with the training schedule's betas."""
-    kind, own = _CLASSES[name.removeprefix("k_")]
-    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-    if zero_terminal_snr and kind == "DDIMScheduler":
-        own = {**own, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return getattr(diffusers, kind)(**options, prediction_type=models.prediction_type, **own)
 
 
 def spread(ranks: list[int], most: int) -> list[int]:
@@ -172,7 +143,8 @@ def sample(
 
 
 def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, context: Any) -> Any:
-    scheduler = sampler(prompt.sample_sampler or settings.sample_sampler, models, settings.zero_terminal_snr)
+    name = prompt.sample_sampler or settings.sample_sampler
+    scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr)
     pipe = models.pipeline(scheduler)
     pipe.set_progress_bar_config(disable=True)
     seed = settings.seed + number if prompt.seed is None else prompt.seed

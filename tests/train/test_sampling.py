@@ -4,10 +4,8 @@ import pytest
 from PIL import Image
 
 from lora_adapters.train.arguments import settings
-from lora_adapters.train.base_models import load_base_models
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.options_output import SAMPLERS
-from lora_adapters.train.sampling import Prompt, check_samples, grid, read_prompts, sampler, spread
+from lora_adapters.train.sampling import Prompt, check_samples, grid, read_prompts, spread
 
 FULL = Prompt("a red disc", "bad", 64, 128, 12, 4.5, 7, "euler_a")
 
@@ -45,9 +43,9 @@ prompt = "a blue square"
     ("name", "text", "message"),
     [
         ("p.txt", "# nothing", "has no prompts"),
-        ("p.txt", "x --w many", "width cannot be 'many'"),
-        ("p.txt", "x --q 1", "--q in"),
-        ("p.txt", "x --w 65", "no multiple of 8"),
+        ("p.txt", "x --w many", "p.txt, line 1: --w many: it takes a whole number"),
+        ("p.txt", "# a comment\n\nx\nx --q 1", "p.txt, line 4: --q in"),
+        ("p.txt", "x\nx --w 65", "line 2: 65x512 is no multiple of 8"),
         ("p.txt", "x --ss fast", "fast is no sampler"),
         ("p.json", '[{"prompt": "x", "size": 1}]', "size is none of"),
         ("p.json", "[{", "p.json: "),
@@ -68,16 +66,11 @@ def test_samples_need_prompts_and_an_occasion(tmp_path) -> None:
         check_samples(settings(sample_prompts=written(tmp_path, "p.txt", "x")))
 
 
-def test_every_sampler_is_there_and_keeps_the_prediction(sd1) -> None:
-    models = load_base_models(settings(pretrained_model_name_or_path=sd1))
-    models.prediction_type = "v_prediction"
-    for name in SAMPLERS:
-        if name.endswith("lms"):
-            pytest.importorskip("scipy")
-        made = sampler(name, models, zero_terminal_snr=False)
-        assert made.config.prediction_type == "v_prediction"
-        assert made.config.beta_end == 0.012
-        made.set_timesteps(4)
+def test_a_sampler_that_cannot_start_from_pure_noise_is_refused_before_training(tmp_path) -> None:
+    prompts = written(tmp_path, "p.txt", "x --ss pndm")
+    check_samples(settings(sample_every_n_steps=1, sample_prompts=prompts))
+    with pytest.raises(TrainingError, match="pndm cannot do --zero_terminal_snr; ddim, euler"):
+        check_samples(settings(sample_every_n_steps=1, sample_prompts=prompts, zero_terminal_snr=True))
 
 
 def test_ranks_are_spread_evenly_with_the_highest() -> None:
