@@ -38,6 +38,7 @@ def write_folder(
     grid: "str | Path | Image | None" = None,
     tags: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    subfolder: str | None = None,
 ) -> Path:
     """Write what a repository of the adapter holds, and give back the folder.
 
@@ -46,7 +47,8 @@ def write_folder(
     `PeftModel.from_pretrained(model, repo_id, subfolder=...)` reads; README.md is the model card.
 
     samples: pictures (PIL's or files) by the prompts that they were drawn with; grid: one picture of many. Both are
-    shown by the card. AdapterError where something cannot be read or written.
+    shown by the card. subfolder: the folder of the repository that it will be in, for the card's snippet. AdapterError
+    where something cannot be read or written.
     """
     folder = Path(folder).expanduser()
     base_model = base_model or base_model_of(adapter)
@@ -70,6 +72,7 @@ def write_folder(
         samples=shown,
         grid=GRID if grid is not None else None,
         tags=tags,
+        subfolder=subfolder,
     )
     (folder / CARD).write_text(str(card), encoding="utf-8")
     return folder
@@ -84,6 +87,7 @@ def push_to_hub(
     token: str | bool | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    path_in_repo: str = "",
     endpoint: str | None = None,
     **content: Any,
 ) -> "CommitInfo":
@@ -91,14 +95,16 @@ def push_to_hub(
 
     repo_id: owner/name, or a name of the token's owner. The repository is made where it is missing, private as asked
     (None: as the owner's account has it); so is the branch `revision`. A model card that somebody has taken over (the
-    line at its end is gone) is left as it is. HubError, in the Hub library's meaning, where the Hub refuses or cannot
+    line at its end is gone) is left as it is. path_in_repo: a folder for all of it, which is then loaded with
+    `subfolder=`, for repositories of several adapters. HubError, in the Hub library's meaning, where the Hub refuses or cannot
     be reached.
     """
     from huggingface_hub import HfApi
 
     if "/" in repo_id and not is_repo_id(repo_id):
         raise AdapterError(f"{repo_id} is no owner/name of a repository")
-    api = HfApi(endpoint=endpoint, token=token)
+    api, path_in_repo = HfApi(endpoint=endpoint, token=token), path_in_repo.strip("/")
+    content["subfolder"] = path_in_repo or None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_folder(adapter, folder, repo_id, **content)  # what cannot be written must not leave an empty repository
@@ -108,12 +114,13 @@ def push_to_hub(
                 api.create_branch(name, branch=revision, exist_ok=True)
         if name != repo_id:
             write_folder(adapter, folder, name, **content)  # the card names the whole repository
-        if not _card_is_ours(api, name, revision):
+        if not _card_is_ours(api, name, revision, f"{path_in_repo}/{CARD}" if path_in_repo else CARD):
             (folder / CARD).unlink()
         with hub_errors(name, revision):
             return api.upload_folder(
                 repo_id=name,
                 folder_path=folder,
+                path_in_repo=path_in_repo or None,
                 revision=revision,
                 commit_message=commit_message or f"Push {adapter!r}",
                 create_pr=create_pr,
@@ -122,13 +129,13 @@ def push_to_hub(
             )
 
 
-def _card_is_ours(api: Any, repo_id: str, revision: str | None) -> bool:
+def _card_is_ours(api: Any, repo_id: str, revision: str | None, place: str) -> bool:
     """Whether the card may be written: there is none, or it is one that was written here."""
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
-        with hub_errors(repo_id, revision, CARD):
-            card = api.hf_hub_download(repo_id, CARD, revision=revision)
+        with hub_errors(repo_id, revision, place):
+            card = api.hf_hub_download(repo_id, place, revision=revision)
     except HubError as error:
         if isinstance(error.__cause__, RemoteEntryNotFoundError):
             return True

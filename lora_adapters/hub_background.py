@@ -119,7 +119,7 @@ class BackgroundPush:
         self._add(path, send)
 
     def adapter(self, path: str | Path, message: str | None = None, **content: Any) -> None:
-        """Push an adapter's file as `Adapter.push_to_hub` does, with PEFT's folders and a model card, to the top.
+        """Push an adapter's file as `Adapter.push_to_hub` does, with PEFT's folders and a model card.
 
         content: what the card shows; see `lora_adapters.hub.write_folder`. For repositories of models.
         """
@@ -132,6 +132,7 @@ class BackgroundPush:
 
         def send(kept: Path) -> None:
             options = {"revision": self.revision, "token": self.token, "endpoint": self._api.endpoint}
+            options["path_in_repo"] = self.path_in_repo
             push_to_hub(Adapter.load(kept), self.repo_id, commit_message=message, **options, **content)  # type: ignore[arg-type]
 
         self._add(path, send)

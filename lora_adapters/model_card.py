@@ -123,12 +123,13 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
     return rows
 
 
-def _usage(adapter: Adapter, repo_id: str, base_model: str, prompt: str) -> str:
+def _usage(adapter: Adapter, repo_id: str, subfolder: str | None, base_model: str, prompt: str) -> str:
+    where = f'"{repo_id}", subfolder="{subfolder}"' if subfolder else f'"{repo_id}"'
     lines = [
         "from diffusers import AutoPipelineForText2Image",
         "",
         f'pipe = AutoPipelineForText2Image.from_pretrained("{base_model}")',
-        f'pipe.load_lora_weights("{repo_id}")',
+        f"pipe.load_lora_weights({where})",
         f"image = pipe({prompt!r}).images[0]",
     ]
     text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
@@ -153,11 +154,13 @@ def model_card(
     samples: Sequence[Sample] = (),
     grid: str | None = None,
     tags: Sequence[str] = (),
+    subfolder: str | None = None,
 ) -> Any:
     """A `huggingface_hub.ModelCard` with the metadata of the Hub's LoRA pages (widget, base model, trigger words).
 
     base_model: a repository; by default the one that the adapter's metadata names, else the first of its family.
     samples: pictures of single prompts, for the Hub's gallery; grid: the path of one picture of many.
+    subfolder: where in the repository the adapter is, if not at its top.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -188,7 +191,7 @@ def model_card(
         words = ", ".join(f"`{word}`" for word in trigger_words)
         parts += ["## Trigger words", "", f"Write {words} in the prompt to call it up.", ""]
     prompt = trigger or next((one.prompt for one in samples if one.prompt != "-"), "a photo")
-    parts += [_usage(adapter, repo_id, base_model, prompt)]
+    parts += [_usage(adapter, repo_id, subfolder, base_model, prompt)]
     rows = [f"| {label} | {_cell(value)} |" for label, value in _facts(adapter)]
     parts += ["## What it is", "", "| | |", "|---|---|", *rows, ""]
     parts += [

@@ -11,6 +11,7 @@ import torch
 
 from lora_adapters.adapter import Adapter
 from lora_adapters.dylora import set_step
+from lora_adapters.hub_background import FailedPush
 from lora_adapters.train import adapters
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.checkpoints import Position
@@ -36,7 +37,8 @@ class Trained:
     """What a training gives back.
 
     adapter: what was saved last. models: the base model with the adapter on it, in evaluation mode. losses: of every
-    optimizer step of this call. held_out: every measurement of the held-out loss.
+    optimizer step of this call. held_out: every measurement of the held-out loss. not_pushed: saves that did not reach
+    the Hub; they are on the disk.
     """
 
     adapter: Adapter
@@ -44,6 +46,7 @@ class Trained:
     steps: int
     losses: list[float] = field(default_factory=list)
     held_out: list[HeldOut] = field(default_factory=list)
+    not_pushed: list[FailedPush] = field(default_factory=list)
 
 
 def train(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
@@ -58,7 +61,19 @@ def train(settings: argparse.Namespace, models: BaseModels | None = None, data: 
 
 
 def train_prepared(run: Run) -> Trained:
-    """The loop over a run that `prepare` has set up."""
+    """The loop over a run that `prepare` has set up. Pushes that are under way when it ends, however it does, finish."""
+    try:
+        result = _train(run)
+    except BaseException:
+        if run.uploads is not None:
+            run.uploads.finish(interrupted=True)
+        raise
+    if run.uploads is not None:
+        result.not_pushed = run.uploads.finish()
+    return result
+
+
+def _train(run: Run) -> Trained:
     accelerator, settings = run.accelerator, run.settings
     run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.epochs)
     position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)

@@ -57,14 +57,14 @@ def add_saving(group: argparse._ArgumentGroup) -> None:
     option("--training_comment", help="any text, kept in the metadata")
     for name, text in METADATA.items():
         option(f"--metadata_{name}", help=f"metadata: {text}")
-    option("--huggingface_repo_id", help="upload what is saved to this repository")
+    option("--huggingface_repo_id", help="push each save to this repository, beside training")
     option("--huggingface_repo_type", help="model, dataset or space")
-    option("--huggingface_path_in_repo", help="folder in the repository")
-    option("--huggingface_token", help="access token")
-    option("--huggingface_repo_visibility", help="public or private")
+    option("--huggingface_path_in_repo", help="folder in the repository (default: its top)")
+    option("--huggingface_token", help="access token (default: that of `hf auth login`)")
+    option("--huggingface_repo_visibility", help="public or private, where it is made (default private)")
     flag("--save_state_to_huggingface", help="upload states, too")
     flag("--resume_from_huggingface", help="--resume names a state in a repository")
-    flag("--async_upload", help="upload while training goes on")
+    flag("--async_upload", help="push beside training, as is always done here")
 
 
 def add_samples(group: argparse._ArgumentGroup) -> None:

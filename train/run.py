@@ -58,6 +58,7 @@ class Run:
     uploads: Uploads | None = None
     prompts: list[Prompt] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
+    samples: Path | None = None  # the sample pictures that were drawn last
 
     @property
     def batches_per_epoch(self) -> int:
@@ -196,6 +197,9 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     data = data or open_data(settings, settings.seed)
     if settings.masked_loss and not data.has_masks:
         raise TrainingError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
+    uploads = None
+    if settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run:
+        uploads = Uploads(settings)  # a wrong name or token shows before anything is loaded or encoded
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     torch.manual_seed(settings.seed)  # the start of `down` is random
@@ -236,7 +240,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         schedule=schedule,
         steps=steps,
         epochs=epochs,
-        uploads=Uploads(settings) if settings.huggingface_repo_id and accelerator.is_main_process else None,
+        uploads=uploads,
         prompts=read_prompts(Path(settings.sample_prompts)) if settings.sample_prompts else [],
         layers=list(adapters.lora_layers(trained).values()),
     )

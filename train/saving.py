@@ -53,7 +53,9 @@ def save_final(run: Run, position: Position) -> Adapter:
         if settings.save_state or settings.save_state_on_train_end:
             _save_state(run, position, files.final_name(settings))
         if run.uploads is not None:
-            run.uploads.finish()
+            subsets = [loaded for loaded in run.data.pictures.subsets if not loaded.config.is_reg]
+            captions = [found.caption for loaded in subsets for found in loaded.pictures]
+            run.uploads.final(_file(run, files.final_name(settings)), captions, run.samples)
     run.accelerator.wait_for_everyone()
     settle_weights(run.optimizer)
     return adapter
@@ -69,11 +71,15 @@ def _save(run: Run, position: Position, name: str, with_state: bool) -> None:
 
 
 def _write(run: Run, adapter: Adapter, name: str) -> None:
-    file = run.output / f"{name}{files.ending(run.settings)}"
+    file = _file(run, name)
     adapter.save(file, dtype=_PRECISION[run.settings.save_precision])
     log.info("saved %s", file)
     if run.uploads is not None:
         run.uploads.file(file)
+
+
+def _file(run: Run, name: str) -> Path:
+    return run.output / f"{name}{files.ending(run.settings)}"
 
 
 def _save_state(run: Run, position: Position, name: str) -> None:

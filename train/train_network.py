@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
     try:
         settings = parse(argv)
-        _run(settings)
+        if not_pushed := _run(settings):
+            return _failed(f"{not_pushed} of the saves did not reach the Hub (see above); they are in {settings.output_dir}")
     except BrokenPipeError:
         raise
     except (TrainingError, OSError) as error:
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(settings) -> None:
+def _run(settings) -> int:
+    """Train; gives back how many saves did not reach the Hub."""
     from lora_adapters.train.trackers import start_console
 
     start_console(settings)
@@ -61,8 +63,8 @@ def _run(settings) -> None:
 
         if run.accelerator.is_main_process:
             print(report(run))
-        return
-    train_prepared(run)
+        return 0
+    return len(train_prepared(run).not_pushed)
 
 
 def _failed(error: BaseException | str) -> int:

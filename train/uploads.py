@@ -2,65 +2,80 @@
 
 import argparse
 import logging
-from concurrent.futures import Future
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.sources import is_repo_id
+from lora_adapters.hub_background import REPO_TYPES, BackgroundPush, FailedPush, download_state
 from lora_adapters.train.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 900.0  # seconds that the end of a run waits for pushes; by then each has been tried again several times
+_INTERRUPTED = 60.0  # and where the run ends with an error or Ctrl+C
+
 
 class Uploads:
-    """Uploads to --huggingface_repo_id, which is made (private unless asked otherwise) when training starts."""
+    """Pushes to --huggingface_repo_id, which is made (private unless asked otherwise) when training starts.
+
+    Every save goes there under its own name, beside training. The last one goes there once more as
+    `pytorch_lora_weights.safetensors`, the name that diffusers picks, with PEFT's folders and a model card.
+    """
 
     def __init__(self, settings: argparse.Namespace):
-        self.settings, self.pending = settings, []  # type: ignore[var-annotated]
-        self.kind = settings.huggingface_repo_type or "model"
-        self.api = HfApi(token=settings.huggingface_token)
-        private = settings.huggingface_repo_visibility != "public"
+        self.settings = settings
+        self.is_model = (settings.huggingface_repo_type or "model") == "model"
         try:
-            self.api.create_repo(settings.huggingface_repo_id, repo_type=self.kind, private=private, exist_ok=True)
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise TrainingError(f"--huggingface_repo_id {settings.huggingface_repo_id}: {_line(error)}") from error
+            self.push = BackgroundPush(
+                settings.huggingface_repo_id,
+                repo_type=settings.huggingface_repo_type or "model",
+                private=settings.huggingface_repo_visibility != "public",
+                path_in_repo=settings.huggingface_path_in_repo or "",
+                token=settings.huggingface_token,
+            )
+        except AdapterError as error:
+            raise TrainingError(f"--huggingface_repo_id: {error}") from error
 
     def file(self, path: Path) -> None:
-        """Upload a saved file."""
-        self._start(self.api.upload_file, path_or_fileobj=str(path), path_in_repo=self._place(path))
+        """Push a saved file."""
+        self.push.file(path)
 
     def state(self, folder: Path) -> None:
-        """Upload a saved state, with --save_state_to_huggingface."""
+        """Push a saved state, with --save_state_to_huggingface."""
         if self.settings.save_state_to_huggingface:
-            self._start(self.api.upload_folder, folder_path=str(folder), path_in_repo=self._place(folder))
+            self.push.folder(folder)
 
-    def finish(self) -> None:
-        """Wait for uploads in the background; a failed one is reported, the files themselves are on the disk."""
-        for future in self.pending:
-            try:
-                future.result()
-            except (HfHubHTTPError, OSError, ValueError) as error:
-                log.error("upload failed: %s", _line(error))
-        self.pending = []
-
-    def _start(self, upload: Any, **arguments: Any) -> None:
-        background = self.settings.async_upload
-        try:
-            started = upload(
-                repo_id=self.settings.huggingface_repo_id, repo_type=self.kind, run_as_future=background, **arguments
-            )
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            # Hours of training must not end with the network: what was to be uploaded is saved on the disk.
-            log.error("upload failed: %s", _line(error))
+    def final(self, path: Path, captions: Iterable[str], grid: Path | None) -> None:
+        """Push the last save, with a model card that shows `grid`, the last sample pictures. For models."""
+        if not self.is_model:
             return
-        if isinstance(started, Future):
-            self.pending.append(started)
+        settings = self.settings
+        base = settings.pretrained_model_name_or_path
+        phrase = settings.metadata_trigger_phrase
+        self.push.adapter(
+            path,
+            f"Push {path.name} with its card",
+            base_model=base if is_repo_id(base) and not Path(base).exists() else None,
+            trigger_words=[phrase] if phrase else shared_words(captions),
+            description=settings.metadata_description,
+            license=settings.metadata_license,
+            tags=[tag.strip() for tag in (settings.metadata_tags or "").split(",") if tag.strip()],
+            grid=grid,
+        )
 
-    def _place(self, path: Path) -> str:
-        folder = (self.settings.huggingface_path_in_repo or "").strip("/")
-        return f"{folder}/{path.name}" if folder else path.name
+    def finish(self, interrupted: bool = False) -> list[FailedPush]:
+        """Wait for pushes that are still under way; what failed is logged and given back, its files are on the disk."""
+        return self.push.close(_INTERRUPTED if interrupted else _PATIENCE)
+
+
+def shared_words(captions: Iterable[str]) -> list[str]:
+    """The parts (between commas) that every caption has, which are what calls an adapter up; at most three."""
+    parts = [[part.strip() for part in caption.split(",") if part.strip()] for caption in captions]
+    if len(parts) < 2:
+        return []
+    return [part for part in dict.fromkeys(parts[0]) if all(part in other for other in parts)][:3]
 
 
 def check_uploads(settings: argparse.Namespace) -> None:
@@ -73,8 +88,8 @@ def check_uploads(settings: argparse.Namespace) -> None:
             raise TrainingError(f"--{name} needs --huggingface_repo_id")
     if settings.save_state_to_huggingface and not (settings.save_state or settings.save_state_on_train_end):
         raise TrainingError("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
-    if settings.huggingface_repo_type not in (None, "model", "dataset", "space"):
-        raise TrainingError(f"--huggingface_repo_type {settings.huggingface_repo_type}: model, dataset or space")
+    if settings.huggingface_repo_type not in (None, *REPO_TYPES):
+        raise TrainingError(f"--huggingface_repo_type {settings.huggingface_repo_type}: {', '.join(REPO_TYPES)}")
     if settings.huggingface_repo_visibility not in (None, "public", "private"):
         raise TrainingError(f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: public or private")
     if settings.resume_from_huggingface and not settings.resume:
@@ -88,23 +103,8 @@ def state_folder(settings: argparse.Namespace) -> Path:
     """
     if not settings.resume_from_huggingface:
         return Path(settings.resume)
-    name, *rest = settings.resume.split(":")
-    parts = name.split("/")
-    if len(parts) < 3:
-        raise TrainingError(f"--resume {settings.resume} is not <user>/<repository>/<folder of the state>")
-    folder = "/".join(parts[2:])
+    options: dict[str, Any] = {"token": settings.huggingface_token}
     try:
-        found = snapshot_download(
-            "/".join(parts[:2]),
-            revision=rest[0] if rest and rest[0] else None,
-            repo_type=rest[1] if len(rest) > 1 else "model",
-            allow_patterns=f"{folder}/*",
-            token=settings.huggingface_token,
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise TrainingError(f"--resume {settings.resume} cannot be downloaded: {_line(error)}") from error
-    return Path(found) / folder
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        return download_state(settings.resume, **options)
+    except AdapterError as error:
+        raise TrainingError(f"--resume: {error}") from error
