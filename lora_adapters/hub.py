@@ -96,8 +96,8 @@ def push_to_hub(
     repo_id: owner/name, or a name of the token's owner. The repository is made where it is missing, private as asked
     (None: as the owner's account has it); so is the branch `revision`. A model card that somebody has taken over (the
     line at its end is gone) is left as it is. path_in_repo: a folder for all of it, which is then loaded with
-    `subfolder=`, for repositories of several adapters. HubError, in the Hub library's meaning, where the Hub refuses or cannot
-    be reached.
+    `subfolder=`, for repositories of several adapters. HubError, in the Hub library's meaning, where the Hub refuses
+    or cannot be reached.
     """
     from huggingface_hub import HfApi
 

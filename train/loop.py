@@ -61,7 +61,7 @@ def train(settings: argparse.Namespace, models: BaseModels | None = None, data: 
 
 
 def train_prepared(run: Run) -> Trained:
-    """The loop over a run that `prepare` has set up. Pushes that are under way when it ends, however it does, finish."""
+    """The loop over a run that `prepare` has set up; pushes that are under way finish, also where it fails."""
     try:
         result = _train(run)
     except BaseException:

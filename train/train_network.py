@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse(argv)
         if not_pushed := _run(settings):
-            return _failed(f"{not_pushed} of the saves did not reach the Hub (see above); they are in {settings.output_dir}")
+            return _failed(
+                f"{not_pushed} of the saves did not reach the Hub (see above); they are in {settings.output_dir}"
+            )
     except BrokenPipeError:
         raise
     except (TrainingError, OSError) as error:

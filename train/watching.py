@@ -26,7 +26,9 @@ def show_samples(run: Run, position: Position) -> None:
         run.training_mode(False)
         context = run.accelerator.autocast
         image = sample(run.models, run.settings, run.prompts, run.accelerator.device, context)
-        run.samples = write_samples(image, run.settings, f"{run.settings.output_name or 'sample'}-step{position.step:08d}")
+        run.samples = write_samples(
+            image, run.settings, f"{run.settings.output_name or 'sample'}-step{position.step:08d}"
+        )
         log_image(run.accelerator, "samples", image, position.step)
     run.accelerator.wait_for_everyone()
 
