@@ -25,7 +25,15 @@ FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
 class Adapter:
     """`{ModuleName(component, path): LowRank}` and the metadata of its file (all strings).
 
-    `tensors` of a loaded adapter are views of the memory-mapped file until they are used.
+    The tensors of a loaded adapter are views of the memory-mapped file until they are used. Nothing changes an adapter:
+    arithmetic gives new ones.
+
+    >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)})
+    >>> a.architecture, a.components, a + a.scale(0.5)
+    ('sd', ('unet',), Adapter(1 modules of unet, rank 8))
+    >>> Adapter.load(a.save("a.safetensors")).metadata["ss_network_dim"]
+    '4'
     """
 
     modules: Mapping[ModuleName, LowRank]
@@ -54,7 +62,11 @@ class Adapter:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Self:
-        """The adapter in a state dict of kohya's, cloneofsimo's or one of diffusers' formats."""
+        """The adapter in a state dict of kohya's, cloneofsimo's or one of diffusers' formats.
+
+        The tensors are not copied. AdapterError for other keys, lone halves of pairs, unknown modules and shapes that
+        do not fit.
+        """
         metadata = dict(metadata or {})
         if not tensors:
             raise AdapterError("there are no tensors in it")
@@ -81,7 +93,9 @@ class Adapter:
         format: "kohya" (also what A1111 and ComfyUI read), "diffusers" (alphas folded into the weights), both one
         file; or "peft", a folder. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the
         most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
-        is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens.
+        is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens. Another
+        ending than .safetensors is torch's pickle. AdapterError for an adapter without modules, OSError where the path
+        cannot be written; what was there before is still there then.
         """
         if format not in FORMATS:
             raise AdapterError(f"unknown format {format}: {', '.join(FORMATS)} are known")
@@ -128,7 +142,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The rank that most of its modules have."""
+        """The rank (number of components) that most of its modules have."""
         return Counter(one.rank for one in self.modules.values()).most_common(1)[0][0]
 
     @property
@@ -148,7 +162,7 @@ class Adapter:
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
     def map(self, change, metadata: Mapping[str, str] | None = None) -> Self:
-        """A new adapter with `change(low_rank)` for every module, and metadata entries added."""
+        """A new adapter with `change(low_rank)`, a LowRank, for every module, and metadata entries added."""
         modules = {module: change(one) for module, one in self.modules.items()}
         return replace(self, modules=modules, metadata={**self.metadata, **(metadata or {})})
 
@@ -161,7 +175,13 @@ class Adapter:
         return self if dtype is None else self.map(lambda one: one.to(dtype))
 
     def scale(self, weight: float) -> Self:
-        """weight · ΔW in every module."""
+        """weight · ΔW in every module; the weight may be negative or 0.
+
+        >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        >>> a = Adapter({to_q: LowRank(torch.ones(1, 2), torch.ones(2, 1), alpha=1.0)})
+        >>> a.scale(0.5).modules[to_q].delta().tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
+        """
         return self.map(lambda one: one.scaled(weight))
 
     def __add__(self, other: "Adapter") -> Self:
@@ -185,7 +205,16 @@ class Adapter:
     def truncate(self, rank: int) -> Self:
         """The first `rank` components of every module, at the scale that they were trained for.
 
-        For a DyLoRA this is the adapter of that rank; AdapterError where the rank is no multiple of its unit.
+        For a DyLoRA this is the adapter of that rank; AdapterError where the rank is no multiple of its unit. Modules
+        of fewer components stay whole.
+
+        >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)}).as_dylora(DyLora(unit=2))
+        >>> a.truncate(2).modules[to_q]
+        LowRank(rank 2, alpha 2, [2, 8] -> 8)
+        >>> a.truncate(3)
+        Traceback (most recent call last):
+        lora_adapters.convert.errors.AdapterError: rank 3 is not one that this adapter can be cut to: 2, 4
         """
         highest = max(one.rank for one in self.modules.values())
         dylora = self.dylora or DyLora()
@@ -209,7 +238,14 @@ class Adapter:
         """The best approximation with `rank` components, and `conv_rank` (else rank) in convolutions above 1x1.
 
         With target_error each module gets the smallest rank whose relative error is at most that; rank and conv_rank
-        are then the largest ranks allowed, and may be None. Computed in float32 on `device`.
+        are then the largest ranks allowed, and may be None. The relative error is the Frobenius norm of what is
+        missing, by that of all, 0 to 1. Computed from the factors on `device` (the CPU by default); float32.
+        Source: the truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
+
+        >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)})
+        >>> a.svd(None, target_error=0.1).rank  # four equal components are one
+        1
         """
         from .svd import svd
 
@@ -221,7 +257,9 @@ class Adapter:
     ) -> Self:
         """The best adapter of that rank for tuned - base, two models in files or Diffusers folders.
 
-        `options` are those of `lora_adapters.convert.extraction.extract`. conv_rank None is LoRA-LierLa.
+        conv_rank None is LoRA-LierLa. `options` are those of `lora_adapters.convert.extraction.extract`: target_error,
+        min_diff, clamp_quantile, device, v_prediction. AdapterError where the models do not fit together or are the
+        same.
         """
         from .extraction import extract
 
@@ -229,7 +267,11 @@ class Adapter:
         return cls(adapter.modules, adapter.metadata)
 
     def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
-        """Write the model (a file, or a Diffusers folder) to `out` with weight · ΔW added to its weights."""
+        """Write the model (a file, or a Diffusers folder) to `out` with weight · ΔW added to its weights.
+
+        Tensors that are not adapted are copied bit for bit, the others keep their dtype. AdapterError where
+        the adapter is for another model; `out` is then not written.
+        """
         from .merge import merge_into_model
 
         return merge_into_model(model, out, [self], [weight])

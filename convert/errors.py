@@ -2,7 +2,7 @@
 
 
 class AdapterError(ValueError):
-    """What is wrong, where, and what to do, in one line fit to be shown to a user."""
+    """What is wrong, where, and what to do, in one line fit to be shown to a user. It is a ValueError."""
 
 
 class UnknownFormatError(AdapterError):

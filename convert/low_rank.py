@@ -16,6 +16,10 @@ class LowRank:
 
     `down` is (rank, in) or (rank, in, height, width), `up` is (out, rank) or (out, rank, 1, 1). The 2-D and the 4-D
     spelling of a linear layer or 1x1 convolution are the same thing. AdapterError where the shapes do not fit.
+
+    >>> one = LowRank(down=torch.ones(2, 3), up=torch.ones(5, 2), alpha=1.0)
+    >>> one.rank, one.scale, one.out_in, one.delta()[0, 0].item()
+    (2, 0.5, (5, 3), 1.0)
     """
 
     down: torch.Tensor

@@ -22,7 +22,12 @@ _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 
 @dataclass(frozen=True)
 class DyLora:
-    """What makes an adapter a DyLoRA: ranks come in steps of `unit`, and how the scale goes with the rank."""
+    """What makes an adapter a DyLoRA (arXiv:2210.07558).
+
+    Ranks come in steps of `unit`, a number of components. `rank_scaling` says what the b first of R components are
+    multiplied with: "constant" alpha/R, "rank" alpha/b, "sqrt" alpha/R · √(R/b). With `freeze_lower` only the last
+    `unit` of them were trained in a step.
+    """
 
     unit: int = 1
     rank_scaling: str = "constant"

@@ -27,7 +27,13 @@ _PLACE = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|dow
 
 
 class ModuleName(NamedTuple):
-    """One adapted module: `component` is one of COMPONENTS, `path` its dotted name in diffusers."""
+    """One adapted module: `component` is unet, text_encoder or text_encoder_2, `path` its dotted name in diffusers.
+
+    Text encoders' paths begin with `text_model.`, whatever the version of transformers.
+
+    >>> str(ModuleName("unet", "mid_block.attentions.0.proj_in"))
+    'unet.mid_block.attentions.0.proj_in'
+    """
 
     component: str
     path: str

@@ -40,13 +40,17 @@ class Adapter(AdapterData):
     def from_pipeline(
         cls, pipe: Any, adapter_name: str = "default", metadata: Mapping[str, str] | None = None
     ) -> "Adapter":
-        """The adapter of that name in a pipeline."""
+        """The adapter of that name in a pipeline, as `from_models` gives it."""
         from .pipeline import _models
 
         return cls.from_models(_models(pipe), adapter_name, metadata)
 
     def to_pipeline(self, pipe: Any, adapter_name: str | None = None) -> None:
-        """Load it into a pipeline, as `pipe.load_lora_weights` does with a file."""
+        """Load it into a pipeline, as `pipe.load_lora_weights` does with a file.
+
+        The name is default_0 and so on where none is given. AdapterError where it is for another model or
+        the name is taken; the pipeline is then as it was.
+        """
         from .pipeline import load
 
         load(pipe, self, adapter_name=adapter_name)

@@ -27,7 +27,19 @@ class LierLaConfig(LoraConfig):
     """LoRA of the linear layers and 1x1 convolutions of attention blocks and CLIP text encoders (kohya's default).
 
     r is the rank (kohya's network_dim), lora_alpha the alpha. With target_modules given, it acts on any model as
-    `LoraConfig` does. AdapterError for values that make no sense.
+    `LoraConfig` does. AdapterError for values that make no sense. Source: LoRA (arXiv:2106.09685), with the coverage of
+    kohya's trainer.
+
+    >>> from diffusers import UNet2DConditionModel
+    >>> unet = UNet2DConditionModel(
+    ...     block_out_channels=(32, 64),
+    ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ...     cross_attention_dim=32,
+    ... )
+    >>> unet.add_adapter(LierLaConfig(r=8, lora_alpha=4), adapter_name="mine")
+    >>> sorted({path.split(".")[0] for path in unet.peft_config["mine"].target_modules})
+    ['down_blocks', 'mid_block', 'up_blocks']
     """
 
     covers_conv: ClassVar[bool] = False
@@ -83,7 +95,8 @@ class C3LierConfig(LierLaConfig):
     """LierLa and everything in ResNet blocks, downsamplers and upsamplers of the U-Net.
 
     Convolutions larger than 1x1 have rank conv_dim and alpha conv_alpha; the ResNets' linear layers and 1x1
-    convolutions have r and lora_alpha, as in kohya's trainer.
+    convolutions have r and lora_alpha, as in kohya's trainer. A C3LierConfig whose conv_dim is None covers the same
+    modules, the larger convolutions at r.
     """
 
     covers_conv: ClassVar[bool] = True

@@ -188,6 +188,15 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
 
     target: a pipeline, a model, or a list of models. AdapterError where there is no such DyLoRA, where the rank is none
     of its own (they are listed), or while it is fused into the weights; then nothing is changed.
+
+    >>> from lora_adapters import DyLoraConfig, set_rank
+    >>> from peft import inject_adapter_in_model
+    >>> model = nn.Sequential(nn.Linear(3, 5))
+    >>> model = inject_adapter_in_model(DyLoraConfig(r=8, unit=4, target_modules=["0"]), model)
+    >>> set_rank(model, 4)
+    >>> set_rank(model, 5)
+    Traceback (most recent call last):
+    lora_adapters.convert.errors.AdapterError: rank 5 is not one of adapter default's: 4, 8
     """
     found = dials(target, adapter_name)
     if not found:
@@ -214,6 +223,8 @@ def set_step(target: Any, step: int, seed: int = 0) -> None:
 
     Without it, each dial counts its model's training calls from 0, which is the same where every model is called once a
     step. A training loop that resumes, or that calls a model several times a step, says it before each call.
+
+    target: a pipeline, a model, or a list of models; step: optimizer steps done so far, from 0; seed: the run's.
     """
     for dial in dials(target):
         dial.step, dial.seed = step, seed

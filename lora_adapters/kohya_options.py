@@ -96,6 +96,10 @@ def network_options(
     Rank and alpha default to 4 and 1. Where kohya's trainer ignores an option without a word (block_alphas or
     conv_block_dims alone) or fails on it (one number as a block weight), it means here what it says. AdapterError for
     unknown options, wrong values and wrong list lengths.
+
+    >>> asked = network_options("networks.dylora", 16, 16, {"unit": "4", "conv_dim": "8"})
+    >>> type(asked.config).__name__, asked.config.r, asked.config.conv_dim, asked.config.unit
+    ('DyLoraConfig', 16, 8, 4)
     """
     kind = MODULES.get(network_module)
     if kind is None:

@@ -69,7 +69,11 @@ def block_lr_weights(
     down and up have 12 blocks (SDXL 9), the first at the input and at the middle; mid has 1 (SDXL 3). Each side is a
     list, one number for the whole side, text such as "1,0.5,,1" (an empty item is 0), or a preset, "sine", "cosine",
     "linear", "reverse_linear", "zeros", with "+0.2" behind it to add to all. Weights of zero_threshold or less become
-    0: such blocks get no modules (see `without_zero_blocks`). The format is that of kohya's network_args.
+    0: such blocks get no modules (see `without_zero_blocks`). The format is that of kohya's network_args. AdapterError
+    for text that is neither numbers nor a preset.
+
+    >>> block_lr_weights(down="linear", mid=0.5, up=[1, 0])[10:16]
+    [0.9090909090909091, 1.0, 0.5, 1.0, 0.0, 1.0]
     """
     if architecture not in _SIDES:
         raise AdapterError(f"unknown architecture {architecture!r}: sd (SD1.x, SD2.x) and sdxl are known")

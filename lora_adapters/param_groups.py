@@ -61,6 +61,16 @@ def param_groups(
     (arXiv:2402.12354) puts the `up` matrices into groups of their own, at ratio times the rate; the ratios for one part
     win over the common one. Groups with a rate of 0 are left out. Names: unet, unet_block<index>, text_encoder,
     text_encoder_2, with " plus" for the `up` groups. AdapterError where there is nothing to train.
+
+    >>> import torch
+    >>> from lora_adapters import LierLaConfig
+    >>> from peft import inject_adapter_in_model
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5))
+    >>> model = inject_adapter_in_model(LierLaConfig(r=4, target_modules=["0"]), model)
+    >>> for group in param_groups(model, lr=1e-4, loraplus_lr_ratio=16):
+    ...     print(group["name"], group["lr"], [list(parameter.shape) for parameter in group["params"]])
+    unet 0.0001 [[4, 3]]
+    unet plus 0.0016 [[5, 4]]
     """
     if text_encoder_lr is None or isinstance(text_encoder_lr, (int, float)):
         text_encoder_lr = [lr if text_encoder_lr is None else text_encoder_lr] * len(text_encoders)
