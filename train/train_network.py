@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lora_adapters.train.errors import TrainingError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings where there is no torchvision
     try:
         settings = parse(argv)
         if not_pushed := _run(settings):

@@ -43,7 +43,7 @@ def test_page(page, tmp_path, monkeypatch):
 
 def examples_in(thing):
     finder = doctest.DocTestFinder(exclude_empty=True)
-    return [test for test in finder.find(thing, globs={}) if test.examples]
+    return [test for test in finder.find(thing) if test.examples]
 
 
 @pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if examples_in(thing)])
