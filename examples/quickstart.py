@@ -116,7 +116,7 @@ def main() -> None:
 
     file = train_adapter(HERE / "tiny-sd", args.data, args.out, args.steps)
 
-    pipe = StableDiffusionPipeline.from_pretrained(HERE / "tiny-sd", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(HERE / "tiny-sd", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     columns, losses = {"base": draw(pipe)}, {"base": held_out_loss(pipe, args.data / "held_out")}
     pipe.load_lora_weights(file, adapter_name="delft")

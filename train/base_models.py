@@ -155,7 +155,8 @@ def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) ->
     try:
         return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name))
     except OSError as error:
-        raise TrainingError(f"base model {name} cannot be loaded: {_first_line(error)}") from error
+        here = "" if Path(name).exists() else "no such file or folder is here, and "
+        raise TrainingError(f"base model {name} cannot be loaded: {here}{_first_line(error)}") from error
 
 
 def _unused_parts(name: str) -> dict[str, None]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lora_adapters.train import adapters
 from lora_adapters.train.checkpoints import Position
@@ -30,11 +31,14 @@ class Progress:
         self.gradient_norm: float | None = None
         self.limited: int | None = None
         self.logging = bool(tracker_names(run.settings))
+        self.messages = logging_redirect_tqdm()  # messages stand above the bar, not behind it on its line
 
     def __enter__(self) -> "Progress":
+        self.messages.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.messages.__exit__(*error)
         self.bar.close()
 
     def stepped(self, position: Position, loss: float) -> None:
