@@ -1,4 +1,4 @@
-"""The README's recipes, run as they stand there: offline, on the small model, with fewer steps."""
+"""The recipes of the README and of the page with more, run as they stand: offline, on the small model, fewer steps."""
 
 import os
 import re
@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from .blocks import REPOSITORY, blocks
+from .blocks import PAGES, REPOSITORY, blocks
 
 README = blocks(REPOSITORY / "README.md")
+MORE = blocks(PAGES / "recipes.md")
 NOT_RUN_HERE = ("pip install . && python examples/quickstart.py", 'pip install -e ".[test]"', "convert/        import")
 # What takes long and changes nothing of what a block shows.
 FASTER = ((r"--max_train_steps=\d+", "--max_train_steps=2"), (r"num_inference_steps=\d+", "num_inference_steps=2"))
@@ -120,6 +121,26 @@ def test_merge_and_extract(clone):
     assert "rank 16" in said
     both = Adapter.load("both.safetensors")
     assert both.rank == 20
+
+
+def test_more_recipes(clone):
+    from lora_adapters import Adapter
+
+    names = {}
+    said = run(MORE, names)
+    given = Adapter.load("quickstart/delft.safetensors")
+    small, late, rest = (Adapter.load(f"{name}.safetensors") for name in ("small", "late", "rest"))
+    assert sum(one.rank for one in small.modules.values()) < sum(one.rank for one in given.modules.values())
+    assert "small.safetensors" in said
+    assert [file.name for file in sorted((clone / "split").iterdir())] == [
+        f"delft-{rank:04d}.safetensors" for rank in (4, 8, 12, 16)
+    ]
+    assert {name.path.split(".")[0] for name in late.modules} == {"up_blocks"}
+    for name, one in given.modules.items():
+        wanted = torch.zeros(()) if name in late.modules else one.delta()
+        torch.testing.assert_close(rest.modules[name].delta(), wanted.expand(one.delta().shape), rtol=0, atol=2e-3)
+    assert type(names["model"].peft_config["default"]).__name__ == "DyLoraConfig"
+    assert len(list((clone / "smaller").glob("*+32x32.*"))) == 2 * len(list((clone / "smaller").glob("*+48x48.jpg")))
 
 
 def test_no_block_is_left_out():
