@@ -23,6 +23,7 @@ html_copy_source = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
+suppress_warnings = ["ref.python"]  # which of the two Adapters a type hint means: one is the other with more methods
 
 _SPECIAL = re.compile(r"([\\*|_])")
 
