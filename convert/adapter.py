@@ -1,10 +1,10 @@
 """The adapter: one small object that is read from files, does arithmetic, and is written to files."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -19,6 +19,12 @@ from .names import ModuleName, architecture_of
 from .sources import locate
 
 FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
+T = TypeVar("T")
+
+
+def _most_common(values: Iterable[T]) -> T | None:
+    """The value that occurs most often, the first of several; None where there are none."""
+    return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,7 +100,7 @@ class Adapter:
         file; or "peft", a folder. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the
         most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
         is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens. Another
-        ending than .safetensors is torch's pickle. AdapterError for an adapter without modules, OSError where the path
+        ending than .safetensors is torch's pickle. AdapterError for an adapter without modules and where the path
         cannot be written; what was there before is still there then.
         """
         if format not in FORMATS:
@@ -142,8 +148,8 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The rank (number of components) that most of its modules have."""
-        return Counter(one.rank for one in self.modules.values()).most_common(1)[0][0]
+        """The rank (number of components) that most of its modules have; 0 without modules."""
+        return _most_common(one.rank for one in self.modules.values()) or 0
 
     @property
     def dylora(self) -> DyLora | None:
@@ -152,7 +158,7 @@ class Adapter:
 
     def full_metadata(self) -> dict[str, str]:
         """The metadata with everything that readers of kohya's files expect, but for the hashes."""
-        alpha = Counter(one.alpha for one in self.modules.values()).most_common(1)[0][0]
+        alpha = _most_common(one.alpha for one in self.modules.values()) or 0.0
         return complete(self.metadata, self.architecture, self.rank, alpha)
 
     def __repr__(self) -> str:
@@ -216,7 +222,7 @@ class Adapter:
         Traceback (most recent call last):
         lora_adapters.convert.errors.AdapterError: rank 3 is not one that this adapter can be cut to: 2, 4
         """
-        highest = max(one.rank for one in self.modules.values())
+        highest = max((one.rank for one in self.modules.values()), default=1)
         dylora = self.dylora or DyLora()
         valid = [*range(dylora.unit, highest, dylora.unit), highest]
         if rank not in valid:
@@ -224,7 +230,7 @@ class Adapter:
             raise AdapterError(f"rank {rank} is not one that this adapter can be cut to: {shown}")
         facts = {"ss_network_dim": str(rank)}
         cut = self.map(lambda one: one.truncated(rank, dylora.rank_scaling), facts)
-        alpha = Counter(one.alpha for one in cut.modules.values()).most_common(1)[0][0]
+        alpha = _most_common(one.alpha for one in cut.modules.values()) or 0.0
         return replace(cut, metadata={**cut.metadata, "ss_network_alpha": str(float(alpha))})
 
     def svd(
@@ -277,8 +283,8 @@ class Adapter:
         return merge_into_model(model, out, [self], [weight])
 
     def with_common_alpha(self) -> Self:
-        """The same changes with one alpha in all modules, the most common one."""
-        alpha = Counter(one.alpha for one in self.modules.values() if one.alpha).most_common(1)[0][0]
+        """The same changes with one alpha in all modules, the most common one that is not 0 (1 where all are)."""
+        alpha = _most_common(one.alpha for one in self.modules.values() if one.alpha) or 1.0
         return self.map(lambda one: one.with_alpha(alpha), {"ss_network_alpha": str(float(alpha))})
 
     def as_dylora(self, dylora: DyLora) -> Self:

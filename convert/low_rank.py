@@ -87,7 +87,9 @@ class LowRank:
         return replace(self, alpha=self.alpha * weight)
 
     def with_alpha(self, alpha: float) -> "LowRank":
-        """The same ΔW with this alpha: `up` takes up the difference, rounded to its dtype."""
+        """The same ΔW with this alpha, which is not 0: `up` takes up the difference, rounded to its dtype."""
+        if alpha == 0:
+            raise AdapterError("an alpha of 0 has no effect: scale the adapter by 0 instead")
         factor = self.alpha / alpha
         return self if factor == 1 else replace(self, up=(self.up.float() * factor).to(self.up.dtype), alpha=alpha)
 

@@ -90,6 +90,25 @@ def test_sum_and_scale():
         a + Adapter.load(GOLDEN / "sdxl" / "lierla_xl.safetensors")
 
 
+def test_an_adapter_of_no_effect_is_written_in_every_format(tmp_path):
+    none = Adapter.load(GOLDEN / "sd15" / "text_encoder_only.safetensors").scale(0)
+    for options in ({}, {"fold_alpha": True}, {"format": "diffusers"}, {"format": "peft"}):
+        name = "none" if options.get("format") == "peft" else "none.safetensors"
+        again = Adapter.load(none.save(tmp_path / name, **options))
+        assert again.modules.keys() == none.modules.keys()
+        assert not any(one.delta().any() for one in again.modules.values())
+    with pytest.raises(AdapterError, match="alpha of 0"):
+        next(iter(none.modules.values())).with_alpha(0)
+
+
+def test_an_adapter_without_modules_is_one_and_is_not_written(tmp_path):
+    empty = Adapter({})
+    assert (empty.rank, empty.components, (empty + empty).modules) == (0, (), {})
+    assert repr(empty) == "Adapter(0 modules of , rank 0)"
+    with pytest.raises(AdapterError, match="no modules"):
+        empty.save(tmp_path / "none.safetensors")
+
+
 def test_fold_alpha_leaves_one_alpha(tmp_path):
     adapter = Adapter.load(GOLDEN / "sd15" / "block_dims_alphas_conv.safetensors")
     path = adapter.save(tmp_path / "a.safetensors", fold_alpha=True)
