@@ -16,7 +16,11 @@ README = blocks(REPOSITORY / "README.md")
 MORE = blocks(PAGES / "recipes.md")
 NOT_RUN_HERE = ("pip install . && python examples/quickstart.py", 'pip install -e ".[test]"', "convert/        import")
 # What takes long and changes nothing of what a block shows.
-FASTER = ((r"--max_train_steps=\d+", "--max_train_steps=2"), (r"num_inference_steps=\d+", "num_inference_steps=2"))
+FASTER = (
+    (r"--max_train_steps=\d+", "--max_train_steps=2"),
+    (r"num_inference_steps=\d+", "num_inference_steps=2"),
+    (r"--steps \d+", "--steps 2"),
+)
 
 
 def under(*starts):
