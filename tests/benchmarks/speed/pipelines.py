@@ -1,0 +1,75 @@
+"""Pipelines of full size that weigh nothing: every weight of the base model is one number, seen in the weight's shape.
+
+Adapters are loaded into them as into the real ones; only running them makes no sense.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TINY = Path(__file__).resolve().parent.parent.parent.parent / "examples" / "tiny-sd"
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+def weightless(make: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
+    """The module that `make()` builds, each parameter and buffer an expanded zero."""
+    with torch.device("meta"):
+        model = make()
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                zero = torch.zeros((), dtype=dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(zero, requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    return model.eval()
+
+
+def pipeline(size: str) -> Any:
+    """A StableDiffusionPipeline ("sd15") or StableDiffusionXLPipeline ("sdxl") with the module names and shapes of the
+    published models."""
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    parts = {
+        "vae": weightless(lambda: AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)),
+        "tokenizer": tokenizer,
+        "scheduler": EulerDiscreteScheduler(),
+    }
+    text = weightless(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)))
+    if size == "sd15":
+        unet = weightless(lambda: UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8))
+        return StableDiffusionPipeline(
+            **parts, text_encoder=text, unet=unet, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    unet = weightless(
+        lambda: UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    )
+    text_2 = weightless(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, projection_dim=1280)))
+    return StableDiffusionXLPipeline(
+        **parts, text_encoder=text, text_encoder_2=text_2, tokenizer_2=tokenizer, unet=unet,
+        add_watermarker=False, force_zeros_for_empty_prompt=True,
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Every benchmark of the project against the peers that are installed, in one run: a markdown table and a chart.
+
+usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl] [--ranks 4 32 128] [--rounds N]
+                      [--kohya CHECKOUT [--kohya_python PYTHON]] [--report]
+
+live: loading adapters, changing weights of adapters and the rank of a DyLoRA, each side in processes of its own that
+take turns, on pipelines of full size. training: training.py. files: file_tools.py. Every finished measurement is kept
+in DIR/results.json: the same command goes on where an earlier one stopped. --report measures nothing and writes
+DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+
+SIDES = ("ours", "stock")
+KEPT = ("seconds", "MB")
+Results = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A measurement on a live pipeline: what it is called, live.py's case, and its files."""
+
+    name: str
+    case: str
+    size: str
+    rank: int
+    file: Path
+    second: Path | None = None
+
+
+def machine() -> str:
+    """Processor, cores, memory and the versions of the libraries."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    named = {key.strip(): value.strip() for key, value in facts.items()}
+    model = named.get("model name") or platform.processor()
+    if "model" in named:
+        model += f" (family {named.get('cpu family')}, model {named['model']})"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft", "transformers"))
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GB; Python {platform.python_version()}, {libraries}"
+
+
+def live_cases(folder: Path, sizes: list[str], ranks: list[int]) -> Iterator[Case]:
+    """All measurements on live pipelines; their adapters are made when they are not there."""
+    for size in sizes:
+        for rank in ranks:
+            yield Case(f"{size} load rank {rank}", "load", size, rank, folder / f"{size}-lora-{rank}.safetensors")
+        rank = ranks[len(ranks) // 2]
+        one, two = (folder / f"{size}-lora-{number}.safetensors" for number in (rank, f"{rank}-b"))
+        yield Case(f"{size} set_adapters", "set_adapters", size, rank, one, two)
+        dial, cut = folder / f"{size}-dylora-16.safetensors", folder / f"{size}-dylora-4.safetensors"
+        yield Case(f"{size} set_rank", "rank", size, 16, dial, cut)
+
+
+def make_files(case: Case) -> None:
+    """The adapters of a measurement: random numbers in the modules that LoRA-LierLa has."""
+    from lora_adapters.convert import Adapter
+    from lora_adapters.convert.metadata import DyLora
+    from tests.benchmarks.file_tools import make_adapter
+
+    for seed, path in enumerate(path for path in (case.file, case.second) if path is not None):
+        if path.exists():
+            continue
+        if case.case == "rank":
+            plain = make_adapter(path.with_name(f"{case.size}-lora-16.safetensors"), case.size, 16, None, 1)
+            dylora = Adapter.load(plain).as_dylora(DyLora(4))
+            dylora.save(case.file)
+            dylora.truncate(4).save(case.second)
+        else:
+            make_adapter(path, case.size, case.rank, None, 1 + seed)
+
+
+def measure_live(case: Case, rounds: int) -> dict[str, Any]:
+    """Each side's seconds and megabytes (medians), and the median of the rounds' ratios ours / stock."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for number in range(rounds):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            command = [sys.executable, str(HERE / "speed" / "live.py"), case.case, "--side", side]
+            command += ["--size", case.size, "--file", str(case.file)]
+            command += ["--second", str(case.second)] if case.second else []
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"error: {case.name}, {side}: {done.stderr.strip().splitlines()[-1]}")
+            found[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    pairs = zip(found["ours"], found["stock"], strict=True)
+    return {
+        **{side: {key: statistics.median(one[key] for one in runs) for key in KEPT} for side, runs in found.items()},
+        "ratio": statistics.median(ours["seconds"] / stock["seconds"] for ours, stock in pairs),
+        "rounds": rounds,
+    }  # fmt: skip
+
+
+def training(args: argparse.Namespace, results: Results) -> None:
+    """The text that training.py prints."""
+    command = [sys.executable, str(HERE / "training.py"), *(["--kohya", str(args.kohya)] if args.kohya else [])]
+    results["training"] = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def files(args: argparse.Namespace, folder: Path) -> None:
+    """file_tools.py keeps its own results beside ours."""
+    command = [sys.executable, str(HERE / "file_tools.py"), "--folder", str(folder)]
+    command += ["--results", str(args.out / "files.json"), "--markdown", str(args.out / "files.md")]
+    if args.kohya:
+        command += ["--kohya", str(args.kohya), "--kohya_python", args.kohya_python]
+    subprocess.run(command, check=True)
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.2f} ms"
+
+
+def table(results: Results, out: Path) -> str:
+    """Everything that was measured, as markdown."""
+    lines = [f"Machine: {results['machine']}.", ""]
+    lines += [
+        "| | ours | diffusers alone | ours / diffusers | memory ours | memory diffusers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in results["live"].items():
+        ours, stock = one["ours"], one["stock"]
+        cells = [name, seconds(ours["seconds"]), seconds(stock["seconds"]), f"{one['ratio']:.3f}"]
+        cells += [f"{ours['MB']:.0f} MB", f"{stock['MB']:.0f} MB"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "training" in results:
+        lines += ["", "```", results["training"].strip(), "```"]
+    if (out / "files.md").exists():
+        lines += ["", (out / "files.md").read_text().strip()]
+    return "\n".join(lines) + "\n"
+
+
+def chart(results: Results, file: Path) -> None:
+    """Bars of ours / diffusers, and the curve of loading against rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    live = results["live"]
+    names = list(live)
+    left.barh(names, [live[name]["ratio"] for name in names])
+    left.axvline(1, color="black", linewidth=1)
+    left.invert_yaxis()
+    left.set_title("time, ours / diffusers alone (less is faster)")
+    for size in dict.fromkeys(name.split()[0] for name in names):
+        loads = {int(name.split()[-1]): live[name] for name in names if name.startswith(f"{size} load rank")}
+        for side, line in (("ours", "-"), ("stock", "--")):
+            ranks = sorted(loads)
+            times = [loads[rank][side]["seconds"] for rank in ranks]
+            right.plot(ranks, times, line, marker="o", label=f"{size}, {side if side == 'ours' else 'diffusers alone'}")
+    right.set_xscale("log", base=2)
+    right.set_xlabel("rank")
+    right.set_ylabel("seconds")
+    right.set_title("load_lora_weights")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+
+
+def main() -> None:
+    """Measure what is not measured yet, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results and of the files that are made")
+    parser.add_argument(
+        "--only", nargs="+", choices=("live", "training", "files"), default=("live", "training", "files")
+    )
+    parser.add_argument("--cases", nargs="+", help="of the live ones, only those with one of these words in their name")
+    parser.add_argument("--sizes", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4, 32, 128], help="of the adapters that are loaded")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side, in turns")
+    parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts to measure in the same run")
+    parser.add_argument("--kohya_python", default=sys.executable)
+    parser.add_argument("--make", action="store_true", help="only make the adapters of the live measurements")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write what is there")
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    folder = args.out / "files"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = args.out / "results.json"
+    results: Results = json.loads(kept.read_text()) if kept.exists() else {"live": {}}
+    results["machine"] = machine()
+    if "live" in args.only and not args.report:
+        for case in live_cases(folder, args.sizes, args.ranks):
+            if case.name in results["live"] or (args.cases and not any(word in case.name for word in args.cases)):
+                continue
+            make_files(case)
+            if not args.make:
+                results["live"][case.name] = measure_live(case, args.rounds)
+                print(case.name, results["live"][case.name], flush=True)
+                kept.write_text(json.dumps(results, indent=1))
+    if not args.report and not args.make:
+        if "training" in args.only and "training" not in results:
+            training(args, results)
+            kept.write_text(json.dumps(results, indent=1))
+        if "files" in args.only:
+            files(args, folder)
+    (args.out / "table.md").write_text(table(results, args.out))
+    try:
+        chart(results, args.out / "chart.png")
+    except ImportError:
+        print("no chart: matplotlib is not installed (pip install lora-adapters[benchmarks])")
+    print((args.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Parts of the rank study: tasks, methods, training and measuring, report."""

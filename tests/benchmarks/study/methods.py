@@ -1,0 +1,120 @@
+"""What is compared. Each method puts its own trainable layers on a U-Net and gives them back as an `Adapter`."""
+
+import importlib
+import importlib.util
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_adapters import Adapter, DyLoraConfig, LierLaConfig
+from lora_adapters.convert.metadata import DyLora
+
+RANK = 16
+RANKS = (1, 2, 4, 8, 16)
+ADAPTER = "study"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A U-Net with a method's layers: what is trained, and the adapter as it stands."""
+
+    parameters: list[nn.Parameter]
+    adapter: Callable[[], Adapter]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to get adapters of one or of all ranks from one training. All scales are 1 at the full rank (alpha = r)."""
+
+    name: str
+    ranks: tuple[int, ...] = RANKS
+    settings: dict[str, Any] = field(default_factory=dict)
+    kind: str = "dylora"
+
+    def put_on(self, unet: Any, seed: int, kohya: Path | None) -> Fitted:
+        """Add the layers to a frozen U-Net, with weights drawn from the seed."""
+        torch.manual_seed(seed)
+        random.seed(seed)  # from which the peers draw their ranks
+        return {"plain": _ours, "dylora": _ours, "kohya": _kohya, "lycoris": _lycoris}[self.kind](self, unet, kohya)
+
+
+def methods(kohya: Path | None) -> Iterator[Method]:
+    """All that can be run here."""
+    for rank in sorted(RANKS, reverse=True):
+        yield Method(f"plain r{rank}", (rank,), {"r": rank}, "plain")
+    for freeze_lower in (False, True):
+        for scaling in ("constant", "sqrt", "rank"):
+            name = f"ours {scaling}{' frozen' if freeze_lower else ''}"
+            yield Method(name, settings={"rank_scaling": scaling, "freeze_lower": freeze_lower})
+    if kohya is not None:
+        yield Method("kohya", kind="kohya")
+    if importlib.util.find_spec("lycoris"):
+        yield Method("lycoris", kind="lycoris")
+
+
+def _ours(method: Method, unet: Any, kohya: Path | None) -> Fitted:
+    if method.kind == "plain":
+        rank = method.settings["r"]
+        config = LierLaConfig(r=rank, lora_alpha=rank)
+    else:
+        config = DyLoraConfig(r=RANK, lora_alpha=RANK, unit=1, **method.settings)
+    unet.add_adapter(config, adapter_name=ADAPTER)
+    trained = [one for one in unet.parameters() if one.requires_grad]
+    return Fitted(trained, lambda: Adapter.from_models({"unet": unet}, ADAPTER))
+
+
+def _kohya(method: Method, unet: Any, checkout: Path | None) -> Fitted:
+    network = _kohyas_module(checkout).create_network(1.0, RANK, RANK, None, [], unet, unit=1)
+    network.apply_to([], unet, False, True)
+    unet.kohya = network  # which keeps it alive
+
+    def adapter() -> Adapter:  # a file without rank_scaling is cut as kohya's own script cuts it: alpha/b
+        return Adapter.from_tensors(network.state_dict()).as_dylora(DyLora(1, "rank"))
+
+    return Fitted(list(network.parameters()), adapter)
+
+
+def _kohyas_module(checkout: Path | None) -> ModuleType:
+    """networks/dylora.py of the checkout. Of its library it needs the set-up of logging only, which imports OpenCV and
+    torchvision; an empty function stands for that."""
+    library, utils = ModuleType("library"), ModuleType("library.utils")
+    utils.setup_logging = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    sys.modules.setdefault("library", library)
+    sys.modules.setdefault("library.utils", utils)
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    return importlib.import_module("networks.dylora")
+
+
+def _lycoris(method: Method, unet: Any, checkout: Path | None) -> Fitted:
+    from lycoris.wrapper import LycorisNetwork
+
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    LycorisNetwork.apply_preset(
+        {"enable_conv": False, "target_module": ["Transformer2DModel"], "lora_prefix": "lora_unet"}
+    )
+    network = LycorisNetwork(
+        unet, lora_dim=RANK, conv_lora_dim=0, alpha=RANK, network_module="dylora", block_size=1, warn_on_unmatched=False
+    )
+    network.apply_to()
+    unet.lycoris = network
+
+    def adapter() -> Adapter:  # its own weight of the first b blocks has the scale alpha/b
+        tensors = {}
+        for module in network.loras:
+            own = module.custom_state_dict()
+            down, up = own["lora_down.weight"].detach(), own["lora_up.weight"].detach()
+            tensors[f"{module.lora_name}.lora_down.weight"] = down
+            tensors[f"{module.lora_name}.lora_up.weight"] = up.reshape(*up.shape, *(1,) * (down.ndim - 2))
+            tensors[f"{module.lora_name}.alpha"] = torch.tensor(float(own["alpha"]))
+        return Adapter.from_tensors(tensors).as_dylora(DyLora(1, "rank"))
+
+    return Fitted(list(network.parameters()), adapter)
