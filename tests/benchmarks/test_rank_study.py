@@ -66,8 +66,8 @@ def test_a_run_is_the_same_twice_and_lowers_the_loss(unet, examples, monkeypatch
     monkeypatch.setattr(training, "NOISES", 1)
     task = Task("style", examples, examples)
     method = methods.Method("plain r16", (16,), {"r": 16}, "plain")
-    first, adapter = training.run(unet, method, task, 3e-3, 0, 6, None)
-    second, _ = training.run(unet, method, task, 3e-3, 0, 6, None)
+    first, adapter = training.run(unet, method, task, 3e-3, 0, 3, None)
+    second, _ = training.run(unet, method, task, 3e-3, 0, 3, None)
     assert first["losses"] == second["losses"]
     assert first["losses"][16] < training.held_out_loss(unet, examples)
     assert set(first["svd"]) == {1, 2, 4, 8}
