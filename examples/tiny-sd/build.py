@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Train the tiny Stable Diffusion of this folder from nothing: a VAE, then a U-Net with its text encoder.
+"""Train the tiny Stable Diffusion of this folder: a VAE, then a U-Net with its text encoder, then the VAE's decoder.
 
-usage: build.py [--work DIR] [--out DIR] [--font FILE] [--vae-steps N] [--unet-steps N]
+usage: build.py [--start DIR] [--work DIR] [--out DIR] [--font FILE] [--vae-steps N] [--unet-steps N] [--decoder-steps N]
 
-Checkpoints go to --work every 200 steps; the same command goes on where an earlier one stopped. Every step draws its
+From nothing, or from the weights of a pipeline that it made before (--start). Checkpoints go to --work every 200 steps; the same command goes on where an earlier one stopped. Every step draws its
 batch and its noise from a seed of its own, so a run that was stopped sees the same data as one that was not.
 """
 
@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 SD1_SCALING = 0.18215  # SD1.x's latents have a standard deviation of 1/0.18215; these are made to have the same
 SD1_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CHECKPOINT_EVERY = 200
+THINGS_TIMES = 6.0  # how many times as often as signs and gestures the U-Net sees a thing
 SHEET = (
     "a red apple", "closed umbrella", "a dog face", "a cat face", "a rainbow", "a sunflower", "a rocket", "a snowman",
     "a pizza", "slice of pizza", "an octopus", "a penguin", "a guitar", "a candle", "a strawberry", "a soccer ball",
@@ -51,7 +52,7 @@ class Training:
     def __init__(self, name: str, module: torch.nn.Module, work: Path, steps: int, peak: float, decay: float = 0.999):
         self.file, self.steps, self.peak, self.decay = work / f"{name}.pt", steps, peak, decay
         self.module, self.average = module, copy.deepcopy(module).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=peak, weight_decay=0.01, fused=True)
         self.step = 0
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
@@ -82,8 +83,7 @@ class Training:
             self.step += 1
             decay = min(self.decay, self.step / (self.step + 10))
             with torch.no_grad():
-                for slow, fast in zip(self.average.parameters(), self.module.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - decay)
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
             shown = loss.item() if shown is None else 0.98 * shown + 0.02 * loss.item()
             bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
             bar.update()
@@ -141,6 +141,29 @@ def train_vae(pixels: torch.Tensor, work: Path, steps: int) -> AutoencoderKL:
 
     vae = Training("vae", vae, work, steps, peak=1e-3).run(loss_of_step)
     return standardised(vae, pixels)
+
+
+def train_decoder(vae: AutoencoderKL, pixels: torch.Tensor, work: Path, steps: int) -> AutoencoderKL:
+    """The same VAE with its decoder trained further; the latents, which the U-Net knows, stay what they are."""
+    decoder = torch.nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True).train()
+
+    def loss_of_step() -> torch.Tensor:
+        batch = pixels[torch.randint(len(pixels), (12,))]
+        batch = torch.cat([batch[:8], restyled(batch[8:])])
+        with torch.no_grad():
+            latents = vae.encode(batch).latent_dist.sample()
+        decoded = decoder(latents)
+        return F.l1_loss(decoded, batch) + F.l1_loss(edges(decoded), edges(batch))
+
+    vae.post_quant_conv, vae.decoder = Training("decoder", decoder, work, steps, peak=1e-3).run(loss_of_step)
+    return vae
+
+
+@torch.no_grad()
+def reconstruction_error(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
+    """Mean absolute difference between pictures and their reconstructions, as a share of the range."""
+    decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(64)])
+    return (decoded - pixels).abs().mean().item() / 2
 
 
 @torch.no_grad()
@@ -218,11 +241,19 @@ class TextToLatents(torch.nn.Module):
 
 
 def train_unet(
-    latents: tuple[torch.Tensor, torch.Tensor], prompts: list[tuple[str, str]], work: Path, steps: int
+    latents: tuple[torch.Tensor, torch.Tensor],
+    prompts: list[tuple[str, str]],
+    shares: torch.Tensor,
+    work: Path,
+    steps: int,
+    start: StableDiffusionPipeline | None = None,
 ) -> tuple[TextToLatents, CLIPTokenizer]:
-    tokenizer = train_tokenizer([prompt for pair in prompts for prompt in pair], work)
+    tokenizer = start.tokenizer if start else train_tokenizer([prompt for pair in prompts for prompt in pair], work)
     torch.manual_seed(1)
     model = TextToLatents(tokenizer)
+    if start:
+        model.text_encoder.load_state_dict(start.text_encoder.state_dict())
+        model.unet.load_state_dict(start.unet.state_dict())
     schedule = DDPMScheduler(**SD1_SCHEDULE)
     cumulative = schedule.alphas_cumprod
     weight = (cumulative / (1 - cumulative)).clamp(max=5.0) / (cumulative / (1 - cumulative))  # min-SNR, gamma 5
@@ -233,7 +264,7 @@ def train_unet(
     unprompted = tokenizer("", padding="max_length", return_tensors="pt").input_ids
 
     def loss_of_step() -> torch.Tensor:
-        index = torch.randint(len(mean), (32,))
+        index = torch.multinomial(shares, 32)
         ids = torch.where(torch.rand(32, 1) < 0.5, tokens[0][index], tokens[1][index])
         ids = torch.where(torch.rand(32, 1) < 0.1, unprompted, ids)
         text = model.text_encoder(ids)[0].repeat(2, 1, 1)  # each text serves two noises
@@ -264,7 +295,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=here, help="the pipeline")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf")
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--unet-steps", type=int, default=3600)
+    parser.add_argument("--unet-steps", type=int, default=12000)
+    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--start", type=Path, help="go on from the weights of this pipeline; its VAE's encoder stays")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -275,12 +308,14 @@ def main() -> None:
     pixels = pictures_to_tensor([draw(one, font) for one in emoji])
     words = Counter(word for one in emoji for word in one.name.split())
     print(f"{len(emoji)} pictures, {len(words)} words")
-    vae = train_vae(pixels, args.work, args.vae_steps)
-    with torch.no_grad():
-        decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(64)])
-    print(f"VAE: mean absolute error {(decoded - pixels).abs().mean() / 2:.4f} of the range")
+    start = StableDiffusionPipeline.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else None
+    vae = start.vae.requires_grad_(False) if start else train_vae(pixels, args.work, args.vae_steps)
+    print(f"VAE: mean absolute error {reconstruction_error(vae, pixels):.4f} of the range")
     prompts = [(one.name, one.caption) for one in emoji]
-    model, tokenizer = train_unet(encoded(vae, pixels), prompts, args.work, args.unet_steps)
+    shares = torch.tensor([THINGS_TIMES if one.is_thing else 1.0 for one in emoji])
+    model, tokenizer = train_unet(encoded(vae, pixels), prompts, shares, args.work, args.unet_steps, start)
+    vae = train_decoder(vae, pixels, args.work, args.decoder_steps)
+    print(f"VAE after more training of its decoder: {reconstruction_error(vae, pixels):.4f}")
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,

@@ -11,6 +11,15 @@ GLYPH_SIZE = (136, 128)  # the one bitmap size in the font, drawn at 109 points
 BLOCKS = (range(0x203C, 0x3300), range(0x1F300, 0x1FB00))
 # Signs that are a letter, a button or a hand of a clock: hundreds of near-equal pictures with names nobody types.
 SIGNS = ("SQUARED", "CLOCK FACE", "ARROW", "KEYCAP", "MODIFIER", "INPUT SYMBOL", "CIRCLED", "TRIANGLE", "BUTTON")
+# Animals, plants, food, buildings, vehicles, instruments, things of play: what people ask a small model for first.
+THINGS = (
+    range(0x1F308, 0x1F309), range(0x1F32D, 0x1F394), range(0x1F3A0, 0x1F3C0), range(0x1F3E0, 0x1F3F1),
+    range(0x1F400, 0x1F440), range(0x1F451, 0x1F453), range(0x1F47B, 0x1F481), range(0x1F48D, 0x1F48F),
+    range(0x1F680, 0x1F6A6), range(0x1F6B2, 0x1F6B3), range(0x1F916, 0x1F917), range(0x1F950, 0x1F970),
+    range(0x1F980, 0x1F9AF), range(0x1F9C0, 0x1F9CC), range(0x26C4, 0x26C5), range(0x2693, 0x2694),
+    range(0x26F5, 0x26F6), range(0x2615, 0x2616), range(0x26BD, 0x26BF), range(0x2602, 0x2604),
+    range(0x1F302, 0x1F303), range(0x1F511, 0x1F512), range(0x1F514, 0x1F515), range(0x1FAD0, 0x1FAD7),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,11 @@ class Emoji:
         if self.name.endswith("s") or " with " in self.name or " of " in self.name:
             return self.name
         return f"{'an' if self.name[0] in 'aeio' else 'a'} {self.name}"
+
+    @property
+    def is_thing(self) -> bool:
+        """Whether it stands in THINGS."""
+        return any(ord(self.character) in block for block in THINGS)
 
 
 def load_font(path: Path = FONT) -> ImageFont.FreeTypeFont:
