@@ -124,6 +124,7 @@ class DyLoraConfig(LierLaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(not self.use_dora, "use_dora: a DyLoRA has no magnitudes that would be right at every rank")
         _check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
         for name in ("r", "conv_dim"):
             rank = getattr(self, name)
@@ -157,3 +158,9 @@ def restored(config: LoraConfig) -> LoraConfig:
     plain = {one.name: getattr(config, one.name) for one in fields(LoraConfig) if one.init}
     own = {name: value for name, value in facts.items() if name in {one.name for one in fields(cls)}}
     return cls(**{**plain, **own})
+
+
+def as_plain(config: DyLoraConfig) -> LierLaConfig:
+    """The same without what makes it a DyLoRA."""
+    kept = {one.name: getattr(config, one.name) for one in fields(LierLaConfig) if one.init}
+    return LierLaConfig(**kept)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ class RankDial:
     In training the rank of step n is a function of (seed, n) alone, the same in the U-Net, in the text encoders and in
     every data-parallel process. It is drawn when the model is called, not when a layer is, so that gradient
     checkpointing, which calls layers again, computes with the same rank again. In evaluation it is `rank`.
+
+    The layers see the rank as numbers in `gates`, a tensor that is changed in place: a compiled model turns with the
+    dial, without being compiled again.
     """
 
     def __init__(self, adapter_name: str, highest: int, dylora: DyLora, seed: int = 0):
@@ -29,7 +33,9 @@ class RankDial:
         self.step = 0
         self.at = highest
         self.drawn = False
-        self._gates: dict[tuple, torch.Tensor] = {}
+        self.variants: list[DyLoraVariant] = []
+        self.gates = torch.zeros(0)
+        self._settings: dict[int, torch.Tensor] = {}
 
     @property
     def ranks(self) -> list[int]:
@@ -45,37 +51,64 @@ class RankDial:
         if rank not in self.ranks:
             ranks = self.ranks if len(self.ranks) <= 16 else [*self.ranks[:8], "...", *self.ranks[-2:]]
             raise AdapterError(f"rank {rank} is not one of adapter {self.adapter_name}'s: {', '.join(map(str, ranks))}")
-        self.rank = self.at = rank
+        self.rank = rank
         self.drawn = False
+        self._turn(rank)
 
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the model: draws the rank of this step, or sets that of evaluation."""
-        self.drawn = model.training and torch.is_grad_enabled()
-        if self.drawn:
-            self.at = self.rank_of_step(self.step)
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of the model: draws the rank of this step, or goes back to that of evaluation."""
+        training = model.training and torch.is_grad_enabled()
+        if training or self.drawn:
+            self._next(training)
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if given is not None and given.device != self.gates.device:
+            self._move(given.device)
+
+    # Nothing of this is for a compiler to look into: it would compile anew for every rank and step.
+    @torch.compiler.disable
+    def _next(self, training: bool) -> None:
+        self.drawn = training
+        if training:
+            self._turn(self.rank_of_step(self.step))
             self.step += 1
         else:
-            self.at = self.rank
+            self._turn(self.rank)
+
+    @torch.compiler.disable
+    def _move(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.gates, self._settings = self.gates.to(device), {}
+        self._share()
+
+    def add(self, variant: "DyLoraVariant") -> None:
+        """Take a layer in; `fill` is to be called when all are in."""
+        self.variants.append(variant)
+
+    def fill(self) -> None:
+        """Lay the gates out anew, after layers or their ranks have changed."""
+        self._settings = {}
+        if [one.length for one in self.variants] != [len(one.gate) for one in self.variants] or not len(self.gates):
+            with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
+                self.gates = self.gates.new_zeros(sum(one.length for one in self.variants))
+            self._share()
+        self._turn(self.at)
+
+    def _share(self) -> None:
+        start = 0
+        for one in self.variants:
+            one.gate = self.gates[start : start + one.length]
+            start += one.length
+
+    def _turn(self, rank: int) -> None:
+        self.at = rank
+        if rank not in self._settings:
+            values = torch.cat([one.values(rank) for one in self.variants]) if self.variants else torch.zeros(0)
+            self._settings[rank] = values.to(self.gates.device)
+        self.gates.copy_(self._settings[rank])
 
     def factor(self, rank: int, full: int) -> float:
         """What the scale alpha/full is multiplied with when `rank` of `full` components are used."""
         return (full / rank) ** _POWER[self.dylora.rank_scaling]
-
-    def gate(self, full: int, scaling: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """(full,) or (full, 1, 1), for activations (..., full) or (batch, full, h, w): the scale, then zeros."""
-        rank = min(self.at, full)
-        scale = scaling * self.factor(rank, full)
-        shape = (full, 1, 1) if like.ndim == 4 else (full,)
-        if isinstance(scale, torch.Tensor):  # a hot-swapped adapter's scale changes in place
-            return torch.cat([scale.expand(rank), scale.new_zeros(full - rank)]).to(like).view(shape)
-        key = (full, rank, scale, shape, like.device, like.dtype)
-        if key not in self._gates:
-            if len(self._gates) >= 256:
-                self._gates.clear()
-            gate = torch.zeros(full, dtype=like.dtype, device=like.device)
-            gate[:rank] = scale
-            self._gates[key] = gate.view(shape)
-        return self._gates[key]
 
 
 def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Tensor:
@@ -86,14 +119,24 @@ def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Te
 
 
 class DyLoraVariant(LoraVariant):
-    """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, in place of a LoRA layer's alpha/r · up · down · x.
+    """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, in place of a LoRA layer's alpha/r · up · down · x. One a layer.
 
     The components from b on are gated to zero between the two factors: the weights are used through their own modules,
-    so that offloading, sharding and quantisation hooks on these keep working.
+    so that offloading, sharding and quantisation hooks on these keep working. `full` is the layer's rank; its factors
+    are `length` wide, which is more where an adapter is padded to be swapped for larger ones.
     """
 
-    def __init__(self, dial: RankDial):
-        self.dial = dial
+    def __init__(self, dial: RankDial, full: int, length: int):
+        self.dial, self.full, self.length = dial, full, length
+        self.gate = torch.ones(length)
+        dial.add(self)
+
+    def values(self, rank: int) -> torch.Tensor:
+        """The gate at that rank: (length,), the scale's factor, then zeros."""
+        rank = min(rank, self.full)
+        gate = torch.zeros(self.length)
+        gate[:rank] = self.dial.factor(rank, self.full)
+        return gate
 
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
@@ -101,17 +144,18 @@ class DyLoraVariant(LoraVariant):
         """result + ΔW_b x; x is (..., in) for linear layers, (batch, in, height, width) for convolutions."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](x)
-        full, dial = down.weight.shape[0], self.dial
-        start = min(dial.at, full) - dial.dylora.unit if dial.dylora.freeze_lower and dial.drawn else 0
+        dial, start = self.dial, 0
+        if dial.dylora.freeze_lower and dial.drawn:
+            start = min(dial.at, self.full) - dial.dylora.unit
         hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
-        hidden = hidden * dial.gate(full, module.scaling[active_adapter], hidden)
+        gate = (self.gate.to(hidden.device) * module.scaling[active_adapter]).to(hidden.dtype)
+        hidden = hidden * gate.view(-1, *[1] * (down.weight.ndim - 2))  # a convolution's channels are not last
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
 
     def _delta(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
-        full = down.shape[0]
-        rank = min(self.dial.at, full)
-        scale = float(module.scaling[adapter]) * self.dial.factor(rank, full)
+        rank = min(self.dial.at, self.full)
+        scale = float(module.scaling[adapter]) * self.dial.factor(rank, self.full)
         delta = LowRank(down[:rank], up[:, :rank], scale * rank).delta()
         delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta.reshape(weight.shape)
         return delta.to(weight)
@@ -134,20 +178,53 @@ class DyLoraVariant(LoraVariant):
 
 
 def layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every LoRA layer that has the adapter."""
+    """(path, layer) of every LoRA layer that has the adapter; the path is the adapted layer's own."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            yield path, module
+            yield path.replace(".base_layer", ""), module  # in a mixed model another adapter's layer may be around it
+
+
+@contextmanager
+def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None]:
+    """In the block, the weights of the DyLoRAs among the adapters are what they do at their present rank."""
+    whole = []
+    for name in set(adapter_names):
+        for _, layer in layers(model, name):
+            variant = layer.lora_variant.get(name)
+            if isinstance(variant, DyLoraVariant):
+                weight = layer.lora_A[name].weight
+                whole.append((weight, weight.data))
+                gate = variant.values(variant.dial.at).to(weight)
+                weight.data = weight.data * gate.view(-1, *[1] * (weight.ndim - 1))
+    try:
+        yield
+    finally:
+        for weight, data in whole:
+            weight.data = data
 
 
 def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
-    """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training."""
+    """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training.
+
+    Where it is one already, its dial goes on with the layers' present ranks, at its highest.
+    """
     mine = [layer for _, layer in layers(model, adapter_name)]
-    dial = RankDial(adapter_name, max(layer.r[adapter_name] for layer in mine), dylora)
+    highest = max(layer.r[adapter_name] for layer in mine)
+    variants = [layer.lora_variant.get(adapter_name) for layer in mine]
+    if variants and all(isinstance(one, DyLoraVariant) for one in variants):
+        dial = variants[0].dial  # type: ignore[union-attr]
+        for layer, one in zip(mine, variants, strict=True):
+            one.full, one.length = layer.r[adapter_name], layer.lora_A[adapter_name].weight.shape[0]  # type: ignore[union-attr]
+        dial.highest, dial.dylora, dial.rank, dial.at = highest, dylora, highest, highest
+        dial.fill()
+        return
+    dial = RankDial(adapter_name, highest, dylora)
     detach(model, adapter_name)
     for layer in mine:
-        layer.lora_variant[adapter_name] = DyLoraVariant(dial)
-    model.register_forward_pre_hook(dial)
+        down = layer.lora_A[adapter_name].weight
+        layer.lora_variant[adapter_name] = DyLoraVariant(dial, layer.r[adapter_name], down.shape[0])
+    dial.fill()
+    model.register_forward_pre_hook(dial, with_kwargs=True)
 
 
 def detach(model: nn.Module, adapter_name: str) -> None:
@@ -158,6 +235,7 @@ def detach(model: nn.Module, adapter_name: str) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, RankDial) and hook.adapter_name == adapter_name:
             del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _models(target: Any) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from torch import nn
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.low_rank import LowRank
 
-from . import dylora, placing
+from . import placing, swapping
 from .adapter import Adapter
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ def default_name(pipe: Any) -> str:
 
 def _models(pipe: Any) -> dict[str, nn.Module]:
     loadable = getattr(pipe, "_lora_loadable_modules", ("unet", "text_encoder", "text_encoder_2"))
-    return {name: part for name in loadable if isinstance(part := getattr(pipe, name, None), nn.Module)}
+    parts = {name: getattr(pipe, name, None) for name in loadable}
+    # torch.compile's wrapper names everything anew
+    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _by_component(pipe: Any, adapter: Adapter) -> dict[str, dict[str, LowRank]]:
@@ -85,7 +87,10 @@ def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, 
     adapter_name = adapter_name or default_name(pipe)
     present = [component for component in fitted if adapter_name in getattr(models[component], "peft_config", {})]
     if hotswap:
-        _hotswap(pipe, adapter, adapter_name, fitted)
+        for component, modules in fitted.items():
+            swapping.check(models[component], component, modules, adapter_name)
+        for component, modules in _everywhere(models, fitted, adapter_name).items():
+            swapping.swap(models[component], modules, adapter_name, adapter.dylora)
         return
     if present:
         raise AdapterError(f"the name {adapter_name} is in use in {', '.join(present)}: choose another adapter_name")
@@ -94,7 +99,7 @@ def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, 
     try:
         for component, modules in fitted.items():
             placing.place(models[component], modules, adapter_name, adapter.dylora, low_cpu_mem_usage)
-            _prepare_hotswap(models[component], adapter_name)
+            swapping.prepare(models[component], adapter_name)
     except BaseException:
         for component in fitted:
             placing.remove(models[component], adapter_name)
@@ -102,6 +107,14 @@ def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, 
         raise
     finally:
         _offload_again(pipe, *offloaded)
+
+
+def _everywhere(
+    models: Mapping[str, nn.Module], fitted: Mapping[str, dict[str, LowRank]], adapter_name: str
+) -> dict[str, dict[str, LowRank]]:
+    """The pairs for every component that has the adapter: none for one that the new adapter leaves alone."""
+    here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
+    return {component: dict(fitted.get(component, {})) for component in here}
 
 
 def _active(model: nn.Module) -> list[str]:
@@ -118,40 +131,11 @@ def _activate(model: nn.Module, names: list[str]) -> None:
             part.set_adapter(names)
 
 
-def _prepare_hotswap(model: Any, adapter_name: str) -> None:
-    """After `pipe.enable_lora_hotswap`, the first adapter is made ready to be swapped, as diffusers does it."""
-    options = getattr(model, "_prepare_lora_hotswap_kwargs", None)
-    if options is not None:
-        from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-
-        prepare_model_for_compiled_hotswap(model, config=model.peft_config[adapter_name], **options)
-        model._prepare_lora_hotswap_kwargs = None
-
-
-def _hotswap(pipe: Any, adapter: Adapter, adapter_name: str, fitted: Mapping[str, Mapping[str, LowRank]]) -> None:
-    """Put new weights into an adapter that is there, in the U-Net, through diffusers' own hot-swapping."""
-    if list(fitted) != ["unet"]:
-        raise AdapterError("hot-swapping is for the U-Net only, and this adapter has text encoder modules too")
-    if adapter_name not in getattr(pipe.unet, "peft_config", {}):
-        raise AdapterError(f"there is no adapter {adapter_name} to swap: load it once without hotswap")
-    modules = fitted["unet"]
-    tensors = {f"unet.{key}": value for key, value in placing.state_dict(modules, placing._dtype(pipe.unet)).items()}
-    config = placing.plain_config(modules, adapter.dylora)
-    metadata = {f"unet.{key}": value for key, value in config.items()}
-    pipe.unet.load_lora_adapter(
-        tensors, prefix="unet", metadata=metadata, adapter_name=adapter_name, hotswap=True, _pipeline=pipe
-    )
-    if adapter.dylora is None:
-        dylora.detach(pipe.unet, adapter_name)
-    else:
-        dylora.attach(pipe.unet, adapter_name, adapter.dylora)
-
-
 def _offload_again(pipe: Any, model_offload: bool, sequential_offload: bool, group_offload: bool) -> None:
     if model_offload:
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=getattr(pipe, "_offload_device", None))
     elif sequential_offload:
-        pipe.enable_sequential_cpu_offload()
+        pipe.enable_sequential_cpu_offload(device=getattr(pipe, "_offload_device", None))
     elif group_offload:
         from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 

@@ -15,6 +15,7 @@ from lora_adapters.convert.metadata import DyLora
 from lora_adapters.convert.names import ModuleName, nearest
 
 from .config import FACTS, DyLoraConfig, LierLaConfig
+from .coverage import RankAlpha
 from .dylora import layers
 
 
@@ -68,7 +69,7 @@ def state_dict(modules: Mapping[str, LowRank], dtype: torch.dtype | None) -> dic
     return tensors
 
 
-def plain_config(modules: Mapping[str, LowRank], dylora: DyLora | None) -> dict[str, Any]:
+def plain_config(modules: Mapping[str, LowRank | RankAlpha], dylora: DyLora | None) -> dict[str, Any]:
     """Keyword arguments of the LoraConfig that gives each module its own rank and alpha, and its type back."""
     table = lora_config(modules)
     if dylora is None:
@@ -131,15 +132,28 @@ def taken(model: Any, component: str, adapter_name: str) -> dict[ModuleName, Low
     config = model.peft_config[adapter_name]
     found = {}
     for path, layer in layers(model, adapter_name):
-        if component != "unet" and not path.startswith("text_model."):
-            path = f"text_model.{path}"
+        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
         if getattr(config, "use_rslora", False):
             alpha *= rank**0.5
-        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        # a hot-swapped adapter is padded with zeros up to the rank that was prepared for
-        found[ModuleName(component, path)] = LowRank(down.detach()[:rank], up.detach()[:, :rank], alpha)
+        # An adapter that is prepared to be swapped is padded with zeros; one that PEFT has combined may be narrower
+        # than the rank that its alpha belongs to.
+        held = min(rank, down.shape[0])
+        alpha *= held / rank
+        found[_named(component, path)] = LowRank(down.detach()[:held], up.detach()[:, :held], alpha)
     return found
+
+
+def widths(model: Any, component: str, adapter_name: str) -> dict[ModuleName, int]:
+    """How many components each module of the adapter has room for; more than its rank where it is padded."""
+    found = layers(model, adapter_name)
+    return {_named(component, path): layer.lora_A[adapter_name].weight.shape[0] for path, layer in found}
+
+
+def _named(component: str, path: str) -> ModuleName:
+    if component != "unet" and not path.startswith("text_model."):
+        path = f"text_model.{path}"
+    return ModuleName(component, path)
 
 
 def dylora_in(model: Any, adapter_name: str) -> DyLora | None:

@@ -41,13 +41,16 @@ def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
         configs = _configs(component, tensors, halves)
         if not configs:
             continue
+        ranks = configs[0][1]
         changed[f"{component}_lora_layers"] = {
-            _peft_name(key, *half): tensors[key] for key, half in halves.items() if half is not None
+            _peft_name(key, *half): _cut(tensors[key], half[1], ranks[half[0]])
+            for key, half in halves.items()
+            if half is not None
         }
         if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles hold no metadata
             continue
         if len(configs) == 1:
-            changed[name] = configs[0]
+            changed[name] = configs[0][0]
         else:
             logger.warning("The %s's adapter is saved without its alphas: several in memory look like it.", component)
     return changed
@@ -59,28 +62,36 @@ def _peft_name(key: str, module: ModuleName, half: str) -> str:
     return f"{path}.lora_{'A' if half == 'down' else 'B'}.weight"
 
 
-def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The different configs of adapters with these modules and ranks; the one whose very weights these are, if it is
+def _cut(tensor: torch.Tensor, half: str, rank: int) -> torch.Tensor:
+    """The tensor without the zeros that an adapter is padded with to be swapped for larger ones."""
+    return (tensor[:rank] if half == "down" else tensor[:, :rank]).contiguous()
+
+
+Found = tuple[dict[str, Any], dict[ModuleName, int]]  # a config, and the rank of each module
+
+
+def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, Any]) -> list[Found]:
+    """The different configs of adapters with these modules and widths; the one whose very weights these are, if it is
     among them."""
     if not all(halves.values()) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         return []
-    ranks = {half[0]: tensors[key].shape[0] for key, half in halves.items() if half[1] == "down"}
+    widths = {half[0]: tensors[key].shape[0] for key, half in halves.items() if half[1] == "down"}
     places = {tensor.data_ptr() for tensor in tensors.values()}
-    alike: dict[str, dict[str, Any]] = {}
-    for config, pairs in _adapters(component):
-        if {module: one.rank for module, one in pairs.items()} == ranks:
-            table = config.to_dict()
+    alike: dict[str, Found] = {}
+    for config, pairs, held in _adapters(component):
+        if held == widths:
+            found = config.to_dict(), {module: one.rank for module, one in pairs.items()}
             if any(one.down.data_ptr() in places for one in pairs.values()):
-                return [table]
-            alike[json.dumps(table, sort_keys=True, default=sorted)] = table
+                return [found]
+            alike[json.dumps(found[0], sort_keys=True, default=sorted)] = found
     return list(alike.values())
 
 
-def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank]]]:
-    """Config and pairs of each adapter of this package in the models that are alive."""
-    from .placing import is_ours, taken
+def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], dict[ModuleName, int]]]:
+    """Config, pairs and widths (ranks with padding) of each adapter of this package in the models that are alive."""
+    from .placing import is_ours, taken, widths
 
     for model in list(_models):
         for name, config in getattr(model, "peft_config", {}).items():
             if is_ours(model, name):
-                yield config, taken(model, component, name)
+                yield config, taken(model, component, name), widths(model, component, name)

@@ -43,9 +43,14 @@ def _into_peft(peft: ModuleType) -> None:
         raise unfit("peft", f"lacks {error.name or error}") from error
     if not (hasattr(BaseTuner, "inject_adapter") and hasattr(LoraModel, "_create_and_replace")):
         raise unfit("peft", "injects its layers in another way")
-    from .tuner import AdapterTuner
+    from peft import mixed_model
+
+    if not hasattr(mixed_model, "MixedModel"):
+        raise unfit("peft", "makes mixed models in another way")
+    from .tuner import AdapterTuner, MixedTuner
 
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = AdapterTuner
+    mixed_model.MixedModel = MixedTuner  # type: ignore[misc]
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""The tuner: PEFT's own LoRA, with rank and alpha decided for every module by this package's configs."""
+"""The tuners: PEFT's own LoRA and its mixed model, with rank and alpha decided for every module by our configs."""
 
 import copy
 from collections.abc import Mapping
@@ -6,9 +6,11 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.format_diffusers import lora_config as patterns_of
 
 from . import config as configs  # whole: `config` is half loaded when its import of peft is what loads this module
@@ -34,14 +36,17 @@ def _literal(pattern: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key.removeprefix("^").removeprefix(r"(text_model\.)?"): value for key, value in (pattern or {}).items()}
 
 
-class AdapterTuner(LoraModel):
-    """`LoraModel` for every LoRA config: plain `LoraConfig`s are treated exactly as PEFT treats them."""
+class _KnowsOurConfigs:
+    """What is the same in both tuners: injecting an adapter of this package's configs. Others are left to PEFT."""
+
+    peft_config: dict[str, Any]
+    _rule: Any
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, with this package's coverage and ranks; then make it a DyLoRA where it is one."""
-        config: Any = configs.restored(self.peft_config[adapter_name])  # type: ignore[arg-type]
+        config: Any = configs.restored(self.peft_config[adapter_name])
         if not isinstance(config, configs.LierLaConfig):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
             return
         config = self.peft_config[adapter_name] = copy.copy(config)  # the caller's may be for another model too
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -49,7 +54,7 @@ class AdapterTuner(LoraModel):
             config.target_modules = set(covered(inner, config.conv))
         paths = [path for path, _, _ in base_layers(inner)]
         self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
         found = {
             path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
             for path, layer in dylora.layers(inner, adapter_name)
@@ -61,7 +66,7 @@ class AdapterTuner(LoraModel):
             dylora.attach(inner, adapter_name, config.dylora)
         saved_metadata.remember(inner)
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(
         self,
         lora_config: Any,
         adapter_name: str,
@@ -73,12 +78,38 @@ class AdapterTuner(LoraModel):
     ) -> None:
         if isinstance(lora_config, configs.LierLaConfig):
             path = current_key.removeprefix(_PEFT_MODEL_PREFIX)
-            decided = self._rule(path, target.get_base_layer() if isinstance(target, LoraLayer) else target)
+            layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            if isinstance(layer, (nn.Embedding, nn.MultiheadAttention)):
+                raise AdapterError(
+                    f"{path} is {type(layer).__name__}: {type(lora_config).__name__} is for linear layers and "
+                    "convolutions; leave it out of target_modules, or take peft.LoraConfig"
+                )
+            decided = self._rule(path, layer)
             if decided.rank == 0:
                 return
             lora_config = copy.copy(lora_config)
-            lora_config.r, lora_config.lora_alpha = decided.rank, decided.alpha  # type: ignore[assignment]
+            lora_config.r, lora_config.lora_alpha = decided.rank, decided.alpha
             lora_config.rank_pattern, lora_config.alpha_pattern = {}, {}
-        super()._create_and_replace(
+        super()._create_and_replace(  # type: ignore[misc]
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
+
+
+class AdapterTuner(_KnowsOurConfigs, LoraModel):  # type: ignore[misc]
+    """`LoraModel` for every LoRA config: plain `LoraConfig`s are treated exactly as PEFT treats them."""
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """PEFT's combination of adapters into a new one, a plain LoRA. A DyLoRA counts as it is used at present."""
+        first: Any = self.peft_config.get(adapters[0]) if adapters else None
+        try:
+            if isinstance(first, configs.DyLoraConfig):  # the new adapter's config is made from the first one's
+                self.peft_config[adapters[0]] = configs.as_plain(first)
+            with dylora.cut_to_rank(self.model, adapters):
+                super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            if first is not None:
+                self.peft_config[adapters[0]] = first
+
+
+class MixedTuner(_KnowsOurConfigs, MixedModel):  # type: ignore[misc]
+    """`MixedModel` (adapters of several PEFT types in one model) that knows this package's configs."""

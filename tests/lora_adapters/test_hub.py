@@ -19,7 +19,7 @@ from lora_adapters.model_card import MARK, base_model_of, family, kind, model_ca
 
 from .conftest import GOLDEN, expected
 from .golden_outputs import error, outputs
-from .hub_server import TOKEN, HubServer
+from .hub_server import TOKEN, HubServer, Repo
 
 ROOT = Path(__file__).parent.parent.parent
 SD15 = GOLDEN / "sd15"
@@ -238,3 +238,26 @@ def test_the_folder_alone(tmp_path) -> None:
     folder = write_folder(golden("dylora"), tmp_path / "out", "me/x", dtype=torch.float16)
     assert Adapter.load(folder).dylora == golden("dylora").dylora
     assert next(iter(Adapter.load(folder).modules.values())).up.dtype == torch.float16
+
+
+def test_the_snippet_of_the_card_runs(hub, tmp_path) -> None:
+    """As it stands, with the base model on the Hub too."""
+    from diffusers import StableDiffusionPipeline
+
+    from lora_adapters import LierLaConfig
+    from tests.train.conftest import build_sd1
+
+    place = build_sd1(tmp_path / "base")
+    table = {str(one.relative_to(place)): one.read_bytes() for one in place.rglob("*") if one.is_file()}
+    hub.repos["me/base"] = Repo()
+    hub.repos["me/base"].put("main", table, "put")
+    base = StableDiffusionPipeline.from_pretrained(place)
+    base.unet.add_adapter(LierLaConfig(r=2), adapter_name="a")
+    adapter = Adapter.from_pipeline(base, "a")
+    adapter.push_to_hub("me/style", token=TOKEN, base_model="me/base", trigger_words=["a red disc"])
+    code = hub.repos["me/style"].files()["README.md"].decode().split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) == 3
+    names: dict = {}
+    exec(code, names)
+    assert names["image"].size == (64, 64)
+    assert names["pipe"].get_list_adapters() == {"unet": ["default_0"]}
