@@ -13,6 +13,7 @@ PROGRAMS = {
     "convert": ("lora_adapters.convert.convert_format", "write a LoRA in another format"),
     "info": ("lora_adapters.convert.info", "show what a LoRA file is"),
     "train": ("lora_adapters.train.train_network", "train an adapter, with kohya's train_network.py options"),
+    "generate": ("lora_adapters.train.gen_img_diffusers", "draw pictures with adapters, with kohya's gen_img options"),
     "resize-images": ("lora_adapters.train.resize_images_to_resolution", "resize a folder of training pictures"),
 }
 

@@ -21,6 +21,7 @@ from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.dropouts import add_dropouts
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.folding import fold, placed
 
 log = logging.getLogger(__name__)
 
@@ -133,13 +134,7 @@ def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
         weight = multipliers[number] if number < len(multipliers) else 1.0
-        loaded = Adapter.load(source)
-        for component, model in models.components.items():
-            modules = {name.path: one for name, one in loaded.modules.items() if name.component == component}
-            for path, low_rank in fitted(model, component, modules).items():
-                base = model.get_submodule(path)
-                with torch.no_grad():
-                    base.weight += (weight * low_rank.delta()).reshape(base.weight.shape).to(base.weight)
+        fold([(placed(models, Adapter.load(source)), weight)])
 
 
 def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:

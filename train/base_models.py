@@ -15,6 +15,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from lora_adapters.convert.hub_errors import HubError, hub_errors
+from lora_adapters.convert.sources import is_repo_id
 from lora_adapters.train.errors import TrainingError
 
 _WEIGHT_FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
@@ -156,7 +158,20 @@ def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) ->
         return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name))
     except OSError as error:
         here = "" if Path(name).exists() else "no such file or folder is here, and "
-        raise TrainingError(f"base model {name} cannot be loaded: {here}{_first_line(error)}") from error
+        raise TrainingError(f"base model {name} cannot be loaded: {here}{_why(name, error)}") from error
+
+
+def _why(name: str, error: OSError) -> str:
+    """What is wrong with a folder, or with a repository: diffusers' own message leaves the latter to a traceback."""
+    if not Path(name).exists() and is_repo_id(name):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            with hub_errors(name):
+                hf_hub_download(name, "model_index.json")
+        except HubError as hub:
+            return str(hub)
+    return _first_line(error)
 
 
 def _unused_parts(name: str) -> dict[str, None]:

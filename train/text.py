@@ -108,6 +108,15 @@ def tokenize(tokenizer, captions: list[str], chunks: int = 1, weighted: bool = F
     return Tokens(torch.tensor(all_ids).view(shape), torch.tensor(all_weights).view(shape) if weighted else None)
 
 
+def windows(tokenizer, text: str) -> int:
+    """How many windows of the tokenizer's length the text fills, weights taken out of it; 1 or more."""
+    parts = [part for part, _ in weighted_parts(text)]
+    count = sum(
+        len(tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids) for part in parts
+    )
+    return max(1, -(-count // (tokenizer.model_max_length - 2)))
+
+
 def join_chunks(states: torch.Tensor) -> torch.Tensor:
     """(n, chunks, length, width) to (n, chunks*(length-2)+2, width): the first start and the last end token stay."""
     if states.shape[1] == 1:
@@ -116,12 +125,15 @@ def join_chunks(states: torch.Tensor) -> torch.Tensor:
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
 
 
-def encode_tokens(tokens: list[Tokens], text_encoders: list, clip_skip: int | None = None) -> Encoded:
+def encode_tokens(
+    tokens: list[Tokens], text_encoders: list, clip_skip: int | None = None, keep_mean: str = "none"
+) -> Encoded:
     """Hidden states for the U-Net from one text encoder (SD1, SD2) or two (SDXL).
 
     One encoder: the last layer, or with clip_skip the n-th from the end under the final normalisation. Two encoders:
     the last layer but one of each, side by side, without normalisation, and the second's projection of the end
     token as `pooled` (of the first chunk); SDXL was trained so, hence clip_skip does not apply.
+    `keep_mean` is what the weights of words leave as it was: see `_weighted`.
     """
     states, pooled = [], None
     for own, encoder in zip(tokens, text_encoders, strict=True):
@@ -137,10 +149,26 @@ def encode_tokens(tokens: list[Tokens], text_encoders: list, clip_skip: int | No
         else:
             hidden = output.last_hidden_state
         hidden = hidden.view(n, chunks, length, -1)
+        hidden = join_chunks(hidden)
         if own.weights is not None:
-            hidden = hidden * own.weights.to(hidden).unsqueeze(-1)
-        states.append(join_chunks(hidden))
+            hidden = _weighted(hidden, join_chunks(own.weights.to(hidden).unsqueeze(-1)), keep_mean)
+        states.append(hidden)
     return Encoded(torch.cat(states, dim=-1), pooled)
+
+
+def _weighted(hidden: torch.Tensor, weights: torch.Tensor, keep_mean: str) -> torch.Tensor:
+    """hidden (n, tokens, width) times weights (n, tokens, 1).
+
+    keep_mean "original" then scales each text with weights back to the mean it had, "abs" to the mean of its absolute
+    values.
+    """
+    product = hidden * weights
+    if keep_mean == "none":
+        return product
+    before, after = (states.float().abs() if keep_mean == "abs" else states.float() for states in (hidden, product))
+    factor = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
+    plain = (weights == 1).all(1, keepdim=True)  # nothing to make up for, whatever its mean
+    return product * torch.where(plain | ~factor.isfinite(), 1.0, factor).to(product)
 
 
 def _device(module: torch.nn.Module) -> torch.device:

@@ -33,9 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, OSError) as error:
         return _failed(error)
     except ValueError as error:
-        if type(error).__name__ in ("AdapterError", "DataError"):
-            return _failed(error)
-        raise
+        from lora_adapters.convert.errors import AdapterError
+        from lora_adapters.train.data_error import DataError
+
+        if not isinstance(error, AdapterError | DataError):
+            raise
+        return _failed(error)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise

@@ -3,7 +3,15 @@ import torch
 from conftest import text_config, tiny_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_adapters.train.text import cacheable, encode_tokens, encoded_from, join_chunks, tokenize, weighted_parts
+from lora_adapters.train.text import (
+    cacheable,
+    encode_tokens,
+    encoded_from,
+    join_chunks,
+    tokenize,
+    weighted_parts,
+    windows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +101,24 @@ def test_two_encoders_stand_side_by_side(tokenizer, encoder) -> None:
     again = encoded_from(cacheable(found, 32))
     assert torch.equal(again.hidden, found.hidden)
     assert torch.equal(again.pooled, found.pooled)
+
+
+@torch.no_grad()
+def test_weights_leave_the_mean_as_it_was(tokenizer) -> None:
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(text_config(tokenizer)).eval()
+    getattr(encoder, "text_model", encoder).final_layer_norm.bias.fill_(0.1)  # an untrained one has a mean of 0
+    tokens = tokenize(tokenizer, ["a (red:1.5) disc", "a red disc"], chunks=2, weighted=True)
+    raw = encode_tokens([tokens], [encoder]).hidden
+    plain = encode_tokens([tokenize(tokenizer, ["a red disc"] * 2, chunks=2)], [encoder]).hidden
+    mean, size = (encode_tokens([tokens], [encoder], keep_mean=mode).hidden for mode in ("original", "abs"))
+    torch.testing.assert_close(mean.mean((1, 2)), plain.mean((1, 2)))
+    torch.testing.assert_close(size.abs().mean((1, 2)), plain.abs().mean((1, 2)))
+    torch.testing.assert_close(mean, raw * (plain.mean((1, 2)) / raw.mean((1, 2)))[:, None, None])
+    assert torch.equal(mean[1], plain[1])  # without weights nothing is scaled
+
+
+def test_windows_that_a_text_fills(tokenizer) -> None:
+    counts = {n: windows(tokenizer, "red " * n) for n in (0, 1, 75, 76, 150, 151)}
+    assert counts == {0: 1, 1: 1, 75: 1, 76: 2, 150: 2, 151: 3}
+    assert windows(tokenizer, "(red:1.5) " * 75) == 1

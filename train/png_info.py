@@ -1,0 +1,83 @@
+"""A picture's settings as text, in the form that AUTOMATIC1111's web UI writes and reads."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+KEY = "parameters"  # of the PNG's text chunk
+_EXIF, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
+_LORA = re.compile(r"\s*<lora:[^:>]+(:[^>]*)?>")
+_NEGATIVE = "Negative prompt: "
+SAMPLER_NAMES = {
+    "ddim": "DDIM",
+    "pndm": "PLMS",
+    "lms": "LMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm_2": "DPM2",
+    "dpm_2_a": "DPM2 a",
+    "dpmsolver": "DPM-Solver 2M",
+    "dpmsolver++": "DPM++ 2M",
+    "dpmsingle": "DPM++ 2S",
+}
+
+
+def parameters(prompt: str, negative_prompt: str, adapters: Mapping[str, float], facts: Mapping[str, object]) -> str:
+    """The text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, and a line of the facts."""
+    loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in adapters.items())
+    lines = [prompt + loras, *([_NEGATIVE + negative_prompt] if negative_prompt else [])]
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in facts.items())])
+
+
+def _quoted(value: str) -> str:
+    """In quotation marks where it has characters that end a value."""
+    if not re.search(r"[,:\n]", value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def prompts_in(text: str) -> tuple[str, str]:
+    """The prompt, without its `<lora:...>`, and the negative prompt of such a text."""
+    *lines, last = text.strip().split("\n")
+    if len(re.findall(r"\w[\w \-/]+: ?(?:\"(?:\\.|[^\\\"])+\"|[^,]*)", last)) < 3:
+        lines.append(last)
+    prompt, _, negative = "\n".join(lines).partition(f"\n{_NEGATIVE}")
+    return _LORA.sub("", prompt).strip(), negative.strip()
+
+
+def save_options(text: str, suffix: str) -> dict[str, object]:
+    """What Pillow's `save` takes to put the text into a picture: a PNG's chunk, else Exif's UserComment."""
+    if suffix == ".png":
+        info = PngInfo()
+        info.add_text(KEY, text)
+        return {"format": "png", "pnginfo": info}
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
+    return {"format": "webp" if suffix == ".webp" else "jpeg", "quality": 100, "exif": exif}
+
+
+def read_text(file: Path) -> str | None:
+    """The settings' text of a picture, or None where it has none."""
+    with Image.open(file) as picture:
+        text = picture.info.get(KEY)
+        if isinstance(text, str):
+            return text
+        comment = picture.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
+    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
+        return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+    return None
+
+
+def short_hash(file: Path) -> str:
+    """The first ten digits of the file's SHA-256, by which the web UI knows a checkpoint."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()[:10]
