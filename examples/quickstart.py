@@ -36,6 +36,7 @@ batch_size = 8
 
   [[datasets.subsets]]
   image_dir = "{folder}"
+  caption_dropout_rate = 0.2
 """
 
 
@@ -86,7 +87,7 @@ def held_out_loss(pipe: StableDiffusionPipeline, folder: Path, repeats: int = 4)
 def draw(pipe: StableDiffusionPipeline) -> list[Image.Image]:
     """One picture for each prompt, from the same noise whatever the adapter."""
     generators = [torch.Generator().manual_seed(1) for _ in PROMPTS]
-    return pipe(list(PROMPTS), num_inference_steps=20, guidance_scale=4.0, generator=generators).images
+    return pipe(list(PROMPTS), num_inference_steps=20, guidance_scale=2.0, generator=generators).images
 
 
 def grid(columns: dict[str, list[Image.Image]], side: int = 128, margin: int = 150) -> Image.Image:
@@ -106,7 +107,7 @@ def grid(columns: dict[str, list[Image.Image]], side: int = 128, margin: int = 1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for everything that is made")
     parser.add_argument("--data", type=Path, default=HERE / "pictures" / "delft", help="folder with train and held_out")
     args = parser.parse_args()

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Train the tiny Stable Diffusion of this folder: a VAE, then a U-Net with its text encoder, then the VAE's decoder.
 
-usage: build.py [--start DIR] [--work DIR] [--out DIR] [--font FILE] [--vae-steps N] [--unet-steps N] [--decoder-steps N]
+usage: build.py [--start DIR] [--work DIR] [--out DIR] [--font FILE]
+                [--vae-steps N] [--unet-steps N] [--decoder-steps N]
 
-From nothing, or from the weights of a pipeline that it made before (--start). Checkpoints go to --work every 200 steps; the same command goes on where an earlier one stopped. Every step draws its
-batch and its noise from a seed of its own, so a run that was stopped sees the same data as one that was not.
+From nothing, or from the weights of a pipeline that it made before (--start). Checkpoints go to --work every 200
+steps; the same command goes on where an earlier one stopped. Every step draws its batch and its noise from a seed of
+its own, so a run that was stopped sees the same data as one that was not.
 """
 
 import argparse
