@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from lora_adapters.adapter import Adapter
-from lora_adapters.dylora import set_step
 from lora_adapters.hub_background import FailedPush
 from lora_adapters.train import adapters
 from lora_adapters.train.base_models import BaseModels
@@ -129,7 +128,7 @@ def _step(run: Run, step: int, group: list[Any], progress: Progress) -> float:
     torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
-        set_step(list(run.trained.values()), step, settings.seed)
+        run.tell_step(step)
         last = number == len(group) - 1
         with run.accumulating(last), run.offloading():
             loss = run.loss.training(batch) / len(group)

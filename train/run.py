@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from lora_adapters.dylora import RankDial, dials
 from lora_adapters.train import adapters
 from lora_adapters.train.arguments import parser
 from lora_adapters.train.base_models import BaseModels, architecture_on_disk, check_path, load_base_models
@@ -82,6 +83,16 @@ class Run:
     def parameters(self) -> list[torch.nn.Parameter]:
         """What is trained; looked up once, since a U-Net has thousands of modules to look through."""
         return [p for p in self.plain.parameters() if p.requires_grad]
+
+    @functools.cached_property
+    def dials(self) -> list[RankDial]:
+        """The trained DyLoRAs' dials, looked up once for the same reason."""
+        return dials(list(self.trained.values()))
+
+    def tell_step(self, step: int) -> None:
+        """Say which step comes next, as `set_step` does: DyLoRA's rank depends on it and on the seed alone."""
+        for dial in self.dials:
+            dial.step, dial.seed = step, self.settings.seed
 
     def training_mode(self, training: bool = True) -> None:
         text = any(name != "unet" for name in self.trained)

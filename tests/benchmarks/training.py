@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Time and memory of training steps: the bare base, plain PEFT LoRA, this package's types, kohya's modules if given.
+
+usage: training.py [--models tiny-sd sd15] [--latent 32] [--rank 16] [--repeat 7] [--only layers loop] [--kohya DIR]
+
+layers: one forward and backward pass of the U-Net. All variants share one set of base weights (sd15: SD1.5's shapes,
+random) and take turns in one process; the floor is the base alone, with the gradient of its input. Of each: the median
+of the repetitions, its ratio to plain PEFT LoRA of the same rank (of the ratios of each round, the median), and the
+peak of resident memory above the weights (Linux: /proc/self/clear_refs).
+loop: whole training steps of `lora_adapters.train` with cached latents against the same step written out by hand on
+the same models, one after the other in turns, so that both meet the same machine.
+"""
+
+import argparse
+import copy
+import ctypes
+import statistics
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig  # noqa: E402
+from lora_adapters.coverage import covered  # noqa: E402
+
+Step = Callable[[], None]
+
+
+def base_unet(model: str) -> UNet2DConditionModel:
+    """The U-Net, frozen, in training mode."""
+    if model == "tiny-sd":
+        unet = UNet2DConditionModel.from_pretrained(
+            ROOT / "examples" / "tiny-sd", subfolder="unet", dtype=torch.float32
+        )
+    else:
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(cross_attention_dim=768)  # diffusers' defaults are SD1.5's shapes otherwise
+        unet.to_empty(device="cpu")
+        for parameter in unet.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return unet.requires_grad_(False).train()
+
+
+def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The same model with the same weights in memory, for another adapter."""
+    return copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
+
+
+def variants(unet: UNet2DConditionModel, rank: int, kohya: Path | None) -> dict[str, torch.nn.Module]:
+    """Name and U-Net of each variant, in the order in which they take turns."""
+    unit = max(1, rank // 4)
+    configs = {
+        "plain PEFT LoRA": LoraConfig(r=rank, lora_alpha=rank, target_modules=covered(unet, False)),
+        "LierLa": LierLaConfig(r=rank, lora_alpha=rank),
+        "DyLoRA": DyLoraConfig(r=rank, lora_alpha=rank, unit=unit),
+        "plain PEFT LoRA, C3Lier's modules": LoraConfig(r=rank, lora_alpha=rank, target_modules=covered(unet, True)),
+        "C3Lier": C3LierConfig(r=rank, lora_alpha=rank, conv_dim=rank, conv_alpha=rank),
+        "DyLoRA, C3Lier's modules": DyLoraConfig(r=rank, lora_alpha=rank, conv_dim=rank, conv_alpha=rank, unit=unit),
+    }
+    made: dict[str, torch.nn.Module] = {"base alone (floor)": twin(unet)}
+    for name, config in configs.items():
+        made[name] = twin(unet)
+        made[name].add_adapter(config)
+    if kohya:
+        made |= kohya_variants(unet, rank, unit, kohya)
+    return made
+
+
+def kohya_variants(unet: UNet2DConditionModel, rank: int, unit: int, checkout: Path) -> dict[str, torch.nn.Module]:
+    """kohya's LoRA and DyLoRA modules on the same U-Net; what they import and do not use here is left empty."""
+    sys.path.insert(0, str(checkout))
+    for name in ("cv2", "torchvision", "einops"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules["torchvision"].transforms = None  # type: ignore[attr-defined]
+    sys.modules["einops"].rearrange = None  # type: ignore[attr-defined]
+    from networks import dylora, lora
+
+    made = {}
+    for name, module, options in (
+        ("kohya's LoRA", lora, {}),
+        ("kohya's LoRA, C3Lier's modules", lora, {"conv_dim": str(rank), "conv_alpha": str(rank)}),
+        ("kohya's DyLoRA", dylora, {"unit": str(unit)}),
+    ):
+        made[name] = twin(unet)
+        network = module.create_network(1.0, rank, rank, None, [], made[name], **options)
+        network.apply_to([], made[name], False, True)
+        network.requires_grad_(True).train()
+    return made
+
+
+def pass_of(unet: torch.nn.Module, latent: int, batch: int) -> Step:
+    """One forward and backward pass."""
+    torch.manual_seed(1)
+    noisy = torch.randn(batch, 4, latent, latent, requires_grad=True)
+    target, times = torch.randn(batch, 4, latent, latent), torch.randint(0, 1000, (batch,))
+    text = torch.randn(batch, 77, unet.config.cross_attention_dim)  # type: ignore[union-attr]
+
+    def step() -> None:
+        torch.nn.functional.mse_loss(unet(noisy, times, text).sample, target).backward()
+        noisy.grad = None
+        for parameter in unet.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def peak_above_rest(step: Step) -> float:
+    """MiB of resident memory that a step takes at its highest above what is there before."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> float:
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: Path | None) -> None:
+    """Measure and print the passes of all variants."""
+    unet = base_unet(model)
+    steps = {name: pass_of(one, latent, batch) for name, one in variants(unet, rank, kohya).items()}
+    peaks = {name: peak_above_rest(step) for name, step in steps.items()}  # the first pass: what a cold one takes
+    rounds = []
+    for _ in range(repeat):
+        rounds.append({name: timed(step) for name, step in steps.items()})
+    print(f"\n{model}, latents {latent}x{latent}, batch {batch}, rank {rank}, fp32, {torch.get_num_threads()} threads")
+    print(f"{'forward and backward of':38} {'ms':>8} {'/ floor':>8} {'/ PEFT':>8} {'MiB above weights':>18}")
+    for name in steps:
+        plain = "plain PEFT LoRA, C3Lier's modules" if "C3Lier" in name else "plain PEFT LoRA"
+        ms = 1000 * statistics.median(one[name] for one in rounds)
+        to_floor = statistics.median(one[name] / one["base alone (floor)"] for one in rounds)
+        to_peft = statistics.median(one[name] / one[plain] for one in rounds)
+        print(f"{name:38} {ms:8.1f} {to_floor:8.3f} {to_peft:8.3f} {peaks[name]:18.0f}")
+    equal = statistics.median(one["DyLoRA"] / one["LierLa"] for one in rounds)
+    print(f"DyLoRA / LierLa of the same rank: {equal:.3f}", flush=True)
+
+
+def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> None:
+    """Measure and print whole steps of the training program against steps written by hand, in turns."""
+    from lora_adapters.train.arguments import settings
+    from lora_adapters.train.loop import train_prepared
+    from lora_adapters.train.run import prepare
+
+    for module, args in (("networks.lora", None), ("networks.dylora", [f"unit={max(1, rank // 4)}"])):
+        with tempfile.TemporaryDirectory() as folder:
+            pictures = _pictures(Path(folder) / "pictures" / "1_x", max(8, batch), 8 * latent)
+            options = settings(
+                pretrained_model_name_or_path=str(ROOT / "examples" / "tiny-sd"),
+                train_data_dir=str(pictures.parent),
+                resolution=str(8 * latent),
+                output_dir=str(Path(folder) / "out"),
+                network_module=module,
+                network_args=args,
+                network_dim=rank,
+                train_batch_size=batch,
+                max_train_steps=repeat + 3,
+                max_data_loader_n_workers=0,
+                cache_latents=True,
+                learning_rate=1e-4,
+                seed=1,
+            )
+            run = prepare(options, _models(options, model))
+            ours, bare = _in_turns(run, latent, batch)
+            train_prepared(run)
+        ratio = statistics.median(o / b for o, b in zip(ours[2:], bare[2:], strict=False))
+        print(f"{model}, {module}: training loop {1000 * statistics.median(ours[2:]):.1f} ms a step, bare step "
+              f"{1000 * statistics.median(bare[2:]):.1f} ms, ratio {ratio:.3f} (U-Net and text encoder, batch {batch}, "
+              f"latents {latent}x{latent})", flush=True)  # fmt: skip
+
+
+def _in_turns(run: Any, latent: int, batch: int) -> tuple[list[float], list[float]]:
+    """Lists that fill while `run` trains: seconds of its steps, and of bare steps that are made between them."""
+    ours: list[float] = []
+    bare: list[float] = []
+    models, optimizer = run.models, run.optimizer.optimizer
+    noisy, target = torch.randn(batch, 4, latent, latent), torch.randn(batch, 4, latent, latent)
+    ids = torch.randint(0, 100, (batch, 77))
+    times = torch.randint(0, 1000, (batch,))
+    state = {"since": 0.0, "inside": False}
+
+    def step() -> None:
+        text = models.text_encoders[0](ids).last_hidden_state
+        torch.nn.functional.mse_loss(models.unet(noisy, times, text).sample, target).backward()
+        torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def between(*_: Any) -> None:
+        if state["inside"]:
+            return
+        if state["since"]:
+            ours.append(time.perf_counter() - state["since"])
+        state["inside"] = True
+        optimizer.zero_grad(set_to_none=True)
+        if state["since"]:
+            bare.append(timed(step))
+        state["inside"] = False
+        state["since"] = time.perf_counter()
+
+    optimizer.register_step_post_hook(between)
+    return ours, bare
+
+
+def _models(options: argparse.Namespace, model: str) -> Any:
+    """tiny-sd whole, or with SD1.5's U-Net and a text encoder of CLIP ViT-L's shape, random weights, in its place."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from lora_adapters.train.base_models import load_base_models
+
+    models = load_base_models(options)
+    if model != "tiny-sd":
+        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        models.unet = base_unet(model).eval()
+        models.text_encoders = [CLIPTextModel(CLIPTextConfig(**sizes)).requires_grad_(False).eval()]
+    return models
+
+
+def _pictures(folder: Path, count: int, size: int) -> Path:
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.effect_noise((size, size), 40 + number).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.caption").write_text("noise")
+    return folder
+
+
+def main() -> None:
+    """Run the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["tiny-sd", "sd15"], default=["tiny-sd", "sd15"])
+    parser.add_argument("--only", nargs="+", choices=["layers", "loop"], default=["layers", "loop"])
+    parser.add_argument("--latent", type=int, default=32, help="side of sd15's latents; tiny-sd has its own 8")
+    parser.add_argument("--batch", type=int, default=1, help="sd15's batch; tiny-sd has 4")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=7, help="rounds of sd15; tiny-sd has eight times as many")
+    parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts, whose modules then take part")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    for model in args.models:
+        small = model == "tiny-sd"
+        size = (8, 4) if small else (args.latent, args.batch)
+        repeat = 8 * args.repeat if small else args.repeat
+        if "layers" in args.only:
+            layers(model, *size, args.rank, repeat, args.kohya)
+        if "loop" in args.only:
+            loop(model, *size, args.rank, repeat)
+
+
+if __name__ == "__main__":
+    main()
