@@ -128,7 +128,10 @@ class Adapter:
             if path.suffix == ".safetensors":
                 safetensors.torch.save_file(tensors, partial, metadata)
             else:
-                torch.save(tensors, partial)
+                try:
+                    torch.save(tensors, partial)
+                except RuntimeError as error:  # its own way to report a full disk
+                    raise OSError(str(error).splitlines()[0]) from error
             sync(partial)
         return path
 

@@ -28,7 +28,7 @@ _PUBLIC = {
     "ModuleName": "convert.names",
     "block_lr_weights": "lr_weights",
     "network_options": "kohya_options",
-    "param_groups": "param_groups",
+    "param_groups": "optimizer_groups",
     "set_rank": "dylora",
     "set_step": "dylora",
 }

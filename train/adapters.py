@@ -15,7 +15,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DyLora
 from lora_adapters.convert.names import ModuleName
 from lora_adapters.kohya_options import NetworkOptions, network_options
-from lora_adapters.param_groups import param_groups
+from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.placing import fitted, place
 from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
@@ -50,8 +50,8 @@ def check_network(settings: argparse.Namespace, architecture: str | None) -> Non
         raise TrainingError(f"{len(multipliers)} of --base_weights_multiplier for {len(weights)} of --base_weights")
     if settings.network_dropout is not None and not 0 <= settings.network_dropout < 1:
         raise TrainingError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
-    if settings.scale_weight_norms is not None and settings.scale_weight_norms <= 0:
-        raise TrainingError(f"--scale_weight_norms must be above 0, not {settings.scale_weight_norms}")
+    if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
+        raise TrainingError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
     try:
         options(settings, architecture or "sd")
     except AdapterError:
@@ -141,8 +141,10 @@ def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: 
     """Parameter groups with params, lr and name. TrainingError where nothing is left to train."""
     encoders = [model for name, model in trained.items() if name != "unet"]
     text_rates = settings.text_encoder_lr or [None]
-    if len(text_rates) > max(1, len(encoders)):
+    if len(text_rates) > max(1, len(encoders)) and len(set(text_rates)) > 1:
         raise TrainingError(f"{len(text_rates)} of --text_encoder_lr for {len(encoders)} text encoders")
+    if len(set(text_rates)) == 1:
+        text_rates = text_rates[:1]  # kohya's GUI gives SD1.x, which has one text encoder, the same rate twice
     asked = options(settings, models.architecture)
     return param_groups(
         trained.get("unet"),

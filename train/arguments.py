@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,13 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+log = logging.getLogger(__name__)
+
+# What kohya's GUI writes into its toml besides the trainer's options. Their effect is in other options there already;
+# LoRA+'s ratios it writes as options, which the trainer knows as network_args.
+_OF_THE_GUI = ("epoch", "noise_offset_type")
+_NETWORK_ARGS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 
 GROUPS = {
     "base model": options_model.add_model,
@@ -75,8 +83,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return first
     known = {action.dest: action for action in made._actions if action.dest != "help"}
     file = config_path(first.config_file)
-    defaults = {name: _checked(known, name, value, file) for name, value in read_config(file).items()}
-    made.set_defaults(**defaults)
+    given = _without_the_guis(read_config(file), file)
+    made.set_defaults(**{name: _checked(known, name, value, file) for name, value in given.items()})
     return made.parse_args(argv)
 
 
@@ -100,6 +108,17 @@ def read_config(file: Path) -> dict[str, Any]:
             raise TrainingError(f"--config_file {file} gives {key} twice")
         flat.update(inner)
     return flat
+
+
+def _without_the_guis(options: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The options of a toml file that kohya's GUI may have written, as the trainer's own."""
+    for name in _OF_THE_GUI:
+        if name in options:
+            log.warning("%s: %s is the GUI's own and no option of training", file, name)
+    kept = {name: value for name, value in options.items() if name not in (*_OF_THE_GUI, *_NETWORK_ARGS)}
+    args = key_values(kept.get("network_args"), "network_args")
+    moved = {name: str(options[name]) for name in _NETWORK_ARGS if name in options and name not in args}
+    return {**kept, "network_args": [f"{key}={value}" for key, value in (args | moved).items()]} if moved else kept
 
 
 def write_config(options: argparse.Namespace, made: argparse.ArgumentParser) -> None:
@@ -145,6 +164,8 @@ def _checked(known: dict[str, argparse.Action], name: str, value: Any, source: o
             value = list(value) if isinstance(value, list | tuple) else [value]
             value = [action.type(v) if callable(action.type) else v for v in value]
     elif action.nargs == 0:
+        if value in (0, 1):  # kohya's GUI writes some switches so
+            value = bool(value)
         if not isinstance(value, bool):
             raise TrainingError(f"{source}: {name} is true or false, not {value!r}")
     elif value is not None:

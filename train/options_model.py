@@ -30,8 +30,12 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
     flag("--gradient_checkpointing", help="compute activations again in the backward pass: slower, far less memory")
     flag("--cpu_offload_checkpointing", help="keep activations in main memory until the backward pass")
     flag("--torch_compile", help="compile the models")
-    backends = "eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm"
-    option("--dynamo_backend", default="inductor", choices=backends.split(), help="compiler for --torch_compile")
+    backends = (
+        "no eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm"
+    )
+    option(
+        "--dynamo_backend", default="inductor", choices=backends.split(), help="compiler for --torch_compile; no: none"
+    )
     option("--seed", type=int, help="seed of everything random (default: drawn)")
     option("--clip_skip", type=int, help="take the text encoder's n-th layer from the end")
     option("--max_token_length", type=int, choices=[None, 75, 150, 225], help="tokens a caption (default 75)")

@@ -28,7 +28,7 @@ from lora_adapters.train.losses import LossOptions
 from lora_adapters.train.memory import apply_memory_options, check_machine, set_training, weight_type
 from lora_adapters.train.noise import NoiseOptions
 from lora_adapters.train.optimizers import create_optimizer, optimizer_class, optimizer_name
-from lora_adapters.train.sampling import Prompt, check_samples, read_prompts
+from lora_adapters.train.sampling import Prompt, check_samples, read_prompts, wants_samples
 from lora_adapters.train.schedules import check_schedule, create_schedule
 from lora_adapters.train.text import cacheable, tokenize
 from lora_adapters.train.trackers import check_trackers, tracker_names
@@ -252,7 +252,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         steps=steps,
         epochs=epochs,
         uploads=uploads,
-        prompts=read_prompts(Path(settings.sample_prompts)) if settings.sample_prompts else [],
+        prompts=read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else [],
         layers=list(adapters.lora_layers(trained).values()),
     )
 

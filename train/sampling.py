@@ -48,17 +48,22 @@ _LETTERS = {
 _KINDS: dict[str, type] = {"width": int, "height": int, "seed": int, "sample_steps": int, "scale": float}
 
 
+def wants_samples(settings: argparse.Namespace) -> bool:
+    """Whether there is an occasion for sample pictures."""
+    return bool(settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first)
+
+
 def check_samples(settings: argparse.Namespace) -> None:
     """Raise TrainingError where samples are wanted without prompts, or the prompt file is wrong."""
-    wanted = settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first
-    if wanted and not settings.sample_prompts:
+    if not wants_samples(settings):
+        if settings.sample_prompts:  # kohya's GUI always names a file
+            occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+            log.warning("--sample_prompts: no pictures will be drawn without %s", occasions)
+        return
+    if not settings.sample_prompts:
         raise TrainingError("sample pictures need --sample_prompts, a file of prompts")
-    if settings.sample_prompts:
-        if not wanted:
-            when = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
-            raise TrainingError(f"--sample_prompts needs {when}")
-        for prompt in read_prompts(Path(settings.sample_prompts)):
-            check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
+    for prompt in read_prompts(Path(settings.sample_prompts)):
+        check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
 
 
 def read_prompts(file: Path) -> list[Prompt]:

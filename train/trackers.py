@@ -15,6 +15,8 @@ from PIL import Image
 from lora_adapters.train.arguments import tomllib
 from lora_adapters.train.errors import TrainingError
 
+log = logging.getLogger(__name__)
+
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 _SECRETS = ("wandb_api_key", "huggingface_token")
 
@@ -35,12 +37,13 @@ def check_trackers(settings: argparse.Namespace) -> None:
             raise TrainingError(f"--log_with {name} needs the package {name}: pip install {name}")
         if name == "tensorboard" and not settings.logging_dir:
             raise TrainingError("--log_with tensorboard needs --logging_dir")
-    if not tracker_names(settings):
-        for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "wandb_run_name", "wandb_api_key"):
-            if getattr(settings, name):
-                raise TrainingError(f"--{name} needs --logging_dir or --log_with")
-        if settings.log_config:
-            raise TrainingError("--log_config needs --logging_dir or --log_with")
+    names = tracker_names(settings)
+    for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"):
+        if getattr(settings, name) and not names:
+            log.warning("--%s has no effect without --logging_dir or --log_with", name)
+    for name in ("wandb_run_name", "wandb_api_key"):  # kohya's GUI always names the run
+        if getattr(settings, name) and "wandb" not in names:
+            log.warning("--%s has no effect without --log_with wandb", name)
     if settings.log_tracker_config:
         read_sections(Path(settings.log_tracker_config))
 

@@ -135,10 +135,15 @@ def timed(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: Path | None) -> None:
-    """Measure and print the passes of all variants."""
+def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: Path | None, cover: list[str]) -> None:
+    """Measure and print the passes of all variants that cover what `cover` says."""
     unet = base_unet(model)
-    steps = {name: pass_of(one, latent, batch) for name, one in variants(unet, rank, kohya).items()}
+    chosen = {
+        name: one
+        for name, one in variants(unet, rank, kohya).items()
+        if "floor" in name or ("c3lier" if "C3Lier" in name else "lierla") in cover
+    }
+    steps = {name: pass_of(one, latent, batch) for name, one in chosen.items()}
     peaks = {name: peak_above_rest(step) for name, step in steps.items()}  # the first pass: what a cold one takes
     rounds = []
     for _ in range(repeat):
@@ -151,8 +156,10 @@ def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: P
         to_floor = statistics.median(one[name] / one["base alone (floor)"] for one in rounds)
         to_peft = statistics.median(one[name] / one[plain] for one in rounds)
         print(f"{name:38} {ms:8.1f} {to_floor:8.3f} {to_peft:8.3f} {peaks[name]:18.0f}")
-    equal = statistics.median(one["DyLoRA"] / one["LierLa"] for one in rounds)
-    print(f"DyLoRA / LierLa of the same rank: {equal:.3f}", flush=True)
+    for dylora, plain in (("DyLoRA", "LierLa"), ("DyLoRA, C3Lier's modules", "C3Lier")):
+        if dylora in steps:
+            ratio = statistics.median(one[dylora] / one[plain] for one in rounds)
+            print(f"{dylora} / {plain} of the same rank: {ratio:.3f}", flush=True)
 
 
 def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> None:
@@ -250,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["tiny-sd", "sd15"], default=["tiny-sd", "sd15"])
     parser.add_argument("--only", nargs="+", choices=["layers", "loop"], default=["layers", "loop"])
+    parser.add_argument("--cover", nargs="+", choices=["lierla", "c3lier"], default=["lierla", "c3lier"])
     parser.add_argument("--latent", type=int, default=32, help="side of sd15's latents; tiny-sd has its own 8")
     parser.add_argument("--batch", type=int, default=1, help="sd15's batch; tiny-sd has 4")
     parser.add_argument("--rank", type=int, default=16)
@@ -262,7 +270,7 @@ def main() -> None:
         size = (8, 4) if small else (args.latent, args.batch)
         repeat = 8 * args.repeat if small else args.repeat
         if "layers" in args.only:
-            layers(model, *size, args.rank, repeat, args.kohya)
+            layers(model, *size, args.rank, repeat, args.kohya, args.cover)
         if "loop" in args.only:
             loop(model, *size, args.rank, repeat)
 

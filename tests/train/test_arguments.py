@@ -65,7 +65,7 @@ def test_config_file_and_command_line(tmp_path) -> None:
     [
         ("sed = 3", "there is no option 'sed'"),
         ("seed = 'x'", "seed cannot be 'x'"),
-        ("cache_latents = 1", "cache_latents is true or false"),
+        ("cache_latents = 2", "cache_latents is true or false"),
         ("loss_type = 'l3'", "loss_type is one of l1, l2"),
         ("[a]\nseed = 1\n[b]\nseed = 2", "gives seed twice"),
         ("seed = ", "is not toml"),

@@ -8,6 +8,7 @@ from lora_adapters.train.arguments import settings
 from lora_adapters.train.base_models import load_base_models
 from lora_adapters.train.loop import train
 from lora_adapters.train.metadata import base_version, described_optimizer, file_hashes, modelspec
+from lora_adapters.train.options_output import METADATA
 
 
 @pytest.fixture
@@ -38,6 +39,11 @@ def test_optimizer_and_modelspec(models) -> None:
     assert facts["modelspec.timestep_range"] == "100,1000"
     assert facts["modelspec.encoder_layer"] == "2"
     assert facts["modelspec.prediction_type"] == "epsilon"
+
+
+def test_every_metadata_option_is_an_entry(models) -> None:
+    facts = modelspec(settings(**{f"metadata_{name}": f"its {name}" for name in METADATA}), models)
+    assert {name: facts[f"modelspec.{name}"] for name in METADATA} == {name: f"its {name}" for name in METADATA}
 
 
 def test_what_a_file_says_about_its_training(basics, tmp_path) -> None:

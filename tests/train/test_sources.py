@@ -141,6 +141,15 @@ def test_a_local_folder_of_pictures_as_a_hugging_face_dataset(tmp_path):
         hub(images, split="test")
 
 
+def test_a_configuration_of_a_hugging_face_dataset(tmp_path):
+    for name, size in (("small", (16, 8)), ("large", (32, 8))):
+        folder(tmp_path / "p" / name, [size])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.png\n" for name in ("small", "large"))
+    (tmp_path / "p" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, size in (("small", (16, 8)), ("large", (32, 8))):
+        assert [one.size for one in hub(tmp_path / "p", dataset_config_name=name).pictures] == [size]
+
+
 def test_a_saved_dataset_with_several_captions_and_empty_rows(tmp_path, caplog):
     rows = {"image": [picture((16, 8)), None], "captions": [["a", "b"], ["c"]]}
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})

@@ -1,12 +1,16 @@
 """The program: its mistakes are one line on stderr and exit status 1, and nothing is left behind."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_resume import PROGRAM, command_line
 
+from lora_adapters.convert import Adapter
 from lora_adapters.train.train_network import main
 
 
@@ -107,3 +111,34 @@ def test_runs_as_a_file_from_anywhere(basics, tmp_path) -> None:
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "out" / "last.safetensors").exists()
+
+
+def test_a_file_of_kohyas_gui_trains_and_what_has_no_effect_is_said(sd1, pictures, tmp_path, capsys, caplog) -> None:
+    gui = Path(__file__).with_name("gui.toml")
+    places = {"pretrained_model_name_or_path": sd1, "train_data_dir": pictures, "output_dir": tmp_path / "out"}
+    assert main(command_line({"config_file": gui, **places})) == 0
+    said = caplog.text + capsys.readouterr().err
+    for name in ("epoch", "noise_offset_type", "--wandb_run_name", "--sample_prompts"):
+        assert re.search(rf"{name}( is the GUI's own|: no pictures| has no effect)", said), name
+    metadata = Adapter.load(tmp_path / "out" / "last.safetensors").metadata
+    args = {"conv_dim": "2", "conv_alpha": "1", "loraplus_lr_ratio": "4", "dropout": "0.0"}
+    assert json.loads(metadata["ss_network_args"]) == args
+    assert metadata["ss_learning_rate"] == "0.0001"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"save_model_as": "ckpt"}, {"save_state": True}])
+def test_a_disk_that_is_really_full(basics, tmp_path, changes) -> None:
+    """The system refuses files beyond a size: adapters do not fit, or only the state of the second step does not."""
+    options = {**basics, **changes, "save_every_n_steps": 1, "output_name": "x"}
+    limit = 100_000 if "save_state" not in changes else 400_000
+    guarded = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    guarded += "import sys; from lora_adapters.train.train_network import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", guarded, *command_line(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PROGRAM.parents[1])
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "cannot be written" in last
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == (["x-step00000001.safetensors"] if "save_state" in changes else [])

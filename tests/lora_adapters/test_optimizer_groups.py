@@ -1,0 +1,59 @@
+"""Learning rates end up at the weights they are meant for."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DConditionModel
+
+from lora_adapters import LierLaConfig, param_groups
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.lr_weights import block_lr_weights
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    made = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8, 16, 16),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    made.add_adapter(LierLaConfig(r=2))
+    return made
+
+
+def rates(groups: list[dict]) -> dict[str, float]:
+    return {group["name"]: group["lr"] for group in groups}
+
+
+def test_no_public_name_is_a_modules_name() -> None:
+    """Importing such a module would put it in the place of what is asked for."""
+    import lora_adapters
+
+    modules = {path.stem for path in Path(lora_adapters.__file__).parent.glob("*.py")}
+    assert not modules & set(lora_adapters.__all__)
+    import_module("lora_adapters.optimizer_groups")
+    assert lora_adapters.param_groups is param_groups
+
+
+def test_unet_lr_wins_over_lr(unet) -> None:
+    assert rates(param_groups(unet, lr=1e-4)) == {"unet": 1e-4}
+    assert rates(param_groups(unet, lr=1e-4, unet_lr=3e-4)) == {"unet": 3e-4}
+    with pytest.raises(AdapterError, match="nothing to train"):
+        param_groups(unet, lr=1e-4, unet_lr=0.0)
+
+
+def test_blocks_have_groups_of_their_own(unet) -> None:
+    found = rates(param_groups(unet, lr=1.0, block_lr_weights=block_lr_weights("sd", "2", "0", "0.5")))
+    assert {name for name, rate in found.items() if rate == 2.0} == {f"unet_block{i}" for i in (1, 2, 4, 5, 7, 8)}
+    assert found["unet_block16"] == 0.5
+    assert "unet_block12" not in found
+
+
+def test_loraplus_raises_the_rate_of_up_alone(unet) -> None:
+    groups = param_groups(unet, lr=1.0, loraplus_lr_ratio=2.0, loraplus_unet_lr_ratio=16.0)
+    assert rates(groups) == {"unet": 1.0, "unet plus": 16.0}
+    ups = {id(p) for name, p in unet.named_parameters() if ".lora_B." in name}
+    assert {id(p) for p in groups[1]["params"]} == ups or {id(p) for p in groups[0]["params"]} == ups
