@@ -148,6 +148,9 @@ def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: P
     rounds = []
     for _ in range(repeat):
         rounds.append({name: timed(step) for name, step in steps.items()})
+        if model != "tiny-sd":  # a round takes long, so each is shown
+            shown = ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in rounds[-1].items())
+            print(f"round {len(rounds)} (ms): {shown}", flush=True)
     print(f"\n{model}, latents {latent}x{latent}, batch {batch}, rank {rank}, fp32, {torch.get_num_threads()} threads")
     print(f"{'forward and backward of':38} {'ms':>8} {'/ floor':>8} {'/ PEFT':>8} {'MiB above weights':>18}")
     for name in steps:
