@@ -1,25 +1,40 @@
 """Options that trade speed for memory, put on the models; and what needs a GPU, refused without one."""
 
 import argparse
+import logging
 
 import torch
 
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
 
+log = logging.getLogger(__name__)
+
+ATTENTION = ("mem_eff_attn", "xformers", "sdpa")
+
+
+def attention(settings: argparse.Namespace) -> str | None:
+    """The attention that was asked for; of several, the one that kohya's trainer takes."""
+    return next((name for name in ATTENTION if getattr(settings, name)), None)
+
 
 def check_machine(settings: argparse.Namespace) -> None:
-    """Raise TrainingError for options that this machine cannot carry out, or that contradict each other."""
-    if sum((settings.xformers, settings.sdpa, settings.mem_eff_attn)) > 1:
-        raise TrainingError("give one of --xformers, --sdpa and --mem_eff_attn")
+    """Raise TrainingError for options that this machine cannot carry out."""
+    chosen = attention(settings)
+    for name in ATTENTION:
+        if getattr(settings, name) and name != chosen:
+            log.warning("--%s has no effect beside --%s", name, chosen)
     if settings.full_bf16 and settings.mixed_precision != "bf16":
         raise TrainingError("--full_bf16 needs --mixed_precision bf16")
-    if not torch.cuda.is_available():
-        if settings.mixed_precision == "fp16":
-            raise TrainingError("--mixed_precision fp16 needs a CUDA device; go on with --mixed_precision bf16 or no")
-        if settings.xformers:
-            raise TrainingError("--xformers needs a CUDA device; go on with --sdpa")
-    if settings.xformers:
+    instead = {}
+    if settings.mixed_precision == "fp16":
+        instead["--mixed_precision fp16"] = "--mixed_precision bf16 or no"
+    if chosen == "xformers":
+        instead["--xformers"] = "--sdpa"
+    if instead and not torch.cuda.is_available():
+        need = f"need{'s' if len(instead) == 1 else ''} a CUDA device"
+        raise TrainingError(f"{' and '.join(instead)} {need}; go on with {' and '.join(instead.values())}")
+    if chosen == "xformers":
         try:
             import xformers  # noqa: F401
         except ImportError:
@@ -31,12 +46,13 @@ def apply_memory_options(models: BaseModels, settings: argparse.Namespace, train
 
     Checkpointing acts on modules in training mode only; `set_training` sees to that.
     """
-    if settings.xformers:
+    chosen = attention(settings)
+    if chosen == "xformers":
         models.unet.enable_xformers_memory_efficient_attention()
         models.vae.enable_xformers_memory_efficient_attention()
-    elif settings.mem_eff_attn:
+    elif chosen == "mem_eff_attn":
         models.unet.set_attention_slice("auto")
-    elif settings.sdpa:
+    elif chosen == "sdpa":
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         models.unet.set_attn_processor(AttnProcessor2_0())

@@ -4,7 +4,7 @@ import pytest
 
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.memory import check_machine
+from lora_adapters.train.memory import attention, check_machine
 from lora_adapters.train.run import decide_seed, length, prepare, workers
 
 
@@ -31,9 +31,12 @@ def test_no_more_workers_than_cores() -> None:
     assert workers(settings(max_data_loader_n_workers=0)) == 0
 
 
-def test_attention_options_exclude_each_other() -> None:
-    with pytest.raises(TrainingError, match="give one of"):
-        check_machine(settings(sdpa=True, mem_eff_attn=True))
+def test_of_several_attention_options_one_is_taken_and_said(caplog) -> None:
+    asked = settings(sdpa=True, mem_eff_attn=True, xformers=True)
+    check_machine(asked)
+    assert attention(asked) == "mem_eff_attn"
+    assert "--sdpa has no effect beside --mem_eff_attn" in caplog.text
+    assert attention(settings()) is None
 
 
 def test_text_encoder_is_trained_unless_its_outputs_are_cached(basics) -> None:

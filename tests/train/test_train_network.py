@@ -38,6 +38,10 @@ def fails(options: dict, capsys, monkeypatch) -> str:
         ({"network_args": {"conv_dimm": "4"}}, "unknown network_args option conv_dimm"),
         ({"mixed_precision": "fp16"}, "go on with --mixed_precision bf16"),
         ({"xformers": True}, "go on with --sdpa"),
+        (
+            {"mixed_precision": "fp16", "xformers": True},
+            "fp16 and --xformers need a CUDA device; go on with --mixed_precision bf16 or no and --sdpa",
+        ),
         ({"full_bf16": True}, "needs --mixed_precision bf16"),
         ({"deepspeed": True}, "DeepSpeed is not supported"),
         ({"train_data_dir": "/nowhere/data"}, "/nowhere/data"),
