@@ -193,7 +193,7 @@ def _from_file(path: Path, settings: argparse.Namespace, dtype: torch.dtype) -> 
     if settings.disable_mmap_load_safetensors:
         options["disable_mmap"] = True
     try:
-        return kind.from_single_file(str(path), **options)
+        pipeline = kind.from_single_file(str(path), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if settings.model_config:
             raise TrainingError(f"{path} cannot be loaded with --model_config: {_first_line(error)}") from error
@@ -201,6 +201,11 @@ def _from_file(path: Path, settings: argparse.Namespace, dtype: torch.dtype) -> 
             f"{path} cannot be loaded: {_first_line(error)}; a checkpoint file holds neither configs nor a tokenizer: "
             "without access to the hub, give --model_config=<Diffusers folder of the same kind of model>"
         ) from error
+    for part, model in pipeline.components.items():
+        for name, parameter in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
+            if parameter.is_meta:
+                raise TrainingError(f"{path} lacks {name} of the {part}; is it whole, and is --model_config its kind?")
+    return pipeline
 
 
 def _has_two_text_encoders(path: Path) -> bool:

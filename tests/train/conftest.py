@@ -91,10 +91,12 @@ def build_sd1(folder: Path) -> Path:
     return folder
 
 
-def build_sdxl(folder: Path) -> Path:
+def build_sdxl(folder: Path, second_width: int = 32) -> Path:
     """SDXL's layout: three levels, attention in the last two, two text encoders, added conditioning."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
+    second = text_config(tokenizer, projection_dim=32)
+    second.hidden_size = second_width
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 8, 16),
@@ -102,7 +104,7 @@ def build_sdxl(folder: Path) -> Path:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 10),
         attention_head_dim=(2, 2, 2),
-        cross_attention_dim=64,
+        cross_attention_dim=32 + second_width,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -112,7 +114,7 @@ def build_sdxl(folder: Path) -> Path:
     pipe = StableDiffusionXLPipeline(
         vae=tiny_vae(),
         text_encoder=CLIPTextModel(text_config(tokenizer)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, projection_dim=32)),
+        text_encoder_2=CLIPTextModelWithProjection(second),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,

@@ -12,9 +12,10 @@ from transformers import CLIPTextModel
 from lora_adapters.convert import Adapter
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.base_models import load_base_models
+from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.loop import train
 from tests.convert.checkpoints import open_clip
-from tests.train.conftest import SCHEDULE, text_config, tiny_tokenizer, tiny_vae
+from tests.train.conftest import SCHEDULE, build_sdxl, text_config, tiny_tokenizer, tiny_vae
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,12 @@ def sd2(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "sd2"
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl_of_two_widths(tmp_path_factory) -> Path:
+    """By their widths diffusers tells SDXL's text encoders apart in a single file."""
+    return build_sdxl(tmp_path_factory.mktemp("models") / "sdxl2", second_width=48)
 
 
 def text_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -93,9 +100,9 @@ def single_file(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("sd2", "ckpt"), ("sdxl", "safetensors")])
-def test_sd2_and_sdxl_from_a_single_file(sd2, sdxl, basics, tmp_path, monkeypatch, kind, ending) -> None:
+def test_sd2_and_sdxl_from_a_single_file(sd2, sdxl_of_two_widths, basics, tmp_path, monkeypatch, kind, ending) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = {"sd2": sd2, "sdxl": sdxl}[kind]
+    folder = {"sd2": sd2, "sdxl": sdxl_of_two_widths}[kind]
     file = tmp_path / f"m.{ending}"
     weights = single_file(folder, kind)
     torch.save({"state_dict": weights}, file) if ending == "ckpt" else save_file(weights, file)
@@ -143,3 +150,13 @@ def test_v_prediction_is_read_from_a_folder_and_is_the_target(sd2, fake_batch) -
     options = StepOptions(NoiseOptions(), LossOptions(v_prediction=True))
     loss = StepLoss(models, Perfect(), models.noise_schedule(), options, torch.device("cpu"))
     assert loss.held_out(batch, [500]).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_single_file_that_lacks_weights(sdxl_of_two_widths, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    weights = single_file(sdxl_of_two_widths, "sdxl")
+    del weights["conditioner.embedders.1.model.text_projection"]
+    save_file(weights, tmp_path / "m.safetensors")
+    chosen = settings(pretrained_model_name_or_path=tmp_path / "m.safetensors", model_config=sdxl_of_two_widths)
+    with pytest.raises(TrainingError, match=r"lacks text_projection.weight of the text_encoder_2"):
+        load_base_models(chosen)
