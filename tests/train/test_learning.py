@@ -110,12 +110,10 @@ def test_a_c3lier_opens_in_stock_diffusers_and_draws_the_same(tmp_path, capsys) 
     assert np.abs(opened - pictures[0]).max() < 1e-3
     assert np.abs(opened - pictures[1]).max() > 0.05  # the adapter does change the picture
     said = info(file, capsys)
-    for fact in ("LoRA-C3Lier for", "sd_v1", "278 in unet", "18 in text_encoder", 'ss_network_args: {"conv_dim": "8"'):
+    for fact in ("LoRA-C3Lier for", "sd_v1", "279 in unet", "18 in text_encoder"):
         assert fact in said, fact
-    first_block = re.search(r"block 1 .*", said)
-    assert first_block
-    assert "8 / 8.0 (" in first_block[0], "linear layers at network_alpha"
-    assert "4.0 (" in first_block[0], "convolutions at conv_alpha"
+    mixed = r"  8 / 4 \(\d+\), 8 \(\d+\)\n"  # rank 8 throughout; convolutions at conv_alpha, the rest at network_alpha
+    assert re.search(mixed, said), said
 
 
 def info(file: Path, capsys) -> str:
