@@ -93,6 +93,7 @@ class Adapter:
         dtype: torch.dtype | None = None,
         fold_alpha: bool = False,
         embeddings: Mapping[str, torch.Tensor] | None = None,
+        modelspec: bool = True,
     ) -> Path:
         """Write the adapter, whole or not at all, and give back its path.
 
@@ -100,8 +101,9 @@ class Adapter:
         file; or "peft", a folder. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the
         most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
         is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens. Another
-        ending than .safetensors is torch's pickle. AdapterError for an adapter without modules and where the path
-        cannot be written; what was there before is still there then.
+        ending than .safetensors is torch's pickle. Without modelspec the file gets kohya's own metadata only.
+        AdapterError for an adapter without modules and where the path cannot be written; what was there before is still
+        there then.
         """
         if format not in FORMATS:
             raise AdapterError(f"unknown format {format}: {', '.join(FORMATS)} are known")
@@ -116,6 +118,8 @@ class Adapter:
             format_peft.write(path, adapter.modules, adapter.full_metadata(), tuner)
             return path
         metadata = adapter.full_metadata()
+        if not modelspec:
+            metadata = {key: text for key, text in metadata.items() if not key.startswith("modelspec.")}
         if format == "kohya":
             tensors = format_kohya.write(adapter.modules, self.architecture)
             metadata |= hashes(tensors, metadata)
@@ -259,6 +263,15 @@ class Adapter:
         from .svd import svd
 
         return svd(self, rank, conv_rank, target_error, device)
+
+    def resize(self, rank: int, conv_rank: int | None = None, dynamic: tuple[str, float] | None = None) -> Self:
+        """As `svd`, but alpha / rank stays as it was in every module, as kohya's resize_lora does.
+
+        dynamic: a method of `rank_choice.DYNAMIC_METHODS` and its parameter, which choose ranks up to these.
+        """
+        from .svd import resize
+
+        return resize(self, rank, conv_rank, dynamic)
 
     @classmethod
     def from_difference(

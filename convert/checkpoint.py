@@ -11,6 +11,7 @@ from functools import partial as bound
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from .checkpoint_names import Place, architecture_of_file, places_in_component, places_in_file
 from .errors import AdapterError
@@ -34,9 +35,17 @@ class WeightsFile:
     places: Mapping[ModuleName, Place] = field(repr=False)
 
     def write(
-        self, target: Path, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None, metadata: Mapping[str, str]
+        self,
+        target: Path,
+        changes: Mapping[ModuleName, Change],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        replaces: bool | None = None,
     ) -> None:
-        """Write it with the modules' weights changed; all other tensors stay as they are unless dtype is given."""
+        """Write it with the modules' weights changed; all other tensors stay as they are unless dtype is given.
+
+        replaces: see `weights_writing.write`.
+        """
         by_key: dict[str, list[tuple[Place, Change, ModuleName]]] = {}
         for module, place in self.places.items():
             if module in changes:
@@ -50,12 +59,16 @@ class WeightsFile:
                 planned[key] = Planned(to, tuple(tensor.shape), bound(tensor.to, to))
             else:
                 planned[key] = Planned.copy(tensor)
-        write(target, planned, metadata, wrapped=self.path.suffix != ".bin")
+        write(target, planned, metadata, self.path.suffix != ".bin", replaces)
 
 
 def _changed(
     tensor: torch.Tensor, changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
+    module = changes[0][2]
+    if not tensor.is_floating_point():
+        raise AdapterError(f"{module} is {tensor.dtype} in the model: a quantised weight cannot be changed")
+
     def make() -> torch.Tensor:
         value = tensor.to(torch.float32, copy=True)
         for place, change, _ in changes:
@@ -64,7 +77,6 @@ def _changed(
             if new.data_ptr() != part.data_ptr():
                 part.copy_(new)
         lowest, highest = (float(end) for end in value.aminmax())  # one pass; NaN comes through
-        module = changes[0][2]
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise AdapterError(f"{module}: the changed weight has NaN or infinite numbers")
         if max(-lowest, highest) > torch.finfo(dtype).max:
@@ -130,6 +142,14 @@ class Checkpoint:
         place = file.places[module]
         return place.of(file.tensors[place.key])
 
+    def read(self, module: ModuleName, file: WeightsFile) -> torch.Tensor:
+        """As `weight`, mapped for this tensor only: reading many does not keep the whole file resident."""
+        place = file.places[module]
+        if file.path.suffix != ".safetensors":
+            return place.of(file.tensors[place.key])
+        with safe_open(file.path, framework="pt") as opened:
+            return place.of(opened.get_tensor(place.key))
+
     @property
     def base_version(self) -> str:
         """kohya's ss_base_model_version: sd_v1, sd_v2 or sdxl_base_v1-0, and sd_v2_v where the folder says so."""
@@ -172,7 +192,7 @@ class Checkpoint:
                 if source in touched:
                     file = touched[source]
                     facts = dict(file.metadata) if metadata is None else {**file.metadata, **metadata}
-                    file.write(copy, changes, dtype, facts)
+                    file.write(copy, changes, dtype, facts, target.exists())
                 else:
                     shutil.copy2(source, copy)
         return target

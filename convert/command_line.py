@@ -32,6 +32,18 @@ class Parser(argparse.ArgumentParser):
         raise AdapterError(f"{message} (--help shows the options)")
 
 
+class _Refused(argparse.Action):
+    """An option of kohya's scripts that there is no use for here: giving it is an error that says why."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        raise AdapterError(f"{self.option_strings[0]} is not supported: {self.const}")
+
+
+def refuse(parser: argparse.ArgumentParser, flag: str, why: str) -> None:
+    """An option with a value that is refused with a reason."""
+    parser.add_argument(flag, action=_Refused, const=why, help=argparse.SUPPRESS)
+
+
 def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
     """An option for a dtype, under the names that kohya's scripts take; None where it is not given."""
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)

@@ -21,10 +21,11 @@ import safetensors.torch
 import torch
 
 from lora_adapters.convert import format_cloneofsimo
-from lora_adapters.convert.adapter import FORMATS, Adapter
+from lora_adapters.convert.adapter import FORMATS
 from lora_adapters.convert.command_line import Parser, add_dtype, dtype_of, output_file, run
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.files import read_tensors, replacing
+from lora_adapters.convert.files import all_or_none, read_tensors, replacing
+from lora_adapters.convert.inputs import ZERO_ALPHA, load
 from lora_adapters.convert.sources import locate
 
 
@@ -35,20 +36,22 @@ def parser() -> Parser:
     made.add_argument("--save_to", required=True, help="the result: a file, or a folder for peft")
     made.add_argument("--format", choices=FORMATS, required=True, help="what to write")
     made.add_argument("--fold_alpha", action="store_true", help="one alpha in all modules, for stock diffusers")
+    made.add_argument("--zero_alpha", choices=ZERO_ALPHA, help="what an alpha of 0 is: the rank, or no effect (none)")
     made.add_argument("--embeddings", nargs="+", default=[], help="embedding files to put into cloneofsimo's format")
     add_dtype(made, "--save_precision", "of the result (default: as it is)")
     return made
 
 
-def save_embeddings(embeddings: dict[str, torch.Tensor], beside: Path) -> list[Path]:
-    """Write each token's embedding to a file beside the adapter; their paths."""
-    written = []
+def save_embeddings(embeddings: dict[str, torch.Tensor], folder: Path, stem: str) -> list[str]:
+    """Write each token's embedding to a file of its own in the folder; their names begin with the stem."""
+    written: list[str] = []
     for token, tensor in embeddings.items():
-        name = re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
-        path = beside.with_name(f"{beside.stem}.{name}.safetensors")
-        with replacing(path) as partial:
+        word = re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
+        name = f"{stem}.{word}.safetensors"
+        name = name if name not in written else f"{stem}.{word}-{len(written)}.safetensors"
+        with replacing(folder / name) as partial:
             safetensors.torch.save_file({token: tensor.contiguous()}, partial)
-        written.append(path)
+        written.append(name)
     return written
 
 
@@ -73,18 +76,23 @@ def program(argv: Sequence[str] | None) -> None:
     if args.fold_alpha and args.format != "kohya":
         raise AdapterError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
     source = locate(args.model)
-    adapter = Adapter.load(source)
+    adapter = load(source, args.zero_alpha)
     embeddings = read_embeddings(args.embeddings)
     if source.is_file():
         tensors, _ = read_tensors(source)
         if format_cloneofsimo.is_mine(set(tensors)):
             embeddings = {**format_cloneofsimo.embeddings(tensors), **embeddings}
-    kept = args.format == "cloneofsimo"
-    adapter.save(path, args.format, dtype_of(args.save_precision), args.fold_alpha, embeddings if kept else None)
+    dtype = dtype_of(args.save_precision)
+    if args.format == "cloneofsimo" or not embeddings:
+        adapter.save(path, args.format, dtype, args.fold_alpha, embeddings or None)
+        names = []
+    else:
+        with all_or_none(path.parent) as folder:  # if the adapter cannot be written, the embeddings are not either
+            names = save_embeddings(embeddings, folder, path.stem)
+            adapter.save(path, args.format, dtype, args.fold_alpha)
     print(f"{adapter} written to {path}")
-    if not kept:
-        for written in save_embeddings(embeddings, path):
-            print(f"embedding written to {written}")
+    for name in names:
+        print(f"embedding written to {path.with_name(name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,8 @@ if __name__ == "__main__":
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.command_line import Parser, output_file, progress, run
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.files import all_or_none
+from lora_adapters.convert.inputs import load
 from lora_adapters.convert.metadata import DyLora
 
 
@@ -34,6 +36,8 @@ def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
     """The ranks to write: all that the adapter can be cut to, or those asked for."""
     highest = max(one.rank for one in adapter.modules.values())
     unit = (adapter.dylora or DyLora()).unit
+    if highest % unit:
+        raise AdapterError(f"unit {unit} does not divide the rank {highest}: the adapter was not trained with it")
     if asked is None:
         return [*range(unit, highest, unit), highest]
     try:
@@ -46,7 +50,7 @@ def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
     path = output_file(args.save_to)
-    adapter = Adapter.load(args.model)
+    adapter = load(args.model)
     dylora = adapter.dylora
     if args.unit is not None and args.unit < 1:
         raise AdapterError(f"unit {args.unit} is none: it is 1 or more")
@@ -55,10 +59,13 @@ def program(argv: Sequence[str] | None) -> None:
     if dylora is None:
         dylora = DyLora(rank_scaling="rank")  # such a file can only be kohya's, cut as kohya's script does
     adapter = adapter.as_dylora(replace(dylora, unit=args.unit or dylora.unit))
-    # All are made before the first is written: a rank that cannot be cut leaves nothing half-done.
-    cuts = {rank: adapter.truncate(rank) for rank in ranks_of(adapter, args.ranks)}
-    for rank, cut in progress(cuts.items(), "splitting", len(cuts)):
-        print(cut.save(path.with_name(f"{path.stem}-{rank:04d}{path.suffix}")))
+    ranks = ranks_of(adapter, args.ranks)
+    names = [f"{path.stem}-{rank:04d}{path.suffix}" for rank in ranks]
+    with all_or_none(path.parent) as folder:  # a rank that cannot be cut, or Ctrl-C, leaves no half of the set
+        for rank, name in progress(zip(ranks, names, strict=True), "splitting", len(ranks)):
+            adapter.truncate(rank).save(folder / name)
+    for name in names:
+        print(path.with_name(name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

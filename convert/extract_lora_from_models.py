@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.checkpoint import Checkpoint
-from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
+from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, refuse, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.extraction import extract
 from lora_adapters.convert.svd import report
@@ -31,12 +31,20 @@ def parser() -> Parser:
     made.add_argument("--conv_dim", type=int, help="rank of convolutions above 1x1 (default: leave them out)")
     made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, dim at most")
     made.add_argument("--min_diff", type=float, default=0.0, help="leave out text encoders that differ no more (0)")
-    made.add_argument("--clamp_quantile", type=float, help="clamp factors to this quantile (kohya: 0.99; default: no)")
+    made.add_argument(
+        "--clamp_quantile",
+        type=float,
+        help="clamp factors to this quantile as kohya's scripts do (there 0.99; default: no); slow",
+    )
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_dtype(made, "--save_precision", "of the result (default: float)")
     made.add_argument("--v2", action="store_true", help="the models must be SD2.x (recognised without this)")
     made.add_argument("--v_parameterization", action="store_true", help="the models predict v (SD2.x)")
     made.add_argument("--sdxl", action="store_true", help="the models must be SDXL (recognised without this)")
+    made.add_argument("--no_metadata", action="store_true", help="write kohya's least metadata only, no modelspec")
+    refuse(made, "--load_precision", "models are read as they are, and subtracted in float")
+    for flag in ("--load_original_model_to", "--load_tuned_model_to"):
+        refuse(made, flag, "models stay on the disk; --device says where to compute")
     return made
 
 
@@ -60,7 +68,7 @@ def program(argv: Sequence[str] | None) -> None:
     for component, value in found.largest.items():
         left = ": the same, left out" if component in found.left_out else ""
         print(f"{component}: largest difference {value:.4g}{left}")
-    found.adapter.save(path, dtype=dtype_of(args.save_precision))
+    found.adapter.save(path, dtype=dtype_of(args.save_precision), modelspec=not args.no_metadata)
     print(report(found.fits))
     print(f"{found.adapter} written to {path}")
 

@@ -13,7 +13,7 @@ from .command_line import progress
 from .difference import best_approximation
 from .errors import AdapterError
 from .low_rank import LowRank
-from .names import ModuleName
+from .names import OUTER, ModuleName
 from .svd import Fit, Rules, clamp, rules, with_rank_facts
 
 _FAMILIES = {"sd_v1": "SD1.x", "sd_v2": "SD2.x", "sd_v2_v": "SD2.x", "sdxl_base_v1-0": "SDXL"}
@@ -54,7 +54,7 @@ def extract(
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
     _check_alike(first, second)
     chosen = rules(rank, conv_rank, target_error)
-    modules = [module for module in second.modules if conv_rank is not None or _in_lierla(module)]
+    modules = [module for module in second.modules if _covered(module, conv_rank is not None)]
     difference = partial(_difference, first, second, first.modules, second.modules)
     largest = _largest_differences(modules, difference)
     left_out = tuple(component for component, value in largest.items() if value <= min_diff)
@@ -74,8 +74,9 @@ def extract(
     return Extraction(Adapter(pairs, with_rank_facts(pairs, facts)), fits, largest, left_out)
 
 
-def _in_lierla(module: ModuleName) -> bool:
-    return module.component != "unet" or ".attentions." in module.path
+def _covered(module: ModuleName, c3lier: bool) -> bool:
+    """Whether LoRA-C3Lier, or LoRA-LierLa, has the module."""
+    return module.component != "unet" or ".attentions." in module.path or (c3lier and module.path not in OUTER)
 
 
 def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
@@ -90,7 +91,7 @@ def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
 
 def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: ModuleName) -> torch.Tensor:
     """tuned - base in float32."""
-    old, new = first.weight(module, ours[module]), second.weight(module, theirs[module])
+    old, new = first.read(module, ours[module]), second.read(module, theirs[module])
     if old.numel() != new.numel() or old.shape[:2] != new.shape[:2]:
         raise AdapterError(f"{module} is {list(old.shape)} in {first.path}, but {list(new.shape)} in {second.path}")
     delta = new.reshape(old.shape).to(torch.float32, copy=True).sub_(old)
@@ -125,7 +126,8 @@ def _approximated(
         return None
     large = delta.ndim == 4 and delta.shape[2:] != (1, 1)
     most = (conv_rank if large and conv_rank is not None else rank) if target_error is None else None
-    up, down, fit = best_approximation(matrix, chosen.conv if large else chosen.linear, most)
+    rule, direct = chosen.conv if large else chosen.linear, clamp_quantile is not None
+    up, down, fit = best_approximation(matrix, rule, most, direct)
     if clamp_quantile is not None:
         up, down = clamp(up, down, clamp_quantile)
         fit = Fit(fit.total, float((matrix - up @ down).square().sum()))

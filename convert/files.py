@@ -2,11 +2,14 @@
 
 import os
 import pickle
+import re
 import secrets
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,12 +32,14 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             with safe_open(file, framework="pt") as opened:
                 names = opened.keys()  # not a dict: it has no iterator of its own
                 return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
-        # Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        loaded = _unpickled(file)
     except SafetensorError as error:
         raise AdapterError(f"{file} is truncated or no safetensors file ({error})") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in str(error):
+            strange = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
         raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
@@ -43,6 +48,34 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
         raise AdapterError(f"{file} holds no table of named tensors")
     return loaded, {}
+
+
+class _Inert:
+    """Stands for a training library's objects in old checkpoints: nothing of theirs is made or run."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# What the first Stable Diffusion checkpoints hold beside their weights (state of callbacks, numpy numbers in it).
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Inert, name)
+    for name in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "pytorch_lightning.callbacks.ModelCheckpoint",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "_codecs.encode",
+    )
+]
+
+
+def _unpickled(file: Path) -> object:
+    # Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
+    with torch.serialization.safe_globals(_INERT):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 @contextmanager
@@ -57,7 +90,10 @@ def replacing(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise AdapterError(f"{target} is a folder: name a file in it")
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user's umask says; safetensors makes files that only the user can read
         yield partial
+        partial.chmod(mode)
         partial.replace(target)
     except SafetensorError as error:
         raise AdapterError(f"{target} cannot be written ({error})") from None
@@ -66,6 +102,35 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it is not there, or its folder is none: what went wrong is told by now
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def all_or_none(folder: Path) -> Iterator[Path]:
+    """An empty folder in `folder` to fill; its files are moved to `folder` when the block ends well, else removed.
+
+    They replace files of the same name, in folders of the same name. AdapterError where that cannot be done.
+    """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    own = folder / f".{secrets.token_hex(4)}.partial"
+    try:
+        own.mkdir(parents=True)
+        yield own
+        made = []
+        for file in sorted(own.rglob("*")):
+            target = folder / file.relative_to(own)
+            if file.is_dir():
+                target.mkdir(exist_ok=True)
+            elif target.is_dir():
+                raise AdapterError(f"{target} is a folder: a file of that name is to be written")
+        for file in [file for file in own.rglob("*") if file.is_file()]:
+            file.replace(folder / file.relative_to(own))
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be written to ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):
+            for part in made:  # folders that were made for nothing
+                part.rmdir()
 
 
 def sync(file: Path) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,38 @@ def is_mine(keys: set[str]) -> bool:
     return bool(keys) and all(split_key(key) is not None for key in keys)
 
 
+def checked(config: Any, where: str) -> dict[str, Any]:
+    """A PEFT config from a file; AdapterError where a field that is used here has another type than PEFT writes."""
+    kinds: dict[str, Any] = {
+        "lora_alpha": (int, float),
+        "alpha_pattern": dict,
+        "rank_pattern": dict,
+        "auto_mapping": dict,
+    }
+    if not isinstance(config, dict):
+        raise AdapterError(f"{where} is no table")
+    for key, kind in kinds.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise AdapterError(f"{where}: {key} is {value!r}")
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise AdapterError(f"{where}: alpha_pattern has {key!r}, which is no pattern ({error})") from None
+        if not isinstance(value, (int, float)):
+            raise AdapterError(f"{where}: alpha_pattern has {value!r} for {key}")
+    facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
+    told = facts.get("metadata") or {} if isinstance(facts, dict) else None
+    if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
+        raise AdapterError(f"{where}: auto_mapping's lora_adapters is {str(facts)[:80]}")
+    try:
+        dylora_of_config(config)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{where}: {error}") from None
+    return config
+
+
 def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     """The component's part of `lora_adapter_metadata`, without its prefix; {} where there is none."""
     try:
@@ -65,7 +98,10 @@ def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise AdapterError(f"{METADATA_KEY} is no JSON ({error})") from None
     start = f"{component}."
-    return {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
+    if not isinstance(table, dict):
+        raise AdapterError(f"{METADATA_KEY} is no table")
+    mine = {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
+    return checked(mine, f"{METADATA_KEY} of {component}")
 
 
 def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
@@ -73,17 +109,30 @@ def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> fl
 
     A live text encoder may or may not have the `text_model.` level in its names: a match of either spelling counts.
     """
-    for key, value in pattern.items():
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in (path, path.removeprefix("text_model."))):
-            return value
-    return default
+    names = (path, path.removeprefix("text_model."))
+    if all(key.startswith("^") and _literal(key) for key in pattern):  # as written here: looked up, not searched
+        wanted = {f"^{name}" for name in names} | {rf"^(text_model\.)?{names[1]}"}
+        return next((pattern[key] for key in wanted & pattern.keys()), default)
+    return next((value for key, value in pattern.items() if any(_pattern(key).match(name) for name in names)), default)
+
+
+@cache
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+@cache
+def _literal(key: str) -> bool:
+    """Whether an anchored key is a plain path: nothing in it but its dots is special."""
+    return re.fullmatch(r"\^(\(text_model\\\.\)\?)?[\w.]+", key) is not None
 
 
 def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
     """alpha of one module by a PEFT config; its rank where there is none. rsLoRA's scale is turned into LoRA's."""
     if not config:
         return float(rank)
-    alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", rank)))
+    default = config.get("lora_alpha")
+    alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, rank if default is None else default))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 

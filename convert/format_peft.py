@@ -9,8 +9,8 @@ from typing import Any
 import safetensors.torch
 
 from .errors import AdapterError
-from .files import read_tensors, replacing, sync
-from .format_diffusers import alpha_from_config, lora_config
+from .files import all_or_none, read_tensors, replacing, sync
+from .format_diffusers import alpha_from_config, checked, lora_config
 from .low_rank import LowRank
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
 from .names import COMPONENTS, ModuleName, check_known
@@ -38,6 +38,7 @@ def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowR
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{folder / CONFIG} is no JSON ({error})") from None
+    checked(config, str(folder / CONFIG))
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter that is more than plain LoRA")
     weights = folder / WEIGHTS
@@ -59,14 +60,23 @@ def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowR
     return modules, config
 
 
+def _is_text_encoder(folder: Path) -> bool:
+    """Whether a folder without component folders is a text encoder's, by the layers that its config names."""
+    try:
+        listed = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("target_modules") or []
+    except (ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder / CONFIG} is no JSON table ({error})") from None
+    names = [listed] if isinstance(listed, str) else listed
+    return any("encoder.layers" in name or name in ("q_proj", "fc1") for name in map(str, names))
+
+
 def read(folder: Path) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
     """Modules and metadata of a PEFT folder; one without component folders is a U-Net's or a text encoder's."""
     modules: dict[ModuleName, LowRank] = {}
     metadata: dict[str, str] = {}
     parts = [(folder / part, part) for part in COMPONENTS if (folder / part / CONFIG).is_file()]
     if not parts:
-        listed = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("target_modules") or []
-        text = any("encoder.layers" in name or name in ("q_proj", "fc1") for name in listed)
+        text = _is_text_encoder(folder)
         parts = [(folder, "text_encoder" if text else "unet")]
     for path, component in parts:
         found, config = _read_component(path, component)
@@ -84,23 +94,31 @@ def write(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping
 
     It stands in `auto_mapping`, a free-form field of every PEFT config, so that stock PEFT reads the plain adapter.
     """
-    for component in COMPONENTS:
-        mine = {_live_path(module): one for module, one in modules.items() if module.component == component}
-        if not mine:
-            continue
-        config = {
-            **lora_config(mine),
-            "peft_type": "LORA",
-            "task_type": None,
-            "inference_mode": True,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
-        }
-        tensors = {f"{_PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
-        tensors |= {f"{_PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
-        with replacing(folder / component / WEIGHTS) as partial:
-            safetensors.torch.save_file(tensors, partial, {"format": "pt"})
-            sync(partial)
-        with replacing(folder / component / CONFIG) as partial:
-            partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with all_or_none(folder) as own:
+        for component in {module.component for module in modules}:
+            (own / component).mkdir()
+            mine = {_live_path(module): one for module, one in modules.items() if module.component == component}
+            _write_component(own / component, mine, metadata, tuner)
+    for component in set(COMPONENTS) - {module.component for module in modules}:  # of an adapter that was there before
+        if (folder / component / CONFIG).is_file():
+            for name in (CONFIG, WEIGHTS, WEIGHTS_PICKLED):
+                (folder / component / name).unlink(missing_ok=True)
+
+
+def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
+    config = {
+        **lora_config(mine),
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
+    }
+    tensors = {f"{_PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
+    tensors |= {f"{_PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
+    with replacing(folder / WEIGHTS) as partial:
+        safetensors.torch.save_file(tensors, partial, {"format": "pt"})
+        sync(partial)
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ usage: info.py model.safetensors ... [--json] [--plot norms.png]
 
 import hashlib
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.command_line import Parser, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families import family_of
-from lora_adapters.convert.files import replacing
+from lora_adapters.convert.files import read_tensors, replacing
+from lora_adapters.convert.inputs import zero_alphas
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.names import ModuleName, block_index
 from lora_adapters.convert.sources import locate
@@ -105,6 +107,7 @@ def facts(adapter: Adapter, path: Path) -> dict[str, Any]:
     if path.is_file():
         hashed = hash_is_right(path, adapter.metadata)
     norms = block_norms(adapter)
+    tensors = read_tensors(path)[0] if path.is_file() else {}
     return {
         "file": str(path),
         "for": family_of(adapter),
@@ -113,6 +116,7 @@ def facts(adapter: Adapter, path: Path) -> dict[str, Any]:
         "modules": dict(Counter(module.component for module in adapter.modules)),
         "dtypes": sorted({str(one.up.dtype).removeprefix("torch.") for one in ones}),
         "parameters": sum(one.up.numel() + one.down.numel() for one in ones),
+        "zero_alphas": len(zero_alphas(tensors)),  # read as the rank
         "hash": {True: "right", False: "wrong", None: "none"}[hashed],
         "blocks": [
             {
@@ -120,7 +124,7 @@ def facts(adapter: Adapter, path: Path) -> dict[str, Any]:
                 "modules": len(listed),
                 "ranks": _count([one.rank for one in listed]),
                 "alphas": _count([one.alpha for one in listed]),
-                "norm": norms[block],
+                "norm": norms[block] if math.isfinite(norms[block]) else None,
             }
             for block, listed in _ordered_blocks(adapter).items()
         ],
@@ -143,12 +147,15 @@ def as_text(about: Mapping[str, Any]) -> str:
     ]
     for row in about["blocks"]:
         ranks, alphas = _shown(row["ranks"]), _shown(row["alphas"])
-        lines.append(f"  {row['block']:<16}{row['modules']:>8}{row['norm']:>10.4g}  {ranks} / {alphas}")
+        norm = "none: NaN" if row["norm"] is None else f"{row['norm']:.4g}"
+        lines.append(f"  {row['block']:<16}{row['modules']:>8}{norm:>10}  {ranks} / {alphas}")
+    if about["zero_alphas"]:
+        lines.append(f"  alpha is 0 in {about['zero_alphas']} modules, shown as their rank")
     return "\n".join([*lines, *(f"  {key}: {value}" for key, value in about["training"].items())])
 
 
 def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
-    """Draw the norm of the change in each block, a line for each adapter."""
+    """Draw the norm of the change in each block, a bar for each adapter; blocks that it does not change have none."""
     try:
         import matplotlib
     except ImportError:
@@ -158,13 +165,16 @@ def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
     norms = {name: block_norms(adapter) for name, adapter in adapters.items()}
-    longest = max(norms.values(), key=len)
-    blocks = [*longest, *sorted({block for each in norms.values() for block in each} - longest.keys())]
-    for name, each in norms.items():
-        axes.plot(range(len(blocks)), [each.get(block, 0.0) for block in blocks], marker="o", label=Path(name).stem)
+    blocks = sorted({block for each in norms.values() for block in each}, key=_place)
+    stems = [Path(name).stem for name in norms]
+    width = 0.8 / len(norms)
+    for number, (name, each) in enumerate(norms.items()):
+        shift = (number - (len(norms) - 1) / 2) * width
+        label = stems[number] if stems.count(stems[number]) == 1 else name
+        places = [blocks.index(block) + shift for block in each]
+        axes.bar(places, [each[block] for block in each], width, label=label)
     axes.set_xticks(range(len(blocks)), blocks, rotation=90)
     axes.set_ylabel("norm of the change")
-    axes.set_ylim(bottom=0)
     axes.legend()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

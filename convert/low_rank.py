@@ -107,6 +107,10 @@ class LowRank:
         alpha = self.alpha * (rank / self.rank) ** power
         return LowRank(self.down[:rank].contiguous(), self.up[:, :rank].contiguous(), alpha)
 
+    def reordered(self, order: torch.Tensor) -> "LowRank":
+        """The same change with its components in another order; order is (rank,), each index once."""
+        return replace(self, down=self.down[order], up=self.up[:, order])
+
     def to(self, dtype: torch.dtype | None) -> "LowRank":
         """Factors in another dtype; None keeps them."""
         return self if dtype is None else replace(self, down=self.down.to(dtype), up=self.up.to(dtype))

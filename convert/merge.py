@@ -1,6 +1,5 @@
 """Weighted sums of adapters, and adapters put into a model's weights."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .errors import AdapterError
 from .families import check_one_family, family_of
+from .inputs import check_finite
 from .low_rank import LowRank
 from .names import ModuleName, nearest
 
@@ -54,18 +54,11 @@ def _gathered(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> dict
         raise AdapterError(f"{len(weights)} ratios for {len(adapters)} adapters: one for each is needed")
     check_one_family(adapters)
     parts: dict[ModuleName, list[LowRank]] = {}
-    for adapter, weight in zip(adapters.values(), weights, strict=True):
+    for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
+        check_finite(adapter, f"{name}: ")
         for module, one in adapter.modules.items():
-            _check_finite(module, one)
             parts.setdefault(module, []).append(one.scaled(weight))
     return parts
-
-
-def _check_finite(module: ModuleName, one: LowRank) -> None:
-    for half, factor in (("down", one.down), ("up", one.up)):
-        # The sum is NaN or infinite if any number is, and needs no table of flags.
-        if not math.isfinite(float(factor.sum(dtype=torch.float32))):
-            raise AdapterError(f"{module}: {half} has NaN or infinite numbers")
 
 
 def _adding(parts: Sequence[LowRank]) -> Callable[[torch.Tensor], torch.Tensor]:

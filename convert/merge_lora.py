@@ -16,11 +16,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
+
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.block_weights import parse, weighted
 from lora_adapters.convert.checkpoint import Checkpoint
 from lora_adapters.convert.command_line import Parser, add_dtype, dtype_of, output_file, run
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.inputs import load
 from lora_adapters.convert.merge import merge_into_model, weighted_sum
 from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
 
@@ -39,7 +42,8 @@ def parser() -> Parser:
     made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
     made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
-    made.add_argument("--concat", action="store_true", help="concatenate ranks; sums are always made so")
+    made.add_argument("--concat", action="store_true", help="concatenate ranks, as sums are made without this too")
+    made.add_argument("--shuffle", action="store_true", help="put the sum's components into a random order")
     return made
 
 
@@ -51,7 +55,7 @@ def load_all(models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequen
             raise AdapterError(f"{len(models)} models, but {len(listed)} {what}: one for each is needed")
     adapters: dict[str, Adapter] = {}
     for number, model in enumerate(models):
-        adapter = Adapter.load(model)
+        adapter = load(model)
         if lbws is not None:
             adapter = weighted(adapter, parse(lbws[number]))
         adapters[model if model not in adapters else f"{model} ({number + 1})"] = adapter
@@ -70,8 +74,9 @@ def program(argv: Sequence[str] | None) -> None:
     if args.sd_model is None:
         _into_one(args, dtype)
         return
-    if args.new_rank or args.new_conv_rank:
-        raise AdapterError("--new_rank is for merging LoRAs into one: leave out --sd_model")
+    for flag in ("new_rank", "new_conv_rank", "concat", "shuffle"):
+        if getattr(args, flag):
+            raise AdapterError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
     checkpoint = Checkpoint.open(args.sd_model)
     if not checkpoint.is_folder:
         output_file(args.save_to)
@@ -89,14 +94,18 @@ def _into_one(args, dtype) -> None:
     path = output_file(args.save_to)
     if args.v2 or (args.new_conv_rank and not args.new_rank):
         raise AdapterError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
+    if args.concat and args.new_rank:
+        raise AdapterError("--concat keeps all ranks, --new_rank reduces them: give one of them")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws)
     merged = weighted_sum(adapters, ratios)
     if args.new_rank:
         modules, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
         merged = merged.with_modules(modules)
         print(report(fits))
+    if args.shuffle:
+        merged = merged.map(lambda one: one.reordered(torch.randperm(one.rank)))
     metadata = with_rank_facts(merged.modules, {**merged.metadata, **provenance(adapters, args.no_metadata)})
-    Adapter(merged.modules, metadata).save(path, dtype=dtype)
+    Adapter(merged.modules, metadata).save(path, dtype=dtype, modelspec=not args.no_metadata)
     print(f"{merged} written to {path}")
 
 

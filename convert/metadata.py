@@ -10,6 +10,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from .errors import AdapterError
+from .low_rank import RANK_SCALINGS
+
 _MODELSPEC_ARCHITECTURE = {
     "sd_v1": "stable-diffusion-v1",
     "sd_v2": "stable-diffusion-v2-512",
@@ -32,6 +35,10 @@ class DyLora:
     unit: int = 1
     rank_scaling: str = "constant"
     freeze_lower: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.unit, int) or self.unit < 1 or self.rank_scaling not in RANK_SCALINGS:
+            raise AdapterError(f"a DyLoRA of unit {self.unit} and rank_scaling {self.rank_scaling} is not known")
 
 
 def network_args(metadata: Mapping[str, str]) -> dict[str, str]:

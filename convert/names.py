@@ -23,6 +23,12 @@ _SGM_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+OUTER = {  # outside of the blocks, with sgm's names: kohya's trainer leaves these alone, LyCORIS' LoCon does not
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+}
 _PLACE = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
@@ -79,7 +85,7 @@ def _text_encoder() -> Iterator[str]:
 @cache
 def _paths(architecture: str) -> frozenset[str]:
     """All U-Net paths of "sd" (SD1.x and SD2.x have the same) or "sdxl"."""
-    return frozenset(_unet((1, 1, 1, 0), 1) if architecture == "sd" else _unet((0, 2, 10), 10))
+    return frozenset([*(_unet((1, 1, 1, 0), 1) if architecture == "sd" else _unet((0, 2, 10), 10)), *OUTER])
 
 
 def unet_paths(architecture: str) -> frozenset[str]:
@@ -94,6 +100,8 @@ def text_encoder_paths() -> list[str]:
 
 def sgm_path(path: str, architecture: str = "sdxl") -> str:
     """The dotted name of a U-Net module in Stability's and CompVis' own code (`input_blocks.4.1...`)."""
+    if path in OUTER:
+        return OUTER[path]
     match = _PLACE.fullmatch(path)
     assert match, path
     half, block, kind, layer, rest = match.groups()

@@ -17,7 +17,14 @@ def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if columns > min(rows, _SMALL):
         basis, root = torch.linalg.qr(matrix)
         return basis, root
+    basis, values, vh = gram_svd(matrix)
+    return basis, values[:, None] * vh
+
+
+def gram_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U (rows, n), singular values (n, descending) and Vᵀ (n, columns) in float64, n the numerical rank of float32."""
+    matrix = matrix.double()
     values, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    kept = values > _NOTHING * values[-1].clamp_min(1e-300)
-    vectors, roots = vectors[:, kept], values[kept].sqrt()
-    return matrix @ (vectors / roots), roots[:, None] * vectors.T
+    kept = (values > _NOTHING * values[-1].clamp_min(1e-300)).flip(0)
+    vectors, roots = vectors.flip(1)[:, kept], values.flip(0)[kept].sqrt()
+    return matrix @ (vectors / roots), roots, vectors.T

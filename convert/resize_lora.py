@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.inputs import load
 from lora_adapters.convert.rank_choice import DYNAMIC_METHODS, dynamic
 from lora_adapters.convert.svd import Rules, reduce_modules, report, rules, with_rank_facts
 
@@ -58,12 +59,14 @@ def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
-    adapter = Adapter.load(args.model)
+    adapter = load(args.model)
     modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
     if args.verbose:
         for module, fit in fits.items():
             print(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
     metadata = with_rank_facts(modules, adapter.plain_metadata())
+    before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""
+    metadata["ss_training_comment"] = f"resized from rank {adapter.rank}{before}"
     if args.dynamic_method or args.target_error is not None:
         metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     result = Adapter(modules, metadata)

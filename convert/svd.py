@@ -17,7 +17,7 @@ from .errors import AdapterError
 from .low_rank import LowRank
 from .names import COMPONENTS, ModuleName
 from .orthonormal import orthonormal
-from .rank_choice import RankRule, by_error, fixed
+from .rank_choice import RankRule, by_error, dynamic, fixed
 
 
 class Fit(NamedTuple):
@@ -67,6 +67,23 @@ def decompose(one: LowRank, device: torch.device | None = None) -> tuple[torch.T
     return left @ u, values, vh @ right.T
 
 
+def decompose_dense(
+    one: LowRank, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `decompose`, but n is the shorter side of ΔW, and the signs of singular vectors are those of kohya's tools.
+
+    They are arbitrary, and so is what clamping makes of them: it is kohya's only after LAPACK's SVD of the full matrix,
+    which takes as long as kohya's.
+    """
+    matrix = one.delta().flatten(1).to(device)
+    if not math.isfinite(float(matrix.sum())):
+        raise AdapterError("there are NaN or infinite numbers in it")
+    if not bool(matrix.any()):
+        return matrix[:, :0], matrix[0, :0], matrix[:0]
+    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u.double(), values.double(), vh.double()
+
+
 def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Both factors cut to ± the quantile of their values taken together (with their signs), as kohya's tools do."""
     if not 0 < quantile <= 1:
@@ -84,7 +101,7 @@ def reduced(
     one: LowRank, rule: RankRule, clamp_quantile: float | None = None, device: torch.device | None = None
 ) -> tuple[LowRank, Fit]:
     """The change with the number of components that the rule chooses, alpha = rank, and how well it fits."""
-    u, values, vh = decompose(one, device)
+    u, values, vh = decompose(one, device) if clamp_quantile is None else decompose_dense(one, device)
     if len(values) == 0:  # no change at all: one component of zeros
         none = one.truncated(1)
         return LowRank(none.down.float(), torch.zeros_like(none.up).float(), 1.0), Fit(0.0, 0.0)
@@ -151,4 +168,14 @@ def svd(adapter, rank, conv_rank=None, target_error=None, device=None, clamp_qua
     modules, _ = reduce_modules(
         adapter.modules, rules(rank, conv_rank, target_error), clamp_quantile, torch.device(device or "cpu")
     )
+    return replace(adapter, modules=modules, metadata=with_rank_facts(modules, adapter.plain_metadata()))
+
+
+def resize(adapter, rank, conv_rank=None, dynamic_rule=None):
+    """The best approximation of an adapter at its own scales; see `Adapter.resize`."""
+    conv = rank if conv_rank is None else conv_rank
+    chosen = rules(rank, conv)
+    if dynamic_rule is not None:
+        chosen = Rules(dynamic(*dynamic_rule, rank), dynamic(*dynamic_rule, conv))
+    modules, _ = reduce_modules(adapter.modules, chosen, keep_scale=True)
     return replace(adapter, modules=modules, metadata=with_rank_facts(modules, adapter.plain_metadata()))

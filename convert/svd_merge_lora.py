@@ -31,7 +31,9 @@ def parser() -> Parser:
     made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument(
-        "--clamp_quantile", type=float, help="clamp factors to this quantile (kohya's is 0.99; default: no)"
+        "--clamp_quantile",
+        type=float,
+        help="clamp factors to this quantile as kohya's scripts do (there 0.99; default: no); slow",
     )
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_dtype(made, "--precision", "of the result where save_precision is not given; it is always computed in float")
@@ -47,11 +49,13 @@ def program(argv: Sequence[str] | None) -> None:
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
     chosen = rules(rank, args.new_conv_rank, args.target_error)
     adapters, ratios = load_all(args.models, args.ratios, args.lbws)
+    facts = provenance(adapters, args.no_metadata)
     merged = weighted_sum(adapters, ratios)
+    del adapters  # the files need not stay in memory
     modules, fits = reduce_modules(merged.modules, chosen, args.clamp_quantile, device)
-    metadata = with_rank_facts(modules, {**merged.metadata, **provenance(adapters, args.no_metadata)})
+    metadata = with_rank_facts(modules, {**merged.metadata, **facts})
     result = Adapter(modules, metadata)
-    result.save(path, dtype=dtype_of(args.save_precision, args.precision))
+    result.save(path, dtype=dtype_of(args.save_precision, args.precision), modelspec=not args.no_metadata)
     print(report(fits))
     print(f"{result} written to {path}")
 

@@ -57,7 +57,7 @@ def _header(tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> byte
 
 
 class _Flusher:
-    """Brings what was written to the disk in the background, so that the last fsync has little left to wait for."""
+    """Brings what was written to the disk in the background, so that a last fsync has little left to wait for."""
 
     def __init__(self, descriptor: int, every: int = 128 << 20) -> None:
         self.descriptor, self.every, self.waiting = descriptor, every, 0
@@ -90,18 +90,32 @@ def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, st
             if tensor.numel():
                 out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 flusher.wrote(planned.size)
-    sync(file)
 
 
-def write(target: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str], wrapped: bool = True) -> None:
+def finish(file: Path, replaces: bool) -> None:
+    """Wait for the disk where the file is to replace another, so that a power failure cannot take both."""
+    if replaces:
+        sync(file)
+
+
+def write(
+    target: Path,
+    tensors: Mapping[str, Planned],
+    metadata: Mapping[str, str],
+    wrapped: bool = True,
+    replaces: bool | None = None,
+) -> None:
     """Write a weights file in the format of its ending: .safetensors, or a pickle for any other.
 
     A pickle is made from a .safetensors file beside it that is streamed first and then mapped, so that the tensors need
     not be in memory together. `wrapped` puts them under `state_dict`, as Stable Diffusion's own checkpoints are.
+    Where something else goes for it (`replaces`, by default an existing target) the new file is on the disk before.
     """
+    replaces = target.exists() if replaces is None else replaces
     if target.suffix == ".safetensors":
         with replacing(target) as partial:
             stream(partial, tensors, metadata)
+            finish(partial, replaces)
         return
     with replacing(target) as partial:
         streamed = partial.with_suffix(".safetensors")
@@ -111,6 +125,6 @@ def write(target: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, s
             # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
             ordered = {name: table[name] if table[name].numel() else table[name].clone() for name in tensors}
             torch.save({"state_dict": ordered} if wrapped else ordered, partial)
-            sync(partial)
+            finish(partial, replaces)
         finally:
             streamed.unlink(missing_ok=True)

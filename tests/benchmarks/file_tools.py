@@ -1,176 +1,220 @@
 #!/usr/bin/env python3
 """Time and memory of the file tools at full size, as whole processes, with kohya's scripts beside them if given.
 
-usage: file_tools.py [--folder DIR] [--sizes sd15 sdxl] [--only NAME ...] [--kohya CHECKOUT] [--kohya_python PYTHON]
+usage: file_tools.py [--folder DIR] [--only WORD ...] [--results FILE.json] [--markdown FILE.md]
+                     [--kohya CHECKOUT --kohya_python PYTHON] [--check]
 
-Makes checkpoints and adapters of SD1.5's and SDXL's shapes with random weights (from tests/golden/modules) in the
-folder, runs each tool on them, and prints wall time, peak resident memory, and the peak of anonymous memory (what is
-not a mapped file), sampled every 20 ms from /proc (Linux only).
+Makes complete checkpoints and adapters of SD1.5's and SDXL's shapes with random weights in the folder, runs each tool
+on them, and prints wall time, peak resident memory, and the peak of anonymous memory (what is not a mapped file),
+sampled every 20 ms from /proc (Linux only). --check compares the error that extraction left with the optimum, from all
+singular values of every module. --results keeps the numbers, so that a later call can measure other cases and
+--markdown write them all.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lora_adapters.convert import Adapter, LowRank, ModuleName  # noqa: E402
-from lora_adapters.convert.checkpoint_names import _candidates  # noqa: E402
-from lora_adapters.convert.weights_writing import Planned, stream  # noqa: E402
-
-PARTS = {"sd15": 1.07e9, "sdxl": 3.47e9}  # parameters of the whole checkpoint: U-Net, text encoders, VAE
+from lora_adapters.convert import Adapter  # noqa: E402
+from lora_adapters.convert.checkpoint import Checkpoint  # noqa: E402
+from tests.benchmarks.full_size import SIZES, make_adapter, make_checkpoint  # noqa: E402
 
 
-def modules(size: str) -> Iterator[tuple[ModuleName, tuple[int, ...], bool]]:
-    """Every adapted module with the shape of its weight, and whether LierLa has it."""
-    table = json.loads((ROOT / "tests" / "golden" / "modules" / f"kohya_modules_{size}.json").read_text())
-    for row in table["rows"]:
-        entry = dict(zip(table["columns"], row, strict=True))
-        kernel = {"linear": (), "conv1x1": (1, 1), "conv3x3": (3, 3)}[entry["kind"]]
-        yield (
-            ModuleName(entry["component"], entry["diffusers_module"]),
-            (entry["out"], entry["in"], *kernel),
-            entry["lierla"],
-        )
+class Case(NamedTuple):
+    """One measurement: a script and its options, and for extraction the two models whose difference is the truth."""
+
+    name: str
+    script: str
+    options: list[str]
+    out: Path
+    truth: tuple[Path, Path] | None = None
 
 
-def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: int) -> Path:
-    """A random adapter of full size."""
-    if not path.exists():
-        torch.manual_seed(seed)
-        made = {}
-        for module, shape, lierla in modules(size):
-            if not lierla and conv_rank is None:
-                continue
-            count = conv_rank if len(shape) == 4 and shape[2:] != (1, 1) and conv_rank else rank
-            up = torch.randn(shape[0], count, *(1 for _ in shape[2:])) * 0.01
-            made[module] = LowRank(torch.randn(count, *shape[1:]) * 0.02, up, float(count))
-        Adapter(made).save(path)
-    return path
-
-
-def make_checkpoint(path: Path, size: str, seed: int, base: Path | None = None) -> Path:
-    """A random fp16 checkpoint of full size; with a base, one with another random difference from it."""
-    if path.exists():
-        return path
-    architecture = "sdxl" if size == "sdxl" else "sd"
-    planned, count = {}, 0
-    for number, (module, shape, _) in enumerate(modules(size)):
-        prefixes = ("conditioner." if architecture == "sdxl" else "cond_stage_model.transformer.text_model.", "model.")
-        place = next(p for p in _candidates(module, architecture) if p.key.startswith(prefixes))
-        if place.third is not None:
-            shape = (3 * shape[0], *shape[1:])
-        if place.key in planned:
-            continue
-        count += torch.Size(shape).numel()
-        planned[place.key] = Planned(
-            torch.float16, shape, lambda n=number, s=shape: _weight(n, s, seed, base is not None)
-        )
-    filler = int(PARTS[size]) - count  # norms, embeddings, input and output layers, the VAE
-    piece = 1 << 24
-    for number in range(max(filler // piece, 1)):
-        planned[f"first_stage_model.filler.{number}.weight"] = Planned(
-            torch.float16, (piece,), lambda: torch.ones(piece, dtype=torch.float16)
-        )
-    if size == "sdxl":
-        planned["model.diffusion_model.label_emb.0.0.weight"] = Planned(
-            torch.float16, (4,), lambda: torch.ones(4, dtype=torch.float16)
-        )
-    stream(path, planned, {})
-    return path
-
-
-def _weight(number: int, shape: tuple[int, ...], seed: int, tuned: bool) -> torch.Tensor:
-    """Random numbers; tuned ones differ by a matrix with a decaying spectrum and noise, as fine-tuning's do."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(number)) * 0.02
-    if tuned:
-        generator = torch.Generator().manual_seed(seed * 10000 + number)
-        flat = weight.view(shape[0], -1)
-        rank = min(128, *flat.shape)
-        left = torch.randn(flat.shape[0], rank, generator=generator) * torch.arange(1, rank + 1) ** -0.7
-        flat.addmm_(left, torch.randn(rank, flat.shape[1], generator=generator), alpha=1e-3)
-        flat.add_(torch.randn(flat.shape, generator=generator), alpha=5e-4)
-    return weight.half()
-
-
-def measure(command: list[str]) -> dict[str, float | int | str]:
+def measure(command: list[str], most: float, path: str | None = None) -> dict[str, Any]:
     """Wall time (s), peak resident and anonymous memory (MB), and the exit status of a process."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    environment = os.environ if path is None else {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=path and path.split(":")[0],
+        env=environment,
+    )  # fmt: skip
     anonymous = peak = 0
+    seconds = 0.0
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
-            sizes = {
-                line.split(":")[0]: int(line.split()[1])
-                for line in status.splitlines()
-                if line.startswith(("Rss", "VmHWM"))
-            }
-            anonymous, peak = max(anonymous, sizes.get("RssAnon", 0)), max(peak, sizes.get("VmHWM", 0))
+            lines = (line.split() for line in status.splitlines() if line.startswith(("RssAnon", "VmHWM")))
+            sizes = {words[0]: int(words[1]) for words in lines}
+            anonymous, peak = max(anonymous, sizes.get("RssAnon:", 0)), max(peak, sizes.get("VmHWM:", 0))
         except (OSError, IndexError, ValueError):
             pass
+        seconds = time.perf_counter() - start
+        if seconds > most:
+            process.kill()
+            break
         time.sleep(0.02)
     seconds = time.perf_counter() - start
-    said = process.stdout.read().strip().splitlines() if process.stdout else []
+    said = (process.communicate()[0] or "").strip().splitlines()
     return {
         "seconds": round(seconds, 2),
-        "anonymous MB": anonymous // 1024,
-        "peak MB": peak // 1024,
-        "status": process.returncode,
+        "anonymous": anonymous // 1024,
+        "peak": peak // 1024,
+        "status": "stopped" if seconds > most else process.returncode,
         "said": next((line for line in said if line.startswith("relative error")), said[-1] if said else ""),
     }
 
 
-def cases(folder: Path, size: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, script and options of every measurement; what it reads is made when its turn comes."""
-    out = str(folder / "out.safetensors")
-    a = make_adapter(folder / f"{size}-a.safetensors", size, 32, None, 1)
-    b = make_adapter(folder / f"{size}-b.safetensors", size, 16, None, 2)
-    pair = ["--models", str(a), str(b), "--ratios", "0.6", "0.4"]
-    yield f"{size} svd-merge 32+16 to 32", "svd_merge_lora", ["--save_to", out, "--new_rank", "32", *pair]
-    base = make_checkpoint(folder / f"{size}.safetensors", size, 0)
-    into = ["--sd_model", str(base), "--save_to", out, "--save_precision", "fp16"]
-    yield f"{size} merge 2 into checkpoint", "merge_lora", [*into, *pair]
-    for count in (1, 4, 8):
-        many = [*into, "--models", *[str(a)] * count, "--ratios", *["0.1"] * count]
-        yield f"{size} merge {count} into checkpoint", "merge_lora", many
-    tuned = make_checkpoint(folder / f"{size}-tuned.safetensors", size, 3, base)
-    models = ["--model_org", str(base), "--model_tuned", str(tuned), "--save_to", out]
-    yield f"{size} extract dim 32", "extract_lora_from_models", [*models, "--dim", "32"]
-    wide = ["--dim", "128", "--conv_dim", "64"]
-    yield f"{size} extract dim 128 conv_dim 64", "extract_lora_from_models", [*models, *wide]
+def excess(out: Path, truth: tuple[Path, Path]) -> dict[str, float]:
+    """By how much the error that an extracted adapter leaves is above the optimum of its rank, in percent.
+
+    The optimum is the norm of the singular values that are left out, from the Gram matrix in float64.
+    """
+    adapter, base, tuned = Adapter.load(out), *map(Checkpoint.open, truth)
+    ours, theirs = base.modules, tuned.modules
+    above, left, whole = [], 0.0, 0.0
+    for module, one in adapter.modules.items():
+        delta = tuned.weight(module, theirs[module]).double() - base.weight(module, ours[module]).double()
+        matrix = delta.flatten(1)
+        gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+        best = float(torch.linalg.eigvalsh(gram)[: -one.rank or None].clamp_min(0).sum())
+        up, down = one.matrices(torch.float64)
+        missing = float((matrix - one.scale * up @ down).square().sum())
+        if best > 1e-12 * float(matrix.square().sum()):
+            above.append(100 * ((missing / best) ** 0.5 - 1))
+        left, whole = left + missing, whole + float(matrix.square().sum())
+    return {"least": round(min(above), 3), "most": round(max(above), 3), "error": round((left / whole) ** 0.5, 4)}
+
+
+def cases(folder: Path, size: str) -> Iterator[Case]:
+    """The measurements of one size; a name begins with the size."""
+    out = folder / "out.safetensors"
+    a, b = (folder / f"{size}-{name}.safetensors" for name in "ab")
+    base, tuned = folder / f"{size}.safetensors", folder / f"{size}-tuned.safetensors"
+    to, pair = ["--save_to", str(out)], ["--models", str(a), str(b), "--ratios", "0.6", "0.4"]
+
+    def many(count: int) -> list[str]:
+        return ["--models", *[str(a)] * count, "--ratios", *["0.1"] * count]
+
+    into = ["--sd_model", str(base), *to, "--save_precision", "fp16"]
+    models = ["--model_org", str(base), "--model_tuned", str(tuned), *to]
+    yield Case(f"{size} svd-merge 32 + 16 to 32", "svd_merge_lora", [*to, "--new_rank", "32", *pair], out)
+    yield Case(f"{size} merge 2 into the model", "merge_lora", [*into, *pair], out)
+    extracting = "extract_lora_from_models"
+    yield Case(f"{size} extract dim 32", extracting, [*models, "--dim", "32"], out, (base, tuned))
+    wide = [*models, "--dim", "128", "--conv_dim", "64"]
+    yield Case(f"{size} extract dim 128 conv_dim 64", extracting, wide, out, (base, tuned))
+    for count in (1, 2, 4, 8, 16):
+        yield Case(f"{size} curve: svd-merge {count}", "svd_merge_lora", [*to, "--new_rank", "32", *many(count)], out)
+        yield Case(f"{size} curve: merge {count} into the model", "merge_lora", [*into, *many(count)], out)
+    wider = ["--sd_model", str(folder / f"{size}-float.safetensors"), *to, *many(1)]
+    yield Case(f"{size} curve: merge 1 into the model in float32", "merge_lora", wider, out)
+
+
+def make_inputs(folder: Path, size: str, options: list[str]) -> None:
+    """Make the files that a measurement reads, where they are not there yet."""
+    make_adapter(folder / f"{size}-a.safetensors", size, 32, None, 1)
+    make_adapter(folder / f"{size}-b.safetensors", size, 16, None, 2)
+    for name, tuned, dtype in (
+        ("", False, torch.float16),
+        ("-tuned", True, torch.float16),
+        ("-float", False, torch.float32),
+    ):
+        path = folder / f"{size}{name}.safetensors"
+        if str(path) in options:
+            make_checkpoint(path, size, tuned, dtype)
+
+
+def kohyas(case: Case, python: str, checkout: Path) -> list[str]:
+    """The command line of kohya's script for the same."""
+    script, options = case.script, list(case.options)
+    if case.name.startswith("sdxl") and script == "merge_lora":
+        script = "sdxl_merge_lora"
+    if case.name.startswith("sdxl") and script == "extract_lora_from_models":
+        options.append("--sdxl")
+    return [python, str(checkout / "networks" / f"{script}.py"), *options]
+
+
+def _cells(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["", "", "", ""]
+    if found["status"] not in (0, "stopped"):
+        return ["fails", "", "", ""]
+    stopped = found["status"] == "stopped"
+    above = found.get("excess")
+    shown = "" if above is None else f"{above['least']:.2f} to {above['most']:.2f} %"
+    took = f"{'over ' if stopped else ''}{found['seconds']:.1f} s"
+    return [took, f"{found['anonymous']} MB", f"{found['peak']} MB", shown]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as a table, and the curves as another."""
+    lines = [
+        "| what | time | anonymous | resident | error above the optimum |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        if "curve" not in name:
+            lines.append(f"| {name} | {' | '.join(_cells(row.get('ours')))} |")
+            if "kohya" in row:
+                lines.append(f"| ... with kohya's script | {' | '.join(_cells(row['kohya']))} |")
+    lines += ["", "| curve | time | anonymous | resident |", "|---|---|---|---|"]
+    for name, row in results.items():
+        if "curve" in name:
+            lines.append(f"| {name.replace('curve: ', '')} | {' | '.join(_cells(row.get('ours'))[:3])} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to make the files, and keep them (default: a temporary one)")
-    parser.add_argument("--sizes", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--only", nargs="+", help="only measurements with one of these words in their name")
+    parser.add_argument("--only", nargs="*", help="only measurements with all of these words in their name")
+    parser.add_argument("--make", action="store_true", help="only make the files that the measurements read")
+    parser.add_argument("--check", action="store_true", help="compare errors of extraction with the optimum (minutes)")
+    parser.add_argument("--results", type=Path, help="JSON file to add the numbers to")
+    parser.add_argument("--markdown", type=Path, help="write all numbers of --results as tables")
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts to measure in the same run")
     parser.add_argument("--kohya_python", default=sys.executable)
+    parser.add_argument("--kohya_only", action="store_true", help="measure kohya's scripts only")
+    parser.add_argument("--most", type=float, default=3600, help="seconds after which a process is stopped")
     args = parser.parse_args()
+    results = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
+        folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for size in args.sizes:
-            for name, script, options in cases(folder, size):
-                if args.only and not any(word in name for word in args.only):
+        for case in (case for size in SIZES for case in cases(folder, size)):
+            if args.only is not None and not all(word in case.name.split() for word in args.only):
+                continue
+            make_inputs(folder, case.name.split()[0], case.options)
+            commands = {"ours": ([sys.executable, str(ROOT / "convert" / f"{case.script}.py"), *case.options], None)}
+            if args.kohya:
+                path = os.pathsep.join([str(args.kohya), os.environ.get("PYTHONPATH", "")])
+                commands["kohya"] = (kohyas(case, args.kohya_python, args.kohya), path)
+            for who, (command, path) in {} if args.make else commands.items():
+                if who == "ours" and args.kohya_only:
                     continue
-                print(name, measure([sys.executable, str(ROOT / "convert" / f"{script}.py"), *options]), flush=True)
-                if args.kohya:
-                    xl = "sdxl_merge_lora" if size == "sdxl" and script == "merge_lora" else script
-                    extra = ["--sdxl"] if size == "sdxl" and script == "extract_lora_from_models" else []
-                    command = [args.kohya_python, str(args.kohya / "networks" / f"{xl}.py"), *options, *extra]
-                    print(f"  kohya: {measure(command)}", flush=True)
+                case.out.unlink(missing_ok=True)
+                found = measure(command, args.most, path)
+                if args.check and case.truth and found["status"] == 0:
+                    found["excess"] = excess(case.out, case.truth)
+                print(case.name, who, found, flush=True)
+                results.setdefault(case.name, {})[who] = found
+                if args.results:
+                    args.results.write_text(json.dumps(results, indent=1))
+    if args.markdown:
+        args.markdown.write_text(markdown(results))
 
 
 if __name__ == "__main__":

@@ -41,18 +41,21 @@ def open_clip(tensors: dict[str, torch.Tensor], prefix: str, spare_layer: bool =
     return made
 
 
+def original_unet_name(name: str, size: str) -> str:
+    """The original name of a U-Net weight of SD1.x, SD2.x or SDXL ("sdxl")."""
+    if name.startswith("add_embedding.linear_"):
+        return f"label_emb.0.{0 if '_1' in name else 2}.{name.split('.')[-1]}"
+    name = unet_name(name)
+    # SDXL's deepest block has attention before the upsampler.
+    return name.replace("output_blocks.2.1.conv.", "output_blocks.2.2.conv.") if size == "sdxl" else name
+
+
 def original(kind: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """A checkpoint of kind "sd1", "sd2" or "sdxl", with something of a VAE and an integer tensor."""
     folder = GOLDEN / ("sdxl" if kind == "sdxl" else "sd15")
     made = {}
     for key, tensor in weights(folder, "unet").items():
-        if key.startswith("add_embedding.linear_"):
-            name = f"label_emb.0.{0 if '_1' in key else 2}.{key.split('.')[-1]}"
-        else:
-            name = unet_name(key)
-        if kind == "sdxl":  # its deepest block has attention before the upsampler
-            name = name.replace("output_blocks.2.1.conv.", "output_blocks.2.2.conv.")
-        made[f"model.diffusion_model.{name}"] = tensor
+        made[f"model.diffusion_model.{original_unet_name(key, kind)}"] = tensor
     text = weights(folder, "text_encoder")
     if kind == "sd1":
         made |= {f"cond_stage_model.transformer.{key}": tensor for key, tensor in text.items()}

@@ -192,3 +192,29 @@ def test_a_failed_save_leaves_the_target(tmp_path, monkeypatch):
         adapter.scale(2).save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_locon_beyond_the_blocks(tmp_path):
+    """LyCORIS adapts the U-Net's outermost layers too, which kohya's trainer leaves alone."""
+    names = ("conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2")
+    tensors = {}
+    for name in names:
+        kernel = (3, 3) if "conv" in name else ()
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(2, 4, *kernel)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(6, 2, *(1 for _ in kernel))
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(1.0)
+    adapter = Adapter.from_tensors(tensors)
+    assert {module.path for module in adapter.modules} == {
+        "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"
+    }  # fmt: skip
+    again = load_file(adapter.save(tmp_path / "a.safetensors"))
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+def test_resize_keeps_scales():
+    adapter = Adapter.load(GOLDEN / "sd15" / "c3lier.safetensors")
+    less = adapter.resize(4, 2)
+    assert all(less.modules[module].scale == pytest.approx(one.scale) for module, one in adapter.modules.items())
+    assert less.rank == 4
+    assert len({one.rank for one in adapter.resize(8, dynamic=("sv_fro", 0.8)).modules.values()}) > 1

@@ -1,13 +1,16 @@
 """Models as files: where weights are, and what is written."""
 
 import json
+import sys
+import types
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_adapters.convert import AdapterError, ModuleName
+from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.checkpoint import Checkpoint
 
 from .checkpoints import GOLDEN, original, weights
@@ -137,3 +140,50 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="NaN"):
         opened.write(tmp_path / "out.safetensors", {module: lambda weight: weight * float("nan")})
     assert [file.name for file in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_the_outermost_layers_have_their_places(tmp_path):
+    """A LoCon of conv_in, conv_out and the time embedding goes into a file and a folder alike."""
+    modules = {}
+    opened = Checkpoint.open(GOLDEN / "sd15")
+    for path in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"):
+        module = ModuleName("unet", path)
+        shape = opened.weight(module).shape
+        modules[module] = LowRank(torch.randn(2, *shape[1:]), torch.randn(shape[0], 2, *(1 for _ in shape[2:])), 1.0)
+    save_file(original("sd1"), tmp_path / "in.safetensors")
+    adapter = Adapter(modules)
+    for source, out in ((tmp_path / "in.safetensors", "out.safetensors"), (GOLDEN / "sd15", "out")):
+        merged = Checkpoint.open(adapter.merge_into(source, tmp_path / out))
+        for module, one in modules.items():
+            torch.testing.assert_close(merged.weight(module), opened.weight(module) + one.delta())
+    with pytest.raises(AdapterError, match="nothing to extract"):  # no type of kohya's covers them
+        Adapter.from_difference(GOLDEN / "sd15", tmp_path / "out", 2, 2)
+
+
+def lightning_checkpoint(path):
+    """A checkpoint as the first Stable Diffusion ones are: with the state of callbacks beside the weights."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+            patch.setitem(sys.modules, part, module)
+        state = {module.ModelCheckpoint: {"best": numpy.float64(0.5), "score": torch.tensor(1.0)}}
+        torch.save({"state_dict": original("sd1"), "callbacks": state, "lr": numpy.float32(1)}, path)
+
+
+def test_checkpoints_of_lightning_open_without_it(tmp_path):
+    lightning_checkpoint(tmp_path / "a.ckpt")
+    assert "pytorch_lightning" not in sys.modules
+    assert len(Checkpoint.open(tmp_path / "a.ckpt").modules) > 300
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    tensors = original("sd1")
+    key = "model.diffusion_model.middle_block.1.proj_in.weight"
+    tensors[key] = tensors[key].to(torch.int8)
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(AdapterError, match=r"mid_block.attentions.0.proj_in is torch.int8 in the model: a quantised"):
+        Checkpoint.open(tmp_path / "in.safetensors").write(
+            tmp_path / "out.safetensors", {ModuleName("unet", "mid_block.attentions.0.proj_in"): lambda weight: weight}
+        )

@@ -1,10 +1,12 @@
 """The command-line programs of the file tools: what they write, and one line for whatever goes wrong."""
 
+import ctypes
 import json
 import os
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -147,6 +149,8 @@ def test_split_of_chosen_ranks(tmp_path, capsys):
         capsys, "split", "--model", SD15 / "c3lier.safetensors", "--save_to", "x.safetensors"
     )
     assert not list(tmp_path.glob("e-*"))
+    said = fails(capsys, "split", "--model", SD15 / "dylora.safetensors", "--save_to", "x.safetensors", "--unit", 3)
+    assert "unit 3 does not divide the rank 16" in said
 
 
 def test_resize(tmp_path, capsys):
@@ -296,6 +300,7 @@ def hostile(path, kind):
         "rank 0": {up: torch.zeros(len(whole[up]), 0), down: torch.zeros(0, 32)},
         "integers": {up: torch.ones(whole[up].shape, dtype=torch.int32)},
         "torn alpha": {alpha: torch.ones(3)},
+        "alpha 0": {alpha: torch.tensor(0.0)},
         "alpha nan": {alpha: torch.tensor(float("nan"))},
         "zero size": {up: torch.zeros(0, 0)},
         "same module twice": {key.replace("lora_te_", "lora_te1_"): whole[key].clone() for key in (up, down)},
@@ -314,28 +319,48 @@ def hostile(path, kind):
 
 KINDS = (
     "missing", "truncated", "header too long", "header no json", "huge sizes", "offsets lie", "nothing", "nan",
-    "half pair", "rank 0", "integers", "torn alpha", "alpha nan", "zero size", "same module twice", "folder",
+    "half pair", "rank 0", "integers", "torn alpha", "alpha 0", "alpha nan", "zero size", "same module twice", "folder",
     "no permission",
 )  # fmt: skip
 
 
+@contextmanager
+def without_privileges():
+    """root as an ordinary user to files: without the capabilities to read and write everything (Linux)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, data) == 0
+    effective = data[0]
+    data[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, data) == 0
+    try:
+        yield
+    finally:
+        data[0] = effective
+        assert libc.capset(header, data) == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("program", ["merge", "svd-merge", "resize", "into model"])
+@pytest.mark.parametrize("program", ["merge", "svd-merge", "resize", "split", "convert", "into model"])
 def test_bad_adapters_are_one_line_and_leave_the_target(kind, program, tmp_path, capsys):
-    if kind == "no permission" and os.geteuid() == 0:
-        pytest.skip("root may read everything")
     bad, out = hostile(tmp_path / "bad.safetensors", kind), tmp_path / "out.safetensors"
     out.write_bytes(b"before")
     words = {
         "merge": ["merge", "--models", bad],
         "svd-merge": ["svd-merge", "--models", bad],
         "resize": ["resize", "--model", bad],
+        "split": ["split", "--model", bad, "--unit", "2"],
+        "convert": ["convert", "--model", bad, "--format", "diffusers"],
         "into model": ["merge", "--sd_model", tmp_path / "model.safetensors", "--models", bad],
     }[program]
     if program == "into model":
         save_file(original("sd1"), tmp_path / "model.safetensors")
-    said = fails(capsys, *words, "--save_to", out)
-    assert "bad.safetensors" in said or "NaN" in said
+    with without_privileges() if kind == "no permission" else nullcontext():
+        said = fails(capsys, *words, "--save_to", out)
+    assert "bad.safetensors" in said
     assert out.read_bytes() == b"before"
     assert not [file for file in tmp_path.iterdir() if "partial" in file.name]
 
@@ -366,23 +391,127 @@ def test_bad_models_are_one_line_and_leave_the_target(kind, program, tmp_path, c
 
 
 def test_a_full_disk_and_ctrl_c_leave_the_target(tmp_path, capsys, monkeypatch):
-    model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    model, out, folder = tmp_path / "model.safetensors", tmp_path / "out.safetensors", tmp_path / "folder"
     save_file(original("sd1"), model)
-    out.write_bytes(b"before")
+    (folder / "unet").mkdir(parents=True)
+    targets = (out, tmp_path / "out.ckpt", folder / "unet" / "config.json")
+    for target in targets:
+        target.write_bytes(b"before")
+    before = sorted(tmp_path.rglob("*"))
     for reason, said in ((OSError(28, "No space left on device"), "No space left"), (KeyboardInterrupt(), "stopped")):
 
-        def sync(file, reason=reason):
+        def finish(file, replaces, reason=reason):
+            assert replaces
             assert file.stat().st_size > 100000  # what is written so far is there, under another name
             raise reason
 
-        monkeypatch.setattr("lora_adapters.convert.weights_writing.sync", sync)
-        for target in (out, tmp_path / "out.ckpt"):
-            words = ["--sd_model", model, "--save_to", target, "--models", SD15 / "lierla.safetensors"]
+        monkeypatch.setattr("lora_adapters.convert.weights_writing.finish", finish)
+        for source, target in ((model, out), (model, tmp_path / "out.ckpt"), (SD15, folder)):
+            words = ["--sd_model", source, "--save_to", target, "--models", SD15 / "lierla.safetensors"]
             assert said in fails(capsys, "merge", *words)
-        folder = ["--sd_model", SD15, "--save_to", tmp_path / "folder", "--models", SD15 / "lierla.safetensors"]
-        assert said in fails(capsys, "merge", *folder)
-    assert out.read_bytes() == b"before"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "out.safetensors"]
+    assert all(target.read_bytes() == b"before" for target in targets)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_set_of_files_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    import safetensors.torch
+
+    real, calls = safetensors.torch.save_file, []
+
+    def save(*words):
+        calls.append(words)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        real(*words)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    split = ["split", "--model", SD15 / "dylora.safetensors", "--save_to", tmp_path / "new" / "d.safetensors"]
+    assert "No space left" in fails(capsys, *split)
+    assert list(tmp_path.iterdir()) == []  # two of four ranks were written by then
+    calls[:] = [()]
+    peft = ["convert", "--model", SD15 / "lierla.safetensors", "--save_to", tmp_path / "peft", "--format", "peft"]
+    assert "No space left" in fails(capsys, *peft)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    run(capsys, *peft)
+    unet = ["convert", "--model", SD15 / "unet_only.safetensors", "--save_to", tmp_path / "peft", "--format", "peft"]
+    run(capsys, *unet)  # nothing of what was there before is mixed into it
+    assert Adapter.load(tmp_path / "peft").components == ("unet",)
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, capsys):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o555)
+    lora, out = SD15 / "lierla.safetensors", tmp_path / "locked" / "out.safetensors"
+    with without_privileges():
+        assert "Permission denied" in fails(capsys, "merge", "--models", lora, "--save_to", out)
+        assert "Permission denied" in fails(capsys, "merge", "--sd_model", SD15, "--models", lora, "--save_to", out)
+    assert list((tmp_path / "locked").iterdir()) == []
+
+
+def test_files_get_the_permissions_of_the_users_umask(tmp_path, capsys):
+    before = os.umask(0o027)
+    try:
+        run(capsys, "merge", "--models", SD15 / "lierla.safetensors", "--save_to", tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_an_alpha_of_zero_is_has_to_be_said(tmp_path, capsys):
+    bad, out = hostile(tmp_path / "bad.safetensors", "alpha 0"), tmp_path / "out.safetensors"
+    words = ["convert", "--model", bad, "--save_to", out, "--format", "kohya"]
+    assert "--zero_alpha" in fails(capsys, *words)
+    assert "alpha is 0 in 1 modules" in run(capsys, "info", bad)
+    whole = Adapter.load(SD15 / "text_encoder_only.safetensors")
+    run(capsys, *words, "--zero_alpha", "none")
+    (silent,) = [module for module, one in Adapter.load(out).modules.items() if not one.delta().any()]
+    run(capsys, *words, "--zero_alpha", "rank")
+    one = Adapter.load(out).modules[silent]
+    assert one.scale == 1
+    assert torch.equal(one.up, whole.modules[silent].up)
+
+
+def test_kohyas_other_flags(tmp_path, capsys):
+    lora, out, model = SD15 / "c3lier.safetensors", tmp_path / "out.safetensors", tmp_path / "model.safetensors"
+    save_file(original("sd1"), model)
+    before = Adapter.load(lora)
+    for more in (["--concat"], ["--shuffle"], ["--concat", "--shuffle", "--no_metadata"], ["--precision", "float"]):
+        run(capsys, "merge", "--models", lora, lora, "--ratios", "0.25", "0.75", "--save_to", out, *more)
+        assert delta_distance(Adapter.load(out), before) < 1e-6
+        with safe_open(out, "pt") as opened:
+            assert ("modelspec.title" in opened.metadata()) == ("--no_metadata" not in more)
+    extract = ["extract", "--model_org", SD15, "--model_tuned", model, "--save_to", out]
+    for words, said in (
+        (["merge", "--sd_model", model, "--models", lora, "--save_to", out, "--concat"], "--concat is for"),
+        (["merge", "--models", lora, "--save_to", out, "--concat", "--new_rank", "2"], "give one of them"),
+        ([*extract, "--load_precision", "fp16"], "--load_precision is not supported: models are read as they are"),
+        ([*extract, "--load_tuned_model_to", "cuda"], "models stay on the disk"),
+    ):
+        assert said in fails(capsys, *words)
+
+
+def test_no_program_imports_a_slow_library(tmp_path):
+    """Every program at its work, where importing one of them fails."""
+    lora, out = SD15 / "c3lier.safetensors", tmp_path / "out.safetensors"
+    lines = [
+        ["merge", "--models", lora, lora, "--save_to", out],
+        ["merge", "--sd_model", SD15, "--models", lora, "--save_to", tmp_path / "merged"],
+        ["extract", "--model_org", SD15, "--model_tuned", tmp_path / "merged", "--save_to", out],
+        ["svd-merge", "--models", lora, "--save_to", out],
+        ["split", "--model", SD15 / "dylora.safetensors", "--save_to", out],
+        ["resize", "--model", lora, "--save_to", out],
+        ["convert", "--model", lora, "--save_to", tmp_path / "peft", "--format", "peft"],
+        ["info", lora, "--json"],
+    ]
+    code = (
+        "import sys\n"
+        "for name in ('diffusers', 'transformers', 'peft', 'accelerate', 'huggingface_hub'): sys.modules[name] = None\n"
+        "from lora_adapters.cli import main\n"
+        f"for line in {[[str(word) for word in line] for line in lines]!r}: assert main(line) == 0, line"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_wrong_options_are_one_line(tmp_path, capsys):

@@ -1,0 +1,60 @@
+"""Adapters as the programs of this folder take them: what is doubtful or broken is refused, with the file's name."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from . import format_kohya
+from .adapter import Adapter
+from .errors import AdapterError
+from .files import read_tensors
+from .names import from_kohya
+from .sources import locate
+
+ZERO_ALPHA = ("rank", "none")
+
+
+def load(model: str | Path, zero_alpha: str | None = None) -> Adapter:
+    """An adapter whose numbers are all finite; AdapterError, with its file, where it is none.
+
+    zero_alpha: what an alpha of 0 means, the "rank" or "none" at all; None refuses it, since programs differ in this.
+    """
+    path = locate(model)
+    if path.is_dir():
+        adapter, zeros = Adapter.load(path), []
+    else:
+        tensors, metadata = read_tensors(path)
+        try:
+            adapter, zeros = Adapter.from_tensors(tensors, metadata), zero_alphas(tensors)
+        except AdapterError as error:
+            raise type(error)(f"{path}: {error}") from None
+    if zeros and zero_alpha is None:
+        raise AdapterError(
+            f"{path}: the alpha of {zeros[0]} is 0, which is the rank to kohya's trainer and no effect to other "
+            "programs: say what it is with `lora-adapters convert --zero_alpha rank` (or none)"
+        )
+    check_finite(adapter, f"{path}: ")
+    if zeros and zero_alpha == "none":
+        silent = {from_kohya(name) for name in zeros}
+        pairs = {module: one.scaled(0.0) if module in silent else one for module, one in adapter.modules.items()}
+        return adapter.with_modules(pairs)
+    return adapter
+
+
+def zero_alphas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """kohya's names of the modules whose alpha is 0."""
+    if not format_kohya.is_mine(set(tensors)):
+        return []
+    alphas = ((name, tensor) for name, tensor in tensors.items() if name.endswith(".alpha"))
+    return [name.removesuffix(".alpha") for name, tensor in alphas if tensor.numel() == 1 and float(tensor) == 0]
+
+
+def check_finite(adapter: Adapter, where: str = "") -> None:
+    """AdapterError, with the module, where a number is NaN or infinite."""
+    for module, one in adapter.modules.items():
+        for half, factor in (("down", one.down), ("up", one.up)):
+            # The sum is NaN or infinite if any number is, and needs no table of flags.
+            if not math.isfinite(float(factor.sum(dtype=torch.float32))):
+                raise AdapterError(f"{where}{module}: {half} has NaN or infinite numbers")

@@ -1,0 +1,135 @@
+"""Checkpoints and adapters of the full size of SD1.5 and SDXL with random weights, for measurements.
+
+Checkpoints are complete, under the names of the original code, so that every program opens them. Names and shapes are
+those of diffusers' and transformers' models, which are built without weights; adapted modules stand in tests/golden.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lora_adapters.convert import Adapter, LowRank, ModuleName
+from lora_adapters.convert.checkpoint_names import places_in_file
+from lora_adapters.convert.weights_writing import Planned, stream
+from tests.convert.checkpoints import open_clip, original_unet_name
+from tests.train.single_files import vae_name
+
+MODULES = Path(__file__).resolve().parent.parent / "golden" / "modules"
+SIZES = ("sd15", "sdxl")
+_SDXL_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+def _text(projection_dim: int = 768, **options: int) -> dict[str, torch.Tensor]:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    config = CLIPTextConfig(vocab_size=49408, projection_dim=projection_dim, **{**sizes, **options})
+    return CLIPTextModelWithProjection(config).state_dict()
+
+
+def _big_g(prefix: str) -> dict[str, torch.Tensor]:
+    text = _text(1280, **_BIG_G)
+    made = open_clip(text, f"{prefix}transformer.")
+    made[f"{prefix}token_embedding.weight"] = text["text_model.embeddings.token_embedding.weight"]
+    made[f"{prefix}positional_embedding"] = text["text_model.embeddings.position_embedding.weight"]
+    for kind in ("weight", "bias"):
+        made[f"{prefix}ln_final.{kind}"] = text[f"text_model.final_layer_norm.{kind}"]
+    made[f"{prefix}text_projection"] = text["text_projection.weight"]
+    made[f"{prefix}logit_scale"] = torch.empty(())
+    return made
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a checkpoint file."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**(_SDXL_UNET if size == "sdxl" else {"cross_attention_dim": 768}))
+        made = {f"model.diffusion_model.{original_unet_name(n, size)}": w for n, w in unet.state_dict().items()}
+        for name, weight in AutoencoderKL(**_VAE).state_dict().items():
+            name = vae_name(name)
+            square = "attn_1" in name and weight.ndim == 2
+            made[f"first_stage_model.{name}"] = weight[:, :, None, None] if square else weight
+        clip = "conditioner.embedders.0.transformer." if size == "sdxl" else "cond_stage_model.transformer."
+        made |= {f"{clip}{name}": weight for name, weight in _text().items() if name.startswith("text_model.")}
+        if size == "sdxl":
+            made |= _big_g("conditioner.embedders.1.model.")
+    return {name: tuple(weight.shape) for name, weight in made.items()}
+
+
+def make_checkpoint(path: Path, size: str, tuned: bool = False, dtype: torch.dtype = torch.float16) -> Path:
+    """A random checkpoint; tuned is the same one with another random difference in every adapted module."""
+    if path.exists():
+        return path
+    table = shapes(size)
+    stand_ins = {name: torch.empty(shape, device="meta") for name, shape in table.items()}
+    adapted = {place.key for place in places_in_file(stand_ins, "sdxl" if size == "sdxl" else "sd").values()}
+    planned = {
+        name: Planned(dtype, shape, lambda n=name, s=shape: _weight(n, s, tuned and n in adapted).to(dtype))
+        for name, shape in table.items()
+    }
+    stream(path, planned, {})
+    return path
+
+
+def _weight(name: str, shape: tuple[int, ...], tuned: bool) -> torch.Tensor:
+    """Random numbers; tuned ones differ by a matrix with a decaying spectrum and noise, as fine-tuning's do."""
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    weight = torch.randn(shape, generator=generator) * 0.02
+    if tuned:
+        flat = weight.view(shape[0], -1)
+        rank = min(128, *flat.shape)
+        left = torch.randn(flat.shape[0], rank, generator=generator) * torch.arange(1, rank + 1) ** -0.7
+        flat.addmm_(left, torch.randn(rank, flat.shape[1], generator=generator), alpha=1e-3)
+        flat.add_(torch.randn(flat.shape, generator=generator), alpha=5e-4)
+    return weight
+
+
+def modules(size: str) -> Iterator[tuple[ModuleName, tuple[int, ...], bool]]:
+    """Every adapted module with the shape of its weight, and whether LierLa has it."""
+    table = json.loads((MODULES / f"kohya_modules_{size}.json").read_text())
+    for row in table["rows"]:
+        entry = dict(zip(table["columns"], row, strict=True))
+        kernel = {"linear": (), "conv1x1": (1, 1), "conv3x3": (3, 3)}[entry["kind"]]
+        module = ModuleName(entry["component"], entry["diffusers_module"])
+        yield module, (entry["out"], entry["in"], *kernel), entry["lierla"]
+
+
+def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: int) -> Path:
+    """A random adapter; conv_rank None is LoRA-LierLa, a number LoRA-C3Lier."""
+    if path.exists():
+        return path
+    torch.manual_seed(seed)
+    made = {}
+    for module, shape, lierla in modules(size):
+        if not lierla and conv_rank is None:
+            continue
+        count = conv_rank if shape[2:] == (3, 3) and conv_rank else rank
+        up = torch.randn(shape[0], count, *(1 for _ in shape[2:])) * 0.01
+        made[module] = LowRank(torch.randn(count, *shape[1:]) * 0.02, up, float(count))
+    Adapter(made).save(path)
+    return path
