@@ -176,6 +176,7 @@ def resize(adapter, rank, conv_rank=None, dynamic_rule=None):
     conv = rank if conv_rank is None else conv_rank
     chosen = rules(rank, conv)
     if dynamic_rule is not None:
-        chosen = Rules(dynamic(*dynamic_rule, rank), dynamic(*dynamic_rule, conv))
+        method, parameter = dynamic_rule
+        chosen = Rules(dynamic(method, parameter, rank), dynamic(method, parameter, conv))
     modules, _ = reduce_modules(adapter.modules, chosen, keep_scale=True)
     return replace(adapter, modules=modules, metadata=with_rank_facts(modules, adapter.plain_metadata()))

@@ -68,7 +68,7 @@ def test_kohyas_clamped_merge_is_reproduced_and_beaten():
         assert clamped[module].rank == wanted.rank
         exact = wanted.delta(torch.float64).flatten(1)
         distance = float((clamped[module].delta(torch.float64).flatten(1) - exact).norm() / exact.norm())
-        far += [distance] if distance > 1e-4 else []
+        far += [distance] if distance > 1e-3 else []
         assert ours[module].error <= kohyas[module].error + 1e-6
     assert len(far) <= 2  # nearly equal singular values, whose vectors turn into each other
     assert max(far, default=0) < 0.02
