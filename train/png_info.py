@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -27,9 +27,11 @@ SAMPLER_NAMES = {
 }
 
 
-def parameters(prompt: str, negative_prompt: str, adapters: Mapping[str, float], facts: Mapping[str, object]) -> str:
+def parameters(
+    prompt: str, negative_prompt: str, adapters: Iterable[tuple[str, float]], facts: Mapping[str, object]
+) -> str:
     """The text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, and a line of the facts."""
-    loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in adapters.items())
+    loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in adapters)
     lines = [prompt + loras, *([_NEGATIVE + negative_prompt] if negative_prompt else [])]
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in facts.items())])
 

@@ -58,8 +58,8 @@ class Album:
         """The settings of a picture as text."""
         live = unmerged(self._networks)
         own = request.multipliers or [one.multiplier for one in live]
-        weights = {one.name: one.multiplier for one in self._networks if one.merged}
-        weights |= {one.name: weight for one, weight in zip(live, own, strict=True)}
+        weights = [(one.name, one.multiplier) for one in self._networks if one.merged]
+        weights += [(one.name, weight) for one, weight in zip(live, own, strict=True)]
         facts: dict[str, object] = {
             "Steps": request.steps,
             "Sampler": SAMPLER_NAMES[request.sampler.removeprefix("k_")],

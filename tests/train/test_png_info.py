@@ -10,20 +10,20 @@ FACTS = {"Steps": 20, "Sampler": "Euler a", "CFG scale": "7.5", "Lora hashes": '
 
 
 def test_the_form() -> None:
-    text = parameters("a cat", "bad", {"one": 0.5, "two": -1.0}, FACTS)
+    text = parameters("a cat", "bad", [("one", 0.5), ("two", -1.0)], FACTS)
     assert text == (
         "a cat <lora:one:0.5> <lora:two:-1>\nNegative prompt: bad\n"
         'Steps: 20, Sampler: Euler a, CFG scale: 7.5, Lora hashes: "a: 1, \\"b\\": 2\\\\"'
     )
     assert web_ui_reads(text)["CFG scale"] == "7.5"
-    assert parameters("a cat", "", {}, {"Steps": 1}) == "a cat\nSteps: 1"
+    assert parameters("a cat", "", [], {"Steps": 1}) == "a cat\nSteps: 1"
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        (parameters("a cat", "bad\nworse", {"one": 0.5}, FACTS), ("a cat", "bad\nworse")),
-        (parameters("a\ncat", "", {}, FACTS), ("a\ncat", "")),
+        (parameters("a cat", "bad\nworse", [("one", 0.5)], FACTS), ("a cat", "bad\nworse")),
+        (parameters("a\ncat", "", [], FACTS), ("a\ncat", "")),
         ("a cat\nSteps: 3", ("a cat\nSteps: 3", "")),  # no line of facts
     ],
 )
