@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Does one DyLoRA training give what one LoRA training for each rank gives?
 
-usage: rank_study.py --out DIR [--steps N] [--seeds N ...] [--rates R ...] [--only WORD ...] [--workers N]
-                     [--tasks style subject] [--kohya CHECKOUT] [--report]
+usage: rank_study.py --out DIR [--steps N] [--seeds N ...] [--rates R R [--third]] [--only WORD ...] [--workers N]
+                     [--tasks style subject] [--base FOLDER] [--kohya CHECKOUT] [--report]
 
-Trains examples/tiny-sd on a style and on a subject with plain LoRA at each rank, this package's DyLoRA in its variants,
-kohya's (where a checkout of sd-scripts is given) and LyCORIS's (where lycoris-lora is installed), all with the same
+Trains a small base model on a style and on a subject with plain LoRA at each rank, this package's DyLoRA, kohya's
+(where a checkout of sd-scripts is given) and LyCORIS's (where lycoris-lora is installed), all with the same
 steps, pictures and noise, and measures the held-out denoising loss at ranks 1, 2, 4, 8 and 16. First every method
-looks for its learning rate on the first task and seed: it tries --rates, and one more on the side of the better one.
-Then it trains with the best of them (the lowest loss, averaged over ranks) on the other tasks and seeds.
+looks for its learning rate on the first task and seed: it tries --rates, and with --third one more on the side of the
+better one. Then it trains with the best of them (the lowest loss, averaged over ranks) on the other tasks and seeds.
 
 Every finished run is one file in DIR/runs: the same command goes on where an earlier one stopped. --report (also done
 at the end) writes DIR/table.md, DIR/plot.png (needs matplotlib) and a sheet of pictures for each task.
@@ -45,13 +45,13 @@ class Job(NamedTuple):
         return f"{self.task}-{re.sub('[^a-z0-9]+', '_', self.method.name)}-{self.lr:g}-seed{self.seed}"
 
 
-def prepare(out: Path, steps: int) -> None:
+def prepare(out: Path, base: Path, steps: int) -> None:
     """Latents and text states of both tasks, the base model's losses, and the folder of runs.
 
     Results of another base model or number of steps are not mixed with new ones: SystemExit.
     """
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    weights = tasks.BASE / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
     now = {"base": hashlib.sha256(weights.read_bytes()).hexdigest()[:12], "steps": steps}
     about = out / "about.json"
     if about.exists():
@@ -59,7 +59,7 @@ def prepare(out: Path, steps: int) -> None:
         if {key: before[key] for key in now} != now:
             raise SystemExit(f"error: {out} holds results of another base model or number of steps: give another --out")
         return
-    pipe = StableDiffusionPipeline.from_pretrained(tasks.BASE, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     losses = {}
     for name in tasks.TASKS:
         losses[name] = training.held_out_loss(pipe.unet.eval(), tasks.prepared(name, out, pipe).held_out)
@@ -69,11 +69,11 @@ def prepare(out: Path, steps: int) -> None:
 _shared: dict[str, Any] = {}
 
 
-def start_worker(out: Path, kohya: Path | None, steps: int) -> None:
+def start_worker(out: Path, folder: Path, kohya: Path | None, steps: int) -> None:
     """What every run of a worker process needs."""
     torch.set_num_threads(1)  # small matrices: two processes do more than two threads
     torch.set_flush_denormal(True)
-    base = UNet2DConditionModel.from_pretrained(tasks.BASE / "unet", torch_dtype=torch.float32).requires_grad_(False)
+    base = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).requires_grad_(False)
     loaded = {name: tasks.prepared(name, out, None) for name in tasks.TASKS}
     _shared.update(out=out, kohya=kohya, steps=steps, base=base, tasks=loaded)
 
@@ -98,7 +98,7 @@ def finish(jobs: Iterable[Job], out: Path, args: argparse.Namespace) -> None:
     if not left:
         return
     context = multiprocessing.get_context("spawn")
-    shared = (out, args.kohya, args.steps)
+    shared = (out, args.base, args.kohya, args.steps)
     with ProcessPoolExecutor(args.workers, context, start_worker, shared) as pool:
         waiting = [pool.submit(do, job) for job in left]
         for done in tqdm(as_completed(waiting), total=len(left), desc="runs", mininterval=10):
@@ -118,30 +118,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--steps", type=int, default=150, help="training steps of every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first one finds the rates")
-    parser.add_argument("--rates", type=float, nargs=2, default=[1e-3, 2e-3], help="learning rates to try")
+    parser.add_argument("--rates", type=float, nargs=2, default=[2e-3, 4e-3], help="learning rates to try")
+    parser.add_argument("--third", action="store_true", help="try a third rate, on the side of the better one")
     parser.add_argument("--only", nargs="+", help="only methods with one of these words in their name")
     parser.add_argument(
         "--tasks", nargs="+", choices=tasks.TASKS, default=tasks.TASKS, help="the first finds the rates"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--base", type=Path, default=tasks.BASE, help="a Diffusers folder (default: examples/tiny-sd)")
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     args = parser.parse_args()
     if args.kohya and not (args.kohya / "networks" / "dylora.py").exists():
         raise SystemExit(f"error: {args.kohya} is no checkout of sd-scripts: it has no networks/dylora.py")
     out = args.out.resolve()
-    prepare(out, args.steps)
+    prepare(out, args.base, args.steps)
     chosen = [one for one in methods(args.kohya) if not args.only or any(word in one.name for word in args.only)]
     if not args.report:
         task, seed = args.tasks[0], args.seeds[0]
         finish([Job(task, one, lr, seed) for lr in args.rates for one in chosen], out, args)
-        tried = [one for one in report.records(out) if one["lr"] in args.rates]
-        best = report.best_rates(tried, task, seed)
-        finish([Job(task, one, further(best[one.name], args.rates), seed) for one in chosen], out, args)
+        if args.third:
+            tried = [one for one in report.records(out) if one["lr"] in args.rates]
+            best = report.best_rates(tried, task, seed)
+            finish([Job(task, one, further(best[one.name], args.rates), seed) for one in chosen], out, args)
         best = report.best_rates(report.records(out), task, seed)
         whole = [Job(task, one, best[one.name], seed) for seed in args.seeds for task in args.tasks for one in chosen]
         finish(whole, out, args)
-    report.write(out, args.tasks[0], args.seeds)
+    report.write(out, args.base, args.tasks[0], args.seeds)
     print((out / "table.md").read_text())
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every benchmark of the project against the peers that are installed, in one run: a markdown table and a chart.
 
-usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl] [--ranks 4 32 128] [--rounds N]
+usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl] [--ranks 4 16 64] [--rounds N]
                       [--kohya CHECKOUT [--kohya_python PYTHON]] [--report]
 
 live: loading adapters, changing weights of adapters and the rank of a DyLoRA, each side in processes of its own that
@@ -182,7 +182,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", help="of the live ones, only those with one of these words in their name")
     parser.add_argument("--sizes", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[4, 32, 128], help="of the adapters that are loaded")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64], help="of the adapters that are loaded")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side, in turns")
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts to measure in the same run")
     parser.add_argument("--kohya_python", default=sys.executable)

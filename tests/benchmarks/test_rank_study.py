@@ -103,7 +103,7 @@ def test_the_third_rate_lies_beyond_the_better_one():
 def test_results_of_another_base_model_are_refused(tmp_path):
     (tmp_path / "about.json").write_text('{"base": "0", "steps": 150}')
     with pytest.raises(SystemExit, match="another base model"):
-        rank_study.prepare(tmp_path, 150)
+        rank_study.prepare(tmp_path, BASE, 150)
 
 
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):

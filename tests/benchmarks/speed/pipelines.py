@@ -31,9 +31,13 @@ def weightless(make: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
             if parameter is not None:
                 zero = torch.zeros((), dtype=dtype).expand(parameter.shape)
                 module._parameters[name] = nn.Parameter(zero, requires_grad=False)
+                # as from_pretrained leaves it: else transformers draws new weights when stock code loads an adapter
+                module._parameters[name]._is_hf_initialized = True
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name]._is_hf_initialized = True
+        module._is_hf_initialized = True
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lora_adapters import Adapter
 
 from .methods import RANKS
-from .tasks import BASE, PROMPTS, TASKS
+from .tasks import PROMPTS, TASKS
 
 PLAIN, CUT = "plain LoRA, one training a rank", "plain LoRA of rank 16, cut by SVD"
 SHEET = ("plain", "ours constant", "ours sqrt", "ours rank", "ours constant frozen", "kohya", "lycoris")
@@ -140,9 +140,9 @@ def plot(losses: Losses, file: Path) -> None:
     figure.savefig(file, dpi=90)
 
 
-def sheet(out: Path, task: str, rates: Mapping[str, float], seed: int) -> None:
+def sheet(out: Path, base: Path, task: str, rates: Mapping[str, float], seed: int) -> None:
     """Pictures of the first seed's adapters: a block of prompts for each method, a column for each rank."""
-    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts, shown, side = PROMPTS[task], (1, 4, 16), 96
     stems = {(run["task"], run["method"], run["lr"], run["seed"]): file for file, run in files(out)}
@@ -189,7 +189,7 @@ def drawn(pipe: Any, prompts: tuple[str, ...], adapter: Adapter | None) -> list[
     return pictures
 
 
-def write(out: Path, tuned: str, seeds: list[int]) -> None:
+def write(out: Path, base: Path, tuned: str, seeds: list[int]) -> None:
     """table.md, plot.png and a sheet for each task; the rates are those of the task `tuned`."""
     runs = records(out)
     losses, rates = collected(runs, tuned, seeds)
@@ -200,4 +200,4 @@ def write(out: Path, tuned: str, seeds: list[int]) -> None:
         print("no plot: matplotlib is not installed (pip install lora-adapters[benchmarks])")
     for task in TASKS:
         if any(where == task for where, *_ in losses):
-            sheet(out, task, rates, seeds[0])
+            sheet(out, base, task, rates, seeds[0])
