@@ -128,6 +128,7 @@ def seconds(value: float) -> str:
 def table(results: Results, out: Path) -> str:
     """Everything that was measured, as markdown."""
     lines = [f"Machine: {results['machine']}.", ""]
+    lines += ["CPU seconds of one thread (medians of processes that took turns), and memory above the pipeline's.", ""]
     lines += [
         "| | ours | diffusers alone | ours / diffusers | memory ours | memory diffusers |",
         "|---|---|---|---|---|---|",
