@@ -4,7 +4,7 @@
 usage: live.py CASE --side ours|stock --size sd15|sdxl --file ADAPTER [--second ADAPTER] [--repeat N]
 
 CASE is one of: load, set_adapters, rank. "stock" is diffusers without this package. Times are CPU seconds of the
-process with one thread, which is what it takes on a machine with nothing else to do; `wall` is what it took on this one.
+process with one thread, about what it takes on a machine with nothing else to do; `wall` is what it took on this one.
 """
 
 import argparse
