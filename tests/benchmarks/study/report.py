@@ -83,7 +83,9 @@ def table(losses: Losses, rates: Mapping[str, float], runs: list[dict[str, Any]]
                 if not values:
                     cells.append("")
                     continue
-                cell = f"{statistics.mean(values):.4f} ±{spread(values):.4f}"
+                cell = f"{statistics.mean(values):.4f}"
+                if len(values) > 1:
+                    cell += f" ±{spread(values):.4f}"
                 difference = against_plain(losses, task, name, rank)
                 if name != PLAIN and difference:
                     cell += f" ({statistics.mean(difference):+.1%})"
