@@ -1,6 +1,5 @@
 """Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
 
-import json
 import math
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from .checkpoint_names import Place, architecture_of_file, places_in_component, 
 from .errors import AdapterError
 from .files import read_tensors
 from .names import COMPONENTS, ModuleName
+from .parsing import json_value
 from .weights_writing import Planned, write
 
 _INDEX = "model_index.json"
@@ -159,8 +159,10 @@ class Checkpoint:
         if not queries or self.weight(queries[0]).shape[1] != 1024:  # the width of SD2's text encoder
             return "sd_v1"
         try:
-            scheduler = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            scheduler = json_value((self.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            scheduler = {}
+        if not isinstance(scheduler, dict):
             scheduler = {}
         return "sd_v2_v" if scheduler.get("prediction_type") == "v_prediction" else "sd_v2"
 

@@ -1,7 +1,6 @@
 """Reading tensors from files without trusting them, and writing files that are whole or not there."""
 
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -32,21 +31,20 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             with safe_open(file, framework="pt") as opened:
                 names = opened.keys()  # not a dict: it has no iterator of its own
                 return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
-        loaded = _unpickled(file)
     except SafetensorError as error:
-        raise AdapterError(f"{file} is truncated or no safetensors file ({error})") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "weights_only" in str(error):
-            strange = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
-        raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
+        raise AdapterError(f"{file} is truncated or no safetensors file ({_one_line(error)})") from None
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a type of number that this PyTorch has not, a name that is no text
+        raise AdapterError(f"{file} holds what cannot be read ({_one_line(error)})") from None
+    loaded = load_plain(file)
     if isinstance(loaded, dict):
         loaded = loaded.get("state_dict", loaded)
     if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
         raise AdapterError(f"{file} holds no table of named tensors")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise AdapterError(f"{file}: {name!s:.80} is no plain tensor under a name")
     return loaded, {}
 
 
@@ -72,10 +70,34 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def _unpickled(file: Path) -> object:
-    # Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
-    with torch.serialization.safe_globals(_INERT):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+def load_plain(file: Path) -> Any:
+    """What a PyTorch pickle holds, on the CPU and mapped where it can be; nothing in it is executed.
+
+    AdapterError where it cannot be read.
+    """
+    try:
+        # Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        with torch.serialization.safe_globals(_INERT):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # PyTorch's unpickler raises almost anything on damaged files
+        reason = _one_line(error)
+        if "weights_only" in str(error):
+            strange = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
+        raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is dense and holds as many numbers as it says; a few bytes may stand for terabytes (stride 0)."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import torch
 from .errors import AdapterError
 from .low_rank import LowRank
 from .names import TEXT_LAYERS, ModuleName, unet_paths
+from .parsing import json_value
 
 EMBEDDING = "<embed>"
-_KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+_KEY = re.compile(r"(unet|text_encoder):([0-9]{1,5}):(up|down)")
 _UNET_PARTS = {
     "CrossAttention": ("attn1", "attn2"),
     "Attention": ("attn1", "attn2"),  # what diffusers called it later
@@ -96,9 +97,11 @@ def _may_be(path: str, dimensions: int) -> bool:
 def _targets(metadata: Mapping[str, str], component: str) -> list[str]:
     default = ["CrossAttention", "Attention", "GEGLU"] if component == "unet" else ["CLIPAttention"]
     try:
-        listed = json.loads(metadata.get(component, json.dumps(default)))
-    except json.JSONDecodeError as error:
+        listed = json_value(metadata.get(component, json.dumps(default)))
+    except ValueError as error:
         raise AdapterError(f"its metadata for {component} is no JSON ({error})") from None
+    if not isinstance(listed, list):
+        raise AdapterError(f"its metadata for {component} is no list of classes")
     return [str(name) for name in listed]
 
 

@@ -21,6 +21,7 @@ from .errors import AdapterError
 from .low_rank import LowRank
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
 from .names import COMPONENTS, ModuleName, check_known
+from .parsing import json_value
 
 METADATA_KEY = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
@@ -94,8 +95,8 @@ def checked(config: Any, where: str) -> dict[str, Any]:
 def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     """The component's part of `lora_adapter_metadata`, without its prefix; {} where there is none."""
     try:
-        table = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except json.JSONDecodeError as error:
+        table = json_value(metadata.get(METADATA_KEY, "{}"))
+    except ValueError as error:
         raise AdapterError(f"{METADATA_KEY} is no JSON ({error})") from None
     start = f"{component}."
     if not isinstance(table, dict):
@@ -131,9 +132,34 @@ def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
     """alpha of one module by a PEFT config; its rank where there is none. rsLoRA's scale is turned into LoRA's."""
     if not config:
         return float(rank)
-    default = config.get("lora_alpha")
-    alpha = float(pattern_value(config.get("alpha_pattern") or {}, path, rank if default is None else default))
+    pattern, default = config.get("alpha_pattern") or {}, config.get("lora_alpha")
+    default = rank if default is None else default
+    if not isinstance(pattern, Mapping):
+        raise AdapterError("alpha_pattern is no table")
+    for key in pattern:
+        _check_pattern(key)
+    try:
+        alpha = float(pattern_value(pattern, path, default))
+    except (TypeError, ValueError, OverflowError):
+        raise AdapterError("lora_alpha or a value of alpha_pattern is no number") from None
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+@cache
+def _check_pattern(key: str) -> None:
+    """AdapterError for a key of alpha_pattern that is no expression, or one whose matching may not come to an end.
+
+    Keys are paths or short expressions. Python's `re` tries all ways to match one: their number grows exponentially
+    with repeated groups and with many optional or alternative parts, so few of these are taken.
+    """
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError):
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is no expression") from None
+    repeated = len(re.findall(r"(?<!\\)[*+{]", key))
+    chosen = len(re.findall(r"(?<![\\(])\?|\|", key))
+    if len(key) > 500 or repeated > 2 or chosen > 8 or re.search(r"\)[*+{]", key):
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}: so complex an expression is not tried")
 
 
 def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

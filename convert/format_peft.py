@@ -12,8 +12,9 @@ from .errors import AdapterError
 from .files import all_or_none, read_tensors, replacing, sync
 from .format_diffusers import alpha_from_config, checked, lora_config
 from .low_rank import LowRank
-from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
+from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
 from .names import COMPONENTS, ModuleName, check_known
+from .parsing import json_value
 
 CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -33,12 +34,20 @@ def _live_path(module: ModuleName) -> str:
     return module.path.removeprefix("text_model.") if module.component == "text_encoder" and flattened else module.path
 
 
-def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowRank], dict[str, Any]]:
+def _config(folder: Path) -> dict[str, Any]:
+    """The folder's adapter_config.json; AdapterError where it is no JSON table."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json_value((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG} holds no table")
     checked(config, str(folder / CONFIG))
+    return config
+
+
+def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowRank], dict[str, Any]]:
+    config = _config(folder)
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter that is more than plain LoRA")
     weights = folder / WEIGHTS
@@ -55,18 +64,18 @@ def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowR
     for module, pair in pairs.items():
         if len(pair) != 2:
             raise AdapterError(f"{folder}: {module} has only one half, lora_{next(iter(pair))}")
-        alpha = alpha_from_config(config, module.path, pair["A"].shape[0])
-        modules[module] = LowRank(pair["A"], pair["B"], alpha)
+        try:
+            alpha = alpha_from_config(config, module.path, len(pair["A"]) if pair["A"].ndim else 0)
+            modules[module] = LowRank(pair["A"], pair["B"], alpha)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {module}: {error}") from None
     return modules, config
 
 
 def _is_text_encoder(folder: Path) -> bool:
     """Whether a folder without component folders is a text encoder's, by the layers that its config names."""
-    try:
-        listed = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("target_modules") or []
-    except (ValueError, AttributeError) as error:
-        raise AdapterError(f"{folder / CONFIG} is no JSON table ({error})") from None
-    names = [listed] if isinstance(listed, str) else listed
+    listed = _config(folder).get("target_modules") or []
+    names = listed if isinstance(listed, list) else [listed]
     return any("encoder.layers" in name or name in ("q_proj", "fc1") for name in map(str, names))
 
 
@@ -81,8 +90,9 @@ def read(folder: Path) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
     for path, component in parts:
         found, config = _read_component(path, component)
         modules |= found
-        facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
-        metadata.update(facts.get("metadata") or {})
+        told = own_facts(config).get("metadata")
+        if isinstance(told, dict) and all(isinstance(text, str) for text in told.values()):
+            metadata.update(told)
         dylora = dylora_of_config(config)
         if dylora is not None and dylora_of(metadata) is None:  # written by PEFT itself, without kohya's metadata
             metadata.update(dylora_metadata(dylora, network_args(metadata)))

@@ -1,7 +1,12 @@
-"""What `huggingface_hub` means, in one line: its errors run over many, with request numbers and addresses."""
+"""What `huggingface_hub` means, in one line: its errors run over many, with request numbers and addresses.
+
+The versions before 1.0, which transformers 4 asks for, stand on requests instead of httpx and know fewer errors; what
+differs is told apart here.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .errors import AdapterError
 
@@ -24,19 +29,39 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def is_missing_there(error: BaseException | None) -> bool:
+    """Whether the Hub answered that the repository has no such file."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+
+
+def incomplete_snapshot(error: BaseException) -> Path | None:
+    """The cached folder of a repository that is there in part; None of any other error, and before version 1.0."""
+    found = getattr(error, "snapshot_path", None)
+    return Path(found) if found is not None else None
+
+
+def _network_error() -> type[Exception]:
+    """The base of what goes wrong on the way to the Hub: httpx's HTTPError, or requests' RequestException."""
+    from huggingface_hub.errors import HTTPError
+
+    return next((base for base in HTTPError.__mro__ if base.__name__ == "RequestException"), HTTPError)
+
+
 def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _is_transient(error: BaseException) -> bool:
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
         return False
     status = _status(error)
     if status is not None:
         return status >= 500 or status in _TRY_AGAIN
-    return isinstance(error, (HTTPError, ConnectionError, TimeoutError))
+    return isinstance(error, (_network_error(), ConnectionError, TimeoutError))
 
 
 def _line(error: BaseException) -> str:
@@ -58,7 +83,7 @@ def meaning(error: BaseException, repo: str, revision: str | None = None, file: 
         return f"the Hub has disabled {repo}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision or 'main'}"
-    if isinstance(error, errors.RemoteEntryNotFoundError):
+    if is_missing_there(error):
         return f"{repo} has no file {file}" if file else f"{repo}: {_line(error)}"
     if isinstance(error, errors.LocalTokenNotFoundError):
         return f"{repo} needs a token and there is none: {_LOG_IN}"
@@ -73,7 +98,7 @@ def meaning(error: BaseException, repo: str, revision: str | None = None, file: 
         return f"the Hub does not accept the token for {repo}, or needs one: {_LOG_IN} ({_line(error)})"
     if _status(error) == 403:
         return f"the token may not do this to {repo} ({_line(error)})"
-    if _status(error) is None and isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
+    if _status(error) is None and isinstance(error, (_network_error(), ConnectionError, TimeoutError)):
         return f"the Hub cannot be reached for {repo} ({_line(error)})"
     if _status(error) is not None:
         return f"the Hub refused with {_status(error)} for {repo} ({_line(error)})"
@@ -83,11 +108,9 @@ def meaning(error: BaseException, repo: str, revision: str | None = None, file: 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None, file: str | None = None) -> Iterator[None]:
     """Errors of `huggingface_hub` in the block become a HubError of one line."""
-    from huggingface_hub.errors import HTTPError
-
     try:
         yield
     except AdapterError:
         raise
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (_network_error(), OSError, ValueError, RuntimeError) as error:
         raise HubError(meaning(error, repo, revision, file)) from error

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from .errors import AdapterError
 from .low_rank import RANK_SCALINGS
+from .parsing import json_value
 
 _MODELSPEC_ARCHITECTURE = {
     "sd_v1": "stable-diffusion-v1",
@@ -44,8 +46,8 @@ class DyLora:
 def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
     """ss_network_args as a table; {} where it is missing or no JSON object."""
     try:
-        table = json.loads(metadata.get("ss_network_args", "{}"))
-    except json.JSONDecodeError:
+        table = json_value(metadata.get("ss_network_args", "{}"))
+    except ValueError:
         return {}
     return {str(key): str(value) for key, value in table.items()} if isinstance(table, dict) else {}
 
@@ -60,19 +62,38 @@ def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
     args = network_args(metadata)
     unit = args.get("unit", "1")
     return DyLora(
-        unit=int(unit) if unit.isdecimal() and int(unit) > 0 else 1,
-        rank_scaling=args.get("rank_scaling", "rank"),
+        unit=int(unit) if re.fullmatch(r"0*[1-9][0-9]{0,8}", unit) else 1,
+        rank_scaling=_known_scaling(args.get("rank_scaling", "rank")),
         freeze_lower=args.get("freeze_lower", "False") == "True",
     )
 
 
+def _known_scaling(name: object) -> str:
+    if name not in RANK_SCALINGS:
+        raise AdapterError(f"its metadata says rank_scaling {name!r}: {', '.join(RANK_SCALINGS)} are known")
+    return str(name)
+
+
+def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What this package wrote into a PEFT config's `auto_mapping`; {} where it wrote nothing."""
+    mapping = config.get("auto_mapping")
+    facts = mapping.get("lora_adapters") if isinstance(mapping, Mapping) else None
+    return dict(facts) if isinstance(facts, Mapping) else {}
+
+
 def dylora_of_config(config: Mapping[str, Any]) -> DyLora | None:
-    """The DyLoRA facts in a PEFT config's `auto_mapping`, where this package's own configs have them, or None."""
-    facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
+    """The DyLoRA facts in a PEFT config's `auto_mapping`, where this package's own configs have them, or None.
+
+    AdapterError where they make no sense.
+    """
+    facts = own_facts(config)
     if facts.get("type") != "DyLora":
         return None
-    known = {one.name: facts[one.name] for one in fields(DyLora) if one.name in facts}
-    return DyLora(**known)
+    unit = facts.get("unit", 1)
+    if not isinstance(unit, int) or unit < 1:
+        raise AdapterError(f"its config says that DyLoRA's unit is {unit!r}: it is a number from 1 on")
+    scaling = _known_scaling(facts.get("rank_scaling", DyLora.rank_scaling))
+    return DyLora(unit, scaling, facts.get("freeze_lower") is True)
 
 
 def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:

@@ -147,6 +147,8 @@ _PREFIXES = {
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; the nearest known name is X`, or an empty string where nothing is near."""
+    if len(name) > 200:  # no module's name, and difflib's time grows with its length
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; the nearest known name is {close[0]}" if close else ""
 
@@ -162,11 +164,11 @@ def from_kohya(name: str) -> ModuleName:
             path = table.get(name.removeprefix(prefix))
             if path is None:
                 raise AdapterError(
-                    f"unknown module {name}{nearest(name, (prefix + known for known in table))}; "
+                    f"unknown module {name:.200}{nearest(name, (prefix + known for known in table))}; "
                     "SD1.x, SD2.x and SDXL modules are known"
                 )
             return ModuleName(component, path)
-    raise AdapterError(f"unknown module {name}: a kohya name begins with {', '.join(_PREFIXES)}")
+    raise AdapterError(f"unknown module {name:.200}: a kohya name begins with {', '.join(_PREFIXES)}")
 
 
 def to_kohya(module: ModuleName, architecture: str) -> str:
@@ -182,7 +184,7 @@ def check_known(module: ModuleName) -> ModuleName:
     """The same module; AdapterError with the nearest known path where SD1.x, SD2.x and SDXL have no such module."""
     table = _unet_by_flat_name() if module.component == "unet" else _text_by_flat_name()
     if module.path.replace(".", "_") not in table:
-        raise AdapterError(f"unknown module {module}{nearest(module.path, table.values())}")
+        raise AdapterError(f"unknown module {module!s:.200}{nearest(module.path, table.values())}")
     return module
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import format_peft
 from .errors import AdapterError, UnknownFormatError
-from .hub_errors import HubError, hub_errors
+from .hub_errors import HubError, hub_errors, incomplete_snapshot, is_missing_there
 from .names import COMPONENTS
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by itself
@@ -65,7 +65,7 @@ def _in_folder(path: Path, weight_name: str | None) -> Path:
 
 def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, options: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(name: str) -> Path:
         shown = f"{subfolder}/{name}" if subfolder else name
@@ -79,7 +79,7 @@ def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, op
     except HubError as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError):  # offline: what is in the cache may do
             return _cached(repo, subfolder, options, error)
-        if not isinstance(error.__cause__, RemoteEntryNotFoundError):
+        if not is_missing_there(error.__cause__):
             raise
     return _listed(repo, subfolder, options, download)
 
@@ -109,15 +109,16 @@ def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download:
 def _cached(repo: str, subfolder: str | None, options: dict[str, Any], error: HubError) -> Path:
     """An adapter of the repository that was downloaded before; else the error that says why it cannot be now."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     local = {key: options[key] for key in ("cache_dir", "revision") if key in options}
     try:
         folder = Path(snapshot_download(repo, local_files_only=True, **local))
-    except IncompleteSnapshotError as incomplete:  # files that are no part of the adapter were never fetched
-        folder = Path(incomplete.snapshot_path)
-    except LocalEntryNotFoundError:
-        raise error from error.__cause__
+    except LocalEntryNotFoundError as nothing:
+        incomplete = incomplete_snapshot(nothing)  # files that are no part of the adapter were never fetched
+        if incomplete is None:
+            raise error from error.__cause__
+        folder = incomplete
     try:
         return _in_folder(folder / (subfolder or ""), None)
     except UnknownFormatError:

@@ -229,8 +229,8 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
 
 def detach(model: nn.Module, adapter_name: str) -> None:
     """Make a DyLoRA adapter a plain LoRA of its full rank again (as far as it is one)."""
-    for _, layer in layers(model, adapter_name):
-        if isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
+    for layer in model.modules():  # also those that a deleted adapter of this name was in: old PEFT leaves its variant
+        if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
             del layer.lora_variant[adapter_name]
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, RankDial) and hook.adapter_name == adapter_name:
@@ -256,7 +256,7 @@ def dials(target: Any, adapter_name: str | None = None) -> list[RankDial]:
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 for name, variant in module.lora_variant.items():
-                    if isinstance(variant, DyLoraVariant) and adapter_name in (None, name):
+                    if name in module.lora_A and isinstance(variant, DyLoraVariant) and adapter_name in (None, name):
                         found[id(variant.dial)] = variant.dial
     return list(found.values())
 

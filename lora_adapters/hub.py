@@ -12,7 +12,7 @@ import torch
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.format_peft import CONFIG, WEIGHTS
-from lora_adapters.convert.hub_errors import HubError, hub_errors
+from lora_adapters.convert.hub_errors import HubError, hub_errors, is_missing_there
 from lora_adapters.convert.names import COMPONENTS
 from lora_adapters.convert.sources import DIFFUSERS_NAME, is_repo_id
 
@@ -131,13 +131,11 @@ def push_to_hub(
 
 def _card_is_ours(api: Any, repo_id: str, revision: str | None, place: str) -> bool:
     """Whether the card may be written: there is none, or it is one that was written here."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
     try:
         with hub_errors(repo_id, revision, place):
             card = api.hf_hub_download(repo_id, place, revision=revision)
     except HubError as error:
-        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+        if is_missing_there(error.__cause__):
             return True
         raise
     return MARK in Path(card).read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Every place where this package touches peft and diffusers, and the checks that these are as expected.
 
 Nothing is imported here that is slow: the changes are made when peft or diffusers' pipelines are imported by anybody,
-before or after this package.
+before or after this package. What the versions name differently has one name here.
 """
 
 import functools
@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import wrapt
+from packaging.version import Version
 
-OLDEST = {"peft": "0.21.2", "diffusers": "0.42.1", "transformers": "5.23"}  # run by the tests
+OLDEST = {"peft": "0.17.1", "diffusers": "0.35.2", "transformers": "4.57.1"}  # run by the tests: see tests/noxfile.py
 
 
 def plug_in() -> None:
@@ -32,8 +33,42 @@ def unfit(package: str, what: str) -> ImportError:
     )
 
 
+def check_age(package: str) -> None:
+    """ImportError, which names the versions that fit, where the installed one is older than any that was tested."""
+    if Version(version(package)) < Version(OLDEST[package]):
+        raise unfit(package, "is too old")
+
+
+# --- names that differ between versions ----------------------------------------------------------------------------
+
+
+def dtype_option(dtype: Any) -> dict[str, Any]:
+    """The keyword by which diffusers' `from_pretrained` and `from_single_file` take the dtype of the weights.
+
+    A name that diffusers does not know is ignored by it, so it is not left to chance.
+    """
+    return {"dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype": dtype}
+
+
+def pipelines_can_avoid_mmap() -> bool:
+    """Whether a pipeline's `from_pretrained` knows `disable_mmap`; before, it is ignored."""
+    return Version(version("diffusers")) >= Version("0.37")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute a transformers model's activations in the backward pass, under the name that its version has."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+
+
+# --- the plug --------------------------------------------------------------------------------------------------------
+
+
 def _into_peft(peft: ModuleType) -> None:
     """LoRA's tuner becomes AdapterTuner, which treats plain LoraConfigs as PEFT's own does."""
+    check_age("peft")
     try:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
         from peft.tuners.lora import LoraModel
@@ -58,6 +93,8 @@ def _into_diffusers(lora_pipeline: ModuleType) -> None:
 
     `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none.
     """
+    check_age("diffusers")
+    check_age("transformers")
     for name in ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"):
         mixin = getattr(lora_pipeline, name, None)
         if mixin is None or not (hasattr(mixin, "load_lora_weights") and hasattr(mixin, "save_lora_weights")):

@@ -44,6 +44,7 @@ class _KnowsOurConfigs:
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, with this package's coverage and ranks; then make it a DyLoRA where it is one."""
+        dylora.detach(model, adapter_name)  # what a deleted DyLoRA of this name may have left
         config: Any = configs.restored(self.peft_config[adapter_name])
         if not isinstance(config, configs.LierLaConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]

@@ -4,18 +4,13 @@ import argparse
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_adapters.convert.parsing import toml_table
 from lora_adapters.train import options_data, options_model, options_output, options_training
 from lora_adapters.train.errors import TrainingError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +91,12 @@ def config_path(name: str) -> Path:
 def read_config(file: Path) -> dict[str, Any]:
     """Options of a toml file. Sections are only headings: `[any] seed = 1` is the same as `seed = 1`."""
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = toml_table(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TrainingError(f"--config_file {file} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise TrainingError(f"--config_file {file} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise TrainingError(f"--config_file {file} is not toml: {error}") from None
     flat: dict[str, Any] = {}
     for name, value in content.items():

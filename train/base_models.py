@@ -17,6 +17,7 @@ from diffusers import (
 
 from lora_adapters.convert.hub_errors import HubError, hub_errors
 from lora_adapters.convert.sources import is_repo_id
+from lora_adapters.seams import dtype_option, pipelines_can_avoid_mmap
 from lora_adapters.train.errors import TrainingError
 
 _WEIGHT_FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
@@ -149,8 +150,10 @@ def check_kind(models: BaseModels, settings: argparse.Namespace) -> None:
 
 
 def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) -> Any:
-    options: dict[str, Any] = {"dtype": dtype, "cache_dir": settings.tokenizer_cache_dir}
+    options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
     if settings.disable_mmap_load_safetensors:
+        if not pipelines_can_avoid_mmap():
+            raise TrainingError("--disable_mmap_load_safetensors needs diffusers 0.37 or newer for a Diffusers folder")
         options["disable_mmap"] = True
     if settings.lowram and torch.cuda.is_available():
         options["device_map"] = "cuda"
@@ -185,7 +188,7 @@ def _from_file(path: Path, settings: argparse.Namespace, dtype: torch.dtype) -> 
     """A single file needs configs and a tokenizer: --model_config's, or those of the hub's original model."""
     two_encoders = _has_two_text_encoders(path)
     kind = StableDiffusionXLPipeline if two_encoders else StableDiffusionPipeline
-    options: dict[str, Any] = {"dtype": dtype, "cache_dir": settings.tokenizer_cache_dir}
+    options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
     if not two_encoders:
         options |= {"safety_checker": None, "feature_extractor": None}
     if settings.model_config:
@@ -232,9 +235,9 @@ def _load_vae(name: str, dtype: torch.dtype, settings: argparse.Namespace) -> Au
     try:
         if path.is_file():
             config = {"config": settings.model_config, "subfolder": "vae"} if settings.model_config else {}
-            return AutoencoderKL.from_single_file(str(path), dtype=dtype, **config)
+            return AutoencoderKL.from_single_file(str(path), **dtype_option(dtype), **config)
         whole_model = (path / "model_index.json").exists()
-        return AutoencoderKL.from_pretrained(name, dtype=dtype, subfolder="vae" if whole_model else None)
+        return AutoencoderKL.from_pretrained(name, **dtype_option(dtype), subfolder="vae" if whole_model else None)
     except OSError as error:
         raise TrainingError(f"--vae {name} cannot be loaded: {_first_line(error)}") from error
 

@@ -5,10 +5,10 @@ original_size, crop_ltrb and where needed latents_flipped and alpha_mask; `<stem
 outputs. Keys of our own (vae, caption, encoder) tell what a file was made from; a file without them is taken on trust.
 """
 
+import contextlib
 import hashlib
 import os
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from lora_adapters.train.dataset_config import VAE_FACTOR
 
 ModelKind = Literal["sd", "sdxl"]
 TEXT_ENDING = "_te_outputs.npz"
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it has terabytes
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def latents_fit(path: str, wanted: LatentsWanted) -> bool:
     if os.stat(path).st_mtime_ns < wanted.modified:
         return False
     try:
-        with np.load(path) as file:
+        with opened(path) as file:
             if tuple(int(side) for side in file["original_size"]) != wanted.size or "crop_ltrb" not in file:
                 return False
             if "vae" in file and str(file["vae"]) != wanted.vae:
@@ -73,20 +73,20 @@ def latents_fit(path: str, wanted: LatentsWanted) -> bool:
             names = ["latents", "latents_flipped"] if wanted.flip else ["latents"]
             mask_fits = not wanted.alpha_mask or _shape(file, "alpha_mask") == wanted.bucket[::-1]
             return mask_fits and all(_shape(file, name)[-2:] == shape for name in names)
-    except NPZ_ERRORS:
+    except Exception:  # of many kinds: see opened
         return False
 
 
 def read_latents(path: str) -> CachedLatents:
     """The contents of a latents file; DataError where it is damaged."""
     try:
-        with np.load(path) as file:
+        with opened(path) as file:
             parts = {
                 name: torch.from_numpy(file[name]).float() if name in file else None
                 for name in ("latents", "latents_flipped", "alpha_mask")
             }
-    except NPZ_ERRORS as error:
-        raise DataError(f"{path}: damaged latents cache ({error}); delete it") from None
+    except Exception as error:  # of many kinds: see opened
+        raise DataError(f"{path}: damaged latents cache ({_said(error)}); delete it") from None
     if parts["latents"] is None or not torch.isfinite(parts["latents"]).all():
         raise DataError(f"{path}: holds {'no latents' if parts['latents'] is None else 'NaN'}; delete it")
     return CachedLatents(parts["latents"], parts["latents_flipped"], parts["alpha_mask"])
@@ -110,19 +110,19 @@ def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted) -> No
 def read_text(path: str) -> dict[str, torch.Tensor]:
     """The text-encoder outputs of a file; DataError where it is damaged."""
     try:
-        with np.load(path) as file:
+        with opened(path) as file:
             return {name: torch.from_numpy(file[name]).float() for name in file if name not in ("caption", "encoder")}
-    except NPZ_ERRORS as error:
-        raise DataError(f"{path}: damaged text-encoder cache ({error}); delete it") from None
+    except Exception as error:  # of many kinds: see opened
+        raise DataError(f"{path}: damaged text-encoder cache ({_said(error)}); delete it") from None
 
 
 def text_fits(path: str, caption: str, encoder: str, shapes: Mapping[str, torch.Size]) -> bool:
     """Whether the file is whole, made from this caption by this encoder, and holds tensors of `shapes`."""
     try:
-        with np.load(path) as file:
+        with opened(path) as file:
             same = all(name not in file or str(file[name]) == text for name, text in _origin(caption, encoder).items())
             return same and all(file[name].shape == tuple(shape) for name, shape in shapes.items())
-    except NPZ_ERRORS:
+    except Exception:  # of many kinds: see opened
         return False
 
 
@@ -146,6 +146,21 @@ def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
         raise DataError(f"{path}: cannot write the cache ({error.strerror or error})") from None
 
 
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Any]:
+    """The arrays of an .npz file, by name, loaded when they are asked for.
+
+    numpy's and zipfile's readers raise almost anything on damaged files. ValueError for what would fill the memory.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is no .npz archive")
+        for member in file.zip.infolist() if file.zip is not None else ():
+            if member.file_size > LARGEST:
+                raise ValueError(f"{member.filename} is of {member.file_size} bytes")
+        yield file
+
+
 def vae_identity(vae: torch.nn.Module) -> str:
     """A short hash of the weights that make latents; equal for the same VAE in float32 and float16."""
     digest = hashlib.sha256()
@@ -153,6 +168,10 @@ def vae_identity(vae: torch.nn.Module) -> str:
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _said(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _shape(file: Any, name: str) -> tuple[int, ...]:

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from lora_adapters.convert.files import load_plain
+from lora_adapters.convert.parsing import json_value
 from lora_adapters.train.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
 _STATE, _POSITION = "state.pt", "train_state.json"
+_PARTS = ("weights", "optimizer", "schedule")
 
 
 @dataclass
@@ -73,19 +76,35 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
         raise TrainingError(f"state {folder} cannot be written ({error.strerror or error})") from error
     except RuntimeError as error:  # torch.save's own way to report a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(f"state {folder} cannot be written ({str(error).splitlines()[0]})") from error
+        raise TrainingError(f"state {folder} cannot be written ({_first_line(error)})") from error
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     """A state that save_state wrote. TrainingError where there is none."""
     try:
-        facts = json.loads((folder / _POSITION).read_text())
-        state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise TrainingError(f"--resume {folder}: it is no saved state ({error.filename} is missing)") from None
-    except (ValueError, RuntimeError, OSError) as error:
-        raise TrainingError(f"--resume {folder} cannot be read ({str(error).splitlines()[0]})") from None
-    return state, Position(**{key: facts[key] for key in asdict(Position()) if key in facts})
+        for name in (_POSITION, _STATE):
+            if not (folder / name).is_file():
+                raise TrainingError(f"--resume {folder}: it is no saved state ({name} is missing)")
+        facts = json_value((folder / _POSITION).read_text(encoding="utf-8"))
+        state = load_plain(folder / _STATE)
+    except TrainingError:
+        raise
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--resume {folder} cannot be read ({_first_line(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):
+        raise TrainingError(f"--resume {folder}: {_STATE} holds no state of this program")
+    if not all(isinstance(weight, torch.Tensor) for weight in state["weights"].values()):
+        raise TrainingError(f"--resume {folder}: {_STATE} holds weights that are none")
+    known = {key: facts[key] for key in asdict(Position()) if key in facts} if isinstance(facts, dict) else {}
+    if "step" not in known or not all(
+        type(value) is int and (value >= 0 or key == "seed") for key, value in known.items()
+    ):
+        raise TrainingError(f"--resume {folder}: {_POSITION} does not say where the run was")
+    return state, Position(**known)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -4,21 +4,15 @@ A value comes from the innermost place that gives it: [[datasets.subsets]], then
 command line, then the default.
 """
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_adapters.convert.parsing import json_value, toml_table
 from lora_adapters.train.class_folders import class_folders
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.schema import check_table, check_value, option, rules, show
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
 FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
@@ -183,16 +177,18 @@ def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix.lower() == ".json":
-            table = json.loads(text)
+            table = json_value(text)
         elif file.suffix.lower() == ".toml":
-            table = tomllib.loads(text)
+            table = toml_table(text)
         else:
             raise DataError(f"{file}: a dataset configuration ends in .toml or .json")
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     return _build(table, given, str(file), file)
 

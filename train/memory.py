@@ -5,6 +5,7 @@ import logging
 
 import torch
 
+from lora_adapters.seams import checkpoint_activations
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
 
@@ -59,7 +60,7 @@ def apply_memory_options(models: BaseModels, settings: argparse.Namespace, train
     if settings.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         for encoder in models.text_encoders if trained_text else ():
-            encoder.activation_checkpointing_enable()
+            checkpoint_activations(encoder)
 
 
 def set_training(models: BaseModels, training: bool, text: bool) -> None:

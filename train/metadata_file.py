@@ -1,10 +1,10 @@
 """Captions of many pictures in one file: json {path: {caption, tags}} or jsonl with image_path in each line."""
 
 import glob
-import json
 from pathlib import Path
 from typing import Any
 
+from lora_adapters.convert.parsing import json_value
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import SubsetConfig
 from lora_adapters.train.picture_files import SUFFIXES, FileSource
@@ -49,8 +49,8 @@ def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json_value(text)
+    except ValueError as error:
         raise DataError(f"metadata_file {where}: {error}") from None
 
 

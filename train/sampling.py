@@ -1,7 +1,6 @@
 """Sample pictures while training: prompts from a file, all in one picture, with a row for each DyLoRA rank."""
 
 import argparse
-import json
 import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 from PIL import Image
 
 from lora_adapters.convert.files import replacing
+from lora_adapters.convert.parsing import json_value, toml_table
 from lora_adapters.dylora import dials, set_rank
-from lora_adapters.train.arguments import tomllib
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_text, whole
@@ -75,11 +74,16 @@ def read_prompts(file: Path) -> list[Prompt]:
     text = read_text(file, "--sample_prompts")
     try:
         if file.suffix == ".toml":
-            table = tomllib.loads(text).get("prompt", {})
+            table = toml_table(text).get("prompt", {})
+            if not isinstance(table, dict) or not isinstance(table.get("subset", []), list):
+                raise TrainingError(f"{named}: it has [prompt] and [[prompt.subset]], a table and a list of tables")
             common = {key: value for key, value in table.items() if key != "subset"}
-            entries = [({**common, **entry}, named) for entry in table.get("subset", [])]
+            entries = [
+                ({**common, **entry}, named) if isinstance(entry, dict) else (entry, named)
+                for entry in table.get("subset", [])
+            ]
         elif file.suffix == ".json":
-            loaded = json.loads(text)
+            loaded = json_value(text)
             entries = [(entry, named) for entry in loaded] if isinstance(loaded, list) else []
         else:
             entries = [(parse_line(line, _LETTERS, where), where) for line, where in numbered_lines(text, named)]
@@ -95,14 +99,14 @@ def read_prompts(file: Path) -> list[Prompt]:
 def _prompt(entry: Any, where: str) -> Prompt:
     names = [one.name for one in fields(Prompt)]
     if not isinstance(entry, dict) or "prompt" not in entry:
-        raise TrainingError(f"{where}: {entry!r} has no prompt")
+        raise TrainingError(f"{where}: {entry!r:.80} has no prompt")
     for key, value in entry.items():
         if key not in names:
             raise TrainingError(f"{where}: {key} is none of {', '.join(names)}")
         try:
             entry[key] = _KINDS.get(key, str)(value)
-        except ValueError:
-            raise TrainingError(f"{where}: {key} cannot be {value!r}") from None
+        except (ValueError, TypeError, OverflowError):
+            raise TrainingError(f"{where}: {key} cannot be {value!r:.80}") from None
     made = Prompt(**entry)
     if made.sample_sampler and made.sample_sampler not in SAMPLERS:
         raise TrainingError(f"{where}: {made.sample_sampler} is no sampler; {', '.join(SAMPLERS)} are")

@@ -107,8 +107,10 @@ def go_on_from(run: Run, folder: Path) -> Position:
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
-    except (ValueError, KeyError) as error:
-        raise TrainingError(f"--resume {folder} was made with another optimizer or schedule ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise TrainingError(
+            f"--resume {folder} was made with another optimizer or schedule ({_first_line(error)})"
+        ) from None
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     if position.seed != run.settings.seed:
@@ -118,6 +120,10 @@ def go_on_from(run: Run, folder: Path) -> Position:
         position.batch, position.batches_per_epoch = 0, run.batches_per_epoch
     log.info("going on after step %d, in epoch %d", position.step, position.epoch + 1)
     return position
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:

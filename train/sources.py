@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lora_adapters.convert.parsing import json_value
 from lora_adapters.train.buckets import Size
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import SubsetConfig
@@ -129,12 +130,12 @@ def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
     if not file.exists():
         return {}
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json_value(file.read_text(encoding="utf-8"))
         return {
             os.path.basename(key): {"size": tuple(map(int, entry["resolution"])), "modified": entry.get("modified")}
             for key, entry in table.items()
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         logger.warning("%s is damaged; reading the pictures anew", file)
         return {}
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from emoji import all_emoji, draw, load_font
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -290,6 +291,13 @@ def contact_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...], seed:
     return sheet
 
 
+def name_as_ever(file: Path) -> None:
+    """Give a CLIPTextModel's tensors the names that every reader knows: version 5 of transformers writes them without
+    `text_model.`, and version 4 would leave the model as it was initialised, with no more than a warning."""
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,6 +338,7 @@ def main() -> None:
     )
     contact_sheet(pipe, SHEET).save(args.out / "samples.png")
     pipe.to(torch.float16).save_pretrained(args.out)
+    name_as_ever(args.out / "text_encoder" / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from .hub_server import HubServer
 
 def client_at(hub: HubServer, cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Online, with an empty cache, no stored token and LFS uploads; everything undone by monkeypatch."""
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import constants, file_download, hf_api
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # versions before 1.0 keep a copy in the second
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
