@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, Image.Image]:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     files = [Path(file) for file in args.files] or make_files(pipe, args.out)
     if len(files) != len(args.weights):
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Image.Image]:
 
     # A model with the three in it, for programs that know no LoRA.
     merged = total.merge_into(args.model, args.out / "merged")
-    pipe = StableDiffusionPipeline.from_pretrained(merged, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(merged, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pictures["in the model"] = draw(pipe, args.prompt)
 

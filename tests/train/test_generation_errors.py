@@ -285,7 +285,7 @@ def test_run_as_a_file(tmp_path):
     script = Path(generate_options.__file__).parent / "gen_img_diffusers.py"
     done = subprocess.run(
         [sys.executable, str(script), "--ckpt", "nowhere.ckpt", "--prompt", "x"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: base model nowhere.ckpt does not exist\n"

@@ -1,0 +1,25 @@
+"""The command on the page about training pictures runs, and its table names the options that there are."""
+
+import re
+
+from lora_adapters.train import resize_images_to_resolution as program
+
+from .blocks import PAGES, blocks
+from .test_readme import clone, quickstart_file, run_shell  # noqa: F401  # fixtures
+
+PAGE = PAGES / "training-pictures.md"
+
+
+def test_the_command(clone):  # noqa: F811
+    [block] = blocks(PAGE)
+    said = run_shell(block.text)
+    pictures = len([*(clone / "examples" / "pictures" / "delft" / "train").glob("*.png")])
+    assert f"pictures: {pictures}, resized: {2 * pictures}, already there: 0" in said
+    made = {file.name for file in (clone / "smaller").iterdir()}
+    assert {"anchor.png", "anchor.txt", "anchor+48x48.jpg", "anchor+48x48.txt", "anchor+32x32.jpg"} <= made
+
+
+def test_the_table_has_every_option():
+    told = set(re.findall(r"^\| `(--\w+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    known = {flag for action in program._parser()._actions for flag in action.option_strings} - {"-h", "--help"}
+    assert told == known
