@@ -65,8 +65,8 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
         facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
         _write(partial / _POSITION, lambda file: file.write(json.dumps(facts, indent=1).encode()))
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-            folder.rename(old)
+            old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+            folder.rename(old)  # killed from here on, the run leaves it under this name: see remove_leftovers
             partial.rename(folder)
             shutil.rmtree(old)
         else:
@@ -81,6 +81,7 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     """A state that save_state wrote. TrainingError where there is none."""
+    _bring_back(folder.parent)
     try:
         for name in (_POSITION, _STATE):
             if not (folder / name).is_file():
@@ -136,9 +137,20 @@ def _write(file: Path, write: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete states that a killed run left half-written."""
+    """Delete states that a killed run left half-written; one that it had moved aside, and not replaced, comes back."""
     for partial in folder.glob(".*-state.*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
+    _bring_back(folder)
+    for old in folder.glob(".*-state.*.old"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(folder: Path) -> None:
+    for old in folder.glob(".*-state.*.old"):
+        state = old.with_name(old.name[1:].removesuffix(".old").rpartition(".")[0])
+        if not state.exists():
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                old.rename(state)
 
 
 # --- pruning ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""A process that is killed at any point of a save, or finds the disk full, leaves the old or the new, whole."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.train.checkpoints import Position, load_state, save_state
+from lora_adapters.train.errors import TrainingError
+
+from .readers import small_adapter
+
+CALLS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
+
+
+def state(value: float) -> dict:
+    return {"weights": {"x": torch.full((2, 3), value)}, "optimizer": {"a": 1}, "schedule": {}, "scaler": None}
+
+
+def killed_at(call: int, work) -> bool:
+    """Run `work` in a child that is killed before its call number `call` to the file system; False where it ended."""
+    child = os.fork()
+    if child == 0:
+        left = call
+
+        def counted(function):
+            def wrapper(*args, **kwargs):
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_a_state_is_the_old_or_the_new(tmp_path):
+    folder = tmp_path / "x-step00000001-state"
+    save_state(folder, state(1.0), Position(step=1))
+    call = 0
+    while killed_at(call, lambda: save_state(folder, state(2.0), Position(step=2))):
+        found, position = load_state(folder)
+        assert float(found["weights"]["x"][0, 0]) == position.step
+        assert position.step in (1, 2)
+        call += 1
+    assert call > 6  # it was killed in the middle, not only before
+    assert load_state(folder)[1].step == 2
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]  # the next save removed what the kills left
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+def test_an_adapter_is_the_old_or_the_new(form, tmp_path):
+    target = tmp_path / ("x.safetensors" if form == "kohya" else "x")
+    old, new = (small_adapter(alpha, ("unet",)) for alpha in (1.0, 3.0))
+    old.save(target, form)
+    call = 0
+    while killed_at(call, lambda: new.save(target, form)):
+        alphas = {one.alpha for one in Adapter.load(target).modules.values()}
+        assert alphas in ({1.0}, {3.0})
+        call += 1
+    assert call > 2
+    assert {one.alpha for one in Adapter.load(target).modules.values()} == {3.0}
+
+
+@contextmanager
+def full_disk(most: int):
+    """Files cannot grow beyond so many bytes, as on a full disk: writing fails with an error of the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "peft", "state"])
+@pytest.mark.parametrize("most", [0, 100, 700])
+def test_a_full_disk_leaves_the_old(name, most, tmp_path):
+    target = tmp_path / name
+    old, new = small_adapter(1.0), small_adapter(3.0)
+    if name == "state":
+        save_state(target, state(1.0), Position(step=1))
+    else:
+        old.save(target, "peft" if name == "peft" else "kohya")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    form = "peft" if name == "peft" else "kohya"
+    save = (
+        (lambda: save_state(target, state(2.0), Position(step=2)))
+        if name == "state"
+        else (lambda: new.save(target, form))
+    )
+    with full_disk(most), pytest.raises((AdapterError, TrainingError)) as caught:
+        save()
+    assert "\n" not in str(caught.value)
+    assert str(target) in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_trainings_killed_at_random(tmp_path):
+    """50 runs that save at every step, killed at random moments; each goes on from the last state that is there."""
+    from tests.train.conftest import build_sd1, draw_pictures
+
+    model, pictures = build_sd1(tmp_path / "model"), tmp_path / "pictures"
+    draw_pictures(pictures / "1_shape")
+    program = Path(__file__).parents[2] / "train" / "train_network.py"
+    out, rng = tmp_path / "out", random.Random(0)
+    command = [
+        sys.executable, str(program), f"--pretrained_model_name_or_path={model}", f"--train_data_dir={pictures}",
+        "--caption_extension=.txt", "--resolution=64", f"--output_dir={out}", "--network_module=networks.lora",
+        "--network_dim=2", "--max_train_steps=100000", "--save_every_n_steps=1", "--save_last_n_steps=3",
+        "--save_last_n_steps_state=3", "--save_state", "--output_name=x", "--max_data_loader_n_workers=0", "--seed=1",
+    ]  # fmt: skip
+    reached = 0
+    for _ in range(50):
+        states = sorted(out.glob("x-step*-state"))
+        resume = [f"--resume={states[-1]}"] if states else []
+        with (tmp_path / "log").open("w") as log:
+            run = subprocess.Popen([*command, *resume], stdout=log, stderr=log)
+            start = time.monotonic()
+            while run.poll() is None and sorted(out.glob("x-step*-state"))[-1:] == states[-1:]:
+                assert time.monotonic() - start < 300, (tmp_path / "log").read_text()[-2000:]
+                time.sleep(0.05)  # until it has begun to train, since imports take most of the time
+            time.sleep(rng.uniform(0, 1.5))
+            assert run.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            run.kill()
+            run.wait()
+        steps = [load_state(folder)[1].step for folder in sorted(out.glob("x-step*-state"))]
+        assert steps
+        assert steps[-1] > reached
+        reached = steps[-1]
+        for file in out.glob("*.safetensors"):
+            assert Adapter.load(file).modules
