@@ -1,5 +1,6 @@
 """Pictures and captions from a Hugging Face dataset: a hub id, a local folder of pictures, or a saved dataset."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,25 @@ def _load(subset: SubsetConfig) -> Any:
             if isinstance(data, datasets.DatasetDict):
                 data = data[subset.split]
             return data
-        return datasets.load_dataset(name, subset.dataset_config_name, split=subset.split)
+        cache = _own_cache(Path(name)) if Path(name).is_dir() else None
+        return datasets.load_dataset(name, subset.dataset_config_name, split=subset.split, cache_dir=cache)
     except KeyError:
         raise DataError(f"dataset_name {name} has no split {subset.split}") from None
     except Exception as error:  # the library raises many kinds, from HTTP errors to its own
         raise DataError(f"dataset_name {name}: {' '.join(str(error).split())}") from error
+
+
+def _own_cache(folder: Path) -> str:
+    """A cache of the library's for this folder as it is now.
+
+    The library's own goes by the folder's last name where the folder lists configurations: another folder of that name,
+    or the same with other pictures, would give the old rows.
+    """
+    listing = hashlib.sha256(str(folder.resolve()).encode())
+    for file in sorted(folder.rglob("*")):
+        state = file.stat()
+        listing.update(f"{file.relative_to(folder)}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{listing.hexdigest()[:16]}")
 
 
 def _no_column(name: str, option: str, column: str, data: Any) -> DataError:

@@ -150,6 +150,14 @@ def test_a_configuration_of_a_hugging_face_dataset(tmp_path):
         assert [one.size for one in hub(tmp_path / "p", dataset_config_name=name).pictures] == [size]
 
 
+def test_a_folder_with_configurations_is_read_as_it_is_now(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "README.md").write_text("---\nconfigs:\n- config_name: all\n  data_files: small/*.png\n---\n")
+    for count in (1, 2):
+        folder(tmp_path / "p" / "small", [(16, 8)] * count)
+        assert len(hub(tmp_path / "p", dataset_config_name="all").pictures) == count
+
+
 def test_a_saved_dataset_with_several_captions_and_empty_rows(tmp_path, caplog):
     rows = {"image": [picture((16, 8)), None], "captions": [["a", "b"], ["c"]]}
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
