@@ -88,14 +88,15 @@ def test_resume_of_no_state(basics, tmp_path) -> None:
 
 def test_failed_write_leaves_the_old_state(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "x-state"
-    save_state(folder, {"weights": {"a": torch.ones(2)}}, Position(step=1))
+    others: dict = {"optimizer": {}, "schedule": {}}
+    save_state(folder, {"weights": {"a": torch.ones(2)}, **others}, Position(step=1))
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(TrainingError, match="No space left on device"):
-        save_state(folder, {"weights": {"a": torch.zeros(2)}}, Position(step=2))
+        save_state(folder, {"weights": {"a": torch.zeros(2)}, **others}, Position(step=2))
     state, position = load_state(folder)
     assert position.step == 1
     assert torch.equal(state["weights"]["a"], torch.ones(2))
