@@ -9,6 +9,8 @@ from lora_adapters import Adapter, AdapterError, DyLoraConfig, set_rank
 
 from .pipelines import KINDS, adapter, architecture, by_hand, make, models, picture, state
 
+pytestmark = pytest.mark.slow
+
 NEAR = {"rtol": 1e-3, "atol": 1e-3}
 TEXT_TO_IMAGE = ("StableDiffusion", "StableDiffusionXL")
 

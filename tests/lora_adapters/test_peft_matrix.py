@@ -12,6 +12,8 @@ from lora_adapters.dylora import dials, layers
 from .hub_server import TOKEN
 from .peft_models import CONFIGS, MODELS, Custom, changed_by_hand, config, fill
 
+pytestmark = pytest.mark.slow
+
 every = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in MODELS for kind in CONFIGS])
 close = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -13,6 +13,7 @@ from .golden_outputs import outputs
 from .peft_models import CONFIGS, MODELS, config, fill
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install lora-adapters[8bit])")
+pytestmark = pytest.mark.slow
 BITS = ("4bit", "8bit")
 
 
