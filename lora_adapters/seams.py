@@ -13,7 +13,7 @@ from typing import Any
 import wrapt
 from packaging.version import Version
 
-OLDEST = {"peft": "0.17.1", "diffusers": "0.35.2", "transformers": "4.57.1"}  # run by the tests: see tests/noxfile.py
+OLDEST = {"peft": "0.17.1", "diffusers": "0.35.2", "transformers": "4.57.1"}  # as in tests/noxfile.py
 
 
 def plug_in() -> None:
