@@ -139,8 +139,6 @@ def test_loaded_deleted_and_loaded_again(kind, low, folder) -> None:
 def offloaded(pipe, how) -> None:
     if how == "model":
         pipe.enable_model_cpu_offload(device="cpu")
-    elif how == "sequential":
-        pipe.enable_sequential_cpu_offload(device="cpu")
     else:
         pipe.enable_group_offload(
             onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
@@ -148,7 +146,7 @@ def offloaded(pipe, how) -> None:
 
 
 @pytest.mark.parametrize("kind", TEXT_TO_IMAGE)
-@pytest.mark.parametrize("how", ["model", "sequential", "group"])
+@pytest.mark.parametrize("how", ["model", "group"])
 def test_offloaded_before_or_after(how, kind, folder, tmp_path) -> None:
     style, dial = both(folder, kind)
     pipe = make(kind, folder)
