@@ -1,8 +1,8 @@
 """The best approximation of low-rank changes by fewer components, from the factors alone.
 
-ΔW = up · down has the singular values of the small matrix R_up · R_downᵀ, where up = Q_up · R_up and
-downᵀ = Q_down · R_down with orthonormal columns in both Q. No matrix of the size of the weight is ever made.
-The truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
+With downᵀ = Q · R and orthonormal columns in Q, ΔW = up · down has the singular values of the narrow matrix up · Rᵀ. No
+matrix of the size of the weight is ever made. The truncated SVD is the best approximation of its rank (Eckart and
+Young, 1936).
 """
 
 import math
@@ -16,7 +16,7 @@ from .command_line import progress
 from .errors import AdapterError
 from .low_rank import LowRank
 from .names import COMPONENTS, ModuleName
-from .orthonormal import orthonormal
+from .orthonormal import gram_svd, orthonormal
 from .rank_choice import RankRule, by_error, dynamic, fixed
 
 
@@ -61,10 +61,9 @@ def decompose(one: LowRank, device: torch.device | None = None) -> tuple[torch.T
     up, down = (factor.to(device) for factor in one.matrices())
     if not (math.isfinite(float(up.sum())) and math.isfinite(float(down.sum()))):
         raise AdapterError("there are NaN or infinite numbers in it")
-    left, left_root = orthonormal(up)
-    right, right_root = orthonormal(down.T)
-    u, values, vh = torch.linalg.svd(left_root @ right_root.T * one.scale, full_matrices=False)
-    return left @ u, values, vh @ right.T
+    basis, root = orthonormal(down.T)
+    u, values, vh = gram_svd(up.double() @ root.T * one.scale)
+    return u, values, vh @ basis.T
 
 
 def decompose_dense(
