@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -58,17 +58,6 @@ def fitted(model: nn.Module, component: str, modules: Mapping[str, LowRank]) -> 
     return placed
 
 
-def state_dict(modules: Mapping[str, LowRank], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """PEFT's keys; copies, so that the model does not hang on a memory-mapped file."""
-    tensors = {}
-    for path, one in modules.items():
-        if one.alpha == 0:  # PEFT divides by nothing here, but files made from it would
-            one = LowRank(one.down, torch.zeros_like(one.up), float(one.rank))
-        tensors[f"{path}.lora_A.weight"] = one.down.to(dtype, copy=True).contiguous()
-        tensors[f"{path}.lora_B.weight"] = one.up.to(dtype, copy=True).contiguous()
-    return tensors
-
-
 def plain_config(modules: Mapping[str, LowRank | RankAlpha], dylora: DyLora | None) -> dict[str, Any]:
     """Keyword arguments of the LoraConfig that gives each module its own rank and alpha, and its type back."""
     table = lora_config(modules)
@@ -77,7 +66,7 @@ def plain_config(modules: Mapping[str, LowRank | RankAlpha], dylora: DyLora | No
     else:
         unit, highest = dylora.unit, max(one.rank for one in modules.values())
         facts = {"type": "DyLora", "unit": unit if highest % unit == 0 else 1}
-        facts |= {"rank_scaling": dylora.rank_scaling, "freeze_lower": dylora.freeze_lower}
+        facts |= {name: getattr(dylora, name) for name in ("rank_scaling", "freeze_lower", "rank_sampling")}
         table["r"] = table["r"] if table["r"] % facts["unit"] == 0 else highest
         table = {**lora_config(modules, rank=table["r"])}
     return {**table, "auto_mapping": {FACTS: {**facts, "resolved": True}}}
@@ -96,19 +85,21 @@ def place(
     low_cpu_mem_usage: bool = True,
 ) -> None:
     """Add the fitted pairs (see `fitted`) to the model as an adapter, in the model's dtype and on its device."""
-    config = LoraConfig(**plain_config(placed, dylora))
-    tensors = state_dict(placed, _dtype(model))
+    config, dtype = LoraConfig(**plain_config(placed, dylora)), _dtype(model)
+    names = {f"{path}.lora_A.weight": one.down for path, one in placed.items()}  # of which PEFT takes the paths only
     inject_adapter_in_model(
-        config, model, adapter_name=adapter_name, state_dict=tensors, low_cpu_mem_usage=low_cpu_mem_usage
+        config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
     )
-    wrong = set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    if wrong is not None and wrong.unexpected_keys:
-        raise AdapterError(f"{wrong.unexpected_keys[0]} found no place in the model")
-    for _, layer in layers(model, adapter_name):
-        weight = layer.get_base_layer().weight
-        for part in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-            if weight.device.type != "meta":
-                part.to(weight.device)
+    left = dict(placed)
+    for path, layer in layers(model, adapter_name):
+        one, device = left.pop(path), layer.get_base_layer().weight.device
+        up = one.up if one.alpha else torch.zeros_like(one.up)
+        for part, values in ((layer.lora_A[adapter_name], one.down), (layer.lora_B[adapter_name], up)):
+            # A copy, so that the model does not hang on a memory-mapped file.
+            values = values.to("cpu" if device.type == "meta" else device, dtype, copy=True).contiguous()
+            part.weight = nn.Parameter(values, part.weight.requires_grad)
+    if left:
+        raise AdapterError(f"{next(iter(left))} found no place in the model")
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
 
 
