@@ -158,10 +158,34 @@ def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) ->
     if settings.lowram and torch.cuda.is_available():
         options["device_map"] = "cuda"
     try:
-        return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name))
+        encoders = _text_encoders(name, dtype, settings.tokenizer_cache_dir)
+        return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name), **encoders)
     except OSError as error:
         here = "" if Path(name).exists() else "no such file or folder is here, and "
         raise TrainingError(f"base model {name} cannot be loaded: {here}{_why(name, error)}") from error
+
+
+def _text_encoders(name: str, dtype: torch.dtype, cache: str | None) -> dict[str, Any]:
+    """The text encoders of a folder or repository, whole: what transformers does not find, it fills at random.
+
+    Versions of transformers name these weights differently, and not all read the others' files.
+    """
+    import transformers
+
+    index, loaded = DiffusionPipeline.load_config(name, cache_dir=cache), {}
+    for part in ("text_encoder", "text_encoder_2"):
+        library, kind = index.get(part) or (None, None)
+        if library == "transformers" and kind is not None:
+            model, found = getattr(transformers, kind).from_pretrained(
+                name, subfolder=part, dtype=dtype, cache_dir=cache, output_loading_info=True
+            )
+            if found["missing_keys"]:
+                raise TrainingError(
+                    f"base model {name}: its {part} lacks {min(found['missing_keys'])} for transformers "
+                    f"{transformers.__version__}; was it saved by another version? Load and save it with that one"
+                )
+            loaded[part] = model
+    return loaded
 
 
 def _why(name: str, error: OSError) -> str:

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,6 +50,15 @@ def test_architecture_is_told_without_loading(sd1, sdxl, tmp_path) -> None:
     assert found == ["sd", "sdxl", None]
     save_file({"conditioner.embedders.1.x": torch.zeros(1)}, tmp_path / "xl.safetensors")
     assert architecture_on_disk(settings(pretrained_model_name_or_path=tmp_path / "xl.safetensors")) == "sdxl"
+
+
+def test_a_text_encoder_that_lacks_weights_is_not_filled_at_random(sd1, tmp_path) -> None:
+    folder = shutil.copytree(sd1, tmp_path / "model")
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({key.replace("mlp.fc1", "mlp.first"): one for key, one in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"its text_encoder lacks .*mlp\.fc1"):
+        load_base_models(settings(pretrained_model_name_or_path=folder))
 
 
 def test_single_file_names_what_is_missing(tmp_path, monkeypatch) -> None:
