@@ -5,15 +5,16 @@ usage: file_tools.py [--folder DIR] [--only WORD ...] [--results FILE.json] [--m
                      [--kohya CHECKOUT --kohya_python PYTHON] [--check]
 
 Makes complete checkpoints and adapters of SD1.5's and SDXL's shapes with random weights in the folder, runs each tool
-on them, and prints wall time, peak resident memory, and the peak of anonymous memory (what is not a mapped file),
-sampled every 20 ms from /proc (Linux only). --check compares the error that extraction left with the optimum, from all
-singular values of every module. --results keeps the numbers, so that a later call can measure other cases and
---markdown write them all.
+on them, and prints wall time, CPU time (little of it, where a tool waits for the disk), peak resident memory, and the
+peak of anonymous memory (what is not a mapped file), sampled every 20 ms from /proc (Linux only). --check compares the
+error that extraction left with the optimum, from all singular values of every module. --results keeps the numbers, so
+that a later call can measure other cases and --markdown write them all.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,8 +44,8 @@ class Case(NamedTuple):
 
 
 def measure(command: list[str], most: float, path: str | None = None) -> dict[str, Any]:
-    """Wall time (s), peak resident and anonymous memory (MB), and the exit status of a process."""
-    start = time.perf_counter()
+    """Wall and CPU time (s), peak resident and anonymous memory (MB), and the exit status of a process."""
+    start, before = time.perf_counter(), _cpu_of_children()
     environment = os.environ if path is None else {**os.environ, "PYTHONPATH": path}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=path and path.split(":")[0],
@@ -69,11 +70,17 @@ def measure(command: list[str], most: float, path: str | None = None) -> dict[st
     said = (process.communicate()[0] or "").strip().splitlines()
     return {
         "seconds": round(seconds, 2),
+        "cpu": round(_cpu_of_children() - before, 2),
         "anonymous": anonymous // 1024,
         "peak": peak // 1024,
         "status": "stopped" if seconds > most else process.returncode,
         "said": next((line for line in said if line.startswith("relative error")), said[-1] if said else ""),
     }
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def excess(out: Path, truth: tuple[Path, Path]) -> dict[str, float]:
@@ -148,31 +155,37 @@ def kohyas(case: Case, python: str, checkout: Path) -> list[str]:
 
 def _cells(found: dict[str, Any] | None) -> list[str]:
     if found is None:
-        return ["", "", "", ""]
+        return [""] * 5
     if found["status"] not in (0, "stopped"):
-        return ["fails", "", "", ""]
+        return ["fails", *[""] * 4]
     stopped = found["status"] == "stopped"
     above = found.get("excess")
     shown = "" if above is None else f"{above['least']:.2f} to {above['most']:.2f} %"
     took = f"{'over ' if stopped else ''}{found['seconds']:.1f} s"
-    return [took, f"{found['anonymous']} MB", f"{found['peak']} MB", shown]
+    return [
+        took,
+        f"{found['cpu']:.1f} s" if "cpu" in found else "",
+        f"{found['anonymous']} MB",
+        f"{found['peak']} MB",
+        shown,
+    ]
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a table, and the curves as another."""
     lines = [
-        "| what | time | anonymous | resident | error above the optimum |",
-        "|---|---|---|---|---|",
+        "| what | time | CPU | anonymous | resident | error above the optimum |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in results.items():
         if "curve" not in name:
             lines.append(f"| {name} | {' | '.join(_cells(row.get('ours')))} |")
             if "kohya" in row:
                 lines.append(f"| ... with kohya's script | {' | '.join(_cells(row['kohya']))} |")
-    lines += ["", "| curve | time | anonymous | resident |", "|---|---|---|---|"]
+    lines += ["", "| curve | time | CPU | anonymous | resident |", "|---|---|---|---|---|"]
     for name, row in results.items():
         if "curve" in name:
-            lines.append(f"| {name.replace('curve: ', '')} | {' | '.join(_cells(row.get('ours'))[:3])} |")
+            lines.append(f"| {name.replace('curve: ', '')} | {' | '.join(_cells(row.get('ours'))[:4])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.train.checkpoints import Position, load_state, save_state
 from lora_adapters.train.errors import TrainingError
 
+from ..convert.checkpoints import GOLDEN, original
 from .readers import small_adapter
+
+ROOT = Path(__file__).parents[2]
 
 CALLS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
 
@@ -117,14 +121,37 @@ def test_a_full_disk_leaves_the_old(name, most, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
-def test_trainings_killed_at_random(tmp_path):
-    """50 runs that save at every step, killed at random moments; each goes on from the last state that is there."""
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda one: one.name)
+def test_a_merge_that_is_stopped_while_it_writes(stop, tmp_path):
+    """The target is as it was; Ctrl-C and SIGTERM leave nothing behind, SIGKILL a file of another name."""
+    model, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file({**original("sd1"), "first_stage_model.rest": torch.zeros(150_000_000, dtype=torch.float16)}, model)
+    out.write_bytes(b"before")
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, str(ROOT / "convert" / "merge_lora.py"), "--sd_model", str(model), "--save_to", str(out)]
+    command += ["--models", str(GOLDEN / "sd15" / "lierla.safetensors")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and sorted(tmp_path.iterdir()) == before:
+        time.sleep(0.002)
+    run.send_signal(stop)
+    _, said = run.communicate()
+    assert out.read_bytes() == b"before"
+    if stop != signal.SIGKILL:
+        assert run.returncode == 1
+        assert said.splitlines()[-1].startswith("error: stopped")
+        assert sorted(tmp_path.iterdir()) == before
+    else:
+        assert run.returncode == -stop
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_trainings_killed_at_random(kills, tmp_path):
+    """Runs that save at every step, killed at random moments; each goes on from the last state that is there."""
     from tests.train.conftest import build_sd1, draw_pictures
 
     model, pictures = build_sd1(tmp_path / "model"), tmp_path / "pictures"
     draw_pictures(pictures / "1_shape")
-    program = Path(__file__).parents[2] / "train" / "train_network.py"
+    program = ROOT / "train" / "train_network.py"
     out, rng = tmp_path / "out", random.Random(0)
     command = [
         sys.executable, str(program), f"--pretrained_model_name_or_path={model}", f"--train_data_dir={pictures}",
@@ -133,7 +160,7 @@ def test_trainings_killed_at_random(tmp_path):
         "--save_last_n_steps_state=3", "--save_state", "--output_name=x", "--max_data_loader_n_workers=0", "--seed=1",
     ]  # fmt: skip
     reached = 0
-    for _ in range(50):
+    for _ in range(kills):
         states = sorted(out.glob("x-step*-state"))
         resume = [f"--resume={states[-1]}"] if states else []
         with (tmp_path / "log").open("w") as log:

@@ -13,8 +13,8 @@ class Custom(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1, stride=2)
-        self.point = nn.Conv2d(8, 64, 1)
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, stride=2)
+        self.point = nn.Conv2d(16, 64, 1)
         self.body = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64, bias=False))
         self.head = nn.Linear(64, 64)
 
