@@ -224,13 +224,13 @@ class Adapter:
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
         >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)}).as_dylora(DyLora(unit=2))
         >>> a.truncate(2).modules[to_q]
-        LowRank(rank 2, alpha 2, [2, 8] -> 8)
+        LowRank(rank 2, alpha 2.82843, [2, 8] -> 8)
         >>> a.truncate(3)
         Traceback (most recent call last):
         lora_adapters.convert.errors.AdapterError: rank 3 is not one that this adapter can be cut to: 2, 4
         """
         highest = max((one.rank for one in self.modules.values()), default=1)
-        dylora = self.dylora or DyLora()
+        dylora = self.dylora or DyLora(rank_scaling="constant")  # a plain LoRA's first components, as they are
         valid = [*range(dylora.unit, highest, dylora.unit), highest]
         if rank not in valid:
             shown = ", ".join(map(str, valid if len(valid) <= 16 else [*valid[:8], "...", *valid[-2:]]))

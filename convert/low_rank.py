@@ -8,6 +8,7 @@ import torch
 from .errors import AdapterError
 
 RANK_SCALINGS = ("constant", "rank", "sqrt")
+RANK_SAMPLINGS = ("uniform", "spread")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from .errors import AdapterError
-from .low_rank import RANK_SCALINGS
+from .low_rank import RANK_SAMPLINGS, RANK_SCALINGS
 from .parsing import json_value
 
 _MODELSPEC_ARCHITECTURE = {
@@ -31,16 +31,20 @@ class DyLora:
 
     Ranks come in steps of `unit`, a number of components. `rank_scaling` says what the b first of R components are
     multiplied with: "constant" alpha/R, "rank" alpha/b, "sqrt" alpha/R · √(R/b). With `freeze_lower` only the last
-    `unit` of them were trained in a step.
+    `unit` of them were trained in a step. `rank_sampling` says how b was drawn: "uniform", one b for all samples of
+    a step, or "spread", for each sample one, low ranks and the full one more often.
     """
 
     unit: int = 1
-    rank_scaling: str = "constant"
+    rank_scaling: str = "sqrt"
     freeze_lower: bool = False
+    rank_sampling: str = "spread"
 
     def __post_init__(self) -> None:
         if not isinstance(self.unit, int) or self.unit < 1 or self.rank_scaling not in RANK_SCALINGS:
             raise AdapterError(f"a DyLoRA of unit {self.unit} and rank_scaling {self.rank_scaling} is not known")
+        if self.rank_sampling not in RANK_SAMPLINGS:
+            raise AdapterError(f"rank_sampling {self.rank_sampling!r}: {', '.join(RANK_SAMPLINGS)} are known")
 
 
 def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -65,6 +69,7 @@ def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
         unit=int(unit) if re.fullmatch(r"0*[1-9][0-9]{0,8}", unit) else 1,
         rank_scaling=_known_scaling(args.get("rank_scaling", "rank")),
         freeze_lower=args.get("freeze_lower", "False") == "True",
+        rank_sampling=_known_sampling(args.get("rank_sampling", "uniform")),
     )
 
 
@@ -72,6 +77,10 @@ def _known_scaling(name: object) -> str:
     if name not in RANK_SCALINGS:
         raise AdapterError(f"its metadata says rank_scaling {name!r}: {', '.join(RANK_SCALINGS)} are known")
     return str(name)
+
+
+def _known_sampling(name: object) -> str:
+    return str(name) if name in RANK_SAMPLINGS else "uniform"  # how it was trained changes nothing in how it is used
 
 
 def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,8 +101,9 @@ def dylora_of_config(config: Mapping[str, Any]) -> DyLora | None:
     unit = facts.get("unit", 1)
     if not isinstance(unit, int) or unit < 1:
         raise AdapterError(f"its config says that DyLoRA's unit is {unit!r}: it is a number from 1 on")
-    scaling = _known_scaling(facts.get("rank_scaling", DyLora.rank_scaling))
-    return DyLora(unit, scaling, facts.get("freeze_lower") is True)
+    scaling = _known_scaling(facts.get("rank_scaling", "constant"))
+    sampling = _known_sampling(facts.get("rank_sampling"))
+    return DyLora(unit, scaling, facts.get("freeze_lower") is True, sampling)
 
 
 def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
@@ -102,6 +112,7 @@ def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
         "unit": str(dylora.unit),
         "rank_scaling": dylora.rank_scaling,
         "freeze_lower": str(dylora.freeze_lower),
+        "rank_sampling": dylora.rank_sampling,
     }
     return {"ss_network_module": "networks.dylora", "ss_network_args": json.dumps({**args, **facts})}
 

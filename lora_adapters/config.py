@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import RANK_SCALINGS
+from lora_adapters.convert.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
 from lora_adapters.convert.metadata import DyLora
 
 FACTS = "lora_adapters"  # the key in auto_mapping
@@ -108,18 +108,27 @@ class C3LierConfig(LierLaConfig):
 class DyLoraConfig(LierLaConfig):
     """DyLoRA (arXiv:2210.07558): one training whose first b components are a good adapter of rank b, for every b.
 
-    One b, a multiple of `unit`, is drawn for the whole model in each training step, and only the first b components
-    take part. Covers what LierLa does, or what C3Lier does where conv_dim (or conv_block_dims) is given. A module whose
-    rank is below b takes part in full.
+    In each training step a b, a multiple of `unit`, is drawn for each sample of the batch, the same in the whole model,
+    and only the first b components take part. Covers what LierLa does, or what C3Lier does where conv_dim (or
+    conv_block_dims) is given. A module whose rank is below b takes part in full.
+
+    rank_sampling "spread" needs the samples of a batch in the first dimension of what every layer reads, as it is in
+    U-Nets and text encoders; "uniform" draws one b for all samples, as the paper does, and needs nothing. freeze_lower
+    draws one b for all samples too.
     """
 
     unit: int = field(default=1, metadata={"help": "Ranks are trained in steps of this; it divides r and conv_dim."})
     rank_scaling: str = field(
-        default="constant",
+        default=DyLora.rank_scaling,
         metadata={"help": "Scale at rank b: constant is alpha/r, rank is alpha/b (the paper's), sqrt is between."},
     )
     freeze_lower: bool = field(
         default=False, metadata={"help": "Train only the last `unit` of the b components in a step."}
+    )
+
+    rank_sampling: str = field(
+        default=DyLora.rank_sampling,
+        metadata={"help": "How b is drawn: uniform, one a step; spread, one a sample, low ranks and r more often."},
     )
 
     def __post_init__(self) -> None:
@@ -129,15 +138,14 @@ class DyLoraConfig(LierLaConfig):
         for name in ("r", "conv_dim"):
             rank = getattr(self, name)
             _check(rank is None or rank % self.unit == 0, f"unit {self.unit} does not divide {name} {rank}")
-        _check(
-            self.rank_scaling in RANK_SCALINGS,
-            f"rank_scaling is {self.rank_scaling!r}: it is one of {', '.join(RANK_SCALINGS)}",
-        )
+        for name, known in (("rank_scaling", RANK_SCALINGS), ("rank_sampling", RANK_SAMPLINGS)):
+            value = getattr(self, name)
+            _check(value in known, f"{name} is {value!r}: it is one of {', '.join(known)}")
 
     @property
     def dylora(self) -> DyLora:
         """Its facts as they stand in kohya's metadata."""
-        return DyLora(self.unit, self.rank_scaling, self.freeze_lower)
+        return DyLora(self.unit, self.rank_scaling, self.freeze_lower, self.rank_sampling)
 
 
 _TYPES = {"LierLa": LierLaConfig, "C3Lier": C3LierConfig, "DyLora": DyLoraConfig}

@@ -1,6 +1,5 @@
 """DyLoRA's layer arithmetic, and the dial that says which rank it works at."""
 
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,28 +12,31 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.metadata import DyLora
 
+from .rank_draws import ranks_of_step
+
 _POWER = {"constant": 0.0, "rank": 1.0, "sqrt": 0.5}
 
 
 class RankDial:
     """The rank that one DyLoRA adapter works at in one model, shared by all of its layers.
 
-    In training the rank of step n is a function of (seed, n) alone, the same in the U-Net, in the text encoders and in
-    every data-parallel process. It is drawn when the model is called, not when a layer is, so that gradient
-    checkpointing, which calls layers again, computes with the same rank again. In evaluation it is `rank`.
+    In training the ranks of step n's samples are a function of (seed, n) alone, the same in the U-Net and in the text
+    encoders. They are drawn when the model is called, not when a layer is, so that gradient checkpointing, which calls
+    layers again, computes with the same ranks again. In evaluation there is one, `rank`.
 
-    The layers see the rank as numbers in `gates`, a tensor that is changed in place: a compiled model turns with the
-    dial, without being compiled again.
+    The layers see the ranks as numbers in `gates`, a tensor (samples, components of all layers) that is changed in
+    place: a compiled model turns with the dial, without being compiled again.
     """
 
     def __init__(self, adapter_name: str, highest: int, dylora: DyLora, seed: int = 0):
         self.adapter_name, self.highest, self.dylora, self.seed = adapter_name, highest, dylora, seed
         self.rank = highest
         self.step = 0
-        self.at = highest
+        self.batch: tuple[range, int] | None = None  # the samples that are here, of how many in all processes
+        self.now = [highest]
         self.drawn = False
         self.variants: list[DyLoraVariant] = []
-        self.gates = torch.zeros(0)
+        self.gates = torch.zeros(1, 0)
         self._settings: dict[int, torch.Tensor] = {}
 
     @property
@@ -42,9 +44,15 @@ class RankDial:
         """The ranks that it can be set to, in order."""
         return [*range(self.dylora.unit, self.highest, self.dylora.unit), self.highest]
 
-    def rank_of_step(self, step: int) -> int:
-        """The rank of a training step, uniform over the multiples of unit."""
-        return random.Random(f"{self.seed}/{step}").choice(self.ranks)
+    def ranks_of_step(self, rows: int) -> list[int]:
+        """The rank for each row of a training batch. A sample may have several rows: windows of a long caption."""
+        samples, total = self.batch or (range(rows), rows)
+        if rows % len(samples):
+            raise AdapterError(f"a batch of {rows} came where one of {len(samples)} was announced to the DyLoRA")
+        if self.dylora.freeze_lower or self.dylora.rank_sampling == "uniform":
+            samples, total = range(1), 1
+        drawn = ranks_of_step(tuple(self.ranks), self.dylora.rank_sampling, self.seed, self.step, samples, total)
+        return drawn if len(drawn) == 1 else [rank for rank in drawn for _ in range(rows // len(drawn))]
 
     def set_rank(self, rank: int) -> None:
         """The rank for evaluation; AdapterError, with the valid ones, where it is none of `ranks`."""
@@ -53,32 +61,33 @@ class RankDial:
             raise AdapterError(f"rank {rank} is not one of adapter {self.adapter_name}'s: {', '.join(map(str, ranks))}")
         self.rank = rank
         self.drawn = False
-        self._turn(rank)
+        self._turn([rank])
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the model: draws the rank of this step, or goes back to that of evaluation."""
+        """Forward pre-hook of the model: draws the ranks of this step, or goes back to that of evaluation."""
         training = model.training and torch.is_grad_enabled()
+        tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim > 1)
+        given = next(tensors, None)
         if training or self.drawn:
-            self._next(training)
-        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+            self._next(training, 1 if given is None else len(given))
         if given is not None and given.device != self.gates.device:
             self._move(given.device)
 
     # Nothing of this is for a compiler to look into: it would compile anew for every rank and step.
     @torch.compiler.disable
-    def _next(self, training: bool) -> None:
+    def _next(self, training: bool, rows: int) -> None:
         self.drawn = training
         if training:
-            self._turn(self.rank_of_step(self.step))
+            self._turn(self.ranks_of_step(rows))
             self.step += 1
         else:
-            self._turn(self.rank)
+            self._turn([self.rank])
 
     @torch.compiler.disable
     def _move(self, device: torch.device) -> None:
-        with torch.inference_mode(False):
-            self.gates, self._settings = self.gates.to(device), {}
-        self._share()
+        self._settings = {}
+        self._lay_out(len(self.gates), device)
+        self._turn(self.now)
 
     def add(self, variant: "DyLoraVariant") -> None:
         """Take a layer in; `fill` is to be called when all are in."""
@@ -87,24 +96,26 @@ class RankDial:
     def fill(self) -> None:
         """Lay the gates out anew, after layers or their ranks have changed."""
         self._settings = {}
-        if [one.length for one in self.variants] != [len(one.gate) for one in self.variants] or not len(self.gates):
-            with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
-                self.gates = self.gates.new_zeros(sum(one.length for one in self.variants))
-            self._share()
-        self._turn(self.at)
+        if any(one.length != one.gate.shape[-1] for one in self.variants):
+            self._lay_out(len(self.now), self.gates.device)
+        self._turn(self.now)
 
-    def _share(self) -> None:
+    def _lay_out(self, rows: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
+            self.gates = torch.zeros(rows, sum(one.length for one in self.variants), device=device)
         start = 0
         for one in self.variants:
-            one.gate = self.gates[start : start + one.length]
+            one.gate = self.gates[:, start : start + one.length]
             start += one.length
 
-    def _turn(self, rank: int) -> None:
-        self.at = rank
-        if rank not in self._settings:
-            values = torch.cat([one.values(rank) for one in self.variants]) if self.variants else torch.zeros(0)
-            self._settings[rank] = values.to(self.gates.device)
-        self.gates.copy_(self._settings[rank])
+    def _turn(self, ranks: list[int]) -> None:
+        self.now = ranks
+        for rank in {*ranks} - self._settings.keys():
+            each = [one.values(rank) * one.scaling for one in self.variants]
+            self._settings[rank] = (torch.cat(each) if each else torch.zeros(0)).to(self.gates.device)
+        if len(ranks) != len(self.gates):
+            self._lay_out(len(ranks), self.gates.device)
+        self.gates.copy_(torch.stack([self._settings[rank] for rank in ranks]))
 
     def factor(self, rank: int, full: int) -> float:
         """What the scale alpha/full is multiplied with when `rank` of `full` components are used."""
@@ -122,17 +133,26 @@ class DyLoraVariant(LoraVariant):
     """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, in place of a LoRA layer's alpha/r · up · down · x. One a layer.
 
     The components from b on are gated to zero between the two factors: the weights are used through their own modules,
-    so that offloading, sharding and quantisation hooks on these keep working. `full` is the layer's rank; its factors
-    are `length` wide, which is more where an adapter is padded to be swapped for larger ones.
+    so that offloading, sharding and quantisation hooks on these keep working. The gate holds the layer's scaling too,
+    as it was when the adapter was attached. `full` is the layer's rank; its factors are wider than that where an
+    adapter is padded to be swapped for larger ones.
     """
 
-    def __init__(self, dial: RankDial, full: int, length: int):
-        self.dial, self.full, self.length = dial, full, length
-        self.gate = torch.ones(length)
+    def __init__(self, dial: RankDial, layer: Any, adapter_name: str):
+        self.dial = dial
+        self.fit(layer, adapter_name)
+        self.gate = torch.zeros(1, 0)
         dial.add(self)
 
+    def fit(self, layer: Any, adapter_name: str) -> None:
+        """Take over the layer's present rank, width and scaling."""
+        weight = layer.lora_A[adapter_name].weight
+        self.full, self.length = layer.r[adapter_name], weight.shape[0]
+        self.trailing = weight.ndim - 2  # a convolution's channels are not last
+        self.scaling = float(layer.scaling[adapter_name]) or 1.0
+
     def values(self, rank: int) -> torch.Tensor:
-        """The gate at that rank: (length,), the scale's factor, then zeros."""
+        """The scale's factor for each component at that rank: (length,), with zeros from the rank on."""
         rank = min(rank, self.full)
         gate = torch.zeros(self.length)
         gate[:rank] = self.dial.factor(rank, self.full)
@@ -146,15 +166,30 @@ class DyLoraVariant(LoraVariant):
         x = module.lora_dropout[active_adapter](x)
         dial, start = self.dial, 0
         if dial.dylora.freeze_lower and dial.drawn:
-            start = min(dial.at, self.full) - dial.dylora.unit
+            start = min(dial.now[0], self.full) - dial.dylora.unit
         hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
-        gate = (self.gate.to(hidden.device) * module.scaling[active_adapter]).to(hidden.dtype)
-        hidden = hidden * gate.view(-1, *[1] * (down.weight.ndim - 2))  # a convolution's channels are not last
+        gate, scaling = self.gate.to(hidden), module.scaling[active_adapter]
+        if scaling != self.scaling:  # the adapter's weight has been set since
+            gate = gate * (scaling / self.scaling)
+        hidden = hidden * self._shaped(gate, hidden)
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
+
+    def _shaped(self, gate: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The gate (samples or 1, length), ready to be multiplied with a layer's hidden activations."""
+        if len(gate) == 1:
+            return gate.view(-1, *[1] * self.trailing)
+        if len(gate) != len(hidden):
+            raise AdapterError(
+                f"a DyLoRA's layer got {list(hidden.shape)} in a batch of {len(gate)}: where samples do not come "
+                "first, each cannot have a rank of its own; take rank_sampling='uniform'"
+            )
+        if self.trailing:
+            return gate.view(*gate.shape, *[1] * self.trailing)
+        return gate.view(len(gate), *[1] * (hidden.ndim - 2), -1)
 
     def _delta(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
-        rank = min(self.dial.at, self.full)
+        rank = min(self.dial.rank, self.full)
         scale = float(module.scaling[adapter]) * self.dial.factor(rank, self.full)
         delta = LowRank(down[:rank], up[:, :rank], scale * rank).delta()
         delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta.reshape(weight.shape)
@@ -194,7 +229,7 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
             if isinstance(variant, DyLoraVariant):
                 weight = layer.lora_A[name].weight
                 whole.append((weight, weight.data))
-                gate = variant.values(variant.dial.at).to(weight)
+                gate = variant.values(variant.dial.rank).to(weight)
                 weight.data = weight.data * gate.view(-1, *[1] * (weight.ndim - 1))
     try:
         yield
@@ -214,15 +249,14 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
     if variants and all(isinstance(one, DyLoraVariant) for one in variants):
         dial = variants[0].dial  # type: ignore[union-attr]
         for layer, one in zip(mine, variants, strict=True):
-            one.full, one.length = layer.r[adapter_name], layer.lora_A[adapter_name].weight.shape[0]  # type: ignore[union-attr]
-        dial.highest, dial.dylora, dial.rank, dial.at = highest, dylora, highest, highest
+            one.fit(layer, adapter_name)  # type: ignore[union-attr]
+        dial.highest, dial.dylora, dial.rank, dial.now = highest, dylora, highest, [highest]
         dial.fill()
         return
     dial = RankDial(adapter_name, highest, dylora)
     detach(model, adapter_name)
     for layer in mine:
-        down = layer.lora_A[adapter_name].weight
-        layer.lora_variant[adapter_name] = DyLoraVariant(dial, layer.r[adapter_name], down.shape[0])
+        layer.lora_variant[adapter_name] = DyLoraVariant(dial, layer, adapter_name)
     dial.fill()
     model.register_forward_pre_hook(dial, with_kwargs=True)
 
@@ -296,13 +330,16 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
         dial.set_rank(min(rank, dial.highest))
 
 
-def set_step(target: Any, step: int, seed: int = 0) -> None:
-    """Say which training step comes next, so that DyLoRA draws the rank of this step when the models are called.
+def set_step(target: Any, step: int, seed: int = 0, samples: range | None = None, total: int | None = None) -> None:
+    """Say which training step comes next, so that DyLoRA draws the ranks of this step when the models are called.
 
     Without it, each dial counts its model's training calls from 0, which is the same where every model is called once a
     step. A training loop that resumes, or that calls a model several times a step, says it before each call.
 
-    target: a pipeline, a model, or a list of models; step: optimizer steps done so far, from 0; seed: the run's.
+    target: a pipeline, a model, or a list of models; step: optimizer steps done so far, from 0; seed: the run's;
+    samples, total: in a data-parallel process, which samples of the batch of `total` it has. A model that is called
+    with a multiple of their number sees each sample that many times in a row.
     """
     for dial in dials(target):
         dial.step, dial.seed = step, seed
+        dial.batch = None if samples is None else (samples, len(samples) if total is None else total)

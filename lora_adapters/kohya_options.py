@@ -59,6 +59,7 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "block_lr_zero_threshold": (float, "a number"),
     "unit": (int, "a whole number"),
     "rank_scaling": (str, "a name"),
+    "rank_sampling": (str, "a name"),
     "freeze_lower": (_flag, "True or False"),
     "rank_dropout": (float, "a number"),
     "module_dropout": (float, "a number"),
@@ -66,7 +67,7 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "loraplus_unet_lr_ratio": (float, "a number"),
     "loraplus_text_encoder_lr_ratio": (float, "a number"),
 }
-_ONLY_DYLORA = ("unit", "rank_scaling", "freeze_lower")
+_ONLY_DYLORA = ("unit", "rank_scaling", "freeze_lower", "rank_sampling")
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 

@@ -116,7 +116,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         rows.append(("Can be used at rank", ", ".join(shown)))
     rows += [("Made for", family(adapter)[0]), ("Adapts", ", ".join(adapter.components))]
     rows += [(label, told[key]) for key, label in _FACTS.items() if told.get(key, "None") not in ("None", "", "0")]
-    own = {"unit", "rank_scaling", "freeze_lower"} if adapter.dylora else set()
+    own = {"unit", "rank_scaling", "freeze_lower", "rank_sampling"} if adapter.dylora else set()
     args = {key: value for key, value in network_args(told).items() if key not in own}
     if args:
         rows.append(("Network arguments", ", ".join(f"{key}={value}" for key, value in args.items())))

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import logging
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from diffusers.training_utils import cast_training_params
 from peft.tuners.lora import LoraLayer
 
 from lora_adapters.adapter import Adapter
-from lora_adapters.config import DyLoraConfig
+from lora_adapters.config import DyLoraConfig, LierLaConfig
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DyLora
 from lora_adapters.convert.names import ModuleName
@@ -75,7 +76,7 @@ def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any
     asked = options(settings, models.architecture)
     start = Adapter.load(settings.network_weights) if settings.network_weights else None
     if start is not None and settings.dim_from_weights:
-        _place(trained, start, isinstance(asked.config, DyLoraConfig), settings.network_weights)
+        _place(trained, start, _dylora(settings, asked.config, start), settings.network_weights)
     else:
         for model in trained.values():
             model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
@@ -168,12 +169,20 @@ def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             parameter.requires_grad_(id(parameter) in chosen)
 
 
-def _place(trained: dict[str, Any], start: Adapter, as_dylora: bool, source: str) -> None:
+def _dylora(settings: argparse.Namespace, asked: LierLaConfig, start: Adapter) -> DyLora | None:
+    """What --network_args say of a DyLoRA, and of what they do not say, the file."""
+    if not isinstance(asked, DyLoraConfig):
+        return None
+    given = {one.name for one in fields(DyLora)} & set(key_values(settings.network_args, "network_args"))
+    return replace(start.dylora or asked.dylora, **{name: getattr(asked, name) for name in given})
+
+
+def _place(trained: dict[str, Any], start: Adapter, dylora: DyLora | None, source: str) -> None:
     """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
     for component, model in trained.items():
         modules = {name.path: one for name, one in start.modules.items() if name.component == component}
         if modules:
-            place(model, fitted(model, component, modules), ADAPTER, (start.dylora or DyLora()) if as_dylora else None)
+            place(model, fitted(model, component, modules), ADAPTER, dylora)
     if not lora_layers(trained):
         raise TrainingError(f"--network_weights {source} has no module of {', '.join(trained)}")
 

@@ -22,10 +22,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of a batch: entries, and the factor on the loss of each."""
+    """One process's part of a batch of `total` entries, from number `start` on, and the factor on the loss of each."""
 
     entries: tuple[int, ...]
     weights: tuple[float, ...]
+    start: int
+    total: int
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Batch:
 
     loss_weights multiply each sample's loss before the mean over the batch. sample_seeds are one number a sample that
     depends on the run's seed, the epoch and the sample alone: noise drawn from them is the same for any number of
-    processes and after a resume.
+    processes and after a resume. The b samples are those from number `start` on of `total` in all processes.
     """
 
     images: torch.Tensor | None  # (b, 3, height, width) in [-1, 1]; None where latents are cached
@@ -47,6 +49,8 @@ class Batch:
     crop_top_lefts: torch.Tensor  # (b, 2) int64
     target_sizes: torch.Tensor  # (b, 2) int64
     sample_seeds: torch.Tensor  # (b,) int64
+    start: int
+    total: int
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory; the data loader calls it."""
@@ -93,5 +97,5 @@ def share(batch: Sequence[int], rank: int, world_size: int) -> Share:
     start = rank * size + min(rank, rest)
     mine = tuple(batch[start : start + size + (rank < rest)])
     if not mine:
-        return Share((batch[0],), (0.0,))
-    return Share(mine, (len(mine) * world_size / total,) * len(mine))
+        return Share((batch[0],), (0.0,), 0, total)
+    return Share(mine, (len(mine) * world_size / total,) * len(mine), start, total)

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapt
     if kind is None:
         raise TrainingError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
     args = key_values([part for part in text.split(";") if part.strip()], "network_args")
-    facts = adapter.dylora or (DyLora() if kind == "dylora" else None)
+    # A DyLoRA's file that does not say so is kohya's, whose splitter keeps alpha.
+    facts = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "dylora" else None)
     for key in args:
         if facts is None or key not in ("rank", "unit", "rank_scaling"):
             rule = "a DyLoRA takes rank=, unit= and rank_scaling=, others none: the file tells the rest"
@@ -105,7 +106,7 @@ def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapt
     scaling = args.get("rank_scaling", facts.rank_scaling)
     if scaling not in RANK_SCALINGS:
         raise TrainingError(f"--network_args rank_scaling={scaling}: {', '.join(RANK_SCALINGS)} are known")
-    dylora = DyLora(int(numbers.get("unit", facts.unit)), scaling, facts.freeze_lower)
+    dylora = replace(facts, unit=int(numbers.get("unit", facts.unit)), rank_scaling=scaling)
     return adapter.as_dylora(dylora), int(numbers["rank"]) if "rank" in numbers else None
 
 

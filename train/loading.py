@@ -103,6 +103,8 @@ class BatchReader(Dataset):
             crop_top_lefts=torch.tensor([sample.crop for sample in samples]),
             target_sizes=torch.tensor([sample.target for sample in samples]),
             sample_seeds=torch.tensor(seeds),
+            start=order.share.start,
+            total=order.share.total,
         )
 
     def _sample(self, entry: int, number: int, picture: Picture, epoch: int) -> Sample:

@@ -128,7 +128,7 @@ def _step(run: Run, step: int, group: list[Any], progress: Progress) -> float:
     torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
-        run.tell_step(step)
+        run.tell_step(step, number, batch)
         last = number == len(group) - 1
         with run.accumulating(last), run.offloading():
             loss = run.loss.training(batch) / len(group)

@@ -21,6 +21,7 @@ from lora_adapters.dylora import RankDial, dials
 from lora_adapters.train import adapters
 from lora_adapters.train.arguments import parser
 from lora_adapters.train.base_models import BaseModels, architecture_on_disk, check_path, load_base_models
+from lora_adapters.train.batches import Batch
 from lora_adapters.train.dataset_config import load_data_config
 from lora_adapters.train.denoiser import Denoiser, StepLoss, StepOptions
 from lora_adapters.train.errors import TrainingError
@@ -89,10 +90,12 @@ class Run:
         """The trained DyLoRAs' dials, looked up once for the same reason."""
         return dials(list(self.trained.values()))
 
-    def tell_step(self, step: int) -> None:
-        """Say which step comes next, as `set_step` does: DyLoRA's rank depends on it and on the seed alone."""
+    def tell_step(self, step: int, number: int, batch: Batch) -> None:
+        """Say which batch of which step comes next, as `set_step` does: DyLoRA's ranks depend on these and the seed."""
         for dial in self.dials:
-            dial.step, dial.seed = step, self.settings.seed
+            dial.step = step * self.settings.gradient_accumulation_steps + number
+            dial.seed = self.settings.seed
+            dial.batch = range(batch.start, batch.start + len(batch.captions)), batch.total
 
     def training_mode(self, training: bool = True) -> None:
         text = any(name != "unet" for name in self.trained)

@@ -38,7 +38,7 @@ def config_factory(options: argparse.Namespace) -> Any:
     import lora_adapters
 
     config = getattr(lora_adapters, CONFIGS[options.adapter])
-    names = ("conv_dim", "conv_alpha", "unit", "rank_scaling", "freeze_lower")
+    names = ("conv_dim", "conv_alpha", "unit", "rank_scaling", "freeze_lower", "rank_sampling")
     own = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
     def lora_config(**given: Any) -> Any:
@@ -85,12 +85,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--conv_alpha", type=float, help="their alpha (1)")
     parser.add_argument("--unit", type=int, help="dylora: ranks are trained in steps of this (1)")
     parser.add_argument("--rank_scaling", help="dylora: scale at rank b")
+    parser.add_argument("--rank_sampling", help="dylora: how the rank of a step is drawn")
     parser.add_argument("--freeze_lower", action="store_true", default=None, help="dylora: train the last unit only")
     parser.add_argument("--keep_target_modules", action="store_true", help="adapt what the script says, and no more")
     split = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])
     if options.adapter != "dylora":
-        for name in ("unit", "rank_scaling", "freeze_lower"):
+        for name in ("unit", "rank_scaling", "freeze_lower", "rank_sampling"):
             if getattr(options, name) is not None:
                 parser.error(f"--{name} is for --adapter dylora")
     return options, argv[split + 1 :]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import inject_adapter_in_model
 
 from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank, set_step
 from lora_adapters.dylora import dials
@@ -49,22 +50,94 @@ def test_set_rank_equals_the_cut_adapter(scaling, pipeline, tmp_path):
         assert error(outputs(pipe, golden), outputs(other, golden), base) < 1e-4
 
 
-def test_one_rank_a_step_for_the_whole_model_and_every_process(pipeline):
-    pipe, golden = trained(pipeline()), expected("sd15")
+@pytest.mark.parametrize("sampling", ["uniform", "spread"])
+def test_ranks_are_the_same_in_the_whole_model_and_every_process(sampling, pipeline):
+    pipe, golden = trained(pipeline(), rank_sampling=sampling), expected("sd15")
     models = [pipe.unet.train(), pipe.text_encoder.train()]
     drawn = []
-    for step in range(12):
+    for step in range(16):
         set_step(models, step, seed=3)
         pipe.text_encoder(golden["input_ids"])
         pipe.unet(golden["latents"], 7, golden["context"])
-        (rank,) = {dial.at for dial in dials(models)}
-        drawn.append(rank)
-    assert set(drawn) == {2, 4, 6, 8}
-    again = copy.deepcopy(pipe.unet)  # another process
-    for step in (3, 7):
-        set_step([again], step, seed=3)
-        again(golden["latents"], 7, golden["context"])
-        assert dials(again)[0].at == drawn[step]
+        (ranks,) = {tuple(dial.now) for dial in dials(models)}
+        drawn.append(ranks)
+    count = len(golden["latents"])
+    assert {len(ranks) for ranks in drawn} == ({1} if sampling == "uniform" else {count})
+    assert {rank for ranks in drawn for rank in ranks} == {2, 4, 6, 8}
+    for step in (3, 7):  # another process, which has the batch's last sample only
+        again = copy.deepcopy(pipe.unet)
+        set_step([again], step, 3, samples=range(count - 1, count), total=count)
+        again(golden["latents"][-1:], 7, golden["context"][-1:])
+        assert dials(again)[0].now == [drawn[step][-1]]
+
+
+def test_the_weight_of_an_adapter_counts_at_every_rank(pipeline):
+    golden = expected("sd15")
+    pipe = trained(pipeline())
+    for model in (pipe.unet, pipe.text_encoder):
+        model.eval()
+    pipe.set_adapters(["a"], 0.6)
+    for rank in (8, 4):
+        set_rank(pipe, rank)
+        found = outputs(pipe, golden)
+        other = pipeline()
+        cut = Adapter.from_pipeline(pipe, "a")
+        (cut.truncate(rank) if rank < 8 else cut).scale(0.6).to_pipeline(other, "b")
+        assert error(found, outputs(other, golden), outputs(pipeline(), golden)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["unet", "text_encoder"])
+def test_each_sample_is_computed_at_its_own_rank(kind, pipeline):
+    """A batch at its samples' ranks is what these samples are when each is alone, with its rank set."""
+    pipe, golden = trained(pipeline()), expected("sd15")
+    model = getattr(pipe, kind)
+
+    def called(rows):
+        if kind == "unet":
+            return model(golden["latents"][rows], 7, golden["context"][rows]).sample
+        return model(golden["input_ids"][rows]).last_hidden_state
+
+    model.train()
+    ranks = set()
+    for step in range(4):
+        set_step(model, step)
+        together = called(slice(None)).detach()
+        now = dials(model)[0].now
+        ranks.add(tuple(now))
+        for row, rank in enumerate(now):
+            model.eval()
+            set_rank(model, rank)
+            torch.testing.assert_close(called(slice(row, row + 1))[0], together[row], rtol=1e-4, atol=1e-5)
+            model.train()
+    assert any(len(set(now)) > 1 for now in ranks)
+
+
+def test_windows_of_a_caption_have_its_rank(pipeline):
+    model = trained(pipeline()).text_encoder.train()
+    set_step(model, 2, samples=range(2))
+    model(expected("sd15")["input_ids"][:1].repeat(6, 1))
+    now = dials(model)[0].now
+    assert now == [now[0]] * 3 + [now[3]] * 3
+    set_step(model, 2, samples=range(4))
+    with pytest.raises(AdapterError, match="a batch of 6 came where one of 4 was announced"):
+        model(expected("sd15")["input_ids"][:1].repeat(6, 1))
+
+
+def test_a_model_whose_samples_do_not_come_first_needs_one_rank_for_all():
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x):  # (batch, length, 4), as transformers without batch_first see it
+            return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+    def model(**options):
+        return inject_adapter_in_model(DyLoraConfig(r=4, target_modules=["linear"], **options), Turned()).train()
+
+    with pytest.raises(AdapterError, match=r"got \[5, 3, 4\] in a batch of 3.*rank_sampling='uniform'"):
+        model()(torch.ones(3, 5, 4))
+    assert model(rank_sampling="uniform")(torch.ones(3, 5, 4)).shape == (3, 5, 4)
 
 
 def test_gradients_are_the_same_with_checkpointing_and_stop_at_the_rank(pipeline):
@@ -77,7 +150,7 @@ def test_gradients_are_the_same_with_checkpointing_and_stop_at_the_rank(pipeline
         again = gradients(pipe, step)
         assert plain.keys() == again.keys()
         assert all(torch.equal(plain[name], again[name]) for name in plain)
-        rank = dials(pipe.unet)[0].at
+        rank = max(dials(pipe.unet)[0].now)
         for name, gradient in plain.items():
             part = gradient[rank:] if "lora_A" in name else gradient[:, rank:]
             assert not part.any()
@@ -88,7 +161,7 @@ def test_freeze_lower_trains_the_last_unit_only(pipeline):
     pipe.unet.train()
     for step in range(4):
         found = gradients(pipe, step)
-        rank = dials(pipe.unet)[0].at
+        (rank,) = dials(pipe.unet)[0].now
         for name, gradient in found.items():
             rows = gradient if "lora_A" in name else gradient.transpose(0, 1)
             assert not rows[: rank - 2].any()
@@ -102,6 +175,7 @@ def test_configs_check_their_fields():
         ({"r": 8, "unit": 0}, "unit is 0"),
         ({"r": 8, "conv_dim": 6, "unit": 4}, "unit 4 does not divide conv_dim 6"),
         ({"rank_scaling": "none"}, "rank_scaling is 'none'"),
+        ({"rank_sampling": "often"}, "rank_sampling is 'often': it is one of uniform, spread"),
         ({"r": 0}, "r is 0"),
     ):
         with pytest.raises(AdapterError, match=said):

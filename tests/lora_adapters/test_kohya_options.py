@@ -112,11 +112,13 @@ def test_mistakes(options, message) -> None:
 
 
 def test_dylora_options() -> None:
-    args = {"unit": "4", "rank_scaling": "rank", "freeze_lower": "True"}
+    args = {"unit": "4", "rank_scaling": "rank", "freeze_lower": "True", "rank_sampling": "uniform"}
     config = network_options("networks.dylora", 16, 8, args).config
     assert isinstance(config, DyLoraConfig)
     assert (config.r, config.lora_alpha, config.unit) == (16, 8, 4)
-    assert (config.rank_scaling, config.freeze_lower) == ("rank", True)
+    assert (config.rank_scaling, config.freeze_lower, config.rank_sampling) == ("rank", True, "uniform")
+    other = network_options("networks.dylora").config
+    assert (other.rank_scaling, other.freeze_lower, other.rank_sampling) == ("sqrt", False, "spread")
 
 
 def test_down_mid_up_lr_weights_and_presets() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_adapters.convert import Adapter
+from lora_adapters.convert.metadata import DyLora
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.dropouts import norms
 from lora_adapters.train.errors import TrainingError
@@ -53,6 +54,15 @@ def test_dim_from_weights_takes_ranks_and_alphas_of_the_file(basics, tmp_path) -
     for name, one in before.modules.items():
         assert (one.rank, one.alpha) == (again.modules[name].rank, again.modules[name].alpha)
         torch.testing.assert_close(again.modules[name].delta(), one.delta(), rtol=1e-4, atol=1e-6)
+
+
+def test_dim_from_weights_keeps_a_dylora_s_facts_but_for_those_given(basics, tmp_path) -> None:
+    options = {**basics, "network_module": "networks.dylora", "network_dim": 4, "max_train_steps": 1}
+    train(settings(**options, network_args={"unit": 2, "rank_scaling": "constant"}, output_name="a"))
+    file = tmp_path / "out" / "a.safetensors"
+    given = {"network_args": {"rank_sampling": "uniform"}, "network_weights": file, "dim_from_weights": True}
+    again = train(settings(**{**options, "network_dim": 8}, **given)).adapter
+    assert again.dylora == DyLora(2, "constant", False, "uniform")
 
 
 def test_max_grad_norm_and_rate_bound_a_step_of_sgd(basics) -> None:

@@ -50,10 +50,14 @@ def methods(kohya: Path | None) -> Iterator[Method]:
     """All that can be run here."""
     for rank in sorted(RANKS, reverse=True):
         yield Method(f"plain r{rank}", (rank,), {"r": rank}, "plain")
-    for freeze_lower in (False, True):
+    kinds = {
+        "": {"rank_sampling": "uniform"},
+        " frozen": {"rank_sampling": "uniform", "freeze_lower": True},
+        " spread": {"rank_sampling": "spread"},
+    }
+    for kind, settings in kinds.items():
         for scaling in ("constant", "sqrt", "rank"):
-            name = f"ours {scaling}{' frozen' if freeze_lower else ''}"
-            yield Method(name, settings={"rank_scaling": scaling, "freeze_lower": freeze_lower})
+            yield Method(f"ours {scaling}{kind}", settings={"rank_scaling": scaling, **settings})
     if kohya is not None:
         yield Method("kohya", kind="kohya")
     if importlib.util.find_spec("lycoris"):

@@ -1,0 +1,41 @@
+"""Which ranks a DyLoRA trains at in a step."""
+
+import math
+import random
+from bisect import bisect
+from functools import lru_cache
+from itertools import accumulate
+
+FULL_RANK_SHARE = 1 / 8  # of the samples, on top of what the full rank gets as one of the ranks
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@lru_cache
+def _shares(ranks: tuple[int, ...]) -> list[float]:
+    """The cumulative shares of the ranks: in proportion to 1/b, and more for the last one."""
+    weights = [1 / rank for rank in ranks]
+    return list(accumulate((1 - FULL_RANK_SHARE) * weight / sum(weights) for weight in weights))
+
+
+def ranks_of_step(
+    ranks: tuple[int, ...], sampling: str, seed: int, step: int, samples: range = range(1), total: int = 1
+) -> list[int]:
+    """A function of its arguments alone: the rank for each of `samples`, out of `total` in the batch.
+
+    sampling "uniform": each rank is as likely as any other, and the same for all samples, as in the DyLoRA paper
+    (arXiv:2210.07558). "spread": each sample has a rank of its own, spread evenly over a distribution that prefers low
+    ranks and the highest, so that a batch of some size trains low, middle and full ranks in every step; in small
+    batches, neighbouring steps complete each other (a golden-ratio sequence).
+
+    >>> ranks_of_step((4, 8, 12, 16), "uniform", seed=0, step=1, samples=range(3), total=3)
+    [16, 16, 16]
+    >>> ranks_of_step((4, 8, 12, 16), "spread", seed=0, step=1, samples=range(6), total=6)
+    [16, 12, 16, 4, 4, 8]
+    """
+    drawn = random.Random(f"{seed}/{step}")
+    if sampling == "uniform":
+        return [drawn.choice(ranks)] * len(samples)
+    offset = (random.Random(str(seed)).random() + step * _GOLDEN) % 1
+    places = drawn.sample(range(total), total)
+    shares = _shares(ranks)
+    return [ranks[min(bisect(shares, (places[sample] + offset) / total), len(ranks) - 1)] for sample in samples]
