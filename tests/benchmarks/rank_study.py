@@ -6,9 +6,9 @@ usage: rank_study.py --out DIR [--steps N] [--seeds N ...] [--rates R R [--third
 
 Trains a small base model on a style and on a subject with plain LoRA at each rank, this package's DyLoRA, kohya's
 (where a checkout of sd-scripts is given) and LyCORIS's (where lycoris-lora is installed), all with the same
-steps, pictures and noise, and measures the held-out denoising loss at ranks 1, 2, 4, 8 and 16. First every method
-looks for its learning rate on the first task and seed: it tries --rates, and with --third one more on the side of the
-better one. Then it trains with the best of them (the lowest loss, averaged over ranks) on the other tasks and seeds.
+steps, pictures and noise, and measures the held-out denoising loss at ranks 1, 2, 4, 8 and 16. On each task every
+method first looks for its learning rate with the first seed: it tries --rates, and with --third one more on the side of
+the better one. With the best of them (the lowest loss, averaged over ranks) it then trains with the other seeds.
 
 Every finished run is one file in DIR/runs: the same command goes on where an earlier one stopped. --report (also done
 at the end) writes DIR/table.md, DIR/plot.png (needs matplotlib) and a sheet of pictures for each task.
@@ -121,9 +121,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs=2, default=[2e-3, 4e-3], help="learning rates to try")
     parser.add_argument("--third", action="store_true", help="try a third rate, on the side of the better one")
     parser.add_argument("--only", nargs="+", help="only methods with one of these words in their name")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=tasks.TASKS, default=tasks.TASKS, help="the first finds the rates"
-    )
+    parser.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=tasks.TASKS)
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--base", type=Path, default=tasks.BASE, help="a Diffusers folder (default: examples/tiny-sd)")
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts")
@@ -135,16 +133,17 @@ def main() -> None:
     prepare(out, args.base, args.steps)
     chosen = [one for one in methods(args.kohya) if not args.only or any(word in one.name for word in args.only)]
     if not args.report:
-        task, seed = args.tasks[0], args.seeds[0]
-        finish([Job(task, one, lr, seed) for lr in args.rates for one in chosen], out, args)
+        first = args.seeds[0]
+        finish([Job(task, one, lr, first) for task in args.tasks for lr in args.rates for one in chosen], out, args)
         if args.third:
             tried = [one for one in report.records(out) if one["lr"] in args.rates]
-            best = report.best_rates(tried, task, seed)
-            finish([Job(task, one, further(best[one.name], args.rates), seed) for one in chosen], out, args)
-        best = report.best_rates(report.records(out), task, seed)
-        whole = [Job(task, one, best[one.name], seed) for seed in args.seeds for task in args.tasks for one in chosen]
-        finish(whole, out, args)
-    report.write(out, args.base, args.tasks[0], args.seeds)
+            best = {task: report.best_rates(tried, task, first) for task in args.tasks}
+            rates = {(task, one): further(best[task][one.name], args.rates) for task in args.tasks for one in chosen}
+            finish([Job(task, one, lr, first) for (task, one), lr in rates.items()], out, args)
+        best = {task: report.best_rates(report.records(out), task, first) for task in args.tasks}
+        whole = [(task, one, seed) for seed in args.seeds for task in args.tasks for one in chosen]
+        finish([Job(task, one, best[task][one.name], seed) for task, one, seed in whole], out, args)
+    report.write(out, args.base, args.seeds)
     print((out / "table.md").read_text())
 
 

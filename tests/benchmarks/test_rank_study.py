@@ -87,8 +87,8 @@ def test_only_runs_at_the_best_rate_of_the_first_seed_count():
         record("plain r1", 1e-3, 1, {"1": 0.2}),
         record("plain r16", 1e-3, 0, {"16": 0.1}, {"1": 0.25}),
     ]
-    losses, rates = report.collected(runs, "style", [0, 1])
-    assert rates["ours constant"] == 2e-3
+    losses, rates = report.collected(runs, [0, 1])
+    assert rates["style"]["ours constant"] == 2e-3
     assert losses["style", "ours constant", 1] == [0.2, 0.24]
     assert losses["style", report.CUT, 1] == [0.25]
     assert losses["style", report.CUT, 16] == [0.1]

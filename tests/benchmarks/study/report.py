@@ -16,8 +16,9 @@ from .methods import RANKS
 from .tasks import PROMPTS, TASKS
 
 PLAIN, CUT = "plain LoRA, one training a rank", "plain LoRA of rank 16, cut by SVD"
-SHEET = ("plain", "ours constant", "ours sqrt", "ours rank", "ours constant frozen", "kohya", "lycoris")
+SHEET = ("plain", "ours sqrt spread", "ours sqrt", "ours constant", "ours sqrt frozen", "kohya", "lycoris")
 Losses = dict[tuple[str, str, int], list[float]]  # (task, row of the table, rank): one loss a seed
+Rates = Mapping[str, Mapping[str, float]]  # task, method: learning rate
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -35,12 +36,12 @@ def best_rates(runs: Iterable[Mapping[str, Any]], task: str, seed: int) -> dict[
     return {method: lr for method, (_, lr) in best.items()}
 
 
-def collected(runs: list[dict[str, Any]], task: str, seeds: list[int]) -> tuple[Losses, dict[str, float]]:
-    """The losses at each method's best rate on that task, and these rates."""
-    rates = best_rates(runs, task, seeds[0])
+def collected(runs: list[dict[str, Any]], seeds: list[int]) -> tuple[Losses, Rates]:
+    """The losses at each method's best rate on each task, and these rates."""
+    rates = {task: best_rates(runs, task, seeds[0]) for task in TASKS}
     losses: Losses = {}
     for run in sorted(runs, key=lambda one: one["seed"]):
-        if run["seed"] not in seeds or run["lr"] != rates.get(run["method"]):
+        if run["seed"] not in seeds or run["lr"] != rates[run["task"]].get(run["method"]):
             continue
         row = PLAIN if run["method"].startswith("plain") else run["method"]
         for name, values in ((row, run["losses"]), (CUT, run["svd"])):
@@ -69,7 +70,7 @@ def against_plain(losses: Losses, task: str, name: str, rank: int) -> list[float
     return [one / plain - 1 for one, plain in pairs]
 
 
-def table(losses: Losses, rates: Mapping[str, float], runs: list[dict[str, Any]], base: Mapping[str, float]) -> str:
+def table(losses: Losses, rates: Rates, runs: list[dict[str, Any]], base: Mapping[str, float]) -> str:
     """A table for each task: mean loss ± deviation over seeds, and the difference from plain LoRA."""
     lines = []
     for task in TASKS:
@@ -91,7 +92,7 @@ def table(losses: Losses, rates: Mapping[str, float], runs: list[dict[str, Any]]
                     cell += f" ({statistics.mean(difference):+.1%})"
                 cells.append(cell)
             methods = {PLAIN: [f"plain r{rank}" for rank in RANKS], CUT: ["plain r16"]}.get(name, [name])
-            used = ", ".join(f"{rates[one]:g}" for one in methods if one in rates)
+            used = ", ".join(f"{rates[task][one]:g}" for one in methods if one in rates[task])
             lines.append(f"| {name} | {' | '.join(cells)} | {used} |")
         lines.append("")
     seconds: dict[str, list[float]] = {}
@@ -191,10 +192,10 @@ def drawn(pipe: Any, prompts: tuple[str, ...], adapter: Adapter | None) -> list[
     return pictures
 
 
-def write(out: Path, base: Path, tuned: str, seeds: list[int]) -> None:
-    """table.md, plot.png and a sheet for each task; the rates are those of the task `tuned`."""
+def write(out: Path, base: Path, seeds: list[int]) -> None:
+    """table.md, plot.png and a sheet for each task."""
     runs = records(out)
-    losses, rates = collected(runs, tuned, seeds)
+    losses, rates = collected(runs, seeds)
     (out / "table.md").write_text(table(losses, rates, runs, json.loads((out / "about.json").read_text())["losses"]))
     try:
         plot(losses, out / "plot.png")
@@ -202,4 +203,4 @@ def write(out: Path, base: Path, tuned: str, seeds: list[int]) -> None:
         print("no plot: matplotlib is not installed (pip install lora-adapters[benchmarks])")
     for task in TASKS:
         if any(where == task for where, *_ in losses):
-            sheet(out, base, task, rates, seeds[0])
+            sheet(out, base, task, rates[task], seeds[0])
