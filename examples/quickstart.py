@@ -54,7 +54,7 @@ def train_adapter(base: Path, data: Path, out: Path, steps: int) -> Path:
             network_dim=RANK,
             network_alpha=RANK,
             network_args={"conv_dim": RANK, "conv_alpha": RANK, "unit": UNIT},
-            learning_rate=1e-3,
+            learning_rate=6e-4,
             lr_scheduler="cosine",
             lr_warmup_steps=20,
             max_train_steps=steps,

@@ -115,6 +115,8 @@ def plot(losses: Losses, file: Path) -> None:
     figure, axes = pyplot.subplots(len(TASKS), 2, figsize=(13, 4.6 * len(TASKS)), squeeze=False)
     for row, task in enumerate(TASKS):
         names = rows_of(losses, task)
+        for axis in axes[row]:
+            axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for index, name in enumerate(names):
             ranks = [rank for rank in RANKS if losses.get((task, name, rank))]
             places = [2 ** (0.03 * (index - len(names) / 2)) * rank for rank in ranks]  # bars beside each other
