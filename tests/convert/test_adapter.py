@@ -141,6 +141,14 @@ def test_dylora_facts_are_kept(tmp_path):
     assert Adapter.load(adapter.save(tmp_path / "a.safetensors")).dylora == facts
 
 
+def test_a_plain_lora_is_cut_to_its_first_components_at_their_own_scale():
+    whole = Adapter.load(GOLDEN / "sd15" / "c3lier.safetensors")
+    for module, one in whole.truncate(3).modules.items():
+        before = whole.modules[module]
+        assert one.rank == min(3, before.rank)
+        assert one.scale == pytest.approx(before.scale)
+
+
 def test_bad_files(tmp_path):
     whole = GOLDEN / "sd15" / "text_encoder_only.safetensors"
     tensors = load_file(whole)

@@ -10,6 +10,7 @@ from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig, par
 from tests.convert.checkpoints import GOLDEN, original
 from tests.lora_adapters.conftest import expected, make_pipeline
 from tests.lora_adapters.golden_outputs import error, outputs
+from tests.lora_adapters.pipelines import add_to_weights
 
 from .blocks import PAGES, REPOSITORY
 
@@ -40,13 +41,8 @@ def rows():
 def with_weight(weight, other=0.0):
     """What the pipeline puts out when the changes of FILE and OTHER, times these, are in its very weights."""
     pipe = make_pipeline()
-    change = Adapter.load(FILE).scale(weight) + Adapter.load(OTHER).scale(other)
-    with torch.no_grad():
-        for module, pair in change.modules.items():
-            model = getattr(pipe, module.component)
-            path = module.path if hasattr(model, "text_model") else module.path.removeprefix("text_model.")
-            base = model.get_submodule(path).weight
-            base += pair.delta().reshape(base.shape)
+    add_to_weights(pipe, Adapter.load(FILE), weight)
+    add_to_weights(pipe, Adapter.load(OTHER), other)
     return outputs(pipe, expected("sd15"))
 
 

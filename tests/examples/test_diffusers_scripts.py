@@ -57,7 +57,7 @@ def run(*arguments, ok=True):
     "options",
     [
         ("c3lier", "--conv_dim", "2", "--conv_alpha", "3"),
-        ("dylora", "--unit", "2", "--conv_dim", "2"),
+        ("dylora", "--unit", "2", "--conv_dim", "2", "--rank_sampling", "uniform"),
         ("lierla",),
         ("c3lier", "--keep_target_modules"),
     ],
@@ -86,6 +86,7 @@ def test_a_script_like_theirs(options, tmp_path) -> None:
     assert isinstance(unet.peft_config["default_0"], DyLoraConfig) is (options[0] == "dylora")
     if options[0] == "dylora":
         assert adapter.dylora.unit == 2
+        assert adapter.dylora.rank_sampling == "uniform"
         set_rank(pipe, 2)
         assert (stand_in.output(unet) - results["trained"]).abs().max() > 1e-4
 
@@ -161,6 +162,7 @@ def check(pipe_class, model, output, tmp_path, dylora, trained):
     assert set(adapter.components) == set(trained)
     if dylora:
         assert adapter.dylora.unit == 2
+        assert adapter.dylora.rank_sampling == "uniform"
     with safe_open(file, "pt") as opened:
         assert all(f"{part}.lora_alpha" in json.loads(opened.metadata()["lora_adapter_metadata"]) for part in trained)
     before = Adapter.load(output / "checkpoint-2")

@@ -106,14 +106,19 @@ def adapter(name: str, arch: str, folder: Path) -> Adapter:
     return Adapter.from_pipeline(pipe, "new")
 
 
+@torch.no_grad()
+def add_to_weights(pipe: DiffusionPipeline, change: Adapter, weight: float = 1.0) -> None:
+    """weight times the adapter's change, into the very weights of the pipeline, with nothing of PEFT in it."""
+    for module, pair in change.modules.items():
+        model = models(pipe)[module.component]
+        path = module.path if hasattr(model, "text_model") else module.path.removeprefix("text_model.")
+        base = model.get_submodule(path).weight
+        base += weight * pair.delta().reshape(base.shape)
+
+
 def by_hand(kind: str, folder: Path, *changes: tuple[Adapter, float]) -> torch.Tensor:
-    """The picture of a pipeline to whose weights the adapters' changes are added, with nothing of PEFT in it."""
+    """The picture of a pipeline to whose weights the adapters' changes are added."""
     pipe = make(kind, folder)
-    with torch.no_grad():
-        for one, weight in changes:
-            for module, pair in one.modules.items():
-                model = models(pipe)[module.component]
-                path = module.path if hasattr(model, "text_model") else module.path.removeprefix("text_model.")
-                base = model.get_submodule(path).weight
-                base += weight * pair.delta().reshape(base.shape)
+    for one, weight in changes:
+        add_to_weights(pipe, one, weight)
     return picture(pipe)

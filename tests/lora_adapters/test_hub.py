@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lora_adapters import Adapter, AdapterError, DyLoraConfig
 from lora_adapters.convert.hub_errors import HubError
+from lora_adapters.convert.metadata import DYLORA_FACTS
 from lora_adapters.hub import write_folder
 from lora_adapters.model_card import MARK, base_model_of, family, kind, model_card
 
@@ -208,6 +209,7 @@ def test_kind_and_family(folder, name, wanted) -> None:
     assert ("stable-diffusion-xl" in head["tags"]) is (folder == "sdxl")
     assert f"| Type | {wanted} |" in body
     assert ("set_rank(pipe, " in body) is (wanted == "DyLoRA")
+    assert not [fact for fact in DYLORA_FACTS if f"{fact}=" in body]  # what they mean stands in words
     assert "stable-diffusion-xl-base-1.0" in head["base_model"] if folder == "sdxl" else "v1-5" in head["base_model"]
 
 

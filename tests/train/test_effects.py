@@ -7,6 +7,7 @@ import torch
 
 from lora_adapters.convert import Adapter
 from lora_adapters.convert.metadata import DyLora
+from lora_adapters.rank_draws import ranks_of_step
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.dropouts import norms
 from lora_adapters.train.errors import TrainingError
@@ -61,8 +62,27 @@ def test_dim_from_weights_keeps_a_dylora_s_facts_but_for_those_given(basics, tmp
     train(settings(**options, network_args={"unit": 2, "rank_scaling": "constant"}, output_name="a"))
     file = tmp_path / "out" / "a.safetensors"
     given = {"network_args": {"rank_sampling": "uniform"}, "network_weights": file, "dim_from_weights": True}
+    assert Adapter.load(file).dylora == DyLora(2, "constant", False, "spread")
     again = train(settings(**{**options, "network_dim": 8}, **given)).adapter
     assert again.dylora == DyLora(2, "constant", False, "uniform")
+
+
+def test_each_batch_of_a_step_has_ranks_of_its_own_that_its_parts_share(basics) -> None:
+    options = {**basics, "network_module": "networks.dylora", "network_dim": 8, "gradient_accumulation_steps": 2}
+    run = prepare(settings(**options))
+    whole = next(run.data.batches(0))
+    parts = [next(run.data.batches(0, rank=rank, world_size=2)) for rank in (0, 1)]
+
+    def ranks(step, number, batch):
+        run.tell_step(step, number, batch)
+        return run.dials[0].ranks_of_step(len(batch.captions))
+
+    steps = [ranks(step, number, whole) for step in range(4) for number in (0, 1)]
+    assert len({tuple(step) for step in steps}) > 3
+    assert steps[2:4] != steps[:2]
+    together = [rank for part in parts for rank in ranks(1, 0, part)]
+    assert len(together) == sum(len(part.captions) for part in parts) == parts[0].total
+    assert together == [*ranks_of_step(tuple(range(1, 9)), "spread", 7, 2, range(len(together)), len(together))]
 
 
 def test_max_grad_norm_and_rate_bound_a_step_of_sgd(basics) -> None:

@@ -131,11 +131,12 @@ def test_rank_is_the_adapter_cut_to_it(sd1, dylora, tmp_path, way):
         assert differ(draw(sd1, tmp_path / "line", *line, "--rank", 8, *extra)[0], wanted) <= 1
 
 
-def test_a_file_that_does_not_say_so_is_a_dylora_by_its_module(sd1, lora, tmp_path):
+@pytest.mark.parametrize("args", ["unit=2;rank_scaling=rank", "unit=2"])  # such a file is kohya's, cut at alpha/b
+def test_a_file_that_does_not_say_so_is_a_dylora_by_its_module(args, sd1, lora, tmp_path):
     cut = tmp_path / "cut.safetensors"
     Adapter.load(lora).as_dylora(DyLora(2, "rank")).truncate(2).save(cut)
     wanted = draw(sd1, tmp_path / "cut", "--prompt", "a red disc", "--network_weights", cut)[0]
-    options = ("--network_module", "networks.dylora", "--network_args", "unit=2;rank_scaling=rank", "--rank", 2)
+    options = ("--network_module", "networks.dylora", "--network_args", args, "--rank", 2)
     assert differ(draw(sd1, tmp_path / "out", "--prompt", "a red disc", "--network_weights", lora, *options)[0],
                   wanted) <= 1  # fmt: skip
 
