@@ -11,7 +11,7 @@ import torch
 from typing_extensions import Self
 
 from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
-from .errors import AdapterError, UnknownFormatError
+from .errors import AdapterError, UnknownFormatError, first_line
 from .files import read_tensors, replacing, sync
 from .low_rank import LowRank
 from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, network_args
@@ -135,7 +135,7 @@ class Adapter:
                 try:
                     torch.save(tensors, partial)
                 except RuntimeError as error:  # its own way to report a full disk
-                    raise OSError(str(error).splitlines()[0]) from error
+                    raise OSError(first_line(error)) from error
             sync(partial)
         return path
 

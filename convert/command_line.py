@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from tqdm import tqdm
 
-from .errors import AdapterError
+from .errors import AdapterError, first_line
 
 T = TypeVar("T")
 DTYPES = {
@@ -60,7 +60,7 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise AdapterError(f"device {name} cannot be used ({reason})") from None
     return device
 

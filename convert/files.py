@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import AdapterError
+from .errors import AdapterError, first_line
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -32,11 +32,11 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 names = opened.keys()  # not a dict: it has no iterator of its own
                 return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise AdapterError(f"{file} is truncated or no safetensors file ({_one_line(error)})") from None
+        raise AdapterError(f"{file} is truncated or no safetensors file ({first_line(error)})") from None
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a type of number that this PyTorch has not, a name that is no text
-        raise AdapterError(f"{file} holds what cannot be read ({_one_line(error)})") from None
+        raise AdapterError(f"{file} holds what cannot be read ({first_line(error)})") from None
     loaded = load_plain(file)
     if isinstance(loaded, dict):
         loaded = loaded.get("state_dict", loaded)
@@ -82,15 +82,11 @@ def load_plain(file: Path) -> Any:
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # PyTorch's unpickler raises almost anything on damaged files
-        reason = _one_line(error)
+        reason = first_line(error)
         if "weights_only" in str(error):
             strange = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
         raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

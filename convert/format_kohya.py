@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from . import names
-from .errors import AdapterError
+from .errors import AdapterError, first_line
 from .low_rank import LowRank
 from .names import ModuleName
 
@@ -59,7 +59,7 @@ def read(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleName, LowRank]:
             alpha = float(part["alpha"].item()) if "alpha" in part else 0.0
             modules[module] = LowRank(down, part["up"], alpha or float(down.shape[0]))
         except (RuntimeError, IndexError) as error:  # a torn alpha, or a lora_mid of another shape
-            raise AdapterError(f"{name}: {str(error).splitlines()[0]}") from None
+            raise AdapterError(f"{name}: {first_line(error)}") from None
         except AdapterError as error:
             raise AdapterError(f"{name}: {error}") from None
     return modules

@@ -7,7 +7,7 @@ import torch
 
 from .errors import AdapterError
 
-RANK_SCALINGS = ("constant", "rank", "sqrt")
+RANK_SCALINGS = {"constant": 0.0, "rank": 1.0, "sqrt": 0.5}  # exponent of R/b in the scale alpha/R · (R/b)^exponent
 RANK_SAMPLINGS = ("uniform", "spread")
 
 
@@ -104,8 +104,7 @@ class LowRank:
             return self
         if rank < 1:
             raise AdapterError(f"rank {rank} is none: ranks are 1 to {self.rank}")
-        power = {"constant": 1.0, "rank": 0.0, "sqrt": 0.5}[rank_scaling]
-        alpha = self.alpha * (rank / self.rank) ** power
+        alpha = self.alpha * (rank / self.rank) ** (1 - RANK_SCALINGS[rank_scaling])
         return LowRank(self.down[:rank].contiguous(), self.up[:, :rank].contiguous(), alpha)
 
     def reordered(self, order: torch.Tensor) -> "LowRank":

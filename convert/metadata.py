@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from typing import Any
 
@@ -45,6 +45,9 @@ class DyLora:
             raise AdapterError(f"a DyLoRA of unit {self.unit} and rank_scaling {self.rank_scaling} is not known")
         if self.rank_sampling not in RANK_SAMPLINGS:
             raise AdapterError(f"rank_sampling {self.rank_sampling!r}: {', '.join(RANK_SAMPLINGS)} are known")
+
+
+DYLORA_FACTS = tuple(one.name for one in fields(DyLora))  # also names of network_args and of DyLoraConfig's fields
 
 
 def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -108,12 +111,7 @@ def dylora_of_config(config: Mapping[str, Any]) -> DyLora | None:
 
 def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
     """The entries that say so, with the other network args kept."""
-    facts = {
-        "unit": str(dylora.unit),
-        "rank_scaling": dylora.rank_scaling,
-        "freeze_lower": str(dylora.freeze_lower),
-        "rank_sampling": dylora.rank_sampling,
-    }
+    facts = {name: str(value) for name, value in asdict(dylora).items()}
     return {"ss_network_module": "networks.dylora", "ss_network_args": json.dumps({**args, **facts})}
 
 

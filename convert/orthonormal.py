@@ -14,12 +14,8 @@ def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     n is the numerical rank.
     """
-    matrix = matrix.double()
-    if matrix.shape[0] < matrix.shape[1]:
-        basis, _ = _directions(matrix @ matrix.T)
-        return basis, basis.T @ matrix
-    vectors, roots = _directions(matrix.T @ matrix)
-    return matrix @ (vectors / roots), roots[:, None] * vectors.T
+    basis, values, vh = gram_svd(matrix)
+    return basis, values[:, None] * vh
 
 
 def gram_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

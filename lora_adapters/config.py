@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
-from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 
 FACTS = "lora_adapters"  # the key in auto_mapping
 
@@ -125,7 +125,6 @@ class DyLoraConfig(LierLaConfig):
     freeze_lower: bool = field(
         default=False, metadata={"help": "Train only the last `unit` of the b components in a step."}
     )
-
     rank_sampling: str = field(
         default=DyLora.rank_sampling,
         metadata={"help": "How b is drawn: uniform, one a step; spread, one a sample, low ranks and r more often."},
@@ -145,7 +144,7 @@ class DyLoraConfig(LierLaConfig):
     @property
     def dylora(self) -> DyLora:
         """Its facts as they stand in kohya's metadata."""
-        return DyLora(self.unit, self.rank_scaling, self.freeze_lower, self.rank_sampling)
+        return DyLora(**{name: getattr(self, name) for name in DYLORA_FACTS})
 
 
 _TYPES = {"LierLa": LierLaConfig, "C3Lier": C3LierConfig, "DyLora": DyLoraConfig}

@@ -9,12 +9,10 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import LowRank
+from lora_adapters.convert.low_rank import RANK_SCALINGS, LowRank
 from lora_adapters.convert.metadata import DyLora
 
 from .rank_draws import ranks_of_step
-
-_POWER = {"constant": 0.0, "rank": 1.0, "sqrt": 0.5}
 
 
 class RankDial:
@@ -53,6 +51,11 @@ class RankDial:
             samples, total = range(1), 1
         drawn = ranks_of_step(tuple(self.ranks), self.dylora.rank_sampling, self.seed, self.step, samples, total)
         return drawn if len(drawn) == 1 else [rank for rank in drawn for _ in range(rows // len(drawn))]
+
+    def set_step(self, step: int, seed: int, samples: range | None, total: int | None) -> None:
+        """What comes next; see the function `set_step`."""
+        self.step, self.seed = step, seed
+        self.batch = None if samples is None else (samples, len(samples) if total is None else total)
 
     def set_rank(self, rank: int) -> None:
         """The rank for evaluation; AdapterError, with the valid ones, where it is none of `ranks`."""
@@ -111,15 +114,15 @@ class RankDial:
     def _turn(self, ranks: list[int]) -> None:
         self.now = ranks
         for rank in {*ranks} - self._settings.keys():
-            each = [one.values(rank) * one.scaling for one in self.variants]
-            self._settings[rank] = (torch.cat(each) if each else torch.zeros(0)).to(self.gates.device)
+            values = torch.cat([one.values(rank) * one.scaling for one in self.variants])
+            self._settings[rank] = values.to(self.gates.device)
         if len(ranks) != len(self.gates):
             self._lay_out(len(ranks), self.gates.device)
         self.gates.copy_(torch.stack([self._settings[rank] for rank in ranks]))
 
     def factor(self, rank: int, full: int) -> float:
         """What the scale alpha/full is multiplied with when `rank` of `full` components are used."""
-        return (full / rank) ** _POWER[self.dylora.rank_scaling]
+        return (full / rank) ** RANK_SCALINGS[self.dylora.rank_scaling]
 
 
 def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Tensor:
@@ -341,5 +344,4 @@ def set_step(target: Any, step: int, seed: int = 0, samples: range | None = None
     with a multiple of their number sees each sample that many times in a row.
     """
     for dial in dials(target):
-        dial.step, dial.seed = step, seed
-        dial.batch = None if samples is None else (samples, len(samples) if total is None else total)
+        dial.set_step(step, seed, samples, total)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.metadata import DYLORA_FACTS
 from lora_adapters.convert.names import BLOCK_COUNT, nearest
 
 from .config import C3LierConfig, DyLoraConfig, LierLaConfig
@@ -67,7 +68,6 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "loraplus_unet_lr_ratio": (float, "a number"),
     "loraplus_text_encoder_lr_ratio": (float, "a number"),
 }
-_ONLY_DYLORA = ("unit", "rank_scaling", "freeze_lower", "rank_sampling")
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 
@@ -106,7 +106,7 @@ def network_options(
     if kind is None:
         raise AdapterError(f"unknown network_module {network_module}: {', '.join(MODULES)} are known")
     given = parse_network_args(network_args or {})
-    for name in _ONLY_DYLORA:
+    for name in DYLORA_FACTS:
         if name in given and kind != "dylora":
             raise AdapterError(f"network_args {name} is for DyLoRA: give network_module networks.dylora")
     for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
@@ -114,7 +114,7 @@ def network_options(
 
     fields: dict[str, Any] = {"r": network_dim or 4, "lora_alpha": network_alpha or 1.0}
     names = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-    fields |= {name: given[name] for name in (*names, *_ONLY_DYLORA) if name in given}
+    fields |= {name: given[name] for name in (*names, *DYLORA_FACTS) if name in given}
     weights = None
     if any(name in given for name in _LR_WEIGHTS):
         down, mid, up = (given.get(name) for name in _LR_WEIGHTS)

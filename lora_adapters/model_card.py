@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.metadata import network_args
+from lora_adapters.convert.metadata import DYLORA_FACTS, network_args
 
 # A card with this line was written here and is written anew with each push; without it, it is somebody's own.
 MARK = "<!-- Written by lora-adapters. Take this line out, and later pushes leave this card as it is. -->"
@@ -116,7 +116,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         rows.append(("Can be used at rank", ", ".join(shown)))
     rows += [("Made for", family(adapter)[0]), ("Adapts", ", ".join(adapter.components))]
     rows += [(label, told[key]) for key, label in _FACTS.items() if told.get(key, "None") not in ("None", "", "0")]
-    own = {"unit", "rank_scaling", "freeze_lower", "rank_sampling"} if adapter.dylora else set()
+    own = DYLORA_FACTS if adapter.dylora else ()
     args = {key: value for key, value in network_args(told).items() if key not in own}
     if args:
         rows.append(("Network arguments", ", ".join(f"{key}={value}" for key, value in args.items())))

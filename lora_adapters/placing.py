@@ -1,6 +1,7 @@
 """Putting low-rank pairs into a live model, all or nothing, and taking them out again."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ def plain_config(modules: Mapping[str, LowRank | RankAlpha], dylora: DyLora | No
         facts: dict[str, Any] = {"type": "LierLa"}
     else:
         unit, highest = dylora.unit, max(one.rank for one in modules.values())
-        facts = {"type": "DyLora", "unit": unit if highest % unit == 0 else 1}
-        facts |= {name: getattr(dylora, name) for name in ("rank_scaling", "freeze_lower", "rank_sampling")}
+        facts = {"type": "DyLora", **asdict(dylora), "unit": unit if highest % unit == 0 else 1}
         table["r"] = table["r"] if table["r"] % facts["unit"] == 0 else highest
         table = {**lora_config(modules, rank=table["r"])}
     return {**table, "auto_mapping": {FACTS: {**facts, "resolved": True}}}

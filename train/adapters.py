@@ -3,7 +3,7 @@
 import argparse
 import copy
 import logging
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from lora_adapters.adapter import Adapter
 from lora_adapters.config import DyLoraConfig, LierLaConfig
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 from lora_adapters.convert.names import ModuleName
 from lora_adapters.kohya_options import NetworkOptions, network_options
 from lora_adapters.optimizer_groups import param_groups
@@ -173,7 +173,7 @@ def _dylora(settings: argparse.Namespace, asked: LierLaConfig, start: Adapter) -
     """What --network_args say of a DyLoRA, and of what they do not say, the file."""
     if not isinstance(asked, DyLoraConfig):
         return None
-    given = {one.name for one in fields(DyLora)} & set(key_values(settings.network_args, "network_args"))
+    given = set(DYLORA_FACTS) & set(key_values(settings.network_args, "network_args"))
     return replace(start.dylora or asked.dylora, **{name: getattr(asked, name) for name in given})
 
 

@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.hub_errors import HubError, hub_errors
 from lora_adapters.convert.sources import is_repo_id
 from lora_adapters.seams import dtype_option, pipelines_can_avoid_mmap
@@ -158,14 +159,14 @@ def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) ->
     if settings.lowram and torch.cuda.is_available():
         options["device_map"] = "cuda"
     try:
-        encoders = _text_encoders(name, dtype, settings.tokenizer_cache_dir)
+        encoders = _text_encoders(name, dtype, settings.tokenizer_cache_dir, options.get("device_map"))
         return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name), **encoders)
     except OSError as error:
         here = "" if Path(name).exists() else "no such file or folder is here, and "
         raise TrainingError(f"base model {name} cannot be loaded: {here}{_why(name, error)}") from error
 
 
-def _text_encoders(name: str, dtype: torch.dtype, cache: str | None) -> dict[str, Any]:
+def _text_encoders(name: str, dtype: torch.dtype, cache: str | None, device_map: str | None) -> dict[str, Any]:
     """The text encoders of a folder or repository, whole: what transformers does not find, it fills at random.
 
     Versions of transformers name these weights differently, and not all read the others' files.
@@ -177,7 +178,7 @@ def _text_encoders(name: str, dtype: torch.dtype, cache: str | None) -> dict[str
         library, kind = index.get(part) or (None, None)
         if library == "transformers" and kind is not None:
             model, found = getattr(transformers, kind).from_pretrained(
-                name, subfolder=part, dtype=dtype, cache_dir=cache, output_loading_info=True
+                name, subfolder=part, dtype=dtype, cache_dir=cache, device_map=device_map, output_loading_info=True
             )
             if found["missing_keys"]:
                 raise TrainingError(
@@ -198,7 +199,7 @@ def _why(name: str, error: OSError) -> str:
                 hf_hub_download(name, "model_index.json")
         except HubError as hub:
             return str(hub)
-    return _first_line(error)
+    return first_line(error)
 
 
 def _unused_parts(name: str) -> dict[str, None]:
@@ -223,9 +224,9 @@ def _from_file(path: Path, settings: argparse.Namespace, dtype: torch.dtype) -> 
         pipeline = kind.from_single_file(str(path), **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if settings.model_config:
-            raise TrainingError(f"{path} cannot be loaded with --model_config: {_first_line(error)}") from error
+            raise TrainingError(f"{path} cannot be loaded with --model_config: {first_line(error)}") from error
         raise TrainingError(
-            f"{path} cannot be loaded: {_first_line(error)}; a checkpoint file holds neither configs nor a tokenizer: "
+            f"{path} cannot be loaded: {first_line(error)}; a checkpoint file holds neither configs nor a tokenizer: "
             "without access to the hub, give --model_config=<Diffusers folder of the same kind of model>"
         ) from error
     for part, model in pipeline.components.items():
@@ -249,7 +250,7 @@ def _has_two_text_encoders(path: Path) -> bool:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:  # pickle's errors are of many kinds, and all mean the same here
         raise TrainingError(
-            f"{path} cannot be read as plain weights ({_first_line(error)}); use a .safetensors version of it"
+            f"{path} cannot be read as plain weights ({first_line(error)}); use a .safetensors version of it"
         ) from None
     return any(str(key).startswith("conditioner.embedders.1.") for key in content.get("state_dict", content))
 
@@ -263,8 +264,4 @@ def _load_vae(name: str, dtype: torch.dtype, settings: argparse.Namespace) -> Au
         whole_model = (path / "model_index.json").exists()
         return AutoencoderKL.from_pretrained(name, **dtype_option(dtype), subfolder="vae" if whole_model else None)
     except OSError as error:
-        raise TrainingError(f"--vae {name} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TrainingError(f"--vae {name} cannot be loaded: {first_line(error)}") from error

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lora_adapters.convert.errors import first_line
 from lora_adapters.train.buckets import Size
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import VAE_FACTOR
@@ -86,7 +87,7 @@ def read_latents(path: str) -> CachedLatents:
                 for name in ("latents", "latents_flipped", "alpha_mask")
             }
     except Exception as error:  # of many kinds: see opened
-        raise DataError(f"{path}: damaged latents cache ({_said(error)}); delete it") from None
+        raise DataError(f"{path}: damaged latents cache ({first_line(error)}); delete it") from None
     if parts["latents"] is None or not torch.isfinite(parts["latents"]).all():
         raise DataError(f"{path}: holds {'no latents' if parts['latents'] is None else 'NaN'}; delete it")
     return CachedLatents(parts["latents"], parts["latents_flipped"], parts["alpha_mask"])
@@ -113,7 +114,7 @@ def read_text(path: str) -> dict[str, torch.Tensor]:
         with opened(path) as file:
             return {name: torch.from_numpy(file[name]).float() for name in file if name not in ("caption", "encoder")}
     except Exception as error:  # of many kinds: see opened
-        raise DataError(f"{path}: damaged text-encoder cache ({_said(error)}); delete it") from None
+        raise DataError(f"{path}: damaged text-encoder cache ({first_line(error)}); delete it") from None
 
 
 def text_fits(path: str, caption: str, encoder: str, shapes: Mapping[str, torch.Size]) -> bool:
@@ -168,10 +169,6 @@ def vae_identity(vae: torch.nn.Module) -> str:
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _said(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _shape(file: Any, name: str) -> tuple[int, ...]:

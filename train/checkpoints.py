@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.files import load_plain
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.train.errors import TrainingError
@@ -76,7 +77,7 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
         raise TrainingError(f"state {folder} cannot be written ({error.strerror or error})") from error
     except RuntimeError as error:  # torch.save's own way to report a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(f"state {folder} cannot be written ({_first_line(error)})") from error
+        raise TrainingError(f"state {folder} cannot be written ({first_line(error)})") from error
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
@@ -91,7 +92,7 @@ def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     except TrainingError:
         raise
     except (ValueError, OSError) as error:
-        raise TrainingError(f"--resume {folder} cannot be read ({_first_line(error)})") from None
+        raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):
         raise TrainingError(f"--resume {folder}: {_STATE} holds no state of this program")
     if not all(isinstance(weight, torch.Tensor) for weight in state["weights"].values()):
@@ -102,10 +103,6 @@ def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     ):
         raise TrainingError(f"--resume {folder}: {_POSITION} does not say where the run was")
     return state, Position(**known)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

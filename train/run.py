@@ -92,10 +92,10 @@ class Run:
 
     def tell_step(self, step: int, number: int, batch: Batch) -> None:
         """Say which batch of which step comes next, as `set_step` does: DyLoRA's ranks depend on these and the seed."""
+        part = step * self.settings.gradient_accumulation_steps + number
+        samples = range(batch.start, batch.start + len(batch.captions))
         for dial in self.dials:
-            dial.step = step * self.settings.gradient_accumulation_steps + number
-            dial.seed = self.settings.seed
-            dial.batch = range(batch.start, batch.start + len(batch.captions)), batch.total
+            dial.set_step(part, self.settings.seed, samples, batch.total)
 
     def training_mode(self, training: bool = True) -> None:
         text = any(name != "unet" for name in self.trained)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lora_adapters.adapter import Adapter
+from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.train import adapters
 from lora_adapters.train import checkpoints as files
@@ -109,7 +110,7 @@ def go_on_from(run: Run, folder: Path) -> Position:
         run.schedule.load_state_dict(state["schedule"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise TrainingError(
-            f"--resume {folder} was made with another optimizer or schedule ({_first_line(error)})"
+            f"--resume {folder} was made with another optimizer or schedule ({first_line(error)})"
         ) from None
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -120,10 +121,6 @@ def go_on_from(run: Run, folder: Path) -> Position:
         position.batch, position.batches_per_epoch = 0, run.batches_per_epoch
     log.info("going on after step %d, in epoch %d", position.step, position.epoch + 1)
     return position
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 CONFIGS = {"lierla": "LierLaConfig", "c3lier": "C3LierConfig", "dylora": "DyLoraConfig"}
+ONLY_DYLORA = ("unit", "rank_scaling", "freeze_lower", "rank_sampling")
 HERE = ModuleType("lora_adapters_in_this_run")  # what the script imports LoraConfig from
 
 
@@ -38,7 +39,7 @@ def config_factory(options: argparse.Namespace) -> Any:
     import lora_adapters
 
     config = getattr(lora_adapters, CONFIGS[options.adapter])
-    names = ("conv_dim", "conv_alpha", "unit", "rank_scaling", "freeze_lower", "rank_sampling")
+    names = ("conv_dim", "conv_alpha", *ONLY_DYLORA)
     own = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
     def lora_config(**given: Any) -> Any:
@@ -91,7 +92,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     split = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:split])
     if options.adapter != "dylora":
-        for name in ("unit", "rank_scaling", "freeze_lower", "rank_sampling"):
+        for name in ONLY_DYLORA:
             if getattr(options, name) is not None:
                 parser.error(f"--{name} is for --adapter dylora")
     return options, argv[split + 1 :]

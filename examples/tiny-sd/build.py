@@ -301,7 +301,7 @@ def name_as_ever(file: Path) -> None:
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=here / "work", help="checkpoints")
+    parser.add_argument("--work", type=Path, default=here / "checkpoints", help="checkpoints")
     parser.add_argument("--out", type=Path, default=here, help="the pipeline")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf")
     parser.add_argument("--vae-steps", type=int, default=3600)
