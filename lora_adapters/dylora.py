@@ -99,7 +99,7 @@ class RankDial:
     def fill(self) -> None:
         """Lay the gates out anew, after layers or their ranks have changed."""
         self._settings = {}
-        if any(one.length != one.gate.shape[-1] for one in self.variants):
+        if any(one.gate.numel() != one.length * len(self.gates) for one in self.variants):
             self._lay_out(len(self.now), self.gates.device)
         self._turn(self.now)
 
@@ -108,7 +108,7 @@ class RankDial:
             self.gates = torch.zeros(rows, sum(one.length for one in self.variants), device=device)
         start = 0
         for one in self.variants:
-            one.gate = self.gates[:, start : start + one.length]
+            one.gate = one.shaped(self.gates[:, start : start + one.length], 3)  # most layers see sequences
             start += one.length
 
     def _turn(self, ranks: list[int]) -> None:
@@ -171,24 +171,28 @@ class DyLoraVariant(LoraVariant):
         if dial.dylora.freeze_lower and dial.drawn:
             start = min(dial.now[0], self.full) - dial.dylora.unit
         hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
-        gate, scaling = self.gate.to(hidden), module.scaling[active_adapter]
+        gate, scaling = self.gate if len(dial.now) == 1 else self._of_samples(hidden), module.scaling[active_adapter]
         if scaling != self.scaling:  # the adapter's weight has been set since
             gate = gate * (scaling / self.scaling)
-        hidden = hidden * self._shaped(gate, hidden)
+        hidden = hidden * gate.to(hidden)
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
 
-    def _shaped(self, gate: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The gate (samples or 1, length), ready to be multiplied with a layer's hidden activations."""
+    def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
+        """A gate (samples or 1, length), ready to be multiplied with activations of so many dimensions."""
         if len(gate) == 1:
             return gate.view(-1, *[1] * self.trailing)
-        if len(gate) != len(hidden):
-            raise AdapterError(
-                f"a DyLoRA's layer got {list(hidden.shape)} in a batch of {len(gate)}: where samples do not come "
-                "first, each cannot have a rank of its own; take rank_sampling='uniform'"
-            )
         if self.trailing:
             return gate.view(*gate.shape, *[1] * self.trailing)
-        return gate.view(len(gate), *[1] * (hidden.ndim - 2), -1)
+        return gate.view(len(gate), *[1] * (dimensions - 2), -1)
+
+    def _of_samples(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The gate where each sample has a rank of its own; AdapterError where samples do not come first."""
+        if len(self.gate) != len(hidden):
+            raise AdapterError(
+                f"a DyLoRA's layer got {list(hidden.shape)} in a batch of {len(self.gate)}: where samples do not come "
+                "first, each cannot have a rank of its own; take rank_sampling='uniform'"
+            )
+        return self.gate if self.gate.ndim == hidden.ndim else self.shaped(self.gate.flatten(1), hidden.ndim)
 
     def _delta(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
