@@ -17,6 +17,8 @@ from .tasks import PROMPTS, TASKS
 
 PLAIN, CUT = "plain LoRA, one training a rank", "plain LoRA of rank 16, cut by SVD"
 SHEET = ("plain", "ours sqrt spread", "ours sqrt", "ours constant", "ours sqrt frozen", "kohya", "lycoris")
+HEAD = 48  # height of a sheet's titles in pixels
+THICK = {PLAIN: "black", "ours sqrt spread": "red"}  # what the defaults are, and what they are compared with
 Losses = dict[tuple[str, str, int], list[float]]  # (task, row of the table, rank): one loss a seed
 Rates = Mapping[str, Mapping[str, float]]  # task, method: learning rate
 
@@ -121,13 +123,10 @@ def plot(losses: Losses, file: Path) -> None:
             ranks = [rank for rank in RANKS if losses.get((task, name, rank))]
             places = [2 ** (0.03 * (index - len(names) / 2)) * rank for rank in ranks]  # bars beside each other
             style = {"marker": "o", "markersize": 4, "capsize": 2, "label": name}
-            style |= (
-                {"color": "black", "linewidth": 2.5}
-                if name == PLAIN
-                else {"linestyle": "--"}
-                if "frozen" in name
-                else {}
-            )
+            if name in THICK:
+                style |= {"color": THICK[name], "linewidth": 2.5, "zorder": 3}
+            elif "frozen" in name:
+                style |= {"linestyle": "--"}
             values = [losses[task, name, rank] for rank in ranks]
             axes[row][0].errorbar(places, list(map(statistics.mean, values)), list(map(spread, values)), **style)
             values = [[100 * one for one in against_plain(losses, task, name, rank)] for rank in ranks]
@@ -140,8 +139,8 @@ def plot(losses: Losses, file: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(RANKS, RANKS)
             axis.set_xlabel("rank")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file, dpi=90)
 
 
@@ -165,16 +164,16 @@ def sheet(out: Path, base: Path, task: str, rates: Mapping[str, float], seed: in
         for rank in shown:
             adapter = adapter_of(name, rank)
             if adapter is not None:
-                columns.append((f"{name}\nrank {rank}", drawn(pipe, prompts, adapter)))
-    picture = Image.new("RGB", (120 + len(columns) * (side + 3), 40 + len(prompts) * (side + 3)), "white")
+                columns.append((f"{name.replace(' ', chr(10), 1)}\nrank {rank}", drawn(pipe, prompts, adapter)))
+    picture = Image.new("RGB", (120 + len(columns) * (side + 3), HEAD + len(prompts) * (side + 3)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for row, prompt in enumerate(prompts):
-        pen.text((6, 40 + row * (side + 3) + side // 2), prompt, "black", font, anchor="lm")
+        pen.text((6, HEAD + row * (side + 3) + side // 2), prompt, "black", font, anchor="lm")
     for column, (title, pictures) in enumerate(columns):
         left = 120 + column * (side + 3)
-        pen.multiline_text((left + side // 2, 20), title, "black", font, anchor="mm", align="center")
+        pen.multiline_text((left + side // 2, HEAD // 2), title, "black", font, anchor="mm", align="center")
         for row, one in enumerate(pictures):
-            picture.paste(one.resize((side, side), Image.Resampling.BICUBIC), (left, 40 + row * (side + 3)))
+            picture.paste(one.resize((side, side), Image.Resampling.BICUBIC), (left, HEAD + row * (side + 3)))
     picture.quantize(192).save(out / f"{task}.png", optimize=True)
 
 
