@@ -1,7 +1,6 @@
 """What is to be drawn: each picture's prompt and settings, from the options and the prompt lines."""
 
 import argparse
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generate_options import UNSUPPORTED_IN_LINES
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, parse_line, whole
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, number, parse_line, whole
 from lora_adapters.train.samplers import check_sampler
 
 SEEDS = 2**32
@@ -57,15 +56,8 @@ _SDXL_ONLY = {
 }
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
+    return tuple(number(part) for part in text.split(","))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -78,8 +70,8 @@ OPTIONS: dict[str, LineOption] = {
     "h": LineOption("height", whole, WHOLE),
     "s": LineOption("steps", whole, WHOLE),
     "d": LineOption("seeds", _seeds, "seeds with commas between them"),
-    "l": LineOption("scale", _number, "a number"),
-    "t": LineOption("strength", _number, "a number above 0 and up to 1"),
+    "l": LineOption("scale", number, "a number"),
+    "t": LineOption("strength", number, "a number above 0 and up to 1"),
     "am": LineOption("multipliers", _numbers, "numbers with commas between them"),
     "f": LineOption("file", str, "a file name"),
     "ss": LineOption("sampler", str, "a sampler"),
@@ -113,8 +105,8 @@ def requests(
             given = own.pop("seeds", None)
             if given is None and single and settings.seed is not None:
                 given = (settings.seed,)
-            for number, seed in enumerate(_chosen(given, shared, draw, settings.images_per_prompt, where)):
-                file = _numbered(own["file"], number) if "file" in own else None
+            for nth, seed in enumerate(_chosen(given, shared, draw, settings.images_per_prompt, where)):
+                file = _numbered(own["file"], nth) if "file" in own else None
                 start = starts[len(made) % len(starts)] if starts else None
                 made.append(PictureRequest(**{**own, "seed": seed, "where": where, "start": start, "file": file}))
                 _check(made[-1], settings)
@@ -162,11 +154,11 @@ def _check(request: PictureRequest, settings: argparse.Namespace) -> None:
         raise TrainingError(f"{where}: {error}") from None
 
 
-def _numbered(name: str, number: int) -> str:
-    if not number:
+def _numbered(name: str, nth: int) -> str:
+    if not nth:
         return name
     path = Path(name)
-    return str(path.with_name(f"{path.stem}-{number + 1}{path.suffix}"))
+    return str(path.with_name(f"{path.stem}-{nth + 1}{path.suffix}"))
 
 
 def _check_files(made: Sequence[PictureRequest]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lora_adapters.convert.parsing import json_value, toml_table
 from lora_adapters.dylora import dials, set_rank
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_text, whole
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, number, numbered_lines, parse_line, read_text, whole
 from lora_adapters.train.samplers import SAMPLERS, check_sampler, sampler
 from lora_adapters.train.text import Encoded, encode_tokens, tokenize
 
@@ -40,11 +41,13 @@ _LETTERS = {
     "h": LineOption("height", whole, WHOLE),
     "d": LineOption("seed", whole, WHOLE),
     "s": LineOption("sample_steps", whole, WHOLE),
-    "l": LineOption("scale", float, "a number"),
+    "l": LineOption("scale", number, "a number"),
     "n": LineOption("negative_prompt"),
     "ss": LineOption("sample_sampler"),
 }
-_KINDS: dict[str, type] = {"width": int, "height": int, "seed": int, "sample_steps": int, "scale": float}
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "width": int, "height": int, "seed": int, "sample_steps": int, "scale": number,
+}  # fmt: skip
 
 
 def wants_samples(settings: argparse.Namespace) -> bool:

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,22 +9,14 @@ from typing import Any
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.loaded_networks import Network, unmerged
 from lora_adapters.train.picture_requests import OPTIONS, PictureRequest
-from lora_adapters.train.prompt_lines import parse_line, whole
+from lora_adapters.train.prompt_lines import number, parse_line, whole
 from lora_adapters.train.samplers import check_sampler
 
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
 _READ: dict[str, Callable[[str], Any]] = {
-    "weight": _number,
+    "weight": number,
     "rank": whole,
     "steps": whole,
-    "scale": _number,
+    "scale": number,
     "sampler": str,
 }
 _FIELDS = {"weight": "multipliers"}  # the others are called what they are called in a request

@@ -17,6 +17,7 @@ from lora_adapters.convert.info import as_text, facts
 from lora_adapters.convert.info import main as info
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.names import ModuleName
+from lora_adapters.train import generate_options
 from lora_adapters.train.arguments import read_config
 from lora_adapters.train.caches import (
     CachedLatents,
@@ -34,6 +35,9 @@ from lora_adapters.train.dataset_config import SubsetConfig, load_data_config
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.metadata_file import metadata_candidates
 from lora_adapters.train.picture_files import FileSource, open_picture, size_if_whole
+from lora_adapters.train.picture_requests import requests
+from lora_adapters.train.prompt_lines import numbered_lines
+from lora_adapters.train.prompt_lines import read_text as read_lines
 from lora_adapters.train.sampling import read_prompts
 from lora_adapters.train.sources import load_subset, read_caption
 from lora_adapters.train.trackers import read_sections
@@ -227,6 +231,16 @@ def training(folder: Path) -> Iterator[Reader]:
     for kind in ("txt", "toml", "json"):
         path = folder / f"prompts.{kind}"
         yield Reader(path.name, path, lambda path=path: read_prompts(path))
+    options = generate_options.parser().parse_args([])
+    drawn = folder / "drawn.txt"
+    drawn.write_text(
+        "a cat --w 64 --h 72 --s 9 --d 3 --l 2.5 --n bad --am 0.5,-1 --rank 4 --ss euler --f a.png\n# no\n"
+    )
+    yield Reader(
+        "generate --from_file",
+        drawn,
+        lambda: requests(options, [*numbered_lines(read_lines(drawn, "--from_file"), drawn)]),
+    )
     (folder / "run.toml").write_text('[any]\nseed = 1\n[more]\nnetwork_dim = 4\nnetwork_args = ["a=b"]\n')
     yield Reader("run.toml", folder / "run.toml", lambda: read_config(folder / "run.toml"))
     (folder / "log.toml").write_text('[wandb]\nname = "x"\n')
