@@ -60,7 +60,15 @@ def checkpoint_activations(model: Any) -> None:
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable()
     else:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # else frozen embeddings stop the gradient
+
+
+def rank_stabilized(layer: Any) -> dict[str, bool]:
+    """Which adapters of a PEFT layer have alpha/sqrt(r) as their scale when `set_adapters` sets it anew.
+
+    A layer of PEFT 0.17 does not know, and sets alpha/r: none.
+    """
+    return getattr(layer, "use_rslora", {})
 
 
 # --- the plug --------------------------------------------------------------------------------------------------------

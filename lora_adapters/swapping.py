@@ -15,7 +15,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.metadata import DyLora
 
-from . import dylora, placing
+from . import dylora, placing, seams
 from .config import restored
 from .coverage import RankAlpha
 from .dylora import layers
@@ -77,7 +77,7 @@ def swap(model: Any, placed: Mapping[str, LowRank], adapter_name: str, facts: Dy
             continue
         weight = _weight(layer, adapter_name)
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = one.rank, one.alpha
-        layer.use_rslora[adapter_name] = False
+        seams.rank_stabilized(layer)[adapter_name] = False
         _rescale(layer, adapter_name, weight * one.alpha / one.rank)
         _put(down, one.down, 0)
         _put(up, one.up, 1)
@@ -99,7 +99,7 @@ def _is_prepared(layer: Any, adapter_name: str) -> bool:
 def _weight(layer: Any, adapter_name: str) -> float:
     """What `set_adapters` multiplies the adapter with in this layer."""
     rank, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
-    own = alpha / rank**0.5 if layer.use_rslora.get(adapter_name) else alpha / rank
+    own = alpha / rank**0.5 if seams.rank_stabilized(layer).get(adapter_name) else alpha / rank
     return float(layer.scaling[adapter_name]) / own if own else 1.0
 
 

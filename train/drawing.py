@@ -101,23 +101,31 @@ class Drawer:
         chunks = self._windows(first)
         wanted = self._encode([one.prompt for one in batch], chunks)
         unwanted = self._encode([one.negative_prompt for one in batch], chunks)
+        generators = [torch.Generator().manual_seed(one.seed) for one in batch]
         call: dict[str, Any] = {
             "prompt_embeds": wanted.hidden,
             "negative_prompt_embeds": unwanted.hidden,
             "num_inference_steps": first.steps,
             "guidance_scale": first.scale,
-            "generator": [torch.Generator().manual_seed(one.seed) for one in batch],
+            "generator": generators,
             "output_type": "latent",
         }
         if self.models.kind == "sdxl":
             call |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
             call |= _sdxl_sizes(first, width, height)
         if first.start is None:
-            call |= {"width": width, "height": height}
+            call |= {"width": width, "height": height, "latents": self._noise(generators, width, height)}
         else:
             pictures = [start_picture(one) for one in batch]
             call |= {"image": self._to_latents([one for one in pictures if one]), "strength": first.strength}
         return self._to_pictures(self._pipeline(first)(**call).images)
+
+    def _noise(self, generators: list[torch.Generator], width: int, height: int) -> torch.Tensor:
+        """(n, 4, height/8, width/8): drawn in single precision, since some versions of torch draw others in half."""
+        factor = self._plain.vae_scale_factor
+        shape = (1, self.models.unet.config.in_channels, height // factor, width // factor)
+        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
+        return noise.to(self.device, self.models.unet.dtype)
 
     def _pipeline(self, request: PictureRequest) -> Any:
         pipe = self._plain if request.start is None else self._from_pictures

@@ -2,13 +2,13 @@
 """Time and memory of the file tools at full size, as whole processes, with kohya's scripts beside them if given.
 
 usage: file_tools.py [--folder DIR] [--only WORD ...] [--results FILE.json] [--markdown FILE.md]
-                     [--kohya CHECKOUT --kohya_python PYTHON] [--check]
+                     [--missing] [--kohya CHECKOUT --kohya_python PYTHON] [--check]
 
 Makes complete checkpoints and adapters of SD1.5's and SDXL's shapes with random weights in the folder, runs each tool
 on them, and prints wall time, CPU time (little of it, where a tool waits for the disk), peak resident memory, and the
 peak of anonymous memory (what is not a mapped file), sampled every 20 ms from /proc (Linux only). --check compares the
 error that extraction left with the optimum, from all singular values of every module. --results keeps the numbers, so
-that a later call can measure other cases and --markdown write them all.
+that a later call can measure other cases (with --missing, those that are not there) and --markdown write them all.
 """
 
 import argparse
@@ -194,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to make the files, and keep them (default: a temporary one)")
     parser.add_argument("--only", nargs="*", help="only measurements with all of these words in their name")
+    parser.add_argument("--missing", action="store_true", help="only what has no numbers in --results yet")
     parser.add_argument("--make", action="store_true", help="only make the files that the measurements read")
     parser.add_argument("--check", action="store_true", help="compare errors of extraction with the optimum (minutes)")
     parser.add_argument("--results", type=Path, help="JSON file to add the numbers to")
@@ -210,13 +211,15 @@ def main() -> None:
         for case in (case for size in SIZES for case in cases(folder, size)):
             if args.only is not None and not all(word in case.name.split() for word in args.only):
                 continue
-            make_inputs(folder, case.name.split()[0], case.options)
             commands = {"ours": ([sys.executable, str(ROOT / "convert" / f"{case.script}.py"), *case.options], None)}
             if args.kohya:
                 path = os.pathsep.join([str(args.kohya), os.environ.get("PYTHONPATH", "")])
                 commands["kohya"] = (kohyas(case, args.kohya_python, args.kohya), path)
+            if args.missing and commands.keys() <= results.get(case.name, {}).keys():
+                continue
+            make_inputs(folder, case.name.split()[0], case.options)
             for who, (command, path) in {} if args.make else commands.items():
-                if who == "ours" and args.kohya_only:
+                if (who == "ours" and args.kohya_only) or (args.missing and who in results.get(case.name, {})):
                     continue
                 case.out.unlink(missing_ok=True)
                 found = measure(command, args.most, path)

@@ -138,8 +138,8 @@ def main() -> None:
         if args.third:
             tried = [one for one in report.records(out) if one["lr"] in args.rates]
             best = {task: report.best_rates(tried, task, first) for task in args.tasks}
-            rates = {(task, one): further(best[task][one.name], args.rates) for task in args.tasks for one in chosen}
-            finish([Job(task, one, lr, first) for (task, one), lr in rates.items()], out, args)
+            pairs = [(task, one) for task in args.tasks for one in chosen]
+            finish([Job(task, one, further(best[task][one.name], args.rates), first) for task, one in pairs], out, args)
         best = {task: report.best_rates(report.records(out), task, first) for task in args.tasks}
         whole = [(task, one, seed) for seed in args.seeds for task in args.tasks for one in chosen]
         finish([Job(task, one, best[task][one.name], seed) for task, one, seed in whole], out, args)

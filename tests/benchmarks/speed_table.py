@@ -27,7 +27,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIDES = ("ours", "stock")
-KEPT = ("seconds", "MB")
+KEPT = ("seconds", "MiB")
 Results = dict[str, Any]
 
 
@@ -86,7 +86,7 @@ def make_files(case: Case) -> None:
 
 
 def measure_live(case: Case, rounds: int) -> dict[str, Any]:
-    """Each side's seconds and megabytes (medians), and the median of the rounds' ratios ours / stock."""
+    """Each side's seconds and MiB (medians), and the median of the rounds' ratios ours / stock."""
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
@@ -106,18 +106,22 @@ def measure_live(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def training(args: argparse.Namespace, results: Results) -> None:
-    """The text that training.py prints."""
+    """The numbers of training.py."""
     command = [sys.executable, str(HERE / "training.py"), *(["--kohya", str(args.kohya)] if args.kohya else [])]
-    results["training"] = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command += ["--models", "tiny-sd", *(["sd15"] if "sd15" in args.sizes else []), "--latent", str(args.latent)]
+    kept = args.out / "training.json"
+    subprocess.run([*command, "--results", str(kept)], check=True)
+    results["training"] = json.loads(kept.read_text())
 
 
 def files(args: argparse.Namespace, folder: Path) -> None:
-    """file_tools.py keeps its own results beside ours."""
-    command = [sys.executable, str(HERE / "file_tools.py"), "--folder", str(folder)]
-    command += ["--results", str(args.out / "files.json"), "--markdown", str(args.out / "files.md")]
+    """file_tools.py keeps its own results beside ours, and knows what is missing there."""
+    command = [sys.executable, str(HERE / "file_tools.py"), "--folder", str(folder), "--most", str(args.most)]
+    command += ["--missing", "--results", str(args.out / "files.json"), "--markdown", str(args.out / "files.md")]
     if args.kohya:
         command += ["--kohya", str(args.kohya), "--kohya_python", args.kohya_python]
-    subprocess.run(command, check=True)
+    for size in args.sizes:
+        subprocess.run([*command, "--only", size], check=True)
 
 
 def seconds(value: float) -> str:
@@ -136,42 +140,65 @@ def table(results: Results, out: Path) -> str:
     for name, one in results["live"].items():
         ours, stock = one["ours"], one["stock"]
         cells = [name, seconds(ours["seconds"]), seconds(stock["seconds"]), f"{one['ratio']:.3f}"]
-        cells += [f"{ours['MB']:.0f} MB", f"{stock['MB']:.0f} MB"]
+        cells += [f"{ours['MiB']:.0f} MiB", f"{stock['MiB']:.0f} MiB"]
         lines.append(f"| {' | '.join(cells)} |")
     if "training" in results:
-        lines += ["", "```", results["training"].strip(), "```"]
+        lines += [
+            "",
+            "Training steps: forward and backward pass, against plain PEFT LoRA on the same modules; of a training",
+        ]
+        lines += ["loop, whole steps against bare ones.", ""]
+        lines += ["| | ms | / plain PEFT or bare step | MiB above the weights |", "|---|---|---|---|"]
+        for one in results["training"]:
+            memory = "" if one["MiB"] is None else f"{one['MiB']:.0f}"
+            lines.append(f"| {one['name']} | {one['ms']:.1f} | {one['ratio']:.3f} | {memory} |")
     if (out / "files.md").exists():
         lines += ["", (out / "files.md").read_text().strip()]
     return "\n".join(lines) + "\n"
 
 
-def chart(results: Results, file: Path) -> None:
-    """Bars of ours / diffusers, and the curve of loading against rank."""
+def chart(results: Results, out: Path) -> None:
+    """DIR/chart.png: ratios to diffusers and to PEFT, the curve of loading against rank, file tools beside kohya's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    live = results["live"]
-    names = list(live)
-    left.barh(names, [live[name]["ratio"] for name in names])
-    left.axvline(1, color="black", linewidth=1)
-    left.invert_yaxis()
-    left.set_title("time, ours / diffusers alone (less is faster)")
-    for size in dict.fromkeys(name.split()[0] for name in names):
-        loads = {int(name.split()[-1]): live[name] for name in names if name.startswith(f"{size} load rank")}
+    figure, ((live, steps), (curve, files)) = pyplot.subplots(2, 2, figsize=(15, 10))
+    bars(live, {name: one["ratio"] for name, one in results["live"].items()}, "time, ours / diffusers alone")
+    bars(steps, {one["name"]: one["ratio"] for one in results.get("training", [])}, "a step / plain PEFT or bare step")
+    for size in dict.fromkeys(name.split()[0] for name in results["live"]):
+        loads = {int(name.split()[-1]): one for name, one in results["live"].items() if name.startswith(f"{size} load")}
         for side, line in (("ours", "-"), ("stock", "--")):
-            ranks = sorted(loads)
-            times = [loads[rank][side]["seconds"] for rank in ranks]
-            right.plot(ranks, times, line, marker="o", label=f"{size}, {side if side == 'ours' else 'diffusers alone'}")
-    right.set_xscale("log", base=2)
-    right.set_xlabel("rank")
-    right.set_ylabel("seconds")
-    right.set_title("load_lora_weights")
-    right.legend()
+            times = [loads[rank][side]["seconds"] for rank in sorted(loads)]
+            label = f"{size}, {side if side == 'ours' else 'diffusers alone'}"
+            curve.plot(sorted(loads), times, line, marker="o", label=label)
+    curve.set_xscale("log", base=2)
+    curve.set_xlabel("rank")
+    curve.set_ylabel("CPU seconds")
+    curve.set_title("load_lora_weights")
+    curve.legend()
+    kept = out / "files.json"
+    tools = json.loads(kept.read_text()) if kept.exists() else {}
+    for who, color, shift in (("ours", "tab:blue", -0.2), ("kohya", "tab:orange", 0.2)):
+        rows = [(n, row[who]["seconds"]) for n, row in enumerate(tools.values()) if who in row]
+        files.barh([n + shift for n, _ in rows], [value for _, value in rows], 0.4, color=color, label=who)
+    files.set_yticks(range(len(tools)), tools)
+    files.invert_yaxis()
+    files.set_xscale("log")
+    files.set_xlabel("seconds")
+    files.set_title("file tools, whole processes")
+    files.legend()
     figure.tight_layout()
-    figure.savefig(file, dpi=90)
+    figure.savefig(out / "chart.png", dpi=90)
+
+
+def bars(axes: Any, ratios: dict[str, float], title: str) -> None:
+    """Horizontal bars, and where 1 is."""
+    axes.barh(list(ratios), list(ratios.values()))
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_title(f"{title} (less is faster)")
 
 
 def main() -> None:
@@ -183,7 +210,9 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", help="of the live ones, only those with one of these words in their name")
     parser.add_argument("--sizes", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64], help="of the adapters that are loaded")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64], help="of adapters to load")
+    parser.add_argument("--latent", type=int, default=32, help="side of SD1.5's latents in the training steps")
+    parser.add_argument("--most", type=float, default=900, help="seconds after which a file tool is stopped")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side, in turns")
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts to measure in the same run")
     parser.add_argument("--kohya_python", default=sys.executable)
@@ -213,7 +242,7 @@ def main() -> None:
             files(args, folder)
     (args.out / "table.md").write_text(table(results, args.out))
     try:
-        chart(results, args.out / "chart.png")
+        chart(results, args.out)
     except ImportError:
         print("no chart: matplotlib is not installed (pip install lora-adapters[benchmarks])")
     print((args.out / "table.md").read_text())

@@ -20,7 +20,7 @@ from lora_adapters import set_rank
 
 @pytest.fixture(scope="module")
 def unet():
-    return UNet2DConditionModel.from_pretrained(BASE / "unet", dtype=torch.float32).requires_grad_(False).eval()
+    return UNet2DConditionModel.from_pretrained(BASE / "unet").float().requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def random_up(live, seed=0):
 @pytest.mark.parametrize("scaling", ["constant", "rank"])
 def test_the_measured_rank_is_that_of_the_live_model(unet, examples, scaling, monkeypatch):
     monkeypatch.setattr(training, "NOISES", 1)
-    live = UNet2DConditionModel.from_pretrained(BASE / "unet", dtype=torch.float32)
+    live = UNet2DConditionModel.from_pretrained(BASE / "unet").float()
     method = methods.Method("ours", settings={"rank_scaling": scaling})
     adapter_of = method.put_on(live, 0, None).adapter
     random_up(live)
@@ -54,7 +54,7 @@ def test_the_measured_rank_is_that_of_the_live_model(unet, examples, scaling, mo
 
 def test_merging_leaves_no_trace(unet):
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    live = UNet2DConditionModel.from_pretrained(BASE / "unet", dtype=torch.float32)
+    live = UNet2DConditionModel.from_pretrained(BASE / "unet").float()
     adapter = methods.Method("plain r2", (2,), {"r": 2}, "plain").put_on(live, 0, None).adapter
     random_up(live)
     with training.merged(unet, adapter()):

@@ -6,25 +6,28 @@ usage: training.py [--models tiny-sd sd15] [--latent 32] [--rank 16] [--repeat 7
 layers: one forward and backward pass of the U-Net. All variants share one set of base weights (sd15: SD1.5's shapes,
 random) and take turns in one process; the floor is the base alone, with the gradient of its input. Of each: the median
 of the repetitions, its ratio to plain PEFT LoRA of the same rank (of the ratios of each round, the median), and the
-peak of resident memory above the weights (Linux: /proc/self/clear_refs).
+peak of resident memory above the weights (on Linux).
 loop: whole training steps of `lora_adapters.train` with cached latents against the same step written out by hand on
 the same models, one after the other in turns, so that both meet the same machine.
 """
 
 import argparse
 import copy
-import ctypes
+import importlib.util
+import json
+import logging
 import statistics
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
+from peak_memory import peak_above_rest
 from peft import LoraConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,12 +39,19 @@ from lora_adapters.coverage import covered  # noqa: E402
 Step = Callable[[], None]
 
 
+class Result(NamedTuple):
+    """A measurement: milliseconds, ratio to plain PEFT LoRA (of a loop: to its bare step), MiB above the weights."""
+
+    name: str
+    ms: float
+    ratio: float
+    MiB: float | None = None
+
+
 def base_unet(model: str) -> UNet2DConditionModel:
     """The U-Net, frozen, in training mode."""
     if model == "tiny-sd":
-        unet = UNet2DConditionModel.from_pretrained(
-            ROOT / "examples" / "tiny-sd", subfolder="unet", dtype=torch.float32
-        )
+        unet = UNet2DConditionModel.from_pretrained(ROOT / "examples" / "tiny-sd", subfolder="unet").float()
     else:
         torch.manual_seed(0)
         with torch.device("meta"):
@@ -74,6 +84,8 @@ def variants(unet: UNet2DConditionModel, rank: int, kohya: Path | None) -> dict[
         made[name].add_adapter(config)
     if kohya:
         made |= kohya_variants(unet, rank, unit, kohya)
+    if importlib.util.find_spec("lycoris"):
+        made |= lycoris_variants(unet, rank, unit)
     return made
 
 
@@ -99,6 +111,27 @@ def kohya_variants(unet: UNet2DConditionModel, rank: int, unit: int, checkout: P
     return made
 
 
+def lycoris_variants(unet: UNet2DConditionModel, rank: int, unit: int) -> dict[str, torch.nn.Module]:
+    """LyCORIS' LoCon and DyLoRA on the modules of LoRA-LierLa."""
+    from lycoris.wrapper import LycorisNetwork
+
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    LycorisNetwork.apply_preset({"enable_conv": False, "target_module": ["Transformer2DModel"]})
+    made = {}
+    for name, options in (
+        ("LyCORIS' LoCon", {"network_module": "locon"}),
+        ("LyCORIS' DyLoRA", {"network_module": "dylora", "block_size": unit}),
+    ):
+        made[name] = twin(unet)
+        network = LycorisNetwork(
+            made[name], lora_dim=rank, conv_lora_dim=0, alpha=rank, warn_on_unmatched=False, **options
+        )
+        network.apply_to()
+        network.requires_grad_(True).train()
+        made[name].lycoris = network  # which keeps it alive
+    return made
+
+
 def pass_of(unet: torch.nn.Module, latent: int, batch: int) -> Step:
     """One forward and backward pass."""
     torch.manual_seed(1)
@@ -115,27 +148,15 @@ def pass_of(unet: torch.nn.Module, latent: int, batch: int) -> Step:
     return step
 
 
-def peak_above_rest(step: Step) -> float:
-    """MiB of resident memory that a step takes at its highest above what is there before."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> float:
-    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def timed(step: Step) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
-def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: Path | None, cover: list[str]) -> None:
+def layers(
+    model: str, latent: int, batch: int, rank: int, repeat: int, kohya: Path | None, cover: list[str]
+) -> Iterator[Result]:
     """Measure and print the passes of all variants that cover what `cover` says."""
     unet = base_unet(model)
     chosen = {
@@ -145,7 +166,7 @@ def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: P
     }
     steps = {name: pass_of(one, latent, batch) for name, one in chosen.items()}
     peaks = {name: peak_above_rest(step) for name, step in steps.items()}  # the first pass: what a cold one takes
-    rounds = []
+    rounds: list[dict[str, float]] = []
     for _ in range(repeat):
         rounds.append({name: timed(step) for name, step in steps.items()})
         if model != "tiny-sd":  # a round takes long, so each is shown
@@ -159,13 +180,14 @@ def layers(model: str, latent: int, batch: int, rank: int, repeat: int, kohya: P
         to_floor = statistics.median(one[name] / one["base alone (floor)"] for one in rounds)
         to_peft = statistics.median(one[name] / one[plain] for one in rounds)
         print(f"{name:38} {ms:8.1f} {to_floor:8.3f} {to_peft:8.3f} {peaks[name]:18.0f}")
+        yield Result(f"{model}: {name}", ms, to_peft, peaks[name])
     for dylora, plain in (("DyLoRA", "LierLa"), ("DyLoRA, C3Lier's modules", "C3Lier")):
         if dylora in steps:
             ratio = statistics.median(one[dylora] / one[plain] for one in rounds)
             print(f"{dylora} / {plain} of the same rank: {ratio:.3f}", flush=True)
 
 
-def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> None:
+def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> Iterator[Result]:
     """Measure and print whole steps of the training program against steps written by hand, in turns."""
     from lora_adapters.train.arguments import settings
     from lora_adapters.train.loop import train_prepared
@@ -196,6 +218,7 @@ def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> None:
         print(f"{model}, {module}: training loop {1000 * statistics.median(ours[2:]):.1f} ms a step, bare step "
               f"{1000 * statistics.median(bare[2:]):.1f} ms, ratio {ratio:.3f} (U-Net and text encoder, batch {batch}, "
               f"latents {latent}x{latent})", flush=True)  # fmt: skip
+        yield Result(f"{model}: training loop, {module}", 1000 * statistics.median(ours[2:]), ratio)
 
 
 def _in_turns(run: Any, latent: int, batch: int) -> tuple[list[float], list[float]]:
@@ -266,16 +289,20 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=7, help="rounds of sd15; tiny-sd has eight times as many")
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts, whose modules then take part")
+    parser.add_argument("--results", type=Path, help="JSON file for the numbers")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
+    found: list[Result] = []
     for model in args.models:
         small = model == "tiny-sd"
         size = (8, 4) if small else (args.latent, args.batch)
         repeat = 8 * args.repeat if small else args.repeat
         if "layers" in args.only:
-            layers(model, *size, args.rank, repeat, args.kohya, args.cover)
+            found += layers(model, *size, args.rank, repeat, args.kohya, args.cover)
         if "loop" in args.only:
-            loop(model, *size, args.rank, repeat)
+            found += loop(model, *size, args.rank, repeat)
+    if args.results:
+        args.results.write_text(json.dumps([one._asdict() for one in found], indent=1))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from lora_adapters.convert import Adapter, AdapterError
 from lora_adapters.convert.hub_errors import HubError
 from lora_adapters.convert.sources import DIFFUSERS_NAME
+from tests.lora_adapters.hub_client import set_offline
 from tests.lora_adapters.hub_server import TOKEN, Repo
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "sd15"
@@ -99,7 +99,7 @@ def test_offline(hub, monkeypatch, name) -> None:
     Adapter.load("me/x")
     asked = len(hub.requests)
     same(Adapter.load("me/x", local_files_only=True), Adapter.load(LIERLA))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     same(Adapter.load("me/x"), Adapter.load(LIERLA))
     assert len(hub.requests) == asked
 

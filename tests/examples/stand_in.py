@@ -55,7 +55,7 @@ def main() -> None:
     StableDiffusionPipeline.save_lora_weights(save_directory=args.output_dir, unet_lora_layers=layers)
 
     resumed = with_adapter(args)
-    state, _ = StableDiffusionPipeline.lora_state_dict(args.output_dir)
+    state, _ = StableDiffusionPipeline.lora_state_dict(args.output_dir, weight_name="pytorch_lora_weights.safetensors")
     state = {key.replace("unet.", ""): value for key, value in state.items() if key.startswith("unet.")}
     found = set_peft_model_state_dict(resumed, convert_unet_state_dict_to_peft(state), adapter_name="default")
     if found.unexpected_keys:

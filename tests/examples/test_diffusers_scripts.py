@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 import torch
 model, weights, out = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
-pipe.load_lora_weights(weights)
+pipe.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")
 {body}
 """
 
@@ -103,7 +103,7 @@ from safetensors.torch import save_file
 model, weights, out = sys.argv[1:]
 unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
 pipe = StableDiffusionPipeline(None, None, None, unet, None, None, None, requires_safety_checker=False)
-pipe.load_lora_weights(weights)
+pipe.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")
 {body % str(ROOT)}
 """
     run("-c", script, GOLDEN, tmp_path, tmp_path / "stock")

@@ -14,10 +14,20 @@ def client_at(hub: HubServer, cache, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (constants, file_download):  # versions before 1.0 keep a copy in the second
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    set_offline(monkeypatch, False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(cache / "stored_tokens"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+
+
+def set_offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    """As HF_HUB_OFFLINE=1, or 0, at the start of the process."""
+    from huggingface_hub import constants, utils
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    reset = getattr(utils, "reset_sessions", None)  # before 1.0, a session keeps what it was at its start
+    if reset is not None:
+        reset()

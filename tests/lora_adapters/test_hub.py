@@ -20,6 +20,7 @@ from lora_adapters.model_card import MARK, base_model_of, family, kind, model_ca
 
 from .conftest import GOLDEN, expected
 from .golden_outputs import error, outputs
+from .hub_client import set_offline
 from .hub_server import TOKEN, HubServer, Repo
 
 ROOT = Path(__file__).parent.parent.parent
@@ -179,9 +180,7 @@ def test_a_hub_in_trouble(hub, monkeypatch) -> None:
 
 
 def test_offline_push(hub, monkeypatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     with pytest.raises(HubError, match="me/x is out of reach in offline mode") as caught:
         golden("lierla").push_to_hub("me/x", token=TOKEN)
     assert not caught.value.transient

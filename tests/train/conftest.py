@@ -1,6 +1,8 @@
 """Tiny models with the layout of the real ones, random weights, and pictures to train on."""
 
+import json
 import random
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,9 +37,12 @@ def tiny_tokenizer() -> CLIPTokenizer:
                 pieces.append("".join(pair))
             parts = ["".join(pair), *parts[2:]]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges, model_max_length=77
-    )
+    with tempfile.TemporaryDirectory() as folder:  # what both transformers 4 and 5 make a tokenizer of
+        vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def text_config(tokenizer: CLIPTokenizer, layers: int = 2, **options) -> CLIPTextConfig:

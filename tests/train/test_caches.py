@@ -227,7 +227,7 @@ def test_text_caches_exclude_what_varies_captions(tmp_path, option):
 
 def test_hugging_face_rows_need_a_folder_for_disk_caches(tmp_path, vae):
     images = folder(tmp_path / "p", [(64, 64)])
-    (images / "metadata.csv").write_text("file_name,text\n0.png,a\n")
+    (images / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
     subset = {"dataset_name": str(images)}
     with pytest.raises(DataError, match="give cache_dir in its subset"):
         data(images, file={"datasets": [{"subsets": [subset]}]}).cache_latents(vae, to_disk=True)

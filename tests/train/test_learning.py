@@ -89,7 +89,7 @@ import json, sys, numpy, torch
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
 assert "lora_adapters" not in sys.modules
-pipe.load_lora_weights(sys.argv[2])
+pipe.load_lora_weights(sys.argv[2], weight_name="x.safetensors")
 pipe.set_progress_bar_config(disable=True)
 image = pipe("a red apple", num_inference_steps=4, generator=torch.manual_seed(0), output_type="np").images[0]
 numpy.save(sys.argv[3], image)
@@ -100,7 +100,7 @@ def test_a_c3lier_opens_in_stock_diffusers_and_draws_the_same(tmp_path, capsys) 
     """In a process that never imports this package. The linear layers' scale is 1, the convolutions' 1/2."""
     result = train(settings(**options(tmp_path, max_train_steps=4, learning_rate=5e-3, network_args=CONV)))
     file = tmp_path / "out" / "x.safetensors"
-    command = [sys.executable, "-c", STOCK, str(TINY), str(file), str(tmp_path / "image.npy")]
+    command = [sys.executable, "-c", STOCK, str(TINY), str(file.parent), str(tmp_path / "image.npy")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     opened = np.load(tmp_path / "image.npy")

@@ -128,7 +128,9 @@ def hub(name, **options):
 
 def test_a_local_folder_of_pictures_as_a_hugging_face_dataset(tmp_path):
     images = folder(tmp_path / "p", [(24, 16), (16, 16)])
-    (images / "metadata.csv").write_text("file_name,text,other\n0.png,a wide one,x\n1.png,a square,y\n")
+    rows = [("0.png", "a wide one", "x"), ("1.png", "a square", "y")]
+    lines = [json.dumps({"file_name": file, "text": text, "other": other}) for file, text, other in rows]
+    (images / "metadata.jsonl").write_text("\n".join(lines))
     found = hub(images)
     assert [(one.caption, one.size) for one in found.pictures] == [("a wide one", (24, 16)), ("a square", (16, 16))]
     assert open_picture(found.pictures[0].source).tobytes() == picture((24, 16), 0).tobytes()

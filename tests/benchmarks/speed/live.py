@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import logging
-import resource
 import statistics
 import sys
 import time
@@ -24,40 +23,45 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent.parent))
 
+from peak_memory import peak_above_rest
+
 from speed.pipelines import pipeline
 
-Times = list[tuple[float, float]]
+Measured = tuple[list[tuple[float, float]], float]
 
 
-def timed(action: Callable[[], Any], undo: Callable[[], Any], repeat: int) -> Times:
-    """CPU and wall seconds of each of `repeat` calls of the action, after one that is not counted."""
+def timed(action: Callable[[], Any], undo: Callable[[], Any], repeat: int) -> Measured:
+    """CPU and wall seconds of each of `repeat` calls of the action, and the MiB of one more before them."""
+    gc.collect()
+    memory = peak_above_rest(action)
+    undo()
     found = []
-    for _ in range(repeat + 1):
+    for _ in range(repeat):
         gc.collect()
         start, cpu = time.perf_counter(), time.process_time()
         action()
         found.append((time.process_time() - cpu, time.perf_counter() - start))
         undo()
-    return found[1:]
+    return found, memory
 
 
 def nothing() -> None:
     """Nothing to undo."""
 
 
-def load(pipe: Any, args: argparse.Namespace) -> Times:
+def load(pipe: Any, args: argparse.Namespace) -> Measured:
     """`pipe.load_lora_weights(file)`."""
     return timed(lambda: pipe.load_lora_weights(args.file, adapter_name="a"), pipe.unload_lora_weights, args.repeat)
 
 
-def set_adapters(pipe: Any, args: argparse.Namespace) -> Times:
+def set_adapters(pipe: Any, args: argparse.Namespace) -> Measured:
     """`pipe.set_adapters` between two adapters that are there."""
     pipe.load_lora_weights(args.file, adapter_name="a")
     pipe.load_lora_weights(args.second, adapter_name="b")
     return timed(lambda: pipe.set_adapters(["a", "b"], [0.7, 0.3]), lambda: pipe.set_adapters(["b"]), args.repeat)
 
 
-def rank(pipe: Any, args: argparse.Namespace) -> Times:
+def rank(pipe: Any, args: argparse.Namespace) -> Measured:
     """From one rank of a DyLoRA to another: set_rank here, the other rank's file in stock diffusers."""
     pipe.load_lora_weights(args.file, adapter_name="a")
     if args.side == "ours":
@@ -90,12 +94,10 @@ def main() -> None:
     if args.side == "ours":
         import lora_adapters  # noqa: F401
     pipe = pipeline(args.size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = CASES[args.case](pipe, args)
+    times, memory = CASES[args.case](pipe, args)
     assert ("lora_adapters" in sys.modules) == (args.side == "ours")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu, wall = (statistics.median(column) for column in zip(*times, strict=True))
-    print(json.dumps({"seconds": cpu, "wall": wall, "MB": (peak - before) / 1024}))
+    print(json.dumps({"seconds": cpu, "wall": wall, "MiB": memory}))
 
 
 if __name__ == "__main__":
