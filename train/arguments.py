@@ -11,6 +11,7 @@ from typing import Any
 from lora_adapters.convert.parsing import toml_table
 from lora_adapters.train import options_data, options_model, options_output, options_training
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.option_groups import Parser
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +36,9 @@ GROUPS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as a TrainingError, so that every mistake ends in one line."""
-
-    def error(self, message: str):
-        raise TrainingError(message)
-
-
 def parser() -> argparse.ArgumentParser:
-    """All options with their defaults. Abbreviations are refused: a mistyped option must not become another one."""
-    made = _Parser(prog="train_network.py", description="Train a LoRA or DyLoRA adapter.", allow_abbrev=False)
+    """All options with their defaults."""
+    made = Parser(prog="train_network.py", description="Train a LoRA or DyLoRA adapter.")
     for title, add in GROUPS.items():
         add(made.add_argument_group(title))
     return made

@@ -6,7 +6,6 @@ usage: gen_img_diffusers.py --ckpt model --network_weights a.safetensors --netwo
            --sweep weight=0,0.5,1 rank=4,8,16        (all options: --help)
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ if __name__ == "__main__":
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
     from lora_adapters.train.generate_options import parser, refuse
+    from lora_adapters.train.quiet import quiet
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings where there is no torchvision
+    quiet()
     try:
         settings = parser().parse_args(argv)
         refuse(settings)

@@ -1,9 +1,9 @@
 """The options of the picture program, under the names of kohya's gen_img; those it does not support, with reasons."""
 
 import argparse
-from typing import NoReturn
 
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.option_groups import Parser, add_attention, add_model_source, adders
 from lora_adapters.train.samplers import SAMPLERS
 
 _CONTROL = "ControlNet is not supported: use diffusers' StableDiffusionControlNetPipeline with pipe.load_lora_weights"
@@ -52,18 +52,9 @@ UNSUPPORTED_IN_LINES: dict[str, str] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as a TrainingError, so that every mistake ends in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise TrainingError(f"{message} (--help shows the options)")
-
-
 def parser() -> argparse.ArgumentParser:
     """All options with their defaults."""
-    made = _Parser(
-        prog="gen_img_diffusers.py", description="Draw pictures with Stable Diffusion and adapters.", allow_abbrev=False
-    )
+    made = Parser(prog="gen_img_diffusers.py", description="Draw pictures with Stable Diffusion and adapters.")
     _add_model(made.add_argument_group("model"))
     _add_prompts(made.add_argument_group("what to draw"))
     _add_sampling(made.add_argument_group("how to draw it"))
@@ -83,29 +74,23 @@ def refuse(options: argparse.Namespace) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--ckpt", dest="pretrained_model_name_or_path", help="checkpoint file, Diffusers folder or hub id")
-    option("--model_config", help="Diffusers folder or hub id with the configs and tokenizer for a checkpoint file")
     flag("--v1", help="the model must be SD1.x (it is recognised without this)")
-    flag("--v2", help="the model is SD2.x; with this, --v_parameterization alone tells what it predicts")
     flag("--sdxl", help="the model must be SDXL (it is recognised without this)")
-    flag("--v_parameterization", help="the model predicts v (SD2.x 768)")
     flag("--zero_terminal_snr", help="betas that end in pure noise")
-    option("--vae", help="another VAE: file, Diffusers folder or hub id")
     flag("--no_half_vae", help="the VAE computes in fp32 (an SDXL VAE that asks for it does so in any case)")
-    option("--tokenizer_cache_dir", help="folder in which configs and tokenizers from the hub are kept")
-    flag("--disable_mmap_load_safetensors", help="read safetensors files whole instead of mapping them")
+    add_model_source(group)
     flag("--fp16", help="compute in fp16")
     flag("--bf16", help="compute in bf16")
-    flag("--xformers", help="attention by xformers (CUDA)")
+    add_attention(group)
     flag("--diffusers_xformers", help="the same as --xformers")
-    flag("--sdpa", help="attention by PyTorch's scaled_dot_product_attention (what is used anyway)")
     flag("--opt_channels_last", help="weights of the U-Net and the VAE in channels-last order")
     option("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that there is)")
 
 
 def _add_prompts(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--prompt", help="prompt, with options behind it: a cat --n blurry --w 512 --h 768 --d 1,2")
     option("--from_file", help="file of prompts, one a line; blank lines and lines with # are left out")
     option("--images_per_prompt", type=int, default=1, help="pictures for each prompt")
@@ -118,7 +103,7 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--W", type=int, help="width in pixels (default: the size that the model was trained at)")
     option("--H", type=int, help="height in pixels")
     option("--steps", type=int, default=50, help="sampling steps (default 50)")
@@ -141,7 +126,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_networks(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--network_module", nargs="*", help="networks.lora, networks.dylora; one for each file, or one for all")
     option("--network_weights", nargs="*", help="adapter files, folders or hub ids, in any format")
     option("--network_mul", type=float, nargs="*", help="their weights (default 1 each)")
@@ -154,24 +139,15 @@ def _add_networks(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--outdir", default="outputs", help="folder of the pictures (default outputs)")
     flag("--sequential_file_name", help="im_000001.png, im_000002.png, ...; without it, time, number and seed")
     flag("--use_original_file_name", help="with --image_path: the name of that picture")
 
 
 def _add_sheet(group: argparse._ArgumentGroup) -> None:
-    _, option = _adders(group)
+    _, option = adders(group)
     option("--sweep", nargs="+", metavar="NAME=V,V,...", help="draw one sheet instead of pictures, with a row for "
            "each prompt and a column for each setting: weight=0,0.5,1 rank=4,8 steps= scale= sampler=")  # fmt: skip
     option("--sheet", help="its file (default: sweep_<time>.png in --outdir)")
     option("--sheet_font", help="TrueType font for its labels (the built-in one is Latin only)")
-
-
-def _adders(group: argparse._ArgumentGroup):
-    """`add_argument` for a switch that is off, and for an option with a value."""
-
-    def flag(name: str, **kwargs) -> None:
-        group.add_argument(name, action="store_true", **kwargs)
-
-    return flag, group.add_argument

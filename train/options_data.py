@@ -2,11 +2,11 @@
 
 import argparse
 
-from lora_adapters.train.options_model import _adders
+from lora_adapters.train.option_groups import adders
 
 
 def add_dataset(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--dataset_config", help="toml or json file that describes the data")
     option("--train_data_dir", help="folder of `<repeats>_<class>` folders with pictures")
     option("--reg_data_dir", help="the same for regularisation pictures")
@@ -31,7 +31,7 @@ def add_dataset(group: argparse._ArgumentGroup) -> None:
 
 
 def add_captions(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--caption_extension", default=".caption", help="caption files beside the pictures end so")
     option("--caption_extention", help="the same, in an older spelling")
     option("--caption_separator", default=",", help="separator of tags")
@@ -50,7 +50,7 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
 
 
 def add_pictures(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     flag("--flip_aug", help="flip half of the pictures")
     flag("--color_aug", help="vary the colours")
     flag("--random_crop", help="crop at random places")

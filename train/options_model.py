@@ -2,24 +2,20 @@
 
 import argparse
 
+from lora_adapters.train.option_groups import add_attention, add_model_source, adders
+
 
 def add_model(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--pretrained_model_name_or_path", help="base model: checkpoint file, Diffusers folder or hub id")
-    option("--model_config", help="Diffusers folder or hub id with the configs and tokenizer for a checkpoint file")
-    flag("--v2", help="the model is SD2.x")
-    flag("--v_parameterization", help="the model predicts v (SD2.x 768)")
-    option("--vae", help="another VAE: file, Diffusers folder or hub id")
-    option("--tokenizer_cache_dir", help="folder in which configs and tokenizers from the hub are kept")
+    add_model_source(group)
     flag("--lowram", help="load the base model straight to the training device")
     flag("--highvram", help="keep the VAE and frozen text encoders on the training device after caching")
-    flag("--disable_mmap_load_safetensors", help="read safetensors files whole instead of mapping them")
 
 
 def add_machine(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
-    flag("--xformers", help="attention by xformers (CUDA)")
-    flag("--sdpa", help="attention by PyTorch's scaled_dot_product_attention (what is used anyway)")
+    flag, option = adders(group)
+    add_attention(group)
     flag("--mem_eff_attn", help="attention in slices: slower, less memory")
     option("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of the forward pass")
     flag("--full_fp16", help="adapter and gradients in fp16")
@@ -54,7 +50,7 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
 
 
 def add_network(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--network_module", help="networks.lora or networks.dylora; lierla, c3lier, dylora")
     option("--network_dim", type=int, help="rank (default 4)")
     option("--network_alpha", type=float, default=1, help="alpha: the adapter is scaled by alpha/rank")
@@ -67,12 +63,3 @@ def add_network(group: argparse._ArgumentGroup) -> None:
     option("--scale_weight_norms", type=float, help="largest norm of a module's delta")
     option("--base_weights", nargs="*", help="adapter files merged into the base model before training")
     option("--base_weights_multiplier", type=float, nargs="*", help="their weights (default 1 each)")
-
-
-def _adders(group: argparse._ArgumentGroup):
-    """`add_argument` for a switch that is off, and for an option with a value that is text unless told."""
-
-    def flag(name: str, **kwargs) -> None:
-        group.add_argument(name, action="store_true", **kwargs)
-
-    return flag, group.add_argument

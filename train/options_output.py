@@ -2,7 +2,7 @@
 
 import argparse
 
-from lora_adapters.train.options_model import _adders
+from lora_adapters.train.option_groups import adders
 
 SAMPLERS = [
     "ddim",
@@ -38,7 +38,7 @@ METADATA = {
 
 
 def add_saving(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--output_dir", help="folder of all that is saved")
     option("--output_name", help="name of the files, without ending")
     option("--save_model_as", default="safetensors", choices=[None, "ckpt", "pt", "safetensors"], help="file format")
@@ -68,7 +68,7 @@ def add_saving(group: argparse._ArgumentGroup) -> None:
 
 
 def add_samples(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--sample_every_n_steps", type=int, help="make sample pictures every n steps")
     option("--sample_every_n_epochs", type=int, help="make sample pictures every n epochs; wins over steps")
     flag("--sample_at_first", help="make sample pictures before training, too")
@@ -77,7 +77,7 @@ def add_samples(group: argparse._ArgumentGroup) -> None:
 
 
 def add_logging(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--logging_dir", help="folder of the logs")
     option("--log_with", choices=["tensorboard", "wandb", "all"], help="where losses go (default tensorboard)")
     option("--log_prefix", help="the log's folder is this and the time")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lora_adapters.train.options_model import _adders
+from lora_adapters.train.option_groups import adders
 
 
 def steps(text: str) -> int | float:
@@ -21,7 +21,7 @@ def steps(text: str) -> int | float:
 
 
 def add_steps(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--max_train_steps", type=int, default=1600, help="optimizer steps")
     option("--max_train_epochs", type=int, help="epochs; wins over --max_train_steps")
     option("--gradient_accumulation_steps", type=int, default=1, help="batches an optimizer step")
@@ -35,7 +35,7 @@ def add_steps(group: argparse._ArgumentGroup) -> None:
 
 
 def add_optimizer(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--optimizer_type", default="", help="AdamW (default), AdamW8bit, Lion, Prodigy, ... or a dotted class name")
     option("--optimizer_args", nargs="*", metavar="KEY=VALUE", help="arguments of the optimizer, as Python literals")
     flag("--use_8bit_adam", help="the same as --optimizer_type AdamW8bit")
@@ -56,7 +56,7 @@ def add_optimizer(group: argparse._ArgumentGroup) -> None:
 
 
 def add_loss(group: argparse._ArgumentGroup) -> None:
-    flag, option = _adders(group)
+    flag, option = adders(group)
     option("--prior_loss_weight", type=float, default=1.0, help="weight of the loss on regularisation pictures")
     option("--min_snr_gamma", type=float, help="min-SNR weighting of timesteps; 5 is usual")
     option("--noise_offset", type=float, help="strength of noise that is constant over a channel")

@@ -5,7 +5,6 @@ usage: accelerate launch train_network.py --pretrained_model_name_or_path=... --
        --network_module=networks.lora ...   (all options: --help)
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
     from lora_adapters.train.arguments import parse
     from lora_adapters.train.errors import TrainingError
+    from lora_adapters.train.quiet import quiet
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings where there is no torchvision
+    quiet()
     try:
         settings = parse(argv)
         if not_pushed := _run(settings):
