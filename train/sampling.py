@@ -17,6 +17,7 @@ from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.prompt_lines import WHOLE, LineOption, number, numbered_lines, parse_line, read_text, whole
 from lora_adapters.train.samplers import SAMPLERS, check_sampler, sampler
+from lora_adapters.train.sheets import draw_sheet
 from lora_adapters.train.text import Encoded, encode_tokens, tokenize
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def spread(ranks: list[int], most: int) -> list[int]:
 def sample(
     models: BaseModels, settings: argparse.Namespace, prompts: list[Prompt], device: Any, context: Any
 ) -> Image.Image:
-    """A picture with a column for each prompt and, with DyLoRA, a row for each of up to four ranks.
+    """A picture with a column for each prompt and, with DyLoRA, a labelled row for each of up to four ranks.
 
     `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
     """
@@ -151,7 +152,10 @@ def sample(
             dial.set_rank(at[id(dial)])
         for module, place in zip((models.vae, *models.text_encoders), home, strict=True):
             module.to(place)
-    return grid(rows)
+    if not found:
+        return grid(rows)
+    labels = [f"rank {rank}" for rank in ranks]
+    return draw_sheet(list(zip(labels, rows, strict=True)), [one.prompt for one in prompts])
 
 
 def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, context: Any) -> Any:
