@@ -175,7 +175,8 @@ def layers(
     print(f"\n{model}, latents {latent}x{latent}, batch {batch}, rank {rank}, fp32, {torch.get_num_threads()} threads")
     print(f"{'forward and backward of':38} {'ms':>8} {'/ floor':>8} {'/ PEFT':>8} {'MiB above weights':>18}")
     for name in steps:
-        plain = "plain PEFT LoRA, C3Lier's modules" if "C3Lier" in name else "plain PEFT LoRA"
+        wider = "C3Lier" in name or cover == ["c3lier"]
+        plain = "plain PEFT LoRA, C3Lier's modules" if wider else "plain PEFT LoRA"
         ms = 1000 * statistics.median(one[name] for one in rounds)
         to_floor = statistics.median(one[name] / one["base alone (floor)"] for one in rounds)
         to_peft = statistics.median(one[name] / one[plain] for one in rounds)

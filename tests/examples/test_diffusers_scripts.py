@@ -186,7 +186,8 @@ def check(pipe_class, model, output, tmp_path, dylora, trained):
     torch.testing.assert_close(picture(), stock, rtol=0, atol=1e-3)
 
 
-C3LIER, DYLORA = ("--adapter", "c3lier", "--conv_dim", 2), ("--adapter", "dylora", "--unit", 2, "--conv_dim", 2)
+C3LIER = ("--adapter", "c3lier", "--conv_dim", 2)
+DYLORA = ("--adapter", "dylora", "--unit", 2, "--conv_dim", 2, "--rank_sampling", "uniform")
 
 
 @theirs
