@@ -1,6 +1,7 @@
 """One module's low-rank change of weight."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,10 +117,23 @@ class LowRank:
         return self if dtype is None else replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
 
     def __add__(self, other: "LowRank") -> "LowRank":
-        """The sum of both changes, exactly: ranks are concatenated, and both scales go into `up` (float32)."""
-        if (self.out_in, self.kernel) != (other.out_in, other.kernel):
-            shapes = [[*one.out_in, *one.kernel] for one in (self, other)]
-            raise AdapterError(f"cannot be added: one is for a weight of {shapes[0]}, the other of {shapes[1]}")
-        other = other.shaped_like((self.up.shape[0], *self.down.shape[1:]))
-        up = torch.cat([self.up.float() * self.scale, other.up.float() * other.scale], dim=1)
-        return LowRank(torch.cat([self.down.float(), other.down.float()]), up, float(self.rank + other.rank))
+        """The sum of both changes; see `add_up`."""
+        return add_up([self, other])
+
+
+def add_up(parts: Sequence[LowRank]) -> LowRank:
+    """The sum of the changes, exactly: ranks are concatenated, scales go into `up` (float32).
+
+    Its factors have as many dimensions as the first one's. AdapterError where they are for different weights.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts[1:]:
+        if (part.out_in, part.kernel) != (first.out_in, first.kernel):
+            shapes = [[*one.out_in, *one.kernel] for one in (first, part)]
+            raise AdapterError(f"one is for a weight of {shapes[0]}, the other of {shapes[1]}")
+    shape = (first.up.shape[0], *first.down.shape[1:])
+    alike = [part.shaped_like(shape) for part in parts]
+    up = torch.cat([part.up.float() * part.scale for part in alike], dim=1)
+    return LowRank(torch.cat([part.down.float() for part in alike]), up, float(up.shape[1]))

@@ -10,23 +10,8 @@ from .checkpoint import Checkpoint
 from .errors import AdapterError
 from .families import check_one_family, family_of
 from .inputs import check_finite
-from .low_rank import LowRank
+from .low_rank import LowRank, add_up
 from .names import ModuleName, nearest
-
-
-def add_up(parts: Sequence[LowRank]) -> LowRank:
-    """The sum of the changes, exactly: ranks are concatenated, scales go into `up` (float32)."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    for part in parts[1:]:
-        if (part.out_in, part.kernel) != (first.out_in, first.kernel):
-            shapes = [[*one.out_in, *one.kernel] for one in (first, part)]
-            raise AdapterError(f"one is for a weight of {shapes[0]}, the other of {shapes[1]}")
-    shape = (first.up.shape[0], *first.down.shape[1:])
-    alike = [part.shaped_like(shape) for part in parts]
-    up = torch.cat([part.up.float() * part.scale for part in alike], dim=1)
-    return LowRank(torch.cat([part.down.float() for part in alike]), up, float(up.shape[1]))
 
 
 def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:

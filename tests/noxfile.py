@@ -29,7 +29,7 @@ def lower_bounds() -> list[str]:
 def run(session: nox.Session) -> None:
     """Install the package as it is, see that it fits what is there, and run the tests."""
     session.chdir(ROOT)
-    session.install("-e", ".[test,optimizers]", "--upgrade-strategy", "only-if-needed")
+    session.install("-e", ".[test]", "--upgrade-strategy", "only-if-needed")
     session.run("python", "-m", "pip", "check")
     session.run("python", "-m", "pytest", *(session.posargs or ["tests"]))
 
