@@ -164,7 +164,7 @@ def chart(results: Results, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, ((live, steps), (curve, files)) = pyplot.subplots(2, 2, figsize=(15, 10))
+    figure, ((live, steps), (curve, files)) = pyplot.subplots(2, 2, figsize=(15, 12))
     bars(live, {name: one["ratio"] for name, one in results["live"].items()}, "time, ours / diffusers alone")
     bars(steps, {one["name"]: one["ratio"] for one in results.get("training", [])}, "a step / plain PEFT or bare step")
     for size in dict.fromkeys(name.split()[0] for name in results["live"]):
@@ -186,6 +186,7 @@ def chart(results: Results, out: Path) -> None:
     files.set_yticks(range(len(tools)), tools)
     files.invert_yaxis()
     files.set_xscale("log")
+    files.set_xlim(left=1)
     files.set_xlabel("seconds")
     files.set_title("file tools, whole processes")
     files.legend()
@@ -198,6 +199,7 @@ def bars(axes: Any, ratios: dict[str, float], title: str) -> None:
     axes.barh(list(ratios), list(ratios.values()))
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
     axes.set_title(f"{title} (less is faster)")
 
 
