@@ -182,4 +182,8 @@ def _remove(output: Path, pattern: str, newest: int) -> None:
         if found and int(found.group(1)) <= newest:
             log.info("removing %s", path)
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.is_dir():  # killed while it deletes, the run leaves no half of a state under a state's name
+                    path = path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial"))
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()

@@ -58,7 +58,10 @@ def _candidate(file: Path, folder: Path, key: str, entry: dict[str, Any], subset
     for name in ("caption", "tags"):
         if not isinstance(entry.get(name), str | None):
             raise DataError(f"metadata_file {file}: {key}: {name} must be a string")
-    path = _find(folder, key)
+    try:
+        path = _find(folder, key)
+    except OSError as error:
+        raise DataError(f"metadata_file {file}: {key[:60]}: {error.strerror}") from None
     caption, tags = entry.get("caption"), entry.get("tags")
     if caption is not None and tags:
         # Every line of a caption with several is a caption of its own, so each gets the tags.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.train.checkpoints import Position, load_state, save_state
+from lora_adapters.train.checkpoints import Position, load_state, prune_steps, save_state
 from lora_adapters.train.errors import TrainingError
 
 from ..convert.checkpoints import GOLDEN, original
@@ -69,6 +70,21 @@ def test_a_state_is_the_old_or_the_new(tmp_path):
     assert call > 6  # it was killed in the middle, not only before
     assert load_state(folder)[1].step == 2
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]  # the next save removed what the kills left
+
+
+def test_a_state_that_is_deleted_is_whole_or_gone(tmp_path):
+    """Killed in the middle of the removal of old states, a run leaves no half of one under a state's name."""
+    states = [tmp_path / f"x-step{step:08d}-state" for step in (1, 2)]
+    for step, folder in enumerate(states, start=1):
+        save_state(folder, state(float(step)), Position(step=step))
+    settings = Namespace(save_last_n_steps=None, save_last_n_steps_state=1, output_name="x", save_model_as=None)
+    call = 0
+    while killed_at(call, lambda: prune_steps(settings, tmp_path, 3)):
+        assert [load_state(folder)[1].step for folder in sorted(tmp_path.glob("x-*"))] in ([1, 2], [2])
+        save_state(states[0], state(1.0), Position(step=1))
+        call += 1
+    assert call > 2
+    assert [path.name for path in tmp_path.glob("x-*")] == [states[1].name]
 
 
 @pytest.mark.parametrize("form", ["kohya", "peft"])

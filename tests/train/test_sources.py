@@ -98,6 +98,7 @@ def test_metadata_files(tmp_path, kind):
         ("m.json", "{", "m.json: Expecting"),
         ("m.json", "[]", "must hold a table from picture paths to tables"),
         ("m.json", '{"0.png": {"caption": 3}}', "0.png: caption must be a string"),
+        ("m.json", json.dumps({"9" * 5000: {"caption": "a"}}), "9: File name too long"),
         ("m.jsonl", '{"image_path": "0.png"}\n{}', "line 2 must be a table with image_path"),
         ("m.csv", "", "must end in .json or .jsonl"),
     ],
