@@ -1,8 +1,15 @@
 """The errors of this package's files and adapters."""
 
 
-class AdapterError(ValueError):
-    """What is wrong, where, and what to do, in one line fit to be shown to a user. It is a ValueError."""
+class OneLineError(ValueError):
+    """What is wrong, where, and what to do, in one line, whatever the names of files and tensors in it hold."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(" ".join(str(message).splitlines()))
+
+
+class AdapterError(OneLineError):
+    """An adapter, a model or a file cannot be used so. The message is fit to be shown to a user."""
 
 
 class UnknownFormatError(AdapterError):

@@ -1,5 +1,7 @@
 """The one error that everything about pictures, captions and their configuration raises."""
 
+from lora_adapters.convert.errors import OneLineError
 
-class DataError(ValueError):
+
+class DataError(OneLineError):
     """One line that says what is wrong, in which file, option or picture, and what to do."""

@@ -58,3 +58,10 @@ def test_the_scale_of_rslora_is_kept(tmp_path) -> None:
 def test_patterns_that_are_refused(tmp_path, pattern, said) -> None:
     with pytest.raises(AdapterError, match=said):
         Adapter.load(saved(tmp_path, pattern))
+
+
+def test_a_name_of_several_lines_is_shown_in_one(tmp_path) -> None:
+    save_file({"unet.mid\nblock.lora_A.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError) as caught:
+        Adapter.load(tmp_path / "x.safetensors")
+    assert "unet.mid block" in str(caught.value)
