@@ -64,11 +64,11 @@ PATHS = {
         "optimizer_type": "AdaFactor",
         "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
     },
-    "AdaFactor, its own rates": {"optimizer_type": "AdaFactor"},
+    # its own rates are 1e-5 while weights are zero
+    "AdaFactor, its own rates": {"optimizer_type": "AdaFactor", "max_train_steps": 60},
     "schedule-free": {"optimizer_type": "AdamWScheduleFree"},
     "min-SNR, offset noise, Huber": {"min_snr_gamma": 5.0, "noise_offset": 0.03, "loss_type": "huber"},
 }
-FALLS_TO = {"AdaFactor, its own rates": 0.99}  # of what it was, in place of 0.97: they are 1e-5 while weights are zero
 PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt", "schedule-free": "schedulefree"}
 
 
@@ -78,10 +78,10 @@ def test_the_held_out_loss_falls_on_every_path(tmp_path, path) -> None:
     if path in PACKAGES:
         pytest.importorskip(PACKAGES[path])
     result = train(settings(**options(tmp_path, **PATHS[path])))
-    first, last = held_out(result, 0), held_out(result, 30)
+    first, last = held_out(result, 0), held_out(result, result.steps)
     assert len(first) == (2 if path == "DyLoRA" else 1)  # DyLoRA: at each of its ranks
     for before, after in zip(first, last, strict=True):
-        assert after < FALLS_TO.get(path, 0.97) * before, f"{before:.4f} to {after:.4f}"
+        assert after < 0.97 * before, f"{before:.4f} to {after:.4f}"
 
 
 STOCK = """
