@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from tqdm import tqdm
 
-from .errors import AdapterError, first_line
+from .errors import AdapterError, OneLineError, first_line
 
 T = TypeVar("T")
 DTYPES = {
@@ -26,10 +26,12 @@ DTYPES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are AdapterErrors, so that they are shown as all others are."""
+    """An ArgumentParser whose errors are raised as `failure`, so that they are shown as all others are."""
+
+    failure: type[OneLineError] = AdapterError
 
     def error(self, message: str) -> NoReturn:
-        raise AdapterError(f"{message} (--help shows the options)")
+        raise self.failure(f"{message} (--help shows the options)")
 
 
 class _Refused(argparse.Action):

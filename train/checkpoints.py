@@ -59,14 +59,14 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
     """Write a state, whole or not at all: into a folder of another name first, which is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    partial = _aside(folder, "partial")
     try:
         partial.mkdir()
         _write(partial / _STATE, lambda file: torch.save(state, file))
         facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
         _write(partial / _POSITION, lambda file: file.write(json.dumps(facts, indent=1).encode()))
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+            old = _aside(folder, "old")
             folder.rename(old)  # killed from here on, the run leaves it under this name: see remove_leftovers
             partial.rename(folder)
             shutil.rmtree(old)
@@ -133,6 +133,11 @@ def _write(file: Path, write: Any) -> None:
         os.fsync(opened.fileno())
 
 
+def _aside(folder: Path, ending: str) -> Path:
+    """A hidden name beside it, which `remove_leftovers` knows."""
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{ending}")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete states that a killed run left half-written; one that it had moved aside, and not replaced, comes back."""
     for partial in folder.glob(".*-state.*.partial"):
@@ -183,7 +188,6 @@ def _remove(output: Path, pattern: str, newest: int) -> None:
             log.info("removing %s", path)
             with contextlib.suppress(FileNotFoundError):
                 if path.is_dir():  # killed while it deletes, the run leaves no half of a state under a state's name
-                    path = path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial"))
-                    shutil.rmtree(path)
+                    shutil.rmtree(path.rename(_aside(path, "partial")))
                 else:
                     path.unlink()

@@ -2,24 +2,24 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from lora_adapters.convert import command_line
 from lora_adapters.train.errors import TrainingError
 
 Add = Callable[..., Any]
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as a TrainingError, so that every mistake ends in one line.
+class Parser(command_line.Parser):
+    """Raises TrainingError for a wrong command line.
 
     Abbreviations are refused: a mistyped option must not become another one.
     """
 
+    failure = TrainingError
+
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise TrainingError(f"{message} (--help shows the options)")
 
 
 def adders(group: argparse._ArgumentGroup) -> tuple[Add, Add]:

@@ -31,7 +31,7 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def number(text: str) -> float:
+def number(text: str | float) -> float:
     """A number that is neither infinite nor none."""
     value = float(text)
     if not math.isfinite(value):

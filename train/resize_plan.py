@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_adapters.convert.errors import OneLineError
 from lora_adapters.train.picture_resizing import Size
 
 # Pillow alone cannot read the last three: better reported by name than taken for something that is not a picture.
@@ -16,8 +17,8 @@ PICTURE_SUFFIXES = {
 NOT_ASSOCIATED = {".npz"}
 
 
-class ResizeError(ValueError):
-    """What was asked for cannot be done. The message is one line: what, where, what to do."""
+class ResizeError(OneLineError):
+    """What was asked for cannot be done. The message says what, where, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def sample(
         for rank in ranks:
             if rank is not None:
                 set_rank(adapters, rank)
-            rows.append([_one(models, settings, one, n, context) for n, one in enumerate(prompts)])
+            rows.append([_one(models, settings, one, nth, context) for nth, one in enumerate(prompts)])
     finally:
         for dial in found:
             dial.set_rank(at[id(dial)])
@@ -158,12 +158,12 @@ def sample(
     return draw_sheet(list(zip(labels, rows, strict=True)), [one.prompt for one in prompts])
 
 
-def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, number: int, context: Any) -> Any:
+def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: int, context: Any) -> Any:
     name = prompt.sample_sampler or settings.sample_sampler
     scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr)
     pipe = models.pipeline(scheduler)
     pipe.set_progress_bar_config(disable=True)
-    seed = settings.seed + number if prompt.seed is None else prompt.seed
+    seed = settings.seed + nth if prompt.seed is None else prompt.seed
     with context():
         wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
         embeds = {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}

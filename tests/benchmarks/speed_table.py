@@ -6,7 +6,7 @@ usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl]
 
 live: loading adapters, changing weights of adapters and the rank of a DyLoRA, each side in processes of its own that
 take turns, on pipelines of full size. training: training.py. files: file_tools.py. Every finished measurement is kept
-in DIR/results.json: the same command goes on where an earlier one stopped. --report measures nothing and writes
+in a JSON file in DIR: the same command goes on where an earlier one stopped. --report measures nothing and writes
 DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
 """
 
@@ -40,6 +40,11 @@ class Case(NamedTuple):
     rank: int
     file: Path
     second: Path | None = None
+
+
+def kept_in(file: Path) -> Any:
+    """What a JSON file holds; None where it is not there."""
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def machine() -> str:
@@ -105,13 +110,14 @@ def measure_live(case: Case, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def training(args: argparse.Namespace, results: Results) -> None:
-    """The numbers of training.py."""
+def training(args: argparse.Namespace) -> None:
+    """training.py's results beside ours, where they are not there yet."""
+    kept = args.out / "training.json"
+    if kept.exists():
+        return
     command = [sys.executable, str(HERE / "training.py"), *(["--kohya", str(args.kohya)] if args.kohya else [])]
     command += ["--models", "tiny-sd", *(["sd15"] if "sd15" in args.sizes else []), "--latent", str(args.latent)]
-    kept = args.out / "training.json"
     subprocess.run([*command, "--results", str(kept)], check=True)
-    results["training"] = json.loads(kept.read_text())
 
 
 def files(args: argparse.Namespace, folder: Path) -> None:
@@ -142,14 +148,15 @@ def table(results: Results, out: Path) -> str:
         cells = [name, seconds(ours["seconds"]), seconds(stock["seconds"]), f"{one['ratio']:.3f}"]
         cells += [f"{ours['MiB']:.0f} MiB", f"{stock['MiB']:.0f} MiB"]
         lines.append(f"| {' | '.join(cells)} |")
-    if "training" in results:
+    steps = kept_in(out / "training.json")
+    if steps:
         lines += [
             "",
             "Training steps: forward and backward pass, against plain PEFT LoRA on the same modules; of a training",
         ]
         lines += ["loop, whole steps against bare ones.", ""]
         lines += ["| | ms | / plain PEFT or bare step | MiB above the weights |", "|---|---|---|---|"]
-        for one in results["training"]:
+        for one in steps:
             memory = "" if one["MiB"] is None else f"{one['MiB']:.0f}"
             lines.append(f"| {one['name']} | {one['ms']:.1f} | {one['ratio']:.3f} | {memory} |")
     if (out / "files.md").exists():
@@ -166,7 +173,11 @@ def chart(results: Results, out: Path) -> None:
 
     figure, ((live, steps), (curve, files)) = pyplot.subplots(2, 2, figsize=(15, 12))
     bars(live, {name: one["ratio"] for name, one in results["live"].items()}, "time, ours / diffusers alone")
-    bars(steps, {one["name"]: one["ratio"] for one in results.get("training", [])}, "a step / plain PEFT or bare step")
+    bars(
+        steps,
+        {one["name"]: one["ratio"] for one in kept_in(out / "training.json") or []},
+        "a step / plain PEFT or bare step",
+    )
     for size in dict.fromkeys(name.split()[0] for name in results["live"]):
         loads = {int(name.split()[-1]): one for name, one in results["live"].items() if name.startswith(f"{size} load")}
         for side, line in (("ours", "-"), ("stock", "--")):
@@ -178,8 +189,7 @@ def chart(results: Results, out: Path) -> None:
     curve.set_ylabel("CPU seconds")
     curve.set_title("load_lora_weights")
     curve.legend()
-    kept = out / "files.json"
-    tools = json.loads(kept.read_text()) if kept.exists() else {}
+    tools = kept_in(out / "files.json") or {}
     for who, color, shift in (("ours", "tab:blue", -0.2), ("kohya", "tab:orange", 0.2)):
         rows = [(n, row[who]["seconds"]) for n, row in enumerate(tools.values()) if who in row]
         files.barh([n + shift for n, _ in rows], [value for _, value in rows], 0.4, color=color, label=who)
@@ -225,7 +235,7 @@ def main() -> None:
     folder = args.out / "files"
     folder.mkdir(parents=True, exist_ok=True)
     kept = args.out / "results.json"
-    results: Results = json.loads(kept.read_text()) if kept.exists() else {"live": {}}
+    results: Results = kept_in(kept) or {"live": {}}
     results["machine"] = machine()
     if "live" in args.only and not args.report:
         for case in live_cases(folder, args.sizes, args.ranks):
@@ -237,9 +247,8 @@ def main() -> None:
                 print(case.name, results["live"][case.name], flush=True)
                 kept.write_text(json.dumps(results, indent=1))
     if not args.report and not args.make:
-        if "training" in args.only and "training" not in results:
-            training(args, results)
-            kept.write_text(json.dumps(results, indent=1))
+        if "training" in args.only:
+            training(args)
         if "files" in args.only:
             files(args, folder)
     (args.out / "table.md").write_text(table(results, args.out))

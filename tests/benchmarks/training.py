@@ -15,7 +15,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import logging
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from peak_memory import peak_above_rest
+from peers import lycoris_network
 from peft import LoraConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -113,22 +113,13 @@ def kohya_variants(unet: UNet2DConditionModel, rank: int, unit: int, checkout: P
 
 def lycoris_variants(unet: UNet2DConditionModel, rank: int, unit: int) -> dict[str, torch.nn.Module]:
     """LyCORIS' LoCon and DyLoRA on the modules of LoRA-LierLa."""
-    from lycoris.wrapper import LycorisNetwork
-
-    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-    LycorisNetwork.apply_preset({"enable_conv": False, "target_module": ["Transformer2DModel"]})
-    made = {}
-    for name, options in (
-        ("LyCORIS' LoCon", {"network_module": "locon"}),
-        ("LyCORIS' DyLoRA", {"network_module": "dylora", "block_size": unit}),
-    ):
-        made[name] = twin(unet)
-        network = LycorisNetwork(
-            made[name], lora_dim=rank, conv_lora_dim=0, alpha=rank, warn_on_unmatched=False, **options
-        )
-        network.apply_to()
+    made: dict[str, torch.nn.Module] = {"LyCORIS' LoCon": twin(unet), "LyCORIS' DyLoRA": twin(unet)}
+    networks = (
+        lycoris_network(made["LyCORIS' LoCon"], rank, network_module="locon"),
+        lycoris_network(made["LyCORIS' DyLoRA"], rank, network_module="dylora", block_size=unit),
+    )
+    for network in networks:
         network.requires_grad_(True).train()
-        made[name].lycoris = network  # which keeps it alive
     return made
 
 

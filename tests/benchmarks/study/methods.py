@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import logging
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from peers import lycoris_network
 from torch import nn
 
 from lora_adapters import Adapter, DyLoraConfig, LierLaConfig
@@ -99,17 +99,7 @@ def _kohyas_module(checkout: Path | None) -> ModuleType:
 
 
 def _lycoris(method: Method, unet: Any, checkout: Path | None) -> Fitted:
-    from lycoris.wrapper import LycorisNetwork
-
-    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-    LycorisNetwork.apply_preset(
-        {"enable_conv": False, "target_module": ["Transformer2DModel"], "lora_prefix": "lora_unet"}
-    )
-    network = LycorisNetwork(
-        unet, lora_dim=RANK, conv_lora_dim=0, alpha=RANK, network_module="dylora", block_size=1, warn_on_unmatched=False
-    )
-    network.apply_to()
-    unet.lycoris = network
+    network = lycoris_network(unet, RANK, network_module="dylora", block_size=1)
 
     def adapter() -> Adapter:  # its own weight of the first b blocks has the scale alpha/b
         tensors = {}
