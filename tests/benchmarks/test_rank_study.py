@@ -112,3 +112,23 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     (tmp_path / "runs" / f"{job.stem()}.json").write_text(json.dumps(record("plain r1", 1e-3, 0, {"1": 0.1})))
     monkeypatch.setattr(rank_study, "ProcessPoolExecutor", lambda *_: pytest.fail("it was run again"))
     rank_study.finish([job], tmp_path, None)
+
+
+def test_a_third_rate_is_tried_for_every_method_on_every_task(tmp_path, monkeypatch):
+    tried = []
+
+    def finish(jobs, out, args):
+        for job in jobs:
+            losses = {str(rank): 0.1 + abs(job.lr - 4e-3) for rank in job.method.ranks}
+            made = {**record(job.method.name, job.lr, job.seed, losses), "task": job.task}
+            (out / "runs" / f"{job.stem()}.json").write_text(json.dumps(made))
+            tried.append((job.task, job.method.name, job.lr, job.seed))
+
+    monkeypatch.setattr(rank_study, "finish", finish)
+    monkeypatch.setattr(rank_study, "prepare", lambda out, *_: (out / "runs").mkdir())
+    monkeypatch.setattr(report, "write", lambda *_: (tmp_path / "table.md").write_text(""))
+    options = ["--out", str(tmp_path), "--third", "--only", "sqrt spread", "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", ["rank_study.py", *options])
+    rank_study.main()
+    first = [(task, "ours sqrt spread", lr, 0) for lr in (2e-3, 4e-3, 8e-3) for task in ("style", "subject")]
+    assert set(tried) == {*first, *((task, "ours sqrt spread", 4e-3, 1) for task in ("style", "subject"))}

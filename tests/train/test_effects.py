@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lora_adapters.convert import Adapter
 from lora_adapters.convert.metadata import DyLora
@@ -172,3 +174,14 @@ def test_samples_every_n_steps(basics, tmp_path, monkeypatch) -> None:
     options = {**basics, "sample_every_n_steps": 2, "sample_prompts": str(tmp_path / "p.txt"), "output_name": "x"}
     train(settings(**options))
     assert [path.name for path in (tmp_path / "out" / "sample").iterdir()] == ["x-step00000002.png"]
+
+
+def test_samples_of_a_dylora_have_a_labelled_row_for_each_rank(basics, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("a red disc --w 64 --h 64 --s 1")
+    options = {**basics, "network_module": "networks.dylora", "network_args": {"unit": 1}, "network_dim": 2}
+    samples = {"sample_every_n_steps": 2, "sample_prompts": str(tmp_path / "p.txt"), "output_name": "x"}
+    train(settings(**{**options, **samples}))
+    sheet = Image.open(tmp_path / "out" / "sample" / "x-step00000002.png")
+    labels = np.asarray(sheet.convert("L"))[:, :120]  # the margin, white but for the labels
+    inked = np.flatnonzero((labels < 128).any(axis=1))
+    assert 1 + (np.diff(inked) > 20).sum() == 2

@@ -46,6 +46,8 @@ prompt = "a blue square"
         ("p.txt", "x --w many", "p.txt, line 1: --w many: it takes a whole number"),
         ("p.txt", "# a comment\n\nx\nx --q 1", "p.txt, line 4: --q in"),
         ("p.txt", "x\nx --w 65", "line 2: 65x512 is no multiple of 8"),
+        ("p.txt", "x --l nan", "--l nan: it takes a number"),
+        ("p.json", '[{"prompt": "x", "scale": Infinity}]', "scale cannot be inf"),
         ("p.txt", "x --ss fast", "fast is no sampler"),
         ("p.json", '[{"prompt": "x", "size": 1}]', "size is none of"),
         ("p.json", "[{", "p.json: "),

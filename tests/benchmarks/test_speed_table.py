@@ -1,0 +1,76 @@
+"""What the one command writes of its measurements, and that it measures nothing twice."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import file_tools
+import speed_table
+
+STEP = {"name": "sd15: LierLa", "ms": 1237.55, "ratio": 1.0046, "MiB": 323.9}
+LOOP = {"name": "sd15: training loop", "ms": 1748.6, "ratio": 1.033, "MiB": None}
+LIVE = {
+    "ours": {"seconds": 0.2669, "MiB": 67.2},
+    "stock": {"seconds": 0.3319, "MiB": 72.7},
+    "ratio": 0.794,
+    "rounds": 3,
+}
+
+
+def test_the_table_has_every_measurement(tmp_path) -> None:
+    (tmp_path / "training.json").write_text(json.dumps([STEP, LOOP]))
+    (tmp_path / "files.md").write_text("| merge | 6.0 s |\n")
+    lines = speed_table.table({"machine": "this", "live": {"sd15 load rank 16": LIVE}}, tmp_path).splitlines()
+    assert "| sd15 load rank 16 | 267 ms | 332 ms | 0.794 | 67 MiB | 73 MiB |" in lines
+    assert "| sd15: LierLa | 1237.5 | 1.005 | 324 |" in lines
+    assert "| sd15: training loop | 1748.6 | 1.033 |  |" in lines
+    assert "| merge | 6.0 s |" in lines
+
+
+def test_training_is_not_measured_again(tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(speed_table.subprocess, "run", lambda command, check: asked.append(command))
+    args = argparse.Namespace(out=tmp_path, kohya=None, sizes=["sdxl"], latent=16)
+    speed_table.training(args)
+    assert [asked[0][n + 1] for n, word in enumerate(asked[0]) if word in ("--models", "--latent")] == ["tiny-sd", "16"]
+    (tmp_path / "training.json").write_text("[]")
+    speed_table.training(args)
+    assert len(asked) == 1
+
+
+def test_files_of_the_sizes_asked_for(tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(speed_table.subprocess, "run", lambda command, check: asked.append(command))
+    args = argparse.Namespace(out=tmp_path, kohya=Path("k"), kohya_python="p", sizes=["sd15", "sdxl"], most=9.0)
+    speed_table.files(args, tmp_path)
+    assert [command[-2:] for command in asked] == [["--only", "sd15"], ["--only", "sdxl"]]
+    assert all("--missing" in command and command[command.index("--most") + 1] == "9.0" for command in asked)
+
+
+def test_a_file_tool_is_measured_where_numbers_are_missing(tmp_path, monkeypatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(file_tools, "make_inputs", lambda *_: None)
+    monkeypatch.setattr(file_tools, "measure", lambda command, *_: measured.append(command[1]) or {"status": 0})
+    results, options = tmp_path / "r.json", ["file_tools.py", "--folder", str(tmp_path), "--only", "sd15", "extract"]
+    results.write_text(json.dumps({"sd15 extract dim 32": {"ours": {"status": 0}}}))
+    monkeypatch.setattr(sys, "argv", [*options, "--results", str(results), "--missing"])
+    file_tools.main()
+    assert [Path(one).stem for one in measured] == ["extract_lora_from_models"]
+    assert set(json.loads(results.read_text())) == {"sd15 extract dim 32", "sd15 extract dim 128 conv_dim 64"}
+
+
+@pytest.mark.parametrize(("word", "kohyas"), [("extract", 2), ("curve:", 0)])
+def test_kohyas_scripts_take_part_but_in_the_curves(word, kohyas, tmp_path, monkeypatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(file_tools, "make_inputs", lambda *_: None)
+    monkeypatch.setattr(file_tools, "measure", lambda command, *_: measured.append(command[0]) or {"status": 0})
+    options = ["--folder", str(tmp_path), "--only", "sd15", word, "--kohya", "k", "--kohya_python", "kohyas-python"]
+    monkeypatch.setattr(sys, "argv", ["file_tools.py", *options])
+    file_tools.main()
+    assert measured.count("kohyas-python") == kohyas
+    assert len(measured) > kohyas
