@@ -32,7 +32,7 @@ class Adapter:
     """`{ModuleName(component, path): LowRank}` and the metadata of its file (all strings).
 
     The tensors of a loaded adapter are views of the memory-mapped file until they are used. Nothing changes an adapter:
-    arithmetic gives new ones.
+    arithmetic gives new ones. AdapterError where the metadata says that it is a DyLoRA of an unknown rank_scaling.
 
     >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)})
@@ -44,6 +44,9 @@ class Adapter:
 
     modules: Mapping[ModuleName, LowRank]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dylora_of(self.metadata)  # facts that make no sense are found here, not after a file of it has been written
 
     # --- files ---------------------------------------------------------------------------------------------------
 

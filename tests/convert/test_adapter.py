@@ -161,6 +161,12 @@ def test_bad_files(tmp_path):
             "unknown module.*nearest",
             lambda file: save_file({k.replace("fc1", "fc3"): v for k, v in tensors.items()}, file),
         ),
+        "scaling": (
+            "rank_scaling 'cubic'",
+            lambda file: save_file(
+                tensors, file, {"ss_network_module": "networks.dylora", "ss_network_args": '{"rank_scaling": "cubic"}'}
+            ),
+        ),
         "rank": ("ranks differ", lambda file: save_file({**tensors, some: torch.zeros(24, 3)}, file)),
     }
     for name, (said, make) in broken.items():
