@@ -18,6 +18,7 @@ from lora_adapters.convert.checkpoint import Checkpoint
 from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, refuse, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.extraction import extract
+from lora_adapters.convert.parsing import number
 from lora_adapters.convert.svd import report
 
 
@@ -29,11 +30,11 @@ def parser() -> Parser:
     made.add_argument("--save_to", required=True, help="the resulting file")
     made.add_argument("--dim", type=int, help="rank of the LoRA (default: 4; with target_error: no limit)")
     made.add_argument("--conv_dim", type=int, help="rank of convolutions above 1x1 (default: leave them out)")
-    made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, dim at most")
-    made.add_argument("--min_diff", type=float, default=0.0, help="leave out text encoders that differ no more (0)")
+    made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, dim at most")
+    made.add_argument("--min_diff", type=number, default=0.0, help="leave out text encoders that differ no more (0)")
     made.add_argument(
         "--clamp_quantile",
-        type=float,
+        type=number,
         help="clamp factors to this quantile as kohya's scripts do (there 0.99; default: no); slow",
     )
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")

@@ -25,6 +25,7 @@ from lora_adapters.convert.command_line import Parser, add_dtype, dtype_of, outp
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.inputs import load
 from lora_adapters.convert.merge import merge_into_model, weighted_sum
+from lora_adapters.convert.parsing import number
 from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
 
 
@@ -34,7 +35,7 @@ def parser() -> Parser:
     made.add_argument("--sd_model", help="checkpoint file or Diffusers folder to merge into; without it, into one LoRA")
     made.add_argument("--save_to", required=True, help="the result: a file, or a folder where sd_model is one")
     made.add_argument("--models", nargs="+", required=True, help="LoRA files, PEFT folders or Hub repositories")
-    made.add_argument("--ratios", nargs="+", type=float, help="a weight for each model (default: 1 for each)")
+    made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
     made.add_argument("--lbws", nargs="+", help="block weights for each model, JSON lists of 12, 17, 20 or 26 numbers")
     add_dtype(made, "--precision", "of the result where save_precision is not given; sums are always made in float")
     add_dtype(made, "--save_precision", "of the result; by default tensors of a model keep theirs, a LoRA is float")
@@ -54,11 +55,11 @@ def load_all(models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequen
         if listed is not None and len(listed) != len(models):
             raise AdapterError(f"{len(models)} models, but {len(listed)} {what}: one for each is needed")
     adapters: dict[str, Adapter] = {}
-    for number, model in enumerate(models):
+    for place, model in enumerate(models):
         adapter = load(model)
         if lbws is not None:
-            adapter = weighted(adapter, parse(lbws[number]))
-        adapters[model if model not in adapters else f"{model} ({number + 1})"] = adapter
+            adapter = weighted(adapter, parse(lbws[place]))
+        adapters[model if model not in adapters else f"{model} ({place + 1})"] = adapter
     return adapters, ratios
 
 

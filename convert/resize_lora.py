@@ -19,6 +19,7 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.inputs import load
+from lora_adapters.convert.parsing import number
 from lora_adapters.convert.rank_choice import DYNAMIC_METHODS, dynamic
 from lora_adapters.convert.svd import Rules, reduce_modules, report, rules, with_rank_facts
 
@@ -31,8 +32,8 @@ def parser() -> Parser:
     made.add_argument("--new_rank", type=int, help="rank of the result, or the largest (default: 4)")
     made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--dynamic_method", choices=DYNAMIC_METHODS, help="choose the rank of each module")
-    made.add_argument("--dynamic_param", type=float, help="what the method compares with, such as 0.9")
-    made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, new_rank at most")
+    made.add_argument("--dynamic_param", type=number, help="what the method compares with, such as 0.9")
+    made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     made.add_argument("--verbose", action="store_true", help="show the rank and the error of each module")
     add_dtype(made, "--save_precision", "of the result (default: float)")

@@ -17,6 +17,7 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
 from lora_adapters.convert.merge import weighted_sum
 from lora_adapters.convert.merge_lora import load_all, provenance
+from lora_adapters.convert.parsing import number
 from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
 
 
@@ -25,14 +26,14 @@ def parser() -> Parser:
     made = Parser(prog="svd_merge_lora.py", description="Merge LoRAs into one of a given rank.")
     made.add_argument("--save_to", required=True, help="the resulting file")
     made.add_argument("--models", nargs="+", required=True, help="LoRA files, PEFT folders or Hub repositories")
-    made.add_argument("--ratios", nargs="+", type=float, help="a weight for each model (default: 1 for each)")
+    made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
     made.add_argument("--lbws", nargs="+", help="block weights for each model, JSON lists of 12, 17, 20 or 26 numbers")
     made.add_argument("--new_rank", type=int, help="rank of the result (default: 4; with target_error: no limit)")
     made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
-    made.add_argument("--target_error", type=float, help="smallest ranks with this relative error, new_rank at most")
+    made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument(
         "--clamp_quantile",
-        type=float,
+        type=number,
         help="clamp factors to this quantile as kohya's scripts do (there 0.99; default: no); slow",
     )
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")

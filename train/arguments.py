@@ -153,7 +153,10 @@ def _checked(known: dict[str, argparse.Action], name: str, value: Any, source: o
     if action.nargs == "*":
         if value is not None and not isinstance(value, dict):
             value = list(value) if isinstance(value, list | tuple) else [value]
-            value = [action.type(v) if callable(action.type) else v for v in value]
+            try:
+                value = [action.type(v) if callable(action.type) else v for v in value]
+            except (TypeError, ValueError):
+                raise TrainingError(f"{source}: {name} cannot be {value!r}") from None
     elif action.nargs == 0:
         if value in (0, 1):  # kohya's GUI writes some switches so
             value = bool(value)

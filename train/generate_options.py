@@ -2,6 +2,7 @@
 
 import argparse
 
+from lora_adapters.convert.parsing import number
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.option_groups import Parser, add_attention, add_model_source, adders
 from lora_adapters.train.samplers import SAMPLERS
@@ -99,7 +100,7 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
     option("--seed", type=int, help="seed of the pictures' seeds; of the picture itself where there is but one")
     flag("--iter_same_seed", help="the same seed for all prompts; a prompt's further pictures count on from it")
     option("--image_path", help="picture or folder of pictures to start from; without prompts, theirs are taken")
-    option("--strength", type=float, help="how much of such a picture is drawn anew, above 0 and up to 1 (default 0.8)")
+    option("--strength", type=number, help="how much of such a picture is drawn anew, above 0, up to 1 (default 0.8)")
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
@@ -107,11 +108,11 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     option("--W", type=int, help="width in pixels (default: the size that the model was trained at)")
     option("--H", type=int, help="height in pixels")
     option("--steps", type=int, default=50, help="sampling steps (default 50)")
-    option("--scale", type=float, default=7.5, help="guidance scale (default 7.5)")
+    option("--scale", type=number, default=7.5, help="guidance scale (default 7.5)")
     option("--sampler", default="ddim", choices=SAMPLERS, help="sampler (default ddim)")
     flag("--force_scheduler_zero_steps_offset", help="the sampler's steps_offset is 0")
     option("--batch_size", type=int, default=1, help="pictures at a time")
-    option("--vae_batch_size", type=float, help="pictures at a time in the VAE; below 1, a part of --batch_size")
+    option("--vae_batch_size", type=number, help="pictures at a time in the VAE; below 1, a part of --batch_size")
     option("--clip_skip", type=int, help="take the text encoder's n-th layer from the end (SDXL: always 2)")
     option("--max_embeddings_multiples", type=int, help="longest prompt, in windows of 75 tokens (default: no limit)")
     modes = ["original", "abs", "none"]
@@ -129,7 +130,7 @@ def _add_networks(group: argparse._ArgumentGroup) -> None:
     flag, option = adders(group)
     option("--network_module", nargs="*", help="networks.lora, networks.dylora; one for each file, or one for all")
     option("--network_weights", nargs="*", help="adapter files, folders or hub ids, in any format")
-    option("--network_mul", type=float, nargs="*", help="their weights (default 1 each)")
+    option("--network_mul", type=number, nargs="*", help="their weights (default 1 each)")
     option("--network_args", nargs="*", metavar="K=V;K=V", help="for each DyLoRA: rank=, unit=, rank_scaling=")
     flag("--network_merge", help="add all adapters to the model's weights")
     option("--network_merge_n_models", type=int, help="add the first n to the model's weights")

@@ -1,7 +1,6 @@
 """What is to be drawn, and everything about it that can be wrong without the model, told before that is loaded."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,9 +79,6 @@ def _check(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--vae_batch_size {settings.vae_batch_size}: give more than 0")
     if settings.seed is not None and not 0 <= settings.seed < 2**32:
         raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**32 - 1}")
-    for value in (settings.scale, *(settings.network_mul or [])):
-        if not math.isfinite(value):
-            raise TrainingError(f"{value} is no number to scale with (--scale, --network_mul)")
     for name in ("strength", "use_original_file_name"):
         value = getattr(settings, name)
         if value is not None and value is not False and not settings.image_path:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from lora_adapters.convert.parsing import number
 from lora_adapters.train.option_groups import adders
 
 
@@ -23,7 +24,7 @@ def add_dataset(group: argparse._ArgumentGroup) -> None:
     flag("--bucket_no_upscale", help="never enlarge a picture")
     methods = ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
     option("--resize_interpolation", choices=methods, help="how pictures are resized")
-    option("--validation_split", type=float, default=0.0, help="share of the pictures that is held out")
+    option("--validation_split", type=number, default=0.0, help="share of the pictures that is held out")
     option("--validation_seed", type=int, help="seed that chooses them (default: --seed)")
     option("--validate_every_n_steps", type=int, help="measure the held-out loss every n steps")
     option("--validate_every_n_epochs", type=int, help="measure the held-out loss every n epochs (default: 1)")
@@ -42,11 +43,11 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     flag("--enable_wildcard", help="choose among {a|b}, and among the lines of a caption")
     option("--caption_prefix", help="text before each caption")
     option("--caption_suffix", help="text after each caption")
-    option("--caption_dropout_rate", type=float, default=0.0, help="share of captions that is left empty")
+    option("--caption_dropout_rate", type=number, default=0.0, help="share of captions that is left empty")
     option("--caption_dropout_every_n_epochs", type=int, default=0, help="leave all captions empty every n epochs")
-    option("--caption_tag_dropout_rate", type=float, default=0.0, help="share of tags that is left out")
+    option("--caption_tag_dropout_rate", type=number, default=0.0, help="share of tags that is left out")
     option("--token_warmup_min", type=int, default=1, help="tags at the start of the token warm-up")
-    option("--token_warmup_step", type=float, default=0, help="steps (or share) until all tags are used")
+    option("--token_warmup_step", type=number, default=0, help="steps (or share) until all tags are used")
 
 
 def add_pictures(group: argparse._ArgumentGroup) -> None:

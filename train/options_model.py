@@ -2,6 +2,7 @@
 
 import argparse
 
+from lora_adapters.convert.parsing import number
 from lora_adapters.train.option_groups import add_attention, add_model_source, adders
 
 
@@ -53,13 +54,13 @@ def add_network(group: argparse._ArgumentGroup) -> None:
     flag, option = adders(group)
     option("--network_module", help="networks.lora or networks.dylora; lierla, c3lier, dylora")
     option("--network_dim", type=int, help="rank (default 4)")
-    option("--network_alpha", type=float, default=1, help="alpha: the adapter is scaled by alpha/rank")
-    option("--network_dropout", type=float, help="dropout on the low-rank activations")
+    option("--network_alpha", type=number, default=1, help="alpha: the adapter is scaled by alpha/rank")
+    option("--network_dropout", type=number, help="dropout on the low-rank activations")
     option("--network_args", nargs="*", metavar="KEY=VALUE", help="conv_dim=4 conv_alpha=1 unit=4 block_dims=... ...")
     option("--network_weights", help="adapter file whose weights training starts from")
     flag("--dim_from_weights", help="take ranks and alphas from --network_weights")
     flag("--network_train_unet_only", help="no adapter on the text encoder")
     flag("--network_train_text_encoder_only", help="no adapter on the U-Net")
-    option("--scale_weight_norms", type=float, help="largest norm of a module's delta")
+    option("--scale_weight_norms", type=number, help="largest norm of a module's delta")
     option("--base_weights", nargs="*", help="adapter files merged into the base model before training")
-    option("--base_weights_multiplier", type=float, nargs="*", help="their weights (default 1 each)")
+    option("--base_weights_multiplier", type=number, nargs="*", help="their weights (default 1 each)")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_adapters.convert.parsing import number
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generate_options import UNSUPPORTED_IN_LINES
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, number, parse_line, whole
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, parse_line, whole
 from lora_adapters.train.samplers import check_sampler
 
 SEEDS = 2**32

@@ -1,6 +1,5 @@
 """Prompts with options behind them, `a cat --w 512 --n bad`: the syntax that samples and pictures share."""
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,14 +28,6 @@ def whole(text: str) -> int:
     if not re.fullmatch(r"[0-9]+", text):
         raise ValueError
     return int(text)
-
-
-def number(text: str | float) -> float:
-    """A number that is neither infinite nor none."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
 
 
 WHOLE = "a whole number"

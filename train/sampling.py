@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from lora_adapters.convert.files import replacing
-from lora_adapters.convert.parsing import json_value, toml_table
+from lora_adapters.convert.parsing import json_value, number, toml_table
 from lora_adapters.dylora import dials, set_rank
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, number, numbered_lines, parse_line, read_text, whole
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_text, whole
 from lora_adapters.train.samplers import SAMPLERS, check_sampler, sampler
 from lora_adapters.train.sheets import draw_sheet
 from lora_adapters.train.text import Encoded, encode_tokens, tokenize

@@ -6,6 +6,7 @@ A field made with `option(...)` carries its limits and the tables that it may st
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -89,7 +90,11 @@ def check_value(hint: Any, rule: Rule, value: Any, where: str) -> Any:
         value = float(value)
     within = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if within and kind in (int, float):
-        within = (rule.at_least is None or value >= rule.at_least) and (rule.at_most is None or value <= rule.at_most)
+        within = (
+            math.isfinite(value)
+            and (rule.at_least is None or value >= rule.at_least)
+            and (rule.at_most is None or value <= rule.at_most)
+        )
     if not within:
         raise DataError(f"{where} must be {TYPE_NAMES[kind]}{_limits(rule)}, not {show(value)}")
     return value

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_adapters.convert.parsing import number
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.loaded_networks import Network, unmerged
 from lora_adapters.train.picture_requests import OPTIONS, PictureRequest
-from lora_adapters.train.prompt_lines import number, parse_line, whole
+from lora_adapters.train.prompt_lines import parse_line, whole
 from lora_adapters.train.samplers import check_sampler
 
 _READ: dict[str, Callable[[str], Any]] = {

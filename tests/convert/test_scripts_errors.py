@@ -216,7 +216,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         (["merge"], "required"),
         (["merge", "--save_to", "out.txt", "--models", lora], "out.txt has no ending"),
         (["merge", "--save_to", out, "--models", lora, lora, "--ratios", "1"], "2 models, but 1 ratios"),
-        (["merge", "--save_to", out, "--models", lora, "--ratios", "x"], "invalid float"),
+        (["merge", "--save_to", out, "--models", lora, "--ratios", "x"], "invalid number"),
         (["merge", "--save_to", tmp_path, "--models", lora], "ending"),
         (["merge", "--save_to", out, "--models", lora, GOLDEN / "sdxl" / "lierla_xl.safetensors"], "SDXL"),
         (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0"),

@@ -65,6 +65,10 @@ def test_config_file_and_command_line(tmp_path) -> None:
     [
         ("sed = 3", "there is no option 'sed'"),
         ("seed = 'x'", "seed cannot be 'x'"),
+        ("learning_rate = nan", "learning_rate cannot be nan"),
+        ("text_encoder_lr = [1e-4, 'x']", r"text_encoder_lr cannot be \[0.0001, 'x'\]"),
+        ("text_encoder_lr = [[1]]", r"text_encoder_lr cannot be \[\[1\]\]"),
+        ("seed = 1" + 400 * "0", "is not toml: it has a whole number of more than 64 bits"),
         ("cache_latents = 2", "cache_latents is true or false"),
         ("loss_type = 'l3'", "loss_type is one of l1, l2"),
         ("[a]\nseed = 1\n[b]\nseed = 2", "gives seed twice"),
@@ -115,6 +119,6 @@ def test_settings_from_python(tmp_path) -> None:
 
 def test_steps_as_count_share_and_percentage() -> None:
     assert [steps(text) for text in ("100", "0.1", "10%", "0", "1e3")] == [100, 0.1, 0.1, 0, 1000]
-    for text in ("1.5", "-1", "ten"):
+    for text in ("1.5", "-1", "ten", "inf", "nan", "inf%"):
         with pytest.raises(Exception, match="is not a number of steps"):
             steps(text)

@@ -62,6 +62,7 @@ def test_json_says_the_same_as_toml(tmp_path):
         ("num_repeats = -1", r"subsets\[0\].num_repeats must be an integer of at least 0, not -1"),
         ("num_repeats = true", "num_repeats must be an integer of at least 0, not true"),
         ('flip_aug = "yes"', 'flip_aug must be true or false, not "yes"'),
+        ("token_warmup_step = inf", "token_warmup_step must be a number of at least 0, not Infinity"),
         ("caption_dropout_rate = 2", "caption_dropout_rate must be a number from 0 to 1, not 2"),
         ('resize_interpolation = "sinc"', "resize_interpolation must be one of lanczos, nearest, .*box, not .sinc"),
         ("resolution = 64", r"resolution cannot stand in \[\[datasets.subsets\]\]; it belongs in \[general\] or"),
@@ -114,6 +115,8 @@ def test_subset_errors_name_file_key_and_remedy(tmp_path, line, message):
             "min_bucket_reso 128 is larger",
         ),
         ("x = = 1", "line 1"),
+        ("datasets = 1" + 400 * "0", "more than 64 bits"),
+        ("datasets = 0x" + 5000 * "f", "more than 64 bits"),
     ],
 )
 def test_file_errors(tmp_path, text, message):
