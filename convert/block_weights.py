@@ -1,11 +1,11 @@
 """Block weights ("lbw"): one factor for the text encoders (BASE) and one for each block of the U-Net."""
 
-import json
 from collections.abc import Sequence
 
 from .adapter import Adapter
 from .errors import AdapterError
 from .names import ModuleName, block_index
+from .parsing import json_value, number
 
 _FULL_SD = list(range(25))  # IN00-IN11, MID, OUT00-OUT11
 _FULL_SDXL = [*range(1, 10), 10, *range(13, 22)]  # IN00-IN08, MID (three blocks), OUT00-OUT08
@@ -21,10 +21,10 @@ _MID_SDXL = {11: 10, 12: 10}
 def parse(text: str) -> list[float]:
     """The numbers of a JSON list or of a comma-separated one, 12, 17, 20 or 26 of them."""
     try:
-        values = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
-        numbers = [float(value) for value in values]
+        values = json_value(text if text.lstrip().startswith("[") else f"[{text}]")
+        numbers = [number(value) for value in values]
     except (ValueError, TypeError):
-        raise AdapterError(f"block weights are a list of numbers such as [1,0.5,...], not {text}") from None
+        raise AdapterError(f"block weights are a list of numbers such as [1,0.5,...], not {text[:60]}") from None
     if len(numbers) not in _BLOCKS:
         raise AdapterError(f"{len(numbers)} block weights: 17 or 26 are right for SD1.x/SD2.x, 12 or 20 for SDXL")
     return numbers

@@ -7,6 +7,7 @@ from typing import Any
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DYLORA_FACTS
 from lora_adapters.convert.names import BLOCK_COUNT, nearest
+from lora_adapters.convert.parsing import number
 
 from .config import C3LierConfig, DyLoraConfig, LierLaConfig
 from .coverage import check_block_list
@@ -49,24 +50,24 @@ def _flag(text: str) -> bool:
 
 _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "conv_dim": (int, "a whole number"),
-    "conv_alpha": (float, "a number"),
+    "conv_alpha": (number, "a number"),
     "block_dims": (_list(int), "whole numbers with commas between them"),
-    "block_alphas": (_list(float), "numbers with commas between them"),
+    "block_alphas": (_list(number), "numbers with commas between them"),
     "conv_block_dims": (_list(int), "whole numbers with commas between them"),
-    "conv_block_alphas": (_list(float), "numbers with commas between them"),
+    "conv_block_alphas": (_list(number), "numbers with commas between them"),
     "down_lr_weight": (str, "weights"),
     "mid_lr_weight": (str, "weights"),
     "up_lr_weight": (str, "weights"),
-    "block_lr_zero_threshold": (float, "a number"),
+    "block_lr_zero_threshold": (number, "a number"),
     "unit": (int, "a whole number"),
     "rank_scaling": (str, "a name"),
     "rank_sampling": (str, "a name"),
     "freeze_lower": (_flag, "True or False"),
-    "rank_dropout": (float, "a number"),
-    "module_dropout": (float, "a number"),
-    "loraplus_lr_ratio": (float, "a number"),
-    "loraplus_unet_lr_ratio": (float, "a number"),
-    "loraplus_text_encoder_lr_ratio": (float, "a number"),
+    "rank_dropout": (number, "a number"),
+    "module_dropout": (number, "a number"),
+    "loraplus_lr_ratio": (number, "a number"),
+    "loraplus_unet_lr_ratio": (number, "a number"),
+    "loraplus_text_encoder_lr_ratio": (number, "a number"),
 }
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 

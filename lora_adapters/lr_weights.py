@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.parsing import number
 
 PRESETS: dict[str, Callable[[float], float]] = {
     "sine": lambda t: math.sin(math.pi * t / 2),
@@ -31,7 +32,7 @@ def _preset(text: str, count: int) -> list[float] | None:
 
 def _numbers(name: str, text: str) -> list[float]:
     try:
-        return [float(item) if item.strip() else 0.0 for item in text.split(",")]
+        return [number(item) if item.strip() else 0.0 for item in text.split(",")]
     except ValueError:
         raise AdapterError(
             f"{name} is {text!r}: give numbers with commas between them, or one of {', '.join(PRESETS)}, "

@@ -222,6 +222,12 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0"),
         (["svd-merge", "--save_to", out, "--models", lora, "--device", "nonsense"], "device nonsense"),
         (["svd-merge", "--save_to", out, "--models", lora, "--lbws", "[1,2]"], "2 block weights"),
+        (["svd-merge", "--save_to", out, "--models", lora, "--lbws", "1,nan"], "block weights are a list of numbers"),
+        (
+            ["svd-merge", "--save_to", out, "--models", lora, "--lbws", 5000 * "["],
+            "block weights are a list of numbers",
+        ),
+        (["svd-merge", "--save_to", out, "--models", lora, "--ratios", "nan"], "invalid number value: 'nan'"),
         (["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"], "unit 0"),
         (["info", tmp_path / "none.safetensors"], "does not exist"),
         (["convert", "--model", lora, "--save_to", out, "--format", "other"], "invalid choice"),
