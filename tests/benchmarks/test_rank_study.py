@@ -93,6 +93,9 @@ def test_only_runs_at_the_best_rate_of_the_first_seed_count():
     assert losses["style", report.CUT, 1] == [0.25]
     assert losses["style", report.CUT, 16] == [0.1]
     assert report.against_plain(losses, "style", "ours constant", 1) == pytest.approx([0.0, 0.2])
+    table = report.table(losses, rates, [], {"style": 0.5, "subject": 0.6})
+    assert "| ours constant | 0.2200 ±0.0283 (+10.0%) |" in table
+    assert "subject" not in table  # which nothing was run on
 
 
 def test_the_third_rate_lies_beyond_the_better_one():

@@ -54,6 +54,11 @@ def collected(runs: list[dict[str, Any]], seeds: list[int]) -> tuple[Losses, Rat
     return losses, rates
 
 
+def tasks_of(losses: Losses) -> list[str]:
+    """The tasks that there are runs of."""
+    return [task for task in TASKS if any(where == task for where, *_ in losses)]
+
+
 def rows_of(losses: Losses, task: str) -> list[str]:
     """The rows of a task's table, in the order of the study's question."""
     found = {name for where, name, _ in losses if where == task}
@@ -75,7 +80,7 @@ def against_plain(losses: Losses, task: str, name: str, rank: int) -> list[float
 def table(losses: Losses, rates: Rates, runs: list[dict[str, Any]], base: Mapping[str, float]) -> str:
     """A table for each task: mean loss ± deviation over seeds, and the difference from plain LoRA."""
     lines = []
-    for task in TASKS:
+    for task in tasks_of(losses):
         lines += [f"### {task}", "", f"The base model's loss: {base[task]:.4f}.", ""]
         lines += [f"| held-out loss at rank | {' | '.join(map(str, RANKS))} | learning rate |"]
         lines.append("|" + "---|" * (len(RANKS) + 2))
@@ -114,8 +119,9 @@ def plot(losses: Losses, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(TASKS), 2, figsize=(13, 4.6 * len(TASKS)), squeeze=False)
-    for row, task in enumerate(TASKS):
+    tasks = tasks_of(losses)
+    figure, axes = pyplot.subplots(len(tasks), 2, figsize=(13, 4.6 * len(tasks)), squeeze=False)
+    for row, task in enumerate(tasks):
         names = rows_of(losses, task)
         for axis in axes[row]:
             axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
@@ -140,7 +146,7 @@ def plot(losses: Losses, file: Path) -> None:
             axis.set_xticks(RANKS, RANKS)
             axis.set_xlabel("rank")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.14 / len(tasks), 1, 1))
     figure.savefig(file, dpi=90)
 
 
@@ -202,6 +208,5 @@ def write(out: Path, base: Path, seeds: list[int]) -> None:
         plot(losses, out / "plot.png")
     except ImportError:
         print("no plot: matplotlib is not installed (pip install lora-adapters[benchmarks])")
-    for task in TASKS:
-        if any(where == task for where, *_ in losses):
-            sheet(out, base, task, rates[task], seeds[0])
+    for task in tasks_of(losses):
+        sheet(out, base, task, rates[task], seeds[0])
