@@ -4,7 +4,8 @@ import json
 import random
 import re
 
-NUMBERS = ("0", "-1", "1e999", "NaN", "-Infinity", "9" * 20, "9" * 5000, "0.5", "2147483648", "1e400", "true")
+NUMBERS = ("0", "-1", "1e999", "NaN", "-Infinity", "0.5", "2147483648", "1e400", "true")
+NUMBERS += ("9" * 20, "9" * 400, "9" * 5000, "0x" + "f" * 5000)  # too long for a float, for Python's int(), for str()
 TOKENS = (
     "null",
     "[]",

@@ -18,7 +18,7 @@ from lora_adapters.convert.info import main as info
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.names import ModuleName
 from lora_adapters.train import generate_options
-from lora_adapters.train.arguments import read_config
+from lora_adapters.train.arguments import parse
 from lora_adapters.train.caches import (
     CachedLatents,
     LatentsWanted,
@@ -241,8 +241,12 @@ def training(folder: Path) -> Iterator[Reader]:
         drawn,
         lambda: requests(options, [*numbered_lines(read_lines(drawn, "--from_file"), drawn)]),
     )
-    (folder / "run.toml").write_text('[any]\nseed = 1\n[more]\nnetwork_dim = 4\nnetwork_args = ["a=b"]\n')
-    yield Reader("run.toml", folder / "run.toml", lambda: read_config(folder / "run.toml"))
+    (folder / "run.toml").write_text(
+        "[any]\nseed = 1\nlearning_rate = 1e-4\ntext_encoder_lr = [1e-5, 2e-5]\nlr_warmup_steps = 0.1\n"
+        '[more]\nresolution = [64, 32]\nnetwork_dim = 4\nnetwork_args = ["a=b"]\ncache_latents = true\n'
+        'loss_type = "huber"\n'
+    )
+    yield Reader("run.toml", folder / "run.toml", lambda: parse([f"--config_file={folder / 'run.toml'}"]))
     (folder / "log.toml").write_text('[wandb]\nname = "x"\n')
     yield Reader("log.toml", folder / "log.toml", lambda: read_sections(folder / "log.toml"))
 
