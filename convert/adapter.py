@@ -60,6 +60,9 @@ class Adapter:
         the file in it, where the source is missing, broken, or in another format.
         """
         path = locate(source, weight_name=weight_name, subfolder=subfolder, **hub)
+        weights = (format_peft.WEIGHTS, format_peft.WEIGHTS_PICKLED)
+        if path.name in weights and (path.parent / format_peft.CONFIG).is_file():
+            path = path.parent  # that file tells neither alphas nor the component
         if path.is_dir():
             modules, metadata = format_peft.read(path)
             return cls(modules, metadata)
@@ -79,7 +82,11 @@ class Adapter:
         metadata = dict(metadata or {})
         if not tensors:
             raise AdapterError("there are no tensors in it")
+        if all(key.startswith(format_peft.PREFIX) for key in tensors):
+            raise UnknownFormatError(f"these are weights of PEFT's, without the {format_peft.CONFIG} beside them")
         if format_kohya.is_mine(set(tensors)):
+            if any(key.startswith(format_kohya.SDXL_NAMES) for key in tensors):
+                metadata.setdefault("ss_base_model_version", "sdxl_base_v1-0")
             return cls(format_kohya.read(tensors), metadata)
         if format_cloneofsimo.is_mine(set(tensors)):
             return cls(format_cloneofsimo.read(tensors, metadata), format_cloneofsimo.other_metadata(metadata))
@@ -115,6 +122,10 @@ class Adapter:
         path = Path(path).expanduser()
         adapter = self.with_common_alpha() if fold_alpha else self
         adapter = adapter.to(dtype)
+        if format in ("peft", "diffusers"):
+            from .families import in_own_shapes
+
+            adapter = in_own_shapes(adapter)
         if format == "peft":
             dylora = self.dylora
             tuner = {"type": "DyLora", **asdict(dylora)} if dylora else {}
@@ -187,8 +198,14 @@ class Adapter:
         return replace(self, modules=modules)
 
     def to(self, dtype: torch.dtype | None) -> Self:
-        """All factors in another dtype; None keeps them as they are."""
-        return self if dtype is None else self.map(lambda one: one.to(dtype))
+        """All factors in another dtype; None keeps them. AdapterError where a number is too large for it."""
+        if dtype is None:
+            return self
+        cast = {module: one.to(dtype) for module, one in self.modules.items()}
+        for module, one in cast.items():
+            if not one.is_finite() and self.modules[module].is_finite():
+                raise AdapterError(f"{module} has numbers that are too large for {str(dtype).removeprefix('torch.')}")
+        return replace(self, modules=cast)
 
     def scale(self, weight: float) -> Self:
         """weight · ΔW in every module; the weight may be negative or 0.

@@ -1,6 +1,7 @@
 """Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
 
 import math
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -201,12 +202,29 @@ class Checkpoint:
 
 
 def _weights_of(folder: Path) -> list[Path]:
-    """The weights files of a component: .safetensors, or .bin where there are none; those of no variant first."""
-    for ending in (".safetensors", ".bin"):
-        names = [file for file in folder.glob(f"*{ending}") if "model" in file.name]
-        if names:
-            return sorted(names, key=lambda file: (file.name.count("."), file.name))
-    return []
+    """The weights files of a component, .bin only of variants without .safetensors; those of no variant first."""
+    found = [file for file in folder.glob("*.safetensors") if "model" in file.name]
+    safe = {_variant(file) for file in found}
+    found += [file for file in folder.glob("*.bin") if "model" in file.name and _variant(file) not in safe]
+    return sorted(found, key=lambda file: (file.name.count("."), file.name))
+
+
+def _variant(file: Path) -> str:
+    """The variant of a weights file or of the index of its shards ("fp16", "non_ema"); "" for the main one."""
+    stem = re.sub(r"-[0-9]+-of-[0-9]+|\.index\.json$|\.bin|\.safetensors", "", file.name)
+    return stem.partition(".")[2]
+
+
+def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below the folder, also in folders that are links, but for links to folders that it is in itself."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for one in sorted(folder.iterdir()):
+        if one.is_dir():
+            yield from _walk(one, (*above, real))
+        else:
+            yield one
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
@@ -215,26 +233,41 @@ def _files_of(folder: Path) -> Iterator[Path]:
     Left out: weights that would be left unchanged beside changed ones (other frameworks', .bin beside .safetensors,
     single-file checkpoints at the top), and hidden files.
     """
-    for file in sorted(folder.rglob("*")):
+    for file in _walk(folder):
         inner = file.relative_to(folder)
         if not file.is_file() or any(part.startswith(".") for part in inner.parts) or file.name.endswith(_FOREIGN):
             continue
         if len(inner.parts) == 1 and file.name.endswith(_WEIGHT_ENDINGS):
             continue
         pickled = inner.parts[0] in COMPONENTS and file.name.endswith((".bin", ".bin.index.json"))
-        if pickled and any(file.parent.glob("*.safetensors")):
+        if pickled and any(_variant(safe) == _variant(file) for safe in file.parent.glob("*.safetensors")):
             continue
         yield file
 
 
+def _others(folder: Path) -> list[str]:
+    """What stands in a Diffusers folder and is no part of the model: pictures, a repository's .git, checkpoints."""
+    try:
+        index = json_value((folder / _INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        index = {}
+    parts = {_INDEX, *COMPONENTS, "vae", *(index if isinstance(index, dict) else ())}
+    return [one.name for one in folder.iterdir() if one.name not in parts] if folder.is_dir() else []
+
+
 @contextmanager
 def _replacing_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to fill; takes its place when the block ends well, removed when it does not."""
+    """A folder beside `target` to fill; takes its place when the block ends well, removed when it does not.
+
+    What is in the old one and no part of a model moves to the new one.
+    """
     if target.exists() and not target.is_dir():
         raise AdapterError(f"{target} is a file: a Diffusers folder is written as a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / _INDEX).is_file() and not (target / "unet").is_dir():
+    target = target.resolve()  # a link stays one
+    there = target.is_dir() and any(target.iterdir())
+    if there and not (target / _INDEX).is_file() and not _weights_of(target / "unet"):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
-    mark = secrets.token_hex(4)
+    mark, others = secrets.token_hex(4), _others(target)
     partial, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
@@ -247,9 +280,12 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
+        for name in others:
+            if not (target / name).exists():
+                (old / name).rename(target / name)
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if target.exists():
+        if target.exists() and not any((old / name).exists() and not (target / name).exists() for name in others):
             shutil.rmtree(old, ignore_errors=True)

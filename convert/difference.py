@@ -66,7 +66,9 @@ def best_approximation(
         up = matrix @ vh.T
     else:
         values, left = _gram(matrix.T)
-        up, vh = left.T * values, left @ matrix / values.clamp_min(1e-30)[:, None]
+        kept = values > 1e-7 * values[0]  # below is rounding, and dividing by it would give numbers beyond float16
+        values, left = values[kept], left[kept]
+        up, vh = left.T * values, left @ matrix / values[:, None]
     rank = rule(values)
     up, down = up[:, :rank], vh[:rank]
     missing = energy - float(values[:rank].double().square().sum())

@@ -24,7 +24,7 @@ from .names import COMPONENTS, ModuleName, check_known
 from .parsing import json_value
 
 METADATA_KEY = "lora_adapter_metadata"
-_PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
+_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _HALVES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -43,16 +43,20 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
         component, rest = "unet", key
     if match := _PROCESSOR.fullmatch(rest):
         attention, name, half = match.groups()
-        return ModuleName(component, f"{attention}.{'to_out.0' if name == 'to_out' else name}"), half
+        name = "to_out.0" if name == "to_out" and component == "unet" else name
+        return ModuleName(component, _path(component, f"{attention}.{name}")), half
     for ending, half in _HALVES.items():
         if rest.endswith(ending):
-            path = rest.removesuffix(ending)
-            if component != "unet":
-                path = path if path.startswith("text_model.") else f"text_model.{path}"
-                head, _, tail = path.rpartition(".")
-                path = f"{head}.{_OLD_TEXT.get(tail, tail)}"
-            return ModuleName(component, path), half
+            return ModuleName(component, _path(component, rest.removesuffix(ending))), half
     return None
+
+
+def _path(component: str, path: str) -> str:
+    """A path as the formats spell it, as the module's own: text encoders' layers had the U-Net's names once."""
+    if component == "unet":
+        return path
+    head, _, tail = (path if path.startswith("text_model.") else f"text_model.{path}").rpartition(".")
+    return f"{head}.{_OLD_TEXT.get(tail, tail)}"
 
 
 def is_mine(keys: set[str]) -> bool:
@@ -183,7 +187,10 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> di
         split = split_key(key)
         if split is None:
             raise AdapterError(f"{key} is no key of diffusers' LoRA formats")
-        halves.setdefault(check_known(split[0]), {})[split[1]] = tensor
+        pair = halves.setdefault(check_known(split[0]), {})
+        if split[1] in pair:
+            raise AdapterError(f"{key} and another key stand for the same matrix")
+        pair[split[1]] = tensor
     configs = {component: _config(metadata, component) for component in COMPONENTS}
     modules = {}
     for module, pair in halves.items():

@@ -5,6 +5,7 @@ Tucker-decomposed; it is folded into `down` when read.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,15 @@ _TENSORS = {
     "lora_B.weight": "up",
 }
 
+# Spellings that kohya's format has for SDXL only: two text encoders, and the names of the original U-Net.
+SDXL_NAMES = (
+    "lora_te1_",
+    "lora_te2_",
+    "lora_unet_input_blocks_",
+    "lora_unet_middle_block_",
+    "lora_unet_output_blocks_",
+)
+
 
 def is_mine(keys: set[str]) -> bool:
     """Whether every key is kohya's and none belongs to a method that is no plain low-rank pair (DoRA, LoHa, LoKr)."""
@@ -32,8 +42,8 @@ def is_mine(keys: set[str]) -> bool:
 
 
 def _tucker(down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
-    """(r, in, 1, 1) and (r, r, h, w) as one (r, in, h, w)."""
-    return torch.einsum("ijhw,jk->ikhw", mid.float(), down.float().flatten(1)).to(down.dtype)
+    """(r, in, 1, 1) and (r, r, h, w) as one (r, in, h, w), float32: a narrower dtype would round it once more."""
+    return torch.einsum("ijhw,jk->ikhw", mid.float(), down.float().flatten(1))
 
 
 def read(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleName, LowRank]:
@@ -45,7 +55,10 @@ def read(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleName, LowRank]:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.partition(".")
-        parts.setdefault(name, {})[_TENSORS[kind]] = tensor
+        part = parts.setdefault(name, {})
+        if _TENSORS[kind] in part:
+            raise AdapterError(f"{key} and another key stand for the same tensor")
+        part[_TENSORS[kind]] = tensor
     modules: dict[ModuleName, LowRank] = {}
     for name, part in parts.items():
         module = names.from_kohya(name)
@@ -66,13 +79,22 @@ def read(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleName, LowRank]:
 
 
 def write(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict[str, torch.Tensor]:
-    """Kohya-format tensors in the dtypes that the modules have; alpha is 0-dim and of the same dtype, as kohya's."""
+    """Kohya-format tensors in the dtypes that the modules have.
+
+    alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is
+    beyond float32.
+    """
     tensors = {}
     for module, one in modules.items():
         name = names.to_kohya(module, architecture)
-        if one.alpha == 0:  # a literal 0 is read as "the rank" by trainers: no effect is written as a zero matrix
-            one = LowRank(one.down, torch.zeros_like(one.up), float(one.rank))
-        tensors[f"{name}.alpha"] = torch.tensor(one.alpha, dtype=one.up.dtype)
+        alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
+        if float(alpha) != one.alpha:
+            alpha = torch.tensor(one.alpha, dtype=torch.float32)
+        if alpha.isinf():
+            raise AdapterError(f"{module}: alpha {one.alpha:g} is too large to be written")
+        if alpha == 0:  # a literal 0 is read as "the rank" by trainers: no effect is written as a zero matrix
+            one, alpha = replace(one, up=torch.zeros_like(one.up)), torch.tensor(float(one.rank), dtype=one.up.dtype)
+        tensors[f"{name}.alpha"] = alpha
         tensors[f"{name}.lora_down.weight"] = one.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = one.up.contiguous()
     return tensors

@@ -17,7 +17,9 @@ from .names import COMPONENTS, ModuleName, check_known
 from .parsing import json_value
 
 CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+_CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
+_WIDTH_OF_TEXT_ENCODER_2 = 1280
 
 
 def is_mine(folder: Path) -> bool:
@@ -50,16 +52,22 @@ def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowR
     config = _config(folder)
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
         raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter that is more than plain LoRA")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGE_THE_BASE):
+        raise AdapterError(f"{folder}: an adapter that was begun with {start} changes the base weights too")
     weights = folder / WEIGHTS
     tensors, _ = read_tensors(weights if weights.exists() else folder / WEIGHTS_PICKLED)
     pairs: dict[ModuleName, dict[str, Any]] = {}
     for key, tensor in tensors.items():
-        path, _, half = key.removeprefix(_PREFIX).rpartition(".lora_")
+        path, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
         if half not in ("A.weight", "B.weight"):
             raise AdapterError(f"{folder}: {key} is no half of a low-rank pair")
         if component != "unet" and not path.startswith("text_model."):
             path = f"text_model.{path}"
-        pairs.setdefault(check_known(ModuleName(component, path)), {})[half[0]] = tensor
+        pair = pairs.setdefault(check_known(ModuleName(component, path)), {})
+        if half[0] in pair:
+            raise AdapterError(f"{folder}: {key} and another key stand for the same matrix")
+        pair[half[0]] = tensor
     modules = {}
     for module, pair in pairs.items():
         if len(pair) != 2:
@@ -72,21 +80,33 @@ def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowR
     return modules, config
 
 
-def _is_text_encoder(folder: Path) -> bool:
-    """Whether a folder without component folders is a text encoder's, by the layers that its config names."""
+def _component_of(folder: Path) -> str:
+    """Whose a folder without component folders is, by the layers that its config names and their widths."""
     listed = _config(folder).get("target_modules") or []
     names = listed if isinstance(listed, list) else [listed]
-    return any("encoder.layers" in name or name in ("q_proj", "fc1") for name in map(str, names))
+    if not any("encoder.layers" in name or name in ("q_proj", "fc1") for name in map(str, names)):
+        return "unet"
+    modules, _ = _read_component(folder, "text_encoder")
+    wide = any(
+        module.path.endswith(("self_attn.q_proj", "self_attn.k_proj", "mlp.fc1"))
+        and one.out_in[1] == _WIDTH_OF_TEXT_ENCODER_2
+        for module, one in modules.items()
+    )
+    return "text_encoder_2" if wide else "text_encoder"
 
 
 def read(folder: Path) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
-    """Modules and metadata of a PEFT folder; one without component folders is a U-Net's or a text encoder's."""
+    """Modules and metadata of a PEFT folder.
+
+    One without component folders is of the component that it is named after, else a U-Net's or a text encoder's, SDXL's
+    second one by its width.
+    """
     modules: dict[ModuleName, LowRank] = {}
     metadata: dict[str, str] = {}
     parts = [(folder / part, part) for part in COMPONENTS if (folder / part / CONFIG).is_file()]
     if not parts:
-        text = _is_text_encoder(folder)
-        parts = [(folder, "text_encoder" if text else "unet")]
+        name = folder.resolve().name
+        parts = [(folder, name if name in COMPONENTS else _component_of(folder))]
     for path, component in parts:
         found, config = _read_component(path, component)
         modules |= found
@@ -125,8 +145,8 @@ def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mappin
         "bias": "none",
         "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
     }
-    tensors = {f"{_PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
-    tensors |= {f"{_PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
+    tensors = {f"{PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
+    tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
     with replacing(folder / WEIGHTS) as partial:
         safetensors.torch.save_file(tensors, partial, {"format": "pt"})
         sync(partial)

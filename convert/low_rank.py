@@ -93,7 +93,8 @@ class LowRank:
         if alpha == 0:
             raise AdapterError("an alpha of 0 has no effect: scale the adapter by 0 instead")
         factor = self.alpha / alpha
-        return self if factor == 1 else replace(self, up=(self.up.float() * factor).to(self.up.dtype), alpha=alpha)
+        dtype = self.up.dtype if self.up.dtype.itemsize > 1 else torch.float16  # float8 would lose a tenth of it
+        return self if factor == 1 else replace(self, up=(self.up.float() * factor).to(dtype), alpha=alpha)
 
     def truncated(self, rank: int, rank_scaling: str = "constant") -> "LowRank":
         """The first `rank` components (all, where there are fewer), as DyLoRA uses them.
@@ -106,7 +107,7 @@ class LowRank:
         if rank < 1:
             raise AdapterError(f"rank {rank} is none: ranks are 1 to {self.rank}")
         alpha = self.alpha * (rank / self.rank) ** (1 - RANK_SCALINGS[rank_scaling])
-        return LowRank(self.down[:rank].contiguous(), self.up[:, :rank].contiguous(), alpha)
+        return LowRank(self.down[:rank].clone(), self.up[:, :rank].clone().contiguous(), alpha)
 
     def reordered(self, order: torch.Tensor) -> "LowRank":
         """The same change with its components in another order; order is (rank,), each index once."""
@@ -115,6 +116,10 @@ class LowRank:
     def to(self, dtype: torch.dtype | None) -> "LowRank":
         """Factors in another dtype; None keeps them."""
         return self if dtype is None else replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
+
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite: a sum is, if any of its numbers is, and needs no table of flags."""
+        return all(math.isfinite(float(factor.sum(dtype=torch.float32))) for factor in (self.down, self.up))
 
     def __add__(self, other: "LowRank") -> "LowRank":
         """The sum of both changes; see `add_up`."""

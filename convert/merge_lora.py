@@ -76,7 +76,7 @@ def program(argv: Sequence[str] | None) -> None:
         _into_one(args, dtype)
         return
     for flag in ("new_rank", "new_conv_rank", "concat", "shuffle"):
-        if getattr(args, flag):
+        if getattr(args, flag) not in (None, False):
             raise AdapterError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
     checkpoint = Checkpoint.open(args.sd_model)
     if not checkpoint.is_folder:
@@ -93,20 +93,20 @@ def program(argv: Sequence[str] | None) -> None:
 
 def _into_one(args, dtype) -> None:
     path = output_file(args.save_to)
-    if args.v2 or (args.new_conv_rank and not args.new_rank):
+    if args.v2 or (args.new_conv_rank is not None and args.new_rank is None):
         raise AdapterError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
-    if args.concat and args.new_rank:
+    if args.concat and args.new_rank is not None:
         raise AdapterError("--concat keeps all ranks, --new_rank reduces them: give one of them")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws)
     merged = weighted_sum(adapters, ratios)
-    if args.new_rank:
+    if args.new_rank is not None:
         modules, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
         merged = merged.with_modules(modules)
         print(report(fits))
     if args.shuffle:
         merged = merged.map(lambda one: one.reordered(torch.randperm(one.rank)))
     metadata = with_rank_facts(merged.modules, {**merged.metadata, **provenance(adapters, args.no_metadata)})
-    Adapter(merged.modules, metadata).save(path, dtype=dtype, modelspec=not args.no_metadata)
+    Adapter(merged.modules, metadata).save(path, dtype=dtype or torch.float32, modelspec=not args.no_metadata)
     print(f"{merged} written to {path}")
 
 

@@ -47,7 +47,7 @@ class Rules:
 def rules(rank: int | None, conv_rank: int | None = None, target_error: float | None = None) -> Rules:
     """Fixed ranks, or with target_error the smallest that meet it (and not above rank, where that is given)."""
     if target_error is not None:
-        return Rules(by_error(target_error, rank), by_error(target_error, conv_rank or rank))
+        return Rules(by_error(target_error, rank), by_error(target_error, rank if conv_rank is None else conv_rank))
     if rank is None:
         raise AdapterError("neither a rank nor a target error is given")
     return Rules(fixed(rank), fixed(rank if conv_rank is None else conv_rank))

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_adapters.convert import Adapter, AdapterError, DyLora
+from lora_adapters.convert import Adapter, AdapterError, DyLora, LowRank, ModuleName
 from lora_adapters.convert.errors import UnknownFormatError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -232,3 +232,117 @@ def test_resize_keeps_scales():
     assert all(less.modules[module].scale == pytest.approx(one.scale) for module, one in adapter.modules.items())
     assert less.rank == 4
     assert len({one.rank for one in adapter.resize(8, dynamic=("sv_fro", 0.8)).modules.values()}) > 1
+
+
+QUERY = ModuleName("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+
+
+def of_ones(alpha=1.0, dtype=torch.float32, scale=1.0):
+    return Adapter({QUERY: LowRank(torch.full((1, 32), scale).to(dtype), torch.ones(32, 1, dtype=dtype), alpha)})
+
+
+def test_numbers_too_large_for_the_dtype_are_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(AdapterError, match=r"attn1.to_q has numbers that are too large for float16"):
+        of_ones(scale=7e4).save(tmp_path / "a.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("alpha", [1e-9, 0.7 * 8, 7e4, 500.0, 11.2])
+def test_alpha_is_not_rounded_to_the_weights_dtype(dtype, alpha, tmp_path):
+    back = Adapter.load(of_ones(alpha, dtype).save(tmp_path / "a.safetensors"))
+    assert back.modules[QUERY].alpha == pytest.approx(alpha, rel=1e-7)
+
+
+def test_alphas_beyond_float32(tmp_path):
+    assert not Adapter.load(of_ones(1e-50).save(tmp_path / "a.safetensors")).modules[QUERY].delta().any()
+    with pytest.raises(AdapterError, match="alpha 1e\\+50 is too large"):
+        of_ones(1e50).save(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("place", ["folder", "subfolder", "weights", "renamed"])
+def test_a_single_component_of_a_peft_folder(place, tmp_path):
+    path = ModuleName("text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj")
+    Adapter({path: LowRank(torch.ones(4, 1280), torch.ones(1280, 4), 2.0)}).save(tmp_path / "peft", "peft")
+    folder = tmp_path / "peft" / "text_encoder_2"
+    if place == "renamed":
+        folder = folder.rename(tmp_path / "mine")
+    sources = {"weights": folder / "adapter_model.safetensors", "subfolder": tmp_path / "peft"}
+    back = Adapter.load(sources.get(place, folder), subfolder="text_encoder_2" if place == "subfolder" else None)
+    assert back.modules[path].alpha == 2
+
+
+def test_pefts_weights_without_their_config():
+    with pytest.raises(UnknownFormatError, match=r"without the adapter_config.json"):
+        Adapter.from_tensors({f"base_model.model.{QUERY.path}.lora_A.weight": torch.ones(1, 32)})
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda"])
+def test_peft_adapters_that_change_the_base_too_are_refused(start, tmp_path):
+    of_ones().save(tmp_path, "peft")
+    config = tmp_path / "unet" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=f"begun with {start} changes the base weights too"):
+        Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_middle_block_1_proj_in"])
+def test_spellings_of_sdxl_tell_the_model(name):
+    pair = {f"{name}.lora_down.weight": torch.ones(4, 8), f"{name}.lora_up.weight": torch.ones(8, 4)}
+    adapter = Adapter.from_tensors(pair)
+    assert adapter.architecture == "sdxl"
+
+
+def test_sd2_files_of_kohyas_get_the_shapes_of_the_model(tmp_path):
+    proj = ModuleName("unet", "mid_block.attentions.0.proj_in")
+    key = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+
+    def made(width):
+        pair = LowRank(torch.ones(2, 32, 1, 1), torch.ones(32, 2, 1, 1), 2.0)
+        return Adapter({proj: pair, key: LowRank(torch.ones(2, width), torch.ones(32, 2), 2.0)})
+
+    for width, dimensions in ((1024, 2), (768, 4), (64, 4)):  # SD2, SD1, and a small model of either
+        for format in ("diffusers", "peft"):
+            path = made(width).save(tmp_path / f"{width}{format}", format)
+            assert Adapter.load(path).modules[proj].down.ndim == dimensions
+        assert Adapter.load(made(width).save(tmp_path / "k.safetensors")).modules[proj].down.ndim == 4
+
+
+def test_a_cut_adapter_in_a_pickle_has_the_cut_only(tmp_path):
+    whole = Adapter({QUERY: LowRank(torch.randn(64, 320), torch.randn(320, 64), 1.0)}).as_dylora(DyLora())
+    assert whole.truncate(1).save(tmp_path / "a.pt").stat().st_size < 10_000
+
+
+def test_one_matrix_under_two_names():
+    down, up = torch.ones(4, 320), torch.ones(320, 4)
+    pairs = {f"unet.{QUERY.path}.lora_A.weight": down, f"unet.{QUERY.path}.lora_B.weight": up}
+    with pytest.raises(AdapterError, match="stand for the same matrix"):
+        Adapter.from_tensors({**pairs, f"{QUERY.path}.lora.down.weight": down})
+    name = "lora_unet_" + QUERY.path.replace(".", "_")
+    pairs = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    with pytest.raises(AdapterError, match="stand for the same tensor"):
+        Adapter.from_tensors({**pairs, f"{name}.lora_A.weight": down})
+
+
+def test_old_names_of_text_encoder_layers():
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora"
+    tensors = {f"{stem}.down.weight": torch.ones(4, 768), f"{stem}.up.weight": torch.ones(768, 4)}
+    (module,) = Adapter.from_tensors(tensors).modules
+    assert module == ModuleName("text_encoder", "text_model.encoder.layers.0.self_attn.out_proj")
+
+
+def test_folding_an_alpha_of_float8_weights_loses_no_more_than_float16(tmp_path):
+    up = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)).mul(0.02).to(torch.float8_e4m3fn)
+    adapter = Adapter({QUERY: LowRank(torch.ones(4, 32).to(torch.float8_e4m3fn), up, 1.0)})
+    same(Adapter.load(adapter.save(tmp_path / "a.safetensors", "diffusers")), adapter, 1e-3)
+
+
+def test_a_tucker_core_is_folded_without_rounding():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"down": (4, 8, 1, 1), "mid": (4, 4, 3, 3), "up": (8, 4, 1, 1)}
+    parts = {kind: torch.randn(*shape, generator=generator).bfloat16() for kind, shape in shapes.items()}
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    (one,) = Adapter.from_tensors({f"{name}.lora_{kind}.weight": part for kind, part in parts.items()}).modules.values()
+    down, mid, up = (part.double() for part in parts.values())
+    exact = torch.einsum("or,rshw,si->oihw", up[..., 0, 0], mid, down[..., 0, 0])
+    torch.testing.assert_close(one.delta().double().reshape(exact.shape), exact, rtol=1e-5, atol=1e-5)

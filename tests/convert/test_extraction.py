@@ -144,3 +144,12 @@ def test_whole_spectrum_for_a_target_error(shape):
     assert abs(up.shape[1] - wanted) <= 1
     assert float((matrix - up @ down).norm() / matrix.norm()) == pytest.approx(fit.error, rel=1e-3)
     assert fit.error <= 0.2 + 1e-5
+
+
+def test_a_spectrum_that_ends_early_gives_no_huge_numbers():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(320, 4, generator=generator) @ torch.randn(4, 768, generator=generator)
+    up, down, fit = best_approximation(matrix, fixed(160), 160)
+    torch.testing.assert_close(up @ down, matrix, rtol=1e-4, atol=1e-4)
+    assert down.abs().max() < 1.01  # rows of length 1
+    assert fit.missing < 1e-8 * fit.total

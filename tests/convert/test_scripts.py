@@ -65,6 +65,15 @@ def test_merge_of_adapters(tmp_path, capsys):
     assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float16}
 
 
+def test_one_adapter_is_weighted_as_float_too(tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    run(capsys, "merge", "--save_to", out, "--models", SD15 / "lierla_bf16.safetensors", "--ratios", "0.7")
+    whole = Adapter.load(SD15 / "lierla_bf16.safetensors")
+    for module, one in Adapter.load(out).modules.items():
+        assert one.up.dtype == torch.float32
+        torch.testing.assert_close(one.delta(), 0.7 * whole.modules[module].delta(), rtol=1e-6, atol=1e-9)
+
+
 def test_merge_into_a_model_and_extraction(tmp_path, capsys):
     base, tuned, lora = (tmp_path / f"{name}.safetensors" for name in ("base", "tuned", "lora"))
     save_file(original("sd1"), base)

@@ -132,7 +132,7 @@ def test_a_full_disk_and_ctrl_c_leave_the_target(tmp_path, capsys, monkeypatch):
     model, out, folder = tmp_path / "model.safetensors", tmp_path / "out.safetensors", tmp_path / "folder"
     save_file(original("sd1"), model)
     (folder / "unet").mkdir(parents=True)
-    targets = (out, tmp_path / "out.ckpt", folder / "unet" / "config.json")
+    targets = (out, tmp_path / "out.ckpt", folder / "unet" / "config.json", folder / "model_index.json")
     for target in targets:
         target.write_bytes(b"before")
     before = sorted(tmp_path.rglob("*"))
@@ -227,6 +227,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
             ["svd-merge", "--save_to", out, "--models", lora, "--lbws", 5000 * "["],
             "block weights are a list of numbers",
         ),
+        (["merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0 is none"),
         (["svd-merge", "--save_to", out, "--models", lora, "--ratios", "nan"], "invalid number value: 'nan'"),
         (["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"], "unit 0"),
         (["info", tmp_path / "none.safetensors"], "does not exist"),
