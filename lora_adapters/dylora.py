@@ -1,6 +1,7 @@
 """DyLoRA's layer arithmetic, and the dial that says which rank it works at."""
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +20,9 @@ class RankDial:
     """The rank that one DyLoRA adapter works at in one model, shared by all of its layers.
 
     In training the ranks of step n's samples are a function of (seed, n) alone, the same in the U-Net and in the text
-    encoders. They are drawn when the model is called, not when a layer is, so that gradient checkpointing, which calls
-    layers again, computes with the same ranks again. In evaluation there is one, `rank`.
+    encoders. They are drawn when the model is called, not when a layer is, and come back when the gradient of that call
+    begins, so that gradient checkpointing, which calls layers again, computes with the same ranks again, whatever the
+    model was called for in between. In evaluation there is one, `rank`.
 
     The layers see the ranks as numbers in `gates`, a tensor (samples, components of all layers) that is changed in
     place: a compiled model turns with the dial, without being compiled again.
@@ -36,6 +38,10 @@ class RankDial:
         self.variants: list[DyLoraVariant] = []
         self.gates = torch.zeros(1, 0)
         self._settings: dict[int, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the layers' gates would be views of `gates` no more, so they are laid out anew."""
+        return {**self.__dict__, "gates": torch.zeros(0, 0, device=self.gates.device)}
 
     @property
     def ranks(self) -> list[int]:
@@ -62,12 +68,15 @@ class RankDial:
         if rank not in self.ranks:
             ranks = self.ranks if len(self.ranks) <= 16 else [*self.ranks[:8], "...", *self.ranks[-2:]]
             raise AdapterError(f"rank {rank} is not one of adapter {self.adapter_name}'s: {', '.join(map(str, ranks))}")
-        self.rank = rank
+        self.rank = operator.index(rank)
         self.drawn = False
-        self._turn([rank])
+        self._turn([self.rank])
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: draws the ranks of this step, or goes back to that of evaluation."""
+        if self.adapter_name not in getattr(model, "peft_config", ()) and not any(layers(model, self.adapter_name)):
+            detach(model, self.adapter_name)  # the adapter has been deleted by a library that knows nothing of its dial
+            return
         training = model.training and torch.is_grad_enabled()
         tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim > 1)
         given = next(tensors, None)
@@ -76,7 +85,25 @@ class RankDial:
         if given is not None and given.device != self.gates.device:
             self._move(given.device)
 
+    def keep(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model: the ranks of this call come back when the gradient of its output arrives."""
+        if self.drawn:
+            self._keep(output)
+
     # Nothing of this is for a compiler to look into: it would compile anew for every rank and step.
+    @torch.compiler.disable
+    def _keep(self, output: Any) -> None:
+        ranks = list(self.now)
+
+        def back(_: torch.Tensor) -> None:
+            if not self.drawn or self.now != ranks:
+                self.drawn = True
+                self._turn(ranks)
+
+        for one in _tensors(output):
+            if one.requires_grad:
+                one.register_hook(back)
+
     @torch.compiler.disable
     def _next(self, training: bool, rows: int) -> None:
         self.drawn = training
@@ -123,6 +150,17 @@ class RankDial:
     def factor(self, rank: int, full: int) -> float:
         """What the scale alpha/full is multiplied with when `rank` of `full` components are used."""
         return (full / rank) ** RANK_SCALINGS[self.dylora.rank_scaling]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a model's output."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +212,7 @@ class DyLoraVariant(LoraVariant):
         gate, scaling = self.gate if len(dial.now) == 1 else self._of_samples(hidden), module.scaling[active_adapter]
         if scaling != self.scaling:  # the adapter's weight has been set since
             gate = gate * (scaling / self.scaling)
-        hidden = hidden * gate.to(hidden)
+        hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs it as it is now, and the dial turns
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
 
     def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
@@ -198,7 +236,7 @@ class DyLoraVariant(LoraVariant):
         down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
         rank = min(self.dial.rank, self.full)
         scale = float(module.scaling[adapter]) * self.dial.factor(rank, self.full)
-        delta = LowRank(down[:rank], up[:, :rank], scale * rank).delta()
+        delta = LowRank(down[:rank].flatten(1), up[:, :rank].flatten(1), scale * rank).delta()
         delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta.reshape(weight.shape)
         return delta.to(weight)
 
@@ -266,6 +304,7 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
         layer.lora_variant[adapter_name] = DyLoraVariant(dial, layer, adapter_name)
     dial.fill()
     model.register_forward_pre_hook(dial, with_kwargs=True)
+    model.register_forward_hook(dial.keep)
 
 
 def detach(model: nn.Module, adapter_name: str) -> None:
@@ -277,6 +316,10 @@ def detach(model: nn.Module, adapter_name: str) -> None:
         if isinstance(hook, RankDial) and hook.adapter_name == adapter_name:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(model._forward_hooks.items()):
+        dial = getattr(hook, "__self__", None)
+        if isinstance(dial, RankDial) and dial.adapter_name == adapter_name:
+            del model._forward_hooks[key]
 
 
 def _models(target: Any) -> list[nn.Module]:
@@ -345,7 +388,11 @@ def set_step(target: Any, step: int, seed: int = 0, samples: range | None = None
 
     target: a pipeline, a model, or a list of models; step: optimizer steps done so far, from 0; seed: the run's;
     samples, total: in a data-parallel process, which samples of the batch of `total` it has. A model that is called
-    with a multiple of their number sees each sample that many times in a row.
+    with a multiple of their number sees each sample that many times in a row. AdapterError where they do not fit.
     """
+    if samples is None and total is not None:
+        raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
+    if samples is not None and not (len(samples) and min(samples) >= 0 and max(samples) < (total or max(samples) + 1)):
+        raise AdapterError(f"samples {samples} are none of a batch of {total}: they are numbered from 0")
     for dial in dials(target):
         dial.set_step(step, seed, samples, total)
