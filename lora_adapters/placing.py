@@ -17,7 +17,7 @@ from lora_adapters.convert.names import ModuleName, nearest
 
 from .config import FACTS, DyLoraConfig, LierLaConfig
 from .coverage import RankAlpha
-from .dylora import layers
+from .dylora import DyLoraVariant, layers
 
 
 def live_path(model: nn.Module, path: str) -> str:
@@ -118,11 +118,31 @@ def remove(model: nn.Module, adapter_name: str) -> None:
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
+def beyond_lora(layer: Any, adapter_name: str) -> str | None:
+    """What the adapter does in the layer that no low-rank pair can hold; None where it is plain LoRA or DyLoRA."""
+    if adapter_name in layer.lora_magnitude_vector:
+        return "DoRA's magnitudes"
+    if getattr(layer.lora_B[adapter_name], "bias", None) is not None:
+        return "biases (lora_bias)"
+    variant = layer.lora_variant.get(adapter_name)
+    return None if variant is None or isinstance(variant, DyLoraVariant) else type(variant).__name__
+
+
+def is_plain(model: nn.Module, adapter_name: str) -> bool:
+    """Whether pairs are all that the adapter is made of."""
+    return all(beyond_lora(layer, adapter_name) is None for _, layer in layers(model, adapter_name))
+
+
 def taken(model: Any, component: str, adapter_name: str) -> dict[ModuleName, LowRank]:
-    """The pairs of an adapter in the model, by the paths that files have; views of the live weights."""
+    """The pairs of an adapter in the model, by the paths that files have; views of the live weights.
+
+    AdapterError where it is more than pairs (see `beyond_lora`).
+    """
     config = model.peft_config[adapter_name]
     found = {}
     for path, layer in layers(model, adapter_name):
+        if more := beyond_lora(layer, adapter_name):
+            raise AdapterError(f"adapter {adapter_name} is more than plain LoRA: {component}.{path} has {more}")
         down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
         if getattr(config, "use_rslora", False):

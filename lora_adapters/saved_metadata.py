@@ -105,10 +105,10 @@ def _equal(one: LowRank, given: Mapping[Any, torch.Tensor], module: ModuleName) 
 
 
 def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], dict[ModuleName, int]]]:
-    """Config, pairs and widths (ranks with padding) of each adapter of this package in the models that are alive."""
-    from .placing import is_ours, taken, widths
+    """Config, pairs and widths (ranks with padding) of this package's adapters that are pairs alone, in live models."""
+    from .placing import is_ours, is_plain, taken, widths
 
     for model in list(_models):
         for name, config in getattr(model, "peft_config", {}).items():
-            if is_ours(model, name):
+            if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
                 yield config, taken(model, component, name), widths(model, component, name)

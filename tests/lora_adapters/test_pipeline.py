@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_adapters import Adapter, AdapterError, set_rank
+from lora_adapters import Adapter, AdapterError, LierLaConfig, set_rank
 from lora_adapters.dylora import dials
 
 from .conftest import GOLDEN, expected
@@ -211,3 +211,14 @@ def test_other_formats_go_to_diffusers(pipeline, monkeypatch, tmp_path):
     with warnings.catch_warnings(), pytest.raises(TypeError):  # what the stand-in gives back cannot be unpacked
         pipeline().load_lora_weights(tmp_path / "l.safetensors")
     assert seen
+
+
+@pytest.mark.parametrize("extra", ["use_dora", "lora_bias"])
+def test_an_adapter_that_is_more_than_pairs_is_not_taken_for_one(extra, pipeline):
+    pipe = pipeline()
+    pipe.unet.add_adapter(LierLaConfig(r=2, **{extra: True}), "more")
+    said = {"use_dora": "DoRA's magnitudes", "lora_bias": r"biases \(lora_bias\)"}[extra]
+    with pytest.raises(AdapterError, match=rf"adapter more is more than plain LoRA: unet\.\S+ has {said}$"):
+        Adapter.from_pipeline(pipe, "more")
+    pipe.unet.add_adapter(LierLaConfig(r=2), "plain")
+    assert {one.rank for one in Adapter.from_pipeline(pipe, "plain").modules.values()} == {2}

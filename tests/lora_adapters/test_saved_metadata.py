@@ -118,3 +118,22 @@ def test_peft_s_own_folder_of_a_dylora(pipeline, tmp_path) -> None:
 
     get_peft_model(pipeline().unet, DYLORA).save_pretrained(tmp_path)
     assert Adapter.load(tmp_path).dylora == DyLora(2, "sqrt", True)
+
+
+def test_a_dora_is_saved_by_its_metadata(pipeline, tmp_path) -> None:
+    unet = pipeline().unet
+    unet.add_adapter(LierLaConfig(r=2, lora_alpha=3, use_dora=True))
+    tensors = get_peft_model_state_dict(unet)
+    table = unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path, tensors, unet_lora_adapter_metadata=table)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {key.removeprefix("unet."): value.shape for key, value in saved.items()} == {
+        key: value.shape for key, value in tensors.items()
+    }
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
+        table = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (table["unet.use_dora"], table["unet.lora_alpha"]) == (True, 3)
+    plain = pipeline().unet  # of the same widths, which the DoRA must not stand in the way of
+    plain.add_adapter(LierLaConfig(r=2, lora_alpha=5))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(plain))
+    assert {one.alpha for one in Adapter.load(tmp_path).modules.values()} == {5}
