@@ -87,9 +87,10 @@ def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, 
     adapter_name = adapter_name or default_name(pipe)
     present = [component for component in fitted if adapter_name in getattr(models[component], "peft_config", {})]
     if hotswap:
-        for component, modules in fitted.items():
+        swapped = _everywhere(models, fitted, adapter_name)
+        for component, modules in {**fitted, **swapped}.items():
             swapping.check(models[component], component, modules, adapter_name)
-        for component, modules in _everywhere(models, fitted, adapter_name).items():
+        for component, modules in swapped.items():
             swapping.swap(models[component], modules, adapter_name, adapter.dylora)
         return
     if present:
