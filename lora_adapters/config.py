@@ -133,6 +133,7 @@ class DyLoraConfig(LierLaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(not self.use_dora, "use_dora: a DyLoRA has no magnitudes that would be right at every rank")
+        _check(not self.lora_bias, "lora_bias: a DyLoRA has no biases that would be right at every rank")
         _check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
         for name in ("r", "conv_dim"):
             rank = getattr(self, name)

@@ -177,6 +177,7 @@ def test_configs_check_their_fields():
         ({"rank_scaling": "none"}, "rank_scaling is 'none'"),
         ({"rank_sampling": "often"}, "rank_sampling is 'often': it is one of uniform, spread"),
         ({"r": 0}, "r is 0"),
+        ({"lora_bias": True}, "lora_bias: a DyLoRA has no biases"),
     ):
         with pytest.raises(AdapterError, match=said):
             DyLoraConfig(**options)
