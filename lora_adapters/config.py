@@ -27,8 +27,8 @@ class LierLaConfig(LoraConfig):
     """LoRA of the linear layers and 1x1 convolutions of attention blocks and CLIP text encoders (kohya's default).
 
     r is the rank (kohya's network_dim), lora_alpha the alpha. With target_modules given, it acts on any model as
-    `LoraConfig` does. AdapterError for values that make no sense. Source: LoRA (arXiv:2106.09685), with the coverage of
-    kohya's trainer.
+    `LoraConfig` does. rank_pattern and alpha_pattern win over every other rank and alpha. AdapterError for values that
+    make no sense. Source: LoRA (arXiv:2106.09685), with the coverage of kohya's trainer.
 
     >>> from diffusers import UNet2DConditionModel
     >>> unet = UNet2DConditionModel(

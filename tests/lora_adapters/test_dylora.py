@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 
 from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank, set_step
-from lora_adapters.dylora import dials
+from lora_adapters.dylora import dials, layers
 
 from .conftest import expected
 from .golden_outputs import error, outputs
@@ -193,6 +193,35 @@ def test_block_lists_are_checked_and_zero_skips(pipeline):
     assert {rank for path, rank in ranks.items() if path.startswith("mid_block.attentions")} == {3}
     assert not [path for path in ranks if path.startswith("down_blocks")]
     assert {rank for path, rank in ranks.items() if path.endswith((".conv1", ".conv2"))} == {2}
+
+
+@pytest.mark.parametrize("kind", [LierLaConfig, C3LierConfig, DyLoraConfig])
+@pytest.mark.parametrize("key", ["1", "^1$", r"inner\.1", ".*1"])
+def test_patterns_are_honoured_as_lora_config_does(kind, key):
+    def placed(config):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        model.inner = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        model = inject_adapter_in_model(config, model)
+        return model, {path: (one.r["default"], one.scaling["default"]) for path, one in layers(model, "default")}
+
+    options = {"r": 4, "lora_alpha": 2, "target_modules": ["0", "1"], "rank_pattern": {key: 8}}
+    options["alpha_pattern"] = {key: 3}
+    model, found = placed(kind(**options))
+    assert found == placed(LoraConfig(**options))[1]
+    assert (8, 3 / 8) in found.values()
+    again = model.peft_config["default"]
+    assert again.resolved
+    assert placed(again)[1] == found  # the ranks that were found are what another model gets
+
+
+def test_patterns_win_over_blocks_in_a_unet(pipeline):
+    unet = pipeline().unet
+    blocks = {"block_dims": [2] * 25, "block_alphas": [5.0] * 25}
+    unet.add_adapter(LierLaConfig(**blocks, rank_pattern={"to_q": 3}, alpha_pattern={"to_k": 7}))
+    modules = Adapter.from_models({"unet": unet}).modules
+    for module, one in modules.items():
+        wanted = (3 if module.path.endswith("to_q") else 2, 7 if module.path.endswith("to_k") else 5)
+        assert (one.rank, one.alpha) == wanted
 
 
 FULL_UNETS = {
