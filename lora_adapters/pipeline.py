@@ -61,8 +61,7 @@ def default_name(pipe: Any) -> str:
 def _models(pipe: Any) -> dict[str, nn.Module]:
     loadable = getattr(pipe, "_lora_loadable_modules", ("unet", "text_encoder", "text_encoder_2"))
     parts = {name: getattr(pipe, name, None) for name in loadable}
-    # torch.compile's wrapper names everything anew
-    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return {name: placing.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _by_component(pipe: Any, adapter: Adapter) -> dict[str, dict[str, LowRank]]:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -18,6 +18,20 @@ from lora_adapters.convert.names import ModuleName, nearest
 from .config import FACTS, DyLoraConfig, LierLaConfig
 from .coverage import RankAlpha
 from .dylora import DyLoraVariant, layers
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of torch.compile's and PEFT's wrappers, which name everything in it anew."""
+    while isinstance(model, nn.Module):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, PeftModel):
+            model = model.get_base_model()
+        elif isinstance(model, PeftMixedModel):
+            model = model.base_model.model
+        else:
+            break
+    return model
 
 
 def live_path(model: nn.Module, path: str) -> str:
