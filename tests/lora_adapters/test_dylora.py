@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank, set_step
 from lora_adapters.dylora import dials, layers
@@ -187,7 +187,6 @@ def test_block_lists_are_checked_and_zero_skips(pipeline):
     unet = pipeline().unet
     with pytest.raises(AdapterError, match=r"block_dims has 24 values, SD1\.x and SD2\.x has 25"):
         unet.add_adapter(LierLaConfig(block_dims=[4] * 24), "short")
-    unet = pipeline().unet
     unet.add_adapter(C3LierConfig(block_dims=[0] * 12 + [3] + [1] * 12, conv_block_dims=[0] * 24 + [2]), "blocks")
     ranks = {module.path: one.rank for module, one in Adapter.from_models({"unet": unet}, "blocks").modules.items()}
     assert {rank for path, rank in ranks.items() if path.startswith("mid_block.attentions")} == {3}
@@ -222,6 +221,44 @@ def test_patterns_win_over_blocks_in_a_unet(pipeline):
     for module, one in modules.items():
         wanted = (3 if module.path.endswith("to_q") else 2, 7 if module.path.endswith("to_k") else 5)
         assert (one.rank, one.alpha) == wanted
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["beside another", "alone"])
+@pytest.mark.parametrize("kind", [LierLaConfig, DyLoraConfig])
+def test_a_config_that_leaves_no_module_leaves_its_name_free(kind, first, pipeline):
+    unet = pipeline().unet
+    if not first:
+        unet.add_adapter(LierLaConfig(r=2), "other")
+    was = {name: one.requires_grad for name, one in unet.named_parameters()}
+    with pytest.raises(AdapterError, match=r"^adapter mine would do nothing: no module has a rank above 0$"):
+        unet.add_adapter(kind(block_dims=[0] * 25), "mine")
+    assert {name: one.requires_grad for name, one in unet.named_parameters()} == was
+    assert first or unet.active_adapters() == ["other"]
+    unet.add_adapter(kind(r=2), "mine")
+    assert {one.rank for one in Adapter.from_models({"unet": unet}, "mine").modules.values()} == {2}
+
+
+def test_peft_s_models_are_as_they_were_after_a_failure(pipeline):
+    model = get_peft_model(pipeline().unet, LierLaConfig(r=2))
+    with pytest.raises(AdapterError, match="no module has a rank above 0"):
+        model.add_adapter("mine", LierLaConfig(block_dims=[0] * 25))
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["beside another", "alone"])
+def test_a_failure_half_way_leaves_no_layer_behind(first):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 5), torch.nn.Embedding(5, 2))
+    if not first:
+        model = inject_adapter_in_model(LierLaConfig(r=2, target_modules=["0"]), model, "other")
+    was = list(model)
+    with pytest.raises(AdapterError, match="2 is Embedding"):
+        inject_adapter_in_model(DyLoraConfig(r=2, target_modules=["0", "1", "2"]), model, "mine")
+    assert all(now is one for now, one in zip(model, was, strict=True))
+    assert list(layers(model, "mine")) == []
+    assert first or model[0].active_adapters == ["other"]
+    model = inject_adapter_in_model(DyLoraConfig(r=2, target_modules=["0", "1"]), model, "mine")
+    assert {name for name, one in model.named_parameters() if one.requires_grad and "lora_" not in name} == set()
 
 
 FULL_UNETS = {
