@@ -21,10 +21,13 @@ class Adapter(AdapterData):
     ) -> "Adapter":
         """The adapter of that name in the models, by component ("unet", "text_encoder", "text_encoder_2").
 
-        The tensors are those of the models, not copies. AdapterError where no model has such an adapter.
+        The models may be wrapped by `peft.get_peft_model` or compiled.
+        The tensors are those of the models, not copies. AdapterError where no model has such an adapter, or where it
+        is more than low-rank pairs (DoRA, lora_bias).
         """
-        from .placing import dylora_in, taken
+        from .placing import dylora_in, taken, unwrapped
 
+        models = {component: unwrapped(model) for component, model in models.items()}
         modules, dylora = {}, None
         for component, model in models.items():
             if adapter_name in getattr(model, "peft_config", {}):

@@ -27,8 +27,8 @@ class LierLaConfig(LoraConfig):
     """LoRA of the linear layers and 1x1 convolutions of attention blocks and CLIP text encoders (kohya's default).
 
     r is the rank (kohya's network_dim), lora_alpha the alpha. With target_modules given, it acts on any model as
-    `LoraConfig` does. AdapterError for values that make no sense. Source: LoRA (arXiv:2106.09685), with the coverage of
-    kohya's trainer.
+    `LoraConfig` does. rank_pattern and alpha_pattern win over every other rank and alpha. AdapterError for values that
+    make no sense. Source: LoRA (arXiv:2106.09685), with the coverage of kohya's trainer.
 
     >>> from diffusers import UNet2DConditionModel
     >>> unet = UNet2DConditionModel(
@@ -133,6 +133,7 @@ class DyLoraConfig(LierLaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(not self.use_dora, "use_dora: a DyLoRA has no magnitudes that would be right at every rank")
+        _check(not self.lora_bias, "lora_bias: a DyLoRA has no biases that would be right at every rank")
         _check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
         for name in ("r", "conv_dim"):
             rank = getattr(self, name)

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.format_diffusers import pattern_value
 from lora_adapters.convert.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
 
 LIERLA_CONTAINERS = frozenset({"Transformer2DModel"})
@@ -25,6 +26,8 @@ class Ranks(Protocol):
     block_alphas: list[float] | None
     conv_block_dims: list[int] | None
     conv_block_alphas: list[float] | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,10 @@ class RankRule:
                 check_block_list(name, getattr(ranks, name), self.architecture)
 
     def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
-        """The rank and alpha of the layer at `path`; block lists count in U-Nets only, as in kohya's trainer."""
+        """The rank and alpha of the layer at `path`; block lists count in U-Nets only, as in kohya's trainer.
+
+        PEFT's own rank_pattern and alpha_pattern, which name single modules, win over all else.
+        """
         ranks = self.ranks
         block = block_index(path, self.architecture) if self.architecture else None
         if is_kxk(layer):
@@ -117,4 +123,7 @@ class RankRule:
         if block is not None:
             rank = dims[block] if dims is not None else rank
             alpha = alphas[block] if alphas is not None else alpha
-        return RankAlpha(rank, alpha)
+        return RankAlpha(
+            pattern_value(ranks.rank_pattern or {}, path, rank),  # type: ignore[arg-type]
+            pattern_value(ranks.alpha_pattern or {}, path, alpha),
+        )

@@ -9,6 +9,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
 
 from .dylora import layers
+from .placing import unwrapped
 
 
 def _unet_blocks(paths: list[str], weights: Sequence[float]) -> dict[str, int]:
@@ -29,14 +30,19 @@ def _first(*ratios: float | None) -> float | None:
 def _rates(
     model: nn.Module, adapter_name: str, name: str, lr: float, ratio: float | None, weights: Sequence[float] | None
 ) -> Iterator[tuple[str, float, nn.Module]]:
-    """(group, learning rate, factor) for each factor of the adapter in one model."""
-    found = list(layers(model, adapter_name))
+    """(group, learning rate, factor) for each factor of the adapter in one model, DoRA's magnitudes among them.
+
+    A module outside of the blocks has the model's own group and rate.
+    """
+    found = list(layers(unwrapped(model), adapter_name))
     blocks = _unet_blocks([path for path, _ in found], weights) if weights is not None else {}
     for path, layer in found:
         group, rate = name, lr
-        if weights is not None:
+        if weights is not None and path in blocks:
             group, rate = f"{name}_block{blocks[path]}", lr * weights[blocks[path]]
         yield group, rate, layer.lora_A[adapter_name]
+        if adapter_name in layer.lora_magnitude_vector:
+            yield group, rate, layer.lora_magnitude_vector[adapter_name]
         plus = (group, rate) if ratio is None else (f"{group} plus", rate * ratio)
         yield *plus, layer.lora_B[adapter_name]
 
@@ -57,7 +63,8 @@ def param_groups(
     """Groups for any torch optimizer, each with "params", "lr" and "name", of one adapter's trainable parameters.
 
     unet_lr and text_encoder_lr (one number, or one for each encoder) are lr where they are None. With block_lr_weights
-    (see `block_lr_weights`), each U-Net block has a group with unet_lr times its weight. A LoRA+ ratio
+    (see `block_lr_weights`), each U-Net block has a group with unet_lr times its weight; what is in no block (conv_in)
+    stays in the U-Net's own. A LoRA+ ratio
     (arXiv:2402.12354) puts the `up` matrices into groups of their own, at ratio times the rate; the ratios for one part
     win over the common one. Groups with a rate of 0 are left out. Names: unet, unet_block<index>, text_encoder,
     text_encoder_2, with " plus" for the `up` groups. AdapterError where there is nothing to train.

@@ -61,8 +61,7 @@ def default_name(pipe: Any) -> str:
 def _models(pipe: Any) -> dict[str, nn.Module]:
     loadable = getattr(pipe, "_lora_loadable_modules", ("unet", "text_encoder", "text_encoder_2"))
     parts = {name: getattr(pipe, name, None) for name in loadable}
-    # torch.compile's wrapper names everything anew
-    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return {name: placing.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _by_component(pipe: Any, adapter: Adapter) -> dict[str, dict[str, LowRank]]:
@@ -87,9 +86,10 @@ def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, 
     adapter_name = adapter_name or default_name(pipe)
     present = [component for component in fitted if adapter_name in getattr(models[component], "peft_config", {})]
     if hotswap:
-        for component, modules in fitted.items():
+        swapped = _everywhere(models, fitted, adapter_name)
+        for component, modules in {**fitted, **swapped}.items():
             swapping.check(models[component], component, modules, adapter_name)
-        for component, modules in _everywhere(models, fitted, adapter_name).items():
+        for component, modules in swapped.items():
             swapping.swap(models[component], modules, adapter_name, adapter.dylora)
         return
     if present:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -17,7 +17,21 @@ from lora_adapters.convert.names import ModuleName, nearest
 
 from .config import FACTS, DyLoraConfig, LierLaConfig
 from .coverage import RankAlpha
-from .dylora import layers
+from .dylora import DyLoraVariant, layers
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of torch.compile's and PEFT's wrappers, which name everything in it anew."""
+    while isinstance(model, nn.Module):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, PeftModel):
+            model = model.get_base_model()
+        elif isinstance(model, PeftMixedModel):
+            model = model.base_model.model
+        else:
+            break
+    return model
 
 
 def live_path(model: nn.Module, path: str) -> str:
@@ -118,11 +132,31 @@ def remove(model: nn.Module, adapter_name: str) -> None:
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
+def beyond_lora(layer: Any, adapter_name: str) -> str | None:
+    """What the adapter does in the layer that no low-rank pair can hold; None where it is plain LoRA or DyLoRA."""
+    if adapter_name in layer.lora_magnitude_vector:
+        return "DoRA's magnitudes"
+    if getattr(layer.lora_B[adapter_name], "bias", None) is not None:
+        return "biases (lora_bias)"
+    variant = layer.lora_variant.get(adapter_name)
+    return None if variant is None or isinstance(variant, DyLoraVariant) else type(variant).__name__
+
+
+def is_plain(model: nn.Module, adapter_name: str) -> bool:
+    """Whether pairs are all that the adapter is made of."""
+    return all(beyond_lora(layer, adapter_name) is None for _, layer in layers(model, adapter_name))
+
+
 def taken(model: Any, component: str, adapter_name: str) -> dict[ModuleName, LowRank]:
-    """The pairs of an adapter in the model, by the paths that files have; views of the live weights."""
+    """The pairs of an adapter in the model, by the paths that files have; views of the live weights.
+
+    AdapterError where it is more than pairs (see `beyond_lora`).
+    """
     config = model.peft_config[adapter_name]
     found = {}
     for path, layer in layers(model, adapter_name):
+        if more := beyond_lora(layer, adapter_name):
+            raise AdapterError(f"adapter {adapter_name} is more than plain LoRA: {component}.{path} has {more}")
         down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
         if getattr(config, "use_rslora", False):

@@ -71,27 +71,44 @@ Found = tuple[dict[str, Any], dict[ModuleName, int]]  # a config, and the rank o
 
 
 def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, Any]) -> list[Found]:
-    """The different configs of adapters with these modules and widths; the one whose very weights these are, if it is
-    among them."""
+    """The different configs of adapters with these weights; the one whose very tensors these are, if it is among them.
+
+    Copies, also in another dtype or on another device, have an adapter's weights; equal widths alone say nothing.
+    """
     if not all(halves.values()) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         return []
     widths = {half[0]: tensors[key].shape[0] for key, half in halves.items() if half[1] == "down"}
     places = {tensor.data_ptr() for tensor in tensors.values()}
+    given = {half: tensors[key] for key, half in halves.items()}
     alike: dict[str, Found] = {}
     for config, pairs, held in _adapters(component):
         if held == widths:
             found = config.to_dict(), {module: one.rank for module, one in pairs.items()}
             if any(one.down.data_ptr() in places for one in pairs.values()):
                 return [found]
+            if not all(_equal(one, given, module) for module, one in pairs.items()):
+                continue
             alike[json.dumps(found[0], sort_keys=True, default=sorted)] = found
     return list(alike.values())
 
 
+def _equal(one: LowRank, given: Mapping[Any, torch.Tensor], module: ModuleName) -> bool:
+    """Whether the pair is what is given for the module, as far as the given dtype can tell."""
+    for half, live in (("down", one.down), ("up", one.up)):
+        tensor = given.get((module, half))
+        if tensor is None or live.is_meta:  # offloaded weights are nowhere to be compared
+            return False
+        tensor = _cut(tensor, half, one.rank)
+        if not torch.equal(live.to(tensor).reshape(-1), tensor.reshape(-1)):
+            return False
+    return True
+
+
 def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], dict[ModuleName, int]]]:
-    """Config, pairs and widths (ranks with padding) of each adapter of this package in the models that are alive."""
-    from .placing import is_ours, taken, widths
+    """Config, pairs and widths (ranks with padding) of this package's adapters that are pairs alone, in live models."""
+    from .placing import is_ours, is_plain, taken, widths
 
     for model in list(_models):
         for name, config in getattr(model, "peft_config", {}).items():
-            if is_ours(model, name):
+            if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
                 yield config, taken(model, component, name), widths(model, component, name)

@@ -49,6 +49,9 @@ def check(model: Any, component: str, placed: Mapping[str, LowRank], adapter_nam
             f"there is no adapter {adapter_name} to swap in the {component}: load it once without hotswap"
         )
     present = dict(layers(model, adapter_name))
+    for path, layer in present.items():
+        if more := placing.beyond_lora(layer, adapter_name):
+            raise AdapterError(f"{component}.{path} has {more} in {adapter_name}, which a swap would leave behind")
     for path, one in placed.items():
         layer = present.get(path)
         if layer is None:

@@ -1,7 +1,8 @@
 """The tuners: PEFT's own LoRA and its mixed model, with rank and alpha decided for every module by our configs."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
@@ -36,6 +37,33 @@ def _literal(pattern: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key.removeprefix("^").removeprefix(r"(text_model\.)?"): value for key, value in (pattern or {}).items()}
 
 
+@contextmanager
+def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) -> Iterator[None]:
+    """Where the block fails, the adapter's name is free again, and the others are as they were."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = {layer: list(layer.active_adapters) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    before = {layer for _, layer in dylora.layers(model, adapter_name)}
+    try:
+        yield
+    except Exception:
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, BaseTunerLayer) and layer not in active:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, layer.base_layer)  # type: ignore[attr-defined]
+        for _, layer in list(dylora.layers(model, adapter_name)):
+            if layer not in before:
+                layer.delete_adapter(adapter_name)
+        for layer, names in active.items():
+            layer.set_adapter(names)
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
+        if not before:
+            peft_config.pop(adapter_name, None)
+        if not peft_config and hasattr(model, "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = False  # else the next adapter is looked for where there is no peft_config
+        raise
+
+
 class _KnowsOurConfigs:
     """What is the same in both tuners: injecting an adapter of this package's configs. Others are left to PEFT."""
 
@@ -51,6 +79,10 @@ class _KnowsOurConfigs:
             return
         config = self.peft_config[adapter_name] = copy.copy(config)  # the caller's may be for another model too
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        with _all_or_nothing(inner, adapter_name, self.peft_config):
+            self._inject_ours(model, inner, adapter_name, config, *args, **kwargs)
+
+    def _inject_ours(self, model: Any, inner: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
         if config.target_modules is None:
             config.target_modules = set(covered(inner, config.conv))
         paths = [path for path, _, _ in base_layers(inner)]
@@ -60,6 +92,8 @@ class _KnowsOurConfigs:
             path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
             for path, layer in dylora.layers(inner, adapter_name)
         }
+        if not found:
+            raise AdapterError(f"adapter {adapter_name} would do nothing: no module has a rank above 0")
         for name, value in patterns_of(found, config.r, config.lora_alpha).items():
             setattr(config, name, set(value) if name == "target_modules" else value)
         config.resolved = True

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank, set_step
-from lora_adapters.dylora import dials
+from lora_adapters.dylora import dials, layers
 
 from .conftest import expected
 from .golden_outputs import error, outputs
@@ -177,6 +177,7 @@ def test_configs_check_their_fields():
         ({"rank_scaling": "none"}, "rank_scaling is 'none'"),
         ({"rank_sampling": "often"}, "rank_sampling is 'often': it is one of uniform, spread"),
         ({"r": 0}, "r is 0"),
+        ({"lora_bias": True}, "lora_bias: a DyLoRA has no biases"),
     ):
         with pytest.raises(AdapterError, match=said):
             DyLoraConfig(**options)
@@ -186,12 +187,78 @@ def test_block_lists_are_checked_and_zero_skips(pipeline):
     unet = pipeline().unet
     with pytest.raises(AdapterError, match=r"block_dims has 24 values, SD1\.x and SD2\.x has 25"):
         unet.add_adapter(LierLaConfig(block_dims=[4] * 24), "short")
-    unet = pipeline().unet
     unet.add_adapter(C3LierConfig(block_dims=[0] * 12 + [3] + [1] * 12, conv_block_dims=[0] * 24 + [2]), "blocks")
     ranks = {module.path: one.rank for module, one in Adapter.from_models({"unet": unet}, "blocks").modules.items()}
     assert {rank for path, rank in ranks.items() if path.startswith("mid_block.attentions")} == {3}
     assert not [path for path in ranks if path.startswith("down_blocks")]
     assert {rank for path, rank in ranks.items() if path.endswith((".conv1", ".conv2"))} == {2}
+
+
+@pytest.mark.parametrize("kind", [LierLaConfig, C3LierConfig, DyLoraConfig])
+@pytest.mark.parametrize("key", ["1", "^1$", r"inner\.1", ".*1"])
+def test_patterns_are_honoured_as_lora_config_does(kind, key):
+    def placed(config):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        model.inner = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+        model = inject_adapter_in_model(config, model)
+        return model, {path: (one.r["default"], one.scaling["default"]) for path, one in layers(model, "default")}
+
+    options = {"r": 4, "lora_alpha": 2, "target_modules": ["0", "1"], "rank_pattern": {key: 8}}
+    options["alpha_pattern"] = {key: 3}
+    model, found = placed(kind(**options))
+    assert found == placed(LoraConfig(**options))[1]
+    assert (8, 3 / 8) in found.values()
+    again = model.peft_config["default"]
+    assert again.resolved
+    assert placed(again)[1] == found  # the ranks that were found are what another model gets
+
+
+def test_patterns_win_over_blocks_in_a_unet(pipeline):
+    unet = pipeline().unet
+    blocks = {"block_dims": [2] * 25, "block_alphas": [5.0] * 25}
+    unet.add_adapter(LierLaConfig(**blocks, rank_pattern={"to_q": 3}, alpha_pattern={"to_k": 7}))
+    modules = Adapter.from_models({"unet": unet}).modules
+    for module, one in modules.items():
+        wanted = (3 if module.path.endswith("to_q") else 2, 7 if module.path.endswith("to_k") else 5)
+        assert (one.rank, one.alpha) == wanted
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["beside another", "alone"])
+@pytest.mark.parametrize("kind", [LierLaConfig, DyLoraConfig])
+def test_a_config_that_leaves_no_module_leaves_its_name_free(kind, first, pipeline):
+    unet = pipeline().unet
+    if not first:
+        unet.add_adapter(LierLaConfig(r=2), "other")
+    was = {name: one.requires_grad for name, one in unet.named_parameters()}
+    with pytest.raises(AdapterError, match=r"^adapter mine would do nothing: no module has a rank above 0$"):
+        unet.add_adapter(kind(block_dims=[0] * 25), "mine")
+    assert {name: one.requires_grad for name, one in unet.named_parameters()} == was
+    assert first or unet.active_adapters() == ["other"]
+    unet.add_adapter(kind(r=2), "mine")
+    assert {one.rank for one in Adapter.from_models({"unet": unet}, "mine").modules.values()} == {2}
+
+
+def test_peft_s_models_are_as_they_were_after_a_failure(pipeline):
+    model = get_peft_model(pipeline().unet, LierLaConfig(r=2))
+    with pytest.raises(AdapterError, match="no module has a rank above 0"):
+        model.add_adapter("mine", LierLaConfig(block_dims=[0] * 25))
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["beside another", "alone"])
+def test_a_failure_half_way_leaves_no_layer_behind(first):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 5), torch.nn.Embedding(5, 2))
+    if not first:
+        model = inject_adapter_in_model(LierLaConfig(r=2, target_modules=["0"]), model, "other")
+    was = list(model)
+    with pytest.raises(AdapterError, match="2 is Embedding"):
+        inject_adapter_in_model(DyLoraConfig(r=2, target_modules=["0", "1", "2"]), model, "mine")
+    assert all(now is one for now, one in zip(model, was, strict=True))
+    assert list(layers(model, "mine")) == []
+    assert first or model[0].active_adapters == ["other"]
+    model = inject_adapter_in_model(DyLoraConfig(r=2, target_modules=["0", "1"]), model, "mine")
+    assert {name for name, one in model.named_parameters() if one.requires_grad and "lora_" not in name} == set()
 
 
 FULL_UNETS = {

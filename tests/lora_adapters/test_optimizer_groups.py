@@ -4,15 +4,16 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 
 from lora_adapters import LierLaConfig, param_groups
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.lr_weights import block_lr_weights
 
 
-@pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
+def made_with(config: LoraConfig) -> UNet2DConditionModel:
     made = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 8, 16, 16),
@@ -20,8 +21,13 @@ def unet() -> UNet2DConditionModel:
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    made.add_adapter(LierLaConfig(r=2))
+    made.add_adapter(config)
     return made
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    return made_with(LierLaConfig(r=2))
 
 
 def rates(groups: list[dict]) -> dict[str, float]:
@@ -57,3 +63,44 @@ def test_loraplus_raises_the_rate_of_up_alone(unet) -> None:
     assert rates(groups) == {"unet": 1.0, "unet plus": 16.0}
     ups = {id(p) for name, p in unet.named_parameters() if ".lora_B." in name}
     assert {id(p) for p in groups[1]["params"]} == ups or {id(p) for p in groups[0]["params"]} == ups
+
+
+@pytest.mark.parametrize(
+    "config", [LierLaConfig(r=2, use_dora=True), LoraConfig(use_dora=True, target_modules="all-linear")]
+)
+def test_every_parameter_of_a_dora_is_in_a_group(config) -> None:
+    unet = made_with(config)
+    groups = param_groups(unet, lr=1.0, loraplus_lr_ratio=16.0)
+    trainable = {id(one) for one in unet.parameters() if one.requires_grad}
+    listed = [id(one) for group in groups for one in group["params"]]
+    assert len(listed) == len(trainable)
+    assert set(listed) == trainable
+    magnitudes = {id(one) for name, one in unet.named_parameters() if ".lora_magnitude_vector." in name}
+    plain = next(group for group in groups if group["name"] == "unet")
+    assert magnitudes
+    assert magnitudes <= {id(one) for one in plain["params"]}
+
+
+def test_modules_outside_of_the_blocks_stay_in_the_unets_own_group() -> None:
+    unet = made_with(LoraConfig(r=2, target_modules=["conv_in", "time_embedding.linear_1", "to_q"]))
+    groups = param_groups(unet, lr=3.0, block_lr_weights=[0.5] * 25)
+    own = next(group for group in groups if group["name"] == "unet")
+    assert own["lr"] == 3.0
+    outside = {
+        id(one)
+        for name, one in unet.named_parameters()
+        if name.startswith(("conv_in.lora", "time_embedding.linear_1.lora"))
+    }
+    assert {id(one) for one in own["params"]} == outside
+    assert {rate for name, rate in rates(groups).items() if name != "unet"} == {1.5}
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: model], ids=["compiled", "as it is"])
+def test_wrapped_models_have_the_same_blocks(wrap, unet) -> None:
+    weights = block_lr_weights("sd", "2", "0", "0.5")
+    inner = made_with(LoraConfig(target_modules=["to_q"]))
+    inner.delete_adapters("default")
+    wrapped = wrap(get_peft_model(inner, LierLaConfig(r=2)))
+    assert rates(param_groups(wrapped, lr=1.0, block_lr_weights=weights)) == rates(
+        param_groups(unet, lr=1.0, block_lr_weights=weights)
+    )

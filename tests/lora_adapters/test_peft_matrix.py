@@ -178,6 +178,7 @@ def test_what_is_no_linear_layer_is_refused() -> None:
         model = torch.nn.Sequential(layer, torch.nn.Linear(8, 8))
         with pytest.raises(AdapterError, match=rf"0 is {type(layer).__name__}: DyLoraConfig is for linear layers"):
             get_peft_model(model, DyLoraConfig(r=2, target_modules=["0", "1"]))
+        assert not any(hasattr(one, "lora_A") for one in model.modules())
     with pytest.raises(AdapterError, match="use_dora"):
         DyLoraConfig(use_dora=True)
 

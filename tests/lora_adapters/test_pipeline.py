@@ -5,9 +5,10 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lora_adapters import Adapter, AdapterError, set_rank
+from lora_adapters import Adapter, AdapterError, LierLaConfig, set_rank
 from lora_adapters.dylora import dials
 
 from .conftest import GOLDEN, expected
@@ -211,3 +212,34 @@ def test_other_formats_go_to_diffusers(pipeline, monkeypatch, tmp_path):
     with warnings.catch_warnings(), pytest.raises(TypeError):  # what the stand-in gives back cannot be unpacked
         pipeline().load_lora_weights(tmp_path / "l.safetensors")
     assert seen
+
+
+@pytest.mark.parametrize("extra", ["use_dora", "lora_bias"])
+def test_an_adapter_that_is_more_than_pairs_is_not_taken_for_one(extra, pipeline):
+    pipe = pipeline()
+    pipe.unet.add_adapter(LierLaConfig(r=2, **{extra: True}), "more")
+    said = {"use_dora": "DoRA's magnitudes", "lora_bias": r"biases \(lora_bias\)"}[extra]
+    with pytest.raises(AdapterError, match=rf"adapter more is more than plain LoRA: unet\.\S+ has {said}$"):
+        Adapter.from_pipeline(pipe, "more")
+    pipe.unet.add_adapter(LierLaConfig(r=2), "plain")
+    assert {one.rank for one in Adapter.from_pipeline(pipe, "plain").modules.values()} == {2}
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: model], ids=["compiled", "as it is"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed"])
+def test_wrapped_models_give_an_adapter_that_opens_again(mixed, wrap, pipeline, tmp_path):
+    pipe = pipeline()
+    wrapped = {
+        part: wrap(get_peft_model(getattr(pipe, part), LierLaConfig(r=4), mixed=mixed))
+        for part in ("unet", "text_encoder")
+    }
+    file = Adapter.from_models(wrapped).save(tmp_path / "wrapped.safetensors")
+    plain = pipeline()
+    plain.load_lora_weights(file, adapter_name="a")
+    for part, model in wrapped.items():
+        back, live = Adapter.load(file).modules, Adapter.from_models({part: model}).modules
+        for module, one in live.items():
+            torch.testing.assert_close(back[module].down, one.down, rtol=0, atol=0)
+    assert Adapter.from_pipeline(plain, "a").modules.keys() == Adapter.load(file).modules.keys()
+    pipe.unet = wrapped["unet"]
+    assert Adapter.from_pipeline(pipe).modules.keys() == Adapter.load(file).modules.keys()

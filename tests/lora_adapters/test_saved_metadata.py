@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_adapters import Adapter, C3LierConfig, DyLoraConfig
+from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig
 from lora_adapters.convert.metadata import DyLora
 
 ALPHAS = C3LierConfig(r=4, lora_alpha=3, conv_dim=2, conv_alpha=5)
@@ -59,9 +59,36 @@ def test_of_two_of_one_form_it_is_the_one_whose_weights_they_are(pipeline, tmp_p
     for pipe, alpha in ((first, 3), (second, 1)):
         adapter = Adapter.load(save(pipe, tmp_path))
         assert {one.alpha for one in adapter.modules.values() if one.kernel == (1, 1)} == {alpha}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_copy_is_known_by_its_values(dtype, pipeline, tmp_path) -> None:
+    first, _ = with_adapter(pipeline(), ALPHAS), with_adapter(pipeline(), C3LierConfig(r=4, conv_dim=2))
+    copies = {key: value.clone().to(dtype) for key, value in get_peft_model_state_dict(first.unet).items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, copies)
+    live = Adapter.from_models({"unet": first.unet}).modules
+    back = Adapter.load(tmp_path / "pytorch_lora_weights.safetensors").modules
+    assert {module: one.alpha for module, one in back.items()} == {module: one.alpha for module, one in live.items()}
+
+
+def test_a_copy_of_equal_adapters_is_saved_without_alphas(pipeline, tmp_path, caplog) -> None:
+    first, second = with_adapter(pipeline(), ALPHAS), with_adapter(pipeline(), C3LierConfig(r=4, conv_dim=2))
+    state = first.unet.state_dict()
+    second.unet.load_state_dict(state)
     copies = {key: value.clone() for key, value in get_peft_model_state_dict(first.unet).items()}
     StableDiffusionPipeline.save_lora_weights(tmp_path, copies)
     assert "several in memory look like it" in caplog.text
+
+
+def test_a_foreign_lora_of_the_same_form_gets_no_alpha_of_ours(pipeline, tmp_path) -> None:
+    ours = with_adapter(pipeline(), LierLaConfig(r=4, lora_alpha=1)).unet
+    foreign = pipeline().unet
+    foreign.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=ours.peft_config["default"].target_modules))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(foreign))
+    back = Adapter.load(tmp_path / "pytorch_lora_weights.safetensors").modules
+    live = Adapter.from_models({"unet": foreign}).modules
+    assert back.keys() == live.keys()
+    assert {one.alpha / one.rank for one in back.values()} == {1}
 
 
 def test_plain_lora_is_saved_as_ever(pipeline, tmp_path) -> None:
@@ -91,3 +118,22 @@ def test_peft_s_own_folder_of_a_dylora(pipeline, tmp_path) -> None:
 
     get_peft_model(pipeline().unet, DYLORA).save_pretrained(tmp_path)
     assert Adapter.load(tmp_path).dylora == DyLora(2, "sqrt", True)
+
+
+def test_a_dora_is_saved_by_its_metadata(pipeline, tmp_path) -> None:
+    unet = pipeline().unet
+    unet.add_adapter(LierLaConfig(r=2, lora_alpha=3, use_dora=True))
+    tensors = get_peft_model_state_dict(unet)
+    table = unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path, tensors, unet_lora_adapter_metadata=table)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {key.removeprefix("unet."): value.shape for key, value in saved.items()} == {
+        key: value.shape for key, value in tensors.items()
+    }
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
+        table = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert (table["unet.use_dora"], table["unet.lora_alpha"]) == (True, 3)
+    plain = pipeline().unet  # of the same widths, which the DoRA must not stand in the way of
+    plain.add_adapter(LierLaConfig(r=2, lora_alpha=5))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(plain))
+    assert {one.alpha for one in Adapter.load(tmp_path).modules.values()} == {5}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LowRank, set_rank
+from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, LowRank, set_rank
 from lora_adapters.convert.metadata import DyLora
 from lora_adapters.dylora import dials
 
@@ -112,6 +112,19 @@ def test_what_cannot_be_swapped_changes_nothing(pipeline) -> None:
     with pytest.raises(AdapterError, match="its rank is 4: enable_lora_hotswap was called with target_rank=2"):
         made(rank=4).to_pipeline(other, "a")
     assert other.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize("extra", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_what_is_more_than_pairs_is_not_swapped_in_part(component, extra, pipeline) -> None:
+    pipe, after = pipeline(), made("lierla", unet_only=True)
+    model = getattr(pipe, component)
+    for part in (pipe.unet, pipe.text_encoder):
+        part.add_adapter(LierLaConfig(r=2, **({extra: True} if part is model else {})), "a")
+    was = outputs(pipe, expected("sd15"))
+    with pytest.raises(AdapterError, match=rf"{component}\.\S+ has .* in a, which a swap would leave behind"):
+        pipe.load_lora_weights(after, adapter_name="a", hotswap=True)
+    assert same(pipe, was)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
