@@ -22,6 +22,7 @@ from lora_adapters.train import adapters
 from lora_adapters.train.arguments import parser
 from lora_adapters.train.base_models import BaseModels, architecture_on_disk, check_path, load_base_models
 from lora_adapters.train.batches import Batch
+from lora_adapters.train.caches import text_identity
 from lora_adapters.train.dataset_config import load_data_config
 from lora_adapters.train.denoiser import Denoiser, StepLoss, StepOptions
 from lora_adapters.train.errors import TrainingError
@@ -294,7 +295,7 @@ def cache(
             tokens = [tokenize(one, captions, options.chunks, options.weighted_captions) for one in models.tokenizers]
             return {name: part.float().cpu() for name, part in cacheable(denoiser.encode(tokens), first_width).items()}
 
-        made = f"{models.name} clip_skip={settings.clip_skip} chunks={options.chunks}"
+        made = f"{text_identity(models.text_encoders)} clip_skip={settings.clip_skip} chunks={options.chunks}"
         made += " weighted" if options.weighted_captions else ""
         to_disk = settings.cache_text_encoder_outputs_to_disk
         data.cache_text(encode, to_disk=to_disk, encoder=made, check=check_disk, **place)

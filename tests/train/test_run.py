@@ -1,9 +1,11 @@
 import os
+import shutil
 
 import pytest
 
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.loop import train
 from lora_adapters.train.memory import attention, check_machine
 from lora_adapters.train.run import decide_seed, length, prepare, workers
 
@@ -49,6 +51,19 @@ def test_cached_parts_leave_the_trained_module(basics) -> None:
     assert not list(run.plain.text_encoders.parameters())
     batch = next(run.data.batches(0))
     assert batch.text["hidden_state"].shape == (2, 77, 32)
+
+
+def test_text_outputs_on_disk_are_made_anew_under_other_base_weights(basics, tmp_path) -> None:
+    train(settings(**basics))
+    options = {**basics, "network_train_unet_only": True, "cache_text_encoder_outputs_to_disk": True}
+    options["train_data_dir"] = str(shutil.copytree(basics["train_data_dir"], tmp_path / "pictures"))
+    prepare(settings(**options))
+    file = tmp_path / "pictures" / "1_shape" / "00_te_outputs.npz"
+    before = file.stat().st_mtime_ns
+    prepare(settings(**options))
+    assert file.stat().st_mtime_ns == before
+    prepare(settings(**options, base_weights=[str(tmp_path / "out" / "last.safetensors")]))
+    assert file.stat().st_mtime_ns != before
 
 
 def test_block_rates_become_groups(basics) -> None:
