@@ -86,6 +86,22 @@ def parse_network_args(args: Mapping[str, str]) -> dict[str, Any]:
     return parsed
 
 
+def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
+    """Put the rank in place of every alpha of 0, as kohya's trainer does where it makes a module."""
+    for dim, alpha, dims, alphas in (
+        ("r", "lora_alpha", "block_dims", "block_alphas"),
+        ("conv_dim", "conv_alpha", "conv_block_dims", "conv_block_alphas"),
+    ):
+        rank, ranks = fields.get(dim, C3LierConfig.conv_dim), fields.get(dims)
+        if fields.get(alpha) == 0:
+            fields[alpha] = rank
+            if ranks and alphas not in fields:
+                fields[alphas] = [0.0] * len(ranks)  # each block its own rank, not that of the others
+        if alphas in fields:
+            own = ranks or [rank] * len(fields[alphas])
+            fields[alphas] = [one or float(of_block) for one, of_block in zip(fields[alphas], own, strict=True)]
+
+
 def network_options(
     network_module: str = "networks.lora",
     network_dim: int | None = None,
@@ -95,9 +111,9 @@ def network_options(
 ) -> NetworkOptions:
     """The config and rates that kohya's options mean, for "sd" (SD1.x, SD2.x) or "sdxl".
 
-    Rank and alpha default to 4 and 1. Where kohya's trainer ignores an option without a word (block_alphas or
-    conv_block_dims alone) or fails on it (one number as a block weight), it means here what it says. AdapterError for
-    unknown options, wrong values and wrong list lengths.
+    Rank and alpha default to 4 and 1; an alpha of 0 is the rank, as in kohya's trainer. Where kohya's trainer
+    ignores an option without a word (block_alphas or conv_block_dims alone) or fails on it (one number as a block
+    weight), it means here what it says. AdapterError for unknown options, wrong values and wrong list lengths.
 
     >>> asked = network_options("networks.dylora", 16, 16, {"unit": "4", "conv_dim": "8"})
     >>> type(asked.config).__name__, asked.config.r, asked.config.conv_dim, asked.config.unit
@@ -113,7 +129,10 @@ def network_options(
     for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
         check_block_list(name, given.get(name), architecture)
 
-    fields: dict[str, Any] = {"r": network_dim or 4, "lora_alpha": network_alpha or 1.0}
+    if network_dim is not None and network_dim < 1:
+        raise AdapterError(f"network_dim is {network_dim}: a rank is at least 1")
+    fields: dict[str, Any] = {"r": 4 if network_dim is None else network_dim}
+    fields["lora_alpha"] = 1.0 if network_alpha is None else network_alpha
     names = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
     fields |= {name: given[name] for name in (*names, *DYLORA_FACTS) if name in given}
     weights = None
@@ -129,6 +148,7 @@ def network_options(
                 fields["conv_block_dims"] = without_zero_blocks(conv, weights)
     elif "block_lr_zero_threshold" in given:
         raise AdapterError("block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")
+    _ranks_for_zero_alphas(fields)
     conv_given = "conv_dim" in fields or "conv_block_dims" in fields
     config_type = DyLoraConfig if kind == "dylora" else C3LierConfig if conv_given or kind == "c3lier" else LierLaConfig
     rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("_dropout")}

@@ -15,6 +15,7 @@ from lora_adapters.config import DyLoraConfig, LierLaConfig
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 from lora_adapters.convert.names import ModuleName
+from lora_adapters.coverage import RankRule, base_layers, covered
 from lora_adapters.kohya_options import NetworkOptions, network_options
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.placing import fitted, place
@@ -62,13 +63,26 @@ def check_network(settings: argparse.Namespace, architecture: str | None) -> Non
 
 
 def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
-    """The models that get an adapter, by the name of their part in a pipeline."""
+    """The models that get an adapter, by the name of their part in a pipeline.
+
+    Without the U-Net where no block of it gets a module; TrainingError where nothing is left then.
+    """
     every = models.components
+    if not settings.dim_from_weights and not _has_modules(every["unet"], options(settings, models.architecture).config):
+        del every["unet"]
+        if settings.network_train_unet_only:
+            raise TrainingError("--network_train_unet_only: every block has rank or weight 0, nothing is left to train")
     if settings.network_train_unet_only:
         return {"unet": every["unet"]}
     if settings.network_train_text_encoder_only:
         return {name: model for name, model in every.items() if name != "unet"}
     return every
+
+
+def _has_modules(unet: Any, config: LierLaConfig) -> bool:
+    layers = {path: layer for path, _, layer in base_layers(unet)}
+    rule = RankRule(config, list(layers))
+    return any(rule(path, layers[path]).rank for path in covered(unet, config.conv))
 
 
 def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:

@@ -150,6 +150,13 @@ def check_kind(models: BaseModels, settings: argparse.Namespace) -> None:
         models.kind = "sd2"
 
 
+def check_clip_skip(models: BaseModels, clip_skip: int | None) -> None:
+    """Raise TrainingError where --clip_skip skips more layers than the text encoder has; for SDXL it has no meaning."""
+    layers = models.text_encoders[0].config.num_hidden_layers
+    if clip_skip is not None and models.kind != "sdxl" and clip_skip > layers:
+        raise TrainingError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers")
+
+
 def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
     if settings.disable_mmap_load_safetensors:

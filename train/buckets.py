@@ -48,11 +48,13 @@ class Buckets:
 
     Without `enable_bucket` there is one size, the resolution. With it, a picture goes to the size whose width / height
     is nearest its own. With `bucket_no_upscale` a picture is never enlarged: it is scaled down to the area if larger,
-    and its sides are cut to multiples of the steps; min_bucket_reso and max_bucket_reso then have no meaning.
+    and its sides are cut to multiples of the steps, so that the size never exceeds the area; min_bucket_reso and
+    max_bucket_reso then have no meaning.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
         self.resolution, self.enabled = config.resolution, config.enable_bucket
+        self.area = self.resolution[0] * self.resolution[1]
         self.steps, self.no_upscale = config.bucket_reso_steps, config.bucket_no_upscale
         # Half of the resolution, where that is less than the usual 256, leaves small models with more than squares.
         self.smallest = config.min_bucket_reso or min(256, max(VAE_FACTOR, min(self.resolution) // 2))
@@ -78,24 +80,24 @@ class Buckets:
         return Placement(bucket, cover(size, bucket))
 
     def _place_without_enlarging(self, size: Size) -> Placement:
-        shrink = min(1.0, math.sqrt(self.resolution[0] * self.resolution[1] / (size[0] * size[1])))
-        width, height = size[0] * shrink, size[1] * shrink
-        if shrink < 1:
-            # Round one side to the steps, so that only the other is cropped: the side that bends the aspect less.
-            by_width = cover(size, (self._round(width, size[0]), self.steps))
-            by_height = cover(size, (self.steps, self._round(height, size[1])))
-            candidates = [self._cut(by_width), self._cut(by_height)]
-            return min(candidates, key=lambda placed: abs(_aspect(placed.bucket) - _aspect(size)))
-        return self._cut(size)
+        if size[0] * size[1] <= self.area:
+            return self._cut(size)
+        width, height = (math.sqrt(self.area * size[i] / size[1 - i]) for i in (0, 1))
+        # Round one side to the steps, so that only the other is cropped: the side that bends the aspect less.
+        by_height = self._cut(cover(size, (self.steps, self._floor(height + 0.5))))
+        by_width = self._cut(cover(size, (self._floor(width + 0.5), self.steps)))
+        within = [one for one in (by_height, by_width) if one.bucket[0] * one.bucket[1] <= self.area]
+        if not within:  # half a pixel was too much, with small steps
+            bucket = self._cut((int(width), int(height))).bucket
+            return Placement(bucket, cover(size, bucket))
+        return min(within, key=lambda placed: abs(_aspect(placed.bucket) - _aspect(size)))
 
     def _cut(self, resized: Size) -> Placement:
         """Both sides down to the steps; only a side shorter than one step is enlarged, to that step."""
-        bucket = self._floor(resized[0]), self._floor(resized[1])
+        longest = self.area // self.steps  # beside a side that was enlarged
+        bucket = self._floor(min(resized[0], longest)), self._floor(min(resized[1], longest))
         fits = resized[0] >= bucket[0] and resized[1] >= bucket[1]
         return Placement(bucket, resized if fits else cover(resized, bucket))
-
-    def _round(self, side: float, most: int) -> int:
-        return self._floor(min(side + self.steps / 2, most))
 
     def _floor(self, side: float) -> int:
         return max(self.steps, int(side) // self.steps * self.steps)

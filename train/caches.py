@@ -2,13 +2,14 @@
 
 `<stem>_<width>x<height>_sd.npz` or `_sdxl.npz` (size of the picture, four digits at least) holds latents,
 original_size, crop_ltrb and where needed latents_flipped and alpha_mask; `<stem>_te_outputs.npz` holds text-encoder
-outputs. Keys of our own (vae, caption, encoder) tell what a file was made from; a file without them is taken on trust.
+outputs. Keys of our own (vae, interpolation, picture, caption, encoder) tell what a file was made from; a file without
+them is taken on trust.
 """
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import VAE_FACTOR
 
 ModelKind = Literal["sd", "sdxl"]
+_ENCODER = ("encoder.", "quant_conv.")
 TEXT_ENDING = "_te_outputs.npz"
 LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it has terabytes
 
@@ -36,7 +38,10 @@ class CachedLatents:
 
 @dataclass(frozen=True)
 class LatentsWanted:
-    """What a latents file must hold to be used. Sizes are (width, height); `modified` is the picture's, in ns."""
+    """What a latents file must hold to be used. Sizes are (width, height).
+
+    `modified` (ns) and `length` (bytes) are those of the picture's file, `interpolation` is resize_interpolation.
+    """
 
     size: Size
     bucket: Size
@@ -44,6 +49,8 @@ class LatentsWanted:
     alpha_mask: bool
     vae: str
     modified: int = 0
+    length: int = 0
+    interpolation: str = ""
 
 
 def latents_path(stem: str, size: Size, model: ModelKind) -> str:
@@ -63,14 +70,19 @@ def existing_latents(stem: str, wanted: LatentsWanted, model: ModelKind, *, chec
 def latents_fit(path: str, wanted: LatentsWanted) -> bool:
     """Whether the file is whole, made from this picture as it is now, by this VAE, and holds all that is wanted."""
     shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
-    if os.stat(path).st_mtime_ns < wanted.modified:
-        return False
     try:
         with opened(path) as file:
+            if "picture" in file:
+                if tuple(file["picture"].tolist()) != (wanted.modified, wanted.length):
+                    return False
+            elif os.stat(path).st_mtime_ns < wanted.modified:
+                return False
             if tuple(int(side) for side in file["original_size"]) != wanted.size or "crop_ltrb" not in file:
                 return False
-            if "vae" in file and str(file["vae"]) != wanted.vae:
+            if any(name in file and str(file[name]) != getattr(wanted, name) for name in ("vae", "interpolation")):
                 return False
+            if "alpha_mask" in file and not wanted.alpha_mask:
+                return False  # it would be read, and the loss masked with it
             names = ["latents", "latents_flipped"] if wanted.flip else ["latents"]
             mask_fits = not wanted.alpha_mask or _shape(file, "alpha_mask") == wanted.bucket[::-1]
             return mask_fits and all(_shape(file, name)[-2:] == shape for name in names)
@@ -100,6 +112,8 @@ def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted) -> No
         "original_size": np.array(wanted.size),
         "crop_ltrb": np.array(_box_in_bucket(wanted.bucket, wanted.size)),
         "vae": np.array(wanted.vae),
+        "interpolation": np.array(wanted.interpolation),
+        "picture": np.array([wanted.modified, wanted.length], np.int64),
     }
     if cached.flipped is not None:
         arrays["latents_flipped"] = cached.flipped.float().numpy()
@@ -164,10 +178,20 @@ def opened(path: str) -> Iterator[Any]:
 
 def vae_identity(vae: torch.nn.Module) -> str:
     """A short hash of the weights that make latents; equal for the same VAE in float32 and float16."""
+    return _identity((name, value) for name, value in vae.state_dict().items() if name.startswith(_ENCODER))
+
+
+def text_identity(encoders: Iterable[torch.nn.Module]) -> str:
+    """The same of the text encoders: of all their weights, with what was merged into them."""
+    return _identity(
+        (f"{i}.{name}", value) for i, one in enumerate(encoders) for name, value in one.state_dict().items()
+    )
+
+
+def _identity(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
+    for name, value in sorted(weights, key=lambda item: item[0]):
+        digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -113,7 +113,14 @@ def encode_text(
 def _latents_wanted(picture: Picture, identity: str) -> LatentsWanted:
     found, subset = picture.found, picture.subset
     return LatentsWanted(
-        found.size, picture.placement.bucket, subset.flip_aug, subset.alpha_mask, identity, found.source.modified()
+        size=found.size,
+        bucket=picture.placement.bucket,
+        flip=subset.flip_aug,
+        alpha_mask=subset.alpha_mask,
+        vae=identity,
+        modified=found.source.modified(),
+        length=found.source.length(),
+        interpolation=subset.resize_interpolation or "",
     )
 
 

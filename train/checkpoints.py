@@ -82,27 +82,34 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     """A state that save_state wrote. TrainingError where there is none."""
-    _bring_back(folder.parent)
+    position = load_position(folder)
     try:
-        for name in (_POSITION, _STATE):
-            if not (folder / name).is_file():
-                raise TrainingError(f"--resume {folder}: it is no saved state ({name} is missing)")
-        facts = json_value((folder / _POSITION).read_text(encoding="utf-8"))
         state = load_plain(folder / _STATE)
-    except TrainingError:
-        raise
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):
         raise TrainingError(f"--resume {folder}: {_STATE} holds no state of this program")
     if not all(isinstance(weight, torch.Tensor) for weight in state["weights"].values()):
         raise TrainingError(f"--resume {folder}: {_STATE} holds weights that are none")
+    return state, position
+
+
+def load_position(folder: Path) -> Position:
+    """Where a state that save_state wrote was saved, and with which seed. TrainingError where there is none."""
+    _bring_back(folder.parent)
+    try:
+        for name in (_POSITION, _STATE):
+            if not (folder / name).is_file():
+                raise TrainingError(f"--resume {folder}: it is no saved state ({name} is missing)")
+        facts = json_value((folder / _POSITION).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
     known = {key: facts[key] for key in asdict(Position()) if key in facts} if isinstance(facts, dict) else {}
     if "step" not in known or not all(
         type(value) is int and (value >= 0 or key == "seed") for key, value in known.items()
     ):
         raise TrainingError(f"--resume {folder}: {_POSITION} does not say where the run was")
-    return state, Position(**known)
+    return Position(**known)
 
 
 def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from lora_adapters.convert.command_line import device_of
-from lora_adapters.train.base_models import BaseModels, load_base_models
+from lora_adapters.train.base_models import BaseModels, check_clip_skip, load_base_models
 from lora_adapters.train.drawing import Drawer, sized
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation_plan import Plan, plan
@@ -68,8 +68,9 @@ def load(settings: argparse.Namespace, device: torch.device) -> BaseModels:
     if settings.zero_terminal_snr and not models.v_prediction:
         raise TrainingError(f"--zero_terminal_snr is for models that predict v, which {models.name} does not "
                             "(--v_parameterization says that it does)")  # fmt: skip
-    if settings.clip_skip is not None:
-        _check_clip_skip(settings.clip_skip, models)
+    if settings.clip_skip not in (None, 2) and models.kind == "sdxl":
+        raise TrainingError(f"--clip_skip {settings.clip_skip}: SDXL was trained with 2, and takes no other here")
+    check_clip_skip(models, settings.clip_skip)
     for module in (*models.text_encoders, models.vae, models.unet):
         module.to(device)
     if settings.no_half_vae or (dtype == torch.float16 and getattr(models.vae.config, "force_upcast", False)):
@@ -81,14 +82,6 @@ def load(settings: argparse.Namespace, device: torch.device) -> BaseModels:
         for module in (models.unet, models.vae):
             module.to(memory_format=torch.channels_last)
     return models
-
-
-def _check_clip_skip(clip_skip: int, models: BaseModels) -> None:
-    layers = models.text_encoders[0].config.num_hidden_layers
-    if models.kind == "sdxl" and clip_skip != 2:
-        raise TrainingError(f"--clip_skip {clip_skip}: SDXL was trained with 2, and takes no other here")
-    if clip_skip > layers:
-        raise TrainingError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers")
 
 
 def _sweep(drawer: Drawer, album: Album, wanted: Sequence[PictureRequest], made: Plan) -> Path:

@@ -74,7 +74,7 @@ def train_prepared(run: Run) -> Trained:
 
 def _train(run: Run) -> Trained:
     accelerator, settings = run.accelerator, run.settings
-    run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.epochs)
+    run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.steps, run.epochs)
     position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
     if settings.resume:
         position = go_on_from(run, state_folder(settings))

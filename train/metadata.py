@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lora_adapters
+from lora_adapters.train import adapters
 from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
+from lora_adapters.train.dataset_config import read_size
 from lora_adapters.train.optimizers import literals, optimizer_class, optimizer_name
 from lora_adapters.train.options_output import METADATA
 
@@ -19,10 +21,10 @@ _SAME_NAME = (
     "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm",
     "gradient_checkpointing", "gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16",
     "fp8_base", "fp8_base_unet", "lowram", "network_dropout", "scale_weight_norms", "clip_skip", "max_token_length",
-    "cache_latents", "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale",
+    "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale",
     "multires_noise_iterations", "multires_noise_discount", "zero_terminal_snr", "ip_noise_gamma",
     "ip_noise_gamma_random_strength", "min_snr_gamma", "loss_type", "huber_schedule", "huber_scale", "huber_c",
-    "prior_loss_weight", "output_name", "training_comment", "seed", "max_train_steps", "caption_dropout_rate",
+    "prior_loss_weight", "output_name", "training_comment", "seed", "caption_dropout_rate",
     "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "face_crop_aug_range", "validation_seed",
     "validation_split", "validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps",
     "resize_interpolation",
@@ -41,11 +43,13 @@ def base_version(models: BaseModels) -> str:
 
 
 def run_metadata(
-    settings: argparse.Namespace, models: BaseModels, data: Any, world_size: int, epochs: int
+    settings: argparse.Namespace, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
 ) -> dict[str, str]:
     """What is known when training starts. All values are text, as the file format has it."""
     facts: dict[str, Any] = {f"ss_{name}": getattr(settings, name) for name in _SAME_NAME}
     facts |= {
+        "ss_max_train_steps": steps,
+        "ss_cache_latents": settings.cache_latents or settings.cache_latents_to_disk,
         "ss_session_id": uuid.uuid4().int & (2**32 - 1),
         "ss_training_started_at": time.time(),
         "ss_num_epochs": epochs,
@@ -68,14 +72,16 @@ def network_facts(settings: argparse.Namespace, models: BaseModels) -> dict[str,
     args = key_values(settings.network_args, "network_args")
     if settings.network_dropout is not None:
         args["dropout"] = str(settings.network_dropout)
-    return {
+    facts = {
         "ss_v2": models.kind == "sd2",
         "ss_base_model_version": base_version(models),
         "ss_network_module": settings.network_module,
-        "ss_network_dim": 4 if settings.network_dim is None else settings.network_dim,
-        "ss_network_alpha": settings.network_alpha,
         "ss_network_args": json.dumps(args),
     }
+    if not settings.dim_from_weights:  # else Adapter.save says those of most of its modules
+        config = adapters.options(settings, models.architecture).config
+        facts |= {"ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
+    return facts
 
 
 def described_optimizer(settings: argparse.Namespace) -> str:
@@ -117,6 +123,9 @@ def modelspec(settings: argparse.Namespace, models: BaseModels) -> dict[str, str
         "modelspec.title": settings.metadata_title or settings.output_name or "last",
         "modelspec.prediction_type": "v" if models.v_prediction else "epsilon",
     }
+    if settings.resolution:  # else Adapter.save says that of the base model
+        width, height = read_size(settings.resolution)
+        facts["modelspec.resolution"] = f"{width}x{height}"
     for name in METADATA:
         value = getattr(settings, f"metadata_{name}")
         if value is not None and name != "title":

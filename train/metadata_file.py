@@ -14,8 +14,8 @@ from lora_adapters.train.sources import Candidate, existing_folder
 def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
     """The pictures that `metadata_file` lists, in its order. Picture sizes written there are not needed.
 
-    A path is absolute, relative to image_dir, or (without a suffix) the name of a picture in image_dir; without
-    image_dir it is relative to the working folder. Raises DataError where the file cannot be read.
+    A path is absolute, relative to image_dir, or (without a suffix) the name of a picture in image_dir; where there is
+    none, or no image_dir, it is relative to the working folder. Raises DataError where the file cannot be read.
     """
     file = Path(subset.metadata_file or "")
     folder = existing_folder(subset.image_dir) if subset.image_dir else Path()
@@ -75,4 +75,7 @@ def _find(folder: Path, key: str) -> Path:
     if path.is_file():
         return path
     beside = (Path(name) for name in sorted(glob.glob(glob.escape(str(path)) + ".*")))
-    return next((other for other in beside if other.suffix.lower() in SUFFIXES and other.stem == path.name), path)
+    found = next((other for other in beside if other.suffix.lower() in SUFFIXES and other.stem == path.name), None)
+    if found is None and Path(key).is_file():
+        return Path(key)  # as kohya's tools write it where they are told of a folder by a relative path
+    return found or path

@@ -34,6 +34,10 @@ class FileSource:
         """When the file was last written, in nanoseconds."""
         return os.stat(self.path).st_mtime_ns
 
+    def length(self) -> int:
+        """How many bytes the file has."""
+        return os.stat(self.path).st_size
+
 
 @dataclass(frozen=True)
 class RowSource:
@@ -52,6 +56,10 @@ class RowSource:
 
     def modified(self) -> int:
         """0: a dataset's rows do not change."""
+        return 0
+
+    def length(self) -> int:
+        """0, for the same reason."""
         return 0
 
 

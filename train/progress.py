@@ -47,7 +47,8 @@ class Progress:
         mean = sum(self.recent) / len(self.recent)
         rates = learning_rates(self.run.optimizer)
         rate = next(iter(rates.values()), 0.0)
-        self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}", epoch=position.epoch + 1, refresh=False)
+        epoch = min(position.epoch + 1, self.run.epochs)  # after the last step there is no next one
+        self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}", epoch=epoch, refresh=False)
         self.bar.update()
         if self.logging:
             self.run.accelerator.log(self._values(loss, mean, rates), step=position.step)

@@ -20,8 +20,16 @@ from accelerate.utils import broadcast_object_list
 from lora_adapters.dylora import RankDial, dials
 from lora_adapters.train import adapters
 from lora_adapters.train.arguments import parser
-from lora_adapters.train.base_models import BaseModels, architecture_on_disk, check_path, load_base_models
+from lora_adapters.train.base_models import (
+    BaseModels,
+    architecture_on_disk,
+    check_clip_skip,
+    check_path,
+    load_base_models,
+)
 from lora_adapters.train.batches import Batch
+from lora_adapters.train.caches import text_identity
+from lora_adapters.train.checkpoints import load_position
 from lora_adapters.train.dataset_config import load_data_config
 from lora_adapters.train.denoiser import Denoiser, StepLoss, StepOptions
 from lora_adapters.train.errors import TrainingError
@@ -35,9 +43,17 @@ from lora_adapters.train.text import cacheable, tokenize
 from lora_adapters.train.trackers import check_trackers, tracker_names
 from lora_adapters.train.training_data import TrainingData
 from lora_adapters.train.unsupported import refuse
-from lora_adapters.train.uploads import Uploads, check_uploads
+from lora_adapters.train.uploads import Uploads, check_uploads, state_folder
 
 log = logging.getLogger(__name__)
+
+
+_COUNTS = (
+    "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "train_batch_size", "clip_skip",
+    "save_every_n_steps", "save_every_n_epochs", "sample_every_n_steps", "sample_every_n_epochs",
+    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "vae_batch_size",
+    "lr_scheduler_timescale",
+)  # fmt: skip
 
 
 @dataclass
@@ -131,12 +147,7 @@ def check(settings: argparse.Namespace) -> None:
     for name, value in files:
         if value and not Path(value).exists():
             raise TrainingError(f"--{name} {value} does not exist")
-    for name in ("max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "train_batch_size", "clip_skip",
-                 "save_every_n_steps", "save_every_n_epochs", "sample_every_n_steps", "sample_every_n_epochs",
-                 "validate_every_n_steps", "validate_every_n_epochs"):  # fmt: skip
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise TrainingError(f"--{name} must be at least 1, not {value}")
+    check_ranges(settings)
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
         raise TrainingError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
@@ -144,6 +155,31 @@ def check(settings: argparse.Namespace) -> None:
         raise TrainingError("--adaptive_noise_scale changes --noise_offset, which is not given")
     if settings.noise_offset and settings.multires_noise_iterations:
         raise TrainingError("give one of --noise_offset and --multires_noise_iterations")
+
+
+def check_ranges(settings: argparse.Namespace) -> None:
+    """Raise TrainingError for a number that no run could be made with."""
+    for name in _COUNTS:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise TrainingError(f"--{name} must be at least 1, not {value}")
+    if settings.max_data_loader_n_workers < 0:
+        raise TrainingError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
+    if settings.huber_c <= 0:
+        raise TrainingError(f"--huber_c must be above 0, not {settings.huber_c}")
+    if settings.seed is not None and not -(2**63) <= settings.seed < 2**64:  # what PyTorch takes
+        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}")
+
+
+def open_output(settings: argparse.Namespace) -> None:
+    """Make --output_dir. TrainingError where nothing could be saved in it, which would show after training only."""
+    folder = Path(settings.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"--output_dir {folder} cannot be made ({error.strerror or error})") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise TrainingError(f"--output_dir {folder} cannot be written to (permission denied)")
 
 
 def create_accelerator(settings: argparse.Namespace) -> Accelerator:
@@ -166,9 +202,11 @@ def create_accelerator(settings: argparse.Namespace) -> Accelerator:
 
 
 def decide_seed(settings: argparse.Namespace) -> int:
-    """--seed, or one that is drawn and the same in every process."""
+    """--seed, or that of the run that goes on, or one that is drawn and the same in every process."""
     if settings.seed is not None:
         return settings.seed
+    if settings.resume:
+        return load_position(state_folder(settings)).seed
     drawn = [random.SystemRandom().randrange(2**31)]
     return broadcast_object_list(drawn)[0]
 
@@ -211,11 +249,14 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     data = data or open_data(settings, settings.seed)
     if settings.masked_loss and not data.has_masks:
         raise TrainingError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
+    if accelerator.is_main_process and not settings.dry_run:
+        open_output(settings)
     uploads = None
     if settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run:
         uploads = Uploads(settings)  # a wrong name or token shows before anything is loaded or encoded
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
+    check_clip_skip(models, settings.clip_skip)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)
     apply_memory_options(models, settings, trained_text=any(name != "unet" for name in trained))
@@ -294,7 +335,7 @@ def cache(
             tokens = [tokenize(one, captions, options.chunks, options.weighted_captions) for one in models.tokenizers]
             return {name: part.float().cpu() for name, part in cacheable(denoiser.encode(tokens), first_width).items()}
 
-        made = f"{models.name} clip_skip={settings.clip_skip} chunks={options.chunks}"
+        made = f"{text_identity(models.text_encoders)} clip_skip={settings.clip_skip} chunks={options.chunks}"
         made += " weighted" if options.weighted_captions else ""
         to_disk = settings.cache_text_encoder_outputs_to_disk
         data.cache_text(encode, to_disk=to_disk, encoder=made, check=check_disk, **place)

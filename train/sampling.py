@@ -163,7 +163,7 @@ def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: 
     scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr)
     pipe = models.pipeline(scheduler)
     pipe.set_progress_bar_config(disable=True)
-    seed = settings.seed + nth if prompt.seed is None else prompt.seed
+    seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed
     with context():
         wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
         embeds = {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}

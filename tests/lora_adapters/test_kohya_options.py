@@ -59,6 +59,16 @@ def test_network_dim_and_alpha_are_4_and_1_unless_given() -> None:
     assert len(ranks("sdxl")) == 722
 
 
+def test_an_alpha_of_0_is_the_rank() -> None:
+    assert ranks(network_dim=8, network_alpha=0)[ATTENTION] == RankAlpha(8, 8)
+    found = ranks(network_alpha=0, network_args={"conv_dim": "2", "conv_alpha": "0"})
+    assert (found[ATTENTION], found[RESNET]) == (RankAlpha(4, 4), RankAlpha(2, 2))
+    dims = {"block_dims": ",".join(str(i) for i in range(25))}
+    assert ranks(network_dim=9, network_alpha=0, network_args=dims)[MIDDLE] == RankAlpha(12, 12)
+    assert network_options(network_dim=9, network_alpha=0, network_args=dims).config.lora_alpha == 9
+    assert ranks(network_dim=9, network_args=dims | {"block_alphas": ",".join("0" * 25)})[MIDDLE] == RankAlpha(12, 12)
+
+
 def test_conv_dim_and_conv_alpha_are_for_3x3_alone() -> None:
     found = ranks(network_dim=8, network_alpha=4, network_args={"conv_dim": "2"})
     assert len(found) == 278
@@ -93,6 +103,7 @@ def test_block_lists_alone_count_too() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"network_dim": 0}, "network_dim is 0: a rank is at least 1"),
         ({"network_args": {"block_dims": "1,2"}}, "block_dims has 2 values, SD1.x and SD2.x has 25 blocks"),
         ({"network_args": {"block_dims": ",".join("1" * 25)}, "architecture": "sdxl"}, "SDXL has 23 blocks"),
         ({"network_args": {"block_alphas": ",".join(["-1"] * 25)}}, "negative value -1"),

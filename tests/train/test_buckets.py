@@ -33,6 +33,7 @@ def test_no_upscale_never_enlarges(width, height):
     placed = buckets.place((width, height))
     assert placed.resized[0] <= width
     assert placed.resized[1] <= height
+    assert placed.bucket[0] * placed.bucket[1] <= 512 * 512
     for kept, scaled in zip(placed.bucket, placed.resized, strict=True):
         assert kept % 64 == 0
         assert kept <= scaled
@@ -43,6 +44,28 @@ def test_no_upscale_never_enlarges(width, height):
         spare = [scaled - kept for scaled, kept in zip(placed.resized, placed.bucket, strict=True)]
         assert 0 in spare
         assert max(spare) < 64 or max(width, height) > 4 * min(width, height)
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        ((1920, 1080), (640, 384)),
+        ((832, 1216), (384, 576)),
+        ((1024, 1024), (512, 512)),
+        ((1023, 1025), (512, 512)),  # half a pixel is no reason to lose a whole step
+    ],
+)
+def test_no_upscale_takes_kohyas_sizes(size, bucket):
+    config = DatasetConfig(resolution=(512, 512), enable_bucket=True, bucket_no_upscale=True)
+    assert Buckets(config).place(size).bucket == bucket
+
+
+@given(sides, sides, st.sampled_from([8, 64]))
+def test_no_upscale_never_exceeds_the_area(width, height, steps):
+    config = DatasetConfig(resolution=(512, 512), enable_bucket=True, bucket_no_upscale=True, bucket_reso_steps=steps)
+    placed = Buckets(config).place((width, height))
+    assert placed.bucket[0] * placed.bucket[1] <= 512 * 512
+    assert all(kept <= scaled for kept, scaled in zip(placed.bucket, placed.resized, strict=True))
 
 
 def test_a_picture_of_a_bucket_size_is_left_alone():

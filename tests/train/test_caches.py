@@ -6,7 +6,15 @@ import pytest
 import torch
 from drawn import data, folder, picture, small_vae
 
-from lora_adapters.train.caches import CachedLatents, LatentsWanted, latents_fit, read_latents, vae_identity, write_npz
+from lora_adapters.train.caches import (
+    CachedLatents,
+    LatentsWanted,
+    latents_fit,
+    read_latents,
+    text_identity,
+    vae_identity,
+    write_npz,
+)
 from lora_adapters.train.caches import write_latents as write
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.pictures import centred, picture_tensor
@@ -41,10 +49,29 @@ def test_a_file_of_kohyas_own_is_read(tmp_path):
     np.savez(path, latents=np.ones((4, 4, 8), np.float32), original_size=np.array([100, 50]), crop_ltrb=np.zeros(4))
     assert latents_fit(path, WANTED)
     assert read_latents(path).latents.eq(1).all()
+    later = os.stat(path).st_mtime_ns + 1
+    assert not latents_fit(path, LatentsWanted(**{**vars(WANTED), "modified": later}))
+
+
+def test_a_mask_that_is_not_wanted_is_stale(tmp_path):
+    path = str(tmp_path / "p.npz")
+    write(path, CachedLatents(torch.ones(4, 4, 8), mask=torch.ones(32, 64)), WANTED)
+    assert not latents_fit(path, WANTED)
+    assert latents_fit(path, LatentsWanted(**{**vars(WANTED), "alpha_mask": True}))
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": (100, 51)}, {"bucket": (64, 40)}, {"flip": True}, {"alpha_mask": True}, {"vae": "other"}]
+    "change",
+    [
+        {"size": (100, 51)},
+        {"bucket": (64, 40)},
+        {"flip": True},
+        {"alpha_mask": True},
+        {"vae": "other"},
+        {"interpolation": "nearest"},
+        {"modified": -1},
+        {"length": 5},
+    ],
 )
 def test_stale_files_are_told(tmp_path, change):
     path = str(tmp_path / "p.npz")
@@ -84,6 +111,15 @@ def test_vae_identity_is_of_the_encoder_in_any_precision(vae):
     with torch.no_grad():
         other.encoder.conv_in.weight[0, 0, 0, 0] += 1
     assert vae_identity(vae) != vae_identity(other)
+
+
+def test_text_identity_is_of_every_weight():
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = text_identity([one, other])
+    assert before == text_identity([one, other]) != text_identity([other, one])
+    with torch.no_grad():
+        other.bias[0] += 1
+    assert text_identity([one, other]) != before
 
 
 def test_cached_latents_are_samples_of_the_posterior(tmp_path, vae):
@@ -142,6 +178,18 @@ def test_disk_caches_are_used_again_until_the_picture_changes(tmp_path, vae):
     counting.count = 0
     data(images).cache_latents(counting, to_disk=True, check=False)
     assert counting.count == 0
+
+
+def test_disk_caches_are_made_anew_for_an_older_picture_and_another_interpolation(tmp_path, vae):
+    images = folder(tmp_path / "p", [(96, 96)] * 2)
+    counting = Counting(vae)
+    data(images).cache_latents(counting, to_disk=True)
+    picture((96, 96), 5).save(images / "1.png")
+    os.utime(images / "1.png", (1e9, 1e9))
+    for options, expected in (({}, 1), ({"resize_interpolation": "nearest"}, 2), ({}, 2), ({}, 0)):
+        counting.count = 0
+        data(images, **options).cache_latents(counting, to_disk=True)
+        assert counting.count == expected
 
 
 def test_processes_share_the_encoding_to_disk(tmp_path, vae):

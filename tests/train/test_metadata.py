@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 
 import pytest
 
@@ -60,6 +61,22 @@ def test_what_a_file_says_about_its_training(basics, tmp_path) -> None:
     assert json.loads(facts["ss_network_args"]) == {"conv_dim": "2", "dropout": "0.1"}
     assert len(facts["sshs_model_hash"]) == 64
     assert "ss_tag_frequency" in facts
+
+
+def test_what_a_file_says_is_what_was_trained(basics, tmp_path) -> None:
+    options = {**basics, "max_train_epochs": 1, "cache_latents_to_disk": True, "resolution": "64,32"}
+    options["train_data_dir"] = str(shutil.copytree(basics["train_data_dir"], tmp_path / "pictures"))
+    train(settings(**{**options, "network_alpha": 0}, output_name="x"))
+    facts = Adapter.load(tmp_path / "out" / "x.safetensors").metadata
+    expected = {
+        "ss_network_alpha": "2", "ss_max_train_steps": "4", "ss_steps": "4", "ss_cache_latents": "True",
+        "modelspec.resolution": "64x32",
+    }  # fmt: skip
+    assert {key: facts[key] for key in expected} == expected
+    start = {"network_weights": str(tmp_path / "out" / "x.safetensors"), "dim_from_weights": True, "network_dim": None}
+    train(settings(**{**options, **start}, output_name="y"))
+    facts = Adapter.load(tmp_path / "out" / "y.safetensors").metadata
+    assert (facts["ss_network_dim"], float(facts["ss_network_alpha"])) == ("2", 2)
 
 
 def test_no_metadata_keeps_what_readers_need(basics, tmp_path) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from lora_adapters.train.arguments import settings
+from lora_adapters.train.checkpoints import Position
 from lora_adapters.train.progress import Progress
 
 
@@ -13,7 +14,7 @@ from lora_adapters.train.progress import Progress
 def run(tmp_path):
     accelerator = SimpleNamespace(is_local_main_process=True, is_main_process=True)
     asked = settings(pretrained_model_name_or_path="x", output_dir=str(tmp_path), network_module="networks.lora")
-    return SimpleNamespace(steps=4, steps_per_epoch=2, accelerator=accelerator, settings=asked)
+    return SimpleNamespace(steps=4, epochs=2, steps_per_epoch=2, accelerator=accelerator, settings=asked)
 
 
 def test_messages_have_lines_of_their_own(run, capsys):
@@ -28,3 +29,11 @@ def test_messages_have_lines_of_their_own(run, capsys):
         line for line in (shown.out + shown.err).replace("\r", "\n").splitlines() if "mine" in line or "done" in line
     ]
     assert lines == ["saved mine.safetensors", "done"]
+
+
+def test_the_epoch_is_none_beyond_the_last(run, capsys):
+    run.optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    for epoch, shown in ((0, 1), (1, 2), (2, 2)):
+        with Progress(run, 0) as progress:
+            progress.stepped(Position(step=1, epoch=epoch), 0.5)
+        assert f"epoch={shown}," in capsys.readouterr().err

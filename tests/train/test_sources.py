@@ -92,6 +92,13 @@ def test_metadata_files(tmp_path, kind):
     assert [name for name, _ in found.skipped] == [str(images / "gone.png")]
 
 
+def test_metadata_paths_may_be_relative_to_the_working_folder(tmp_path, monkeypatch):
+    folder(tmp_path / "a", [(16, 16)])
+    (tmp_path / "m.json").write_text('{"a/0.png": {"caption": "one"}}')
+    monkeypatch.chdir(tmp_path)
+    assert [one.caption for one in load("a", metadata_file="m.json").pictures] == ["one"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
