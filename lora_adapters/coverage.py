@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -26,8 +26,8 @@ class Ranks(Protocol):
     block_alphas: list[float] | None
     conv_block_dims: list[int] | None
     conv_block_alphas: list[float] | None
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    rank_pattern: dict[Any, Any] | None  # as PEFT declares them
+    alpha_pattern: dict[Any, Any] | None
 
 
 @dataclass(frozen=True)
