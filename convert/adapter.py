@@ -201,11 +201,12 @@ class Adapter:
         """All factors in another dtype; None keeps them. AdapterError where a number is too large for it."""
         if dtype is None:
             return self
-        cast = {module: one.to(dtype) for module, one in self.modules.items()}
-        for module, one in cast.items():
-            if not one.is_finite() and self.modules[module].is_finite():
+        cast = self.map(lambda one: one.to(dtype))
+        for module, one in self.modules.items():
+            narrower = any(torch.finfo(factor.dtype).max > torch.finfo(dtype).max for factor in (one.down, one.up))
+            if narrower and not cast.modules[module].is_finite() and one.is_finite():
                 raise AdapterError(f"{module} has numbers that are too large for {str(dtype).removeprefix('torch.')}")
-        return replace(self, modules=cast)
+        return cast
 
     def scale(self, weight: float) -> Self:
         """weight · ΔW in every module; the weight may be negative or 0.

@@ -267,11 +267,12 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
     there = target.is_dir() and any(target.iterdir())
     if there and not (target / _INDEX).is_file() and not _weights_of(target / "unet"):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
-    mark, others = secrets.token_hex(4), _others(target)
+    mark, others = secrets.token_hex(4), []
     partial, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
         yield partial
+        others = [name for name in _others(target) if not (partial / name).exists()]
         if target.exists():
             target.rename(old)
         try:
@@ -281,11 +282,10 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         for name in others:
-            if not (target / name).exists():
-                (old / name).rename(target / name)
+            (old / name).rename(target / name)
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if target.exists() and not any((old / name).exists() and not (target / name).exists() for name in others):
+        if target.exists() and not any((old / name).exists() for name in others):
             shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Adapters as the programs of this folder take them: what is doubtful or broken is refused, with the file's name."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from . import format_kohya
 from .adapter import Adapter
 from .errors import AdapterError
 from .files import read_tensors
+from .low_rank import finite
 from .names import from_kohya
 from .sources import locate
 
@@ -55,6 +55,5 @@ def check_finite(adapter: Adapter, where: str = "") -> None:
     """AdapterError, with the module, where a number is NaN or infinite."""
     for module, one in adapter.modules.items():
         for half, factor in (("down", one.down), ("up", one.up)):
-            # The sum is NaN or infinite if any number is, and needs no table of flags.
-            if not math.isfinite(float(factor.sum(dtype=torch.float32))):
+            if not finite(factor):
                 raise AdapterError(f"{where}{module}: {half} has NaN or infinite numbers")

@@ -12,6 +12,11 @@ RANK_SCALINGS = {"constant": 0.0, "rank": 1.0, "sqrt": 0.5}  # exponent of R/b i
 RANK_SAMPLINGS = ("uniform", "spread")
 
 
+def finite(factor: torch.Tensor) -> bool:
+    """Whether no number in it is NaN or infinite: a sum is, if any of its numbers is, and needs no table of flags."""
+    return math.isfinite(float(factor.sum(dtype=torch.float32)))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """ΔW = (alpha / rank) · up · down, of one linear layer or convolution (LoRA, arXiv:2106.09685, section 4.1).
@@ -118,8 +123,8 @@ class LowRank:
         return self if dtype is None else replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
 
     def is_finite(self) -> bool:
-        """Whether no number is NaN or infinite: a sum is, if any of its numbers is, and needs no table of flags."""
-        return all(math.isfinite(float(factor.sum(dtype=torch.float32))) for factor in (self.down, self.up))
+        """Whether no number in its factors is NaN or infinite."""
+        return finite(self.down) and finite(self.up)
 
     def __add__(self, other: "LowRank") -> "LowRank":
         """The sum of both changes; see `add_up`."""

@@ -21,9 +21,8 @@ class Adapter(AdapterData):
     ) -> "Adapter":
         """The adapter of that name in the models, by component ("unet", "text_encoder", "text_encoder_2").
 
-        The models may be wrapped by `peft.get_peft_model` or compiled.
-        The tensors are those of the models, not copies. AdapterError where no model has such an adapter, or where it
-        is more than low-rank pairs (DoRA, lora_bias).
+        The models may be wrapped by `peft.get_peft_model` or compiled. The tensors are those of the models, not copies.
+        AdapterError where no model has such an adapter, or where it is more than low-rank pairs (DoRA, lora_bias).
         """
         from .placing import dylora_in, taken, unwrapped
 

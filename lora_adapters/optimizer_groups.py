@@ -64,10 +64,10 @@ def param_groups(
 
     unet_lr and text_encoder_lr (one number, or one for each encoder) are lr where they are None. With block_lr_weights
     (see `block_lr_weights`), each U-Net block has a group with unet_lr times its weight; what is in no block (conv_in)
-    stays in the U-Net's own. A LoRA+ ratio
-    (arXiv:2402.12354) puts the `up` matrices into groups of their own, at ratio times the rate; the ratios for one part
-    win over the common one. Groups with a rate of 0 are left out. Names: unet, unet_block<index>, text_encoder,
-    text_encoder_2, with " plus" for the `up` groups. AdapterError where there is nothing to train.
+    stays in the U-Net's own. A LoRA+ ratio (arXiv:2402.12354) puts the `up` matrices into groups of their own, at ratio
+    times the rate; the ratios for one part win over the common one. Groups with a rate of 0 are left out. Names: unet,
+    unet_block<index>, text_encoder, text_encoder_2, with " plus" for the `up` groups. AdapterError where there is
+    nothing to train.
 
     >>> import torch
     >>> from lora_adapters import LierLaConfig

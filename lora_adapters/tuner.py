@@ -82,13 +82,6 @@ class _KnowsOurConfigs:
         with _all_or_nothing(inner, adapter_name, self.peft_config):
             self._inject_ours(model, inner, adapter_name, config, *args, **kwargs)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's, and the dials of DyLoRAs leave the model with them: its layers are no adapters' any more."""
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[misc]
-        for adapter_name in self.peft_config:
-            dylora.detach(unloaded, adapter_name)
-        return unloaded
-
     def _inject_ours(self, model: Any, inner: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
         if config.target_modules is None:
             config.target_modules = set(covered(inner, config.conv))
@@ -107,6 +100,13 @@ class _KnowsOurConfigs:
         if isinstance(config, configs.DyLoraConfig):
             dylora.attach(inner, adapter_name, config.dylora)
         saved_metadata.remember(inner)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's, and the dials of DyLoRAs leave the model with them: its layers are no adapters' any more."""
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[misc]
+        for adapter_name in self.peft_config:
+            dylora.detach(unloaded, adapter_name)
+        return unloaded
 
     def _create_and_replace(
         self,

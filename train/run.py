@@ -335,9 +335,10 @@ def cache(
             tokens = [tokenize(one, captions, options.chunks, options.weighted_captions) for one in models.tokenizers]
             return {name: part.float().cpu() for name, part in cacheable(denoiser.encode(tokens), first_width).items()}
 
-        made = f"{text_identity(models.text_encoders)} clip_skip={settings.clip_skip} chunks={options.chunks}"
-        made += " weighted" if options.weighted_captions else ""
-        to_disk = settings.cache_text_encoder_outputs_to_disk
+        made, to_disk = "", settings.cache_text_encoder_outputs_to_disk
+        if to_disk:  # reading all weights takes a while, and only files need to tell
+            made = f"{text_identity(models.text_encoders)} clip_skip={settings.clip_skip} chunks={options.chunks}"
+            made += " weighted" if options.weighted_captions else ""
         data.cache_text(encode, to_disk=to_disk, encoder=made, check=check_disk, **place)
         denoiser.text_encoders = torch.nn.ModuleList()  # accelerate would take them back to the device
         for encoder in models.text_encoders:
