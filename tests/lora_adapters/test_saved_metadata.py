@@ -137,3 +137,6 @@ def test_a_dora_is_saved_by_its_metadata(pipeline, tmp_path) -> None:
     plain.add_adapter(LierLaConfig(r=2, lora_alpha=5))
     StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(plain))
     assert {one.alpha for one in Adapter.load(tmp_path).modules.values()} == {5}
+    copies = {key: value.clone() for key, value in get_peft_model_state_dict(plain).items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, copies)  # found among all in memory, by their values
+    assert {one.alpha for one in Adapter.load(tmp_path).modules.values()} == {5}

@@ -176,6 +176,13 @@ def test_samples_every_n_steps(basics, tmp_path, monkeypatch) -> None:
     assert [path.name for path in (tmp_path / "out" / "sample").iterdir()] == ["x-step00000002.png"]
 
 
+def test_the_last_seed_has_samples_too(basics, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("a red disc --w 64 --h 64 --s 1\na blue square --w 64 --h 64 --s 1")
+    samples = {"sample_every_n_steps": 2, "sample_prompts": str(tmp_path / "p.txt"), "output_name": "x"}
+    train(settings(**{**basics, **samples, "seed": 2**64 - 1}))  # the second prompt's own seed is one more
+    assert (tmp_path / "out" / "sample" / "x-step00000002.png").exists()
+
+
 def test_samples_of_a_dylora_have_a_labelled_row_for_each_rank(basics, tmp_path) -> None:
     (tmp_path / "p.txt").write_text("a red disc --w 64 --h 64 --s 1")
     options = {**basics, "network_module": "networks.dylora", "network_args": {"unit": 1}, "network_dim": 2}
