@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
 from .errors import AdapterError, UnknownFormatError, first_line
-from .files import read_tensors, replacing, sync
+from .files import read_tensors, replacing
 from .low_rank import LowRank
 from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, network_args
 from .names import ModuleName, architecture_of
@@ -142,7 +142,7 @@ class Adapter:
         else:
             tensors, own = format_diffusers.write(adapter.modules)
             metadata = {**metadata, **own, "ss_network_alpha": str(float(adapter.rank))}
-        with replacing(path) as partial:
+        with replacing(path, durable=True) as partial:
             if path.suffix == ".safetensors":
                 safetensors.torch.save_file(tensors, partial, metadata)
             else:
@@ -150,7 +150,6 @@ class Adapter:
                     torch.save(tensors, partial)
                 except RuntimeError as error:  # its own way to report a full disk
                     raise OSError(first_line(error)) from error
-            sync(partial)
         return path
 
     # --- what it is ------------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Reading tensors from files without trusting them, and writing files that are whole or not there."""
 
-import os
 import re
 import secrets
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from . import atomic
 from .errors import AdapterError, first_line
 
 
@@ -97,29 +96,17 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; renamed to it when the block ends well, removed when it does not.
-
-    The target's folder is made where it is missing. Until the rename, an existing target stays as it was. AdapterError
-    where the folder cannot be written to or the disk is full.
-    """
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
+    """As `atomic.replacing`; AdapterError where the folder cannot be written to or the disk is full."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise AdapterError(f"{target} is a folder: name a file in it")
-        partial.touch()
-        mode = partial.stat().st_mode  # as the user's umask says; safetensors makes files that only the user can read
-        yield partial
-        partial.chmod(mode)
-        partial.replace(target)
+        with atomic.replacing(target, durable) as partial:
+            yield partial
+    except IsADirectoryError:
+        raise AdapterError(f"{target} is a folder: name a file in it") from None
     except SafetensorError as error:
         raise AdapterError(f"{target} cannot be written ({error})") from None
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
-    finally:
-        with suppress(OSError):  # it is not there, or its folder is none: what went wrong is told by now
-            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -141,20 +128,11 @@ def all_or_none(folder: Path) -> Iterator[Path]:
             elif target.is_dir():
                 raise AdapterError(f"{target} is a folder: a file of that name is to be written")
         for file in [file for file in own.rglob("*") if file.is_file()]:
-            file.replace(folder / file.relative_to(own))
+            atomic.move(file, folder / file.relative_to(own))
     except OSError as error:
         raise AdapterError(f"{folder} cannot be written to ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        atomic.delete_folder(own)
         with suppress(OSError):
             for part in made:  # folders that were made for nothing
                 part.rmdir()
-
-
-def sync(file: Path) -> None:
-    """Ask the system to bring a written file to the disk, so that the rename after it cannot come first."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,8 +8,9 @@ from typing import Any
 
 import safetensors.torch
 
+from . import atomic
 from .errors import AdapterError
-from .files import all_or_none, read_tensors, replacing, sync
+from .files import all_or_none, read_tensors, replacing
 from .format_diffusers import alpha_from_config, checked, lora_config
 from .low_rank import LowRank
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
@@ -132,7 +133,7 @@ def write(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping
     for component in set(COMPONENTS) - {module.component for module in modules}:  # of an adapter that was there before
         if (folder / component / CONFIG).is_file():
             for name in (CONFIG, WEIGHTS, WEIGHTS_PICKLED):
-                (folder / component / name).unlink(missing_ok=True)
+                atomic.delete(folder / component / name)
 
 
 def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
@@ -147,8 +148,7 @@ def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mappin
     }
     tensors = {f"{PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
     tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
-    with replacing(folder / WEIGHTS) as partial:
+    with replacing(folder / WEIGHTS, durable=True) as partial:
         safetensors.torch.save_file(tensors, partial, {"format": "pt"})
-        sync(partial)
     with replacing(folder / CONFIG) as partial:
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from .atomic import delete
 from .command_line import progress
 from .errors import AdapterError
-from .files import read_tensors, replacing, sync
+from .files import read_tensors, replacing
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -92,12 +93,6 @@ def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, st
                 flusher.wrote(planned.size)
 
 
-def finish(file: Path, replaces: bool) -> None:
-    """Wait for the disk where the file is to replace another, so that a power failure cannot take both."""
-    if replaces:
-        sync(file)
-
-
 def write(
     target: Path,
     tensors: Mapping[str, Planned],
@@ -112,19 +107,23 @@ def write(
     Where something else goes for it (`replaces`, by default an existing target) the new file is on the disk before.
     """
     replaces = target.exists() if replaces is None else replaces
-    if target.suffix == ".safetensors":
-        with replacing(target) as partial:
+    with replacing(target, durable=replaces) as partial:
+        if target.suffix == ".safetensors":
             stream(partial, tensors, metadata)
-            finish(partial, replaces)
-        return
-    with replacing(target) as partial:
-        streamed = partial.with_suffix(".safetensors")
-        try:
-            stream(streamed, tensors, {})
-            table, _ = read_tensors(streamed)
-            # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
-            ordered = {name: table[name] if table[name].numel() else table[name].clone() for name in tensors}
-            torch.save({"state_dict": ordered} if wrapped else ordered, partial)
-            finish(partial, replaces)
-        finally:
-            streamed.unlink(missing_ok=True)
+        else:
+            _write_pickle(partial, tensors, wrapped)
+
+
+def _write_pickle(file: Path, tensors: Mapping[str, Planned], wrapped: bool) -> None:
+    streamed = file.with_suffix(".safetensors")
+    table: dict[str, torch.Tensor] = {}
+    try:
+        stream(streamed, tensors, {})
+        read, _ = read_tensors(streamed)
+        # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
+        table.update((name, read[name] if read[name].numel() else read[name].clone()) for name in tensors)
+        read.clear()
+        torch.save({"state_dict": table} if wrapped else table, file)
+    finally:
+        table.clear()  # a mapped file cannot be deleted everywhere
+        delete(streamed)

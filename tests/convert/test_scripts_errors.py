@@ -138,12 +138,11 @@ def test_a_full_disk_and_ctrl_c_leave_the_target(tmp_path, capsys, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     for reason, said in ((OSError(28, "No space left on device"), "No space left"), (KeyboardInterrupt(), "stopped")):
 
-        def finish(file, replaces, reason=reason):
-            assert replaces
+        def sync(file, reason=reason):
             assert file.stat().st_size > 100000  # what is written so far is there, under another name
             raise reason
 
-        monkeypatch.setattr("lora_adapters.convert.weights_writing.finish", finish)
+        monkeypatch.setattr("lora_adapters.convert.atomic.sync", sync)
         for source, target in ((model, out), (model, tmp_path / "out.ckpt"), (SD15, folder)):
             words = ["--sd_model", source, "--save_to", target, "--models", SD15 / "lierla.safetensors"]
             assert said in fails(capsys, "merge", *words)

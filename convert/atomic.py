@@ -1,0 +1,173 @@
+"""Files and folders that are whole or not there, under the rules of Linux, macOS and Windows.
+
+Windows lets nobody replace or delete a file that a program has open or mapped into memory, asks for a writable handle
+to flush a file, and may refuse links. All of that is handled here; other modules write, replace and delete through
+these functions. They raise OSError.
+"""
+
+import atexit
+import contextlib
+import errno
+import glob
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCKING = os.name == "nt"  # files that are open or mapped cannot be replaced or deleted
+_WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds; virus scanners and indexers hold new files for a moment
+_LONGEST_NAME = 255  # bytes on Linux, UTF-16 units on Windows and macOS, which are never more
+_leftovers: set[Path] = set()
+
+
+def aside(target: Path, ending: str) -> Path:
+    """A hidden, unused name beside `target`: `.<name>.<random>.<ending>`, the name cut where it would be too long."""
+    tail = f".{secrets.token_hex(4)}.{ending}"
+    name = target.name.encode(errors="surrogateescape")[: _LONGEST_NAME - len(tail) - 1]
+    return target.with_name(f".{name.decode(errors='ignore')}{tail}")
+
+
+@contextmanager
+def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
+    """A path beside `target` to write to; renamed to it when the block ends well, removed when it does not.
+
+    The target's folder is created where it is missing. Until the rename, an existing target stays as it was; its
+    permissions are kept. With `durable` the contents reach the disk before the rename.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file in it", str(target))
+    partial = aside(target, "partial")
+    try:
+        partial.touch()
+        # As the umask or the old file has it; safetensors creates files that only the user can read.
+        mode = stat.S_IMODE((target if target.exists() else partial).stat().st_mode)
+        yield partial
+        partial.chmod(mode)
+        if durable:
+            sync(partial)
+        move(partial, target)
+    finally:
+        delete(partial)
+
+
+@contextmanager
+def replacing_folder(target: Path, keep: Callable[[Path], Iterable[str]] = lambda made: ()) -> Iterator[Path]:
+    """A folder beside `target` to fill; takes its place when the block ends well, removed when it does not.
+
+    keep: given the filled folder, names in the old one that move to the new one. A process killed during the exchange
+    leaves the old folder under `aside(target, "old")`.
+    """
+    partial, old, kept = aside(target, "partial"), aside(target, "old"), []
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        kept = list(keep(partial))
+        if target.exists():
+            _patiently(lambda: target.rename(old))
+        try:
+            _patiently(lambda: partial.rename(target))
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        for name in kept:
+            (old / name).rename(target / name)
+    finally:
+        delete_folder(partial)
+        if target.exists() and not any((old / name).exists() for name in kept):
+            delete_folder(old)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file, replacing `target`.
+
+    Where Windows refuses because the old file is mapped, that file is first renamed to a hidden name, which Windows
+    allows, and deleted as soon as it can be: now, when the program ends, or at the next replacement of `target`.
+    PermissionError where a program keeps the old file open.
+    """
+
+    def attempt() -> None:
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            if not (LOCKING and target.is_file()):
+                raise
+            old = aside(target, "old")
+            target.rename(old)
+            try:
+                source.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
+            delete(old)
+
+    _patiently(attempt)
+    if LOCKING:
+        for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+            if old.is_file():
+                delete(old)
+
+
+def delete(file: Path) -> bool:
+    """Delete a file if there is one; False where it cannot be deleted now, in which case exit tries once more."""
+    try:
+        if LOCKING and file.exists():
+            file.chmod(stat.S_IWRITE | stat.S_IREAD)  # Windows keeps files that are read-only
+        file.unlink(missing_ok=True)
+    except OSError:
+        if LOCKING:
+            _leftovers.add(file)
+        return False
+    _leftovers.discard(file)
+    return True
+
+
+def delete_folder(folder: Path) -> bool:
+    """Delete a folder with all that is in it, if there is one; False where something in it cannot be deleted now."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        for file in [path for path in folder.rglob("*") if not path.is_dir()]:
+            delete(file)
+        shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+def sync(file: Path) -> None:
+    """Bring a written file's contents to the disk, so that a rename after it cannot come first."""
+    with file.open("r+b") as opened:  # Windows flushes writable handles only
+        os.fsync(opened.fileno())
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same contents under a second name: a hard link where the system has them and a link locks nothing."""
+    if not LOCKING:  # an open link locks the file under its other names too
+        try:
+            os.link(source, target)
+            return
+        except FileNotFoundError:
+            raise
+        except OSError:
+            pass
+    shutil.copy2(source, target)
+
+
+def _patiently(action: Callable[[], object]) -> None:
+    for wait in _WAITS if LOCKING else ():
+        try:
+            action()
+            return
+        except PermissionError:
+            time.sleep(wait)
+    action()
+
+
+@atexit.register
+def _delete_leftovers() -> None:
+    for file in _leftovers:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
