@@ -137,6 +137,19 @@ def delete_folder(folder: Path) -> bool:
     return not folder.exists()
 
 
+def remove(path: Path) -> bool:
+    """Delete a file or a folder, which a kill leaves under another name; False where it is in use."""
+    if not path.is_dir():
+        return delete(path)
+    gone = aside(path, "partial")
+    try:
+        _patiently(lambda: path.rename(gone))
+    except OSError:
+        return not path.exists()
+    delete_folder(gone)
+    return True
+
+
 def sync(file: Path) -> None:
     """Bring a written file's contents to the disk, so that a rename after it cannot come first."""
     with file.open("r+b") as opened:  # Windows flushes writable handles only

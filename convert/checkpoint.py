@@ -2,7 +2,6 @@
 
 import math
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from .atomic import replacing_folder
 from .checkpoint_names import Place, architecture_of_file, places_in_component, places_in_file
 from .errors import AdapterError
 from .files import read_tensors
@@ -267,25 +267,10 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
     there = target.is_dir() and any(target.iterdir())
     if there and not (target / _INDEX).is_file() and not _weights_of(target / "unet"):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
-    mark, others = secrets.token_hex(4), []
-    partial, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("partial", "old"))
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        others = [name for name in _others(target) if not (partial / name).exists()]
-        if target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        for name in others:
-            (old / name).rename(target / name)
+        with replacing_folder(
+            target, lambda made: [one for one in _others(target) if not (made / one).exists()]
+        ) as made:
+            yield made
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if target.exists() and not any((old / name).exists() for name in others):
-            shutil.rmtree(old, ignore_errors=True)

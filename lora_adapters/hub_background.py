@@ -1,7 +1,6 @@
 """Pushing what training saves to the Hub while training goes on."""
 
 import logging
-import os
 import queue
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_adapters.convert.atomic import link_or_copy
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.hub_errors import HubError, hub_errors
 
@@ -229,22 +229,13 @@ def _held(path: Path) -> Path:
     kept = place / path.name
     try:
         if path.is_dir():
-            shutil.copytree(path, kept, copy_function=_link)
+            shutil.copytree(path, kept, copy_function=link_or_copy)
         else:
-            _link(path, kept)
+            link_or_copy(path, kept)
     except (OSError, shutil.Error) as error:
         shutil.rmtree(place, ignore_errors=True)
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
     return kept
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def download_state(place: str, *, token: str | bool | None = None, endpoint: str | None = None) -> Path:

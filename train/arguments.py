@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_adapters.convert.atomic import replacing
 from lora_adapters.convert.parsing import toml_table
 from lora_adapters.train import options_data, options_model, options_output, options_training
 from lora_adapters.train.errors import TrainingError
@@ -126,9 +127,8 @@ def write_config(options: argparse.Namespace, made: argparse.ArgumentParser) -> 
         for name, value in vars(options).items()
         if value != defaults[name] and name not in own and value is not None
     ]
-    temporary = file.with_name(f".{file.name}.partial")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with replacing(file) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {len(lines)} options to {file}")
 
 

@@ -11,11 +11,13 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from lora_adapters.convert.atomic import replacing
 from lora_adapters.convert.errors import first_line
 from lora_adapters.train.buckets import Size
 from lora_adapters.train.data_error import DataError
@@ -149,15 +151,10 @@ def write_text(path: str, outputs: Mapping[str, torch.Tensor], caption: str, enc
 
 def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
     """An uncompressed .npz that is either whole or not there."""
-    partial = f"{path}.{os.getpid()}.partial"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(partial, "wb") as file:
+        with replacing(Path(path)) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
-        os.replace(partial, path)
     except OSError as error:
-        if os.path.exists(partial):
-            os.unlink(partial)
         raise DataError(f"{path}: cannot write the cache ({error.strerror or error})") from None
 
 

@@ -4,16 +4,14 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import re
-import secrets
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_adapters.convert.atomic import delete_folder, remove, replacing_folder, sync
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.files import load_plain
 from lora_adapters.convert.parsing import json_value
@@ -59,24 +57,16 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
     """Write a state, whole or not at all: into a folder of another name first, which is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
-    partial = _aside(folder, "partial")
     try:
-        partial.mkdir()
-        _write(partial / _STATE, lambda file: torch.save(state, file))
-        facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
-        _write(partial / _POSITION, lambda file: file.write(json.dumps(facts, indent=1).encode()))
-        if folder.exists():
-            old = _aside(folder, "old")
-            folder.rename(old)  # killed from here on, the run leaves it under this name: see remove_leftovers
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else:
-            partial.rename(folder)
+        with replacing_folder(folder) as partial:  # a kill during the exchange: see remove_leftovers
+            torch.save(state, partial / _STATE)
+            facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
+            (partial / _POSITION).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            for name in (_STATE, _POSITION):
+                sync(partial / name)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"state {folder} cannot be written ({error.strerror or error})") from error
     except RuntimeError as error:  # torch.save's own way to report a full disk
-        shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"state {folder} cannot be written ({first_line(error)})") from error
 
 
@@ -133,25 +123,13 @@ def _adapter_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
-def _write(file: Path, write: Any) -> None:
-    with file.open("wb") as opened:
-        write(opened)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _aside(folder: Path, ending: str) -> Path:
-    """A hidden name beside it, which `remove_leftovers` knows."""
-    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{ending}")
-
-
 def remove_leftovers(folder: Path) -> None:
     """Delete states that a killed run left half-written; one that it had moved aside, and not replaced, comes back."""
     for partial in folder.glob(".*-state.*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+        delete_folder(partial)
     _bring_back(folder)
     for old in folder.glob(".*-state.*.old"):
-        shutil.rmtree(old, ignore_errors=True)
+        delete_folder(old)
 
 
 def _bring_back(folder: Path) -> None:
@@ -193,8 +171,5 @@ def _remove(output: Path, pattern: str, newest: int) -> None:
         found = re.fullmatch(pattern, path.name)
         if found and int(found.group(1)) <= newest:
             log.info("removing %s", path)
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_dir():  # killed while it deletes, the run leaves no half of a state under a state's name
-                    shutil.rmtree(path.rename(_aside(path, "partial")))
-                else:
-                    path.unlink()
+            if not remove(path):
+                log.warning("%s cannot be removed (is it open in another program?)", path)

@@ -2,15 +2,13 @@
 
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lora_adapters.convert.atomic import replacing
 from lora_adapters.train.picture_resizing import (
     UnreadablePicture,
     centre_crop,
@@ -67,7 +65,7 @@ def copy_if_older(copy: Copy) -> bool:
     """Copy unless the target is as new as the source: what was edited there afterwards stays. True if copied."""
     if copy.target.exists() and copy.target.stat().st_mtime_ns >= copy.source.stat().st_mtime_ns:
         return False
-    with _replacing(copy.target) as temporary:
+    with replacing(copy.target) as temporary:
         shutil.copy2(copy.source, temporary)
     return True
 
@@ -87,7 +85,7 @@ def _is_done(target: Path, source: Path, note: str) -> bool:
 def _save(picture: Image.Image, target: Path, note: str, source: Path) -> None:
     profile = picture.info.get("icc_profile")
     try:
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             if target.suffix == ".png":
                 text = PngInfo()
                 text.add_text("Comment", note)
@@ -100,15 +98,3 @@ def _save(picture: Image.Image, target: Path, note: str, source: Path) -> None:
             os.utime(temporary, ns=(newest, newest))
     except OSError as error:
         raise ResizeError(f"{target} cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A hidden name beside `target`, which takes the target's place when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lora_adapters.convert.atomic import replacing
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.train.buckets import Size
 from lora_adapters.train.data_error import DataError
@@ -151,12 +152,10 @@ def _write_info(folder: Path, pictures: list[Found], candidates: list[Candidate]
         }
         for found in pictures
     }
-    partial = folder / f"{INFO_CACHE}.{os.getpid()}.partial"
     try:
-        partial.write_text(json.dumps(table, ensure_ascii=False, indent=2), encoding="utf-8")
-        os.replace(partial, folder / INFO_CACHE)
+        with replacing(folder / INFO_CACHE) as partial:
+            partial.write_text(json.dumps(table, ensure_ascii=False, indent=2), encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise DataError(f"{folder / INFO_CACHE}: cannot be written for cache_info ({error.strerror})") from None
 
 
