@@ -11,8 +11,8 @@ import torch
 from typing_extensions import Self
 
 from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
-from .errors import AdapterError, UnknownFormatError, first_line
-from .files import read_tensors, replacing
+from .errors import AdapterError, UnknownFormatError
+from .files import read_tensors, replacing, save_pickle
 from .low_rank import LowRank
 from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, network_args
 from .names import ModuleName, architecture_of
@@ -146,10 +146,7 @@ class Adapter:
             if path.suffix == ".safetensors":
                 safetensors.torch.save_file(tensors, partial, metadata)
             else:
-                try:
-                    torch.save(tensors, partial)
-                except RuntimeError as error:  # its own way to report a full disk
-                    raise OSError(first_line(error)) from error
+                save_pickle(tensors, partial)
         return path
 
     # --- what it is ------------------------------------------------------------------------------------------------

@@ -21,13 +21,17 @@ from pathlib import Path
 LOCKING = os.name == "nt"  # files that are open or mapped cannot be replaced or deleted
 _WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds; virus scanners and indexers hold new files for a moment
 _LONGEST_NAME = 255  # bytes on Linux, UTF-16 units on Windows and macOS, which are never more
+_LONGEST_PATH = 259  # characters on Windows, unless its user allows longer ones
 _leftovers: set[Path] = set()
 
 
 def aside(target: Path, ending: str) -> Path:
     """A hidden, unused name beside `target`: `.<name>.<random>.<ending>`, the name cut where it would be too long."""
     tail = f".{secrets.token_hex(4)}.{ending}"
-    name = target.name.encode(errors="surrogateescape")[: _LONGEST_NAME - len(tail) - 1]
+    room = _LONGEST_NAME - len(tail) - 1
+    if LOCKING:
+        room = max(0, min(room, _LONGEST_PATH - len(str(target.parent.absolute())) - len(tail) - 2))
+    name = target.name.encode(errors="surrogateescape")[:room]
     return target.with_name(f".{name.decode(errors='ignore')}{tail}")
 
 
@@ -68,7 +72,13 @@ def replacing_folder(target: Path, keep: Callable[[Path], Iterable[str]] = lambd
         yield partial
         kept = list(keep(partial))
         if target.exists():
-            _patiently(lambda: target.rename(old))
+            try:
+                _patiently(lambda: target.rename(old))
+            except PermissionError:
+                if not LOCKING:
+                    raise
+                _replace_files(target, partial, kept)
+                return
         try:
             _patiently(lambda: partial.rename(target))
         except OSError:
@@ -83,11 +93,28 @@ def replacing_folder(target: Path, keep: Callable[[Path], Iterable[str]] = lambd
             delete_folder(old)
 
 
+def _replace_files(target: Path, made: Path, kept: Iterable[str]) -> None:
+    """The files of `made` in place of those of `target`, one by one: a folder with mapped files cannot be renamed."""
+    new = {path.relative_to(made) for path in made.rglob("*")}
+    for inner in sorted(new):
+        if (made / inner).is_dir():
+            (target / inner).mkdir(exist_ok=True)
+        else:
+            move(made / inner, target / inner)
+    for old in sorted(target.rglob("*"), reverse=True):
+        inner = old.relative_to(target)
+        if inner not in new and inner.parts[0] not in kept:
+            if not old.is_dir():
+                delete(old)
+            elif not any(old.iterdir()):
+                old.rmdir()
+
+
 def move(source: Path, target: Path) -> None:
     """Rename a file, replacing `target`.
 
     Where Windows refuses because the old file is mapped, that file is first renamed to a hidden name, which Windows
-    allows, and deleted as soon as it can be: now, when the program ends, or at the next replacement of `target`.
+    allows, and deleted as soon as it can be: now, when the next file is replaced, or when the program ends.
     PermissionError where a program keeps the old file open.
     """
 
@@ -106,15 +133,16 @@ def move(source: Path, target: Path) -> None:
                 raise
             delete(old)
 
+    _delete_leftovers()
     _patiently(attempt)
-    if LOCKING:
+    if LOCKING:  # also those of programs that were killed
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
             if old.is_file():
                 delete(old)
 
 
 def delete(file: Path) -> bool:
-    """Delete a file if there is one; False where it cannot be deleted now, in which case exit tries once more."""
+    """Delete a file if there is one; False where that cannot be done now: it is tried again, at exit at the latest."""
     try:
         if LOCKING and file.exists():
             file.chmod(stat.S_IWRITE | stat.S_IREAD)  # Windows keeps files that are read-only
@@ -181,6 +209,7 @@ def _patiently(action: Callable[[], object]) -> None:
 
 @atexit.register
 def _delete_leftovers() -> None:
-    for file in _leftovers:
+    for file in list(_leftovers):
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
+            _leftovers.discard(file)

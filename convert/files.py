@@ -69,15 +69,15 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def load_plain(file: Path) -> Any:
-    """What a PyTorch pickle holds, on the CPU and mapped where it can be; nothing in it is executed.
+def load_plain(file: Path, mapped: bool = True) -> Any:
+    """What a PyTorch pickle holds, on the CPU and, if `mapped`, mapped where it can be; nothing in it is executed.
 
     AdapterError where it cannot be read.
     """
     try:
         # Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
         with torch.serialization.safe_globals(_INERT):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(file))
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # PyTorch's unpickler raises almost anything on damaged files
@@ -136,3 +136,12 @@ def all_or_none(folder: Path) -> Iterator[Path]:
         with suppress(OSError):
             for part in made:  # folders that were made for nothing
                 part.rmdir()
+
+
+def save_pickle(table: Any, file: Path) -> None:
+    """`torch.save`, with an OSError where the disk is full. The file is closed then, and can be deleted."""
+    with file.open("wb") as opened:
+        try:
+            torch.save(table, opened)
+        except RuntimeError as error:  # its own way to report that
+            raise OSError(f"the disk may be full: {first_line(error)}") from error

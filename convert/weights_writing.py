@@ -15,7 +15,7 @@ import torch
 from .atomic import delete
 from .command_line import progress
 from .errors import AdapterError
-from .files import read_tensors, replacing
+from .files import read_tensors, replacing, save_pickle
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -123,7 +123,7 @@ def _write_pickle(file: Path, tensors: Mapping[str, Planned], wrapped: bool) -> 
         # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
         table.update((name, read[name] if read[name].numel() else read[name].clone()) for name in tensors)
         read.clear()
-        torch.save({"state_dict": table} if wrapped else table, file)
+        save_pickle({"state_dict": table} if wrapped else table, file)
     finally:
         table.clear()  # a mapped file cannot be deleted everywhere
         delete(streamed)

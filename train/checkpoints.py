@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from lora_adapters.convert import atomic
 from lora_adapters.convert.atomic import delete_folder, remove, replacing_folder, sync
 from lora_adapters.convert.errors import first_line
-from lora_adapters.convert.files import load_plain
+from lora_adapters.convert.files import load_plain, save_pickle
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.train.errors import TrainingError
 
@@ -59,22 +60,21 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
     remove_leftovers(folder.parent)
     try:
         with replacing_folder(folder) as partial:  # a kill during the exchange: see remove_leftovers
-            torch.save(state, partial / _STATE)
+            save_pickle(state, partial / _STATE)
             facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
             (partial / _POSITION).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             for name in (_STATE, _POSITION):
                 sync(partial / name)
     except OSError as error:
         raise TrainingError(f"state {folder} cannot be written ({error.strerror or error})") from error
-    except RuntimeError as error:  # torch.save's own way to report a full disk
-        raise TrainingError(f"state {folder} cannot be written ({first_line(error)})") from error
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     """A state that save_state wrote. TrainingError where there is none."""
     position = load_position(folder)
     try:
-        state = load_plain(folder / _STATE)
+        # Optimizers keep the tensors: a mapped state could not be deleted or replaced later, on Windows.
+        state = load_plain(folder / _STATE, mapped=not atomic.LOCKING)
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):

@@ -47,7 +47,8 @@ def test_what_goes_wrong_leaves_the_old_file_alone(tmp_path):
 
 @pytest.mark.parametrize("letter", ["a", "ä", "画"])
 def test_names_may_be_as_long_as_the_system_allows(letter, tmp_path):
-    target = tmp_path / (letter * (255 // len(letter.encode())))
+    most = 259 - len(str(tmp_path / "_")) + 1 if atomic.LOCKING else 255
+    target = tmp_path / (letter * min(most, 255 // len(letter.encode())))
     with atomic.replacing(target) as partial:
         partial.write_text("1")
     assert content(tmp_path) == {target.name: "1"}
@@ -85,9 +86,15 @@ def test_a_folder_that_cannot_take_its_place_brings_the_old_one_back(tmp_path, m
 
 def test_a_second_name_is_a_link_where_links_lock_nothing(tmp_path, monkeypatch):
     (tmp_path / "x").write_text("1")
-    atomic.link_or_copy(tmp_path / "x", tmp_path / "y")
-    assert (tmp_path / "y").samefile(tmp_path / "x")
+    monkeypatch.setattr(atomic, "LOCKING", False)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    atomic.link_or_copy(tmp_path / "x", tmp_path / "copy")
+    assert not (tmp_path / "copy").samefile(tmp_path / "x")
+    monkeypatch.undo()
+    if not atomic.LOCKING:
+        atomic.link_or_copy(tmp_path / "x", tmp_path / "y")
+        assert (tmp_path / "y").samefile(tmp_path / "x")
     monkeypatch.setattr(atomic, "LOCKING", True)
     atomic.link_or_copy(tmp_path / "x", tmp_path / "z")
     assert not (tmp_path / "z").samefile(tmp_path / "x")
-    assert content(tmp_path) == {"x": "1", "y": "1", "z": "1"}
+    assert {*content(tmp_path).values()} == {"1"}

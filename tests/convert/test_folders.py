@@ -78,7 +78,7 @@ def test_a_target_that_is_a_link_stays_one(model, adapter, tmp_path):
 
 def test_main_weights_in_a_pickle_beside_a_variant_in_safetensors(model, adapter, tmp_path):
     unet = model / "unet"
-    tensors = load_file(unet / f"{MAIN}.safetensors")
+    tensors = {key: one.clone() for key, one in load_file(unet / f"{MAIN}.safetensors").items()}
     (unet / f"{MAIN}.safetensors").unlink()
     torch.save(tensors, unet / f"{MAIN}.bin")
     save_file({key: one.half() for key, one in tensors.items()}, unet / f"{MAIN}.fp16.safetensors")

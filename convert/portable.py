@@ -1,0 +1,51 @@
+"""What differs between Linux, macOS and Windows beside the writing of files: names, paths and consoles."""
+
+import io
+import os
+import re
+import sys
+
+WINDOWS = os.name == "nt"
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(?=\.|$)", re.IGNORECASE)
+
+
+def file_name(text: str) -> str:
+    """The text as the name of a file on any system: what Windows forbids is `_`.
+
+    >>> file_name("train[:10%]"), file_name("a: b? "), file_name("con.txt"), file_name("...")
+    ('train[_10%]', 'a_ b_', '_con.txt', '_')
+    """
+    name = _FORBIDDEN.sub("_", text).rstrip(". ")
+    return _DEVICE.sub(r"_\1", name, count=1) if _DEVICE.match(name) else name or "_"
+
+
+def forbidden(name: str) -> str | None:
+    """Why this system takes no file of the name (without folders), or None where it does.
+
+    Windows makes `a:b` a hidden stream of the file `a`, and drops dots and spaces at the end.
+    """
+    if not WINDOWS or name == file_name(name):
+        return None
+    found = _FORBIDDEN.search(name)
+    return f"Windows does not allow {found[0]!r} in names" if found else "Windows does not allow this name"
+
+
+def same_file_key(name: str) -> str:
+    """Equal for names that Windows and macOS take for the same file."""
+    return name.casefold() if WINDOWS or sys.platform == "darwin" else name
+
+
+def is_path(name: str) -> bool:
+    r"""Whether it can only be a path: no repository's owner/name has a drive letter, a backslash or a leading dot.
+
+    >>> [is_path(name) for name in (r"C:\models\x", "C:/x", r".\x", r"..\x", "./x", "~/x", "/x", "owner/name", "name")]
+    [True, True, True, True, True, True, True, False, False]
+    """
+    return name.startswith((".", "/", "~")) or "\\" in name or re.match(r"[A-Za-z]:", name) is not None
+
+
+def tolerant_console() -> None:
+    """What the console's character set lacks is printed as `\\xe9` or `\\u2192` from here on, instead of an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
