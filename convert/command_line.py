@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import AdapterError, OneLineError, first_line
+from .portable import tolerant_console
 
 T = TypeVar("T")
 DTYPES = {
@@ -56,12 +57,15 @@ def dtype_of(*names: str | None) -> torch.dtype | None:
     return next((DTYPES[name] for name in names if name is not None), None)
 
 
-def device_of(name: str | None) -> torch.device:
-    """A device that is there, the CPU by default; AdapterError for any other."""
+def device_of(name: str | None, dtype: torch.dtype = torch.float64) -> torch.device:
+    """A device that is there and has numbers of `dtype`, the CPU by default; AdapterError for any other.
+
+    Apple's (mps) has no float64, in which the file tools compute.
+    """
     try:
         device = torch.device(name or "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device, dtype=dtype)
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = first_line(error)
         raise AdapterError(f"device {name} cannot be used ({reason})") from None
     return device
@@ -86,6 +90,7 @@ def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | No
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
+    tolerant_console()
     try:
         before = signal.signal(signal.SIGTERM, stop)  # as Ctrl-C: unfinished files are removed on the way out
     except ValueError:  # not in the main thread

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from pathlib import Path
 
 WINDOWS = os.name == "nt"
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
@@ -20,15 +21,16 @@ def file_name(text: str) -> str:
     return _DEVICE.sub(r"_\1", name, count=1) if _DEVICE.match(name) else name or "_"
 
 
-def forbidden(name: str) -> str | None:
-    """Why this system takes no file of the name (without folders), or None where it does.
+def forbidden(path: str) -> str | None:
+    """Why this system takes no file of this relative path, or None where it does.
 
     Windows makes `a:b` a hidden stream of the file `a`, and drops dots and spaces at the end.
     """
-    if not WINDOWS or name == file_name(name):
-        return None
-    found = _FORBIDDEN.search(name)
-    return f"Windows does not allow {found[0]!r} in names" if found else "Windows does not allow this name"
+    for name in Path(path).parts if WINDOWS else ():
+        if name != file_name(name):
+            found = _FORBIDDEN.search(name)
+            return f"Windows does not allow {f'{found[0]!r} in names' if found else f'the name {name!r}'}"
+    return None
 
 
 def same_file_key(name: str) -> str:

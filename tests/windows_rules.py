@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import stat
+import sys
 import traceback
 from pathlib import Path
 
@@ -124,8 +125,18 @@ def rename(source, target, **more):
     _REAL["rename"](source, target, **more)
 
 
+def _in_filelock():
+    """Whether the call is from file locks, which work otherwise on Windows: `filelock` has code for each system."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if f"{os.sep}filelock{os.sep}" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def unlink(path, **more):
-    if os.path.isfile(path) and (is_open(path) or is_mapped(path) or _read_only(path)):
+    if os.path.isfile(path) and not _in_filelock() and (is_open(path) or is_mapped(path) or _read_only(path)):
         _refuse(path)
     _REAL["unlink"](path, **more)
 

@@ -17,6 +17,7 @@ from diffusers import (
 
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.hub_errors import HubError, hub_errors
+from lora_adapters.convert.portable import is_path
 from lora_adapters.convert.sources import is_repo_id
 from lora_adapters.seams import dtype_option, pipelines_can_avoid_mmap
 from lora_adapters.train.errors import TrainingError
@@ -91,7 +92,7 @@ def check_path(settings: argparse.Namespace) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "model_index.json").exists():
         raise TrainingError(f"{path} is not a Diffusers model: it has no model_index.json")
-    looks_local = path.suffix in _WEIGHT_FILES or name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = path.suffix in _WEIGHT_FILES or is_path(name) or name.count("/") > 1
     if not path.exists() and looks_local:
         raise TrainingError(f"base model {name} does not exist")
 

@@ -26,7 +26,7 @@ def generate(settings: argparse.Namespace) -> list[Path]:
     TrainingError or AdapterError for whatever cannot be done, before the model is loaded where it can be told by then.
     """
     made = plan(settings)
-    device = device_of(settings.device) if settings.device else best_device()
+    device = device_of(settings.device, torch.float32) if settings.device else best_device()
     if settings.network_show_meta:
         print(metadata(made.networks))
     models = load(settings, device)

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 
+from lora_adapters.convert.portable import file_name
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import SubsetConfig
 from lora_adapters.train.picture_files import RowSource
@@ -32,7 +33,8 @@ def hub_candidates(subset: SubsetConfig) -> list[Candidate]:
         [_caption(value, data.features[column], name) for value in data[column]] if column else [None] * len(data)
     )
     # A changed dataset has another fingerprint, so that its caches do not meet those of the old rows.
-    stem = Path(subset.cache_dir) / f"{subset.split}-{data._fingerprint[:8]}" if subset.cache_dir else None
+    split = file_name(subset.split)  # such as train[:10%]
+    stem = Path(subset.cache_dir) / f"{split}-{data._fingerprint[:8]}" if subset.cache_dir else None
     pictures = data.select_columns([subset.image_column]).cast_column(subset.image_column, datasets.Image(decode=False))
     return [
         Candidate(

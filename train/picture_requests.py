@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_adapters.convert.parsing import number
+from lora_adapters.convert.portable import forbidden, same_file_key
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generate_options import UNSUPPORTED_IN_LINES
 from lora_adapters.train.prompt_lines import WHOLE, LineOption, parse_line, whole
@@ -168,14 +169,17 @@ def _check_files(made: Sequence[PictureRequest]) -> None:
         if request.file is None:
             continue
         path = Path(request.file)
-        if path.is_absolute() or ".." in path.parts:
+        if path.anchor or ".." in path.parts:  # on Windows, C:x is outside and is not absolute
             raise TrainingError(f"{request.where}: --f {request.file} is outside --outdir")
+        if why := forbidden(request.file):
+            raise TrainingError(f"{request.where}: --f {request.file}: {why}")
         if path.suffix.lower() not in ("", *PICTURE_ENDINGS):
             raise TrainingError(f"{request.where}: --f {request.file}: {', '.join(PICTURE_ENDINGS)} can be written")
-        if request.file in seen:
-            before = seen[request.file].where
+        key = same_file_key(request.file)
+        if key in seen:
+            before = seen[key].where
             raise TrainingError(f"{request.where}: the name {request.file} is taken already ({before})")
-        seen[request.file] = request
+        seen[key] = request
 
 
 def check_for_kind(made: Sequence[PictureRequest], kind: str) -> None:

@@ -1,11 +1,18 @@
-"""What libraries say when they are imported, and that no user of these programs can make use of."""
+"""What the programs of this folder do first: silence imports, and let any text be printed on any console."""
 
 import logging
 import os
 
 
 def quiet() -> None:
-    """Call it before anything slow is imported. What the environment says is left."""
+    """Call it before anything slow is imported: libraries then say nothing that is of no use to users of these programs.
+
+    What the environment says is left.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings where there is no torchvision
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # else one about 4-bit layers, on CPUs
+
+    from lora_adapters.convert.portable import tolerant_console
+
+    tolerant_console()

@@ -29,6 +29,7 @@ from tqdm import tqdm
 if __name__ == "__main__" and not __package__:  # run as a file: take this checkout's lora_adapters
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lora_adapters.convert.portable import tolerant_console
 from lora_adapters.train.picture_resizing import INTERPOLATIONS, Size
 from lora_adapters.train.resize_one_picture import Outcome, copy_if_older, process
 from lora_adapters.train.resize_plan import Job, ResizeError, plan
@@ -184,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 1 after one line of error, and 0 if some pictures had to be skipped."""
+    tolerant_console()
     try:
         given = vars(_parser().parse_args(argv))
         summary = resize_images(resolutions=given.pop("max_resolution"), progress=True, **given)

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from lora_adapters.convert.portable import forbidden
 from lora_adapters.dylora import RankDial, dials
 from lora_adapters.train import adapters
 from lora_adapters.train.arguments import parser
@@ -137,6 +138,8 @@ def check(settings: argparse.Namespace) -> None:
     optimizer_class(optimizer_name(settings))
     check_schedule(settings)
     check_samples(settings)
+    if why := forbidden(settings.output_name or ""):
+        raise TrainingError(f"--output_name {settings.output_name}: {why}")
     check_trackers(settings)
     check_uploads(settings)
     files = [

@@ -97,6 +97,7 @@ def start_console(settings: argparse.Namespace) -> None:
         level=settings.console_log_level or "INFO",
         format="%(message)s" if simple else "%(asctime)s %(levelname)s %(name)s: %(message)s",
         filename=settings.console_log_file,
+        encoding="utf-8",
         force=True,
     )
 

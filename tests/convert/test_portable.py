@@ -35,7 +35,8 @@ def test_names_are_forbidden_on_windows_only(monkeypatch):
     monkeypatch.setattr(portable, "WINDOWS", True)
     assert portable.forbidden("a:b") == "Windows does not allow ':' in names"
     assert all(portable.forbidden(name) for name in names)
-    assert portable.forbidden("a b.c") is None
+    assert portable.forbidden("x/nul.png") == "Windows does not allow the name 'nul.png'"
+    assert portable.forbidden("a b.c") is portable.forbidden("x/y.png") is portable.forbidden("") is None
 
 
 def test_names_that_differ_in_case_are_one_file_on_windows(monkeypatch):

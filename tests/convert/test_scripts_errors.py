@@ -238,3 +238,18 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
     assert "cannot be written" in fails(
         capsys, "merge", "--save_to", tmp_path / "file" / "x.safetensors", "--models", lora
     )
+
+
+def test_a_device_without_float64_is_refused(tmp_path, capsys, monkeypatch):
+    """As Apple's is."""
+    real = torch.empty
+
+    def empty(*size, dtype=None, device=None):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return real(*size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    words = ["--model", SD15 / "lierla.safetensors", "--save_to", tmp_path / "x.safetensors", "--new_rank", "1"]
+    assert "device mps cannot be used (Cannot convert a MPS" in fails(capsys, "resize", *words, "--device", "mps")
+    assert not list(tmp_path.iterdir())

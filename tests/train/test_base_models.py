@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from single_files import checkpoint
 
 from lora_adapters.train.arguments import settings
-from lora_adapters.train.base_models import architecture_on_disk, load_base_models
+from lora_adapters.train.base_models import architecture_on_disk, check_path, load_base_models
 from lora_adapters.train.errors import TrainingError
 
 
@@ -99,3 +99,11 @@ def test_single_file_with_configs_from_a_folder(sd1, tmp_path, monkeypatch, endi
         expected = getattr(folder.pipeline(None), name).state_dict()
         state = getattr(single.pipeline(None), name).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", [r"C:\models\x", "C:/x", r".\x", r"..\x", r"models\x", "./x"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name) -> None:
+    with pytest.raises(TrainingError) as caught:
+        check_path(settings(pretrained_model_name_or_path=name))
+    assert str(caught.value) == f"base model {name} does not exist"
+    check_path(settings(pretrained_model_name_or_path="owner/name"))  # may be one of the Hub

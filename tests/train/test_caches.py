@@ -284,3 +284,6 @@ def test_hugging_face_rows_need_a_folder_for_disk_caches(tmp_path, vae):
     training.cache_latents(vae, to_disk=True)
     assert len(list((tmp_path / "cache").glob("train-*-00000000_0064x0064_sd.npz"))) == 1
     assert collect(training)[0].latents.shape == (1, 4, 8, 8)
+    subset["split"] = "train[:1]"  # a name that Windows does not take
+    data(images, file={"datasets": [{"subsets": [subset]}]}).cache_latents(vae, to_disk=True)
+    assert len(list((tmp_path / "cache").glob("train[[]_1]-*-00000000_0064x0064_sd.npz"))) == 1

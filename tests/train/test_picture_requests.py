@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from lora_adapters.convert import portable
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generate_options import parser
 from lora_adapters.train.picture_requests import PictureRequest, requests
@@ -73,3 +74,18 @@ def test_one_name_for_several_pictures() -> None:
     assert [one.file for one in made(["a --f x.png"], "--images_per_prompt", 3)] == ["x.png", "x-2.png", "x-3.png"]
     with pytest.raises(TrainingError, match=r"line 1: the name x.png is taken already \(line 1\)"):
         made(["a --f x.png"], "--n_iter", 2)
+
+
+def test_names_that_windows_does_not_take_or_takes_for_one(monkeypatch) -> None:
+    monkeypatch.setattr(portable, "WINDOWS", False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert [one.file for one in made(["a --f a:b.png", "a --f A.png", "a --f a.png"])] == ["a:b.png", "A.png", "a.png"]
+    monkeypatch.setattr(portable, "WINDOWS", True)
+    for name, said in {
+        "a:b.png": "Windows does not allow ':' in names",
+        "con": "does not allow the name 'con'",
+    }.items():
+        with pytest.raises(TrainingError, match=f"line 1: --f {name}: .*{said}"):
+            made([f"a --f {name}"])
+    with pytest.raises(TrainingError, match="line 2: the name a.png is taken already"):
+        made(["a --f A.png", "a --f a.png"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_adapters.convert import portable
 from lora_adapters.train.resize_images_to_resolution import DEFAULT_RESOLUTIONS, main, resize_images
 from lora_adapters.train.resize_plan import ResizeError
 
@@ -143,12 +144,13 @@ def test_relative_folders(src, dst, monkeypatch):
 
 
 def test_odd_names_and_extensions_in_any_case(src, dst):
-    for name in ("UPPER.PNG", "Mixed.JpG", "glob[1]*?.png", "été +5%.webp"):
+    odd = ("UPPER.PNG", "Mixed.JpG", "glob[1].png" if portable.WINDOWS else "glob[1]*?.png", "été +5%.webp")
+    for name in odd:
         colour((90, 90)).save(src / name, format="PNG")
         (src / Path(name).with_suffix(".txt")).write_text(name)
     (src / "glob1.txt").write_text("what the brackets would match")
     assert run(src, dst, "--max_resolution", "64x64", "--copy_associated_files") == 0
-    for name in ("UPPER.PNG", "Mixed.JpG", "glob[1]*?.png", "été +5%.webp"):
+    for name in odd:
         stem = Path(name).stem
         assert size(dst / f"{stem}+64x64.jpg") == (64, 64)
         assert (dst / f"{stem}+64x64.txt").read_text() == name

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from lora_adapters.convert import portable
 from lora_adapters.train import run
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.checkpoints import Position, save_state
@@ -111,3 +112,10 @@ def test_without_any_block_of_the_unet_the_text_encoder_is_trained_alone(basics)
     assert list(prepare(settings(**basics, network_args=args)).trained) == ["text_encoder"]
     with pytest.raises(TrainingError, match="every block has rank or weight 0, nothing is left to train"):
         prepare(settings(**basics, network_args=args, network_train_unet_only=True))
+
+
+def test_names_that_windows_does_not_take_are_refused_before_anything_is_loaded(basics, monkeypatch) -> None:
+    monkeypatch.setattr(run, "load_base_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(portable, "WINDOWS", True)
+    with pytest.raises(TrainingError, match=r"--output_name my: lora: Windows does not allow ':' in names"):
+        prepare(settings(**{**basics, "output_name": "my: lora"}))
