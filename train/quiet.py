@@ -5,7 +5,7 @@ import os
 
 
 def quiet() -> None:
-    """Call it before anything slow is imported: libraries then say nothing that is of no use to users of these programs.
+    """Call it before anything slow is imported: libraries then do not say what no user of these programs can use.
 
     What the environment says is left.
     """

@@ -87,5 +87,5 @@ def test_names_that_windows_does_not_take_or_takes_for_one(monkeypatch) -> None:
     }.items():
         with pytest.raises(TrainingError, match=f"line 1: --f {name}: .*{said}"):
             made([f"a --f {name}"])
-    with pytest.raises(TrainingError, match="line 2: the name a.png is taken already"):
+    with pytest.raises(TrainingError, match=r"line 2: the name a\.png is taken already"):
         made(["a --f A.png", "a --f a.png"])
