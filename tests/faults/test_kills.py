@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from lora_adapters.train.errors import TrainingError
 from ..convert.checkpoints import GOLDEN, original
 from .readers import small_adapter
 
+resource = pytest.importorskip("resource", reason="Windows has neither fork nor limits")
 ROOT = Path(__file__).parents[2]
 
 CALLS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")

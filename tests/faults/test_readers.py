@@ -3,8 +3,8 @@
 import contextlib
 import os
 import pickle
-import resource
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from .mutations import mutated
 from .readers import ERRORS, Reader, every
 
+if sys.platform != "linux":
+    pytest.skip("memory is limited as Linux does it", allow_module_level=True)
+resource = pytest.importorskip("resource")
 SECONDS, MEMORY = 5, 768 << 20  # an input may take this long, and this much beyond what the process has
 CI, SLOW = 2_000, 100_000
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -143,7 +142,7 @@ def test_killed_in_a_save_and_resumed(basics, tmp_path) -> None:
     deadline = time.time() + 120
     while time.time() < deadline and "SAVING" not in process.stdout.readline():
         pass
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     out = tmp_path / "out"
     states = sorted(path.name for path in out.glob("x-*-state"))
