@@ -1,7 +1,17 @@
 import pytest
+import torch
 
 from lora_adapters.train.arguments import settings
-from lora_adapters.train.checkpoints import epoch_name, final_name, prune_epochs, prune_steps, step_name
+from lora_adapters.train.checkpoints import (
+    Position,
+    epoch_name,
+    final_name,
+    load_state,
+    prune_epochs,
+    prune_steps,
+    save_state,
+    step_name,
+)
 
 
 def test_names() -> None:
@@ -52,3 +62,16 @@ def test_nothing_is_removed_unasked(folder) -> None:
     prune_steps(settings(output_name="x"), folder, 50)
     prune_epochs(settings(output_name="x"), folder, 5, every=1)
     assert names(folder, "*") == before
+
+
+def test_a_state_that_was_resumed_from_can_be_replaced_and_removed(tmp_path) -> None:
+    """Optimizers keep the tensors that they were given."""
+    folder = tmp_path / "x-step00000001-state"
+    parts = {"optimizer": {}, "schedule": {}, "scaler": None}
+    save_state(folder, {**parts, "weights": {"x": torch.ones(100)}}, Position(step=1))
+    state, _ = load_state(folder)
+    save_state(folder, {**parts, "weights": {"x": torch.zeros(100)}}, Position(step=1))
+    assert not load_state(folder)[0]["weights"]["x"].any()
+    assert state["weights"]["x"].all(), "what was loaded has not changed"
+    prune_steps(settings(output_name="x", save_last_n_steps=1), tmp_path, 3)
+    assert not list(tmp_path.iterdir())
