@@ -20,7 +20,7 @@ from pathlib import Path
 
 LOCKING = os.name == "nt"  # files that are open or mapped cannot be replaced or deleted
 _WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds; virus scanners and indexers hold new files for a moment
-_LONGEST_NAME = 255  # bytes on Linux, UTF-16 units on Windows and macOS, which are never more
+_LONGEST_NAME = 255  # bytes on Linux; others count UTF-16 units, of which a name never has more
 _LONGEST_PATH = 259  # characters on Windows, unless its user allows longer ones
 _leftovers: set[Path] = set()
 
@@ -51,20 +51,23 @@ def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
         # As the umask or the old file has it; safetensors creates files that only the user can read.
         mode = stat.S_IMODE((target if target.exists() else partial).stat().st_mode)
         yield partial
-        partial.chmod(mode)
         if durable:
             sync(partial)
+        partial.chmod(mode)
         move(partial, target)
     finally:
         delete(partial)
 
 
 @contextmanager
-def replacing_folder(target: Path, keep: Callable[[Path], Iterable[str]] = lambda made: ()) -> Iterator[Path]:
+def replacing_folder(
+    target: Path, keep: Callable[[Path], Iterable[str]] = lambda made: (), file_by_file: bool = False
+) -> Iterator[Path]:
     """A folder beside `target` to fill; takes its place when the block ends well, removed when it does not.
 
     keep: given the filled folder, names in the old one that move to the new one. A process killed during the exchange
-    leaves the old folder under `aside(target, "old")`.
+    leaves the old folder under `aside(target, "old")`. file_by_file: where Windows refuses to rename the old folder,
+    since files in it are mapped, the files are replaced one after another instead.
     """
     partial, old, kept = aside(target, "partial"), aside(target, "old"), []
     try:
@@ -75,7 +78,7 @@ def replacing_folder(target: Path, keep: Callable[[Path], Iterable[str]] = lambd
             try:
                 _patiently(lambda: target.rename(old))
             except PermissionError:
-                if not LOCKING:
+                if not (LOCKING and file_by_file):
                     raise
                 _replace_files(target, partial, kept)
                 return
@@ -142,15 +145,25 @@ def move(source: Path, target: Path) -> None:
 
 
 def delete(file: Path) -> bool:
-    """Delete a file if there is one; False where that cannot be done now: it is tried again, at exit at the latest."""
+    """Delete a file if there is one; False where that cannot be done now.
+
+    A file that is mapped on Windows gets a hidden name; deleting is tried again, at exit at the latest.
+    """
     try:
         if LOCKING and file.exists():
             file.chmod(stat.S_IWRITE | stat.S_IREAD)  # Windows keeps files that are read-only
         file.unlink(missing_ok=True)
     except OSError:
-        if LOCKING:
+        if not LOCKING:
+            return False
+        if file.suffix in (".old", ".partial"):
             _leftovers.add(file)
-        return False
+            return False
+        try:
+            hidden = file.rename(aside(file, "old"))
+        except OSError:
+            return False
+        _leftovers.add(hidden)
     _leftovers.discard(file)
     return True
 

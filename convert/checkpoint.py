@@ -245,14 +245,15 @@ def _files_of(folder: Path) -> Iterator[Path]:
         yield file
 
 
-def _others(folder: Path) -> list[str]:
-    """What stands in a Diffusers folder and is no part of the model: pictures, a repository's .git, checkpoints."""
+def _others(folder: Path, made: Path) -> list[str]:
+    """What is in a Diffusers folder, no part of the model and not in `made`: pictures, a repository's .git, others."""
     try:
         index = json_value((folder / _INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         index = {}
     parts = {_INDEX, *COMPONENTS, "vae", *(index if isinstance(index, dict) else ())}
-    return [one.name for one in folder.iterdir() if one.name not in parts] if folder.is_dir() else []
+    names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+    return [name for name in names if name not in parts and not (made / name).exists()]
 
 
 @contextmanager
@@ -268,9 +269,7 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
     if there and not (target / _INDEX).is_file() and not _weights_of(target / "unet"):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
     try:
-        with replacing_folder(
-            target, lambda made: [one for one in _others(target) if not (made / one).exists()]
-        ) as made:
+        with replacing_folder(target, lambda made: _others(target, made), file_by_file=True) as made:
             yield made
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None

@@ -133,7 +133,8 @@ def write(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping
     for component in set(COMPONENTS) - {module.component for module in modules}:  # of an adapter that was there before
         if (folder / component / CONFIG).is_file():
             for name in (CONFIG, WEIGHTS, WEIGHTS_PICKLED):
-                atomic.delete(folder / component / name)
+                if not atomic.delete(folder / component / name):
+                    raise AdapterError(f"{folder / component / name} is of the adapter before and cannot be deleted")
 
 
 def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:

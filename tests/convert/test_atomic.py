@@ -36,6 +36,15 @@ def test_a_new_file_has_the_permissions_of_the_umask(tmp_path):
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_read_only_file_is_replaced_and_stays_read_only(tmp_path):
+    (tmp_path / "x").write_text("old")
+    (tmp_path / "x").chmod(0o444)
+    with atomic.replacing(tmp_path / "x", durable=True) as partial:
+        partial.write_text("new")
+    assert content(tmp_path) == {"x": "new"}
+    assert not (tmp_path / "x").stat().st_mode & 0o222
+
+
 def test_what_goes_wrong_leaves_the_old_file_alone(tmp_path):
     (tmp_path / "x").write_text("old")
     with pytest.raises(FileNotFoundError), atomic.replacing(tmp_path / "x") as partial:

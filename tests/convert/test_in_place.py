@@ -63,6 +63,15 @@ def test_a_model_is_merged_in_place(name, tmp_path):
     assert names(tmp_path) == files
 
 
+def test_a_component_of_the_adapter_before_is_removed(tmp_path):
+    text = ModuleName("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj")
+    both = Adapter({**query_adapter().modules, text: LowRank(torch.ones(1, 8), torch.ones(8, 1), 1.0)})
+    loaded = Adapter.load(both.save(tmp_path / "peft", "peft"))
+    query_adapter().save(tmp_path / "peft", "peft")
+    assert Adapter.load(tmp_path / "peft").components == ("unet",)
+    assert loaded.components == ("unet", "text_encoder")
+
+
 @pytest.mark.skipif("not atomic.LOCKING", reason="only Windows keeps files that are open")
 def test_a_file_that_is_open_elsewhere_stays_and_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_WAITS", (0.0,))
