@@ -1,7 +1,6 @@
 """Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
 
 import math
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +15,11 @@ from safetensors import safe_open
 from .checkpoint_names import Place, architecture_of_file, places_in_component, places_in_file
 from .errors import AdapterError
 from .files import read_tensors
+from .folder_files import INDEX, is_weights, other_entries, pipeline_files, variant_of
 from .names import COMPONENTS, ModuleName
 from .parsing import json_value
 from .weights_writing import Planned, write
 
-_INDEX = "model_index.json"
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-_FOREIGN = (".msgpack", ".onnx", ".onnx_data", ".pb", ".h5", ".xml", ".mlmodel", ".tflite")
 Change = Callable[[torch.Tensor], torch.Tensor]  # a module's weight -> the new one in float32, same shape
 
 
@@ -47,6 +44,10 @@ class WeightsFile:
 
         replaces: see `weights_writing.write`.
         """
+        write(target, self.planned(changes, dtype), metadata, self.path.suffix != ".bin", replaces)
+
+    def planned(self, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None) -> dict[str, Planned]:
+        """Its tensors as `write` would write them, each made only when its turn comes."""
         by_key: dict[str, list[tuple[Place, Change, ModuleName]]] = {}
         for module, place in self.places.items():
             if module in changes:
@@ -60,7 +61,7 @@ class WeightsFile:
                 planned[key] = Planned(to, tuple(tensor.shape), bound(tensor.to, to))
             else:
                 planned[key] = Planned.copy(tensor)
-        write(target, planned, metadata, self.path.suffix != ".bin", replaces)
+        return planned
 
 
 def _changed(
@@ -115,7 +116,7 @@ class Checkpoint:
     def _open_folder(cls, path: Path) -> "Checkpoint":
         if not (path / "unet").is_dir():
             raise AdapterError(f"{path} is no Diffusers folder of Stable Diffusion: it has no folder unet")
-        listed = {component: _weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
+        listed = {component: weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
         if not listed["unet"]:
             raise AdapterError(f"{path / 'unet'} holds no weights (.safetensors or .bin)")
         opened = [(component, file, *read_tensors(file)) for component, files in listed.items() for file in files]
@@ -189,7 +190,7 @@ class Checkpoint:
             return target
         touched = {file.path: file for file in self.files if dtype is not None or file.places.keys() & changes.keys()}
         with _replacing_folder(target) as partial:
-            for source in _files_of(self.path):
+            for source in pipeline_files(self.path):
                 copy = partial / source.relative_to(self.path)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 if source in touched:
@@ -201,58 +202,12 @@ class Checkpoint:
         return target
 
 
-def _weights_of(folder: Path) -> list[Path]:
+def weights_of(folder: Path) -> list[Path]:
     """The weights files of a component, .bin only of variants without .safetensors; those of no variant first."""
-    found = [file for file in folder.glob("*.safetensors") if "model" in file.name]
-    safe = {_variant(file) for file in found}
-    found += [file for file in folder.glob("*.bin") if "model" in file.name and _variant(file) not in safe]
+    found = [file for file in folder.glob("*.safetensors") if is_weights(file.name)]
+    safe = {variant_of(file) for file in found}
+    found += [file for file in folder.glob("*.bin") if is_weights(file.name) and variant_of(file) not in safe]
     return sorted(found, key=lambda file: (file.name.count("."), file.name))
-
-
-def _variant(file: Path) -> str:
-    """The variant of a weights file or of the index of its shards ("fp16", "non_ema"); "" for the main one."""
-    stem = re.sub(r"-[0-9]+-of-[0-9]+|\.index\.json$|\.bin|\.safetensors", "", file.name)
-    return stem.partition(".")[2]
-
-
-def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Every file below the folder, also in folders that are links, but for links to folders that it is in itself."""
-    real = folder.resolve()
-    if real in above:
-        return
-    for one in sorted(folder.iterdir()):
-        if one.is_dir():
-            yield from _walk(one, (*above, real))
-        else:
-            yield one
-
-
-def _files_of(folder: Path) -> Iterator[Path]:
-    """The files of a Diffusers folder that belong into a changed copy.
-
-    Left out: weights that would be left unchanged beside changed ones (other frameworks', .bin beside .safetensors,
-    single-file checkpoints at the top), and hidden files.
-    """
-    for file in _walk(folder):
-        inner = file.relative_to(folder)
-        if not file.is_file() or any(part.startswith(".") for part in inner.parts) or file.name.endswith(_FOREIGN):
-            continue
-        if len(inner.parts) == 1 and file.name.endswith(_WEIGHT_ENDINGS):
-            continue
-        pickled = inner.parts[0] in COMPONENTS and file.name.endswith((".bin", ".bin.index.json"))
-        if pickled and any(_variant(safe) == _variant(file) for safe in file.parent.glob("*.safetensors")):
-            continue
-        yield file
-
-
-def _others(folder: Path) -> list[str]:
-    """What stands in a Diffusers folder and is no part of the model: pictures, a repository's .git, checkpoints."""
-    try:
-        index = json_value((folder / _INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        index = {}
-    parts = {_INDEX, *COMPONENTS, "vae", *(index if isinstance(index, dict) else ())}
-    return [one.name for one in folder.iterdir() if one.name not in parts] if folder.is_dir() else []
 
 
 @contextmanager
@@ -265,14 +220,14 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
         raise AdapterError(f"{target} is a file: a Diffusers folder is written as a folder")
     target = target.resolve()  # a link stays one
     there = target.is_dir() and any(target.iterdir())
-    if there and not (target / _INDEX).is_file() and not _weights_of(target / "unet"):
+    if there and not (target / INDEX).is_file() and not weights_of(target / "unet"):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
-    mark, others = secrets.token_hex(4), []
+    mark, others = secrets.token_hex(4), list[Path]()
     partial, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
         yield partial
-        others = [name for name in _others(target) if not (partial / name).exists()]
+        others = [name for name in other_entries(target) if not (partial / name).exists()]
         if target.exists():
             target.rename(old)
         try:
@@ -282,6 +237,7 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         for name in others:
+            (target / name).parent.mkdir(exist_ok=True)
             (old / name).rename(target / name)
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
