@@ -62,6 +62,8 @@ def architecture_of_file(keys: Collection[str]) -> str | None:
     """ "sd" or "sdxl" by the names in a single-file checkpoint; None where there is no U-Net of either."""
     if not any(key.startswith(_UNET) for key in keys):
         return None
+    if any(key.startswith(f"{_UNET}input_blocks.1.1.") for key in keys):  # attention at full size: none in SDXL
+        return "sd"
     sdxl = any(key.startswith(("conditioner.embedders.", f"{_UNET}label_emb.")) for key in keys)
     return "sdxl" if sdxl else "sd"
 

@@ -12,6 +12,7 @@ from .families import check_one_family, family_of
 from .inputs import check_finite
 from .low_rank import LowRank, add_up
 from .names import ModuleName, nearest
+from .single_file import is_single_file, write_single_file
 
 
 def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
@@ -67,6 +68,8 @@ def merge_into_model(
 ) -> Path:
     """Write a model with Σ weight · ΔW added to its weights; its path is given back.
 
+    A file is written as a file and a Diffusers folder as a folder, or, where target ends in .safetensors or .ckpt, as
+    one file in the original layout.
     Tensors that no adapter touches are copied bit for bit; the others are computed in float32 and written in their old
     dtype. With `dtype` all floating point tensors are written in that. The whole is written or nothing. `names` are the
     adapters' for error messages.
@@ -80,7 +83,10 @@ def merge_into_model(
     for label, adapter in named.items():
         _check_fits(checkpoint, label, adapter, known)
     changes = {module: _adding(listed) for module, listed in parts.items()}
-    return checkpoint.write(target, changes, dtype, {**(metadata or {})} if keep_metadata else None)
+    facts = {**(metadata or {})} if keep_metadata else None
+    if checkpoint.is_folder and is_single_file(target):
+        return write_single_file(checkpoint, target, changes, dtype, facts)
+    return checkpoint.write(target, changes, dtype, facts)
 
 
 def _check_fits(checkpoint: Checkpoint, name: str, adapter: Adapter, known: Mapping[ModuleName, object]) -> None:

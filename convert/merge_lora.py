@@ -10,7 +10,7 @@ source is. Without --sd_model the result is exactly the weighted sum of the chan
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -25,6 +25,7 @@ from lora_adapters.convert.command_line import Parser, add_dtype, dtype_of, outp
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.inputs import load
 from lora_adapters.convert.merge import merge_into_model, weighted_sum
+from lora_adapters.convert.metadata import title_of
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
 
@@ -63,9 +64,9 @@ def load_all(models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequen
     return adapters, ratios
 
 
-def provenance(adapters: dict[str, Adapter], no_metadata: bool) -> dict[str, str]:
+def provenance(sources: Iterable[str], no_metadata: bool) -> dict[str, str]:
     """Metadata that names what the result was made from."""
-    return {} if no_metadata else {"modelspec.merged_from": ", ".join(Path(name).stem for name in adapters)}
+    return {} if no_metadata else {"modelspec.merged_from": ", ".join(map(title_of, sources))}
 
 
 def program(argv: Sequence[str] | None) -> None:
@@ -84,11 +85,12 @@ def program(argv: Sequence[str] | None) -> None:
     if args.v2 and not checkpoint.base_version.startswith("sd_v2"):
         raise AdapterError(f"{args.sd_model} is not SD2.x, as --v2 says, but {checkpoint.base_version}")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws)
-    facts = provenance(adapters, args.no_metadata)
+    facts = provenance([args.sd_model, *adapters], args.no_metadata)
     path = merge_into_model(
         checkpoint, args.save_to, [*adapters.values()], ratios, [*adapters], dtype, facts, not args.no_metadata
     )
-    print(f"merged {len(adapters)} into {args.sd_model}: {path}")
+    form = " (one file in the original layout)" if checkpoint.is_folder and path.is_file() else ""
+    print(f"merged {len(adapters)} into {args.sd_model}: {path}{form}")
 
 
 def _into_one(args, dtype) -> None:
