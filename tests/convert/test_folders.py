@@ -148,13 +148,8 @@ def test_components_that_the_index_names_are_copied_with_their_own_code(tiny_ada
     index = json.loads((model / "model_index.json").read_text())
     index |= {"_class_name": ["my_pipeline", "MyPipeline"], "scorer": ["my_scorer", "Scorer"], "nothing": [None, None]}
     (model / "model_index.json").write_text(json.dumps(index))
-    for name in (
-        "my_pipeline.py",
-        "scorer/my_scorer.py",
-        "scorer/config.json",
-        "scorer/other.py",
-        "nothing/config.json",
-    ):
+    code = ("my_pipeline.py", "scorer/my_scorer.py", "scorer/config.json")
+    for name in (*code, "scorer/other.py", "nothing/config.json"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(name)
     found = files_in(tiny_adapter.merge_into(model, tmp_path / "out"))
