@@ -13,7 +13,7 @@ from .command_line import progress
 from .difference import best_approximation
 from .errors import AdapterError
 from .low_rank import LowRank
-from .names import OUTER, ModuleName
+from .names import OUTER, TEXT_PROJECTION, ModuleName
 from .svd import Fit, Rules, clamp, rules, with_rank_facts
 
 _FAMILIES = {"sd_v1": "SD1.x", "sd_v2": "SD2.x", "sd_v2_v": "SD2.x", "sdxl_base_v1-0": "SDXL"}
@@ -76,7 +76,9 @@ def extract(
 
 def _covered(module: ModuleName, c3lier: bool) -> bool:
     """Whether LoRA-C3Lier, or LoRA-LierLa, has the module."""
-    return module.component != "unet" or ".attentions." in module.path or (c3lier and module.path not in OUTER)
+    if module.component != "unet":
+        return module.path != TEXT_PROJECTION
+    return ".attentions." in module.path or (c3lier and module.path not in OUTER)
 
 
 def _check_alike(first: Checkpoint, second: Checkpoint) -> None:

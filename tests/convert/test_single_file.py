@@ -106,7 +106,12 @@ def test_diffusers_reads_the_file_as_the_folder_merged(kind, folder, ending, tmp
         the_same(wanted[component], found[component])
     before = from_pretrained(folder)
     assert not torch.equal(before["unet"][f"{QUERY.path}.weight"], wanted["unet"][f"{QUERY.path}.weight"])
-    assert Checkpoint.open(file).architecture == ("sdxl" if kind == "sdxl" else "sd")
+    opened, parts = Checkpoint.open(file), Checkpoint.open(merged)
+    assert opened.architecture == ("sdxl" if kind == "sdxl" else "sd")
+    assert opened.base_version == parts.base_version
+    assert adapter.modules.keys() <= opened.modules.keys()
+    for module in adapter.modules:
+        assert torch.equal(opened.weight(module), parts.weight(module)), module
 
 
 def test_names_and_shapes_are_the_originals(kind, folder, tmp_path):
