@@ -13,8 +13,8 @@ from typing_extensions import Self
 from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
 from .errors import AdapterError, UnknownFormatError, first_line
 from .files import read_tensors, replacing, sync
-from .low_rank import LowRank
-from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, network_args
+from .low_rank import LowRank, rank_range
+from .metadata import MERGED_FACTS, DyLora, complete, dylora_metadata, dylora_of, hashes, merged_facts, network_args
 from .names import ModuleName, architecture_of
 from .sources import locate
 
@@ -184,7 +184,8 @@ class Adapter:
 
     def __repr__(self) -> str:
         kind = f", DyLoRA unit {self.dylora.unit}" if self.dylora else ""
-        return f"Adapter({len(self.modules)} modules of {', '.join(self.components)}, rank {self.rank}{kind})"
+        ranks = rank_range(one.rank for one in self.modules.values())
+        return f"Adapter({len(self.modules)} modules of {', '.join(self.components)}, rank {ranks}{kind})"
 
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
@@ -234,7 +235,8 @@ class Adapter:
                 modules[module] = modules[module] + one if module in modules else one
             except AdapterError as error:
                 raise AdapterError(f"{module}: {error}") from None
-        return replace(self, modules=modules, metadata=self.plain_metadata())
+        facts = merged_facts([self.metadata, other.metadata])
+        return replace(self, modules=modules, metadata={**self.plain_metadata(), **facts})
 
     def truncate(self, rank: int) -> Self:
         """The first `rank` components of every module, at the scale that they were trained for.
@@ -332,4 +334,4 @@ class Adapter:
         """Metadata without what is no longer true of a combination: rank, alpha, type, blocks."""
         facts = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
         gone = (*facts, "sshs_", "modelspec.", format_diffusers.METADATA_KEY)
-        return {key: value for key, value in self.metadata.items() if not key.startswith(gone)}
+        return {key: value for key, value in self.metadata.items() if key in MERGED_FACTS or not key.startswith(gone)}

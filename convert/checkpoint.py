@@ -1,7 +1,6 @@
 """Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
 
 import math
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from safetensors import safe_open
 
 from .checkpoint_names import Place, architecture_of_file, places_in_component, places_in_file
 from .errors import AdapterError
-from .files import read_tensors
+from .files import beside, read_tensors
 from .folder_files import INDEX, is_weights, other_entries, pipeline_files, variant_of
 from .names import COMPONENTS, ModuleName
 from .parsing import json_value
@@ -197,6 +196,9 @@ class Checkpoint:
                     file = touched[source]
                     facts = dict(file.metadata) if metadata is None else {**file.metadata, **metadata}
                     file.write(copy, changes, dtype, facts, target.exists())
+                    before = target / source.relative_to(self.path)
+                    if before.exists():  # who may read it stays as it was
+                        copy.chmod(before.stat().st_mode)
                 else:
                     shutil.copy2(source, copy)
         return target
@@ -222,10 +224,12 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
     there = target.is_dir() and any(target.iterdir())
     if there and not (target / INDEX).is_file() and not weights_of(target / "unet"):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
-    mark, others = secrets.token_hex(4), list[Path]()
-    partial, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("partial", "old"))
+    others: list[Path] = []
+    partial, old = (beside(target, kind) for kind in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
+        if there:
+            partial.chmod(target.stat().st_mode)
         yield partial
         others = [name for name in other_entries(target) if not (partial / name).exists()]
         if target.exists():

@@ -51,6 +51,21 @@ def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)
 
 
+def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
+    """An option to leave out what a model does not have."""
+    parser.add_argument(
+        "--skip_unknown", action="store_true", help="leave out modules that the model does not have, and list them"
+    )
+
+
+def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
+    """List the modules of an adapter that are left out; nothing where there are none."""
+    listed = list(modules)
+    if listed:
+        print(f"{where}: {len(listed)} modules left out, which {why}:")
+        print("\n".join(f"  {printable(module)}" for module in listed))
+
+
 def dtype_of(*names: str | None) -> torch.dtype | None:
     """The dtype of the first name that is given; None where none is."""
     return next((DTYPES[name] for name in names if name is not None), None)
@@ -70,6 +85,15 @@ def device_of(name: str | None) -> torch.device:
 def progress(things: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """The things, with a bar on a terminal where going through them takes more than a second."""
     return tqdm(things, desc=what, total=total, delay=1, disable=None, leave=False)
+
+
+def printable(text: str) -> str:
+    r"""Text from a foreign file in one line for a terminal: control and formatting characters are shown as escapes.
+
+    >>> printable("title \x1b[2J\n")
+    'title \\x1b[2J\\n'
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def output_file(path: str) -> Path:
@@ -108,5 +132,5 @@ def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | No
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1

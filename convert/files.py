@@ -40,12 +40,20 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     loaded = load_plain(file)
     if isinstance(loaded, dict):
         loaded = loaded.get("state_dict", loaded)
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
-        raise AdapterError(f"{file} holds no table of named tensors")
+    if not isinstance(loaded, dict):
+        raise AdapterError(f"{file} holds {_described(loaded)}, no table of named tensors")
     for name, tensor in loaded.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
         if not isinstance(name, str) or not _is_plain(tensor):
             raise AdapterError(f"{file}: {name!s:.80} is no plain tensor under a name")
     return loaded, {}
+
+
+def _described(value: object) -> str:
+    """A value of a foreign file, in a few words."""
+    name = "a training program's object" if isinstance(value, _Inert) else f"of the type {type(value).__name__}"
+    return f"{name} ({value!s:.40})" if isinstance(value, int | float | str) else name
 
 
 class _Inert:
@@ -96,6 +104,15 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
+_LONGEST = 200  # bytes of a name that others can be made of: file systems end at 255
+
+
+def beside(target: Path, kind: str) -> Path:
+    """A new hidden path in the folder of `target`, its name ending in `.kind`."""
+    name = f".{target.name}" if len(os.fsencode(target.name)) <= _LONGEST else ""
+    return target.with_name(f"{name}.{secrets.token_hex(4)}.{kind}")
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A path beside `target` to write to; renamed to it when the block ends well, removed when it does not.
@@ -103,13 +120,14 @@ def replacing(target: Path) -> Iterator[Path]:
     The target's folder is made where it is missing. Until the rename, an existing target stays as it was. AdapterError
     where the folder cannot be written to or the disk is full.
     """
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial = beside(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise AdapterError(f"{target} is a folder: name a file in it")
         partial.touch()
-        mode = partial.stat().st_mode  # as the user's umask says; safetensors makes files that only the user can read
+        # As the target's was, or as the user's umask says; safetensors makes files that only the user can read.
+        mode = (target if target.exists() else partial).stat().st_mode
         yield partial
         partial.chmod(mode)
         partial.replace(target)
@@ -141,7 +159,10 @@ def all_or_none(folder: Path) -> Iterator[Path]:
             elif target.is_dir():
                 raise AdapterError(f"{target} is a folder: a file of that name is to be written")
         for file in [file for file in own.rglob("*") if file.is_file()]:
-            file.replace(folder / file.relative_to(own))
+            target = folder / file.relative_to(own)
+            if target.exists():
+                file.chmod(target.stat().st_mode)
+            file.replace(target)
     except OSError as error:
         raise AdapterError(f"{folder} cannot be written to ({error.strerror or error})") from None
     finally:

@@ -1,7 +1,7 @@
 """One module's low-rank change of weight."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,3 +147,13 @@ def add_up(parts: Sequence[LowRank]) -> LowRank:
     alike = [part.shaped_like(shape) for part in parts]
     up = torch.cat([part.up.float() * part.scale for part in alike], dim=1)
     return LowRank(torch.cat([part.down.float() for part in alike]), up, float(up.shape[1]))
+
+
+def rank_range(ranks: Iterable[int]) -> str:
+    """The ranks of an adapter's modules, for people.
+
+    >>> rank_range([16, 16]), rank_range([16, 8, 36]), rank_range([])
+    ('16', '8 to 36', '0')
+    """
+    found = sorted(set(ranks)) or [0]
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"

@@ -41,7 +41,7 @@ _PLACE = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|dow
 class ModuleName(NamedTuple):
     """One adapted module: `component` is unet, text_encoder or text_encoder_2, `path` its dotted name in diffusers.
 
-    Text encoders' paths begin with `text_model.`, whatever the version of transformers; `text_projection` stands beside.
+    Text encoders' paths begin with `text_model.`, whatever the version of transformers, but for `text_projection`.
 
     >>> str(ModuleName("unet", "mid_block.attentions.0.proj_in"))
     'unet.mid_block.attentions.0.proj_in'
@@ -102,7 +102,7 @@ def unet_paths(architecture: str) -> frozenset[str]:
 
 
 def text_encoder_paths() -> list[str]:
-    """The paths of all layers' modules of the deepest text encoder, layer by layer; `text_projection` is not of them."""
+    """The paths of the modules in all layers of the deepest text encoder, layer by layer; no `text_projection`."""
     return list(_text_encoder())
 
 

@@ -183,7 +183,8 @@ def open_clip_origins(keys: Collection[str], architecture: str) -> dict[str, Ori
         elif match is None:
             raise _unknown(key, "text encoder")
         else:
-            name, origin = _open_clip_layer(key, *match.groups(), keys)
+            layer, part, end = match.groups()
+            name, origin = _open_clip_layer(key, layer, part, end, keys)
             made[prefix + name] = origin
     return made
 

@@ -1,6 +1,6 @@
 """A Diffusers folder written as one checkpoint file in the original layout, which A1111 and ComfyUI open."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .parsing import json_value
 from .weights_writing import Planned, write
 
 ENDINGS = (".safetensors", ".ckpt")
+Naming = Callable[[Collection[str]], dict[str, Origin]]  # a component's keys -> original names
 _SD2_WIDTH = 1024  # of the text encoder
 _UNSUPPORTED = ("image_encoder", "image_normalizer")  # weights that pictures depend on, without a place in the layout
 
@@ -70,18 +71,18 @@ def write_single_file(
     return target
 
 
-def _components(checkpoint: Checkpoint) -> list[tuple[str, Callable[[Mapping[str, Any]], dict[str, Origin]]]]:
+def _components(checkpoint: Checkpoint) -> list[tuple[str, Naming]]:
     """Each component that goes into the file, with what names its tensors."""
     sdxl = checkpoint.architecture == "sdxl"
 
-    def clip(keys: Mapping[str, Any]) -> dict[str, Origin]:
+    def clip(keys: Collection[str]) -> dict[str, Origin]:
         return clip_origins(keys, checkpoint.architecture)
 
-    def open_clip(keys: Mapping[str, Any]) -> dict[str, Origin]:
+    def open_clip(keys: Collection[str]) -> dict[str, Origin]:
         return open_clip_origins(keys, checkpoint.architecture)
 
     first = clip if sdxl or not _is_open_clip(checkpoint) else open_clip
-    listed = [("unet", unet_origins), ("vae", vae_origins), ("text_encoder", first)]
+    listed: list[tuple[str, Naming]] = [("unet", unet_origins), ("vae", vae_origins), ("text_encoder", first)]
     return [*listed, ("text_encoder_2", open_clip)] if sdxl else listed
 
 
