@@ -1,25 +1,28 @@
 """Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
 
-import math
+import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from functools import partial as bound
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from .changed_weights import Change, Requantised, cast, changed, unscaled
 from .checkpoint_names import Place, architecture_of_file, places_in_component, places_in_file
-from .errors import AdapterError
-from .files import beside, read_tensors
-from .folder_files import INDEX, is_weights, other_entries, pipeline_files, variant_of
+from .errors import AdapterError, first_line
+from .files import beside, read_tensors, read_text
+from .folder_files import INDEX, other_entries, pipeline_files
+from .folder_weights import variant, weights_of
 from .names import COMPONENTS, ModuleName
 from .parsing import json_value
+from .scaled_weights import Neighbours, dequantised, neighbours, refuse, without_scales
 from .weights_writing import Planned, write
-
-Change = Callable[[torch.Tensor], torch.Tensor]  # a module's weight -> the new one in float32, same shape
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,27 @@ class WeightsFile:
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     metadata: Mapping[str, str]
     places: Mapping[ModuleName, Place] = field(repr=False)
+    shards: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False)  # the other files of its variant
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """Scales and other tensors that change what weights mean."""
+        own = neighbours(self.tensors)
+        if not self.shards:
+            return own
+        every = neighbours(ChainMap(dict(self.tensors), *map(dict, self.shards)))
+        apart = {key: (scale, "scaled") for key, scale in every.scales.items() if own.scales.get(key) != scale}
+        return own._replace(foreign={**apart, **every.foreign})
+
+    def check(self, module: ModuleName) -> None:
+        """AdapterError where a module's weight is quantised in a way that cannot be read."""
+        key = self.places[module].key
+        refuse(self.neighbours.foreign, [key], str(self.path))
+        if not self.tensors[key].is_floating_point():
+            raise AdapterError(
+                f"{self.path}: {key} is {self.tensors[key].dtype}: a quantised weight cannot be read or changed; take "
+                "the model in fp16 or bf16"
+            )
 
     def write(
         self,
@@ -43,6 +67,7 @@ class WeightsFile:
 
         replaces: see `weights_writing.write`.
         """
+        metadata = metadata if dtype is None else without_scales(metadata)
         write(target, self.planned(changes, dtype), metadata, self.path.suffix != ".bin", replaces)
 
     def planned(self, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None) -> dict[str, Planned]:
@@ -50,41 +75,58 @@ class WeightsFile:
         by_key: dict[str, list[tuple[Place, Change, ModuleName]]] = {}
         for module, place in self.places.items():
             if module in changes:
+                self.check(module)
                 by_key.setdefault(place.key, []).append((place, changes[module], module))
-        planned = {}
+        if dtype is not None:
+            refuse(self.neighbours.foreign, self.neighbours.foreign, f"{self.path}: no other precision")
+        planned: dict[str, Planned] = {}
         for key, tensor in self.tensors.items():
-            to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            if key in by_key:
-                planned[key] = Planned(to, tuple(tensor.shape), _changed(tensor, by_key[key], to))
-            elif to != tensor.dtype:
-                planned[key] = Planned(to, tuple(tensor.shape), bound(tensor.to, to))
-            else:
-                planned[key] = Planned.copy(tensor)
-        return planned
+            planned.update(self._planned(key, tensor, by_key.get(key, []), dtype))
+        whole = _Whole(self.path)
+        return {key: one._replace(make=bound(whole.checked, one.make)) for key, one in planned.items()}
+
+    def _planned(
+        self, key: str, tensor: torch.Tensor, changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype | None
+    ) -> dict[str, Planned]:
+        """What becomes of one tensor; of a scaled weight also of its scale, of a scale nothing."""
+        scales = self.neighbours.scales
+        if key in scales.values() or (dtype is not None and key in self.neighbours.extras):
+            return {}  # with its weight, or no longer needed
+        to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        shape = tuple(tensor.shape)
+        if key not in scales:
+            if changes:
+                return {key: Planned(to, shape, changed(tensor.to, changes, to))}
+            return {
+                key: Planned(to, shape, bound(cast, key, tensor, to)) if to != tensor.dtype else Planned.copy(tensor)
+            }
+        scale_key, scale = scales[key], self.tensors[scales[key]]
+        value = bound(unscaled, tensor, scale, scale_key)
+        if dtype is not None:
+            make = changed(value, changes, to) if changes else lambda: cast(key, value(), to)
+            return {key: Planned(to, shape, make)}
+        if not changes:
+            return {key: Planned.copy(tensor), scale_key: Planned.copy(scale)}
+        both = Requantised(changed(value, changes, torch.float32), tensor.dtype, scale, scale_key)
+        return {
+            key: Planned(to, shape, both.weight),
+            scale_key: Planned(scale.dtype, tuple(scale.shape), both.scale, late=True),
+        }
 
 
-def _changed(
-    tensor: torch.Tensor, changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    module = changes[0][2]
-    if not tensor.is_floating_point():
-        raise AdapterError(f"{module} is {tensor.dtype} in the model: a quantised weight cannot be changed")
+class _Whole:
+    """Watches that a mapped file keeps its size: reading beyond its end would kill the process."""
 
-    def make() -> torch.Tensor:
-        value = tensor.to(torch.float32, copy=True)
-        for place, change, _ in changes:
-            part = place.of(value)
-            new = change(part)
-            if new.data_ptr() != part.data_ptr():
-                part.copy_(new)
-        lowest, highest = (float(end) for end in value.aminmax())  # one pass; NaN comes through
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise AdapterError(f"{module}: the changed weight has NaN or infinite numbers")
-        if max(-lowest, highest) > torch.finfo(dtype).max:
-            raise AdapterError(f"{module}: the changed weight is too large for {dtype}; choose another precision")
-        return value.to(dtype)
+    def __init__(self, file: Path) -> None:
+        self.file, self.before = file, file.stat()
 
-    return make
+    def checked(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor that is made from the file; AdapterError where the file was cut short meanwhile."""
+        with suppress(OSError):  # renamed or removed: what is mapped stays
+            now = self.file.stat()
+            if os.path.samestat(now, self.before) and now.st_size < self.before.st_size:
+                raise AdapterError(f"{self.file} was cut short while it was read")
+        return make()
 
 
 @dataclass(frozen=True)
@@ -122,7 +164,13 @@ class Checkpoint:
         extra = any(key.startswith("add_embedding.") for component, _, tensors, _ in opened for key in tensors)
         architecture = "sdxl" if extra or "text_encoder_2" in listed else "sd"
         files = tuple(
-            WeightsFile(file, tensors, metadata, places_in_component(tensors, component, architecture))
+            WeightsFile(
+                file,
+                tensors,
+                metadata,
+                places_in_component(tensors, component, architecture),
+                tuple(other for part, shard, other, _ in opened if _same_set((part, shard), (component, file))),
+            )
             for component, file, tensors, metadata in opened
         )
         return cls(path, architecture, files)
@@ -143,13 +191,30 @@ class Checkpoint:
         place = file.places[module]
         return place.of(file.tensors[place.key])
 
+    def check_absent(self) -> None:
+        """AdapterError where quantised weights are stored under other names, so that modules seem to be missing."""
+        for file in self.files:
+            foreign = file.neighbours.foreign
+            refuse(foreign, (key for key in foreign if key not in file.tensors), str(file.path))
+
     def read(self, module: ModuleName, file: WeightsFile) -> torch.Tensor:
-        """As `weight`, mapped for this tensor only: reading many does not keep the whole file resident."""
+        """The numbers of a module's weight: those of the file, or float32 where it is scaled.
+
+        Mapped for this tensor only: reading many does not keep the whole file resident. AdapterError where the weight
+        is quantised in another way, or the file is no longer what it was.
+        """
+        file.check(module)
         place = file.places[module]
+        scale = file.neighbours.scales.get(place.key)
         if file.path.suffix != ".safetensors":
-            return place.of(file.tensors[place.key])
-        with safe_open(file.path, framework="pt") as opened:
-            return place.of(opened.get_tensor(place.key))
+            weight = file.tensors[place.key]
+        else:
+            try:
+                with safe_open(file.path, framework="pt") as opened:
+                    weight = opened.get_tensor(place.key)
+            except (SafetensorError, OSError) as error:
+                raise AdapterError(f"{file.path} changed while it was read ({first_line(error)})") from None
+        return place.of(weight if scale is None else dequantised(weight, file.tensors[scale], scale))
 
     @property
     def base_version(self) -> str:
@@ -160,7 +225,7 @@ class Checkpoint:
         if not queries or self.weight(queries[0]).shape[1] != 1024:  # the width of SD2's text encoder
             return "sd_v1"
         try:
-            scheduler = json_value((self.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            scheduler = json_value(read_text(self.path / "scheduler" / "scheduler_config.json"))
         except (OSError, ValueError):
             scheduler = {}
         if not isinstance(scheduler, dict):
@@ -200,16 +265,21 @@ class Checkpoint:
                     if before.exists():  # who may read it stays as it was
                         copy.chmod(before.stat().st_mode)
                 else:
-                    shutil.copy2(source, copy)
+                    _copy(source, copy)
         return target
 
 
-def weights_of(folder: Path) -> list[Path]:
-    """The weights files of a component, .bin only of variants without .safetensors; those of no variant first."""
-    found = [file for file in folder.glob("*.safetensors") if is_weights(file.name)]
-    safe = {variant_of(file) for file in found}
-    found += [file for file in folder.glob("*.bin") if is_weights(file.name) and variant_of(file) not in safe]
-    return sorted(found, key=lambda file: (file.name.count("."), file.name))
+def _copy(source: Path, target: Path) -> None:
+    try:
+        source.open("rb").close()
+    except OSError as error:  # not to be taken for one of the target
+        raise AdapterError(f"{source} cannot be read ({error.strerror or error})") from None
+    shutil.copy2(source, target)
+
+
+def _same_set(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
+    """Whether two files are different shards of the same weights; each is (component, file)."""
+    return one[0] == other[0] and one[1] != other[1] and variant(one[1]) == variant(other[1])
 
 
 @contextmanager

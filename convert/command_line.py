@@ -104,16 +104,31 @@ def output_file(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
-    """Run a program's body; gives back its exit status. What goes wrong is one line on stderr, and status 1."""
+def _stopping() -> dict[int, Any]:
+    """Let SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does; gives back the handlers before.
+
+    Unfinished files are then removed on the way out. A signal that is ignored, as under nohup, stays so.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)  # as Ctrl-C: unfinished files are removed on the way out
-    except ValueError:  # not in the main thread
-        before = None
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is None or signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        try:
+            before[number] = signal.signal(number, stop)
+        except ValueError:  # not in the main thread
+            break
+    return before
+
+
+def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
+    """Run a program's body; gives back its exit status. What goes wrong is one line on stderr, and status 1."""
+
+    before = _stopping()
     try:
         program(argv)
         return 0
@@ -127,10 +142,14 @@ def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | No
         message = "the device has too little memory: use --device cpu"
     except MemoryError:
         message = "there is too little memory"
+    except RuntimeError as error:  # PyTorch's, its CPU allocator's among them
+        message = first_line(error)
+        if "DefaultCPUAllocator" in message or "not enough memory" in message:
+            message = "there is too little memory"
     except KeyboardInterrupt:
         message = "stopped; nothing was written"
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1

@@ -88,15 +88,17 @@ def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
     for one, other in ((first, second), (second, first)):
         alone = one.modules.keys() - other.modules.keys()
         if alone:
+            other.check_absent()
             raise AdapterError(f"{min(alone)} is in {one.path}, but not in {other.path}")
 
 
 def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: ModuleName) -> torch.Tensor:
-    """tuned - base in float32."""
+    """tuned - base in float32; subtracted in float64 where a model is."""
     old, new = first.read(module, ours[module]), second.read(module, theirs[module])
     if old.numel() != new.numel() or old.shape[:2] != new.shape[:2]:
         raise AdapterError(f"{module} is {list(old.shape)} in {first.path}, but {list(new.shape)} in {second.path}")
-    delta = new.reshape(old.shape).to(torch.float32, copy=True).sub_(old)
+    wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
+    delta = new.reshape(old.shape).to(wide, copy=True).sub_(old.to(wide)).to(torch.float32)
     if not bool(torch.isfinite(delta.sum())):
         raise AdapterError(f"{module} has NaN or infinite numbers in {first.path} or {second.path}")
     return delta

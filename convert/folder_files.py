@@ -1,10 +1,12 @@
 """What in a Diffusers folder is part of its pipeline: the components that it names, and the files that these need."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from .files import read_text
+from .folder_weights import variant, weights_of
 from .names import COMPONENTS
 from .parsing import json_value
 
@@ -17,27 +19,15 @@ _NEEDED = {
     "processor_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
 }  # fmt: skip
-_WEIGHTS = re.compile(r"(diffusion_pytorch_|pytorch_)?model([.-].+)?\.(safetensors|bin)(\.index(\..+)?\.json)?")
 _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|ckpt|pt|pth|msgpack|onnx|onnx_data|pb|h5|xml|mlmodel|tflite)(\.index(\..+)?\.json)?"
 )
 
 
-def is_weights(name: str) -> bool:
-    """Whether diffusers or transformers would take a component's weights, or the index of their shards, from it."""
-    return _WEIGHTS.fullmatch(name) is not None
-
-
-def variant_of(file: Path) -> str:
-    """The variant of a weights file or of the index of its shards ("fp16", "non_ema"); "" for the main one."""
-    stem = re.sub(r"-[0-9]+-of-[0-9]+|\.index|\.json$|\.bin|\.safetensors", "", file.name)
-    return stem.partition(".")[2]
-
-
 def index_of(folder: Path) -> dict[str, Any]:
     """What the folder's model_index.json says; {} where there is none that can be read."""
     try:
-        index = json_value((folder / INDEX).read_text(encoding="utf-8"))
+        index = json_value(read_text(folder / INDEX))
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}
@@ -57,8 +47,8 @@ def _components(folder: Path) -> dict[str, str | None]:
 def pipeline_files(folder: Path) -> Iterator[Path]:
     """The files that the folder's pipeline needs: its index, and those of its components (which may be links).
 
-    Left out: whatever else is in the folder or in a component's, weights of other frameworks and .bin beside
-    .safetensors of the same variant.
+    Left out: whatever else is in the folder or in a component's, and weights that are not read (of other frameworks,
+    .bin beside .safetensors of the same variant).
     """
     index = folder / INDEX
     if index.is_file():
@@ -70,17 +60,19 @@ def pipeline_files(folder: Path) -> Iterator[Path]:
         place = folder / component
         if not component or component != Path(component).name or component == ".." or not place.is_dir():
             continue
-        safe = {variant_of(file) for file in place.glob("*.safetensors") if is_weights(file.name)}
+        weights = weights_of(place)
         for file in sorted(place.iterdir()):
-            if not file.is_file() or not (_is_needed(file.name) or file.name == f"{module}.py"):
-                continue
-            pickled = is_weights(file.name) and ".bin" in file.name
-            if not (pickled and variant_of(file) in safe):
+            needed = file.name in _NEEDED or file.name == f"{module}.py" or file in weights or _is_index(file, weights)
+            if needed and file.is_file():
                 yield file
 
 
-def _is_needed(name: str) -> bool:
-    return name in _NEEDED or is_weights(name)
+def _is_index(file: Path, weights: Collection[Path]) -> bool:
+    """Whether a file is the index of the shards among these weights."""
+    if not (".index." in file.name and file.name.endswith(".json")):
+        return False
+    ending = ".bin" if ".bin." in file.name else ".safetensors"
+    return any(variant(one) == variant(file) and one.name.endswith(ending) for one in weights)
 
 
 def other_entries(folder: Path) -> list[Path]:
@@ -103,4 +95,4 @@ def other_entries(folder: Path) -> list[Path]:
 
 
 def _of_the_model(name: str) -> bool:
-    return _is_needed(name) or _ANY_WEIGHTS.fullmatch(name) is not None
+    return name in _NEEDED or _ANY_WEIGHTS.fullmatch(name) is not None

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from .adapter import Adapter
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, WeightsFile
 from .ema import twin, with_ema
 from .errors import AdapterError
 from .families import check_one_family, family_of
 from .inputs import check_finite
-from .low_rank import LowRank, add_up
+from .low_rank import LowRank, add_up, common_scale
 from .metadata import merged_facts
 from .names import ModuleName, nearest
 from .single_file import is_single_file, write_single_file
@@ -22,10 +22,11 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
 
     Metadata: the base model's, the tags and trigger words of all; AdapterError where adapters are for different models.
     """
-    modules = {}
-    for module, parts in _gathered(adapters, weights).items():
+    modules, gathered = {}, _gathered(adapters, weights)
+    scale = common_scale(one for parts in gathered.values() for one in parts)  # one for all: see `low_rank.to_narrow`
+    for module, parts in gathered.items():
         try:
-            modules[module] = add_up(parts)
+            modules[module] = add_up(parts, scale)
         except AdapterError as error:
             names = [name for name, adapter in adapters.items() if module in adapter.modules]
             raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
@@ -52,7 +53,7 @@ def _gathered(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> dict
 def _adding(parts: Sequence[LowRank]) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(weight: torch.Tensor) -> torch.Tensor:
         one = add_up(parts)  # only now: all of them together would need the memory of all adapters
-        up, down = one.matrices()
+        up, down = one.matrices(weight.dtype)
         return weight.reshape(len(weight), -1).addmm_(up, down, alpha=one.scale).reshape(weight.shape)
 
     return change
@@ -108,18 +109,20 @@ def fitting(checkpoint: Checkpoint, adapter: Adapter, name: str) -> tuple[Adapte
     return adapter.with_modules(kept), missing
 
 
-def _check_fits(checkpoint: Checkpoint, name: str, adapter: Adapter, known: Mapping[ModuleName, object]) -> None:
+def _check_fits(checkpoint: Checkpoint, name: str, adapter: Adapter, known: Mapping[ModuleName, WeightsFile]) -> None:
     family, model = family_of(adapter), "SDXL" if checkpoint.architecture == "sdxl" else "SD1.x or SD2.x"
     if (family == "SDXL") != (checkpoint.architecture == "sdxl"):
         raise AdapterError(f"{name} is for {family}, but {checkpoint.path} is {model}")
     for module, one in adapter.modules.items():
         if module not in known:
+            checkpoint.check_absent()
             parts = {found.component for found in known}
             hint = nearest(str(module), map(str, known)) if module.component in parts else f"; no {module.component}"
             raise AdapterError(
                 f"{name} changes {module}, which {checkpoint.path} does not have{hint} (--skip_unknown leaves it out)"
             )
-        shape = tuple(checkpoint.weight(module).shape)
+        known[module].check(module)
+        shape = tuple(checkpoint.weight(module, known[module]).shape)
         if not one.fits(shape):
             made = [*one.out_in, *one.kernel][: 4 if one.kernel != (1, 1) else 2]
             raise AdapterError(

@@ -39,7 +39,7 @@ from lora_adapters.convert.merge import fitting, merge_into_model, weighted_sum
 from lora_adapters.convert.metadata import MERGED_FACTS, merged_facts
 from lora_adapters.convert.model_arguments import read_arguments
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.svd import as_written, reduce_modules, report, rules, with_rank_facts
 
 MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the adapters', for a checkpoint's header
 MODELS_HELP = (
@@ -173,14 +173,16 @@ def _into_one(args, dtype) -> None:
         raise AdapterError("--ema goes with --sd_model: LoRAs have no averaged weights")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     merged = weighted_sum(adapters, ratios)
+    exact, fits = merged.modules, {}
     if args.new_rank is not None:
-        modules, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
-        merged = merged.with_modules(modules)
-        print(report(fits))
+        exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
+    merged = merged.with_modules(exact).to(dtype or torch.float32)
+    if fits:
+        print(report(as_written(fits, exact, merged.modules)))
     if args.shuffle:
         merged = merged.map(lambda one: one.reordered(torch.randperm(one.rank)))
     metadata = with_rank_facts(merged.modules, merged_metadata(merged, adapters, args.no_metadata))
-    Adapter(merged.modules, metadata).save(path, dtype=dtype or torch.float32, modelspec=not args.no_metadata)
+    Adapter(merged.modules, metadata).save(path, modelspec=not args.no_metadata)
     print(f"{merged} written to {path}")
 
 

@@ -30,7 +30,7 @@ from lora_adapters.convert.inputs import load
 from lora_adapters.convert.low_rank import rank_range
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.rank_choice import DYNAMIC_METHODS, dynamic
-from lora_adapters.convert.svd import Rules, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.svd import Rules, as_written, reduce_modules, report, rules, with_rank_facts
 
 
 def parser() -> Parser:
@@ -72,17 +72,18 @@ def program(argv: Sequence[str] | None) -> None:
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
     adapter = load(args.model, skip_unknown=args.skip_unknown)
     modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
-    if args.verbose:
-        for module, fit in fits.items():
-            print(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
     metadata = with_rank_facts(modules, adapter.plain_metadata())
     ranks = rank_range(one.rank for one in adapter.modules.values())
     before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""
     metadata["ss_training_comment"] = f"resized from rank {ranks}{before}"
     if args.dynamic_method or args.target_error is not None:
         metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
-    result = Adapter(modules, metadata)
-    result.save(path, dtype=dtype_of(args.save_precision))
+    result = Adapter(modules, metadata).to(dtype_of(args.save_precision))
+    fits = as_written(fits, modules, result.modules)
+    if args.verbose:
+        for module, fit in fits.items():
+            print(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
+    result.save(path)
     print(report(fits))
     print(f"{result} written to {path}")
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Change, Checkpoint, WeightsFile, weights_of
+from .changed_weights import Change
+from .checkpoint import Checkpoint, WeightsFile
 from .errors import AdapterError
-from .files import read_tensors
-from .folder_files import variant_of
+from .files import read_tensors, read_text
+from .folder_weights import variant, weights_of
 from .names import ModuleName
 from .original_layout import Origin, clip_origins, open_clip_origins, unet_origins, vae_origins
 from .parsing import json_value
@@ -96,12 +97,12 @@ def _main_files(checkpoint: Checkpoint, component: str) -> list[WeightsFile]:
             f"{checkpoint.path} has no {component} with weights: one file holds the U-Net, the VAE and the text "
             "encoders; give --save_to the name of a folder"
         )
-    variants = sorted({variant_of(file.path) for file in files})
+    variants = sorted({variant(file.path) for file in files})
     if len(variants) > 1 and variants[0] != "":
         raise AdapterError(
             f"{checkpoint.path / component} has several variants and no main one: {', '.join(variants)}; leave one"
         )
-    return [file for file in files if variant_of(file.path) == variants[0]]
+    return [file for file in files if variant(file.path) == variants[0]]
 
 
 def _is_open_clip(checkpoint: Checkpoint) -> bool:
@@ -124,7 +125,7 @@ def _prediction_marks(checkpoint: Checkpoint) -> dict[str, Planned]:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        found = json_value(file.read_text(encoding="utf-8"))
+        found = json_value(read_text(file))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

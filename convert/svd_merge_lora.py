@@ -26,7 +26,7 @@ from lora_adapters.convert.command_line import (
 from lora_adapters.convert.merge import weighted_sum
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.svd import as_written, reduce_modules, report, rules, with_rank_facts
 
 
 def parser() -> Parser:
@@ -64,9 +64,9 @@ def program(argv: Sequence[str] | None) -> None:
     del adapters  # the files need not stay in memory
     modules, fits = reduce_modules(merged.modules, chosen, args.clamp_quantile, device)
     metadata = with_rank_facts(modules, facts)
-    result = Adapter(modules, metadata)
-    result.save(path, dtype=dtype_of(args.save_precision, args.precision), modelspec=not args.no_metadata)
-    print(report(fits))
+    result = Adapter(modules, metadata).to(dtype_of(args.save_precision, args.precision))
+    result.save(path, modelspec=not args.no_metadata)
+    print(report(as_written(fits, modules, result.modules)))
     print(f"{result} written to {path}")
 
 
