@@ -49,13 +49,17 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
     return adapter
 
 
+_ANOTHER_MODELS = 20  # unknown modules in a row from the start: an adapter for another kind of model
 _MODULE_END = re.compile(r"\.(lora_|lora[.]|alpha$|dora_scale$|diff|processor\.)|_lora\.|\.lora$")
 
 
 def without_unknown(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of an adapter's file without those of modules that SD1.x, SD2.x and SDXL do not have, and these."""
+    """The tensors of an adapter's file without those of modules that SD1.x, SD2.x and SDXL do not have, and these.
+
+    All of them, and no names, where the adapter is for another kind of model altogether.
+    """
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _MODULE_END.search(key)
@@ -68,6 +72,8 @@ def without_unknown(
         except AdapterError as error:
             if "unknown module" in str(error):
                 unknown.append(name)
+                if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
+                    return dict(tensors), []
                 continue
         kept |= group  # what else is wrong with it is found when all of them are read
     return kept, unknown

@@ -108,7 +108,13 @@ def merged_metadata(merged: Adapter, adapters: Mapping[str, Adapter], no_metadat
     """The metadata of a sum: its own, and what its sources knew and are called, unless there shall be none."""
     if no_metadata:
         return {key: text for key, text in merged.metadata.items() if key not in MERGED_FACTS}
-    return {**merged.metadata, **merged_facts([one.metadata for one in adapters.values()], [*adapters])}
+    return {**merged.metadata, **merged_facts([one.metadata for one in adapters.values()], _sources(adapters))}
+
+
+def _sources(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Where the adapters of `load_all` are from, without the number that tells one that is given twice."""
+    plain = [name.rpartition(" (")[0] for name in adapters]
+    return [short if short in adapters else name for name, short in zip(adapters, plain, strict=True)]
 
 
 def program(argv: Sequence[str] | None) -> None:
@@ -129,7 +135,7 @@ def program(argv: Sequence[str] | None) -> None:
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     if args.skip_unknown:
         adapters = _fitting(checkpoint, adapters)
-    facts = merged_facts([one.metadata for one in adapters.values()], [args.sd_model, *adapters])
+    facts = merged_facts([one.metadata for one in adapters.values()], [args.sd_model, *_sources(adapters)])
     path = merge_into_model(
         checkpoint,
         args.save_to,

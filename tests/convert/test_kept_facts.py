@@ -50,6 +50,8 @@ def test_sums_know_what_their_sources_knew(sources, program, tmp_path, capsys):
     assert json.loads(found["ss_tag_frequency"]) == TAGS
     assert found["modelspec.trigger_phrase"] == "sks cat, fluffy, zz"
     assert found["modelspec.merged_from"] == "a, b"
+    run(capsys, *program, "--save_to", out, "--models", *sources, sources[0])
+    assert metadata_of(out)["modelspec.merged_from"] == "a, b, a"
     run(capsys, *program, "--save_to", out, "--models", *sources, "--no_metadata")
     assert "ss_tag_frequency" not in metadata_of(out)
 
