@@ -9,9 +9,8 @@ import math
 
 import torch
 
-_TARGET = (
-    -2
-)  # as power of two, of the largest number in a factor: numbers of 1/4096 of it keep all their bits in float16
+_TARGET = -2  # largest number of a factor, as a power of two: numbers down to 1/4096 of it keep all bits in float16
+_FAR = 4  # a component whose mean is so many times the smallest normal number loses nothing to speak of
 
 
 def widened(factor: torch.Tensor) -> torch.Tensor:
@@ -26,9 +25,15 @@ def loses(factor: torch.Tensor, dtype: torch.dtype, dim: int) -> bool:
         return False
     wide = widened(factor)
     over = tuple(other for other in range(factor.ndim) if other != dim)
+    if factor.numel() == 0:
+        return False
+    sums = wide.abs().sum(over)
+    lowest, highest = wide.aminmax()
+    far = float(sums.min()) >= _FAR * narrow.tiny * factor.numel() / factor.shape[dim]
+    if far and max(-float(lowest), float(highest)) <= narrow.max:
+        return False  # what the subnormal numbers among them lose is less than what all others do
     lost = (wide - factor.to(dtype).to(wide.dtype)).abs_().sum(over)
-    allowed = wide.abs().sum(over).mul_(torch.finfo(dtype).eps * 0.51)
-    return not bool((lost <= allowed).all())  # NaN and infinite numbers are a loss too
+    return not bool((lost <= sums * (narrow.eps * 0.51)).all())  # NaN and infinite numbers are a loss too
 
 
 def balanced(down: torch.Tensor, up: torch.Tensor, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
