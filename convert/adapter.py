@@ -13,8 +13,8 @@ from typing_extensions import Self
 from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
 from .errors import AdapterError, UnknownFormatError
 from .files import read_tensors, replacing, save_pickle
-from .low_rank import LowRank
-from .metadata import DyLora, complete, dylora_metadata, dylora_of, hashes, network_args
+from .low_rank import LowRank, add_up, common_scale, rank_range, to_narrow
+from .metadata import MERGED_FACTS, DyLora, complete, dylora_metadata, dylora_of, hashes, merged_facts, network_args
 from .names import ModuleName, architecture_of
 from .sources import locate
 
@@ -121,7 +121,10 @@ class Adapter:
             raise AdapterError(f"{path} is not written: the adapter has no modules")
         path = Path(path).expanduser()
         adapter = self.with_common_alpha() if fold_alpha else self
-        adapter = adapter.to(dtype)
+        without_alphas = format in ("diffusers", "cloneofsimo")
+        if without_alphas:  # before the numbers become narrower
+            adapter = adapter.map(lambda one: one.with_alpha(float(one.rank)) if one.alpha else one)
+        adapter = adapter.to(dtype, keep_alpha=without_alphas)
         if format in ("peft", "diffusers"):
             from .families import in_own_shapes
 
@@ -180,7 +183,8 @@ class Adapter:
 
     def __repr__(self) -> str:
         kind = f", DyLoRA unit {self.dylora.unit}" if self.dylora else ""
-        return f"Adapter({len(self.modules)} modules of {', '.join(self.components)}, rank {self.rank}{kind})"
+        ranks = rank_range(one.rank for one in self.modules.values())
+        return f"Adapter({len(self.modules)} modules of {', '.join(self.components)}, rank {ranks}{kind})"
 
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
@@ -193,11 +197,15 @@ class Adapter:
         """Other modules under the same metadata."""
         return replace(self, modules=modules)
 
-    def to(self, dtype: torch.dtype | None) -> Self:
-        """All factors in another dtype; None keeps them. AdapterError where a number is too large for it."""
+    def to(self, dtype: torch.dtype | None, keep_alpha: bool = False) -> Self:
+        """All factors in another dtype; None keeps them. AdapterError where a number is too large for it.
+
+        Where factors would lose small numbers in it, they are balanced by powers of two, and where that is not enough
+        all alphas become smaller by the same factor (not with keep_alpha): ΔW is the same.
+        """
         if dtype is None:
             return self
-        cast = self.map(lambda one: one.to(dtype))
+        cast = self.with_modules(to_narrow(self.modules, dtype, keep_alpha))
         for module, one in self.modules.items():
             narrower = any(torch.finfo(factor.dtype).max > torch.finfo(dtype).max for factor in (one.down, one.up))
             if narrower and not cast.modules[module].is_finite() and one.is_finite():
@@ -225,12 +233,14 @@ class Adapter:
                 f"one adapter is for {names[self.architecture]}, the other for {names[other.architecture]}"
             )
         modules = dict(self.modules)
+        scale = common_scale([*self.modules.values(), *other.modules.values()])
         for module, one in other.modules.items():
             try:
-                modules[module] = modules[module] + one if module in modules else one
+                modules[module] = add_up([modules[module], one], scale) if module in modules else one
             except AdapterError as error:
                 raise AdapterError(f"{module}: {error}") from None
-        return replace(self, modules=modules, metadata=self.plain_metadata())
+        facts = merged_facts([self.metadata, other.metadata])
+        return replace(self, modules=modules, metadata={**self.plain_metadata(), **facts})
 
     def truncate(self, rank: int) -> Self:
         """The first `rank` components of every module, at the scale that they were trained for.
@@ -328,4 +338,4 @@ class Adapter:
         """Metadata without what is no longer true of a combination: rank, alpha, type, blocks."""
         facts = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
         gone = (*facts, "sshs_", "modelspec.", format_diffusers.METADATA_KEY)
-        return {key: value for key, value in self.metadata.items() if not key.startswith(gone)}
+        return {key: value for key, value in self.metadata.items() if key in MERGED_FACTS or not key.startswith(gone)}

@@ -89,6 +89,7 @@ def replacing_folder(
                 old.rename(target)
             raise
         for name in kept:
+            (target / name).parent.mkdir(exist_ok=True)
             (old / name).rename(target / name)
     finally:
         delete_folder(partial)
@@ -106,7 +107,7 @@ def _replace_files(target: Path, made: Path, kept: Iterable[str]) -> None:
             move(made / inner, target / inner)
     for old in sorted(target.rglob("*"), reverse=True):
         inner = old.relative_to(target)
-        if inner not in new and inner.parts[0] not in kept:
+        if inner not in new and not any(str(part) in kept for part in (inner, *inner.parents)):
             if not old.is_dir():
                 delete(old)
             elif not any(old.iterdir()):

@@ -1,29 +1,29 @@
 """Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
 
-import math
-import re
+import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from functools import partial as bound
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .atomic import replacing_folder
+from .changed_weights import Change, Requantised, cast, changed, unscaled
 from .checkpoint_names import Place, architecture_of_file, places_in_component, places_in_file
-from .errors import AdapterError
-from .files import read_tensors
+from .errors import AdapterError, first_line
+from .files import read_tensors, read_text
+from .folder_files import INDEX, other_entries, pipeline_files
+from .folder_weights import variant, weights_of
 from .names import COMPONENTS, ModuleName
 from .parsing import json_value
+from .scaled_weights import Neighbours, dequantised, neighbours, refuse, without_scales
 from .weights_writing import Planned, write
-
-_INDEX = "model_index.json"
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-_FOREIGN = (".msgpack", ".onnx", ".onnx_data", ".pb", ".h5", ".xml", ".mlmodel", ".tflite")
-Change = Callable[[torch.Tensor], torch.Tensor]  # a module's weight -> the new one in float32, same shape
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,27 @@ class WeightsFile:
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     metadata: Mapping[str, str]
     places: Mapping[ModuleName, Place] = field(repr=False)
+    shards: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False)  # the other files of its variant
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """Scales and other tensors that change what weights mean."""
+        own = neighbours(self.tensors)
+        if not self.shards:
+            return own
+        every = neighbours(ChainMap(dict(self.tensors), *map(dict, self.shards)))
+        apart = {key: (scale, "scaled") for key, scale in every.scales.items() if own.scales.get(key) != scale}
+        return own._replace(foreign={**apart, **every.foreign})
+
+    def check(self, module: ModuleName) -> None:
+        """AdapterError where a module's weight is quantised in a way that cannot be read."""
+        key = self.places[module].key
+        refuse(self.neighbours.foreign, [key], str(self.path))
+        if not self.tensors[key].is_floating_point():
+            raise AdapterError(
+                f"{self.path}: {key} is {self.tensors[key].dtype}: a quantised weight cannot be read or changed; take "
+                "the model in fp16 or bf16"
+            )
 
     def write(
         self,
@@ -47,44 +68,66 @@ class WeightsFile:
 
         replaces: see `weights_writing.write`.
         """
+        metadata = metadata if dtype is None else without_scales(metadata)
+        write(target, self.planned(changes, dtype), metadata, self.path.suffix != ".bin", replaces)
+
+    def planned(self, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None) -> dict[str, Planned]:
+        """Its tensors as `write` would write them, each made only when its turn comes."""
         by_key: dict[str, list[tuple[Place, Change, ModuleName]]] = {}
         for module, place in self.places.items():
             if module in changes:
+                self.check(module)
                 by_key.setdefault(place.key, []).append((place, changes[module], module))
-        planned = {}
+        if dtype is not None:
+            refuse(self.neighbours.foreign, self.neighbours.foreign, f"{self.path}: no other precision")
+        planned: dict[str, Planned] = {}
         for key, tensor in self.tensors.items():
-            to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            if key in by_key:
-                planned[key] = Planned(to, tuple(tensor.shape), _changed(tensor, by_key[key], to))
-            elif to != tensor.dtype:
-                planned[key] = Planned(to, tuple(tensor.shape), bound(tensor.to, to))
-            else:
-                planned[key] = Planned.copy(tensor)
-        write(target, planned, metadata, self.path.suffix != ".bin", replaces)
+            planned.update(self._planned(key, tensor, by_key.get(key, []), dtype))
+        whole = _Whole(self.path)
+        return {key: one._replace(make=bound(whole.checked, one.make)) for key, one in planned.items()}
+
+    def _planned(
+        self, key: str, tensor: torch.Tensor, changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype | None
+    ) -> dict[str, Planned]:
+        """What becomes of one tensor; of a scaled weight also of its scale, of a scale nothing."""
+        scales = self.neighbours.scales
+        if key in scales.values() or (dtype is not None and key in self.neighbours.extras):
+            return {}  # with its weight, or no longer needed
+        to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        shape = tuple(tensor.shape)
+        if key not in scales:
+            if changes:
+                return {key: Planned(to, shape, changed(tensor.to, changes, to))}
+            return {
+                key: Planned(to, shape, bound(cast, key, tensor, to)) if to != tensor.dtype else Planned.copy(tensor)
+            }
+        scale_key, scale = scales[key], self.tensors[scales[key]]
+        value = bound(unscaled, tensor, scale, scale_key)
+        if dtype is not None:
+            make = changed(value, changes, to) if changes else lambda: cast(key, value(), to)
+            return {key: Planned(to, shape, make)}
+        if not changes:
+            return {key: Planned.copy(tensor), scale_key: Planned.copy(scale)}
+        both = Requantised(changed(value, changes, torch.float32), tensor.dtype, scale, scale_key)
+        return {
+            key: Planned(to, shape, both.weight),
+            scale_key: Planned(scale.dtype, tuple(scale.shape), both.scale, late=True),
+        }
 
 
-def _changed(
-    tensor: torch.Tensor, changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    module = changes[0][2]
-    if not tensor.is_floating_point():
-        raise AdapterError(f"{module} is {tensor.dtype} in the model: a quantised weight cannot be changed")
+class _Whole:
+    """Watches that a mapped file keeps its size: reading beyond its end would kill the process."""
 
-    def make() -> torch.Tensor:
-        value = tensor.to(torch.float32, copy=True)
-        for place, change, _ in changes:
-            part = place.of(value)
-            new = change(part)
-            if new.data_ptr() != part.data_ptr():
-                part.copy_(new)
-        lowest, highest = (float(end) for end in value.aminmax())  # one pass; NaN comes through
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise AdapterError(f"{module}: the changed weight has NaN or infinite numbers")
-        if max(-lowest, highest) > torch.finfo(dtype).max:
-            raise AdapterError(f"{module}: the changed weight is too large for {dtype}; choose another precision")
-        return value.to(dtype)
+    def __init__(self, file: Path) -> None:
+        self.file, self.before = file, file.stat()
 
-    return make
+    def checked(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor that is made from the file; AdapterError where the file was cut short meanwhile."""
+        with suppress(OSError):  # renamed or removed: what is mapped stays
+            now = self.file.stat()
+            if os.path.samestat(now, self.before) and now.st_size < self.before.st_size:
+                raise AdapterError(f"{self.file} was cut short while it was read")
+        return make()
 
 
 @dataclass(frozen=True)
@@ -115,14 +158,20 @@ class Checkpoint:
     def _open_folder(cls, path: Path) -> "Checkpoint":
         if not (path / "unet").is_dir():
             raise AdapterError(f"{path} is no Diffusers folder of Stable Diffusion: it has no folder unet")
-        listed = {component: _weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
+        listed = {component: weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
         if not listed["unet"]:
             raise AdapterError(f"{path / 'unet'} holds no weights (.safetensors or .bin)")
         opened = [(component, file, *read_tensors(file)) for component, files in listed.items() for file in files]
         extra = any(key.startswith("add_embedding.") for component, _, tensors, _ in opened for key in tensors)
         architecture = "sdxl" if extra or "text_encoder_2" in listed else "sd"
         files = tuple(
-            WeightsFile(file, tensors, metadata, places_in_component(tensors, component, architecture))
+            WeightsFile(
+                file,
+                tensors,
+                metadata,
+                places_in_component(tensors, component, architecture),
+                tuple(other for part, shard, other, _ in opened if _same_set((part, shard), (component, file))),
+            )
             for component, file, tensors, metadata in opened
         )
         return cls(path, architecture, files)
@@ -143,13 +192,30 @@ class Checkpoint:
         place = file.places[module]
         return place.of(file.tensors[place.key])
 
+    def check_absent(self) -> None:
+        """AdapterError where quantised weights are stored under other names, so that modules seem to be missing."""
+        for file in self.files:
+            foreign = file.neighbours.foreign
+            refuse(foreign, (key for key in foreign if key not in file.tensors), str(file.path))
+
     def read(self, module: ModuleName, file: WeightsFile) -> torch.Tensor:
-        """As `weight`, mapped for this tensor only: reading many does not keep the whole file resident."""
+        """The numbers of a module's weight: those of the file, or float32 where it is scaled.
+
+        Mapped for this tensor only: reading many does not keep the whole file resident. AdapterError where the weight
+        is quantised in another way, or the file is no longer what it was.
+        """
+        file.check(module)
         place = file.places[module]
+        scale = file.neighbours.scales.get(place.key)
         if file.path.suffix != ".safetensors":
-            return place.of(file.tensors[place.key])
-        with safe_open(file.path, framework="pt") as opened:
-            return place.of(opened.get_tensor(place.key))
+            weight = file.tensors[place.key]
+        else:
+            try:
+                with safe_open(file.path, framework="pt") as opened:
+                    weight = opened.get_tensor(place.key)
+            except (SafetensorError, OSError) as error:
+                raise AdapterError(f"{file.path} changed while it was read ({first_line(error)})") from None
+        return place.of(weight if scale is None else dequantised(weight, file.tensors[scale], scale))
 
     @property
     def base_version(self) -> str:
@@ -160,7 +226,7 @@ class Checkpoint:
         if not queries or self.weight(queries[0]).shape[1] != 1024:  # the width of SD2's text encoder
             return "sd_v1"
         try:
-            scheduler = json_value((self.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            scheduler = json_value(read_text(self.path / "scheduler" / "scheduler_config.json"))
         except (OSError, ValueError):
             scheduler = {}
         if not isinstance(scheduler, dict):
@@ -189,71 +255,32 @@ class Checkpoint:
             return target
         touched = {file.path: file for file in self.files if dtype is not None or file.places.keys() & changes.keys()}
         with _replacing_folder(target) as partial:
-            for source in _files_of(self.path):
+            for source in pipeline_files(self.path):
                 copy = partial / source.relative_to(self.path)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 if source in touched:
                     file = touched[source]
                     facts = dict(file.metadata) if metadata is None else {**file.metadata, **metadata}
                     file.write(copy, changes, dtype, facts, target.exists())
+                    before = target / source.relative_to(self.path)
+                    if before.exists():  # who may read it stays as it was
+                        copy.chmod(before.stat().st_mode)
                 else:
-                    shutil.copy2(source, copy)
+                    _copy(source, copy)
         return target
 
 
-def _weights_of(folder: Path) -> list[Path]:
-    """The weights files of a component, .bin only of variants without .safetensors; those of no variant first."""
-    found = [file for file in folder.glob("*.safetensors") if "model" in file.name]
-    safe = {_variant(file) for file in found}
-    found += [file for file in folder.glob("*.bin") if "model" in file.name and _variant(file) not in safe]
-    return sorted(found, key=lambda file: (file.name.count("."), file.name))
-
-
-def _variant(file: Path) -> str:
-    """The variant of a weights file or of the index of its shards ("fp16", "non_ema"); "" for the main one."""
-    stem = re.sub(r"-[0-9]+-of-[0-9]+|\.index\.json$|\.bin|\.safetensors", "", file.name)
-    return stem.partition(".")[2]
-
-
-def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Every file below the folder, also in folders that are links, but for links to folders that it is in itself."""
-    real = folder.resolve()
-    if real in above:
-        return
-    for one in sorted(folder.iterdir()):
-        if one.is_dir():
-            yield from _walk(one, (*above, real))
-        else:
-            yield one
-
-
-def _files_of(folder: Path) -> Iterator[Path]:
-    """The files of a Diffusers folder that belong into a changed copy.
-
-    Left out: weights that would be left unchanged beside changed ones (other frameworks', .bin beside .safetensors,
-    single-file checkpoints at the top), and hidden files.
-    """
-    for file in _walk(folder):
-        inner = file.relative_to(folder)
-        if not file.is_file() or any(part.startswith(".") for part in inner.parts) or file.name.endswith(_FOREIGN):
-            continue
-        if len(inner.parts) == 1 and file.name.endswith(_WEIGHT_ENDINGS):
-            continue
-        pickled = inner.parts[0] in COMPONENTS and file.name.endswith((".bin", ".bin.index.json"))
-        if pickled and any(_variant(safe) == _variant(file) for safe in file.parent.glob("*.safetensors")):
-            continue
-        yield file
-
-
-def _others(folder: Path, made: Path) -> list[str]:
-    """What is in a Diffusers folder, no part of the model and not in `made`: pictures, a repository's .git, others."""
+def _copy(source: Path, target: Path) -> None:
     try:
-        index = json_value((folder / _INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        index = {}
-    parts = {_INDEX, *COMPONENTS, "vae", *(index if isinstance(index, dict) else ())}
-    names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
-    return [name for name in names if name not in parts and not (made / name).exists()]
+        source.open("rb").close()
+    except OSError as error:  # not to be taken for one of the target
+        raise AdapterError(f"{source} cannot be read ({error.strerror or error})") from None
+    shutil.copy2(source, target)
+
+
+def _same_set(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
+    """Whether two files are different shards of the same weights; each is (component, file)."""
+    return one[0] == other[0] and one[1] != other[1] and variant(one[1]) == variant(other[1])
 
 
 @contextmanager
@@ -266,10 +293,16 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
         raise AdapterError(f"{target} is a file: a Diffusers folder is written as a folder")
     target = target.resolve()  # a link stays one
     there = target.is_dir() and any(target.iterdir())
-    if there and not (target / _INDEX).is_file() and not _weights_of(target / "unet"):
+    if there and not (target / INDEX).is_file() and not weights_of(target / "unet"):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
+
+    def kept(made: Path) -> list[str]:
+        return [str(name) for name in other_entries(target) if not (made / name).exists()]
+
     try:
-        with replacing_folder(target, lambda made: _others(target, made), file_by_file=True) as made:
+        with replacing_folder(target, kept, file_by_file=True) as made:
+            if there:
+                made.chmod(target.stat().st_mode)
             yield made
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None

@@ -52,6 +52,21 @@ def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)
 
 
+def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
+    """An option to leave out what a model does not have."""
+    parser.add_argument(
+        "--skip_unknown", action="store_true", help="leave out modules that the model does not have, and list them"
+    )
+
+
+def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
+    """List the modules of an adapter that are left out; nothing where there are none."""
+    listed = list(modules)
+    if listed:
+        print(f"{where}: {len(listed)} modules left out, which {why}:")
+        print("\n".join(f"  {printable(module)}" for module in listed))
+
+
 def dtype_of(*names: str | None) -> torch.dtype | None:
     """The dtype of the first name that is given; None where none is."""
     return next((DTYPES[name] for name in names if name is not None), None)
@@ -76,6 +91,15 @@ def progress(things: Iterable[T], what: str, total: int | None = None) -> Iterab
     return tqdm(things, desc=what, total=total, delay=1, disable=None, leave=False)
 
 
+def printable(text: str) -> str:
+    r"""Text from a foreign file in one line for a terminal: control and formatting characters are shown as escapes.
+
+    >>> printable("title \x1b[2J\n")
+    'title \\x1b[2J\\n'
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def output_file(path: str) -> Path:
     """The path of a weights file to write; AdapterError where its ending names no format for one."""
     endings = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -84,17 +108,32 @@ def output_file(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
-    """Run a program's body; gives back its exit status. What goes wrong is one line on stderr, and status 1."""
+def _stopping() -> dict[int, Any]:
+    """Let SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does; gives back the handlers before.
+
+    Unfinished files are then removed on the way out. A signal that is ignored, as under nohup, stays so.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is None or signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        try:
+            before[number] = signal.signal(number, stop)
+        except ValueError:  # not in the main thread
+            break
+    return before
+
+
+def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
+    """Run a program's body; gives back its exit status. What goes wrong is one line on stderr, and status 1."""
+
     tolerant_console()
-    try:
-        before = signal.signal(signal.SIGTERM, stop)  # as Ctrl-C: unfinished files are removed on the way out
-    except ValueError:  # not in the main thread
-        before = None
+    before = _stopping()
     try:
         program(argv)
         return 0
@@ -108,10 +147,14 @@ def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | No
         message = "the device has too little memory: use --device cpu"
     except MemoryError:
         message = "there is too little memory"
+    except RuntimeError as error:  # PyTorch's, its CPU allocator's among them
+        message = first_line(error)
+        if "DefaultCPUAllocator" in message or "not enough memory" in message:
+            message = "there is too little memory"
     except KeyboardInterrupt:
         message = "stopped; nothing was written"
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1

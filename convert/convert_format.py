@@ -22,7 +22,7 @@ import torch
 
 from lora_adapters.convert import format_cloneofsimo
 from lora_adapters.convert.adapter import FORMATS
-from lora_adapters.convert.command_line import Parser, add_dtype, dtype_of, output_file, run
+from lora_adapters.convert.command_line import Parser, add_dtype, add_skip_unknown, dtype_of, output_file, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.inputs import ZERO_ALPHA, load
@@ -38,6 +38,7 @@ def parser() -> Parser:
     made.add_argument("--fold_alpha", action="store_true", help="one alpha in all modules, for stock diffusers")
     made.add_argument("--zero_alpha", choices=ZERO_ALPHA, help="what an alpha of 0 is: the rank, or no effect (none)")
     made.add_argument("--embeddings", nargs="+", default=[], help="embedding files to put into cloneofsimo's format")
+    add_skip_unknown(made)
     add_dtype(made, "--save_precision", "of the result (default: as it is)")
     return made
 
@@ -76,7 +77,7 @@ def program(argv: Sequence[str] | None) -> None:
     if args.fold_alpha and args.format != "kohya":
         raise AdapterError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
     source = locate(args.model)
-    adapter = load(source, args.zero_alpha)
+    adapter = load(source, args.zero_alpha, args.skip_unknown)
     embeddings = read_embeddings(args.embeddings)
     if source.is_file():
         tensors, _ = read_tensors(source)

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.command_line import Parser, output_file, progress, run
+from lora_adapters.convert.command_line import Parser, add_skip_unknown, output_file, progress, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.files import all_or_none
 from lora_adapters.convert.inputs import load
@@ -29,6 +29,7 @@ def parser() -> Parser:
     made.add_argument("--save_to", required=True, help="name of the results; -0004 and so on is put before its ending")
     made.add_argument("--unit", type=int, help="distance of ranks (default: what the file says)")
     made.add_argument("--ranks", help="only these ranks, such as 4,8 (default: all, with the full one)")
+    add_skip_unknown(made)
     return made
 
 
@@ -50,7 +51,7 @@ def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
     path = output_file(args.save_to)
-    adapter = load(args.model)
+    adapter = load(args.model, skip_unknown=args.skip_unknown)
     dylora = adapter.dylora
     if args.unit is not None and args.unit < 1:
         raise AdapterError(f"unit {args.unit} is none: it is 1 or more")

@@ -19,7 +19,7 @@ from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dty
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.extraction import extract
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import report
+from lora_adapters.convert.svd import as_written, report
 
 
 def parser() -> Parser:
@@ -69,9 +69,10 @@ def program(argv: Sequence[str] | None) -> None:
     for component, value in found.largest.items():
         left = ": the same, left out" if component in found.left_out else ""
         print(f"{component}: largest difference {value:.4g}{left}")
-    found.adapter.save(path, dtype=dtype_of(args.save_precision), modelspec=not args.no_metadata)
-    print(report(found.fits))
-    print(f"{found.adapter} written to {path}")
+    result = found.adapter.to(dtype_of(args.save_precision))
+    result.save(path, modelspec=not args.no_metadata)
+    print(report(as_written(found.fits, found.adapter.modules, result.modules)))
+    print(f"{result} written to {path}")
 
 
 def _check_version(args) -> None:

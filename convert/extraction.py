@@ -13,7 +13,7 @@ from .command_line import progress
 from .difference import best_approximation
 from .errors import AdapterError
 from .low_rank import LowRank
-from .names import OUTER, ModuleName
+from .names import OUTER, TEXT_PROJECTION, ModuleName
 from .svd import Fit, Rules, clamp, rules, with_rank_facts
 
 _FAMILIES = {"sd_v1": "SD1.x", "sd_v2": "SD2.x", "sd_v2_v": "SD2.x", "sdxl_base_v1-0": "SDXL"}
@@ -76,7 +76,9 @@ def extract(
 
 def _covered(module: ModuleName, c3lier: bool) -> bool:
     """Whether LoRA-C3Lier, or LoRA-LierLa, has the module."""
-    return module.component != "unet" or ".attentions." in module.path or (c3lier and module.path not in OUTER)
+    if module.component != "unet":
+        return module.path != TEXT_PROJECTION
+    return ".attentions." in module.path or (c3lier and module.path not in OUTER)
 
 
 def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
@@ -86,15 +88,17 @@ def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
     for one, other in ((first, second), (second, first)):
         alone = one.modules.keys() - other.modules.keys()
         if alone:
+            other.check_absent()
             raise AdapterError(f"{min(alone)} is in {one.path}, but not in {other.path}")
 
 
 def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: ModuleName) -> torch.Tensor:
-    """tuned - base in float32."""
+    """tuned - base in float32; subtracted in float64 where a model is."""
     old, new = first.read(module, ours[module]), second.read(module, theirs[module])
     if old.numel() != new.numel() or old.shape[:2] != new.shape[:2]:
         raise AdapterError(f"{module} is {list(old.shape)} in {first.path}, but {list(new.shape)} in {second.path}")
-    delta = new.reshape(old.shape).to(torch.float32, copy=True).sub_(old)
+    wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
+    delta = new.reshape(old.shape).to(wide, copy=True).sub_(old.to(wide)).to(torch.float32)
     if not bool(torch.isfinite(delta.sum())):
         raise AdapterError(f"{module} has NaN or infinite numbers in {first.path} or {second.path}")
     return delta

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,16 +16,36 @@ from . import atomic
 from .errors import AdapterError, first_line
 
 
+def check_regular(file: Path) -> None:
+    """AdapterError where there is no file, or one whose reading may not come to an end: a folder, a pipe, a device."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        raise AdapterError(f"{file} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISDIR(mode):
+        raise AdapterError(f"{file} is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise AdapterError(f"{file} is a pipe or a device: name a regular file")
+
+
+def read_text(file: Path) -> str:
+    """The text of a configuration file, UTF-8; ValueError where it is none, AdapterError where it cannot be read."""
+    check_regular(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
+
+
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a .safetensors file or of a PyTorch pickle, memory-mapped, and the metadata ({} of a pickle).
 
     Pickles are read without executing anything (`weights_only`). AdapterError where the file is missing, truncated,
     or not what its ending says.
     """
-    if file.is_dir():
-        raise AdapterError(f"{file} is a folder, not a file")
-    if not file.exists():
-        raise AdapterError(f"{file} does not exist")
+    check_regular(file)
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
@@ -39,12 +60,21 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     loaded = load_plain(file)
     if isinstance(loaded, dict):
         loaded = loaded.get("state_dict", loaded)
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
-        raise AdapterError(f"{file} holds no table of named tensors")
+    if not isinstance(loaded, dict):
+        raise AdapterError(f"{file} holds {_described(loaded)}, no table of named tensors")
     for name, tensor in loaded.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
         if not isinstance(name, str) or not _is_plain(tensor):
             raise AdapterError(f"{file}: {name!s:.80} is no plain tensor under a name")
-    return loaded, {}
+    # Views that conjugate or negate what is stored have no bytes of their own; both calls give back all others.
+    return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
+
+
+def _described(value: object) -> str:
+    """A value of a foreign file, in a few words."""
+    name = "a training program's object" if isinstance(value, _Inert) else f"of the type {type(value).__name__}"
+    return f"{name} ({value!s:.40})" if isinstance(value, int | float | str) else name
 
 
 class _Inert:
@@ -74,10 +104,12 @@ def load_plain(file: Path, mapped: bool = True) -> Any:
 
     AdapterError where it cannot be read.
     """
+    check_regular(file)
     try:
-        # Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
         with torch.serialization.safe_globals(_INERT):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and _can_be_mapped(file))
+    except AdapterError:
+        raise
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # PyTorch's unpickler raises almost anything on damaged files
@@ -86,6 +118,28 @@ def load_plain(file: Path, mapped: bool = True) -> Any:
             strange = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
         raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
+
+
+_MOST_UNPACKED = 256 << 20  # bytes that compressed members may have in any file; larger ones in a large file
+_MOST_TIMES = 8  # of the file's own size: weights never compress so well
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether a pickle's storages are the bytes of the file: in a zip archive (since PyTorch 1.6), not compressed.
+
+    AdapterError for an archive with passwords, and for one that would unpack to far more than its size.
+    """
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(member.flag_bits & 1 for member in members):
+        raise AdapterError(f"{file} is an archive with a password")
+    packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
+    size = sum(member.file_size for member in packed)
+    if size > max(_MOST_UNPACKED, _MOST_TIMES * file.stat().st_size):
+        raise AdapterError(f"{file} is compressed and would unpack to {size / 1e9:.1f} GB: no weights do that")
+    return not packed
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -98,6 +152,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 @contextmanager
 def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
     """As `atomic.replacing`; AdapterError where the folder cannot be written to or the disk is full."""
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise AdapterError(f"{target} is a pipe or a device: name a regular file")
     try:
         with atomic.replacing(target, durable) as partial:
             yield partial
@@ -128,7 +184,10 @@ def all_or_none(folder: Path) -> Iterator[Path]:
             elif target.is_dir():
                 raise AdapterError(f"{target} is a folder: a file of that name is to be written")
         for file in [file for file in own.rglob("*") if file.is_file()]:
-            atomic.move(file, folder / file.relative_to(own))
+            target = folder / file.relative_to(own)
+            if target.exists():
+                file.chmod(target.stat().st_mode)
+            atomic.move(file, target)
     except OSError as error:
         raise AdapterError(f"{folder} cannot be written to ({error.strerror or error})") from None
     finally:

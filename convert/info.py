@@ -16,14 +16,15 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lora_adapters.convert import format_peft
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.command_line import Parser, run
+from lora_adapters.convert.block_weights import block_name
+from lora_adapters.convert.command_line import Parser, printable, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families import family_of
 from lora_adapters.convert.files import read_tensors, replacing
-from lora_adapters.convert.inputs import zero_alphas
-from lora_adapters.convert.low_rank import LowRank
-from lora_adapters.convert.names import ModuleName, block_index
+from lora_adapters.convert.inputs import without_unknown, zero_alphas
+from lora_adapters.convert.low_rank import LowRank, rank_range
 from lora_adapters.convert.sources import locate
 from lora_adapters.convert.svd import product_norm_squared
 
@@ -41,19 +42,6 @@ def parser() -> Parser:
     made.add_argument("--json", action="store_true", help="one JSON list, for programs")
     made.add_argument("--plot", metavar="PNG", help="draw the norm of the change in each block (needs matplotlib)")
     return made
-
-
-def block_name(module: ModuleName, architecture: str) -> str:
-    """The name of a module's block: its component, or IN, MID or OUT with its number in the U-Net."""
-    if module.component != "unet":
-        return module.component
-    index = block_index(module.path, architecture)
-    if index is None:
-        return "unet"
-    first, middle = (0, (12,)) if architecture == "sd" else (1, (10, 11, 12))
-    if index in middle:
-        return "MID"
-    return f"IN{index - first:02d}" if index < middle[0] else f"OUT{index - 13:02d}"
 
 
 def _place(block: str) -> tuple[int, str]:
@@ -100,8 +88,17 @@ def _count(values: Sequence[Any]) -> dict[str, int]:
     return {f"{value:g}" if isinstance(value, float) else str(value): n for value, n in sorted(Counter(values).items())}
 
 
-def facts(adapter: Adapter, path: Path) -> dict[str, Any]:
-    """What there is to say about an adapter, fit for JSON."""
+def read(path: Path) -> tuple[Adapter, list[str]]:
+    """The adapter of a file or PEFT folder, and the file's modules that no model of SD1.x, SD2.x and SDXL has."""
+    if path.is_dir() or (path.parent / format_peft.CONFIG).is_file():
+        return Adapter.load(path), []
+    tensors, metadata = read_tensors(path)
+    known, unknown = without_unknown(tensors, metadata)
+    return (Adapter.load(path), []) if not unknown or not known else (Adapter.from_tensors(known, metadata), unknown)
+
+
+def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str, Any]:
+    """What there is to say about an adapter, fit for JSON. unknown: modules of its file that are not in it."""
     ones = list(adapter.modules.values())
     hashed = None
     if path.is_file():
@@ -114,6 +111,8 @@ def facts(adapter: Adapter, path: Path) -> dict[str, Any]:
         "base": adapter.metadata.get("ss_base_model_version"),
         "type": _kind(adapter),
         "modules": dict(Counter(module.component for module in adapter.modules)),
+        "unknown_modules": list(unknown),
+        "rank": rank_range(one.rank for one in ones),
         "dtypes": sorted({str(one.up.dtype).removeprefix("torch.") for one in ones}),
         "parameters": sum(one.up.numel() + one.down.numel() for one in ones),
         "zero_alphas": len(zero_alphas(tensors)),  # read as the rank
@@ -141,7 +140,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     modules = ", ".join(f"{count} in {component}" for component, count in about["modules"].items())
     lines = [
         about["file"],
-        f"  {about['type']} for {about['for']} ({about['base'] or 'base not told'}), {modules}",
+        f"  {about['type']} for {about['for']} ({about['base'] or 'base not told'}), rank {about['rank']}, {modules}",
         f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {about['hash']}",
         f"  {'block':<16}{'modules':>8}{'norm':>10}  rank / alpha",
     ]
@@ -149,9 +148,12 @@ def as_text(about: Mapping[str, Any]) -> str:
         ranks, alphas = _shown(row["ranks"]), _shown(row["alphas"])
         norm = "none: NaN" if row["norm"] is None else f"{row['norm']:.4g}"
         lines.append(f"  {row['block']:<16}{row['modules']:>8}{norm:>10}  {ranks} / {alphas}")
+    if about["unknown_modules"]:
+        lines.append(f"  left out here, in no known model: {', '.join(about['unknown_modules'])}")
     if about["zero_alphas"]:
         lines.append(f"  alpha is 0 in {about['zero_alphas']} modules, shown as their rank")
-    return "\n".join([*lines, *(f"  {key}: {value}" for key, value in about["training"].items())])
+    lines += [f"  {key}: {value}" for key, value in about["training"].items()]
+    return "\n".join(printable(line) for line in lines)
 
 
 def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
@@ -184,8 +186,10 @@ def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    adapters = {model: Adapter.load(model) for model in args.models}
-    listed = [facts(adapter, locate(model)) for model, adapter in adapters.items()]
+    places = {model: locate(model) for model in args.models}
+    found = {model: read(path) for model, path in places.items()}
+    adapters = {model: adapter for model, (adapter, _) in found.items()}
+    listed = [facts(adapter, places[model], unknown) for model, (adapter, unknown) in found.items()]
     if args.plot:
         plot(adapters, Path(args.plot).expanduser())
     print(json.dumps(listed, indent=2) if args.json else "\n\n".join(map(as_text, listed)))

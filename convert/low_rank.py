@@ -1,13 +1,16 @@
 """One module's low-rank change of weight."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from .errors import AdapterError
+from .narrow_factors import balanced, headroom, loses, widened
 
+Key = TypeVar("Key")
 RANK_SCALINGS = {"constant": 0.0, "rank": 1.0, "sqrt": 0.5}  # exponent of R/b in the scale alpha/R · (R/b)^exponent
 RANK_SAMPLINGS = ("uniform", "spread")
 
@@ -94,12 +97,21 @@ class LowRank:
         return replace(self, alpha=self.alpha * weight)
 
     def with_alpha(self, alpha: float) -> "LowRank":
-        """The same ΔW with this alpha, which is not 0: `up` takes up the difference, rounded to its dtype."""
+        """The same ΔW with this alpha, which is not 0: the factors take up the difference, rounded to their dtypes.
+
+        `up` alone, unless it would lose small numbers in its dtype.
+        """
         if alpha == 0:
             raise AdapterError("an alpha of 0 has no effect: scale the adapter by 0 instead")
         factor = self.alpha / alpha
+        if factor == 1:
+            return self
         dtype = self.up.dtype if self.up.dtype.itemsize > 1 else torch.float16  # float8 would lose a tenth of it
-        return self if factor == 1 else replace(self, up=(self.up.float() * factor).to(dtype), alpha=alpha)
+        up = self.up.float() * factor
+        if not loses(up, dtype, 1):
+            return replace(self, up=up.to(dtype), alpha=alpha)
+        down, up = balanced(self.down.float(), up)
+        return replace(self, down=down.to(self.down.dtype), up=up.to(dtype), alpha=alpha)
 
     def truncated(self, rank: int, rank_scaling: str = "constant") -> "LowRank":
         """The first `rank` components (all, where there are fewer), as DyLoRA uses them.
@@ -119,8 +131,20 @@ class LowRank:
         return replace(self, down=self.down[order], up=self.up[:, order])
 
     def to(self, dtype: torch.dtype | None) -> "LowRank":
-        """Factors in another dtype; None keeps them."""
-        return self if dtype is None else replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
+        """Factors in another dtype; None keeps them.
+
+        Where one of them would lose small numbers in it, both are balanced first: each component of one is multiplied
+        by a power of two, and of the other divided by it.
+        """
+        return self if dtype is None else self._to(dtype, self.loses(dtype))
+
+    def _to(self, dtype: torch.dtype, balance: bool) -> "LowRank":
+        down, up = balanced(*_wide(self)) if balance else (self.down, self.up)
+        return replace(self, down=down.to(dtype), up=up.to(dtype))
+
+    def loses(self, dtype: torch.dtype) -> bool:
+        """Whether a component of a factor loses more than rounding in a dtype: falls below or above its range."""
+        return loses(self.down, dtype, 0) or loses(self.up, dtype, 1)
 
     def is_finite(self) -> bool:
         """Whether no number in its factors is NaN or infinite."""
@@ -131,10 +155,41 @@ class LowRank:
         return add_up([self, other])
 
 
-def add_up(parts: Sequence[LowRank]) -> LowRank:
-    """The sum of the changes, exactly: ranks are concatenated, scales go into `up` (float32).
+def _wide(one: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its factors, down and up, in at least float32."""
+    return widened(one.down), widened(one.up)
 
-    Its factors have as many dimensions as the first one's. AdapterError where they are for different weights.
+
+def to_narrow(ones: Mapping[Key, LowRank], dtype: torch.dtype, keep_alpha: bool = False) -> dict[Key, LowRank]:
+    """`LowRank.to` for all modules of an adapter.
+
+    Where balanced factors would still lose small numbers, the factors of all are multiplied by a power of two and every
+    alpha is divided by its square: programs that read the alpha of one module for all still read the same change.
+    keep_alpha: not that.
+    """
+    losing = {key for key, one in ones.items() if one.loses(dtype)}
+    narrow = {key: one._to(dtype, key in losing) for key, one in ones.items()}
+    low = [] if keep_alpha else [balanced(*_wide(ones[key])) for key in losing]
+    low = [(down, up) for down, up in low if loses(down, dtype, 0) or loses(up, dtype, 1)]
+    if not low:
+        return narrow
+    wanted = max(headroom(*pair, dtype)[1] for pair in low)
+    shift = min([wanted, *(headroom(*balanced(*_wide(one)), dtype)[0] for one in ones.values())])
+    if shift <= 0:
+        return narrow
+    shifted = {}
+    for key, one in ones.items():
+        down, up = balanced(*_wide(one), shift)
+        alpha = math.ldexp(one.alpha, -2 * shift)
+        shifted[key] = replace(one, down=down.to(dtype), up=up.to(dtype), alpha=alpha)
+    return shifted
+
+
+def add_up(parts: Sequence[LowRank], scale: float | None = None) -> LowRank:
+    """The sum of the changes, exactly: ranks are concatenated (float32).
+
+    alpha / rank of the sum is `scale`, by default the largest of the parts: what differs from it goes into `up`. Its
+    factors have as many dimensions as the first one's. AdapterError where they are for different weights.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -145,5 +200,21 @@ def add_up(parts: Sequence[LowRank]) -> LowRank:
             raise AdapterError(f"one is for a weight of {shapes[0]}, the other of {shapes[1]}")
     shape = (first.up.shape[0], *first.down.shape[1:])
     alike = [part.shaped_like(shape) for part in parts]
-    up = torch.cat([part.up.float() * part.scale for part in alike], dim=1)
-    return LowRank(torch.cat([part.down.float() for part in alike]), up, float(up.shape[1]))
+    scale = scale or common_scale(alike)
+    up = torch.cat([part.up.float() * (part.scale / scale) for part in alike], dim=1)
+    return LowRank(torch.cat([part.down.float() for part in alike]), up, scale * up.shape[1])
+
+
+def common_scale(parts: Iterable[LowRank]) -> float:
+    """The largest alpha / rank, without its sign, for `add_up`; 1 where all are 0."""
+    return max((abs(part.scale) for part in parts), default=0.0) or 1.0
+
+
+def rank_range(ranks: Iterable[int]) -> str:
+    """The ranks of an adapter's modules, for people.
+
+    >>> rank_range([16, 16]), rank_range([16, 8, 36]), rank_range([])
+    ('16', '8 to 36', '0')
+    """
+    found = sorted(set(ranks)) or [0]
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"

@@ -2,15 +2,17 @@
 """Merge LoRA files into a Stable Diffusion model, or several LoRA files into one.
 
 usage: merge_lora.py --sd_model model.safetensors --save_to merged.safetensors --models a.safetensors --ratios 0.8
+       merge_lora.py --sd_model folder --save_to merged.safetensors --models a.safetensors:0.8
        merge_lora.py --save_to sum.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5
 
-Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of SD1.x, SD2.x and SDXL; the result is what the
-source is. Without --sd_model the result is exactly the weighted sum of the changes: its rank is the sum of the ranks
-(--new_rank makes it smaller).
+Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of SD1.x, SD2.x and SDXL. The result is a file
+for a file and a folder for a folder, or one file in the original layout where --save_to names a file. Without
+--sd_model the result is exactly the weighted sum of the changes: its rank is the sum of the ranks (--new_rank makes it
+smaller).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -21,51 +23,98 @@ import torch
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.block_weights import parse, weighted
 from lora_adapters.convert.checkpoint import Checkpoint
-from lora_adapters.convert.command_line import Parser, add_dtype, dtype_of, output_file, run
+from lora_adapters.convert.command_line import (
+    Parser,
+    add_dtype,
+    add_skip_unknown,
+    dtype_of,
+    output_file,
+    report_left_out,
+    run,
+)
+from lora_adapters.convert.ema import EMA, ema_keys
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.inputs import load
-from lora_adapters.convert.merge import merge_into_model, weighted_sum
+from lora_adapters.convert.merge import fitting, merge_into_model, weighted_sum
+from lora_adapters.convert.metadata import MERGED_FACTS, merged_facts
+from lora_adapters.convert.model_arguments import read_arguments
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.svd import as_written, reduce_modules, report, rules, with_rank_facts
+
+MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the adapters', for a checkpoint's header
+MODELS_HELP = (
+    "LoRA files, PEFT folders or Hub repositories; a weight and block weights may stand behind (a.safetensors:0.8, "
+    "a.safetensors:0.8:lbw=MIDD), A1111's tags are read too (<lora:a:0.8>)"
+)
+LBWS_HELP = "block weights for each model: JSON lists of 12, 17, 20 or 26 numbers, presets (MIDD) or blocks (IN02)"
 
 
 def parser() -> Parser:
     """The options."""
     made = Parser(prog="merge_lora.py", description="Merge LoRAs into a model, or several LoRAs into one.")
     made.add_argument("--sd_model", help="checkpoint file or Diffusers folder to merge into; without it, into one LoRA")
-    made.add_argument("--save_to", required=True, help="the result: a file, or a folder where sd_model is one")
-    made.add_argument("--models", nargs="+", required=True, help="LoRA files, PEFT folders or Hub repositories")
+    made.add_argument("--save_to", required=True, help="the result: a file (.safetensors, .ckpt), or a folder")
+    made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
     made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
-    made.add_argument("--lbws", nargs="+", help="block weights for each model, JSON lists of 12, 17, 20 or 26 numbers")
+    made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
     add_dtype(made, "--precision", "of the result where save_precision is not given; sums are always made in float")
     add_dtype(made, "--save_precision", "of the result; by default tensors of a model keep theirs, a LoRA is float")
     made.add_argument("--new_rank", type=int, help="reduce the sum to this rank (without sd_model)")
     made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
+    add_skip_unknown(made)
+    made.add_argument(
+        "--ema",
+        choices=EMA,
+        default="keep",
+        help="averaged weights in a checkpoint (model_ema.*): kept as they are, left out, or merged too",
+    )
     made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
     made.add_argument("--concat", action="store_true", help="concatenate ranks, as sums are made without this too")
     made.add_argument("--shuffle", action="store_true", help="put the sum's components into a random order")
     return made
 
 
-def load_all(models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequence[str] | None):
-    """The adapters by name (block weights in them), and their ratios."""
-    ratios = [1.0] * len(models) if ratios is None else ratios
+def load_all(
+    models: Sequence[str],
+    ratios: Sequence[float] | None,
+    lbws: Sequence[str] | None,
+    skip_unknown: bool = False,
+) -> tuple[dict[str, Adapter], list[float]]:
+    """The adapters by name (block weights in them), and their ratios.
+
+    Both may stand in `models` too, behind the paths; see `model_arguments`. AdapterError where one is given twice.
+    """
+    arguments = read_arguments(models)
     for what, listed in (("ratios", ratios), ("lbws", lbws)):
-        if listed is not None and len(listed) != len(models):
-            raise AdapterError(f"{len(models)} models, but {len(listed)} {what}: one for each is needed")
+        if listed is not None and len(listed) != len(arguments):
+            raise AdapterError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
     adapters: dict[str, Adapter] = {}
-    for place, model in enumerate(models):
-        adapter = load(model)
+    weights: list[float] = []
+    for place, one in enumerate(arguments):
+        if ratios is not None and one.unet is not None:
+            raise AdapterError(f"{one.source} has a weight behind it and one in --ratios: give one of them")
+        if lbws is not None and one.blocks is not None:
+            raise AdapterError(f"{one.source} has block weights behind it and in --lbws: give one of them")
+        adapter, ratio = one.applied(load(one.source, skip_unknown=skip_unknown))
         if lbws is not None:
             adapter = weighted(adapter, parse(lbws[place]))
-        adapters[model if model not in adapters else f"{model} ({place + 1})"] = adapter
-    return adapters, ratios
+        adapters[one.source if one.source not in adapters else f"{one.source} ({place + 1})"] = adapter
+        weights.append(ratio if ratios is None else ratios[place])
+    return adapters, weights
 
 
-def provenance(adapters: dict[str, Adapter], no_metadata: bool) -> dict[str, str]:
-    """Metadata that names what the result was made from."""
-    return {} if no_metadata else {"modelspec.merged_from": ", ".join(Path(name).stem for name in adapters)}
+def merged_metadata(merged: Adapter, adapters: Mapping[str, Adapter], no_metadata: bool) -> dict[str, str]:
+    """The metadata of a sum: its own, and what its sources knew and are called, unless there shall be none."""
+    if no_metadata:
+        return {key: text for key, text in merged.metadata.items() if key not in MERGED_FACTS}
+    return {**merged.metadata, **merged_facts([one.metadata for one in adapters.values()], _sources(adapters))}
+
+
+def _sources(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Where the adapters of `load_all` are from, without the number that tells one that is given twice."""
+    plain = [name.rpartition(" (")[0] for name in adapters]
+    return [short if short in adapters else name for name, short in zip(adapters, plain, strict=True)]
 
 
 def program(argv: Sequence[str] | None) -> None:
@@ -83,12 +132,41 @@ def program(argv: Sequence[str] | None) -> None:
         output_file(args.save_to)
     if args.v2 and not checkpoint.base_version.startswith("sd_v2"):
         raise AdapterError(f"{args.sd_model} is not SD2.x, as --v2 says, but {checkpoint.base_version}")
-    adapters, ratios = load_all(args.models, args.ratios, args.lbws)
-    facts = provenance(adapters, args.no_metadata)
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
+    if args.skip_unknown:
+        adapters = _fitting(checkpoint, adapters)
+    facts = merged_facts([one.metadata for one in adapters.values()], [args.sd_model, *_sources(adapters)])
     path = merge_into_model(
-        checkpoint, args.save_to, [*adapters.values()], ratios, [*adapters], dtype, facts, not args.no_metadata
+        checkpoint,
+        args.save_to,
+        [*adapters.values()],
+        ratios,
+        [*adapters],
+        dtype,
+        {key: facts[key] for key in MODEL_FACTS if key in facts},
+        not args.no_metadata,
+        args.ema,
     )
-    print(f"merged {len(adapters)} into {args.sd_model}: {path}")
+    _report_ema(checkpoint, args.ema)
+    form = " (one file in the original layout)" if checkpoint.is_folder and path.is_file() else ""
+    print(f"merged {len(adapters)} into {args.sd_model}: {path}{form}")
+
+
+def _fitting(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters without the modules that the model does not have, which are listed."""
+    found = {}
+    for name, adapter in adapters.items():
+        found[name], missing = fitting(checkpoint, adapter, name)
+        report_left_out(name, map(str, missing), f"{checkpoint.path} does not have")
+    return found
+
+
+def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
+    """Say what became of a checkpoint's averaged weights, of which some programs take the pictures."""
+    count = len(ema_keys(checkpoint))
+    if count:
+        done = {"keep": "kept as they were (--ema merge or --ema drop)", "drop": "left out", "merge": "merged too"}
+        print(f"{count} EMA tensors (model_ema.*): {done[chosen]}")
 
 
 def _into_one(args, dtype) -> None:
@@ -97,16 +175,20 @@ def _into_one(args, dtype) -> None:
         raise AdapterError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
     if args.concat and args.new_rank is not None:
         raise AdapterError("--concat keeps all ranks, --new_rank reduces them: give one of them")
-    adapters, ratios = load_all(args.models, args.ratios, args.lbws)
+    if args.ema != "keep":
+        raise AdapterError("--ema goes with --sd_model: LoRAs have no averaged weights")
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     merged = weighted_sum(adapters, ratios)
+    exact, fits = merged.modules, {}
     if args.new_rank is not None:
-        modules, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
-        merged = merged.with_modules(modules)
-        print(report(fits))
+        exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
+    merged = merged.with_modules(exact).to(dtype or torch.float32)
+    if fits:
+        print(report(as_written(fits, exact, merged.modules)))
     if args.shuffle:
         merged = merged.map(lambda one: one.reordered(torch.randperm(one.rank)))
-    metadata = with_rank_facts(merged.modules, {**merged.metadata, **provenance(adapters, args.no_metadata)})
-    Adapter(merged.modules, metadata).save(path, dtype=dtype or torch.float32, modelspec=not args.no_metadata)
+    metadata = with_rank_facts(merged.modules, merged_metadata(merged, adapters, args.no_metadata))
+    Adapter(merged.modules, metadata).save(path, modelspec=not args.no_metadata)
     print(f"{merged} written to {path}")
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -141,6 +143,56 @@ def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: f
     }
     kept = {key: value for key, value in metadata.items() if key not in _HASHES}
     return {**defaults, **kept}
+
+
+MERGED_FACTS = ("ss_tag_frequency", "modelspec.trigger_phrase", "modelspec.merged_from")
+_WEIGHTS_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()) -> dict[str, str]:
+    """What a combination of adapters keeps of their metadata.
+
+    Args:
+        sources: the metadata of each.
+        names: the files, folders or repositories that it is made from; without them, what the sources say they are.
+
+    Returns:
+        ss_tag_frequency with the tags of all counted together, modelspec.trigger_phrase with the words of all, and
+        modelspec.merged_from; each only where there is something to say.
+    """
+    found = {key: _listed([one.get(key, "") for one in sources]) for key in MERGED_FACTS[1:]}
+    if names:
+        found["modelspec.merged_from"] = ", ".join(map(title_of, names))
+    tags: dict[str, Counter[str]] = {}
+    for source in sources:
+        for folder, counts in _table(source.get("ss_tag_frequency")).items():
+            numbers = _table(counts).items()
+            tags.setdefault(folder, Counter()).update({tag: n for tag, n in numbers if isinstance(n, int | float)})
+    if tags:
+        found["ss_tag_frequency"] = json.dumps(tags)
+    return {key: text for key, text in found.items() if text}
+
+
+def title_of(source: str) -> str:
+    """The name of a weights file without its ending, of a folder, or of a repository."""
+    path = Path(source).expanduser()
+    return path.stem if path.suffix.lower() in _WEIGHTS_ENDINGS else path.resolve().name
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """All that comma-separated lists name, each once."""
+    words = [word.strip() for text in texts for word in text.split(",")]
+    return ", ".join(dict.fromkeys(word for word in words if word))
+
+
+def _table(value: object) -> dict[str, Any]:
+    """A JSON object, also one in a text; {} for anything else, which foreign files may have there."""
+    if isinstance(value, str):
+        try:
+            value = json_value(value)
+        except ValueError:
+            return {}
+    return value if isinstance(value, dict) else {}
 
 
 def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

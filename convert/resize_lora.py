@@ -16,12 +16,21 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
+from lora_adapters.convert.command_line import (
+    Parser,
+    add_dtype,
+    add_skip_unknown,
+    device_of,
+    dtype_of,
+    output_file,
+    run,
+)
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.inputs import load
+from lora_adapters.convert.low_rank import rank_range
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.rank_choice import DYNAMIC_METHODS, dynamic
-from lora_adapters.convert.svd import Rules, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.svd import Rules, as_written, reduce_modules, report, rules, with_rank_facts
 
 
 def parser() -> Parser:
@@ -35,6 +44,7 @@ def parser() -> Parser:
     made.add_argument("--dynamic_param", type=number, help="what the method compares with, such as 0.9")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
+    add_skip_unknown(made)
     made.add_argument("--verbose", action="store_true", help="show the rank and the error of each module")
     add_dtype(made, "--save_precision", "of the result (default: float)")
     return made
@@ -60,18 +70,20 @@ def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
-    adapter = load(args.model)
+    adapter = load(args.model, skip_unknown=args.skip_unknown)
     modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
+    metadata = with_rank_facts(modules, adapter.plain_metadata())
+    ranks = rank_range(one.rank for one in adapter.modules.values())
+    before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""
+    metadata["ss_training_comment"] = f"resized from rank {ranks}{before}"
+    if args.dynamic_method or args.target_error is not None:
+        metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
+    result = Adapter(modules, metadata).to(dtype_of(args.save_precision))
+    fits = as_written(fits, modules, result.modules)
     if args.verbose:
         for module, fit in fits.items():
             print(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
-    metadata = with_rank_facts(modules, adapter.plain_metadata())
-    before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""
-    metadata["ss_training_comment"] = f"resized from rank {adapter.rank}{before}"
-    if args.dynamic_method or args.target_error is not None:
-        metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
-    result = Adapter(modules, metadata)
-    result.save(path, dtype=dtype_of(args.save_precision))
+    result.save(path)
     print(report(fits))
     print(f"{result} written to {path}")
 

@@ -92,7 +92,9 @@ def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.
 
 
 def product_norm_squared(up: torch.Tensor, down: torch.Tensor) -> float:
-    """‖up · down‖² from the factors."""
+    """‖up · down‖², from the factors or the product, whichever is smaller."""
+    if len(up) * down.shape[1] < up.shape[1] ** 2:
+        return float((up.double() @ down.double()).square().sum())
     return float(((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum())
 
 
@@ -133,6 +135,25 @@ def reduce_modules(
             raise AdapterError(f"{module}: {error}") from None
         results[module] = less.with_alpha(one.scale * less.rank) if keep_scale and one.alpha else less
     return results, fits
+
+
+def as_written(
+    fits: Mapping[ModuleName, Fit], exact: Mapping[ModuleName, LowRank], written: Mapping[ModuleName, LowRank]
+) -> dict[ModuleName, Fit]:
+    """The fits of what is written, where its dtype has rounded it: what that changed is missing too."""
+    return {
+        module: Fit(fit.total, fit.missing + _distance_squared(exact[module], written[module]))
+        for module, fit in fits.items()
+    }
+
+
+def _distance_squared(one: LowRank, other: LowRank) -> float:
+    """‖ΔW - ΔW'‖² of two changes of one weight."""
+    if one.alpha == other.alpha and one.up is other.up and one.down is other.down:
+        return 0.0
+    (up, down), (other_up, other_down) = one.matrices(torch.float64), other.matrices(torch.float64)
+    ups = torch.cat([up * one.scale, other_up * -other.scale], dim=1)
+    return max(product_norm_squared(ups, torch.cat([down, other_down])), 0.0)
 
 
 def total(fits: Iterable[Fit]) -> Fit:

@@ -14,20 +14,28 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, run
+from lora_adapters.convert.command_line import (
+    Parser,
+    add_dtype,
+    add_skip_unknown,
+    device_of,
+    dtype_of,
+    output_file,
+    run,
+)
 from lora_adapters.convert.merge import weighted_sum
-from lora_adapters.convert.merge_lora import load_all, provenance
+from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.svd import as_written, reduce_modules, report, rules, with_rank_facts
 
 
 def parser() -> Parser:
     """The options."""
     made = Parser(prog="svd_merge_lora.py", description="Merge LoRAs into one of a given rank.")
     made.add_argument("--save_to", required=True, help="the resulting file")
-    made.add_argument("--models", nargs="+", required=True, help="LoRA files, PEFT folders or Hub repositories")
+    made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
     made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
-    made.add_argument("--lbws", nargs="+", help="block weights for each model, JSON lists of 12, 17, 20 or 26 numbers")
+    made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
     made.add_argument("--new_rank", type=int, help="rank of the result (default: 4; with target_error: no limit)")
     made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
@@ -39,6 +47,7 @@ def parser() -> Parser:
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_dtype(made, "--precision", "of the result where save_precision is not given; it is always computed in float")
     add_dtype(made, "--save_precision", "of the result (default: float)")
+    add_skip_unknown(made)
     made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
     return made
 
@@ -49,15 +58,15 @@ def program(argv: Sequence[str] | None) -> None:
     path, device = output_file(args.save_to), device_of(args.device)
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
     chosen = rules(rank, args.new_conv_rank, args.target_error)
-    adapters, ratios = load_all(args.models, args.ratios, args.lbws)
-    facts = provenance(adapters, args.no_metadata)
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     merged = weighted_sum(adapters, ratios)
+    facts = merged_metadata(merged, adapters, args.no_metadata)
     del adapters  # the files need not stay in memory
     modules, fits = reduce_modules(merged.modules, chosen, args.clamp_quantile, device)
-    metadata = with_rank_facts(modules, {**merged.metadata, **facts})
-    result = Adapter(modules, metadata)
-    result.save(path, dtype=dtype_of(args.save_precision, args.precision), modelspec=not args.no_metadata)
-    print(report(fits))
+    metadata = with_rank_facts(modules, facts)
+    result = Adapter(modules, metadata).to(dtype_of(args.save_precision, args.precision))
+    result.save(path, modelspec=not args.no_metadata)
+    print(report(as_written(fits, modules, result.modules)))
     print(f"{result} written to {path}")
 
 

@@ -3,12 +3,14 @@
 The layout of .safetensors: 8 bytes with the header's length, the header (JSON, padded with spaces), the tensors' bytes.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -22,7 +24,10 @@ _NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7
+    _NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
 
 
 class Planned(NamedTuple):
@@ -31,6 +36,7 @@ class Planned(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], torch.Tensor]
+    late: bool = False  # made after all others: another tensor has to be made first
 
     @classmethod
     def copy(cls, tensor: torch.Tensor) -> "Planned":
@@ -83,14 +89,28 @@ def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, st
     # Wide types first: every tensor's bytes are then aligned to its type, as readers that map the file like it.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     with file.open("wb") as out, _Flusher(out.fileno()) as flusher:
-        out.write(_header(ordered, metadata))
-        for name, planned in progress(ordered.items(), "writing", len(ordered)):
+        header = _header(ordered, metadata)
+        out.write(header)
+        starts = accumulate((one.size for one in ordered.values()), initial=len(header))
+        start_of = dict(zip(ordered, starts, strict=False))  # the last one is the end
+        in_turn = sorted(ordered.items(), key=lambda item: item[1].late)
+        for name, planned in progress(in_turn, "writing", len(ordered)):
             tensor = planned.make()
             assert tensor.dtype == planned.dtype, name
             assert tuple(tensor.shape) == planned.shape, name
             if tensor.numel():
-                out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                out.seek(start_of[name])
+                _write_bytes(out, tensor, name)
                 flusher.wrote(planned.size)
+
+
+def _write_bytes(out: BinaryIO, tensor: torch.Tensor, name: str) -> None:
+    try:
+        out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    except OSError as error:
+        if error.errno == errno.EFAULT:  # the system found nothing where a mapped file should be
+            raise AdapterError(f"{name} cannot be read: its file was cut short meanwhile") from None
+        raise
 
 
 def write(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.low_rank import rank_range
 from lora_adapters.convert.metadata import DYLORA_FACTS, network_args
 
 # A card with this line was written here and is written anew with each push; without it, it is somebody's own.
@@ -84,11 +85,12 @@ def base_model_of(adapter: Adapter) -> str:
 
 
 def _ranks(adapter: Adapter) -> str:
-    """ "4", or the ranks with how many modules have them, the most common first."""
+    """ "4", or the range of ranks with how many modules have them, the most common first."""
     ranks = Counter(one.rank for one in adapter.modules.values()).most_common()
     if len(ranks) == 1:
         return str(ranks[0][0])
-    return ", ".join(f"{rank} ({count} modules)" for rank, count in ranks)
+    counts = [f"{rank} in {count}{' modules' if at == 0 else ''}" for at, (rank, count) in enumerate(ranks)]
+    return f"{rank_range(rank for rank, _ in ranks)} ({', '.join(counts)})"
 
 
 def _alphas(adapter: Adapter) -> str:

@@ -1,9 +1,12 @@
 """What a run would do, in a few lines: --dry_run."""
 
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from lora_adapters.convert.low_rank import rank_range
 from lora_adapters.convert.names import ModuleName, architecture_of, block_index
 from lora_adapters.train import adapters
 from lora_adapters.train.run import Run
@@ -19,12 +22,16 @@ def report(run: Run) -> str:
     lines = [
         run.data.summary(),
         f"steps: {run.steps} in {run.epochs} epochs of {run.steps_per_epoch}; {batch} batches a step",
-        f"adapter: {settings.network_module}, {len(layers)} modules, {parameters:,} parameters",
+        f"adapter: {settings.network_module}, rank {_ranks(layers)}, {len(layers)} modules, {parameters:,} parameters",
         *(f"  {place}: {count} modules, {numbers:,} parameters" for place, count, numbers in by_block(run)),
         "memory for weights, gradients and optimizer (activations come on top):",
         *(f"  {name}: {size / _MIB:,.1f} MiB" for name, size in memory(run).items()),
     ]
     return "\n".join(lines)
+
+
+def _ranks(layers: Mapping[ModuleName, Any]) -> str:
+    return rank_range(len(layer.lora_A[adapters.ADAPTER].weight) for layer in layers.values())
 
 
 def by_block(run: Run) -> list[tuple[str, int, int]]:

@@ -129,7 +129,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 def _add_networks(group: argparse._ArgumentGroup) -> None:
     flag, option = adders(group)
     option("--network_module", nargs="*", help="networks.lora, networks.dylora; one for each file, or one for all")
-    option("--network_weights", nargs="*", help="adapter files, folders or hub ids, in any format")
+    option("--network_weights", nargs="*", help="adapter files, folders or hub ids; FILE:0.8:lbw=MIDD too")
     option("--network_mul", type=number, nargs="*", help="their weights (default 1 each)")
     option("--network_args", nargs="*", metavar="K=V;K=V", help="for each DyLoRA: rank=, unit=, rank_scaling=")
     flag("--network_merge", help="add all adapters to the model's weights")

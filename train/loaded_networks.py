@@ -12,6 +12,7 @@ from lora_adapters.convert.adapter import Adapter as AdapterData
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.low_rank import RANK_SCALINGS
 from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.model_arguments import read_arguments
 from lora_adapters.dylora import set_rank
 from lora_adapters.kohya_options import MODULES
 from lora_adapters.train.arguments import key_values
@@ -49,11 +50,11 @@ class Network:
 
 def networks(settings: argparse.Namespace) -> list[Network]:
     """The adapters of --network_weights, read. TrainingError or AdapterError for whatever is wrong with them."""
-    sources = settings.network_weights or []
-    if not sources:
+    arguments = read_arguments(settings.network_weights or [])
+    if not arguments:
         _refuse_without_weights(settings)
         return []
-    count = len(sources)
+    count = len(arguments)
     modules = settings.network_module or ["networks.lora"]
     modules = modules * count if len(modules) == 1 else modules
     if len(modules) != count:
@@ -61,17 +62,23 @@ def networks(settings: argparse.Namespace) -> list[Network]:
     for name in ("network_mul", "network_args"):
         if len(getattr(settings, name) or []) > count:
             raise TrainingError(f"{len(getattr(settings, name))} of --{name} for {count} of --network_weights")
-    multipliers = [*(settings.network_mul or []), *[1.0] * count][:count]
+    given = settings.network_mul or []
+    twice = next((one.source for one in arguments[: len(given)] if one.unet is not None), None)
+    if twice is not None:
+        raise TrainingError(f"{twice} has a weight behind it and one in --network_mul: give one of them")
     args = [*(settings.network_args or []), *[""] * count][:count]
     first_n = settings.network_merge_n_models or 0
     if not 0 <= first_n <= count:
         raise TrainingError(f"--network_merge_n_models {first_n}: there are {count} of --network_weights")
     merged = count if settings.network_merge else first_n
     found = []
-    for number, (source, module, text) in enumerate(zip(sources, modules, args, strict=True)):
+    for number, (argument, module, text) in enumerate(zip(arguments, modules, args, strict=True)):
+        source = argument.source
         adapter, rank = _typed(Adapter.load(source), source, module, text)
+        adapter, multiplier = argument.applied(adapter)
+        multiplier = given[number] if number < len(given) else multiplier
         own = rank if rank is not None else settings.rank if adapter.dylora is not None else None
-        found.append(Network(source, adapter, multipliers[number], own, number < merged))
+        found.append(Network(source, adapter, multiplier, own, number < merged))
         found[-1].at(None)  # checks the rank
     if settings.rank is not None and not any(one.adapter.dylora for one in found):
         raise TrainingError(f"--rank {settings.rank}: none of --network_weights is a DyLoRA, the others have one rank")

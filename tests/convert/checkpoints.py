@@ -21,7 +21,10 @@ def weights(folder: Path, component: str) -> dict[str, torch.Tensor]:
 
 
 def open_clip(tensors: dict[str, torch.Tensor], prefix: str, spare_layer: bool = False) -> dict[str, torch.Tensor]:
-    """The layers of a CLIP text encoder as open_clip has them: q, k and v in one tensor."""
+    """The layers of a CLIP text encoder as open_clip has them: q, k and v in one tensor.
+
+    spare_layer: with SD2.x's 24th layer, of which no output is used.
+    """
     start = "text_model.encoder.layers."
     layers = 1 + max(int(key.split(".")[3]) for key in tensors if key.startswith(start))
     made = {}
@@ -37,7 +40,7 @@ def open_clip(tensors: dict[str, torch.Tensor], prefix: str, spare_layer: bool =
     if spare_layer:
         last = f"{prefix}resblocks.{layers - 1}."
         copied = [key for key in made if key.startswith(last)]
-        made |= {key.replace(last, f"{prefix}resblocks.{layers}."): made[key].clone() for key in copied}
+        made |= {key.replace(last, f"{prefix}resblocks.23."): made[key].clone() for key in copied}
     return made
 
 
@@ -63,7 +66,9 @@ def original(kind: str, dtype: torch.dtype | None = None) -> dict[str, torch.Ten
         made |= open_clip(text, "cond_stage_model.model.transformer.", spare_layer=True)
     else:
         made |= {f"conditioner.embedders.0.transformer.{key}": tensor for key, tensor in text.items()}
-        made |= open_clip(weights(folder, "text_encoder_2"), "conditioner.embedders.1.model.transformer.")
+        second = weights(folder, "text_encoder_2")
+        made |= open_clip(second, "conditioner.embedders.1.model.transformer.")
+        made["conditioner.embedders.1.model.text_projection"] = second["text_projection.weight"].T
     made["first_stage_model.encoder.conv_in.weight"] = torch.randn(4, 3, 3, 3)
     made = {key: tensor.to(dtype).contiguous() if dtype else tensor.contiguous() for key, tensor in made.items()}
     made["cond_stage_model.transformer.position_ids"] = torch.arange(77)[None]

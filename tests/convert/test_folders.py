@@ -1,11 +1,13 @@
 """Diffusers folders as people have them: links, variants, and files that are no part of the model."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
@@ -14,6 +16,7 @@ from .checkpoints import GOLDEN
 
 QUERY = ModuleName("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
 MAIN = "diffusion_pytorch_model"
+TINY = Path(__file__).parent.parent.parent / "examples" / "tiny-sd"
 
 
 @pytest.fixture
@@ -85,3 +88,81 @@ def test_main_weights_in_a_pickle_beside_a_variant_in_safetensors(model, adapter
     out = adapter.merge_into(model, tmp_path / "out")
     for name in (f"{MAIN}.bin", f"{MAIN}.fp16.safetensors"):
         torch.testing.assert_close(query(out / "unet" / name), query(unet / name) + 1, rtol=0, atol=2e-3)
+
+
+def files_in(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    """tiny-sd as people's folders are: runs, private files and earlier results beside the model."""
+    made = Path(shutil.copytree(TINY, tmp_path / "crowded"))
+    wanted = {name for name in files_in(made) if "/" in name or name == "model_index.json"}
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key.json").write_text("secret")
+    (made / "unet" / "key.json").symlink_to(private / "key.json")
+    (made / "documents").symlink_to(private)
+    (made / "vae" / "documents").symlink_to(private)
+    for name in ("checkpoint-500/optimizer.bin", "unet/checkpoint-500/config.json", "logs/events", "unet/notes.txt",
+                 "unet/diffusion_pytorch_model.msgpack", "text_encoder/tf_model.h5", "merged/model_index.json",
+                 "merged/unet/diffusion_pytorch_model.safetensors", "unet_ema/config.json", "README.md"):  # fmt: skip
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(name)
+    return made, wanted
+
+
+@pytest.fixture
+def tiny_adapter():
+    size = load_file(TINY / "unet" / f"{MAIN}.safetensors")[f"{QUERY.path}.weight"].shape
+    return Adapter({QUERY: LowRank(torch.ones(1, size[1]), torch.ones(size[0], 1), 1.0)})
+
+
+def test_what_the_pipeline_needs_is_copied_and_nothing_else(crowded, tiny_adapter, tmp_path):
+    model, wanted = crowded
+    out = tiny_adapter.merge_into(model, tmp_path / "out")
+    assert files_in(out) == wanted
+    StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+
+
+def test_an_earlier_result_in_the_model_is_replaced_not_copied(crowded, tiny_adapter):
+    model, wanted = crowded
+    assert files_in(tiny_adapter.merge_into(model, model / "merged")) == wanted
+    assert (model / "checkpoint-500" / "optimizer.bin").exists()
+
+
+def test_a_merge_in_place_takes_nothing_away(crowded, tiny_adapter, tmp_path):
+    model, _ = crowded
+    before = files_in(model) - {f"unet/{MAIN}.msgpack", "text_encoder/tf_model.h5"}  # of the model before the merge
+    tiny_adapter.merge_into(model, model)
+    assert files_in(model) == before
+    assert (model / "unet" / "key.json").is_symlink()
+    assert (model / "vae" / "documents").is_symlink()
+    assert (tmp_path / "private" / "key.json").read_text() == "secret"
+
+
+def test_components_that_the_index_names_are_copied_with_their_own_code(tiny_adapter, tmp_path):
+    """As pipelines from the Hub have them: code beside the index and in a component's folder."""
+    model = Path(shutil.copytree(TINY, tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {"_class_name": ["my_pipeline", "MyPipeline"], "scorer": ["my_scorer", "Scorer"], "nothing": [None, None]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    code = ("my_pipeline.py", "scorer/my_scorer.py", "scorer/config.json")
+    for name in (*code, "scorer/other.py", "nothing/config.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+    found = files_in(tiny_adapter.merge_into(model, tmp_path / "out"))
+    assert set(code) <= found
+    assert not {"scorer/other.py", "nothing/config.json"} & found
+
+
+def test_a_name_in_the_index_leads_nowhere_else(tiny_adapter, tmp_path):
+    model = Path(shutil.copytree(TINY, tmp_path / "model"))
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "config.json").write_text("private")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "../outside": ["diffusers", "X"], "": ["x", "y"]}))
+    out = tiny_adapter.merge_into(model, tmp_path / "below" / "out")
+    assert not (tmp_path / "below" / "outside").exists()
+    assert "model_index.json" in files_in(out)

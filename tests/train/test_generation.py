@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lora_adapters.adapter import Adapter
+from lora_adapters.convert.block_weights import parse, weighted
 from lora_adapters.convert.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main
 from lora_adapters.train.samplers import sampler
@@ -96,6 +97,19 @@ def test_adapters_live_folded_and_merged_are_the_same(sd1, lora, other, plain, t
         assert differ(draw(sd1, tmp_path / name, *options, name)[0], live) <= 1, name
     both = draw(sd1, tmp_path / "both", *options, "--network_merge_n_models", 1, "--network_pre_calc")[0]
     assert differ(both, live) <= 1
+
+
+def test_weights_and_blocks_behind_the_files(sd1, lora, other, tmp_path):
+    """As the file tools and A1111 read them."""
+    options = ("--prompt", "a red disc", "--network_weights")
+    wanted = draw(sd1, tmp_path / "mul", *options, lora, other, "--network_mul", 0.7, -0.4)[0]
+    tags = f"<lora:{lora.with_suffix('')}:0.7> <lora:{other}:-0.4>"
+    for number, words in enumerate(([f"{lora}:0.7", f"{other}:-0.4"], [tags])):
+        assert differ(draw(sd1, tmp_path / str(number), *options, *words)[0], wanted) == 0
+    part = weighted(Adapter.load(lora), parse("MIDD")).save(tmp_path / "part.safetensors")
+    wanted = draw(sd1, tmp_path / "part", *options, part, "--network_mul", 0.7)[0]
+    assert differ(draw(sd1, tmp_path / "lbw", *options, f"{lora}:0.7:lbw=MIDD")[0], wanted) <= 1
+    assert differ(draw(sd1, tmp_path / "whole", *options, f"{lora}:0.7")[0], wanted) > 1
 
 
 @pytest.mark.parametrize("way", ["live", "--network_pre_calc"])

@@ -102,6 +102,8 @@ EARLY = {
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_module networks.oft": "networks.oft is not supported",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_module a b": "2 of --network_module for 1",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul 1 2": "2 of --network_mul for 1",
+    "--ckpt {sd1} --prompt x --network_weights {lora}:0.5 --network_mul 1": "has a weight behind it and one in --netw",
+    "--ckpt {sd1} --prompt x --network_weights {lora}:1:lbw=IN99": "IN99 is no block or preset",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul inf": "--network_mul: invalid number value: 'inf'",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_args conv_dim=4": "--network_args conv_dim=4 for",
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank": "'rank' is not of the form key=value",

@@ -98,12 +98,13 @@ def test_model_folder_without_an_index(basics, tmp_path, capsys, monkeypatch) ->
 
 
 def test_dry_run_trains_nothing(basics, tmp_path, capsys) -> None:
-    options = {**basics, "dry_run": True, "network_module": "networks.dylora", "network_args": {"conv_dim": "2"}}
+    options = {**basics, "dry_run": True, "network_module": "networks.dylora", "network_args": {"conv_dim": "4"}}
     assert main(command_line(options)) == 0
     shown = capsys.readouterr().out
     assert "steps: 3 in 1 epochs of 4" in shown
     assert "unet block 12:" in shown
     assert "text_encoder: 12 modules" in shown
+    assert "adapter: networks.dylora, rank 2 to 4, " in shown
     assert not (tmp_path / "out").exists()
 
 
