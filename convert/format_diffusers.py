@@ -20,7 +20,7 @@ import torch
 from .errors import AdapterError
 from .low_rank import LowRank
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
-from .names import COMPONENTS, ModuleName, check_known
+from .names import COMPONENTS, ModuleName, check_known, text_path
 from .parsing import json_value
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -55,8 +55,8 @@ def _path(component: str, path: str) -> str:
     """A path as the formats spell it, as the module's own: text encoders' layers had the U-Net's names once."""
     if component == "unet":
         return path
-    head, _, tail = (path if path.startswith("text_model.") else f"text_model.{path}").rpartition(".")
-    return f"{head}.{_OLD_TEXT.get(tail, tail)}"
+    head, dot, tail = text_path(path).rpartition(".")
+    return f"{head}{dot}{_OLD_TEXT.get(tail, tail)}"
 
 
 def is_mine(keys: set[str]) -> bool:

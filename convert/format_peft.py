@@ -13,7 +13,7 @@ from .files import all_or_none, read_tensors, replacing, sync
 from .format_diffusers import alpha_from_config, checked, lora_config
 from .low_rank import LowRank
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
-from .names import COMPONENTS, ModuleName, check_known
+from .names import COMPONENTS, ModuleName, check_known, text_path
 from .parsing import json_value
 
 CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -62,8 +62,7 @@ def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowR
         path, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
         if half not in ("A.weight", "B.weight"):
             raise AdapterError(f"{folder}: {key} is no half of a low-rank pair")
-        if component != "unet" and not path.startswith("text_model."):
-            path = f"text_model.{path}"
+        path = path if component == "unet" else text_path(path)
         pair = pairs.setdefault(check_known(ModuleName(component, path)), {})
         if half[0] in pair:
             raise AdapterError(f"{folder}: {key} and another key stand for the same matrix")

@@ -3,7 +3,7 @@
 A kohya name is `<prefix>_<module path with underscores>`, with the prefix `lora_unet`, `lora_te` (one text encoder),
 `lora_te1` or `lora_te2` (two). Underscores stand for dots and for themselves, so names are looked up in tables of all
 modules of SD1.x, SD2.x and SDXL, never guessed. SDXL files carry sgm's U-Net names (`input_blocks_4_1_...`) or
-diffusers'; both are read. Paths here are diffusers' with `text_model.` kept in text encoders.
+diffusers'; both are read, of SD1.x and SD2.x too. Paths here are diffusers' with `text_model.` kept in text encoders.
 """
 
 import difflib
@@ -23,19 +23,25 @@ _SGM_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-OUTER = {  # outside of the blocks, with sgm's names: kohya's trainer leaves these alone, LyCORIS' LoCon does not
+_SDXL_OUTER = {  # of the size and crop conditioning, which SDXL and its refiner have
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+OUTER = {  # outside of the blocks, with sgm's names: kohya's trainer leaves these alone, LyCORIS and OneTrainer do not
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    **_SDXL_OUTER,
 }
+TEXT_PROJECTION = "text_projection"  # of SDXL's second text encoder, beside its `text_model`
 _PLACE = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
 class ModuleName(NamedTuple):
     """One adapted module: `component` is unet, text_encoder or text_encoder_2, `path` its dotted name in diffusers.
 
-    Text encoders' paths begin with `text_model.`, whatever the version of transformers.
+    Text encoders' paths begin with `text_model.`, whatever the version of transformers; `text_projection` stands beside.
 
     >>> str(ModuleName("unet", "mid_block.attentions.0.proj_in"))
     'unet.mid_block.attentions.0.proj_in'
@@ -85,7 +91,9 @@ def _text_encoder() -> Iterator[str]:
 @cache
 def _paths(architecture: str) -> frozenset[str]:
     """All U-Net paths of "sd" (SD1.x and SD2.x have the same) or "sdxl"."""
-    return frozenset([*(_unet((1, 1, 1, 0), 1) if architecture == "sd" else _unet((0, 2, 10), 10)), *OUTER])
+    if architecture == "sd":
+        return frozenset([*_unet((1, 1, 1, 0), 1), *(path for path in OUTER if path not in _SDXL_OUTER)])
+    return frozenset([*_unet((0, 2, 10), 10), *OUTER])
 
 
 def unet_paths(architecture: str) -> frozenset[str]:
@@ -94,8 +102,17 @@ def unet_paths(architecture: str) -> frozenset[str]:
 
 
 def text_encoder_paths() -> list[str]:
-    """The paths of all modules of the deepest text encoder that an adapter can have, layer by layer."""
+    """The paths of all layers' modules of the deepest text encoder, layer by layer; `text_projection` is not of them."""
     return list(_text_encoder())
+
+
+def text_path(path: str) -> str:
+    """A text encoder's path with the `text_model.` level that some formats and transformers 5 leave out.
+
+    >>> text_path("encoder.layers.0.mlp.fc1"), text_path("text_projection")
+    ('text_model.encoder.layers.0.mlp.fc1', 'text_projection')
+    """
+    return path if path.startswith("text_model.") or path == TEXT_PROJECTION else f"text_model.{path}"
 
 
 def sgm_path(path: str, architecture: str = "sdxl") -> str:
@@ -127,12 +144,19 @@ def _sgm_name(path: str) -> str:
 @cache
 def _unet_by_flat_name() -> dict[str, str]:
     flat = {path.replace(".", "_"): path for name in BLOCK_COUNT for path in _paths(name)}
-    return flat | {_sgm_name(path): path for path in _paths("sdxl")}
+    for name in BLOCK_COUNT:
+        flat |= {sgm_path(path, name).replace(".", "_"): path for path in _paths(name)}
+    return flat
 
 
 @cache
-def _text_by_flat_name() -> dict[str, str]:
-    return {path.replace(".", "_"): path for path in _text_encoder()}
+def _text_by_flat_name(component: str) -> dict[str, str]:
+    paths = [*_text_encoder(), *([TEXT_PROJECTION] if component == "text_encoder_2" else [])]
+    return {path.replace(".", "_"): path for path in paths}
+
+
+def _by_flat_name(component: str) -> dict[str, str]:
+    return _unet_by_flat_name() if component == "unet" else _text_by_flat_name(component)
 
 
 # --- from and to kohya's names -------------------------------------------------------------------------------------
@@ -160,7 +184,7 @@ def from_kohya(name: str) -> ModuleName:
     """
     for prefix, component in _PREFIXES.items():
         if name.startswith(prefix):
-            table = _unet_by_flat_name() if component == "unet" else _text_by_flat_name()
+            table = _by_flat_name(component)
             path = table.get(name.removeprefix(prefix))
             if path is None:
                 raise AdapterError(
@@ -182,7 +206,7 @@ def to_kohya(module: ModuleName, architecture: str) -> str:
 
 def check_known(module: ModuleName) -> ModuleName:
     """The same module; AdapterError with the nearest known path where SD1.x, SD2.x and SDXL have no such module."""
-    table = _unet_by_flat_name() if module.component == "unet" else _text_by_flat_name()
+    table = _by_flat_name(module.component)
     if module.path.replace(".", "_") not in table:
         raise AdapterError(f"unknown module {module!s:.200}{nearest(module.path, table.values())}")
     return module

@@ -13,7 +13,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.format_diffusers import lora_config
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.metadata import DyLora
-from lora_adapters.convert.names import ModuleName, nearest
+from lora_adapters.convert.names import ModuleName, nearest, text_path
 
 from .config import FACTS, DyLoraConfig, LierLaConfig
 from .coverage import RankAlpha
@@ -176,9 +176,7 @@ def widths(model: Any, component: str, adapter_name: str) -> dict[ModuleName, in
 
 
 def _named(component: str, path: str) -> ModuleName:
-    if component != "unet" and not path.startswith("text_model."):
-        path = f"text_model.{path}"
-    return ModuleName(component, path)
+    return ModuleName(component, path if component == "unet" else text_path(path))
 
 
 def dylora_in(model: Any, adapter_name: str) -> DyLora | None:

@@ -14,7 +14,7 @@ from lora_adapters.adapter import Adapter
 from lora_adapters.config import DyLoraConfig, LierLaConfig
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
-from lora_adapters.convert.names import ModuleName
+from lora_adapters.convert.names import ModuleName, text_path
 from lora_adapters.coverage import RankRule, base_layers, covered
 from lora_adapters.kohya_options import NetworkOptions, network_options
 from lora_adapters.optimizer_groups import param_groups
@@ -202,4 +202,4 @@ def _place(trained: dict[str, Any], start: Adapter, dylora: DyLora | None, sourc
 
 
 def _full_path(component: str, path: str) -> str:
-    return path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
+    return path if component == "unet" else text_path(path)
