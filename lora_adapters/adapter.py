@@ -53,9 +53,9 @@ class Adapter(AdapterData):
         The name is default_0 and so on where none is given. AdapterError where it is for another model or
         the name is taken; the pipeline is then as it was.
         """
-        from .pipeline import load
+        from .pipeline import load_adapter
 
-        load(pipe, self, adapter_name=adapter_name)
+        load_adapter(pipe, self, adapter_name)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
         """Push it to the Hub in one commit: for diffusers, kohya's programs and PEFT, with a model card.

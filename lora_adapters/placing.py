@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.format_diffusers import lora_config
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.metadata import DyLora
@@ -54,18 +54,29 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (layer.out_features, layer.in_features)  # type: ignore[return-value]
 
 
-def fitted(model: nn.Module, component: str, modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def fitted(
+    model: nn.Module, component: str, modules: Mapping[str, LowRank], missing: list[str] | None = None
+) -> dict[str, LowRank]:
     """The pairs by this model's own paths, in its own spelling of 1x1; nothing is changed in the model.
 
-    AdapterError, which names the module and what was expected, where the model lacks a module or its shape differs.
+    missing: where the names of modules that the model lacks are added; None makes the first of them an AdapterError.
+    AdapterError too, which names the module and what was expected, where a shape differs; UnknownFormatError where the
+    layer is of a type that no low-rank pair of this package is for.
     """
     placed = {}
     for path, one in modules.items():
         live = live_path(model, path)
         layer = _base_layer(model, live)
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if layer is None and missing is not None:
+            missing.append(f"{component}.{live}")
+            continue
+        if layer is None:
             known = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
-            raise AdapterError(f"the model has no module {component}.{live}{nearest(live, known)}")
+            raise AdapterError(f"the model has no module {component}.{live:.120}{nearest(live, known)}")
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise UnknownFormatError(
+                f"{component}.{live:.120} is a {type(layer).__name__}, no linear layer or 2D convolution"
+            )
         try:
             placed[live] = one.shaped_like(_weight_shape(layer))
         except AdapterError as error:
@@ -130,6 +141,18 @@ def remove(model: nn.Module, adapter_name: str) -> None:
         if hasattr(model, "peft_config"):
             del model.peft_config
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def active(model: nn.Module) -> list[str]:
+    """The names of the active adapters."""
+    return next((list(part.active_adapters) for part in model.modules() if isinstance(part, BaseTunerLayer)), [])
+
+
+def activate(model: nn.Module, names: list[str]) -> None:
+    """Make these adapters the active ones."""
+    for part in model.modules():
+        if isinstance(part, BaseTunerLayer):
+            part.set_adapter(names)
 
 
 def beyond_lora(layer: Any, adapter_name: str) -> str | None:
