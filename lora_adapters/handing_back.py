@@ -18,8 +18,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.format_diffusers import alpha_of
 
 from . import placing
-
-_HELD = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+from .placing import HELD
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,24 @@ class State:
     configs: dict[str, Any] | None
     active: list[str]
     loaded: Any
+    wrapped: frozenset[str]
 
     @classmethod
     def of(cls, model: Any) -> "State":
         """The state of a model now."""
         configs = getattr(model, "peft_config", None)
         loaded = getattr(model, "_hf_peft_config_loaded", False)
-        return cls(None if configs is None else dict(configs), placing.active(model), loaded)
+        wrapped = frozenset(path for path, part in model.named_modules() if isinstance(part, LoraLayer))
+        return cls(None if configs is None else dict(configs), placing.active(model), loaded, wrapped)
 
     def restore(self, model: Any) -> None:
         """Take every adapter out that was not there, and make the same ones active."""
         known = self.configs or {}
         for name in _adapters_in(model) - known.keys():
-            placing.remove(model, name)
+            placing.take_out(model, name)
+        for path, part in list(model.named_modules()):
+            if isinstance(part, LoraLayer) and path not in self.wrapped:  # emptied by the load that failed
+                placing.unwrap(model, path, part)
         if self.configs is None:
             if hasattr(model, "peft_config"):
                 del model.peft_config
@@ -57,7 +61,7 @@ def _adapters_in(model: nn.Module) -> set[str]:
     names = set(getattr(model, "peft_config", None) or {})
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            names.update(name for held in _HELD for name in getattr(module, held, ()))
+            names.update(name for held in HELD for name in getattr(module, held, ()))
     return names
 
 
@@ -109,7 +113,7 @@ def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]
         for path, layer in model.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            for name in _HELD:
+            for name in HELD:
                 part = getattr(layer, name, {})
                 if adapter_name not in part:
                     continue
@@ -121,7 +125,9 @@ def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]
 
 
 def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
-    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape."""
+    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape; none where it has no memory."""
+    if tensor.device.type == "meta":  # what the load left as it was injected
+        return b""
     return tensor.detach().to("cpu", dtype).float().contiguous().flatten().numpy().tobytes()
 
 

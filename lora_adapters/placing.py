@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -18,6 +19,9 @@ from lora_adapters.convert.names import ModuleName, nearest, text_path
 from .config import FACTS, DyLoraConfig, LierLaConfig
 from .coverage import RankAlpha
 from .dylora import DyLoraVariant, layers
+
+# What a layer of PEFT's keeps of its adapters, by their names.
+HELD = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
 def unwrapped(model: Any) -> Any:
@@ -128,12 +132,28 @@ def place(
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
 
 
+def take_out(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model's layers and, where it was the only one of a layer, PEFT's layer with it."""
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, LoraLayer) or not any(adapter_name in getattr(layer, held, ()) for held in HELD):
+            continue
+        layer.delete_adapter(adapter_name)
+        layer.lora_variant.pop(adapter_name, None)
+        if not any(len(getattr(layer, held, ())) for held in HELD):
+            unwrap(model, path, layer)
+
+
+def unwrap(model: nn.Module, path: str, layer: LoraLayer) -> None:
+    """Put the layer that PEFT's layer at the path wraps back in its place."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer.base_layer)
+
+
 def remove(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out of the model; with the last one, PEFT's layers go too."""
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
-    for _, layer in list(layers(model, adapter_name)):
-        layer.delete_adapter(adapter_name)
+    take_out(model, adapter_name)
     if not configs:
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
