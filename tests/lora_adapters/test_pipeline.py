@@ -228,3 +228,35 @@ def test_wrapped_models_give_an_adapter_that_opens_again(mixed, wrap, pipeline, 
     assert Adapter.from_pipeline(plain, "a").modules.keys() == Adapter.load(file).modules.keys()
     pipe.unet = wrapped["unet"]
     assert Adapter.from_pipeline(pipe).modules.keys() == Adapter.load(file).modules.keys()
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("sd15", "sd"), ("sdxl", "sdxl")])
+def test_the_live_model_tells_which_architecture_a_small_adapter_is_for(name, architecture, pipeline, tmp_path):
+    pipe = pipeline(name)
+    query = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"  # both have it
+    pipe.unet.add_adapter(LierLaConfig(r=2, target_modules=[query], init_lora_weights=False), "small")
+    adapter = Adapter.from_pipeline(pipe, "small")
+    assert {module.path for module in adapter.modules} == {query}
+    assert adapter.architecture == architecture
+    assert Adapter.load(adapter.save(tmp_path / "a.safetensors")).architecture == architecture
+
+
+def test_modules_that_are_in_no_table_come_back_out_of_a_pipeline(pipeline, tmp_path):
+    pipe = pipeline("sdxl")
+    tensors = {}
+    for name, out, inner in (
+        ("lora_te2_text_projection", *pipe.text_encoder_2.text_projection.weight.shape),
+        ("lora_unet_label_emb_0_0", *pipe.unet.add_embedding.linear_1.weight.shape),
+        ("lora_unet_add_embedding_linear_2", *pipe.unet.add_embedding.linear_2.weight.shape),
+    ):
+        tensors |= {f"{name}.lora_down.weight": torch.randn(2, inner), f"{name}.lora_up.weight": torch.randn(out, 2)}
+    save_file(tensors, tmp_path / "outer.safetensors")
+    pipe.load_lora_weights(tmp_path / "outer.safetensors", adapter_name="outer", strict=True)
+    assert {"outer"} == set(pipe.text_encoder_2.text_projection.lora_A) == set(pipe.unet.add_embedding.linear_2.lora_A)
+    for format in ("kohya", "diffusers", "peft"):
+        path = Adapter.from_pipeline(pipe, "outer").save(tmp_path / format / "a.safetensors", format)
+        back = Adapter.load(path)
+        for module, one in Adapter.load(tmp_path / "outer.safetensors").modules.items():
+            torch.testing.assert_close(back.modules[module].delta(), one.delta())
+        other = pipeline("sdxl")
+        other.load_lora_weights(path, strict=True)

@@ -30,7 +30,9 @@ import lora_adapters
 assert lora_adapters.__version__  # imported for what it does to diffusers
 
 MIXINS = (StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin)
+WITHOUT_SENTENCEPIECE = ("KolorsPipeline", "KolorsImg2ImgPipeline", "KolorsPAGPipeline")  # diffusers hides them
 NOT_BUILT = {
+    **dict.fromkeys(WITHOUT_SENTENCEPIECE, "its text encoder is ChatGLM, whose tokenizer needs sentencepiece"),
     "PRXPipeline": "it has a transformer and no U-Net: stock finds no component to load into",
     "StableDiffusionXLModularPipeline": "its components are loaded from blocks on the Hub",
     "StableDiffusionControlNetXSPipeline": "it makes a U-Net of its own, of a U-Net and a ControlNet-XS",
@@ -187,7 +189,7 @@ def layers(pipe):
 
 def test_every_class_is_here_or_said_to_be_missing() -> None:
     assert len(classes()) >= 60
-    assert set(NOT_BUILT) <= set(classes())
+    assert set(NOT_BUILT) - set(WITHOUT_SENTENCEPIECE) <= set(classes())
     assert set(FAST) <= set(classes())
 
 
