@@ -143,7 +143,7 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
                 f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
             )
     if missing:
-        shown = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        shown = ", ".join([f"{name:.120}" for name in missing[:3]] + (["..."] if len(missing) > 3 else []))
         logger.warning(
             "The model lacks %d of the adapter's %d modules, which are left out (strict=True makes this an error): %s",
             len(missing),

@@ -67,7 +67,7 @@ CASES = {
             "lora_unet_output_blocks_2_1_conv": "up_blocks.0.upsamplers.0.conv",
             "lora_unet_output_blocks_3_1_proj_in": "up_blocks.1.attentions.0.proj_in",
             "lora_unet_output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
-            f"lora_unet_up_blocks_2_attentions_1_{BLOCK}_2_attn2_to_v": f"up_blocks.2.attentions.1.{BLOCK}.2.attn2.to_v",
+            f"lora_unet_up_blocks_2_attentions_1_{BLOCK}_2_ff_net_2": f"up_blocks.2.attentions.1.{BLOCK}.2.ff.net.2",
         },
     ),
     "AnimateDiff": (
