@@ -11,11 +11,12 @@ import torch
 from typing_extensions import Self
 
 from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
-from .errors import AdapterError, UnknownFormatError
+from .errors import AdapterError
 from .files import read_tensors, replacing, save_pickle
+from .kinds import unread, without_bundled_embeddings
 from .low_rank import LowRank, add_up, common_scale, rank_range, to_narrow
 from .metadata import MERGED_FACTS, DyLora, complete, dylora_metadata, dylora_of, hashes, merged_facts, network_args
-from .names import ModuleName, architecture_of
+from .names import Lookup, ModuleName, architecture_of, may_be_sdxl
 from .sources import locate
 
 FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
@@ -25,6 +26,17 @@ T = TypeVar("T")
 def _most_common(values: Iterable[T]) -> T | None:
     """The value that occurs most often, the first of several; None where there are none."""
     return next((value for value, _ in Counter(values).most_common(1)), None)
+
+
+def _is_sdxls_width(module: ModuleName, one: LowRank) -> bool:
+    """Whether a module that SD1.x and SD2.x have too is as wide as only SDXL's is."""
+    if module.component != "unet":
+        return False
+    if module.path.endswith((".attn2.to_k", ".attn2.to_v")):
+        return one.out_in[1] == 2048  # both text encoders' outputs, side by side
+    # The up blocks' own width, which their layers put out: SD's are 1280, 1280, 640, 320, SDXL's 1280, 640, 320.
+    wide = {"up_blocks.1": 640, "up_blocks.2": 320}.get(module.path[:11])
+    return wide == one.out_in[0] and module.path.endswith((".conv1", ".conv2", ".proj_in", ".to_q", ".to_out.0"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,42 +71,54 @@ class Adapter:
         `hub` options (token, revision, cache_dir, local_files_only, ...) go to `huggingface_hub`. AdapterError, with
         the file in it, where the source is missing, broken, or in another format.
         """
-        path = locate(source, weight_name=weight_name, subfolder=subfolder, **hub)
+        return cls.from_path(locate(source, weight_name=weight_name, subfolder=subfolder, **hub))
+
+    @classmethod
+    def from_path(cls, path: Path, lookup: Lookup | None = None) -> Self:
+        """The adapter in a file or a PEFT folder; lookup as in `from_tensors`. AdapterError with the path in it."""
         weights = (format_peft.WEIGHTS, format_peft.WEIGHTS_PICKLED)
         if path.name in weights and (path.parent / format_peft.CONFIG).is_file():
             path = path.parent  # that file tells neither alphas nor the component
         if path.is_dir():
-            modules, metadata = format_peft.read(path)
+            modules, metadata = format_peft.read(path, lookup)
             return cls(modules, metadata)
         tensors, metadata = read_tensors(path)
         try:
-            return cls.from_tensors(tensors, metadata)
+            return cls.from_tensors(tensors, metadata, lookup)
         except AdapterError as error:
             raise type(error)(f"{path}: {error}") from None
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Self:
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str] | None = None,
+        lookup: Lookup | None = None,
+    ) -> Self:
         """The adapter in a state dict of kohya's, cloneofsimo's or one of diffusers' formats.
 
-        The tensors are not copied. AdapterError for other keys, lone halves of pairs, unknown modules and shapes that
-        do not fit.
+        The tensors are not copied. lookup (component, name -> path): finds modules that SD1.x, SD2.x and SDXL do not
+        have, in a live model. AdapterError for other keys, lone halves of pairs, unknown modules and shapes that do
+        not fit; UnknownFormatError for other kinds of adapters.
         """
         metadata = dict(metadata or {})
+        tensors = without_bundled_embeddings(tensors)
         if not tensors:
             raise AdapterError("there are no tensors in it")
         if all(key.startswith(format_peft.PREFIX) for key in tensors):
-            raise UnknownFormatError(f"these are weights of PEFT's, without the {format_peft.CONFIG} beside them")
+            raise unread(tensors, f"these are weights of PEFT's, without the {format_peft.CONFIG} beside them")
         if format_kohya.is_mine(set(tensors)):
-            if any(key.startswith(format_kohya.SDXL_NAMES) for key in tensors):
+            modules = format_kohya.read(tensors, lookup)
+            if any(key.startswith(format_kohya.SDXL_NAMES) for key in tensors) and may_be_sdxl(modules):
                 metadata.setdefault("ss_base_model_version", "sdxl_base_v1-0")
-            return cls(format_kohya.read(tensors), metadata)
+            return cls(modules, metadata)
         if format_cloneofsimo.is_mine(set(tensors)):
             return cls(format_cloneofsimo.read(tensors, metadata), format_cloneofsimo.other_metadata(metadata))
         if format_diffusers.is_mine(set(tensors)):
-            return cls(format_diffusers.read(tensors, metadata), format_diffusers.kohya_metadata(metadata))
+            return cls(format_diffusers.read(tensors, metadata, lookup), format_diffusers.kohya_metadata(metadata))
         known = format_kohya if any(format_kohya.is_mine({key}) for key in tensors) else format_diffusers
-        strange = next(key for key in tensors if not known.is_mine({key}))
-        raise UnknownFormatError(f"{strange} is no key of kohya's or diffusers' LoRA formats")
+        strange = next((key for key in tensors if not known.is_mine({key})), next(iter(tensors)))
+        raise unread(tensors, f"{strange:.120} is no key of kohya's or diffusers' LoRA formats")
 
     def save(
         self,
@@ -156,9 +180,11 @@ class Adapter:
 
     @property
     def architecture(self) -> str:
-        """ "sd" (SD1.x, SD2.x) or "sdxl", told from the module names and the metadata."""
+        """ "sd" (SD1.x, SD2.x) or "sdxl", told from the module names, the metadata and SDXL's widths."""
         told = self.metadata.get("ss_base_model_version", "")
         found = architecture_of(self.modules)
+        if found == "sd" and not told and may_be_sdxl(self.modules):
+            return "sdxl" if any(_is_sdxls_width(*item) for item in self.modules.items()) else "sd"
         return "sdxl" if found == "sd" and told.startswith("sdxl") else found
 
     @property

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from . import atomic
 from .errors import AdapterError, first_line
 
+_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+
 
 def check_regular(file: Path) -> None:
     """AdapterError where there is no file, or one whose reading may not come to an end: a folder, a pipe, a device."""
@@ -42,12 +44,12 @@ def read_text(file: Path) -> str:
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a .safetensors file or of a PyTorch pickle, memory-mapped, and the metadata ({} of a pickle).
 
-    Pickles are read without executing anything (`weights_only`). AdapterError where the file is missing, truncated,
-    or not what its ending says.
+    Which of the two it is tell its first bytes, not its name. Pickles are read without executing anything
+    (`weights_only`). AdapterError where the file is missing, truncated, or a pickle that is called .safetensors.
     """
     check_regular(file)
     try:
-        if file.suffix == ".safetensors":
+        if is_safetensors(file):
             with safe_open(file, framework="pt") as opened:
                 names = opened.keys()  # not a dict: it has no iterator of its own
                 return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
@@ -57,6 +59,10 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a type of number that this PyTorch has not, a name that is no text
         raise AdapterError(f"{file} holds what cannot be read ({first_line(error)})") from None
+    if file.suffix.lower() == ".safetensors":
+        if _is_pickle(file):
+            raise AdapterError(f"{file} is called .safetensors, but is a PyTorch pickle: give it the ending .ckpt")
+        raise AdapterError(f"{file} is truncated or no safetensors file")
     loaded = load_plain(file)
     if isinstance(loaded, dict):
         loaded = loaded.get("state_dict", loaded)
@@ -75,6 +81,19 @@ def _described(value: object) -> str:
     """A value of a foreign file, in a few words."""
     name = "a training program's object" if isinstance(value, _Inert) else f"of the type {type(value).__name__}"
     return f"{name} ({value!s:.40})" if isinstance(value, int | float | str) else name
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file begins as a safetensors file does: the length of its header (8 bytes), and a brace."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether a file begins as torch.save's do: as a zip archive's, or before PyTorch 1.6 as a pickle of protocol 2."""
+    with file.open("rb") as opened:
+        return opened.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
 class _Inert:

@@ -4,7 +4,12 @@
     unet.<path>.lora.down.weight                                  up to 2024
     unet.<path to attention>.processor.to_q_lora.down.weight      2023, with and without `unet.`
 
-In all of them the scale is 1 (alpha = rank) unless the metadata says otherwise.
+In all of them the scale is 1 (alpha = rank) unless the metadata says otherwise. Relatives of these are read too:
+
+    unet.<path>.lora_A.<adapter>.weight                           a model's own state dict, saved by hand
+    unet.base_model.model.<path>.lora_A.weight                    the same of a PeftModel
+    unet.<path>.lora_down.weight, .lora_up.weight, .alpha         kohya's halves and alpha under a path (OneTrainer)
+    diffusion_model.<sgm path>..., text_encoders.clip_l.transformer.text_model...      ComfyUI
 """
 
 import json
@@ -17,14 +22,26 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import AdapterError
+from .errors import AdapterError, first_line
 from .low_rank import LowRank
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
-from .names import COMPONENTS, ModuleName, check_known, text_path
+from .names import COMPONENTS, Lookup, ModuleName, check_known, text_path
 from .parsing import json_value
 
 METADATA_KEY = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
+_COMPONENTS = {  # the beginnings of keys, and the component that each is of
+    **{f"{component}.": component for component in COMPONENTS},
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
+}
+# The beginnings of kohya's and LyCORIS' names, which are no paths, and of other models' components.
+_OTHERS = ("lora_", "lycoris_", "transformer.", "prior.", "decoder.", "text_encoder_3.", "text_encoders.")
+_PEFT_MODEL = "base_model.model."
+_NAMED_HALF = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight")
 _HALVES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -32,15 +49,25 @@ _HALVES = {
     ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
 }
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 def split_key(key: str) -> tuple[ModuleName, str] | None:
     """Module and half ("down", "up", "alpha") of a key in any of the formats; None for any other key."""
-    component, _, rest = key.partition(".")
-    if component not in COMPONENTS:
-        component, rest = "unet", key
+    component, rest = "unet", key
+    for start, of in _COMPONENTS.items():
+        if key.startswith(start):
+            component, rest = of, key.removeprefix(start)
+            break
+    if rest.startswith(_OTHERS):
+        return None
+    rest = rest.removeprefix(_PEFT_MODEL)
+    if match := _NAMED_HALF.fullmatch(rest):
+        return ModuleName(component, _path(component, match[1])), "down" if match[2] == "A" else "up"
     if match := _PROCESSOR.fullmatch(rest):
         attention, name, half = match.groups()
         name = "to_out.0" if name == "to_out" and component == "unet" else name
@@ -149,6 +176,11 @@ def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
+def alpha_of(metadata: Mapping[str, str], component: str, path: str, rank: int) -> float:
+    """alpha of one module by the metadata of a diffusers file; its rank where they tell none."""
+    return alpha_from_config(_config(metadata, component), path, rank)
+
+
 @cache
 def _check_pattern(key: str) -> None:
     """AdapterError for a key of alpha_pattern that is no expression, or one whose matching may not come to an end.
@@ -180,29 +212,40 @@ def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **dylora_metadata(dylora, network_args(kept))}
 
 
-def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[ModuleName, LowRank]:
-    """The modules of diffusers-format tensors; AdapterError for unknown names and lone halves."""
+def read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
+) -> dict[ModuleName, LowRank]:
+    """The modules of diffusers-format tensors; AdapterError for unknown names (see `check_known`) and lone halves.
+
+    An alpha among the tensors goes before the metadata's; one of 0 means the rank, as in kohya's format.
+    """
+    names = {match[3] for key in tensors if (match := _NAMED_HALF.fullmatch(key))}
+    if len(names) > 1:
+        raise AdapterError(f"it holds several adapters ({', '.join(sorted(names))[:120]}): one a file is read")
     halves: dict[ModuleName, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         split = split_key(key)
         if split is None:
-            raise AdapterError(f"{key} is no key of diffusers' LoRA formats")
-        pair = halves.setdefault(check_known(split[0]), {})
+            raise AdapterError(f"{key:.120} is no key of diffusers' LoRA formats")
+        pair = halves.setdefault(check_known(split[0], lookup), {})
         if split[1] in pair:
-            raise AdapterError(f"{key} and another key stand for the same matrix")
+            raise AdapterError(f"{key:.120} and another key stand for the same matrix")
         pair[split[1]] = tensor
     configs = {component: _config(metadata, component) for component in COMPONENTS}
     modules = {}
     for module, pair in halves.items():
-        if len(pair) != 2:
-            missing = "up" if "down" in pair else "down"
-            raise AdapterError(f"{module} has only one half: its {missing} matrix is missing")
-        config = configs[module.component]
-        rank = pair["down"].shape[0]
+        for half in ("down", "up"):
+            if half not in pair:
+                raise AdapterError(f"{module} has only one half: its {half} matrix is missing")
+        rank = pair["down"].shape[0] if pair["down"].ndim else 0
         try:
-            modules[module] = LowRank(pair["down"], pair["up"], alpha_from_config(config, module.path, rank))
+            alpha = float(pair["alpha"].item()) if "alpha" in pair else 0.0
+            alpha = alpha or alpha_from_config(configs[module.component], module.path, rank)
+            modules[module] = LowRank(pair["down"], pair["up"], alpha)
+        except RuntimeError as error:  # an alpha of several numbers
+            raise AdapterError(f"{module}: {first_line(error)}") from None
         except AdapterError as error:
-            raise AdapterError(f"{module}: {error}") from None
+            raise type(error)(f"{module}: {error}") from None
     return modules
 
 

@@ -4,6 +4,7 @@ LyCORIS writes its LoCon adapters in the same format, with a third factor `lora_
 Tucker-decomposed; it is folded into `down` when read.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from . import names
 from .errors import AdapterError, first_line
 from .low_rank import LowRank
-from .names import ModuleName
+from .names import Lookup, ModuleName
 
 _TENSORS = {
     "lora_down.weight": "down",
@@ -22,6 +23,8 @@ _TENSORS = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
 }
+
+_STARTS = tuple(names.PREFIXES)
 
 # Spellings that kohya's format has for SDXL only: two text encoders, and the names of the original U-Net.
 SDXL_NAMES = (
@@ -35,10 +38,7 @@ SDXL_NAMES = (
 
 def is_mine(keys: set[str]) -> bool:
     """Whether every key is kohya's and none belongs to a method that is no plain low-rank pair (DoRA, LoHa, LoKr)."""
-    return bool(keys) and all(
-        key.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")) and key.partition(".")[2] in _TENSORS
-        for key in keys
-    )
+    return bool(keys) and all(key.startswith(_STARTS) and key.partition(".")[2] in _TENSORS for key in keys)
 
 
 def _tucker(down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
@@ -46,11 +46,11 @@ def _tucker(down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ijhw,jk->ikhw", mid.float(), down.float().flatten(1))
 
 
-def read(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleName, LowRank]:
+def read(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> dict[ModuleName, LowRank]:
     """The modules of kohya-format tensors.
 
-    An alpha that is missing or 0 means the rank, as in kohya's network code. AdapterError for unknown names, lone
-    halves and shapes that do not fit.
+    An alpha that is missing or 0 means the rank, as in kohya's network code. AdapterError for unknown names (see
+    `names.from_kohya`), lone halves and shapes that do not fit.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -61,7 +61,7 @@ def read(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleName, LowRank]:
         part[_TENSORS[kind]] = tensor
     modules: dict[ModuleName, LowRank] = {}
     for name, part in parts.items():
-        module = names.from_kohya(name)
+        module = names.from_kohya(name, lookup)
         for half, other in (("down", "up"), ("up", "down")):
             if half not in part:
                 raise AdapterError(f"{name} has no lora_{half}.weight beside its {other if other in part else 'alpha'}")
@@ -74,7 +74,7 @@ def read(tensors: Mapping[str, torch.Tensor]) -> dict[ModuleName, LowRank]:
         except (RuntimeError, IndexError) as error:  # a torn alpha, or a lora_mid of another shape
             raise AdapterError(f"{name}: {first_line(error)}") from None
         except AdapterError as error:
-            raise AdapterError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
     return modules
 
 
@@ -90,7 +90,7 @@ def write(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict[str,
         alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
         if float(alpha) != one.alpha:
             alpha = torch.tensor(one.alpha, dtype=torch.float32)
-        if alpha.isinf():
+        if math.isinf(float(alpha)):  # no dtype of 8 bits has an isinf of its own
             raise AdapterError(f"{module}: alpha {one.alpha:g} is too large to be written")
         if alpha == 0:  # a literal 0 is read as "the rank" by trainers: no effect is written as a zero matrix
             one, alpha = replace(one, up=torch.zeros_like(one.up)), torch.tensor(float(one.rank), dtype=one.up.dtype)

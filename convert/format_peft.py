@@ -1,6 +1,7 @@
 """PEFT's folders: `unet/`, `text_encoder/`, `text_encoder_2/`, each what `PeftModel.from_pretrained` reads."""
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,12 +15,13 @@ from .files import all_or_none, read_tensors, replacing
 from .format_diffusers import alpha_from_config, checked, lora_config
 from .low_rank import LowRank
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
-from .names import COMPONENTS, ModuleName, check_known, text_path
+from .names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, check_known, text_path
 from .parsing import json_value
 
 CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
+_TEXT_LAYER = re.compile(r"\bencoder\.layers\.\d+\.(self_attn|mlp)\.")
 _WIDTH_OF_TEXT_ENCODER_2 = 1280
 
 
@@ -49,22 +51,28 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowRank], dict[str, Any]]:
+def _read_component(
+    folder: Path, component: str, lookup: Lookup | None
+) -> tuple[dict[ModuleName, LowRank], dict[str, Any]]:
     config = _config(folder)
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise AdapterError(f"{folder} holds a {config.get('peft_type')} adapter that is more than plain LoRA")
+        kind = "DoRA" if config.get("use_dora") else f"{config.get('peft_type')}"
+        raise AdapterError(f"{folder} holds a {kind:.40} adapter that is more than plain LoRA: pairs alone are read")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGE_THE_BASE):
         raise AdapterError(f"{folder}: an adapter that was begun with {start} changes the base weights too")
-    weights = folder / WEIGHTS
-    tensors, _ = read_tensors(weights if weights.exists() else folder / WEIGHTS_PICKLED)
+    tensors = _tensors(folder)
     pairs: dict[ModuleName, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         path, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
         if half not in ("A.weight", "B.weight"):
             raise AdapterError(f"{folder}: {key} is no half of a low-rank pair")
         path = path if component == "unet" else text_path(path)
-        pair = pairs.setdefault(check_known(ModuleName(component, path)), {})
+        try:
+            module = check_known(ModuleName(component, path), lookup)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from None
+        pair = pairs.setdefault(module, {})
         if half[0] in pair:
             raise AdapterError(f"{folder}: {key} and another key stand for the same matrix")
         pair[half[0]] = tensor
@@ -80,23 +88,24 @@ def _read_component(folder: Path, component: str) -> tuple[dict[ModuleName, LowR
     return modules, config
 
 
+def _tensors(folder: Path) -> dict[str, Any]:
+    weights = folder / WEIGHTS
+    return read_tensors(weights if weights.exists() else folder / WEIGHTS_PICKLED)[0]
+
+
 def _component_of(folder: Path) -> str:
-    """Whose a folder without component folders is, by the layers that its config names and their widths."""
-    listed = _config(folder).get("target_modules") or []
-    names = listed if isinstance(listed, list) else [listed]
-    if not any("encoder.layers" in name or name in ("q_proj", "fc1") for name in map(str, names)):
-        return "unet"
-    modules, _ = _read_component(folder, "text_encoder")
-    wide = any(
-        module.path.endswith(("self_attn.q_proj", "self_attn.k_proj", "mlp.fc1"))
-        and one.out_in[1] == _WIDTH_OF_TEXT_ENCODER_2
-        for module, one in modules.items()
-    )
+    """Whose a folder without component folders is, by the names and widths of its tensors."""
+    tensors = _tensors(folder)
+    text = {key: tensor for key, tensor in tensors.items() if _TEXT_LAYER.search(key)}
+    if not text:
+        return "text_encoder_2" if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors) else "unet"
+    reads = re.compile(r"\.(self_attn\.[qkv]_proj|mlp\.fc1)\.lora_A\.weight$")  # what these have is the model's width
+    wide = any(reads.search(key) and tuple(one.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, one in text.items())
     return "text_encoder_2" if wide else "text_encoder"
 
 
-def read(folder: Path) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
-    """Modules and metadata of a PEFT folder.
+def read(folder: Path, lookup: Lookup | None = None) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
+    """Modules and metadata of a PEFT folder; lookup as in `names.check_known`.
 
     One without component folders is of the component that it is named after, else a U-Net's or a text encoder's, SDXL's
     second one by its width.
@@ -108,7 +117,7 @@ def read(folder: Path) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
         name = folder.resolve().name
         parts = [(folder, name if name in COMPONENTS else _component_of(folder))]
     for path, component in parts:
-        found, config = _read_component(path, component)
+        found, config = _read_component(path, component, lookup)
         modules |= found
         told = own_facts(config).get("metadata")
         if isinstance(told, dict) and all(isinstance(text, str) for text in told.values()):

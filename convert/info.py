@@ -22,9 +22,10 @@ from lora_adapters.convert.block_weights import block_name
 from lora_adapters.convert.command_line import Parser, printable, run
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families import family_of
-from lora_adapters.convert.files import read_tensors, replacing
+from lora_adapters.convert.files import is_safetensors, read_tensors, replacing
 from lora_adapters.convert.inputs import without_unknown, zero_alphas
 from lora_adapters.convert.low_rank import LowRank, rank_range
+from lora_adapters.convert.names import OUTER, TEXT_PROJECTION
 from lora_adapters.convert.sources import locate
 from lora_adapters.convert.svd import product_norm_squared
 
@@ -66,15 +67,18 @@ def block_norms(adapter: Adapter) -> dict[str, float]:
 
 
 def _kind(adapter: Adapter) -> str:
-    has_resnets = any(module.component == "unet" and ".attentions." not in module.path for module in adapter.modules)
-    kind = "LoRA-C3Lier" if has_resnets else "LoRA-LierLa"
+    unet = [module.path for module in adapter.modules if module.component == "unet"]
+    convolutions = any(".attentions." not in path and path not in OUTER for path in unet)
+    kind = "LoRA-C3Lier" if convolutions else "LoRA-LierLa"
+    if any(path in OUTER for path in unet) or any(module.path == TEXT_PROJECTION for module in adapter.modules):
+        kind += " and layers outside of the blocks"
     return f"DyLoRA (unit {adapter.dylora.unit}), as {kind}" if adapter.dylora else kind
 
 
 def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
     """Whether the file's bytes have the SHA-256 that its metadata says; None where it says none."""
     told = metadata.get("sshs_model_hash")
-    if told is None or file.suffix != ".safetensors":
+    if told is None or not is_safetensors(file):
         return None
     digest = hashlib.sha256()
     with file.open("rb") as opened:

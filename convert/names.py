@@ -8,7 +8,7 @@ diffusers'; both are read, of SD1.x and SD2.x too. Paths here are diffusers' wit
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -117,23 +117,36 @@ def text_path(path: str) -> str:
 
 def sgm_path(path: str, architecture: str = "sdxl") -> str:
     """The dotted name of a U-Net module in Stability's and CompVis' own code (`input_blocks.4.1...`)."""
+    # The deepest block of SD1.x and SD2.x has no attention.
+    found = sgm_path_in(path, without_attention=("0",) if architecture == "sd" else ())
+    assert found, path
+    return found
+
+
+def sgm_path_in(path: str, without_attention: Collection[str], layers: int = 2) -> str | None:
+    """As `sgm_path`, for any U-Net: the numbers of its up blocks without attention, and its layers a block.
+
+    None for a module that the original code does not have.
+    """
     if path in OUTER:
         return OUTER[path]
     match = _PLACE.fullmatch(path)
-    assert match, path
+    if match is None or (match[2] is None and match[1] != "mid"):
+        return None
     half, block, kind, layer, rest = match.groups()
     if half == "mid":
         place = f"middle_block.{2 * int(layer) if kind == 'resnets' else 1}"
     elif kind == "downsamplers":
-        return f"input_blocks.{3 + 3 * int(block)}.0.op"
+        return f"input_blocks.{(layers + 1) * (1 + int(block))}.0.op"
     elif kind == "upsamplers":
-        # It stands behind the attention, which the deepest block of SD1.x and SD2.x does not have.
-        return f"output_blocks.{2 + 3 * int(block)}.{1 if architecture == 'sd' and block == '0' else 2}.conv"
+        number = 1 if block in without_attention else 2  # it stands behind the attention
+        return f"output_blocks.{layers + (layers + 1) * int(block)}.{number}.conv"
     else:
         first = "input_blocks" if half == "down" else "output_blocks"
-        index = (1 if half == "down" else 0) + 3 * int(block) + int(layer)
+        index = (1 if half == "down" else 0) + (layers + 1) * int(block) + int(layer)
         place = f"{first}.{index}.{0 if kind == 'resnets' else 1}"
-    return f"{place}.{_SGM_RESNET[rest] if kind == 'resnets' else rest}"
+    rest = _SGM_RESNET.get(rest, "") if kind == "resnets" else rest
+    return f"{place}.{rest}" if rest else None
 
 
 def _sgm_name(path: str) -> str:
@@ -161,38 +174,52 @@ def _by_flat_name(component: str) -> dict[str, str]:
 
 # --- from and to kohya's names -------------------------------------------------------------------------------------
 
-_PREFIXES = {
+PREFIXES = {
     "lora_unet_": "unet",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
+    "lycoris_": "unet",  # what LyCORIS' own wrapper writes, of the one model that it wraps
 }
+
+# What finds a module that is in none of the tables: from a component and a name in it, with dots or flat, to its path.
+# A name that it does not know either comes back as it is.
+Lookup = Callable[[str, str], str]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; the nearest known name is X`, or an empty string where nothing is near."""
-    if len(name) > 200:  # no module's name, and difflib's time grows with its length
+    """`; the nearest known name is X`, or an empty string where nothing is near.
+
+    Near is a slip in a word: a name with other numbers is another block's, whose mention would mislead.
+
+    >>> nearest("mid_block.atentions.0.proj_in", ["mid_block.attentions.0.proj_in", "mid_block.attentions.1.proj_in"])
+    '; the nearest known name is mid_block.attentions.0.proj_in'
+    """
+    if len(name) > 120:  # no module's name, and difflib's time grows with its length
         return ""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    numbers = re.findall(r"\d+", name)
+    close = difflib.get_close_matches(name, [one for one in known if re.findall(r"\d+", one) == numbers], 1, 0.8)
     return f"; the nearest known name is {close[0]}" if close else ""
 
 
-def from_kohya(name: str) -> ModuleName:
+def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
     """The module of a kohya name such as `lora_unet_mid_block_attentions_0_proj_in` (no tensor suffix).
 
-    AdapterError, with the nearest known name, where no SD1.x, SD2.x or SDXL module is called that.
+    lookup: asked where no SD1.x, SD2.x or SDXL module is called that; AdapterError where there is none.
     """
-    for prefix, component in _PREFIXES.items():
+    for prefix, component in PREFIXES.items():
         if name.startswith(prefix):
-            table = _by_flat_name(component)
-            path = table.get(name.removeprefix(prefix))
+            table, flat = _by_flat_name(component), name.removeprefix(prefix)
+            path = table.get(flat)
+            if path is None and lookup is not None:
+                path = lookup(component, flat)
             if path is None:
                 raise AdapterError(
-                    f"unknown module {name:.200}{nearest(name, (prefix + known for known in table))}; "
+                    f"unknown module {name:.120}{nearest(name, (prefix + known for known in table))}; "
                     "SD1.x, SD2.x and SDXL modules are known"
                 )
             return ModuleName(component, path)
-    raise AdapterError(f"unknown module {name:.200}: a kohya name begins with {', '.join(_PREFIXES)}")
+    raise AdapterError(f"unknown module {name:.120}: a kohya name begins with {', '.join(PREFIXES)}")
 
 
 def to_kohya(module: ModuleName, architecture: str) -> str:
@@ -204,12 +231,18 @@ def to_kohya(module: ModuleName, architecture: str) -> str:
     return f"lora_te{number}_{module.path.replace('.', '_')}"
 
 
-def check_known(module: ModuleName) -> ModuleName:
-    """The same module; AdapterError with the nearest known path where SD1.x, SD2.x and SDXL have no such module."""
+def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
+    """The module under its own path, also where it is spelled in the original code's way (`input_blocks.4.1...`).
+
+    lookup: asked where SD1.x, SD2.x and SDXL have no such module; AdapterError where there is none.
+    """
     table = _by_flat_name(module.component)
-    if module.path.replace(".", "_") not in table:
-        raise AdapterError(f"unknown module {module!s:.200}{nearest(module.path, table.values())}")
-    return module
+    path = table.get(module.path.replace(".", "_"))
+    if path is None and lookup is not None:
+        path = lookup(module.component, module.path)
+    if path is None:
+        raise AdapterError(f"unknown module {module!s:.120}{nearest(module.path, table.values())}")
+    return module if path == module.path else ModuleName(module.component, path)
 
 
 def architecture_of(modules: Iterable[ModuleName]) -> str:
@@ -219,8 +252,16 @@ def architecture_of(modules: Iterable[ModuleName]) -> str:
     for architecture in ("sdxl",) if two_encoders else ("sd", "sdxl"):
         if unet <= _paths(architecture):
             return architecture
-    strange = next(iter(unet - _paths("sd" if unet - _paths("sdxl") else "sdxl")))
+    unknown = sorted(unet - _paths("sd") - _paths("sdxl"))
+    if unknown:
+        raise AdapterError(f"unet.{unknown[0]:.120} is no module of SD1.x, SD2.x or SDXL")
+    strange = min(unet - _paths("sd" if unet - _paths("sdxl") else "sdxl"))
     raise AdapterError(f"modules of different architectures in one adapter: {strange} is not in SDXL, others are")
+
+
+def may_be_sdxl(modules: Iterable[ModuleName]) -> bool:
+    """Whether SDXL has all of these modules; SD1.x and SD2.x may have them too."""
+    return all(module.component != "unet" or module.path in _paths("sdxl") for module in modules)
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------

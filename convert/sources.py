@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import format_peft
-from .errors import AdapterError, UnknownFormatError
+from .errors import AdapterError
 from .hub_errors import HubError, hub_errors, incomplete_snapshot, is_missing_there
 from .names import COMPONENTS
 
@@ -14,23 +14,31 @@ _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
+class SeveralFilesError(AdapterError):
+    """A folder or repository in which one file has to be named."""
+
+
 def is_repo_id(name: str) -> bool:
     """Whether it is written as owner/name of a repository, and not as a weights file."""
-    return _REPO_ID.fullmatch(name) is not None and not name.endswith(_ENDINGS)
+    return _REPO_ID.fullmatch(name) is not None and not name.lower().endswith(_ENDINGS)
 
 
 def _choose(names: list[str], place: str) -> str:
     """The one weights file among the names, or the one that diffusers would take."""
-    names = [name for name in names if name.endswith(".safetensors")] or [
-        name for name in names if name.endswith(_ENDINGS)
+    index = next((name for name in sorted(names) if name.endswith(".index.json")), None)
+    names = [name for name in names if name.lower().endswith(".safetensors")] or [
+        name for name in names if name.lower().endswith(_ENDINGS)
     ]
     if len(names) == 1:
         return names[0]
     if DIFFUSERS_NAME in names:
         return DIFFUSERS_NAME
+    if index is not None and len(names) > 1:
+        raise AdapterError(f"{place} holds an adapter that is split into {len(names)} files ({index}): save it as one")
     if not names:
         raise AdapterError(f"{place} holds no adapter (no {', '.join(_ENDINGS)} file and no {format_peft.CONFIG})")
-    raise UnknownFormatError(f"{place} holds several files, name one with weight_name=: {', '.join(sorted(names)[:6])}")
+    shown = [f"{name:.48}" for name in sorted(names)[:4]] + (["..."] if len(names) > 4 else [])
+    raise SeveralFilesError(f"{place} holds {len(names)} weights files, name one with weight_name: {', '.join(shown)}")
 
 
 def locate(source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:
@@ -121,7 +129,7 @@ def _cached(repo: str, subfolder: str | None, options: dict[str, Any], error: Hu
         folder = incomplete
     try:
         return _in_folder(folder / (subfolder or ""), None)
-    except UnknownFormatError:
+    except SeveralFilesError:
         raise
     except AdapterError:
         raise error from error.__cause__

@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from lora_adapters.convert.adapter import Adapter as AdapterData
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.names import may_be_sdxl
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+
+def _of_sdxl(models: Mapping[str, Any]) -> bool:
+    """Whether the models are SDXL's: two text encoders, or a U-Net that is told the picture's size."""
+    config = getattr(models.get("unet"), "config", None)
+    return "text_encoder_2" in models or getattr(config, "addition_embed_type", None) == "text_time"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,7 +42,10 @@ class Adapter(AdapterData):
         if not modules:
             names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
             raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
-        adapter = cls(modules, dict(metadata or {}))
+        facts = dict(metadata or {})
+        if _of_sdxl(models) and may_be_sdxl(modules):  # which a few of its modules do not tell
+            facts.setdefault("ss_base_model_version", "sdxl_base_v1-0")
+        adapter = cls(modules, facts)
         return adapter if dylora is None else adapter.as_dylora(dylora)
 
     @classmethod
@@ -53,9 +63,9 @@ class Adapter(AdapterData):
         The name is default_0 and so on where none is given. AdapterError where it is for another model or
         the name is taken; the pipeline is then as it was.
         """
-        from .pipeline import load
+        from .pipeline import load_adapter
 
-        load(pipe, self, adapter_name=adapter_name)
+        load_adapter(pipe, self, adapter_name)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
         """Push it to the Hub in one commit: for diffusers, kohya's programs and PEFT, with a model card.

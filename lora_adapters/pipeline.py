@@ -1,17 +1,24 @@
 """What happens in `pipe.load_lora_weights`."""
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
+from lora_adapters.convert.files import read_tensors
+from lora_adapters.convert.format_diffusers import METADATA_KEY
+from lora_adapters.convert.kinds import may_go_to_diffusers
 from lora_adapters.convert.low_rank import LowRank
+from lora_adapters.convert.sources import locate
 
 from . import placing, swapping
 from .adapter import Adapter
+from .live_names import LiveNames
 
 logger = logging.getLogger(__name__)
 _HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -20,36 +27,84 @@ _HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "
 def load(
     pipe: Any,
     source: Any,
+    stock: Callable[..., None],
     *,
     adapter_name: str | None = None,
     hotswap: bool = False,
-    low_cpu_mem_usage: bool = True,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    **kwargs: Any,
-) -> bool:
-    """Load an adapter into the pipeline; False where the source is in a format that this package leaves to diffusers.
+    strict: bool = False,
+    **options: Any,
+) -> None:
+    """Load an adapter into the pipeline, whole or not at all.
 
-    source: a state dict, a file, a folder, a Hub repository, or an Adapter. AdapterError, which names the source, where
-    it cannot be loaded; the pipeline is then as it was before.
+    source: a state dict, a file, a folder, a Hub repository, or an Adapter. Modules that the pipeline's models lack are
+    left out with one warning, or an error where strict. stock: diffusers' own loading, bound to the pipeline, for kinds
+    of adapters that this package does not read. options: diffusers' own. AdapterError, which names the source, where it
+    cannot be loaded; the pipeline is then as it was before.
     """
-    adapter, name = source, "the adapter"
-    if not isinstance(source, Adapter):
-        try:
-            if isinstance(source, Mapping):
-                name = "the state dict"
-                adapter = Adapter.from_tensors(dict(source))
-            else:
-                hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
-                name = str(Path(source) / (subfolder or "") / (weight_name or ""))
-                adapter = Adapter.load(source, weight_name=weight_name, subfolder=subfolder, **hub)
-        except UnknownFormatError:
-            return False
+    names = LiveNames(_models(pipe))
+    name, path = "the adapter", None
+    if isinstance(source, Mapping):
+        name = "the state dict"
+    elif not isinstance(source, Adapter):
+        hub = {key: options[key] for key in _HUB if options.get(key) is not None}
+        path = locate(source, weight_name=options.get("weight_name"), subfolder=options.get("subfolder"), **hub)
+        name = str(path)
     try:
-        _load(pipe, adapter, adapter_name, hotswap, low_cpu_mem_usage)
+        try:
+            adapter = source if isinstance(source, Adapter) else _read(path or source, names)
+            _load(pipe, adapter, adapter_name, hotswap, strict, options.get("low_cpu_mem_usage", True))
+        except UnknownFormatError as error:
+            if isinstance(source, Adapter) or (path is not None and path.is_dir()):
+                raise
+            _hand_back(pipe, stock, path or source, adapter_name, hotswap, error, options)
     except AdapterError as error:
-        raise AdapterError(f"{name}: {error}") from None
-    return True
+        said = str(error)
+        raise type(error)(said if name in said else f"{name}: {said}") from error.__cause__
+
+
+def load_adapter(pipe: Any, adapter: Adapter, adapter_name: str | None = None) -> None:
+    """Load an adapter that is in memory, as `load` does."""
+    try:
+        _load(pipe, adapter, adapter_name, hotswap=False, strict=False, low_cpu_mem_usage=True)
+    except AdapterError as error:
+        raise type(error)(f"the adapter: {error}") from None
+
+
+def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapter:
+    if isinstance(source, Path):
+        return Adapter.from_path(source, names)
+    return Adapter.from_tensors(dict(source), None, names)
+
+
+def _hand_back(
+    pipe: Any,
+    stock: Callable[..., None],
+    source: Mapping[str, torch.Tensor] | Path,
+    adapter_name: str | None,
+    hotswap: bool,
+    reason: AdapterError,
+    options: Mapping[str, Any],
+) -> None:
+    """Let diffusers load what this package does not read, where it may do so whole; else the reason is the error."""
+    from . import handing_back
+
+    tensors, metadata = read_tensors(source) if isinstance(source, Path) else (dict(source), {})
+    if hotswap or not may_go_to_diffusers(tensors):
+        raise reason
+    models, adapter_name = _models(pipe), adapter_name or default_name(pipe)
+    _check_free(models, adapter_name)
+    given: dict[str, Any] = {
+        key: value for key, value in options.items() if key not in (*_HUB, "weight_name", "subfolder")
+    }
+    place: Any = tensors
+    if isinstance(source, Path) and METADATA_KEY in metadata:  # which diffusers reads from the file alone
+        place, given["weight_name"] = str(source.parent), source.name
+    offloaded = pipe._optionally_disable_offloading(pipe)
+    try:
+        load = functools.partial(stock, place, adapter_name=adapter_name, **given)
+        handing_back.load(models, load, adapter_name, tensors, metadata, reason)
+    finally:
+        _offload_again(pipe, *offloaded)
 
 
 def default_name(pipe: Any) -> str:
@@ -64,7 +119,7 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
     return {name: placing.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
-def _by_component(pipe: Any, adapter: Adapter) -> dict[str, dict[str, LowRank]]:
+def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, LowRank]]:
     """The adapter's pairs for each component that the pipeline has, fitted to it."""
     models = _models(pipe)
     modules: dict[str, dict[str, LowRank]] = {}
@@ -73,18 +128,44 @@ def _by_component(pipe: Any, adapter: Adapter) -> dict[str, dict[str, LowRank]]:
     for component in [name for name in modules if name not in models]:
         if not hasattr(pipe, component):
             raise AdapterError(f"it adapts {component}, which a {type(pipe).__name__} does not have")
+        if strict:
+            raise AdapterError(f"it adapts {component}, which the pipeline runs without")
         logger.warning("The pipeline runs without its %s: the adapter's part for it is left out.", component)
         del modules[component]
     if not modules:
         raise AdapterError("it adapts nothing that the pipeline has")
-    return {component: placing.fitted(models[component], component, found) for component, found in modules.items()}
+    missing: list[str] = []
+    placed = {}
+    for component, found in modules.items():
+        placed[component] = placing.fitted(models[component], component, found, None if strict else missing)
+        if not placed[component]:
+            raise AdapterError(
+                f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
+            )
+    if missing:
+        shown = ", ".join([f"{name:.120}" for name in missing[:3]] + (["..."] if len(missing) > 3 else []))
+        logger.warning(
+            "The model lacks %d of the adapter's %d modules, which are left out (strict=True makes this an error): %s",
+            len(missing),
+            len(adapter.modules),
+            shown,
+        )
+    return placed
 
 
-def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, low_cpu_mem_usage: bool) -> None:
-    fitted = _by_component(pipe, adapter)
+def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
+    """AdapterError where a component has an adapter of that name."""
+    present = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
+    if present:
+        raise AdapterError(f"the name {adapter_name} is in use in {', '.join(present)}: choose another adapter_name")
+
+
+def _load(
+    pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, strict: bool, low_cpu_mem_usage: bool
+) -> None:
+    fitted = _by_component(pipe, adapter, strict)
     models = _models(pipe)
     adapter_name = adapter_name or default_name(pipe)
-    present = [component for component in fitted if adapter_name in getattr(models[component], "peft_config", {})]
     if hotswap:
         swapped = _everywhere(models, fitted, adapter_name)
         for component, modules in {**fitted, **swapped}.items():
@@ -92,9 +173,8 @@ def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, 
         for component, modules in swapped.items():
             swapping.swap(models[component], modules, adapter_name, adapter.dylora)
         return
-    if present:
-        raise AdapterError(f"the name {adapter_name} is in use in {', '.join(present)}: choose another adapter_name")
-    before = {component: _active(models[component]) for component in fitted}
+    _check_free({component: models[component] for component in fitted}, adapter_name)
+    before = {component: placing.active(models[component]) for component in fitted}
     offloaded = pipe._optionally_disable_offloading(pipe)
     try:
         for component, modules in fitted.items():
@@ -103,7 +183,7 @@ def _load(pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, 
     except BaseException:
         for component in fitted:
             placing.remove(models[component], adapter_name)
-            _activate(models[component], before[component])
+            placing.activate(models[component], before[component])
         raise
     finally:
         _offload_again(pipe, *offloaded)
@@ -115,20 +195,6 @@ def _everywhere(
     """The pairs for every component that has the adapter: none for one that the new adapter leaves alone."""
     here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     return {component: dict(fitted.get(component, {})) for component in here}
-
-
-def _active(model: nn.Module) -> list[str]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return next((list(part.active_adapters) for part in model.modules() if isinstance(part, BaseTunerLayer)), [])
-
-
-def _activate(model: nn.Module, names: list[str]) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for part in model.modules():
-        if isinstance(part, BaseTunerLayer):
-            part.set_adapter(names)
 
 
 def _offload_again(pipe: Any, model_offload: bool, sequential_offload: bool, group_offload: bool) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.format_diffusers import lora_config
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.metadata import DyLora
@@ -18,6 +19,9 @@ from lora_adapters.convert.names import ModuleName, nearest, text_path
 from .config import FACTS, DyLoraConfig, LierLaConfig
 from .coverage import RankAlpha
 from .dylora import DyLoraVariant, layers
+
+# What a layer of PEFT's keeps of its adapters, by their names.
+HELD = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
 def unwrapped(model: Any) -> Any:
@@ -54,18 +58,29 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (layer.out_features, layer.in_features)  # type: ignore[return-value]
 
 
-def fitted(model: nn.Module, component: str, modules: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def fitted(
+    model: nn.Module, component: str, modules: Mapping[str, LowRank], missing: list[str] | None = None
+) -> dict[str, LowRank]:
     """The pairs by this model's own paths, in its own spelling of 1x1; nothing is changed in the model.
 
-    AdapterError, which names the module and what was expected, where the model lacks a module or its shape differs.
+    missing: where the names of modules that the model lacks are added; None makes the first of them an AdapterError.
+    AdapterError too, which names the module and what was expected, where a shape differs; UnknownFormatError where the
+    layer is of a type that no low-rank pair of this package is for.
     """
     placed = {}
     for path, one in modules.items():
         live = live_path(model, path)
         layer = _base_layer(model, live)
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if layer is None and missing is not None:
+            missing.append(f"{component}.{live}")
+            continue
+        if layer is None:
             known = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
-            raise AdapterError(f"the model has no module {component}.{live}{nearest(live, known)}")
+            raise AdapterError(f"the model has no module {component}.{live:.120}{nearest(live, known)}")
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise UnknownFormatError(
+                f"{component}.{live:.120} is a {type(layer).__name__}, no linear layer or 2D convolution"
+            )
         try:
             placed[live] = one.shaped_like(_weight_shape(layer))
         except AdapterError as error:
@@ -117,12 +132,28 @@ def place(
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
 
 
+def take_out(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model's layers and, where it was the only one of a layer, PEFT's layer with it."""
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, LoraLayer) or not any(adapter_name in getattr(layer, held, ()) for held in HELD):
+            continue
+        layer.delete_adapter(adapter_name)
+        layer.lora_variant.pop(adapter_name, None)
+        if not any(len(getattr(layer, held, ())) for held in HELD):
+            unwrap(model, path, layer)
+
+
+def unwrap(model: nn.Module, path: str, layer: LoraLayer) -> None:
+    """Put the layer that PEFT's layer at the path wraps back in its place."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer.base_layer)
+
+
 def remove(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out of the model; with the last one, PEFT's layers go too."""
     configs = getattr(model, "peft_config", {})
     configs.pop(adapter_name, None)
-    for _, layer in list(layers(model, adapter_name)):
-        layer.delete_adapter(adapter_name)
+    take_out(model, adapter_name)
     if not configs:
         from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
@@ -130,6 +161,18 @@ def remove(model: nn.Module, adapter_name: str) -> None:
         if hasattr(model, "peft_config"):
             del model.peft_config
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def active(model: nn.Module) -> list[str]:
+    """The names of the active adapters."""
+    return next((list(part.active_adapters) for part in model.modules() if isinstance(part, BaseTunerLayer)), [])
+
+
+def activate(model: nn.Module, names: list[str]) -> None:
+    """Make these adapters the active ones."""
+    for part in model.modules():
+        if isinstance(part, BaseTunerLayer):
+            part.set_adapter(names)
 
 
 def beyond_lora(layer: Any, adapter_name: str) -> str | None:

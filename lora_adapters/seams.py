@@ -97,7 +97,7 @@ def _into_peft(peft: ModuleType) -> None:
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:
-    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; the rest goes to diffusers.
+    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; diffusers gets other kinds.
 
     `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none.
     """
@@ -123,9 +123,8 @@ def _loading(stock: Any) -> Any:
     ) -> None:
         from .pipeline import load
 
-        source = pretrained_model_name_or_path_or_dict
-        if not load(self, source, adapter_name=adapter_name, hotswap=hotswap, **kwargs):
-            stock(self, source, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+        source, own = pretrained_model_name_or_path_or_dict, functools.partial(stock, self)
+        load(self, source, own, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
 
     load_lora_weights.stock = stock  # type: ignore[attr-defined]
     return load_lora_weights

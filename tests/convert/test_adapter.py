@@ -159,7 +159,7 @@ def test_bad_files(tmp_path):
         "half": ("no lora_up.weight", lambda file: save_file({k: v for k, v in tensors.items() if k != some}, file)),
         "misnamed": (
             "unknown module.*nearest",
-            lambda file: save_file({k.replace("fc1", "fc3"): v for k, v in tensors.items()}, file),
+            lambda file: save_file({k.replace("q_proj", "q_porj"): v for k, v in tensors.items()}, file),
         ),
         "scaling": (
             "rank_scaling 'cubic'",
@@ -178,7 +178,7 @@ def test_bad_files(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(AdapterError, match="does not exist"):
         Adapter.load(tmp_path / "none.safetensors")
-    with pytest.raises(UnknownFormatError):
+    with pytest.raises(UnknownFormatError, match=r"it is a LoHa adapter \(lora_unet_\w+\.hada_w1_a\)"):
         Adapter.from_tensors({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.zeros(2, 2)})
 
 

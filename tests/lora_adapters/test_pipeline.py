@@ -1,7 +1,6 @@
 """`pipe.load_lora_weights` with this package: exact, reversible, all or nothing."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -188,7 +187,7 @@ def test_a_failed_load_leaves_the_pipeline_as_it_was(fault, pipeline, tmp_path, 
 
         monkeypatch.setattr("lora_adapters.placing.place", failing)
     with pytest.raises(RuntimeError if fault == "late" else AdapterError) as caught:
-        pipe.load_lora_weights(file, adapter_name=name)
+        pipe.load_lora_weights(file, adapter_name=name, strict=fault == "module")
     if fault != "late":
         assert str(file) in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -198,20 +197,6 @@ def test_a_failed_load_leaves_the_pipeline_as_it_was(fault, pipeline, tmp_path, 
     assert pipe.get_list_adapters() == {"unet": ["first"], "text_encoder": ["first"]}
     assert error(outputs(pipe, golden), was, was) < 1e-6
     assert not [one for one in recwarn if "newly initialized" in str(one.message)]
-
-
-def test_other_formats_go_to_diffusers(pipeline, monkeypatch, tmp_path):
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
-
-    seen = []
-    monkeypatch.setattr(
-        StableDiffusionLoraLoaderMixin, "lora_state_dict", classmethod(lambda cls, *args, **kwargs: seen.append(args))
-    )
-    key = "lora_unet_mid_block_attentions_0_proj_in"
-    save_file({f"{key}.hada_w1_a": torch.zeros(2, 2), f"{key}.alpha": torch.tensor(1.0)}, tmp_path / "l.safetensors")
-    with warnings.catch_warnings(), pytest.raises(TypeError):  # what the stand-in gives back cannot be unpacked
-        pipeline().load_lora_weights(tmp_path / "l.safetensors")
-    assert seen
 
 
 @pytest.mark.parametrize("extra", ["use_dora", "lora_bias"])
@@ -243,3 +228,35 @@ def test_wrapped_models_give_an_adapter_that_opens_again(mixed, wrap, pipeline, 
     assert Adapter.from_pipeline(plain, "a").modules.keys() == Adapter.load(file).modules.keys()
     pipe.unet = wrapped["unet"]
     assert Adapter.from_pipeline(pipe).modules.keys() == Adapter.load(file).modules.keys()
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("sd15", "sd"), ("sdxl", "sdxl")])
+def test_the_live_model_tells_which_architecture_a_small_adapter_is_for(name, architecture, pipeline, tmp_path):
+    pipe = pipeline(name)
+    query = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"  # both have it
+    pipe.unet.add_adapter(LierLaConfig(r=2, target_modules=[query], init_lora_weights=False), "small")
+    adapter = Adapter.from_pipeline(pipe, "small")
+    assert {module.path for module in adapter.modules} == {query}
+    assert adapter.architecture == architecture
+    assert Adapter.load(adapter.save(tmp_path / "a.safetensors")).architecture == architecture
+
+
+def test_modules_that_are_in_no_table_come_back_out_of_a_pipeline(pipeline, tmp_path):
+    pipe = pipeline("sdxl")
+    tensors = {}
+    for name, out, inner in (
+        ("lora_te2_text_projection", *pipe.text_encoder_2.text_projection.weight.shape),
+        ("lora_unet_label_emb_0_0", *pipe.unet.add_embedding.linear_1.weight.shape),
+        ("lora_unet_add_embedding_linear_2", *pipe.unet.add_embedding.linear_2.weight.shape),
+    ):
+        tensors |= {f"{name}.lora_down.weight": torch.randn(2, inner), f"{name}.lora_up.weight": torch.randn(out, 2)}
+    save_file(tensors, tmp_path / "outer.safetensors")
+    pipe.load_lora_weights(tmp_path / "outer.safetensors", adapter_name="outer", strict=True)
+    assert {"outer"} == set(pipe.text_encoder_2.text_projection.lora_A) == set(pipe.unet.add_embedding.linear_2.lora_A)
+    for format in ("kohya", "diffusers", "peft"):
+        path = Adapter.from_pipeline(pipe, "outer").save(tmp_path / format / "a.safetensors", format)
+        back = Adapter.load(path)
+        for module, one in Adapter.load(tmp_path / "outer.safetensors").modules.items():
+            torch.testing.assert_close(back.modules[module].delta(), one.delta())
+        other = pipeline("sdxl")
+        other.load_lora_weights(path, strict=True)

@@ -1,0 +1,169 @@
+"""Handing a load back to diffusers, for adapters that PEFT's layers can hold and this package's pairs cannot.
+
+DoRA, biases, convolutions in one or three dimensions, layers of other types. Diffusers leaves out what it does not know
+with a line in the log, or without one. So what it has loaded is compared with the file: where a tensor or a scale of it
+is not in the layers, everything is undone, and the load is an error.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.format_diffusers import alpha_of
+
+from . import placing
+from .placing import HELD
+
+
+@dataclass(frozen=True)
+class State:
+    """What a model's adapters are; `of` and `restore` of all that a load may change, but for weights swapped in."""
+
+    configs: dict[str, Any] | None
+    active: list[str]
+    loaded: Any
+    wrapped: frozenset[str]
+
+    @classmethod
+    def of(cls, model: Any) -> "State":
+        """The state of a model now."""
+        configs = getattr(model, "peft_config", None)
+        loaded = getattr(model, "_hf_peft_config_loaded", False)
+        wrapped = frozenset(path for path, part in model.named_modules() if isinstance(part, LoraLayer))
+        return cls(None if configs is None else dict(configs), placing.active(model), loaded, wrapped)
+
+    def restore(self, model: Any) -> None:
+        """Take every adapter out that was not there, and make the same ones active."""
+        known = self.configs or {}
+        for name in _adapters_in(model) - known.keys():
+            placing.take_out(model, name)
+        for path, part in list(model.named_modules()):
+            if isinstance(part, LoraLayer) and path not in self.wrapped:  # emptied by the load that failed
+                placing.unwrap(model, path, part)
+        if self.configs is None:
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+        else:
+            model.peft_config = dict(self.configs)
+        if self.active:
+            placing.activate(model, self.active)
+        model._hf_peft_config_loaded = self.loaded
+
+
+def _adapters_in(model: nn.Module) -> set[str]:
+    """The adapters of a model, by configs and layers: a load that failed may have made one without the other."""
+    names = set(getattr(model, "peft_config", None) or {})
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            names.update(name for held in HELD for name in getattr(module, held, ()))
+    return names
+
+
+def load(
+    models: Mapping[str, nn.Module],
+    stock: Callable[[], None],
+    adapter_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    reason: AdapterError,
+) -> None:
+    """Let diffusers load an adapter, whole or not at all.
+
+    stock: what loads it under the name, which is free, into the models (by component). reason: why this package does
+    not read it, the error where diffusers does not load it whole either; everything is then as it was before.
+    """
+    before = {component: State.of(model) for component, model in models.items()}
+    try:
+        try:
+            stock()
+        except Exception as error:
+            raise reason from error
+        lost = _lost(models, adapter_name, tensors, metadata)
+        if lost is not None:
+            raise AdapterError(f"{reason}; diffusers leaves out or changes {lost:.100}")
+    except BaseException:
+        for component, state in before.items():
+            state.restore(models[component])
+        raise
+
+
+# --- whether everything has arrived --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor in a layer, and the layer's scale and rank where it is the `down` of a pair."""
+
+    values: torch.Tensor
+    component: str
+    path: str
+    scale: float | None = None
+    rank: int = 0
+
+
+def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]:
+    """Every tensor of the adapter in the models."""
+    for component, model in models.items():
+        for path, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            for name in HELD:
+                part = getattr(layer, name, {})
+                if adapter_name not in part:
+                    continue
+                one = part[adapter_name]
+                values = [one] if isinstance(one, torch.Tensor) else list(one.parameters())
+                scaled = name in ("lora_A", "lora_embedding_A")
+                scale = float(layer.scaling[adapter_name]) if scaled else None
+                yield from (_Held(tensor.detach(), component, path, scale, layer.r[adapter_name]) for tensor in values)
+
+
+def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
+    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape; none where it has no memory."""
+    if tensor.device.type == "meta":  # what the load left as it was injected
+        return b""
+    return tensor.detach().to("cpu", dtype).float().contiguous().flatten().numpy().tobytes()
+
+
+def _lost(
+    models: Mapping[str, nn.Module], adapter_name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> str | None:
+    """The first key whose tensor or scale no layer has, or a layer whose numbers no key has; None where all match."""
+    here: dict[bytes, list[_Held]] = {}
+    dtypes = set()
+    for one in _held(models, adapter_name):
+        here.setdefault(_numbers(one.values, one.values.dtype), []).append(one)
+        dtypes.add(one.values.dtype)
+    for key, tensor in tensors.items():
+        if key.endswith(".alpha"):
+            continue
+        found = next((numbers for dtype in dtypes if (numbers := _numbers(tensor, dtype)) in here), None)
+        if found is None:
+            return key
+        alike = here[found]
+        fitting = next((one for one in alike if _scale_is_right(one, key, tensors, metadata)), None)
+        if fitting is None:
+            return f"the scale of {key}"
+        alike.remove(fitting)
+        if not alike:
+            del here[found]
+    left = next((one for alike in here.values() for one in alike), None)
+    return None if left is None else f"{left.component}.{left.path}"
+
+
+def _scale_is_right(one: _Held, key: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether the layer of a pair has the scale that the file's alpha, or its metadata, tells."""
+    if one.scale is None or one.rank == 0:
+        return True
+    stem = key.partition(".lora")[0]
+    if f"{stem}.alpha" in tensors:
+        alpha = float(tensors[f"{stem}.alpha"])
+    else:
+        alpha = alpha_of(metadata, one.component, one.path, one.rank)
+    return math.isclose(one.scale, alpha / one.rank, rel_tol=1e-4, abs_tol=1e-8)

@@ -1,0 +1,67 @@
+"""Modules by the names that files have for them, in live models: for what is in no table of SD1.x, SD2.x and SDXL.
+
+AnimateDiff's motion modules, the refiner's and the x4 upscaler's blocks, text-to-video's temporal layers, T5's layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_adapters.convert.names import sgm_path_in, text_path
+
+_ADDED = (".lora_A", ".lora_B", ".lora_embedding_", ".lora_dropout", ".lora_magnitude_vector", ".base_layer")
+
+
+class LiveNames:
+    """A `lora_adapters.convert.names.Lookup` in the components of a pipeline.
+
+    A component's modules are listed when the first name that is in no table is asked for, once.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]):
+        self._models = models
+        self._tables: dict[str, dict[str, str]] = {}
+
+    def __call__(self, component: str, name: str) -> str:
+        """The path of a module that is called so, with dots or flat; the name itself where there is none."""
+        model = self._models.get(component)
+        if model is None:
+            return name
+        if component not in self._tables:
+            self._tables[component] = _by_flat_name(model, component)
+        table, flat = self._tables[component], name.replace(".", "_")
+        if component == "unet":
+            return table.get(flat, name)
+        path = table.get(flat) or table.get(flat.removeprefix("text_model_"))
+        return name if path is None else text_path(path)
+
+
+def _by_flat_name(model: Any, component: str) -> dict[str, str]:
+    """All modules with weights by their names without dots, a U-Net's by those of the original code too.
+
+    A flat name of two modules stands for neither.
+    """
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if path and not any(part in f".{path}" for part in _ADDED) and hasattr(module, "weight")
+    ]
+    spelled = [(path.replace(".", "_"), path) for path in paths]
+    if component == "unet":
+        spelled += _original_names(model, paths)
+    table: dict[str, str] = {}
+    for flat, path in spelled:
+        table[flat] = path if table.get(flat, path) == path else ""
+    return {flat: path for flat, path in table.items() if path}
+
+
+def _original_names(model: Any, paths: list[str]) -> list[tuple[str, str]]:
+    """(flat name in the original code, path) of the U-Net's modules, where all its blocks have as many layers."""
+    layers = getattr(getattr(model, "config", None), "layers_per_block", None)
+    if not isinstance(layers, int):
+        return []
+    blocks = {path.split(".")[1] for path in paths if path.startswith("up_blocks.")}
+    attended = {path.split(".")[1] for path in paths if path.startswith("up_blocks.") and ".attentions." in path}
+    named = ((sgm_path_in(path, blocks - attended, layers), path) for path in paths)
+    return [(name.replace(".", "_"), path) for name, path in named if name is not None]

@@ -1,0 +1,299 @@
+"""What this package does not read: loaded by diffusers whole, or one line and nothing changed."""
+
+import logging
+import math
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+
+from lora_adapters import Adapter, AdapterError
+from lora_adapters.handing_back import State
+
+from .conftest import GOLDEN
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+QUERY, KEY = f"{ATTENTION}.to_q", f"{ATTENTION}.to_k"
+FIRST = GOLDEN / "sd15" / "lierla.safetensors"
+
+
+def models(pipe):
+    return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+
+
+def snapshot(pipe):
+    states = {name: model.state_dict() for name, model in models(pipe).items()}
+    return {f"{name}.{key}": one.clone() for name, state in states.items() for key, one in state.items()}
+
+
+def unchanged(pipe, before, adapters):
+    after = snapshot(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert pipe.get_list_adapters() == adapters
+    for model in models(pipe).values():
+        assert bool(adapters) == any(isinstance(part, LoraLayer) for part in model.modules())
+        assert bool(getattr(model, "_hf_peft_config_loaded", False)) == bool(adapters)
+        assert set(getattr(model, "peft_config", {})) == {name for names in adapters.values() for name in names}
+
+
+def dora(pipe, file, rank=2, alpha=2.0):
+    """A DoRA of two layers as diffusers saves it, with random weights; and what it makes of their weights."""
+    unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config)
+    unet.load_state_dict({key: one for key, one in pipe.unet.state_dict().items() if "lora_" not in key}, strict=False)
+    facts = {"r": rank, "lora_alpha": alpha, "target_modules": [QUERY, KEY], "init_lora_weights": False}
+    config = LoraConfig(**facts, use_dora=True)
+    unet.add_adapter(config, "new")
+    torch.manual_seed(3)
+    for path in (QUERY, KEY):
+        magnitude = unet.get_submodule(path).lora_magnitude_vector["new"].weight
+        magnitude.data.mul_(1 + torch.rand_like(magnitude))
+    tensors = {f"unet.{key}": one.clone() for key, one in get_peft_model_state_dict(unet, adapter_name="new").items()}
+    save_file(tensors, file)
+    return tensors
+
+
+def changed_weight(base, tensors, path, alpha):
+    """DoRA's own definition (arXiv:2402.09353, equation 5): the column norm is the magnitude."""
+    down, up = tensors[f"unet.{path}.lora_A.weight"], tensors[f"unet.{path}.lora_B.weight"]
+    direction = base + alpha / len(down) * up @ down
+    magnitude = tensors[f"unet.{path}.lora_magnitude_vector"].flatten()
+    return magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["alone", "beside another"])
+@pytest.mark.parametrize("given", ["file", "dict"])
+def test_a_dora_is_what_its_definition_says(given, there, pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    base = pipe.unet.get_submodule(QUERY).weight.clone()
+    tensors = dora(pipe, tmp_path / "dora.safetensors", alpha=2.0)
+    if there:
+        pipe.load_lora_weights(FIRST, adapter_name="first")
+    pipe.load_lora_weights(tmp_path / "dora.safetensors" if given == "file" else tensors, adapter_name="dora")
+    pipe.set_adapters(["dora"])
+    layer = pipe.unet.get_submodule(QUERY)
+    layer.merge()
+    torch.testing.assert_close(layer.get_base_layer().weight, changed_weight(base, tensors, QUERY, 2.0))
+    layer.unmerge()
+    assert pipe.get_list_adapters()["unet"] == ["first", "dora"] if there else ["dora"]
+
+
+def strange_dora(kind, pipe, tensors):
+    """A DoRA that diffusers takes and leaves something of out."""
+    if kind == "a module that is not there":
+        return tensors | {key.replace("to_k", "to_z"): one.clone() for key, one in tensors.items() if "to_k" in key}
+    if kind == "a magnitude that is missing":
+        del tensors[f"unet.{KEY}.lora_magnitude_vector"]
+    elif kind == "a half that is missing":
+        del tensors[f"unet.{KEY}.lora_B.weight"]
+    elif kind == "a shape that differs":
+        tensors[f"unet.{KEY}.lora_B.weight"] = torch.ones(5, 2)
+    elif kind == "an unknown key":
+        tensors[f"unet.{KEY}.lora_colour"] = torch.ones(2)
+    elif kind == "a text encoder that fails":
+        text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+        tensors |= {f"{text}.lora_A.weight": torch.ones(2, 3), f"{text}.lora_B.weight": torch.ones(3, 2)}
+    elif kind == "kohya's magnitudes":
+        return {key.replace("lora_magnitude_vector", "dora_scale"): one for key, one in tensors.items()}
+    return tensors
+
+
+STRANGE = (
+    "a module that is not there",
+    "a magnitude that is missing",
+    "a half that is missing",
+    "a shape that differs",
+    "an unknown key",
+    "a text encoder that fails",
+    "kohya's magnitudes",
+)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["alone", "beside another"])
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_diffusers_does_not_load_whole_changes_nothing(kind, there, pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    tensors = strange_dora(kind, pipe, dora(pipe, tmp_path / "dora.safetensors"))
+    file = tmp_path / "strange.safetensors"
+    save_file({key: one.contiguous() for key, one in tensors.items()}, file)
+    if there:
+        pipe.load_lora_weights(FIRST, adapter_name="first")
+        pipe.set_adapters(["first"], [0.5])
+    before, adapters = snapshot(pipe), pipe.get_list_adapters()
+    for _ in range(2):  # the name stays free
+        with pytest.raises(AdapterError) as caught:
+            pipe.load_lora_weights(file, adapter_name="second")
+        said = str(caught.value)
+        assert str(file) in said
+        assert "DoRA" in said
+        assert "\n" not in said
+        assert len(said) - len(str(file)) < 300
+        unchanged(pipe, before, adapters)
+    if there:
+        assert pipe.get_active_adapters() == ["first"]
+        assert pipe.unet.get_submodule(QUERY).scaling["first"] == pytest.approx(
+            0.5 * Adapter.load(FIRST).modules[("unet", QUERY)].scale
+        )
+    pipe.load_lora_weights(FIRST, adapter_name="second")
+
+
+def test_a_scale_that_diffusers_drops_is_an_error(pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    tensors = dora(pipe, tmp_path / "dora.safetensors")
+    before = snapshot(pipe)
+    config = '{"unet.r": 2, "unet.lora_alpha": 1, "unet.use_dora": true, "unet.target_modules": ["to_q", "to_k"]}'
+    save_file(tensors, tmp_path / "half.safetensors", {"lora_adapter_metadata": config})
+    pipe.load_lora_weights(tmp_path / "half.safetensors", adapter_name="halved")  # told by the metadata: right
+    assert pipe.unet.get_submodule(QUERY).scaling["halved"] == 0.5
+    pipe.unload_lora_weights()
+    real = LoraLayer.update_layer
+
+    def at_another_scale(self, adapter_name, *args, **kwargs):
+        real(self, adapter_name, *args, **kwargs)
+        self.scaling[adapter_name] *= 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraLayer, "update_layer", at_another_scale)
+        with pytest.raises(AdapterError, match=r"diffusers leaves out or changes the scale of unet\.mid_block"):
+            pipe.load_lora_weights(tmp_path / "half.safetensors", adapter_name="halved")
+    unchanged(pipe, before, {})
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+def test_a_pipeline_is_offloaded_again_after_a_failure(how, pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    save_file(strange_dora(STRANGE[0], pipe, dora(pipe, tmp_path / "d.safetensors")), tmp_path / "s.safetensors")
+    getattr(pipe, f"enable_{how}_cpu_offload")(device="cpu")
+    hooked = sum(hasattr(part, "_hf_hook") for part in pipe.unet.modules())
+    assert hooked
+    with pytest.raises(AdapterError, match="DoRA"):
+        pipe.load_lora_weights(tmp_path / "s.safetensors")
+    assert sum(hasattr(part, "_hf_hook") for part in pipe.unet.modules()) == hooked
+
+
+def test_an_interrupt_is_undone_too(pipeline, tmp_path, monkeypatch) -> None:
+    pipe = pipeline()
+    dora(pipe, tmp_path / "d.safetensors")
+    before = snapshot(pipe)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_adapters.handing_back._lost", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.load_lora_weights(tmp_path / "d.safetensors")
+    unchanged(pipe, before, {})
+
+
+def test_a_name_in_use(pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    dora(pipe, tmp_path / "d.safetensors")
+    pipe.load_lora_weights(FIRST, adapter_name="first")
+    before, adapters = snapshot(pipe), pipe.get_list_adapters()
+    with pytest.raises(AdapterError, match="the name first is in use in unet, text_encoder"):
+        pipe.load_lora_weights(tmp_path / "d.safetensors", adapter_name="first")
+    unchanged(pipe, before, adapters)
+
+
+def test_the_state_of_a_model_comes_back(pipeline) -> None:
+    pipe = pipeline()
+    pipe.load_lora_weights(FIRST, adapter_name="first")
+    state, before, adapters = State.of(pipe.unet), snapshot(pipe), pipe.get_list_adapters()
+    pipe.unet.add_adapter(LoraConfig(r=1, target_modules=["to_v", "conv1"]), "more")
+    assert any("more" in key for key in snapshot(pipe))
+    state.restore(pipe.unet)
+    unchanged(pipe, before, adapters)
+    assert pipe.unet.active_adapters() == ["first"]
+
+
+# --- other kinds, folders, modules that are not there -----------------------------------------------------------------
+
+NAME = "lora_unet_" + QUERY.replace(".", "_")
+
+
+@pytest.mark.parametrize("key", ["hada_w1_a", "lokr_w1", "oft_blocks", "diff", "w_norm", "dora_scale"])
+@pytest.mark.parametrize("given", ["file", "dict", "hotswap"])
+def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    tensors = {f"{NAME}.{key}": torch.ones(2, 2), f"{NAME}.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    before = snapshot(pipe)
+    source = tensors if given == "dict" else tmp_path / "other.safetensors"
+    with pytest.raises(AdapterError, match=rf"it is an? .* \({NAME}\.{key}\); only low-rank pairs are read") as caught:
+        pipe.load_lora_weights(source, hotswap=given == "hotswap")
+    assert ("the state dict: " if given == "dict" else f"{tmp_path / 'other.safetensors'}: ") in str(caught.value)
+    unchanged(pipe, before, {})
+
+
+def test_a_folder_of_several_files(pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(FIRST.read_bytes())
+    with pytest.raises(AdapterError, match=r"2 weights files, name one with weight_name: a\.safetensors, b\.safe"):
+        pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters() == {}
+    pipe.load_lora_weights(tmp_path, weight_name="b.safetensors")
+
+
+def test_a_folder_of_shards(pipeline, tmp_path) -> None:
+    for part in ("1", "2"):
+        (tmp_path / f"pytorch_lora_weights-0000{part}-of-00002.safetensors").write_bytes(FIRST.read_bytes())
+    (tmp_path / "pytorch_lora_weights.safetensors.index.json").write_text("{}")
+    with pytest.raises(AdapterError, match=r"split into 2 files \(pytorch_lora_weights\.safetensors\.index\.json\)"):
+        pipeline().load_lora_weights(tmp_path)
+
+
+@pytest.fixture
+def with_more(tmp_path):
+    """An adapter's file with two modules that no model has."""
+    tensors = {}
+    for name in (NAME, "lora_unet_strange_module", "lora_unet_down_blocks_9_attentions_0_proj_in"):
+        tensors |= {f"{name}.lora_down.weight": torch.ones(2, 128), f"{name}.lora_up.weight": torch.ones(128, 2)}
+    width = make_width()
+    tensors = {key: torch.ones(*(2, width) if "down.w" in key else (width, 2)) for key in tensors}
+    save_file(tensors, tmp_path / "more.safetensors")
+    return tmp_path / "more.safetensors"
+
+
+def make_width() -> int:
+    from .conftest import make_pipeline
+
+    return make_pipeline().unet.get_submodule(QUERY).in_features
+
+
+def test_modules_that_the_model_lacks_are_left_out_with_one_warning(with_more, pipeline, caplog) -> None:
+    pipe = pipeline()
+    with caplog.at_level(logging.WARNING):
+        pipe.load_lora_weights(with_more, adapter_name="rest")
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("lora_adapters")]
+    assert "lacks 2 of the adapter's 3 modules" in line
+    assert "unet.down_blocks_9_attentions_0_proj_in, unet.strange_module" in line
+    layers = [path for path, part in pipe.unet.named_modules() if isinstance(part, LoraLayer)]
+    assert layers == [QUERY]
+    assert math.isclose(pipe.unet.get_submodule(QUERY).scaling["rest"], 1.0)
+
+
+def test_strictly_they_are_an_error(with_more, pipeline) -> None:
+    pipe = pipeline()
+    before = snapshot(pipe)
+    with pytest.raises(AdapterError, match=r"more\.safetensors: the model has no module unet\.down_blocks_9_att"):
+        pipe.load_lora_weights(with_more, strict=True)
+    unchanged(pipe, before, {})
+    pipe.load_lora_weights(FIRST, strict=True)
+
+
+def test_a_component_of_which_nothing_is_there_is_an_error(pipeline, tmp_path) -> None:
+    pipe = pipeline()
+    tensors = {f"lora_unet_double_blocks_0_proj.lora_{half}.weight": torch.ones(2, 2) for half in ("down", "up")}
+    text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"  # Flux has CLIP's text encoder too
+    layer = next(part for path, part in pipe.text_encoder.named_modules() if path.endswith("layers.0.mlp.fc1"))
+    tensors |= {f"{text}.lora_down.weight": torch.ones(2, layer.in_features)}
+    tensors |= {f"{text}.lora_up.weight": torch.ones(layer.out_features, 2)}
+    save_file(tensors, tmp_path / "flux.safetensors")
+    before = snapshot(pipe)
+    with pytest.raises(AdapterError, match=r"flux\.safetensors: it is for another model: the unet has none of its 1"):
+        pipe.load_lora_weights(tmp_path / "flux.safetensors")
+    unchanged(pipe, before, {})
