@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_adapters.convert.parsing import toml_table
+from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.train import options_data, options_model, options_output, options_training
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.option_groups import Parser
@@ -85,7 +85,7 @@ def config_path(name: str) -> Path:
 def read_config(file: Path) -> dict[str, Any]:
     """Options of a toml file. Sections are only headings: `[any] seed = 1` is the same as `seed = 1`."""
     try:
-        content = toml_table(file.read_text(encoding="utf-8"))
+        content = toml_table(read_text(file))
     except FileNotFoundError:
         raise TrainingError(f"--config_file {file} does not exist") from None
     except OSError as error:

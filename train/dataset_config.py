@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_adapters.convert.parsing import json_value, toml_table
+from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.class_folders import class_folders
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.schema import check_table, check_value, option, rules, show
@@ -34,9 +34,9 @@ def read_size(value: Any) -> tuple[int, int]:
 
 
 def _suffix(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith(".") or len(value) < 2 or "/" in value:
-        raise ValueError('a file name ending with its dot, such as ".txt"')
-    return value
+    if not isinstance(value, str) or not value.strip(".") or "/" in value or "\\" in value:
+        raise ValueError('a file name ending, such as ".txt"')
+    return value if value.startswith(".") else f".{value}"
 
 
 def _face_crop_not_supported(value: Any) -> None:
@@ -175,7 +175,7 @@ def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         if file.suffix.lower() == ".json":
             table = json_value(text)
         elif file.suffix.lower() == ".toml":
@@ -186,8 +186,6 @@ def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
         raise
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     return _build(table, given, str(file), file)

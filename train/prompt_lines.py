@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_adapters.convert.parsing import read_text
 from lora_adapters.train.errors import TrainingError
 
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
@@ -64,16 +65,16 @@ def parse_line(
 
 def numbered_lines(text: str, file: Path | str) -> Iterator[tuple[str, str]]:
     """(line, where) of each line of a prompt file that is neither blank nor a comment (#)."""
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield line.strip(), f"{file}, line {number}"
 
 
-def read_text(file: Path, option: str) -> str:
+def read_prompt_file(file: Path, option: str) -> str:
     """The text of a prompt file. TrainingError, which names the option, where it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except OSError as error:
         raise TrainingError(f"{option} {file} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{option} {file} is not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:
+        raise TrainingError(f"{option} {file}: {error}") from None

@@ -15,7 +15,7 @@ from lora_adapters.convert.parsing import json_value, number, toml_table
 from lora_adapters.dylora import dials, set_rank
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_text, whole
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_prompt_file, whole
 from lora_adapters.train.samplers import SAMPLERS, check_sampler, sampler
 from lora_adapters.train.sheets import draw_sheet
 from lora_adapters.train.text import Encoded, encode_tokens, tokenize
@@ -75,7 +75,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     toml: [prompt] with common options and [[prompt.subset]] for each prompt; json: a list of objects.
     """
     named = f"--sample_prompts {file}"
-    text = read_text(file, "--sample_prompts")
+    text = read_prompt_file(file, "--sample_prompts")
     try:
         if file.suffix == ".toml":
             table = toml_table(text).get("prompt", {})

@@ -1,7 +1,7 @@
 import pytest
 
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_text, whole
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_prompt_file, whole
 
 OPTIONS = {"w": LineOption("width", whole, WHOLE), "n": LineOption("negative"), "l": LineOption("scale", float)}
 
@@ -34,13 +34,15 @@ def test_malformed_lines(line, message) -> None:
 
 
 def test_lines_keep_their_numbers() -> None:
-    text = "\ufeff# first\n\na\n  # indented\r\n b \n"
-    assert [*numbered_lines(text, "p.txt")] == [("a", "p.txt, line 3"), ("b", "p.txt, line 5")]
+    text = "# first\n\na\n  # indented\n b\u2028c \n"
+    assert [*numbered_lines(text, "p.txt")] == [("a", "p.txt, line 3"), ("b\u2028c", "p.txt, line 5")]
 
 
 def test_files_that_cannot_be_read(tmp_path) -> None:
     with pytest.raises(TrainingError, match=r"--from_file .* cannot be read"):
-        read_text(tmp_path / "none.txt", "--from_file")
+        read_prompt_file(tmp_path / "none.txt", "--from_file")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(TrainingError, match="is not UTF-8 text"):
-        read_text(tmp_path / "latin.txt", "--from_file")
+    with pytest.raises(TrainingError, match=r"--from_file .*latin\.txt: not UTF-8 at byte 3"):
+        read_prompt_file(tmp_path / "latin.txt", "--from_file")
+    (tmp_path / "wide.txt").write_bytes("a cat\r\n".encode("utf-16"))
+    assert read_prompt_file(tmp_path / "wide.txt", "--from_file") == "a cat\n"
