@@ -201,7 +201,7 @@ def data(folder: Path) -> Iterator[Reader]:
     wanted = LatentsWanted((64, 48), (64, 48), True, True, "vae")
     latents, text = str(folder / "a_0064x0048_sd.npz"), str(folder / "a_te_outputs.npz")
     write_latents(latents, CachedLatents(torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.rand(48, 64)), wanted)
-    yield Reader("latents", Path(latents), lambda: (latents_fit(latents, wanted), read_latents(latents)))
+    yield Reader("latents", Path(latents), lambda: (latents_fit(latents, wanted), read_latents(latents, (64, 48))))
     write_text(text, {"hidden": torch.randn(77, 8)}, "a caption", "encoder")
     shapes = {"hidden": torch.Size((77, 8))}
     yield Reader("text", Path(text), lambda: (text_fits(text, "a caption", "encoder", shapes), read_text(text)))
