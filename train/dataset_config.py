@@ -4,6 +4,7 @@ A value comes from the innermost place that gives it: [[datasets.subsets]], then
 command line, then the default.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any, Literal
 from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.class_folders import class_folders
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.option_values import did_you_mean
 from lora_adapters.train.schema import check_table, check_value, option, rules, show
 
+logger = logging.getLogger(__name__)
 VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
 FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
 HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
@@ -139,9 +142,9 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
     """
     given = _command_line(arguments)
     file, folder = arguments.get("dataset_config"), arguments.get("train_data_dir")
-    beside = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if arguments.get(name)]
+    beside = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if arguments.get(name)]
     if file and beside:
-        raise DataError(f"--{beside[0]} and --dataset_config exclude each other: name the folders in {file}")
+        logger.warning("%s: not used, since --dataset_config %s says what to train on", ", ".join(beside), file)
     if file:
         return _from_file(Path(file), given)
     if not folder:
@@ -194,26 +197,27 @@ def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
 def _build(table: Any, given: dict[str, Any], source: str, file: Path | None) -> DataConfig:
     if not isinstance(table, dict):
         raise DataError(f"{source}: must hold a table with general and datasets, not {show(table)}")
-    for key in table:
-        if key not in ("general", "datasets"):
-            raise DataError(f"{source}: {key} is not known here; a dataset configuration has general and datasets")
+    top = ("general", "datasets")
+    unknown = [f"{key}{did_you_mean(key, top)}" for key in table if key not in top]
     both = (SubsetConfig, DatasetConfig)
-    general = check_table(both, table.get("general", {}), "G", "general", source)
+    general = check_table(both, table.get("general", {}), "G", "general", source, unknown)
     datasets = []
     for index, entry in enumerate(_tables(table, "datasets", "datasets", source)):
         path = f"datasets[{index}]"
-        own = check_table(both, {key: entry[key] for key in entry if key != "subsets"}, "D", path, source)
+        own = check_table(both, {key: entry[key] for key in entry if key != "subsets"}, "D", path, source, unknown)
         outer = given | general | own
         names = rules(SubsetConfig)
         inherited = {key: value for key, value in outer.items() if key in names}
         subsets: list[SubsetConfig] = []
         for number, part in enumerate(_tables(entry, "subsets", f"{path}.subsets", source)):
             where = f"{path}.subsets[{number}]"
-            subset = SubsetConfig(**inherited | check_table(both, part, "S", where, source))
+            subset = SubsetConfig(**inherited | check_table(both, part, "S", where, source, unknown))
             _check_source(subset, part, where, source)
             subsets.append(subset)
         values = {key: value for key, value in outer.items() if key not in names}
         datasets.append(_checked_sizes(DatasetConfig(**values, subsets=tuple(subsets)), path, source))
+    if unknown:
+        logger.warning("%s: not options of a dataset, and ignored: %s", source, ", ".join(unknown))
     return DataConfig(tuple(datasets), file)
 
 

@@ -58,7 +58,6 @@ def test_json_says_the_same_as_toml(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("num_repeat = 2", r"datasets\[0\].subsets\[0\].num_repeat is not an option; did you mean num_repeats\?"),
         ("num_repeats = -1", r"subsets\[0\].num_repeats must be an integer of at least 0, not -1"),
         ("num_repeats = true", "num_repeats must be an integer of at least 0, not true"),
         ('flip_aug = "yes"', 'flip_aug must be true or false, not "yes"'),
@@ -97,7 +96,7 @@ def test_subset_errors_name_file_key_and_remedy(tmp_path, line, message):
             "[general]\nimage_dir = 'x'\n" + SUBSET,
             r"general.image_dir cannot stand in \[general\]; it belongs in \[\[datas",
         ),
-        ("[genral]\n" + SUBSET, "genral is not known here"),
+        ("[genral]\nresolution = 64\n" + SUBSET, "no resolution"),
         (SUBSET, "no resolution"),
         ("[general]\nresolution = 64\n", "datasets is missing"),
         ("datasets = []", "datasets must be a list of at least one table"),
@@ -178,11 +177,27 @@ def test_metadata_from_the_command_line(tmp_path):
     assert (subset.image_dir, subset.metadata_file, subset.num_repeats) == ("pictures", "meta.json", 3)
 
 
+def test_unknown_keys_of_a_file_are_ignored_with_one_warning(tmp_path, caplog):
+    text = "[genral]\na = 1\n[general]\nresolution = 64\nshuffle_captions = true\n[[datasets]]\nbatchsize = 2\n"
+    config = load(tmp_path, f'{text}[[datasets.subsets]]\nimage_dir = "p"\nnum_repeat = 2\nzzz = 1\n')
+    assert config.datasets[0].subsets[0].num_repeats == 1
+    (warning,) = caplog.messages
+    assert warning == (
+        f"{tmp_path / 'data.toml'}: not options of a dataset, and ignored: genral (did you mean general?), "
+        "general.shuffle_captions (did you mean shuffle_caption?), datasets[0].batchsize (did you mean batch_size?), "
+        "datasets[0].subsets[0].num_repeat (did you mean num_repeats?), datasets[0].subsets[0].zzz"
+    )
+
+
+def test_a_file_wins_over_folders_of_the_command_line(tmp_path, caplog):
+    config = load(tmp_path, f"general.resolution = 64\n{SUBSET}", train_data_dir="x", reg_data_dir="y")
+    assert [subset.image_dir for subset in config.datasets[0].subsets] == ["pictures"]
+    assert "--train_data_dir, --reg_data_dir: not used, since --dataset_config" in caplog.text
+
+
 def test_command_line_errors(tmp_path):
     with pytest.raises(DataError, match="nothing to train on: give --dataset_config or --train_data_dir"):
         load_data_config({})
-    with pytest.raises(DataError, match="--train_data_dir and --dataset_config exclude each other"):
-        load(tmp_path, SUBSET, train_data_dir="x")
     with pytest.raises(DataError, match=f"--train_data_dir: {tmp_path} has no folder named like 10_name"):
         load_data_config({"train_data_dir": str(tmp_path)})
     with pytest.raises(DataError, match=r"--train_data_dir: .* is not a folder"):

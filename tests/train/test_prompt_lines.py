@@ -1,9 +1,14 @@
 import pytest
 
+from lora_adapters.convert.parsing import number
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_prompt_file, whole
 
-OPTIONS = {"w": LineOption("width", whole, WHOLE), "n": LineOption("negative"), "l": LineOption("scale", float)}
+OPTIONS = {
+    "w": LineOption("width", whole, WHOLE),
+    "n": LineOption("negative", empty=True),
+    "l": LineOption("scale", number, "a number"),
+}
 
 
 def test_a_line_is_a_prompt_and_its_options() -> None:
@@ -21,6 +26,7 @@ def test_a_line_is_a_prompt_and_its_options() -> None:
     ("line", "message"),
     [
         ("x --w", "here: --w has no value; it takes a whole number"),
+        ("x --n a --n b", "here: --n stands twice"),
         ("x --w 6.5", "here: --w 6.5: it takes a whole number"),
         ("x --w -64", "here: --w -64: it takes"),
         ("x --w64", "here: --w64 in 'x --w64' is none of --w, --n, --l"),
@@ -31,6 +37,27 @@ def test_a_line_is_a_prompt_and_its_options() -> None:
 def test_malformed_lines(line, message) -> None:
     with pytest.raises(TrainingError, match=f"^{message}"):
         parse_line(line, OPTIONS, "here", {"q": "is not there for a reason"})
+
+
+@pytest.mark.parametrize(
+    ("line", "table", "said"),
+    [
+        ("x --w 64.0", {"width": 64}, ""),
+        ("x --n", {"negative": ""}, ""),
+        ("x --w 28.5 --l 2", {"width": 28, "scale": 2.0}, "here: --w 28.5: it takes a whole number; read as 28"),
+        ("x --w 768, fine", {"width": 768}, "here: --w 768, fine: it takes a whole number; read as 768"),
+        ("x --l 4.5x", {"scale": 4.5}, "here: --l 4.5x: it takes a number; read as 4.5"),
+        ("x --l", {}, "here: --l has no value; it takes a number; left out"),
+        (f"x --w {'9' * 5000}x", {}, f"here: --w {'9' * 5000}x: it takes a whole number; left out"),
+        ("x --w -64", {}, "here: --w -64: it takes a whole number; left out"),
+        ("x --w64 --l 1", {"scale": 1.0}, "here: --w64 in 'x --w64 --l 1' is none of --w, --n, --l; left out"),
+        ("x --w 1 --w 2", {"width": 2}, "here: --w stands twice; the last is taken"),
+    ],
+)
+def test_parts_that_cannot_be_read_are_left_out_where_that_is_asked_for(line, table, said) -> None:
+    left: list[str] = []
+    assert parse_line(line, OPTIONS, "here", leave_out=left.append) == {"prompt": "x", **table}
+    assert left == ([said] if said else [])
 
 
 def test_lines_keep_their_numbers() -> None:

@@ -209,12 +209,12 @@ def test_a_folder_with_configurations_is_read_as_it_is_now(tmp_path):
 
 
 def test_a_saved_dataset_with_several_captions_and_empty_rows(tmp_path, caplog):
-    rows = {"image": [picture((16, 8)), None], "captions": [["a", "b"], ["c"]]}
+    rows = {"image": [picture((16, 8)), None], "captions": [["a", "b\r\nc\u2028d"], ["c"]]}
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
     made = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "saved"))
     found = hub(tmp_path / "saved", caption_column="captions", cache_dir=str(tmp_path / "cache"))
-    assert [one.caption for one in found.pictures] == ["a\nb"]
+    assert [one.caption for one in found.pictures] == ["a\nb\nc\u2028d"]
     assert found.pictures[0].cache_stem.startswith(str(tmp_path / "cache" / "train-"))
     assert "row 1 (the row has no picture)" in caplog.text
     with pytest.raises(DataError, match="has no split test"):
