@@ -1,6 +1,7 @@
 """What the command-line programs of this folder share: errors in one line, dtypes, progress bars."""
 
 import argparse
+import difflib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,16 @@ class Parser(argparse.ArgumentParser):
     failure: type[OneLineError] = AdapterError
 
     def error(self, message: str) -> NoReturn:
-        raise self.failure(f"{message} (--help shows the options)")
+        raise self.failure(f"{message}{self._near(message)} (--help shows the options)")
+
+    def _near(self, message: str) -> str:
+        """What may have been meant by options that there are not."""
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        names = [word.partition("=")[0] for word in words.split() if unknown and word.startswith("--")]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        near = [difflib.get_close_matches(name[:200], known, n=1, cutoff=0.75) for name in names]
+        found = [match[0] for match in near if match]
+        return f"; did you mean {' and '.join(found)}?" if found else ""
 
 
 class _Refused(argparse.Action):

@@ -1,8 +1,11 @@
 """Texts of others as plain values: whatever is wrong with one is a ValueError of one line."""
 
+import codecs
 import json
 import math
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -12,6 +15,45 @@ else:
 
 _TOO_DEEP = "it is nested too deeply"
 _TOO_LONG = "it has a whole number of more than 64 bits"
+_TEXT_HINT = "save the file as UTF-8"
+_ESCAPE_ERROR = re.compile(r"Unescaped|hex value|Escaped character")  # of tomllib's messages
+_DRIVE_WITH_ESCAPE = re.compile(r"[A-Za-z]:(?=[\b\t\n\f\r/\\]).*[\b\t\n\f\r]", re.DOTALL)
+_PATH_HINT = """a backslash in "..." starts an escape; write the path in single quotes ('C:\\x') or with / ("C:/x")"""
+
+
+def read_text(file: str | Path) -> str:
+    """A text file of a user's, with line ends as `\\n`: what captions, prompts, TOML and JSON are read with.
+
+    UTF-8 with or without a byte order mark, or UTF-16 with one. Only \\n, \\r\\n and \\r end a line; other separators
+    (U+2028, U+0085, form feed) are ordinary characters, so split the result at `\\n`, not with `splitlines`.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: where it is not such text; the message names the byte, counted from 0, and not the file.
+    """
+    return decoded(Path(file).read_bytes())
+
+
+def decoded(data: bytes) -> str:
+    """The bytes of a text file as text, see `read_text`."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise ValueError(f"text in UTF-32 (byte order mark at byte 0); {_TEXT_HINT}")
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if wide else "utf-8"
+    try:
+        text = data.decode(encoding)  # not utf-8-sig, whose errors count from behind the byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not {encoding.upper()} at byte {error.start}; {_TEXT_HINT}") from None
+    text = text.removeprefix("\ufeff")
+    if "\0" in text:
+        at = 2 + len(text.partition("\0")[0].encode("utf-16-le")) if wide else data.index(0)
+        raise ValueError(f"not text: a NUL at byte {at} (UTF-16 needs a byte order mark); {_TEXT_HINT}")
+    return one_line_end(text)
+
+
+def one_line_end(text: str) -> str:
+    """The text with `\\n` in place of `\\r\\n` and `\\r`."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def number(text: str | float) -> float:
@@ -38,6 +80,8 @@ def _check(value: Any) -> None:
             _check(part)
     elif isinstance(value, int):
         _whole(value)
+    elif isinstance(value, str) and _DRIVE_WITH_ESCAPE.match(value):
+        raise ValueError(f"{value!r} is no path: {_PATH_HINT}")
 
 
 def json_value(text: str) -> Any:
@@ -46,6 +90,10 @@ def json_value(text: str) -> Any:
         return json.loads(text, parse_int=lambda digits: _whole(int(digits)))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        if "\\" not in error.msg:
+            raise
+        raise ValueError(f"{error}; in paths write \\\\ or / for a backslash") from None
 
 
 def toml_table(text: str) -> dict[str, Any]:
@@ -56,3 +104,6 @@ def toml_table(text: str) -> dict[str, Any]:
         return table
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    except tomllib.TOMLDecodeError as error:
+        hint = f": {_PATH_HINT}" if _ESCAPE_ERROR.search(str(error)) else ""
+        raise ValueError(f"{error}{hint}") from None

@@ -1,5 +1,6 @@
 """kohya's --network_module, --network_dim, --network_alpha and --network_args as a config."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from .config import C3LierConfig, DyLoraConfig, LierLaConfig
 from .coverage import check_block_list
 from .lr_weights import block_lr_weights, without_zero_blocks
 
+logger = logging.getLogger(__name__)
 MODULES = {
     "networks.lora": "lora",
     "network.lora": "lora",
@@ -22,6 +24,16 @@ MODULES = {
     "networks.dylora": "dylora",
     "network.dylora": "dylora",
     "dylora": "dylora",
+}
+# What to take in place of modules that are not there.
+_INSTEAD = {
+    "lycoris": "LyCORIS (LoHa, LoKr, ...) is not supported; for its algo=lora or locon give networks.lora, with "
+    "conv_dim and conv_alpha in network_args",
+    "networks.lora_fa": "LoRA-FA, which trains `up` alone, is not supported; give networks.lora, which trains both and "
+    "makes a file of the same kind",
+    "networks.oft": "OFT is not supported; networks.lora and networks.dylora are",
+    "networks.loha": "LoHa is not supported; networks.lora and networks.dylora are",
+    "networks.lokr": "LoKr is not supported; networks.lora and networks.dylora are",
 }
 
 
@@ -72,6 +84,19 @@ _KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 
+def without_effect(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
+    """The network_args that change nothing, each with the reason: kohya's trainer ignores them without a word."""
+    dylora, found = MODULES.get(network_module) == "dylora", {}
+    for key in network_args:
+        if key not in _KINDS:
+            found[key] = f"there is no such option{nearest(key, _KINDS)}"
+        elif key in DYLORA_FACTS and not dylora:
+            found[key] = "it is for DyLoRA: give network_module networks.dylora"
+    if "block_lr_zero_threshold" in network_args and not any(name in network_args for name in _LR_WEIGHTS):
+        found["block_lr_zero_threshold"] = f"it goes with {', '.join(_LR_WEIGHTS)}"
+    return found
+
+
 def parse_network_args(args: Mapping[str, str]) -> dict[str, Any]:
     """The values of network_args in their own types; AdapterError names the option, its value and what it takes."""
     parsed = {}
@@ -102,6 +127,14 @@ def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
             fields[alphas] = [one or float(of_block) for one, of_block in zip(fields[alphas], own, strict=True)]
 
 
+def _unknown_module(name: str) -> AdapterError:
+    instead = next((text for start, text in _INSTEAD.items() if name.startswith(start)), None)
+    return AdapterError(
+        f"network_module {name}: {instead}" if instead else
+        f"unknown network_module {name}{nearest(name, MODULES)}: {', '.join(MODULES)} are known"
+    )  # fmt: skip
+
+
 def network_options(
     network_module: str = "networks.lora",
     network_dim: int | None = None,
@@ -113,7 +146,8 @@ def network_options(
 
     Rank and alpha default to 4 and 1; an alpha of 0 is the rank, as in kohya's trainer. Where kohya's trainer
     ignores an option without a word (block_alphas or conv_block_dims alone) or fails on it (one number as a block
-    weight), it means here what it says. AdapterError for unknown options, wrong values and wrong list lengths.
+    weight), it means here what it says. Options of which `without_effect` says so are left out with a warning.
+    AdapterError for unknown modules, wrong values and wrong list lengths.
 
     >>> asked = network_options("networks.dylora", 16, 16, {"unit": "4", "conv_dim": "8"})
     >>> type(asked.config).__name__, asked.config.r, asked.config.conv_dim, asked.config.unit
@@ -121,11 +155,12 @@ def network_options(
     """
     kind = MODULES.get(network_module)
     if kind is None:
-        raise AdapterError(f"unknown network_module {network_module}: {', '.join(MODULES)} are known")
-    given = parse_network_args(network_args or {})
-    for name in DYLORA_FACTS:
-        if name in given and kind != "dylora":
-            raise AdapterError(f"network_args {name} is for DyLoRA: give network_module networks.dylora")
+        raise _unknown_module(network_module)
+    asked = dict(network_args or {})
+    for name, reason in without_effect(network_module, asked).items():
+        logger.warning("network_args %s is ignored: %s", name, reason)
+        del asked[name]
+    given = parse_network_args(asked)
     for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
         check_block_list(name, given.get(name), architecture)
 
@@ -146,8 +181,6 @@ def network_options(
             conv = conv or ([fields["conv_dim"]] * BLOCK_COUNT[architecture] if "conv_dim" in fields else None)
             if conv:
                 fields["conv_block_dims"] = without_zero_blocks(conv, weights)
-    elif "block_lr_zero_threshold" in given:
-        raise AdapterError("block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")
     _ranks_for_zero_alphas(fields)
     conv_given = "conv_dim" in fields or "conv_block_dims" in fields
     config_type = DyLoraConfig if kind == "dylora" else C3LierConfig if conv_given or kind == "c3lier" else LierLaConfig

@@ -16,14 +16,14 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 from lora_adapters.convert.names import ModuleName, text_path
 from lora_adapters.coverage import RankRule, base_layers, covered
-from lora_adapters.kohya_options import NetworkOptions, network_options
+from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.placing import fitted, place
-from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.dropouts import add_dropouts
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.folding import fold, placed
+from lora_adapters.train.option_values import key_values
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def options(settings: argparse.Namespace, architecture: str = "sd") -> NetworkOp
     if not settings.network_module:
         raise TrainingError("--network_module is missing: networks.lora or networks.dylora")
     args = key_values(settings.network_args, "network_args")
+    args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, architecture)
 
 
@@ -54,6 +55,9 @@ def check_network(settings: argparse.Namespace, architecture: str | None) -> Non
         raise TrainingError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
         raise TrainingError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
+    args = key_values(settings.network_args, "network_args")
+    for name, reason in without_effect(settings.network_module or "", args).items():
+        log.warning("--network_args %s is ignored: %s", name, reason)
     try:
         options(settings, architecture or "sd")
     except AdapterError:

@@ -1,14 +1,19 @@
 """Latents and text-encoder outputs on disk, beside the pictures, in files that kohya's scripts read and write too.
 
-`<stem>_<width>x<height>_sd.npz` or `_sdxl.npz` (size of the picture, four digits at least) holds latents,
-original_size, crop_ltrb and where needed latents_flipped and alpha_mask; `<stem>_te_outputs.npz` holds text-encoder
-outputs. Keys of our own (vae, interpolation, picture, caption, encoder) tell what a file was made from; a file without
-them is taken on trust.
+`<stem>_<width>x<height>_sd.npz` or `_sdxl.npz` (size of the picture, four digits at least) holds an entry for each
+size of latents that the picture was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
+suffix original_size, crop_ltrb and where needed latents_flipped and alpha_mask. Files of older versions have one entry,
+without a suffix. `<stem>_te_outputs.npz` holds text-encoder outputs. Keys of our own tell what an entry was made from
+(vae, interpolation, picture; caption, encoder); an entry without them is taken on trust. `checksum` ties them to the
+latents beside them: another program that writes an entry anew leaves our keys as they are.
 """
 
 import contextlib
 import hashlib
+import io
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +31,10 @@ from lora_adapters.train.dataset_config import VAE_FACTOR
 ModelKind = Literal["sd", "sdxl"]
 _ENCODER = ("encoder.", "quant_conv.")
 TEXT_ENDING = "_te_outputs.npz"
+_OF_ENTRY = (
+    "latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb",
+    "vae", "interpolation", "picture", "checksum",
+)  # fmt: skip
 LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it has terabytes
 
 
@@ -40,7 +49,7 @@ class CachedLatents:
 
 @dataclass(frozen=True)
 class LatentsWanted:
-    """What a latents file must hold to be used. Sizes are (width, height).
+    """What an entry of a latents file must hold to be used. Sizes are (width, height).
 
     `modified` (ns) and `length` (bytes) are those of the picture's file, `interpolation` is resize_interpolation.
     """
@@ -61,67 +70,137 @@ def latents_path(stem: str, size: Size, model: ModelKind) -> str:
 
 
 def existing_latents(stem: str, wanted: LatentsWanted, model: ModelKind, *, check: bool) -> str | None:
-    """The usable file, or None. An SD model also takes the older name `<stem>.npz`; without `check` any file does."""
+    """The usable file, or None. An SD model also takes the older name `<stem>.npz`.
+
+    Without `check` any file does that has latents of the bucket's size.
+    """
     old = [f"{stem}.npz"] if model == "sd" else []
     for path in [*old, latents_path(stem, wanted.size, model)]:
-        if os.path.isfile(path) and ((not check and path not in old) or latents_fit(path, wanted)):
+        trusted = not check and path not in old
+        if os.path.isfile(path) and (_has_latents(path, wanted.bucket) if trusted else latents_fit(path, wanted)):
             return path
     return None
 
 
-def latents_fit(path: str, wanted: LatentsWanted) -> bool:
-    """Whether the file is whole, made from this picture as it is now, by this VAE, and holds all that is wanted."""
-    shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
+def _has_latents(path: str, bucket: Size) -> bool:
     try:
         with opened(path) as file:
-            if "picture" in file:
-                if tuple(file["picture"].tolist()) != (wanted.modified, wanted.length):
-                    return False
-            elif os.stat(path).st_mtime_ns < wanted.modified:
-                return False
-            if tuple(int(side) for side in file["original_size"]) != wanted.size or "crop_ltrb" not in file:
-                return False
-            if any(name in file and str(file[name]) != getattr(wanted, name) for name in ("vae", "interpolation")):
-                return False
-            if "alpha_mask" in file and not wanted.alpha_mask:
-                return False  # it would be read, and the loss masked with it
-            names = ["latents", "latents_flipped"] if wanted.flip else ["latents"]
-            mask_fits = not wanted.alpha_mask or _shape(file, "alpha_mask") == wanted.bucket[::-1]
-            return mask_fits and all(_shape(file, name)[-2:] == shape for name in names)
+            _entry(file, bucket)
+            return True
     except Exception:  # of many kinds: see opened
         return False
 
 
-def read_latents(path: str) -> CachedLatents:
-    """The contents of a latents file; DataError where it is damaged."""
+def _entry(file: Any, bucket: Size) -> str:
+    """The suffix of the keys of this bucket's entry in an open file; KeyError where there is none."""
+    height, width = bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR
+    for suffix in (f"_{height}x{width}", ""):
+        if f"latents{suffix}" in file and _shape(file, f"latents{suffix}")[-2:] == (height, width):
+            return suffix
+    raise KeyError(f"latents_{height}x{width}")
+
+
+def latents_fit(path: str, wanted: LatentsWanted) -> bool:
+    """Whether the file has such an entry: made from this picture as it is now, by this VAE, with all that is wanted."""
+    shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
     try:
         with opened(path) as file:
-            parts = {
-                name: torch.from_numpy(file[name]).float() if name in file else None
+            of = {name: name + _entry(file, wanted.bucket) for name in _OF_ENTRY}
+            if of["picture"] in file:
+                if tuple(file[of["picture"]].tolist()) != (wanted.modified, wanted.length):
+                    return False
+            elif os.stat(path).st_mtime_ns < wanted.modified:
+                return False
+            if of["checksum"] in file and int(file[of["checksum"]]) != _stored_checksum(file, of["latents"]):
+                return False
+            if tuple(int(side) for side in file[of["original_size"]]) != wanted.size or of["crop_ltrb"] not in file:
+                return False
+            for name in ("vae", "interpolation"):
+                if of[name] in file and str(file[of[name]]) != getattr(wanted, name):
+                    return False
+            if of["alpha_mask"] in file and not wanted.alpha_mask:
+                return False  # it would be read, and the loss masked with it
+            mask_fits = not wanted.alpha_mask or _shape(file, of["alpha_mask"]) == wanted.bucket[::-1]
+            return mask_fits and (not wanted.flip or _shape(file, of["latents_flipped"])[-2:] == shape)
+    except Exception:  # of many kinds: see opened
+        return False
+
+
+def read_latents(path: str, bucket: Size) -> CachedLatents:
+    """The entry for this bucket (width, height) of a latents file; DataError where there is none or it is damaged."""
+    try:
+        with opened(path) as file:
+            suffix = _entry(file, bucket)
+            latents, flipped, mask = (
+                torch.from_numpy(file[name + suffix]).float() if name + suffix in file else None
                 for name in ("latents", "latents_flipped", "alpha_mask")
-            }
+            )
+    except KeyError:
+        raise DataError(
+            f"{path}: no latents of a {bucket[0]}x{bucket[1]} bucket; delete it, or check the caches"
+        ) from None
     except Exception as error:  # of many kinds: see opened
         raise DataError(f"{path}: damaged latents cache ({first_line(error)}); delete it") from None
-    if parts["latents"] is None or not torch.isfinite(parts["latents"]).all():
-        raise DataError(f"{path}: holds {'no latents' if parts['latents'] is None else 'NaN'}; delete it")
-    return CachedLatents(parts["latents"], parts["latents_flipped"], parts["alpha_mask"])
+    if latents is None or not torch.isfinite(latents).all():
+        raise DataError(f"{path}: holds NaN; delete it")
+    return CachedLatents(latents, flipped, mask)
 
 
-def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted) -> None:
-    """Write a latents file in one piece."""
-    arrays: dict[str, Any] = {
-        "latents": cached.latents.float().numpy(),
+def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted, *, keep_all: bool = False) -> None:
+    """Write the entry for a bucket into a latents file in one piece. Entries for other buckets stay.
+
+    An entry that does not say which picture it was made from goes where the file is older than the picture, unless
+    `keep_all`: in a file that is written now, nothing would show any more that it is outdated.
+    """
+    latents = cached.latents.float().numpy()
+    entry: dict[str, Any] = {
+        "latents": latents,
         "original_size": np.array(wanted.size),
         "crop_ltrb": np.array(_box_in_bucket(wanted.bucket, wanted.size)),
         "vae": np.array(wanted.vae),
         "interpolation": np.array(wanted.interpolation),
         "picture": np.array([wanted.modified, wanted.length], np.int64),
+        "checksum": np.array(_checksum(latents)),
     }
     if cached.flipped is not None:
-        arrays["latents_flipped"] = cached.flipped.float().numpy()
+        entry["latents_flipped"] = cached.flipped.float().numpy()
     if cached.mask is not None:
-        arrays["alpha_mask"] = cached.mask.float().numpy()
-    write_npz(path, arrays)
+        entry["alpha_mask"] = cached.mask.float().numpy()
+    suffix = "_{}x{}".format(*latents.shape[-2:])
+    others = _other_entries(path, suffix, 0 if keep_all else wanted.modified)
+    write_npz(path, others | {name + suffix: array for name, array in entry.items()})
+
+
+def _other_entries(path: str, suffix: str, modified: int) -> dict[str, Any]:
+    """The arrays of a latents file but those of the entry `suffix` and of outdated ones, see `write_latents`."""
+    try:
+        outdated = os.stat(path).st_mtime_ns < modified
+        with opened(path) as file:
+            replaced = {name + suffix for name in _OF_ENTRY}
+            return {
+                name: file[name]
+                for name in file
+                if name not in replaced and not (outdated and f"picture{_suffix(name)}" not in file)
+            }
+    except Exception:  # of many kinds: see opened. There is no such file, or it is damaged and is replaced
+        return {}
+
+
+def _suffix(name: str) -> str:
+    found = re.search(r"_[0-9]+x[0-9]+$", name)
+    return found[0] if found else ""
+
+
+def _checksum(array: np.ndarray) -> int:
+    """The checksum that an .npz file keeps of this array."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array)
+    return zlib.crc32(buffer.getvalue())
+
+
+def _stored_checksum(file: Any, name: str) -> int:
+    """The checksum of an array in an open .npz, from the archive's directory."""
+    return file.zip.getinfo(f"{name}.npy").CRC
 
 
 def read_text(path: str) -> dict[str, torch.Tensor]:

@@ -54,27 +54,41 @@ def encode_latents(
     if to_disk:
         stems = _stems(pictures.pictures)
         paths = [latents_path(stem, want.size, model) for stem, want in zip(stems, wanted, strict=True)]
-        _one_use_each(paths, wanted)
+        _one_use_each([(path, want.bucket) for path, want in zip(paths, wanted, strict=True)], wanted)
         for number, want in enumerate(wanted):
             cached[number] = existing_latents(stems[number], want, model, check=check)
+    numbers = [number for number, entry in enumerate(cached) if entry is None]
+    if to_disk:
+        numbers = _share(numbers, paths, [want.bucket for want in wanted], rank, world_size)
     missing: dict[Size, list[int]] = defaultdict(list)
-    for number, entry in enumerate(cached):
-        # By number, not by what is missing: another process may have begun to write. In memory each needs all.
-        mine = number % world_size == rank or not to_disk
-        if entry is None and mine:
-            missing[wanted[number].bucket].append(number)
+    for number in numbers:
+        missing[wanted[number].bucket].append(number)
     bar = tqdm(total=sum(map(len, missing.values())), desc="caching latents", disable=rank != 0)
     for numbers in missing.values():
         for chunk in _chunks(numbers, batch_size):
             made = _encode(vae, [pictures.pictures[number] for number in chunk], seed, device)
             for number, latents in zip(chunk, made, strict=True):
                 if to_disk:
-                    write_latents(paths[number], latents, wanted[number])
+                    write_latents(paths[number], latents, wanted[number], keep_all=not check)
                 else:
                     cached[number] = latents
             bar.update(len(chunk))
     bar.close()
     return [entry if entry is not None else paths[number] for number, entry in enumerate(cached)]
+
+
+def _share(
+    numbers: Iterable[int], paths: Sequence[str], buckets: Sequence[Size], rank: int, world_size: int
+) -> list[int]:
+    """Of the pictures to encode those that this process does: each entry of a file once, a file in one process.
+
+    Pictures are shared out by their numbers, not by what is missing: another process may have begun to write.
+    """
+    owner: dict[str, int] = {}
+    for number, path in enumerate(paths):
+        owner.setdefault(path, number % world_size)
+    entries = {(paths[number], buckets[number]): number for number in numbers if owner[paths[number]] == rank}
+    return list(entries.values())
 
 
 def encode_text(
@@ -96,7 +110,7 @@ def encode_text(
         outputs = dict(zip(distinct, _encode_captions(distinct, encode, batch_size, rank), strict=True))
         return [outputs[caption] for caption in captions]
     paths = [stem + TEXT_ENDING for stem in _stems(pictures.pictures)]
-    _one_use_each(paths, captions)
+    _one_use_each([(path,) for path in paths], captions)
     with torch.no_grad():
         shapes = {name: value.shape[1:] for name, value in encode([""]).items()}
     missing = []
@@ -133,14 +147,14 @@ def _stems(pictures: Sequence[Picture]) -> list[str]:
     return stems
 
 
-def _one_use_each(paths: Sequence[str], uses: Sequence[Any]) -> None:
-    """Two subsets may share a cache file where they want the same of it, and not otherwise."""
-    first: dict[str, Any] = {}
-    for path, use in zip(paths, uses, strict=True):
-        if first.setdefault(path, use) != use:
+def _one_use_each(entries: Sequence[tuple[Any, ...]], uses: Sequence[Any]) -> None:
+    """Two subsets may share an entry (path, ...) of the caches where they want the same of it, and not otherwise."""
+    first: dict[tuple[Any, ...], Any] = {}
+    for entry, use in zip(entries, uses, strict=True):
+        if first.setdefault(entry, use) != use:
             raise DataError(
-                f"{path} would hold two different caches (the same picture in two subsets, or two pictures of one name "
-                "and different suffixes): cache in memory instead of on disk, or separate them"
+                f"{entry[0]} would hold two different caches (the same picture in two subsets, or two pictures of one "
+                "name and different suffixes): cache in memory instead of on disk, or separate them"
             )
 
 

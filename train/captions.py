@@ -32,7 +32,8 @@ def draw_caption(caption: str, subset: SubsetConfig, rng: random.Random, moment:
     """One reading of `caption` under the options of `subset`; all chance comes from `rng`.
 
     The order: prefix and suffix (joined by a space), dropout of the whole caption, wildcards or the first line, kept
-    and shuffled tags, tag warm-up and dropout, joining by ", ", and the secondary separator turned into the first.
+    and shuffled tags, tag warm-up and dropout, joining by the separator and a space, and the secondary separator turned
+    into the first.
     """
     if subset.caption_prefix:
         caption = f"{subset.caption_prefix} {caption}"
@@ -83,7 +84,8 @@ def _arrange(caption: str, subset: SubsetConfig, rng: random.Random, moment: Mom
         rng.shuffle(flexible)
     if subset.caption_tag_dropout_rate > 0:
         flexible = [tag for tag in flexible if rng.random() >= subset.caption_tag_dropout_rate]
-    return ", ".join(head + flexible + tail)
+    space = "" if subset.caption_separator[-1].isspace() else " "
+    return f"{subset.caption_separator}{space}".join(head + flexible + tail)
 
 
 def _tags(text: str, subset: SubsetConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Folders that say how often and as what their pictures are trained: `10_sks dog` in a parent folder."""
+"""Folders that say how often and as what their pictures are trained: `10_sks dog` or `10` in a parent folder."""
 
 import logging
 import re
@@ -8,13 +8,14 @@ from typing import Any
 from lora_adapters.train.data_error import DataError
 
 logger = logging.getLogger(__name__)
-NAME = re.compile(r"(\d+)_(.+)")
+NAME = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 
 
 def class_folders(parent: Path, flag: str, *, is_reg: bool) -> list[dict[str, Any]]:
     """One subset table for each `N_class` folder in `parent`, sorted by name: N repeats, class as caption.
 
-    `flag` names the option in messages. Raises DataError where there is no such folder; others are left with a warning.
+    `N` and `N_` have no class. `flag` names the option in messages. Raises DataError where there is no such folder;
+    others are left out with a warning.
     """
     if not parent.is_dir():
         raise DataError(f"{flag}: {parent} is not a folder")
@@ -24,12 +25,12 @@ def class_folders(parent: Path, flag: str, *, is_reg: bool) -> list[dict[str, An
         if match is None:
             left.append(folder.name)
             continue
-        repeats, tokens = int(match[1]), match[2]
+        repeats, tokens = int(match[1]), match[2] or ""
         subsets.append(
             {"image_dir": str(folder), "num_repeats": repeats, "class_tokens": tokens, "is_reg": is_reg},
         )
     if not subsets:
-        raise DataError(f"{flag}: {parent} has no folder named like 10_name (repeats, underscore, class)")
+        raise DataError(f"{flag}: {parent} has no folder named like 10_name (repeats, underscore, class) or 10")
     if left:
-        logger.warning("%s: folders not named like 10_name are left out: %s", parent, ", ".join(left))
+        logger.warning("%s: folders not named like 10_name or 10 are left out: %s", parent, ", ".join(left))
     return subsets

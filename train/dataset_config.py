@@ -4,16 +4,19 @@ A value comes from the innermost place that gives it: [[datasets.subsets]], then
 command line, then the default.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_adapters.convert.parsing import json_value, toml_table
+from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.class_folders import class_folders
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.option_values import did_you_mean
 from lora_adapters.train.schema import check_table, check_value, option, rules, show
 
+logger = logging.getLogger(__name__)
 VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
 FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
 HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
@@ -34,9 +37,9 @@ def read_size(value: Any) -> tuple[int, int]:
 
 
 def _suffix(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith(".") or len(value) < 2 or "/" in value:
-        raise ValueError('a file name ending with its dot, such as ".txt"')
-    return value
+    if not isinstance(value, str) or not value.strip(".") or "/" in value or "\\" in value:
+        raise ValueError('a file name ending, such as ".txt"')
+    return value if value.startswith(".") else f".{value}"
 
 
 def _face_crop_not_supported(value: Any) -> None:
@@ -139,9 +142,9 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
     """
     given = _command_line(arguments)
     file, folder = arguments.get("dataset_config"), arguments.get("train_data_dir")
-    beside = [name for name in ("train_data_dir", "reg_data_dir", "in_json") if arguments.get(name)]
+    beside = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if arguments.get(name)]
     if file and beside:
-        raise DataError(f"--{beside[0]} and --dataset_config exclude each other: name the folders in {file}")
+        logger.warning("%s: not used, since --dataset_config %s says what to train on", ", ".join(beside), file)
     if file:
         return _from_file(Path(file), given)
     if not folder:
@@ -175,7 +178,7 @@ def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         if file.suffix.lower() == ".json":
             table = json_value(text)
         elif file.suffix.lower() == ".toml":
@@ -186,8 +189,6 @@ def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
         raise
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     return _build(table, given, str(file), file)
@@ -196,26 +197,27 @@ def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
 def _build(table: Any, given: dict[str, Any], source: str, file: Path | None) -> DataConfig:
     if not isinstance(table, dict):
         raise DataError(f"{source}: must hold a table with general and datasets, not {show(table)}")
-    for key in table:
-        if key not in ("general", "datasets"):
-            raise DataError(f"{source}: {key} is not known here; a dataset configuration has general and datasets")
+    top = ("general", "datasets")
+    unknown = [f"{key}{did_you_mean(key, top)}" for key in table if key not in top]
     both = (SubsetConfig, DatasetConfig)
-    general = check_table(both, table.get("general", {}), "G", "general", source)
+    general = check_table(both, table.get("general", {}), "G", "general", source, unknown)
     datasets = []
     for index, entry in enumerate(_tables(table, "datasets", "datasets", source)):
         path = f"datasets[{index}]"
-        own = check_table(both, {key: entry[key] for key in entry if key != "subsets"}, "D", path, source)
+        own = check_table(both, {key: entry[key] for key in entry if key != "subsets"}, "D", path, source, unknown)
         outer = given | general | own
         names = rules(SubsetConfig)
         inherited = {key: value for key, value in outer.items() if key in names}
         subsets: list[SubsetConfig] = []
         for number, part in enumerate(_tables(entry, "subsets", f"{path}.subsets", source)):
             where = f"{path}.subsets[{number}]"
-            subset = SubsetConfig(**inherited | check_table(both, part, "S", where, source))
+            subset = SubsetConfig(**inherited | check_table(both, part, "S", where, source, unknown))
             _check_source(subset, part, where, source)
             subsets.append(subset)
         values = {key: value for key, value in outer.items() if key not in names}
         datasets.append(_checked_sizes(DatasetConfig(**values, subsets=tuple(subsets)), path, source))
+    if unknown:
+        logger.warning("%s: not options of a dataset, and ignored: %s", source, ", ".join(unknown))
     return DataConfig(tuple(datasets), file)
 
 

@@ -15,8 +15,7 @@ from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.loaded_networks import Network, networks, unmerged
 from lora_adapters.train.picture_requests import PictureRequest, check_for_kind, requests
 from lora_adapters.train.png_info import prompts_in, read_text
-from lora_adapters.train.prompt_lines import numbered_lines
-from lora_adapters.train.prompt_lines import read_text as read_prompts
+from lora_adapters.train.prompt_lines import numbered_lines, read_prompt_file
 from lora_adapters.train.resize_plan import PICTURE_SUFFIXES
 from lora_adapters.train.sheets import font_of
 from lora_adapters.train.sweeps import Column, check_lines, check_rank, columns
@@ -126,7 +125,7 @@ def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[s
     if settings.prompt is not None:
         return [(settings.prompt, "--prompt")]
     if settings.from_file:
-        lines = [*numbered_lines(read_prompts(Path(settings.from_file), "--from_file"), settings.from_file)]
+        lines = [*numbered_lines(read_prompt_file(Path(settings.from_file), "--from_file"), settings.from_file)]
         if not lines:
             raise TrainingError(f"--from_file {settings.from_file} has no prompts")
         return lines

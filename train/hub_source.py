@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 
+from lora_adapters.convert.parsing import one_line_end
 from lora_adapters.convert.portable import file_name
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import SubsetConfig
@@ -81,9 +82,9 @@ def _no_column(name: str, option: str, column: str, data: Any) -> DataError:
 
 def _caption(value: Any, feature: Any, name: str) -> str | None:
     if value is None or isinstance(value, str):
-        return value
+        return one_line_end(value) if value else value
     if isinstance(feature, datasets.ClassLabel):
         return feature.int2str(value)
     if isinstance(value, list) and value and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
+        return one_line_end("\n".join(value))
     raise DataError(f"{name}: a caption must be a string, a list of strings or a class label, not {value!r}")

@@ -15,10 +15,10 @@ from lora_adapters.convert.metadata import DyLora
 from lora_adapters.convert.model_arguments import read_arguments
 from lora_adapters.dylora import set_rank
 from lora_adapters.kohya_options import MODULES
-from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.folding import Placed, fold, placed
+from lora_adapters.train.option_values import key_values
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class BatchReader(Dataset):
         """(latents, mask (height, width) or None); a mask of its own file is not part of the cache."""
         assert self.latents is not None
         entry = self.latents[number]
-        cached = read_latents(entry) if isinstance(entry, str) else entry
+        cached = read_latents(entry, picture.placement.bucket) if isinstance(entry, str) else entry
         latents = cached.flipped if variation.flip else cached.latents
         width, height = picture.placement.bucket
         if latents is None or latents.shape[-2:] != (height // VAE_FACTOR, width // VAE_FACTOR):

@@ -25,8 +25,14 @@ def check_machine(settings: argparse.Namespace) -> None:
     for name in ATTENTION:
         if getattr(settings, name) and name != chosen:
             log.warning("--%s has no effect beside --%s", name, chosen)
-    if settings.full_bf16 and settings.mixed_precision != "bf16":
-        raise TrainingError("--full_bf16 needs --mixed_precision bf16")
+    for full, precision in ((settings.full_bf16, "bf16"), (settings.full_fp16, "fp16")):
+        if full and settings.mixed_precision != precision:
+            raise TrainingError(f"--full_{precision} needs --mixed_precision {precision}")
+    if settings.full_fp16:
+        log.warning(
+            "--full_fp16: the adapter's weights, gradients and optimizer stay in fp32, where they do not underflow; "
+            "frozen weights and the forward pass are in fp16, as with --mixed_precision fp16 alone"
+        )
     instead = {}
     if settings.mixed_precision == "fp16":
         instead["--mixed_precision fp16"] = "--mixed_precision bf16 or no"

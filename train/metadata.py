@@ -11,10 +11,10 @@ from typing import Any
 
 import lora_adapters
 from lora_adapters.train import adapters
-from lora_adapters.train.arguments import key_values
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.dataset_config import read_size
 from lora_adapters.train.optimizers import literals, optimizer_class, optimizer_name
+from lora_adapters.train.option_values import key_values
 from lora_adapters.train.options_output import METADATA
 
 _SAME_NAME = (

@@ -4,7 +4,7 @@ import glob
 from pathlib import Path
 from typing import Any
 
-from lora_adapters.convert.parsing import json_value
+from lora_adapters.convert.parsing import json_value, one_line_end, read_text
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import SubsetConfig
 from lora_adapters.train.picture_files import SUFFIXES, FileSource
@@ -25,11 +25,11 @@ def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
 def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """(path, entry) of every picture of a json or jsonl metadata file."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
     except OSError as error:
         raise DataError(f"metadata_file {file}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"metadata_file {file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except ValueError as error:
+        raise DataError(f"metadata_file {file}: {error}") from None
     if file.suffix.lower() == ".jsonl":
         entries = []
         for number, line in enumerate(text.split("\n"), start=1):
@@ -62,11 +62,13 @@ def _candidate(file: Path, folder: Path, key: str, entry: dict[str, Any], subset
         path = _find(folder, key)
     except OSError as error:
         raise DataError(f"metadata_file {file}: {key[:60]}: {error.strerror}") from None
-    caption, tags = entry.get("caption"), entry.get("tags")
-    if caption is not None and tags:
+    caption, tags = (one_line_end(text) if text else text for text in (entry.get("caption"), entry.get("tags")))
+    separator = subset.caption_separator
+    tags = tags and tags.replace("\n", separator)
+    if caption and tags:
         # Every line of a caption with several is a caption of its own, so each gets the tags.
-        caption = "\n".join(f"{line}{subset.caption_separator}{tags}" for line in caption.split("\n") if line)
-    caption = caption if caption is not None else tags
+        caption = "\n".join(f"{line}{separator}{tags}" for line in caption.split("\n") if line)
+    caption = caption or tags if tags else caption
     return Candidate(FileSource(str(path)), caption, str(path.with_suffix("")))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lora_adapters.train.arguments import key_values
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.option_values import key_values
 
 log = logging.getLogger(__name__)
 

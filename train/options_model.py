@@ -19,7 +19,7 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
     add_attention(group)
     flag("--mem_eff_attn", help="attention in slices: slower, less memory")
     option("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of the forward pass")
-    flag("--full_fp16", help="adapter and gradients in fp16")
+    flag("--full_fp16", help="accepted; adapter and gradients stay in fp32; needs --mixed_precision fp16")
     flag("--full_bf16", help="adapter and gradients in bf16; needs --mixed_precision bf16")
     flag("--fp8_base", help="frozen weights in float8")
     flag("--fp8_base_unet", help="frozen U-Net weights in float8")

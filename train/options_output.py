@@ -69,8 +69,8 @@ def add_saving(group: argparse._ArgumentGroup) -> None:
 
 def add_samples(group: argparse._ArgumentGroup) -> None:
     flag, option = adders(group)
-    option("--sample_every_n_steps", type=int, help="make sample pictures every n steps")
-    option("--sample_every_n_epochs", type=int, help="make sample pictures every n epochs; wins over steps")
+    option("--sample_every_n_steps", type=int, help="make sample pictures every n steps; 0: none")
+    option("--sample_every_n_epochs", type=int, help="make sample pictures every n epochs; wins over steps; 0: none")
     flag("--sample_at_first", help="make sample pictures before training, too")
     option("--sample_prompts", help="file of prompts: txt, toml or json")
     option("--sample_sampler", default="ddim", choices=SAMPLERS, help="sampler")

@@ -41,7 +41,7 @@ def add_optimizer(group: argparse._ArgumentGroup) -> None:
     option("--optimizer_args", nargs="*", metavar="KEY=VALUE", help="arguments of the optimizer, as Python literals")
     flag("--use_8bit_adam", help="the same as --optimizer_type AdamW8bit")
     flag("--use_lion_optimizer", help="the same as --optimizer_type Lion")
-    flag("--fused_backward_pass", help="step each weight in the backward pass")
+    flag("--fused_backward_pass", help="accepted; an adapter's few weights are stepped at once")
     option("--learning_rate", type=number, default=2.0e-6, help="learning rate")
     option("--unet_lr", type=number, help="learning rate of the U-Net's adapter")
     option("--text_encoder_lr", type=number, nargs="*", help="learning rate of the text encoders' adapters, one or all")

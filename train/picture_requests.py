@@ -1,19 +1,22 @@
 """What is to be drawn: each picture's prompt and settings, from the options and the prompt lines."""
 
 import argparse
+import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import forbidden, same_file_key
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generate_options import UNSUPPORTED_IN_LINES
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, parse_line, whole
+from lora_adapters.train.prompt_lines import WHOLE, LineOption, multiple_of_8, parse_line, whole
 from lora_adapters.train.samplers import check_sampler
 
+log = logging.getLogger(__name__)
 SEEDS = 2**32
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -67,7 +70,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 OPTIONS: dict[str, LineOption] = {
-    "n": LineOption("negative_prompt"),
+    "n": LineOption("negative_prompt", empty=True),
     "w": LineOption("width", whole, WHOLE),
     "h": LineOption("height", whole, WHOLE),
     "s": LineOption("steps", whole, WHOLE),
@@ -92,7 +95,8 @@ def requests(
     """
     tables = [(parse_line(line, OPTIONS, where, UNSUPPORTED_IN_LINES), where) for line, where in lines]
     common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SDXL_ONLY)}
-    common |= {"width": settings.W, "height": settings.H}
+    common |= _in_8s({"width": settings.W, "height": settings.H}, "--W, --H")
+    tables = [({**table, **_in_8s(table, where)}, where) for table, where in tables]
     if starts:
         common["strength"] = 0.8 if settings.strength is None else settings.strength
     single = len(tables) == settings.images_per_prompt == settings.n_iter == 1
@@ -114,6 +118,20 @@ def requests(
                 _check(made[-1], settings)
     _check_files(made)
     return made
+
+
+def _in_8s(sizes: Mapping[str, Any], where: str) -> dict[str, int | None]:
+    """The width and height among `sizes`, as multiples of 8, said where that changes one."""
+    found: dict[str, int | None] = {}
+    for name in ("width", "height"):
+        if name not in sizes:
+            continue
+        found[name] = side = sizes[name]
+        if side is not None:
+            found[name], said = multiple_of_8(side, where)
+            if said:
+                log.warning("%s", said)
+    return found
 
 
 def _chosen(
@@ -138,9 +156,6 @@ def _check(request: PictureRequest, settings: argparse.Namespace) -> None:
         raise TrainingError(f"{where}: choices like {{a|b}} are not supported; give each prompt a line")
     if not 1 <= request.steps <= 1000:
         raise TrainingError(f"{where}: {request.steps} steps; 1 to 1000 are possible")
-    for side in (request.width, request.height):
-        if side is not None and (side % 8 or side < 8):
-            raise TrainingError(f"{where}: {side} pixels: width and height must be multiples of 8")
     if request.start is not None and (request.width is None) != (request.height is None):
         raise TrainingError(f"{where}: width and height of a picture to begin with belong together: give both")
     if request.strength is not None:

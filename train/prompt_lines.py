@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_adapters.convert.parsing import number, read_text
 from lora_adapters.train.errors import TrainingError
 
 _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
@@ -15,65 +16,114 @@ _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 class LineOption:
     """What an option's letters mean: the field that its value goes to, and how the value is read from text.
 
-    `read` raises ValueError for a value that it does not take; `wanted` says what it does.
+    `read` raises ValueError for a value that it does not take; `wanted` says what it does. `empty`: it may have none.
     """
 
     field: str
     read: Callable[[str], Any] = str
     wanted: str = "text"
+    empty: bool = False
 
 
 def whole(text: str) -> int:
-    """A whole number of 0 or more."""
-    if not re.fullmatch(r"[0-9]+", text):
+    """A whole number of 0 or more; 28.0 is one."""
+    found = re.fullmatch(r"([0-9]+)(\.0*)?", text)
+    if not found:
         raise ValueError
-    return int(text)
+    return int(found[1])
 
 
 WHOLE = "a whole number"
 
 
 def parse_line(
-    line: str, options: Mapping[str, LineOption], where: str, refused: Mapping[str, str] | None = None
+    line: str,
+    options: Mapping[str, LineOption],
+    where: str,
+    refused: Mapping[str, str] | None = None,
+    leave_out: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """`a cat --w 512 --n bad` as a table with `prompt` and the fields of its options.
 
-    An option is two dashes after a space and before a letter; its value runs to the next one. `refused` has the reasons
-    for which other options are not supported. TrainingError, which begins with `where`, for anything else.
+    An option is two dashes after a space and before a letter; its value runs to the next one.
+
+    Args:
+        line: the prompt line.
+        options: what the letters mean.
+        where: the line's place, for messages.
+        refused: the reasons for which other options are not supported.
+        leave_out: called with a message for each part that cannot be read. kohya's trainer takes the number that a
+            value begins with, and ignores the rest, or the whole part; so does this then, and goes on.
+
+    Raises:
+        TrainingError: begins with `where`, for a part that cannot be read where `leave_out` is not given.
     """
     prompt, *rest = _OPTION.split(line.strip())
     table: dict[str, Any] = {"prompt": prompt.strip()}
     for part in rest:
         letters, _, text = part.strip().partition(" ")
-        name, text = letters.lower(), text.strip()
-        if refused and name in refused:
-            raise TrainingError(f"{where}: --{letters} {refused[name]}")
-        if name not in options:
-            raise TrainingError(f"{where}: --{letters} in {line!r} is none of --{', --'.join(options)}")
-        option = options[name]
-        if option.field in table:
-            raise TrainingError(f"{where}: --{letters} stands twice")
-        if not text:
-            raise TrainingError(f"{where}: --{letters} has no value; it takes {option.wanted}")
+        option, text = options.get(letters.lower()), text.strip()
         try:
-            table[option.field] = option.read(text)
-        except ValueError:
-            raise TrainingError(f"{where}: --{letters} {text}: it takes {option.wanted}") from None
+            if refused and letters.lower() in refused:
+                raise TrainingError(f"{where}: --{letters} {refused[letters.lower()]}")
+            if option is None:
+                raise TrainingError(f"{where}: --{letters} in {line!r} is none of --{', --'.join(options)}")
+            if option.field in table:
+                if leave_out is None:
+                    raise TrainingError(f"{where}: --{letters} stands twice")
+                leave_out(f"{where}: --{letters} stands twice; the last is taken")
+            table[option.field] = _value(option, letters, text, where)
+        except TrainingError as error:
+            if leave_out is None:
+                raise
+            begun = _number_at_start(option, text) if option is not None else None
+            if option is not None and begun is not None:
+                table[option.field] = begun
+            leave_out(f"{error}; {'left out' if begun is None else f'read as {begun}'}")
     return table
+
+
+def _value(option: LineOption, letters: str, text: str, where: str) -> Any:
+    if not text:
+        if option.empty:
+            return ""
+        raise TrainingError(f"{where}: --{letters} has no value; it takes {option.wanted}")
+    try:
+        return option.read(text)
+    except ValueError:
+        raise TrainingError(f"{where}: --{letters} {text}: it takes {option.wanted}") from None
+
+
+def _number_at_start(option: LineOption, text: str) -> Any:
+    """The number that a text begins with, for an option that takes one; None where there is none."""
+    pattern = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}.get(option.read)
+    found = re.match(pattern, text) if pattern else None
+    try:
+        return option.read(found[0]) if found else None
+    except ValueError:  # it has more digits than Python reads
+        return None
+
+
+def multiple_of_8(pixels: int, where: str) -> tuple[int, str]:
+    """A side of a picture rounded down to a multiple of 8 (at least 8), and what to say where that changes it."""
+    rounded = max(8, pixels - pixels % 8)
+    if rounded == pixels:
+        return pixels, ""
+    return rounded, f"{where}: {pixels} pixels: sides are multiples of 8; {rounded} is drawn"
 
 
 def numbered_lines(text: str, file: Path | str) -> Iterator[tuple[str, str]]:
     """(line, where) of each line of a prompt file that is neither blank nor a comment (#)."""
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
+    for nth, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
-            yield line.strip(), f"{file}, line {number}"
+            yield line.strip(), f"{file}, line {nth}"
 
 
-def read_text(file: Path, option: str) -> str:
+def read_prompt_file(file: Path, option: str) -> str:
     """The text of a prompt file. TrainingError, which names the option, where it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except OSError as error:
         raise TrainingError(f"{option} {file} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{option} {file} is not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:
+        raise TrainingError(f"{option} {file}: {error}") from None

@@ -34,6 +34,7 @@ from lora_adapters.train.checkpoints import load_position
 from lora_adapters.train.dataset_config import load_data_config
 from lora_adapters.train.denoiser import Denoiser, StepLoss, StepOptions
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.inert import leave_out_inert
 from lora_adapters.train.losses import LossOptions
 from lora_adapters.train.memory import apply_memory_options, check_machine, set_training, weight_type
 from lora_adapters.train.noise import NoiseOptions
@@ -130,8 +131,13 @@ class Run:
 
 
 def check(settings: argparse.Namespace) -> None:
-    """Raise TrainingError for all that can be known to fail before anything is loaded."""
-    refuse(settings, vars(parser().parse_args([])))
+    """Raise TrainingError for all that can be known to fail before anything is loaded.
+
+    Values that change nothing are put back to their defaults, with a warning each.
+    """
+    defaults = vars(parser().parse_args([]))
+    leave_out_inert(settings, defaults)
+    refuse(settings, defaults)
     check_machine(settings)
     check_path(settings)
     adapters.check_network(settings, architecture_on_disk(settings))
@@ -154,10 +160,6 @@ def check(settings: argparse.Namespace) -> None:
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
         raise TrainingError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
-    if settings.adaptive_noise_scale and not settings.noise_offset:
-        raise TrainingError("--adaptive_noise_scale changes --noise_offset, which is not given")
-    if settings.noise_offset and settings.multires_noise_iterations:
-        raise TrainingError("give one of --noise_offset and --multires_noise_iterations")
 
 
 def check_ranges(settings: argparse.Namespace) -> None:

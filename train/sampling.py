@@ -15,7 +15,15 @@ from lora_adapters.convert.parsing import json_value, number, toml_table
 from lora_adapters.dylora import dials, set_rank
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.prompt_lines import WHOLE, LineOption, numbered_lines, parse_line, read_text, whole
+from lora_adapters.train.prompt_lines import (
+    WHOLE,
+    LineOption,
+    multiple_of_8,
+    numbered_lines,
+    parse_line,
+    read_prompt_file,
+    whole,
+)
 from lora_adapters.train.samplers import SAMPLERS, check_sampler, sampler
 from lora_adapters.train.sheets import draw_sheet
 from lora_adapters.train.text import Encoded, encode_tokens, tokenize
@@ -43,7 +51,7 @@ _LETTERS = {
     "d": LineOption("seed", whole, WHOLE),
     "s": LineOption("sample_steps", whole, WHOLE),
     "l": LineOption("scale", number, "a number"),
-    "n": LineOption("negative_prompt"),
+    "n": LineOption("negative_prompt", empty=True),
     "ss": LineOption("sample_sampler"),
 }
 _KINDS: dict[str, Callable[[Any], Any]] = {
@@ -52,30 +60,31 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 def wants_samples(settings: argparse.Namespace) -> bool:
-    """Whether there is an occasion for sample pictures."""
-    return bool(settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first)
+    """Whether there are prompts for sample pictures and an occasion to draw them."""
+    occasion = settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first
+    return bool(occasion and settings.sample_prompts)
 
 
 def check_samples(settings: argparse.Namespace) -> None:
-    """Raise TrainingError where samples are wanted without prompts, or the prompt file is wrong."""
+    """Raise TrainingError where the file of prompts cannot be read, or a sampler cannot draw them."""
     if not wants_samples(settings):
         if settings.sample_prompts:  # kohya's GUI always names a file
             occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
             log.warning("--sample_prompts: no pictures will be drawn without %s", occasions)
         return
-    if not settings.sample_prompts:
-        raise TrainingError("sample pictures need --sample_prompts, a file of prompts")
-    for prompt in read_prompts(Path(settings.sample_prompts)):
+    for prompt in read_prompts(Path(settings.sample_prompts), log.warning):
         check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
 
 
-def read_prompts(file: Path) -> list[Prompt]:
+def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> list[Prompt]:
     """Prompts from a txt file (one a line, options like --w 512 after it; # is a comment), a toml or a json file.
 
-    toml: [prompt] with common options and [[prompt.subset]] for each prompt; json: a list of objects.
+    toml: [prompt] with common options and [[prompt.subset]] for each prompt; json: a list of objects or of such lines.
+    `leave_out` is called with a message for each option of a prompt that cannot be read; the prompt is drawn without
+    it, as kohya's trainer does. TrainingError where there is no file or no prompt in it.
     """
     named = f"--sample_prompts {file}"
-    text = read_text(file, "--sample_prompts")
+    text = read_prompt_file(file, "--sample_prompts")
     try:
         if file.suffix == ".toml":
             table = toml_table(text).get("prompt", {})
@@ -90,32 +99,41 @@ def read_prompts(file: Path) -> list[Prompt]:
             loaded = json_value(text)
             entries = [(entry, named) for entry in loaded] if isinstance(loaded, list) else []
         else:
-            entries = [(parse_line(line, _LETTERS, where), where) for line, where in numbered_lines(text, named)]
+            entries = list(numbered_lines(text, named))
     except TrainingError:
         raise
     except ValueError as error:
         raise TrainingError(f"{named}: {error}") from None
     if not entries:
         raise TrainingError(f"{named} has no prompts")
-    return [_prompt(entry, where) for entry, where in entries]
+    return [_prompt(entry, where, leave_out) for entry, where in entries]
 
 
-def _prompt(entry: Any, where: str) -> Prompt:
+def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
+    if isinstance(entry, str):
+        entry = parse_line(entry, _LETTERS, where, leave_out=leave_out)
     names = [one.name for one in fields(Prompt)]
-    if not isinstance(entry, dict) or "prompt" not in entry:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise TrainingError(f"{where}: {entry!r:.80} has no prompt")
+    values: dict[str, Any] = {}
     for key, value in entry.items():
         if key not in names:
-            raise TrainingError(f"{where}: {key} is none of {', '.join(names)}")
+            leave_out(f"{where}: {key} is none of {', '.join(names)}; left out")
+            continue
         try:
-            entry[key] = _KINDS.get(key, str)(value)
+            values[key] = _KINDS.get(key, str)(value)
         except (ValueError, TypeError, OverflowError):
-            raise TrainingError(f"{where}: {key} cannot be {value!r:.80}") from None
-    made = Prompt(**entry)
-    if made.sample_sampler and made.sample_sampler not in SAMPLERS:
-        raise TrainingError(f"{where}: {made.sample_sampler} is no sampler; {', '.join(SAMPLERS)} are")
-    if made.width % 8 or made.height % 8 or min(made.width, made.height) < 8:
-        raise TrainingError(f"{where}: {made.width}x{made.height} is no multiple of 8")
+            leave_out(f"{where}: {key} cannot be {value!r:.80}; left out")
+    if values.get("sample_sampler") and values["sample_sampler"] not in SAMPLERS:
+        leave_out(f"{where}: {values['sample_sampler']} is no sampler, --sample_sampler is taken; "
+                  f"{', '.join(SAMPLERS)} are")  # fmt: skip
+        del values["sample_sampler"]
+    made = Prompt(**values)
+    for side in ("width", "height"):
+        pixels, said = multiple_of_8(getattr(made, side), where)
+        if said:
+            leave_out(said)
+        made = replace(made, **{side: pixels})
     return replace(made, sample_steps=max(1, min(1000, made.sample_steps)))
 
 

@@ -34,8 +34,6 @@ def check_schedule(settings: argparse.Namespace) -> None:
         raise TrainingError(
             "--lr_scheduler constant has no warm-up; use constant_with_warmup, or drop --lr_warmup_steps"
         )
-    if name == "constant_with_warmup" and not settings.lr_warmup_steps:
-        raise TrainingError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps")
 
 
 def create_schedule(settings: argparse.Namespace, optimizer: torch.optim.Optimizer, total: int) -> Any:

@@ -4,7 +4,6 @@ A field made with `option(...)` carries its limits and the tables that it may st
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.option_values import did_you_mean
 
 PLACES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]", "C": "the command line"}
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a table"}
@@ -51,12 +51,21 @@ def rules(kind: type) -> dict[str, tuple[Any, Rule]]:
     }
 
 
-def check_table(kinds: tuple[type, ...], table: Any, place: str, path: str, source: str) -> dict[str, Any]:
+def check_table(
+    kinds: tuple[type, ...], table: Any, place: str, path: str, source: str, unknown: list[str]
+) -> dict[str, Any]:
     """The values of `table`, each of its field's type and within its limits.
 
-    `kinds` are the dataclasses whose options may stand in this table, `place` is one letter of PLACES, `path` and
-    `source` name the table and the file in messages. Raises DataError for an unknown key, one that belongs elsewhere
-    and a wrong value.
+    Args:
+        kinds: the dataclasses whose options may stand in this table.
+        table: what the file has there.
+        place: where that is, one letter of PLACES.
+        path: the table's name for messages.
+        source: the file's name for messages.
+        unknown: keys that are no options are left out and added to this list, each with the nearest name.
+
+    Raises:
+        DataError: for a key that belongs elsewhere and for a wrong value.
     """
     if not isinstance(table, Mapping):
         raise DataError(f"{source}: {path} must be a table, not {show(table)}")
@@ -65,7 +74,8 @@ def check_table(kinds: tuple[type, ...], table: Any, place: str, path: str, sour
     for key, value in table.items():
         where = f"{source}: {path}.{key}" if path else f"{source}: {key}"
         if key not in known:
-            raise DataError(f"{where} is not an option; {_nearest(key, known, place)}")
+            unknown.append(f"{path}.{key}{did_you_mean(key, known)}")
+            continue
         hint, rule = known[key]
         if place not in rule.where:
             allowed = " or ".join(PLACES[letter] for letter in rule.where if letter != "C")
@@ -121,9 +131,3 @@ def _limits(rule: Rule) -> str:
     if rule.at_least is not None:
         return f" of at least {rule.at_least:g}"
     return f" of at most {rule.at_most:g}" if rule.at_most is not None else ""
-
-
-def _nearest(key: str, known: Mapping[str, tuple[Any, Rule]], place: str) -> str:
-    allowed = sorted(name for name, (_, rule) in known.items() if place in rule.where)
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"{PLACES[place]} knows {', '.join(allowed)}"

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_adapters.convert.atomic import replacing
-from lora_adapters.convert.parsing import json_value
+from lora_adapters.convert.parsing import json_value, read_text
 from lora_adapters.train.buckets import Size
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import SubsetConfig
@@ -20,6 +20,7 @@ from lora_adapters.train.picture_files import FileSource, Source, find_pictures,
 logger = logging.getLogger(__name__)
 INFO_CACHE = "metadata_cache.json"
 NAMES_SHOWN = 5
+CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".tags")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,12 @@ class SubsetPictures:
 
     pictures: list[Found]
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
-    without_caption: int = 0
+    uncaptioned: list[str | None] = field(default_factory=list)  # cache stems of pictures without a caption
+
+    @property
+    def without_caption(self) -> int:
+        """How many pictures have no caption."""
+        return len(self.uncaptioned)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def load_subset(subset: SubsetConfig) -> SubsetPictures:
     """Find, measure and caption the pictures of `subset`.
 
     Unreadable pictures are left out with a warning that counts and names them. Raises DataError where nothing is left,
-    a folder is missing, a caption is not UTF-8 or a mask is missing.
+    a folder is missing, a caption is not text or a mask is missing.
     """
     if subset.dataset_name:
         from lora_adapters.train.hub_source import hub_candidates  # the datasets library takes seconds to import
@@ -76,7 +82,8 @@ def load_subset(subset: SubsetConfig) -> SubsetPictures:
         if isinstance(size, str):
             found.skipped.append((candidate.source.name, size))
             continue
-        found.without_caption += candidate.caption is None
+        if candidate.caption is None:
+            found.uncaptioned.append(candidate.cache_stem)
         caption = candidate.caption if candidate.caption is not None else subset.class_tokens or ""
         found.pictures.append(Found(candidate.source, size, caption, candidate.cache_stem))
     if not found.pictures:
@@ -93,15 +100,15 @@ def load_subset(subset: SubsetConfig) -> SubsetPictures:
 def read_caption(path: Path, *, all_lines: bool) -> str | None:
     """A caption file's first line, or all its lines that are not blank; None where there is no such file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the caption as UTF-8") from None
-    lines = [line.strip() for line in text.splitlines()]
-    if all_lines:
-        return "\n".join(line for line in lines if line)
-    return lines[0] if lines else ""
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+    lines = [line.strip() for line in text.split("\n")]
+    return "\n".join(line for line in lines if line) if all_lines else lines[0]
 
 
 def existing_folder(path: str) -> Path:
@@ -131,7 +138,7 @@ def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
     if not file.exists():
         return {}
     try:
-        table = json_value(file.read_text(encoding="utf-8"))
+        table = json_value(read_text(file))
         return {
             os.path.basename(key): {"size": tuple(map(int, entry["resolution"])), "modified": entry.get("modified")}
             for key, entry in table.items()
@@ -187,7 +194,21 @@ def _warn(subset: SubsetConfig, found: SubsetPictures) -> None:
         logger.warning("%s: %d pictures cannot be read and are left out: %s", subset.name, len(found.skipped), names)
     if found.without_caption:
         instead = f'the class "{subset.class_tokens}"' if subset.class_tokens else "an empty caption"
-        logger.warning("%s: %d pictures have no caption; %s is used", subset.name, found.without_caption, instead)
+        count, beside = found.without_caption, "" if subset.metadata_file else _other_captions(subset, found)
+        logger.warning("%s: %d pictures have no caption; %s is used%s", subset.name, count, instead, beside)
+
+
+def _other_captions(subset: SubsetConfig, found: SubsetPictures) -> str:
+    """What to say of caption files of another ending beside pictures that have no caption."""
+    stems = [stem for stem in found.uncaptioned if stem is not None and subset.image_dir]
+    counts = {ending: sum(os.path.isfile(stem + ending) for stem in stems) for ending in CAPTION_ENDINGS}
+    ending, count = max(counts.items(), key=lambda item: item[1])
+    if not count:
+        return ""
+    return (
+        f'; {count} of them have a {ending} file beside them: did you mean caption_extension = "{ending}" '
+        f'instead of "{subset.caption_extension}"?'
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from lora_adapters.convert.parsing import toml_table
+from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.train.errors import TrainingError
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def read_sections(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise TrainingError(f"--log_tracker_config {file} does not exist")
     try:
-        return toml_table(file.read_text(encoding="utf-8"))
+        return toml_table(read_text(file))
     except OSError as error:
         raise TrainingError(f"--log_tracker_config {file} cannot be read ({error.strerror})") from None
     except ValueError as error:

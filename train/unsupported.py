@@ -10,18 +10,8 @@ _FP8 = "float8 base weights are not supported; use --mixed_precision bf16"
 _RESUME = "starting in the middle is not supported; use --resume with a saved state, which goes on exactly where it was"
 UNSUPPORTED: dict[str, str] = {
     "deepspeed": _DEEPSPEED,
-    "zero_stage": _DEEPSPEED,
-    "offload_optimizer_device": _DEEPSPEED,
-    "offload_optimizer_nvme_path": _DEEPSPEED,
-    "offload_param_device": _DEEPSPEED,
-    "offload_param_nvme_path": _DEEPSPEED,
-    "zero3_init_flag": _DEEPSPEED,
-    "zero3_save_16bit_model": _DEEPSPEED,
-    "fp16_master_weights_and_gradients": _DEEPSPEED,
-    "full_fp16": "adapter weights in fp16 are not supported: they underflow; use --full_bf16 or --mixed_precision fp16",
     "fp8_base": _FP8,
     "fp8_base_unet": _FP8,
-    "fused_backward_pass": "it saves nothing for an adapter's few weights and is not supported",
     "initial_epoch": _RESUME,
     "initial_step": _RESUME,
     "skip_until_initial_step": _RESUME,

@@ -36,8 +36,7 @@ from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.metadata_file import metadata_candidates
 from lora_adapters.train.picture_files import FileSource, open_picture, size_if_whole
 from lora_adapters.train.picture_requests import requests
-from lora_adapters.train.prompt_lines import numbered_lines
-from lora_adapters.train.prompt_lines import read_text as read_lines
+from lora_adapters.train.prompt_lines import numbered_lines, read_prompt_file
 from lora_adapters.train.sampling import read_prompts
 from lora_adapters.train.sources import load_subset, read_caption
 from lora_adapters.train.trackers import read_sections
@@ -202,7 +201,7 @@ def data(folder: Path) -> Iterator[Reader]:
     wanted = LatentsWanted((64, 48), (64, 48), True, True, "vae")
     latents, text = str(folder / "a_0064x0048_sd.npz"), str(folder / "a_te_outputs.npz")
     write_latents(latents, CachedLatents(torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.rand(48, 64)), wanted)
-    yield Reader("latents", Path(latents), lambda: (latents_fit(latents, wanted), read_latents(latents)))
+    yield Reader("latents", Path(latents), lambda: (latents_fit(latents, wanted), read_latents(latents, (64, 48))))
     write_text(text, {"hidden": torch.randn(77, 8)}, "a caption", "encoder")
     shapes = {"hidden": torch.Size((77, 8))}
     yield Reader("text", Path(text), lambda: (text_fits(text, "a caption", "encoder", shapes), read_text(text)))
@@ -239,7 +238,7 @@ def training(folder: Path) -> Iterator[Reader]:
     yield Reader(
         "generate --from_file",
         drawn,
-        lambda: requests(options, [*numbered_lines(read_lines(drawn, "--from_file"), drawn)]),
+        lambda: requests(options, [*numbered_lines(read_prompt_file(drawn, "--from_file"), drawn)]),
     )
     (folder / "run.toml").write_text(
         "[any]\nseed = 1\nlearning_rate = 1e-4\ntext_encoder_lr = [1e-5, 2e-5]\nlr_warmup_steps = 0.1\n"

@@ -48,8 +48,6 @@ def test_network_module_under_each_of_its_names() -> None:
     assert kinds["networks.dylora"] is kinds["network.dylora"] is kinds["dylora"] is DyLoraConfig
     assert kinds["c3lier"] is C3LierConfig
     assert type(network_options("networks.lora", network_args={"conv_dim": "4"}).config) is C3LierConfig
-    with pytest.raises(AdapterError, match="unknown network_module lycoris"):
-        network_options("lycoris.kohya")
 
 
 def test_network_dim_and_alpha_are_4_and_1_unless_given() -> None:
@@ -112,17 +110,32 @@ def test_block_lists_alone_count_too() -> None:
         ({"network_args": {"loraplus_lr_ratio": "inf"}}, "loraplus_lr_ratio=inf: it takes a number"),
         ({"network_args": {"down_lr_weight": "1,nan"}}, "down_lr_weight is '1,nan': give numbers"),
         ({"network_args": {"conv_dim": "2.5"}}, "conv_dim=2.5: it takes a whole number"),
-        ({"network_args": {"unit": "4"}}, "unit is for DyLoRA"),
         ({"network_module": "dylora", "network_dim": 6, "network_args": {"unit": "4"}}, "unit 4 does not divide r 6"),
         ({"network_module": "dylora", "network_args": {"unit": "0"}}, "unit is 0"),
         ({"network_module": "dylora", "network_args": {"rank_scaling": "big"}}, "one of"),
         ({"network_args": {"mid_lr_weight": "much"}}, "give numbers with commas"),
-        ({"network_args": {"block_lr_zero_threshold": "0.1"}}, "needs down_lr_weight"),
+        ({"network_module": "lycoris.kohya"}, "give networks.lora, with conv_dim and conv_alpha in network_args"),
+        ({"network_module": "networks.lora_fa"}, "give networks.lora, which trains both"),
+        ({"network_module": "networks.dylroa"}, "the nearest known name is networks.dylora"),
     ],
 )
 def test_mistakes(options, message) -> None:
     with pytest.raises(AdapterError, match=message):
         network_options(**options)
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"unit": "4"}, "unit is ignored: it is for DyLoRA"),
+        ({"block_lr_zero_threshold": "0.1"}, "block_lr_zero_threshold is ignored: it goes with down_lr_weight, "),
+        ({"conv_dims": "4"}, "conv_dims is ignored: there is no such option; the nearest known name is conv_dim"),
+        ({"algo": "lora"}, "algo is ignored: there is no such option"),
+    ],
+)
+def test_network_args_without_effect_are_said_and_ignored(args, reason, caplog) -> None:
+    assert network_options(network_args=args) == network_options()
+    assert f"network_args {reason}" in caplog.text
 
 
 def test_dylora_options() -> None:

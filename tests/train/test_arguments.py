@@ -1,11 +1,13 @@
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from lora_adapters.train import options_output
-from lora_adapters.train.arguments import key_values, parse, parser, settings
+from lora_adapters.train.arguments import parse, parser, settings
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.option_values import key_values
 from lora_adapters.train.options_training import steps
 from lora_adapters.train.unsupported import UNSUPPORTED, refuse
 
@@ -63,7 +65,6 @@ def test_config_file_and_command_line(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sed = 3", "there is no option 'sed'"),
         ("seed = 'x'", "seed cannot be 'x'"),
         ("learning_rate = nan", "learning_rate cannot be nan"),
         ("text_encoder_lr = [1e-4, 'x']", r"text_encoder_lr cannot be \[0.0001, 'x'\]"),
@@ -71,7 +72,6 @@ def test_config_file_and_command_line(tmp_path) -> None:
         ("seed = 1" + 400 * "0", "is not toml: it has a whole number of more than 64 bits"),
         ("cache_latents = 2", "cache_latents is true or false"),
         ("loss_type = 'l3'", "loss_type is one of l1, l2"),
-        ("[a]\nseed = 1\n[b]\nseed = 2", "gives seed twice"),
         ("seed = ", "is not toml"),
     ],
 )
@@ -80,6 +80,85 @@ def test_wrong_config_file(tmp_path, text, message) -> None:
     file.write_text(text)
     with pytest.raises(TrainingError, match=message):
         parse([f"--config_file={file}"])
+
+
+def from_file(tmp_path, text: str, *line: str):
+    file = tmp_path / "run.toml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return parse([f"--config_file={file}", *line])
+
+
+def test_unknown_names_of_a_config_file_are_ignored_with_one_warning(tmp_path, caplog) -> None:
+    text = "sed = 3\nbatch_size = 2\nlr_restart_cycles = 1\n[x]\nnetwork_dim = 8\nenable_contrastive = false\n"
+    options = from_file(tmp_path, text)
+    assert (options.network_dim, options.seed) == (8, None)
+    assert caplog.messages == [
+        f"{tmp_path / 'run.toml'}: not options of this trainer, and ignored: sed (did you mean seed?), "
+        "batch_size (did you mean train_batch_size?), lr_restart_cycles (did you mean lr_scheduler_num_cycles?), "
+        "enable_contrastive"
+    ]
+
+
+def test_a_file_of_all_defaults_changes_nothing(tmp_path, caplog) -> None:
+    text = "\n".join(f"{name} = {json.dumps(value)}" for name, value in DEFAULTS.items() if value is not None)
+    assert vars(from_file(tmp_path, text)) == {**DEFAULTS, "config_file": str(tmp_path / "run.toml")}
+    assert not caplog.messages
+    assert from_file(tmp_path, "network_dim = 8.0").network_dim == 8  # as programs in JavaScript write whole numbers
+    with pytest.raises(TrainingError, match=r"network_dim cannot be 8\.5"):
+        from_file(tmp_path, "network_dim = 8.5")
+
+
+def test_what_stands_for_not_given(tmp_path) -> None:
+    text = 'reg_data_dir = ""\nmax_train_epochs = ""\nvae = false\nlog_prefix = ""\nnetwork_args = []\nxformers = false'
+    options = vars(from_file(tmp_path, text, "--resume="))
+    different = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+    assert different == {"config_file": str(tmp_path / "run.toml"), "network_args": []}
+
+
+def test_the_last_of_two_sections_wins(tmp_path, caplog) -> None:
+    assert from_file(tmp_path, '[a]\nresolution = "64"\n[b]\nresolution = "64"').resolution == "64"
+    assert not caplog.messages
+    assert from_file(tmp_path, "[a]\nseed = 1\n[b]\nseed = 2").seed == 2
+    assert caplog.messages == [f"{tmp_path / 'run.toml'} gives seed twice: 2 is used, not 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "used"),
+    [
+        ("huber_schedule = 'snrr'", "huber_schedule", "loss_type = 'huber'"),
+        ("dynamo_backend = 'inducter'", "dynamo_backend", "torch_compile = true"),
+        ("sample_sampler = 'eulera'", "sample_sampler", "sample_prompts = 'p.txt'"),
+        ("log_with = 'tensorbord'", "log_with", "logging_dir = 'logs'"),
+        ("zero_stage = 7", "zero_stage", "deepspeed = true"),
+    ],
+)
+def test_wrong_values_that_nothing_reads_are_ignored(tmp_path, caplog, text, name, used) -> None:
+    assert getattr(from_file(tmp_path, text), name) == DEFAULTS[name]
+    assert re.search(rf"{name} is one of .* it is not used in this run, and ignored", caplog.text)
+    with pytest.raises(TrainingError, match=f"{name} is one of"):
+        from_file(tmp_path, f"{text}\n{used}")
+    assert from_file(tmp_path, "save_precision = 'fp32'").save_precision == "float"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_file_may_have_a_byte_order_mark(tmp_path, encoding) -> None:
+    (tmp_path / "run.toml").write_bytes('seed = 3\r\noutput_name = "\u732b"\r\n'.encode(encoding))
+    options = parse([f"--config_file={tmp_path / 'run.toml'}"])
+    assert (options.seed, options.output_name) == (3, "\u732b")
+
+
+def test_windows_paths_of_a_config_file_are_explained(tmp_path) -> None:
+    with pytest.raises(TrainingError, match=r"run\.toml is not toml: .*line 2.*: a backslash in .* write the path in"):
+        from_file(tmp_path, 'seed = 1\nvae = "C:\\Users\\vae.pt"')
+
+
+def test_secrets_are_not_written_to_a_config_file(tmp_path) -> None:
+    file = tmp_path / "made.toml"
+    with pytest.raises(SystemExit):
+        parse(
+            [f"--config_file={file}", "--output_config", "--wandb_api_key=abc", "--huggingface_token=def", "--seed=1"]
+        )
+    assert file.read_text() == "seed = 1\n"
 
 
 def test_missing_config_file() -> None:
@@ -101,7 +180,7 @@ def test_output_config_is_read_back(tmp_path, capsys) -> None:
 
 
 def test_mistakes_on_the_command_line() -> None:
-    with pytest.raises(TrainingError, match="unrecognized arguments: --learning_rat"):
+    with pytest.raises(TrainingError, match="unrecognized arguments: --learning_rat=1; did you mean --learning_rate"):
         parse(["--learning_rat=1"])
     with pytest.raises(TrainingError, match="max_train_steps"):
         parse(["--max_train_steps=many"])
@@ -113,7 +192,7 @@ def test_settings_from_python(tmp_path) -> None:
     assert made.resolution == "64"
     assert made.text_encoder_lr == [1e-4]
     assert key_values(made.network_args, "network_args") == {"unit": "4"}
-    with pytest.raises(TrainingError, match="no option 'lr'"):
+    with pytest.raises(TrainingError, match=r"no option 'lr' \(did you mean learning_rate\?\)"):
         settings(lr=1)
 
 

@@ -36,21 +36,71 @@ def test_file_layout_is_kohyas(tmp_path):
     path = str(tmp_path / "p_0100x0050_sd.npz")
     write(path, CachedLatents(torch.ones(4, 4, 8), torch.zeros(4, 4, 8), torch.ones(32, 64)), WANTED)
     file = np.load(path)
-    assert {"latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb"} <= set(file)
-    assert file["latents"].dtype == file["alpha_mask"].dtype == np.float32
-    assert file["original_size"].tolist() == [100, 50]
-    assert file["crop_ltrb"].tolist() == [0, 0, 64, 32]  # 100x50 in 64x32: fits without a border
+    names = {"latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb"}
+    assert {f"{name}_4x8" for name in names} <= set(file)  # height x width of the latents
+    assert file["latents_4x8"].dtype == file["alpha_mask_4x8"].dtype == np.float32
+    assert file["original_size_4x8"].tolist() == [100, 50]
+    assert file["crop_ltrb_4x8"].tolist() == [0, 0, 64, 32]  # 100x50 in 64x32: fits without a border
     assert os.listdir(tmp_path) == [Path(path).name]
-    assert torch.equal(read_latents(path).flipped, torch.zeros(4, 4, 8))
+    assert torch.equal(read_latents(path, (64, 32)).flipped, torch.zeros(4, 4, 8))
 
 
-def test_a_file_of_kohyas_own_is_read(tmp_path):
+def kohyas(path, size=(4, 8), suffix=None, value=1.0):
+    """What kohya's trainer writes: the keys with a suffix are those of its newer versions; other keys stay."""
+    suffix = f"_{size[0]}x{size[1]}" if suffix is None else suffix
+    arrays = dict(np.load(path)) if os.path.exists(path) else {}
+    arrays[f"latents{suffix}"] = np.full((4, *size), value, np.float32)
+    arrays[f"original_size{suffix}"], arrays[f"crop_ltrb{suffix}"] = np.array([100, 50]), np.zeros(4)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("suffix", ["", "_4x8"])
+def test_a_file_of_kohyas_own_is_read(tmp_path, suffix):
     path = str(tmp_path / "p.npz")
-    np.savez(path, latents=np.ones((4, 4, 8), np.float32), original_size=np.array([100, 50]), crop_ltrb=np.zeros(4))
+    kohyas(path, suffix=suffix)
     assert latents_fit(path, WANTED)
-    assert read_latents(path).latents.eq(1).all()
+    assert read_latents(path, (64, 32)).latents.eq(1).all()
     later = os.stat(path).st_mtime_ns + 1
     assert not latents_fit(path, LatentsWanted(**{**vars(WANTED), "modified": later}))
+
+
+def test_an_entry_without_a_size_is_not_taken_for_another_buckets(tmp_path):
+    path = str(tmp_path / "p.npz")
+    kohyas(path, suffix="")
+    taller = LatentsWanted(**{**vars(WANTED), "bucket": (64, 40)})
+    assert not latents_fit(path, taller)
+    with pytest.raises(DataError, match=r"p\.npz: no latents of a 64x40 bucket; delete it"):
+        read_latents(path, (64, 40))
+    write(path, CachedLatents(torch.zeros(4, 5, 8)), taller)
+    assert latents_fit(path, taller)
+    assert latents_fit(path, WANTED)
+    assert read_latents(path, (64, 32)).latents.eq(1).all()
+    assert read_latents(path, (64, 40)).latents.eq(0).all()
+    kohyas(path)  # a newer version beside the older one's entry wins
+    assert read_latents(path, (64, 32)).latents.eq(1).all()
+
+
+def test_an_entry_that_another_program_wrote_anew_is_not_ours_any_more(tmp_path):
+    path = str(tmp_path / "p.npz")
+    write(path, CachedLatents(torch.zeros(4, 4, 8)), WANTED)
+    kohyas(path, (5, 8))
+    assert latents_fit(path, WANTED)
+    kohyas(path, value=2.0)  # by another VAE, perhaps, while our key still names ours
+    assert not latents_fit(path, WANTED)
+
+
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_writing_does_not_make_an_outdated_entry_look_new(tmp_path, keep_all):
+    path = str(tmp_path / "p.npz")
+    write(path, CachedLatents(torch.zeros(4, 6, 8)), LatentsWanted(**{**vars(WANTED), "bucket": (64, 48)}))
+    kohyas(path, (5, 8))
+    os.utime(path, ns=(1000, 1000))
+    later = {**vars(WANTED), "modified": 2000}
+    write(path, CachedLatents(torch.zeros(4, 4, 8)), LatentsWanted(**later), keep_all=keep_all)
+    assert latents_fit(path, LatentsWanted(**later))
+    assert latents_fit(path, LatentsWanted(**{**later, "bucket": (64, 40)})) == keep_all
+    assert not latents_fit(path, LatentsWanted(**{**later, "bucket": (64, 48)}))  # it says when its picture was written
+    assert latents_fit(path, LatentsWanted(**{**vars(WANTED), "bucket": (64, 48)}))
 
 
 def test_a_mask_that_is_not_wanted_is_stale(tmp_path):
@@ -88,10 +138,10 @@ def test_older_than_its_picture_or_damaged_is_stale(tmp_path):
     Path(path).write_bytes(Path(path).read_bytes()[:-30])
     assert not latents_fit(path, WANTED)
     with pytest.raises(DataError, match=r"p\.npz: damaged latents cache .*; delete it"):
-        read_latents(path)
+        read_latents(path, (64, 32))
     write(path, CachedLatents(torch.full((4, 4, 8), torch.nan)), WANTED)
     with pytest.raises(DataError, match="holds NaN"):
-        read_latents(path)
+        read_latents(path, (64, 32))
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
@@ -211,14 +261,40 @@ def test_latent_caches_exclude_what_varies_pictures(tmp_path, vae, name):
         data(folder(tmp_path / "p", [(64, 64)]), **{name: True}).cache_latents(vae)
 
 
-def test_one_file_cannot_hold_two_caches(tmp_path, vae):
+def test_one_entry_cannot_hold_two_caches(tmp_path, vae):
     images = folder(tmp_path / "p", [(64, 64)])
-    subset = {"subsets": [{"image_dir": str(images)}]}
-    both = data(images, file={"datasets": [{"resolution": 64, **subset}, {"resolution": 32, **subset}]})
+    subsets = [{"subsets": [{"image_dir": str(images), "flip_aug": flip}]} for flip in (False, True)]
+    both = data(images, file={"datasets": [{"resolution": 64, **subset} for subset in subsets]})
     with pytest.raises(DataError, match="would hold two different caches"):
         both.cache_latents(vae, to_disk=True)
     both.cache_latents(vae)
-    assert sorted(batch.latents.shape[-1] for batch in collect(both)) == [4, 8]
+    assert len(collect(both)) == 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("check", [True, False])
+def test_one_folder_at_several_resolutions_shares_its_files(tmp_path, vae, world_size, check):
+    images = folder(tmp_path / "p", [(64, 64), (64, 64), (72, 64)])
+    subset = {"subsets": [{"image_dir": str(images)}]}
+    file = {"datasets": [{"resolution": side, **subset} for side in (64, 32, 48, 32)]}
+    kohyas(str(images / "2_0072x0064_sd.npz"), (8, 8))  # of another picture: made anew, or taken where unchecked
+    in_memory = data(images, file=file)
+    in_memory.cache_latents(vae)
+    counts = []
+    for again in (False, True):
+        for rank in range(world_size):
+            counting, on_disk = Counting(vae), data(images, file=file)
+            on_disk.cache_latents(counting, to_disk=True, rank=rank, world_size=world_size, check=check)
+            counts.append((again, counting.count))
+    assert sum(count for again, count in counts if not again) == (9 if check else 8)  # three sizes of three pictures
+    assert sum(count for again, count in counts if again) == 0
+    assert len(list(images.glob("*.npz"))) == 3
+    sizes = []
+    for one, other in zip(collect(in_memory), collect(on_disk, workers=1), strict=True):
+        if check or one.target_sizes.tolist() != [[64, 64]] or one.original_sizes.tolist() != [[64, 72]]:
+            torch.testing.assert_close(one.latents, other.latents, atol=1e-4, rtol=1e-4)
+        sizes.append(other.latents.shape[-1])
+    assert sorted(sizes) == [4] * 6 + [6] * 3 + [8] * 3
 
 
 def encode(captions):

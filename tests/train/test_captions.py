@@ -61,8 +61,17 @@ def test_secondary_separator_keeps_tags_together_through_shuffling():
     assert drawn == {"a,b, c", "c, a,b"}
 
 
-def test_another_separator_is_split_at_and_joined_by_a_comma():
-    assert set(draw("a;b", 1, shuffle_caption=True, caption_separator=";").split(", ")) == {"a", "b"}
+@pytest.mark.parametrize(("separator", "between"), [(";", "; "), ("|", "| "), (", ", ", "), (",", ", ")])
+def test_tags_are_joined_by_the_separator_that_they_are_split_at(separator, between):
+    drawn = {
+        draw(separator.join("abc"), seed, shuffle_caption=True, keep_tokens=1, caption_separator=separator)
+        for seed in range(20)
+    }
+    assert drawn == {between.join("abc"), between.join("acb")}
+    dropped = draw(f"a{separator}b", caption_tag_dropout_rate=1.0, keep_tokens=1, caption_separator=separator)
+    assert dropped == "a"
+    kept = draw(f"a|||b{separator}c", keep_tokens_separator="|||", caption_separator=separator)
+    assert kept == between.join("abc")
 
 
 @pytest.mark.parametrize(("step", "tags"), [(0, 2), (5, 4), (9, 5), (10, 6), (50, 6)])

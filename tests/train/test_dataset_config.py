@@ -58,7 +58,6 @@ def test_json_says_the_same_as_toml(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("num_repeat = 2", r"datasets\[0\].subsets\[0\].num_repeat is not an option; did you mean num_repeats\?"),
         ("num_repeats = -1", r"subsets\[0\].num_repeats must be an integer of at least 0, not -1"),
         ("num_repeats = true", "num_repeats must be an integer of at least 0, not true"),
         ('flip_aug = "yes"', 'flip_aug must be true or false, not "yes"'),
@@ -67,7 +66,8 @@ def test_json_says_the_same_as_toml(tmp_path):
         ('resize_interpolation = "sinc"', "resize_interpolation must be one of lanczos, nearest, .*box, not .sinc"),
         ("resolution = 64", r"resolution cannot stand in \[\[datasets.subsets\]\]; it belongs in \[general\] or"),
         ("face_crop_aug_range = [1, 2]", "face_crop_aug_range must be left out .cropping around faces is not supp"),
-        ('caption_extension = "txt"', "caption_extension must be a file name ending with its dot"),
+        ('caption_extension = "."', r'caption_extension must be a file name ending, such as ".txt", not "."'),
+        ('caption_extension = "a/txt"', "caption_extension must be a file name ending"),
         ('caption_separator = ""', "caption_separator must not be empty"),
         ('dataset_name = "someone/pictures"', "has both dataset_name and image_dir"),
         ('split = "test"', "split goes with dataset_name, which is not given"),
@@ -96,7 +96,7 @@ def test_subset_errors_name_file_key_and_remedy(tmp_path, line, message):
             "[general]\nimage_dir = 'x'\n" + SUBSET,
             r"general.image_dir cannot stand in \[general\]; it belongs in \[\[datas",
         ),
-        ("[genral]\n" + SUBSET, "genral is not known here"),
+        ("[genral]\nresolution = 64\n" + SUBSET, "no resolution"),
         (SUBSET, "no resolution"),
         ("[general]\nresolution = 64\n", "datasets is missing"),
         ("datasets = []", "datasets must be a list of at least one table"),
@@ -128,23 +128,47 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"none\.toml: No such file"):
         load_data_config({"dataset_config": str(tmp_path / "none.toml")})
     (tmp_path / "latin.toml").write_bytes(b'x = "\xe9"')
-    with pytest.raises(DataError, match=r"latin\.toml: not UTF-8 at byte 5"):
+    with pytest.raises(DataError, match=r"latin\.toml: not UTF-8 at byte 5; save the file as UTF-8"):
         load_data_config({"dataset_config": str(tmp_path / "latin.toml")})
     (tmp_path / "data.yaml").write_text("")
     with pytest.raises(DataError, match=r"ends in .toml or .json"):
         load_data_config({"dataset_config": str(tmp_path / "data.yaml")})
 
 
+def test_encodings_and_separators_of_a_file_leave_its_values_alone(tmp_path):
+    text = f'[general]\r\nresolution = 64\r\ncaption_prefix = "a\u2028b\x85c"\r\n{SUBSET}'
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "data.toml").write_bytes(text.encode(encoding))
+        (subset,) = load_data_config({"dataset_config": str(tmp_path / "data.toml")}).datasets[0].subsets
+        assert subset.caption_prefix == "a\u2028b\x85c"
+    (tmp_path / "data.json").write_bytes(json.dumps({"datasets": []}).encode("utf-8-sig"))
+    with pytest.raises(DataError, match="must be a list of at least one table"):
+        load_data_config({"dataset_config": str(tmp_path / "data.json")})
+
+
+@pytest.mark.parametrize("path", [r"C:\Users\me", r"D:\temp\new", r"C:\data"])
+def test_backslashes_of_windows_paths_are_explained(tmp_path, path):
+    with pytest.raises(DataError, match=r"write the path in single quotes \('C:\\x'\) or with /") as error:
+        load(tmp_path, f'general.resolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{path}"\n')
+    assert str(error.value).startswith(f"{tmp_path / 'data.toml'}: ")
+
+
 def test_class_folders_from_the_command_line(tmp_path, caplog):
-    for name in ("train/10_sks dog", "train/2_cat", "train/notes", "reg/1_dog"):
+    for name in ("train/10_sks dog", "train/2_cat", "train/3", "train/4_", "train/notes", "reg/1_dog"):
         (tmp_path / name).mkdir(parents=True)
     folders = {"train_data_dir": str(tmp_path / "train"), "reg_data_dir": str(tmp_path / "reg")}
     config = load_data_config({**folders, "resolution": "64", "flip_aug": True})
     found = [(subset.class_tokens, subset.num_repeats, subset.is_reg) for subset in config.datasets[0].subsets]
-    assert found == [("sks dog", 10, False), ("cat", 2, False), ("dog", 1, True)]
+    assert found == [("sks dog", 10, False), ("cat", 2, False), ("", 3, False), ("", 4, False), ("dog", 1, True)]
     assert all(subset.flip_aug for subset in config.datasets[0].subsets)
     assert "notes" in caplog.text
     assert config.file is None
+
+
+def test_caption_extension_is_an_ending_with_or_without_its_dot(tmp_path):
+    for ending in ("txt", ".txt"):
+        config = load(tmp_path, f'general.resolution = 64\n{SUBSET}caption_extension = "{ending}"\n')
+        assert config.datasets[0].subsets[0].caption_extension == ".txt"
 
 
 def test_metadata_from_the_command_line(tmp_path):
@@ -153,11 +177,27 @@ def test_metadata_from_the_command_line(tmp_path):
     assert (subset.image_dir, subset.metadata_file, subset.num_repeats) == ("pictures", "meta.json", 3)
 
 
+def test_unknown_keys_of_a_file_are_ignored_with_one_warning(tmp_path, caplog):
+    text = "[genral]\na = 1\n[general]\nresolution = 64\nshuffle_captions = true\n[[datasets]]\nbatchsize = 2\n"
+    config = load(tmp_path, f'{text}[[datasets.subsets]]\nimage_dir = "p"\nnum_repeat = 2\nzzz = 1\n')
+    assert config.datasets[0].subsets[0].num_repeats == 1
+    (warning,) = caplog.messages
+    assert warning == (
+        f"{tmp_path / 'data.toml'}: not options of a dataset, and ignored: genral (did you mean general?), "
+        "general.shuffle_captions (did you mean shuffle_caption?), datasets[0].batchsize (did you mean batch_size?), "
+        "datasets[0].subsets[0].num_repeat (did you mean num_repeats?), datasets[0].subsets[0].zzz"
+    )
+
+
+def test_a_file_wins_over_folders_of_the_command_line(tmp_path, caplog):
+    config = load(tmp_path, f"general.resolution = 64\n{SUBSET}", train_data_dir="x", reg_data_dir="y")
+    assert [subset.image_dir for subset in config.datasets[0].subsets] == ["pictures"]
+    assert "--train_data_dir, --reg_data_dir: not used, since --dataset_config" in caplog.text
+
+
 def test_command_line_errors(tmp_path):
     with pytest.raises(DataError, match="nothing to train on: give --dataset_config or --train_data_dir"):
         load_data_config({})
-    with pytest.raises(DataError, match="--train_data_dir and --dataset_config exclude each other"):
-        load(tmp_path, SUBSET, train_data_dir="x")
     with pytest.raises(DataError, match=f"--train_data_dir: {tmp_path} has no folder named like 10_name"):
         load_data_config({"train_data_dir": str(tmp_path)})
     with pytest.raises(DataError, match=r"--train_data_dir: .* is not a folder"):

@@ -60,7 +60,6 @@ EARLY = {
     "--ckpt {sd1} --prompt x --v1 --sdxl": "--v1 and --v2 and --sdxl exclude each other",
     "--ckpt {sd1} --prompt x --fp16 --bf16": "--fp16 and --bf16 exclude each other",
     "--ckpt {sd1} --prompt x --steps 0": "--prompt: 0 steps; 1 to 1000 are possible",
-    "--ckpt {sd1} --prompt x --W 100": "100 pixels: width and height must be multiples of 8",
     "--ckpt {sd1} --prompt x --images_per_prompt 0": "--images_per_prompt 0: give 1 or more",
     "--ckpt {sd1} --prompt x --batch_size -1": "--batch_size -1: give 1 or more",
     "--ckpt {sd1} --prompt x --n_iter 0": "--n_iter 0: give 1 or more",
@@ -143,7 +142,6 @@ def test_before_the_model_is_loaded(files, sd1, sdxl, capsys, unloaded, tmp_path
 LINES = {
     "a --w": "--w has no value; it takes a whole number",
     "a --w big": "--w big: it takes a whole number",
-    "a --W 60": "60 pixels",
     "a --d 1,x": "--d 1,x: it takes seeds",
     "a --d 1,2": "--d has 2 seeds for 1",
     "a --d 4294967296": "seeds are below 4294967296",

@@ -64,6 +64,20 @@ def test_multires_noise_has_deviation_one_and_coarse_parts() -> None:
     assert pooled[0] > 2 * pooled[1]
 
 
+def test_noise_offset_and_multires_noise_add_up() -> None:
+    """Plain noise, then the offset, then the layers, in the order in which they are drawn; brought to deviation 1."""
+    latents, discount = torch.zeros(1, 4, 8, 8), 0.25
+    options = NoiseOptions(noise_offset=0.5, multires_noise_iterations=2, multires_noise_discount=discount)
+    made = n.draw_noise(latents, generators(1), options)
+    (g,) = generators(1)
+    expected = torch.randn(4, 8, 8, generator=g) + 0.5 * torch.randn(4, 1, 1, generator=g)
+    for level in range(2):
+        factor = (2 + 2 * torch.rand((), generator=g).item()) ** level
+        coarse = torch.randn(1, 4, int(8 / factor), int(8 / factor), generator=g)
+        expected = expected + discount**level * torch.nn.functional.interpolate(coarse, (8, 8), mode="bilinear")[0]
+    torch.testing.assert_close(made[0], expected / expected.std())
+
+
 def test_input_perturbation_is_not_part_of_the_target() -> None:
     latents = torch.zeros(2, 4, 8, 8)
     options = NoiseOptions(ip_noise_gamma=0.5)

@@ -34,6 +34,17 @@ def test_defaults_are_those_of_the_command_line() -> None:
     assert (plain.steps, plain.scale, plain.sampler, plain.width, plain.negative_prompt) == (50, 7.5, "ddim", None, "")
 
 
+def test_sizes_are_rounded_down_to_multiples_of_8(caplog) -> None:
+    one, other = made(["a --w 79 --h 3", "b"], "--W", 100, "--H", 64)
+    assert (one.width, one.height, other.width, other.height) == (72, 8, 96, 64)
+    for said in (
+        "line 1: 79 pixels: sides are multiples of 8; 72 is drawn",
+        "line 1: 3 pixels",
+        "--W, --H: 100 pixels",
+    ):
+        assert said in caplog.text
+
+
 def test_one_picture_has_the_seed_itself_and_several_have_kohyas() -> None:
     assert seeds(["a"], "--seed", 7) == [7]
     draw = random.Random(7)

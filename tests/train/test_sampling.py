@@ -5,7 +5,7 @@ from PIL import Image
 
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.sampling import Prompt, check_samples, grid, read_prompts, spread
+from lora_adapters.train.sampling import Prompt, check_samples, grid, read_prompts, spread, wants_samples
 
 FULL = Prompt("a red disc", "bad", 64, 128, 12, 4.5, 7, "euler_a")
 
@@ -43,14 +43,9 @@ prompt = "a blue square"
     ("name", "text", "message"),
     [
         ("p.txt", "# nothing", "has no prompts"),
-        ("p.txt", "x --w many", "p.txt, line 1: --w many: it takes a whole number"),
-        ("p.txt", "# a comment\n\nx\nx --q 1", "p.txt, line 4: --q in"),
-        ("p.txt", "x\nx --w 65", "line 2: 65x512 is no multiple of 8"),
-        ("p.txt", "x --l nan", "--l nan: it takes a number"),
-        ("p.json", '[{"prompt": "x", "scale": Infinity}]', "scale cannot be inf"),
-        ("p.txt", "x --ss fast", "fast is no sampler"),
-        ("p.json", '[{"prompt": "x", "size": 1}]', "size is none of"),
         ("p.json", "[{", "p.json: "),
+        ("p.json", "[1]", "1 has no prompt"),
+        ("p.json", '[{"prompt": 1}]', "has no prompt"),
         ("p.toml", "[prompt", "p.toml: "),
     ],
 )
@@ -59,9 +54,37 @@ def test_wrong_prompt_files(tmp_path, name, text, message) -> None:
         read_prompts(written(tmp_path, name, text))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "prompt", "message"),
+    [
+        ("p.txt", "x --w many", {}, "p.txt, line 1: --w many: it takes a whole number; left out"),
+        ("p.txt", "# a comment\n\nx --q 1", {}, "p.txt, line 3: --q in 'x --q 1' is none of"),
+        ("p.txt", "x --w 65", {"width": 64}, "line 1: 65 pixels: sides are multiples of 8; 64 is drawn"),
+        ("p.txt", "x --l nan", {}, "--l nan: it takes a number; left out"),
+        ("p.txt", "x --ss fast", {}, "fast is no sampler, --sample_sampler is taken"),
+        ("p.json", '[{"prompt": "x", "scale": Infinity}]', {}, "scale cannot be inf; left out"),
+        ("p.json", '[{"prompt": "x", "size": 1}]', {}, "size is none of"),
+        ("p.json", '["x --w 64 --g 3"]', {"width": 64}, "p.json: --g in"),
+        ("p.toml", "[prompt]\nheight = 70\n[[prompt.subset]]\nprompt = 'x'", {"height": 64}, "70 pixels"),
+    ],
+)
+def test_options_of_a_prompt_that_cannot_be_read_are_left_out(tmp_path, name, text, prompt, message) -> None:
+    said: list[str] = []
+    assert read_prompts(written(tmp_path, name, text), said.append) == [Prompt("x", **prompt)]
+    assert len(said) == 1
+    assert message in said[0]
+
+
+def test_prompts_without_surprises_are_read_in_silence(tmp_path) -> None:
+    said: list[str] = []
+    prompts = read_prompts(written(tmp_path, "p.txt", "x --n --s 28.0\nx\u2028y --d 1"), said.append)
+    assert prompts == [Prompt("x", sample_steps=28), Prompt("x\u2028y", seed=1)]
+    assert not said
+
+
 def test_samples_need_prompts_and_an_occasion(tmp_path, caplog) -> None:
-    with pytest.raises(TrainingError, match="need --sample_prompts"):
-        check_samples(settings(sample_every_n_steps=1))
+    assert not wants_samples(settings(sample_every_n_steps=1))
+    check_samples(settings(sample_every_n_steps=1))
     with pytest.raises(TrainingError, match="cannot be read"):
         check_samples(settings(sample_every_n_steps=1, sample_prompts="nowhere.txt"))
     check_samples(settings(sample_prompts="nowhere.txt"))  # as kohya's GUI leaves it: said, and no error

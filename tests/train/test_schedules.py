@@ -71,7 +71,6 @@ def test_piecewise_and_classes() -> None:
     [
         ({"lr_scheduler": "cosin"}, "not one of linear, cosine"),
         ({"lr_warmup_steps": 5}, "constant has no warm-up"),
-        ({"lr_scheduler": "constant_with_warmup"}, "needs --lr_warmup_steps"),
         ({"lr_scheduler": "adafactor:0.1"}, "is for --optimizer_type AdaFactor"),
     ],
 )

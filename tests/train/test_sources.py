@@ -50,8 +50,39 @@ def test_folders_and_captions_that_cannot_be_read(tmp_path):
         load(folder(tmp_path / "p", []))
     images = folder(tmp_path / "q", [(8, 8)])
     (images / "0.caption").write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(DataError, match=r"0\.caption: not UTF-8 at byte 3; save the caption as UTF-8"):
+    with pytest.raises(DataError, match=r"0\.caption: not UTF-8 at byte 3; save the file as UTF-8"):
         load(images)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_of_any_encoding_are_cut_at_line_ends_only(tmp_path, encoding):
+    images = folder(tmp_path / "p", [(8, 8)])
+    first = "a\u2028cat\x85on\x0ba\x0cmat"
+    (images / "0.caption").write_bytes(f"{first}\r\nsecond\rthird".encode(encoding))
+    assert load(images).pictures[0].caption == first
+    assert load(images, enable_wildcard=True).pictures[0].caption == f"{first}\nsecond\nthird"
+    for kind, text in (
+        ("json", json.dumps({"0.png": {"caption": first}}, ensure_ascii=False)),
+        ("jsonl", "\r\n" + json.dumps({"image_path": "0.png", "caption": first}, ensure_ascii=False)),
+    ):
+        file = tmp_path / f"meta.{kind}"
+        file.write_bytes(text.encode(encoding))
+        assert load(images, metadata_file=str(file)).pictures[0].caption == first
+
+
+def test_caption_files_of_another_ending_are_pointed_out(tmp_path, caplog):
+    images = folder(tmp_path / "p", [(8, 8)] * 3)
+    for name in ("0.txt", "1.txt", "2.tags"):
+        (images / name).write_text("a")
+    load(images)
+    assert (
+        "3 pictures have no caption; an empty caption is used; 2 of them have a .txt file beside them: " in caplog.text
+    )
+    assert 'did you mean caption_extension = ".txt" instead of ".caption"?' in caplog.text
+    caplog.clear()
+    load(folder(tmp_path / "q", [(8, 8)]))
+    assert "1 pictures have no caption; an empty caption is used" in caplog.text
+    assert "beside" not in caplog.text
 
 
 def test_cache_info_spares_opening_pictures_and_notices_changes(tmp_path, monkeypatch):
@@ -75,19 +106,28 @@ def test_cache_info_spares_opening_pictures_and_notices_changes(tmp_path, monkey
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_metadata_files(tmp_path, kind):
-    images = folder(tmp_path / "p", [(16, 16)] * 4)
+    images = folder(tmp_path / "p", [(16, 16)] * 6)
     entries = {
         "0.png": {"caption": "one", "tags": "x, y", "image_size": [1, 1]},
         str(images / "1.png"): {"tags": "only tags"},
         "2": {"caption": "no suffix"},
         "3.png": {},
         "gone.png": {"caption": "not there"},
+        "4.png": {"caption": "", "tags": "a\nb"},
+        "5.png": {"caption": "one\r\ntwo", "tags": "c"},
     }
     file = tmp_path / f"meta.{kind}"
     lines = [json.dumps({"image_path": path, **entry}) for path, entry in entries.items()]
     file.write_text(json.dumps(entries) if kind == "json" else "\n".join(lines) + "\n")
     found = load(images, metadata_file=str(file))
-    assert [one.caption for one in found.pictures] == ["one,x, y", "only tags", "no suffix", ""]
+    assert [one.caption for one in found.pictures] == [
+        "one,x, y",
+        "only tags",
+        "no suffix",
+        "",
+        "a,b",
+        "one,c\ntwo,c",
+    ]
     assert {one.size for one in found.pictures} == {(16, 16)}
     assert [name for name, _ in found.skipped] == [str(images / "gone.png")]
 
@@ -169,12 +209,12 @@ def test_a_folder_with_configurations_is_read_as_it_is_now(tmp_path):
 
 
 def test_a_saved_dataset_with_several_captions_and_empty_rows(tmp_path, caplog):
-    rows = {"image": [picture((16, 8)), None], "captions": [["a", "b"], ["c"]]}
+    rows = {"image": [picture((16, 8)), None], "captions": [["a", "b\r\nc\u2028d"], ["c"]]}
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
     made = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "saved"))
     found = hub(tmp_path / "saved", caption_column="captions", cache_dir=str(tmp_path / "cache"))
-    assert [one.caption for one in found.pictures] == ["a\nb"]
+    assert [one.caption for one in found.pictures] == ["a\nb\nc\u2028d"]
     assert found.pictures[0].cache_stem.startswith(str(tmp_path / "cache" / "train-"))
     assert "row 1 (the row has no picture)" in caplog.text
     with pytest.raises(DataError, match="has no split test"):
