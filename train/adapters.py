@@ -24,6 +24,7 @@ from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.dropouts import add_dropouts
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.folding import fold, placed
+from lora_adapters.train.text import unread_layers
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,22 @@ def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: 
         loraplus_text_encoder_lr_ratio=asked.loraplus_text_encoder_lr_ratio,
         adapter_name=ADAPTER,
     )
+
+
+def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | None) -> int:
+    """No gradients for adapters of text-encoder layers that are never read; returns how many modules these are.
+
+    They are saved as they are, as kohya's trainer does. With several processes, a weight that is waited for and never
+    gets a gradient would stop the run.
+    """
+    unread = {id(part) for layer in unread_layers(models.text_encoders, clip_skip) for part in layer.modules()}
+    count = 0
+    for layer in lora_layers({name: model for name, model in trained.items() if name != "unet"}).values():
+        if id(layer) in unread:
+            count += 1
+            for weights in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                weights.requires_grad_(False)
+    return count
 
 
 def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:

@@ -267,6 +267,9 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
     chunks = (settings.max_token_length or 75) // 75
     options = StepOptions(noise, loss, chunks, settings.weighted_captions)
+    unread = adapters.freeze_unread(trained, models, settings.clip_skip)
+    if unread and accelerator.is_main_process:
+        log.info("%d modules of text-encoder layers that are never read are saved, not trained", unread)
     groups = adapters.parameter_groups(settings, models, trained)
     adapters.freeze_rest(trained, groups)
     optimizer = create_optimizer(settings, groups)
