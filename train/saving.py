@@ -44,6 +44,13 @@ def save_at_epoch(run: Run, position: Position) -> None:
         files.prune_epochs(run.settings, run.output, position.epoch, run.save_every_n_epochs or 1)
 
 
+def save_interrupted(run: Run, position: Position) -> Path:
+    """A save where a signal stops the run, always with its state, whose folder is returned."""
+    name = files.step_name(run.settings, position.step)
+    _save(run, position, name, with_state=True)
+    return _state_folder(run, name)
+
+
 def save_final(run: Run, position: Position) -> Adapter:
     """The save at the end of the run. From here on the models have the weights that were saved."""
     settings = run.settings
@@ -83,8 +90,12 @@ def _file(run: Run, name: str) -> Path:
     return run.output / f"{name}{files.ending(run.settings)}"
 
 
+def _state_folder(run: Run, name: str) -> Path:
+    return run.output / f"{name}-state"
+
+
 def _save_state(run: Run, position: Position, name: str) -> None:
-    folder = run.output / f"{name}-state"
+    folder = _state_folder(run, name)
     files.save_state(folder, _state(run), position)
     if run.uploads is not None:
         run.uploads.state(folder)

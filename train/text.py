@@ -20,8 +20,8 @@ class Encoded:
     pooled: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoded":
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return Encoded(self.hidden.to(device, dtype), pooled)
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype, non_blocking=True)
+        return Encoded(self.hidden.to(device, dtype, non_blocking=True), pooled)
 
 
 def encoded_from(cached: dict[str, torch.Tensor]) -> Encoded:
@@ -155,7 +155,7 @@ def encode_tokens(
         hidden = hidden.view(n, chunks, length, -1)
         hidden = join_chunks(hidden)
         if own.weights is not None:
-            hidden = _weighted(hidden, join_chunks(own.weights.to(hidden).unsqueeze(-1)), keep_mean)
+            hidden = _weighted(hidden, join_chunks(own.weights.to(hidden, non_blocking=True).unsqueeze(-1)), keep_mean)
         states.append(hidden)
     return Encoded(torch.cat(states, dim=-1), pooled)
 

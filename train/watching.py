@@ -1,11 +1,18 @@
 """Held-out losses and sample pictures at their due time."""
 
+import logging
+
+from accelerate.utils import gather_object
+
 from lora_adapters.train.checkpoints import Position
 from lora_adapters.train.progress import Progress
 from lora_adapters.train.run import Run
 from lora_adapters.train.sampling import sample, write_samples
 from lora_adapters.train.trackers import log_image
 from lora_adapters.train.validation import HeldOut, held_out_losses
+
+log = logging.getLogger(__name__)
+_NAMES_SHOWN = 10
 
 
 def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) -> None:
@@ -31,6 +38,15 @@ def show_samples(run: Run, position: Position) -> None:
         )
         log_image(run.accelerator, "samples", image, position.step)
     run.accelerator.wait_for_everyone()
+
+
+def name_damaged(run: Run) -> dict[str, str]:
+    """What some process could not use: the reason, by name. For the end of a run; every process calls it."""
+    found = dict(gather_object(list(run.data.damaged.items())))
+    if found and run.accelerator.is_main_process:
+        names = sorted(found)[:_NAMES_SHOWN] + (["..."] if len(found) > _NAMES_SHOWN else [])
+        log.warning("%d pictures could not be used, others were used in their place: %s", len(found), ", ".join(names))
+    return found
 
 
 def _name(one: HeldOut) -> str:
