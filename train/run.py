@@ -37,7 +37,7 @@ from lora_adapters.train.losses import LossOptions
 from lora_adapters.train.memory import apply_memory_options, check_machine, set_training, weight_type
 from lora_adapters.train.noise import NoiseOptions
 from lora_adapters.train.optimizers import create_optimizer, optimizer_class, optimizer_name
-from lora_adapters.train.sampling import Prompt, check_samples, read_prompts, wants_samples
+from lora_adapters.train.sampling import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
 from lora_adapters.train.schedules import check_schedule, create_schedule
 from lora_adapters.train.text import cacheable, tokenize
 from lora_adapters.train.trackers import check_trackers, tracker_names
@@ -257,6 +257,8 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_clip_skip(models, settings.clip_skip)
+    prompts = read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else []
+    check_samplers_fit(settings, models, prompts)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)
     apply_memory_options(models, settings, trained_text=any(name != "unet" for name in trained))
@@ -299,7 +301,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         steps=steps,
         epochs=epochs,
         uploads=uploads,
-        prompts=read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else [],
+        prompts=prompts,
         layers=list(adapters.lora_layers(trained).values()),
     )
 

@@ -69,6 +69,16 @@ def check_samples(settings: argparse.Namespace) -> None:
         check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
 
 
+def check_samplers_fit(settings: argparse.Namespace, models: BaseModels, prompts: list[Prompt]) -> None:
+    """Raise TrainingError for a sampler that cannot draw with the base model's own noise schedule."""
+    for prompt in prompts:
+        name = prompt.sample_sampler or settings.sample_sampler
+        try:
+            check_sampler(name, models.zero_terminal_snr)
+        except TrainingError as error:
+            raise TrainingError(f"{models.name} was trained with zero terminal SNR, and {error}") from None
+
+
 def read_prompts(file: Path) -> list[Prompt]:
     """Prompts from a txt file (one a line, options like --w 512 after it; # is a comment), a toml or a json file.
 
@@ -114,6 +124,8 @@ def _prompt(entry: Any, where: str) -> Prompt:
     made = Prompt(**entry)
     if made.sample_sampler and made.sample_sampler not in SAMPLERS:
         raise TrainingError(f"{where}: {made.sample_sampler} is no sampler; {', '.join(SAMPLERS)} are")
+    if made.seed is not None and not -(2**63) <= made.seed < 2**64:  # what PyTorch takes
+        raise TrainingError(f"{where}: seeds are 0 to {2**64 - 1}, not {made.seed}")
     if made.width % 8 or made.height % 8 or min(made.width, made.height) < 8:
         raise TrainingError(f"{where}: {made.width}x{made.height} is no multiple of 8")
     return replace(made, sample_steps=max(1, min(1000, made.sample_steps)))
@@ -160,7 +172,7 @@ def sample(
 
 def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: int, context: Any) -> Any:
     name = prompt.sample_sampler or settings.sample_sampler
-    scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr)
+    scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
     pipe = models.pipeline(scheduler)
     pipe.set_progress_bar_config(disable=True)
     seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed
