@@ -15,6 +15,7 @@ from lora_adapters.config import DyLoraConfig, LierLaConfig
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 from lora_adapters.convert.names import ModuleName
+from lora_adapters.convert.sources import locate
 from lora_adapters.coverage import RankRule, base_layers, covered
 from lora_adapters.kohya_options import NetworkOptions, network_options
 from lora_adapters.optimizer_groups import param_groups
@@ -89,7 +90,7 @@ def _has_modules(unet: Any, config: LierLaConfig) -> bool:
 def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
     asked = options(settings, models.architecture)
-    start = Adapter.load(settings.network_weights) if settings.network_weights else None
+    start = load_source(settings, "network_weights", settings.network_weights) if settings.network_weights else None
     if start is not None and settings.dim_from_weights:
         _place(trained, start, _dylora(settings, asked.config, start), settings.network_weights)
     else:
@@ -145,12 +146,29 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
                     used, len(layers))  # fmt: skip
 
 
+def load_source(settings: argparse.Namespace, name: str, source: str) -> Adapter:
+    """The adapter that option `name` names: a file, a PEFT folder or a repository on the Hub. TrainingError if none."""
+    try:
+        return Adapter.load(locate(source, token=settings.huggingface_token))
+    except AdapterError as error:
+        where = f"--{name}" if str(error).startswith(str(source)) else f"--{name} {source}:"
+        raise TrainingError(f"{where} {error}") from error
+
+
+def check_sources(settings: argparse.Namespace) -> None:
+    """Raise TrainingError where --network_weights or --base_weights cannot be read; repositories are downloaded."""
+    for name, sources in (("network_weights", [settings.network_weights]), ("base_weights", settings.base_weights)):
+        for source in sources or []:
+            if source:
+                load_source(settings, name, source)
+
+
 def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None:
     """Add the changes of --base_weights, each times its multiplier (1 where there is none), to the base model."""
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
         weight = multipliers[number] if number < len(multipliers) else 1.0
-        fold([(placed(models, Adapter.load(source)), weight)])
+        fold([(placed(models, load_source(settings, "base_weights", source)), weight)])
 
 
 def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The training loop: `train(settings)` is the whole program, for callers in Python as for the command line."""
 
 import argparse
-import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, 
 from lora_adapters.train.seeding import derive
 from lora_adapters.train.step_values import StepValues, check_finite, fetch
 from lora_adapters.train.stopping import Interrupted, StopSignals
-from lora_adapters.train.trackers import start_trackers
+from lora_adapters.train.trackers import end_trackers, start_trackers
 from lora_adapters.train.training_data import TrainingData
 from lora_adapters.train.uploads import state_folder
 from lora_adapters.train.validation import HeldOut
@@ -101,7 +100,7 @@ def _train(run: Run, signals: StopSignals) -> Trained:
         result.steps = position.step
         result.adapter = save_final(run, position)
         result.damaged = name_damaged(run)
-    accelerator.end_training()
+    end_trackers(accelerator)
     return result
 
 
@@ -167,9 +166,8 @@ def _stop(run: Run, position: Position, signal_number: int) -> NoReturn:
     """Save the adapter and the state, which --resume continues from, and raise Interrupted."""
     run.training_mode(False)
     state = save_interrupted(run, position)
-    with contextlib.suppress(Exception):  # the state is written: nothing may hide where
-        run.accelerator.end_training()
-    raise Interrupted(signal_number, str(state))
+    end_trackers(run.accelerator)
+    raise Interrupted(signal_number, None if state is None else str(state))
 
 
 def _after_step(run: Run, position: Position, ended: bool, progress: Progress, result: Trained) -> None:

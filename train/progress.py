@@ -1,5 +1,6 @@
 """What is seen of a run while it trains: one bar with loss, learning rate and speed, and the same in the logs."""
 
+import logging
 from collections import deque
 from typing import Any
 
@@ -7,10 +8,13 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lora_adapters.convert.errors import first_line
 from lora_adapters.train.checkpoints import Position
 from lora_adapters.train.run import Run
 from lora_adapters.train.step_values import StepValues
 from lora_adapters.train.trackers import tracker_names
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -50,15 +54,23 @@ class Progress:
         if self.logging:
             logged = {"loss/current": values.loss, "loss/average": mean}
             logged |= {f"lr/{name}": rate for name, rate in rates.items()}
-            self.run.accelerator.log(logged | values.others, step=position.step)
+            self._log(logged | values.others, position.step)
 
     def held_out(self, step: int, values: dict[str, float]) -> None:
         """Put held-out losses into the logs and, the last of them, onto the console."""
         if self.logging:
-            self.run.accelerator.log(values, step=step)
+            self._log(values, step)
         if self.run.accelerator.is_main_process:
             text = ", ".join(f"{name.partition('/')[2] or name} {value:.5f}" for name, value in values.items())
             tqdm.write(f"step {step}: held-out loss {text}")
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        """Put values into the logs. Where that fails training goes on without."""
+        try:
+            self.run.accelerator.log(values, step=step)
+        except Exception as error:  # trackers raise errors of many kinds: a full disk, a connection
+            self.logging = False
+            log.error("nothing is logged from step %d on (%s)", step, first_line(error))
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:

@@ -139,14 +139,11 @@ def check(settings: argparse.Namespace) -> None:
     check_samples(settings)
     check_trackers(settings)
     check_uploads(settings)
-    files = [
-        ("network_weights", settings.network_weights),
-        *(("base_weights", one) for one in settings.base_weights or []),
-    ]
-    files += [] if settings.resume_from_huggingface else [("resume", settings.resume)]
-    for name, value in files:
-        if value and not Path(value).exists():
-            raise TrainingError(f"--{name} {value} does not exist")
+    adapters.check_sources(settings)
+    if settings.resume and not settings.resume_from_huggingface:
+        if not Path(settings.resume).exists():
+            raise TrainingError(f"--resume {settings.resume} does not exist")
+        load_position(Path(settings.resume))
     check_ranges(settings)
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
@@ -167,8 +164,8 @@ def check_ranges(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
     if settings.huber_c <= 0:
         raise TrainingError(f"--huber_c must be above 0, not {settings.huber_c}")
-    if settings.seed is not None and not -(2**63) <= settings.seed < 2**64:  # what PyTorch takes
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}")
+    if settings.seed is not None and not 0 <= settings.seed < 2**64:
+        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}; one is drawn without --seed")
 
 
 def open_output(settings: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample picture. `scale` is the guidance scale; without a seed the run's is used."""
+    """One sample picture. `scale` is the guidance scale; without a seed, or with a negative one, the run's is used."""
 
     prompt: str
     negative_prompt: str = ""
@@ -124,7 +124,9 @@ def _prompt(entry: Any, where: str) -> Prompt:
     made = Prompt(**entry)
     if made.sample_sampler and made.sample_sampler not in SAMPLERS:
         raise TrainingError(f"{where}: {made.sample_sampler} is no sampler; {', '.join(SAMPLERS)} are")
-    if made.seed is not None and not -(2**63) <= made.seed < 2**64:  # what PyTorch takes
+    if made.seed is not None and made.seed < 0:  # -1 asks for any seed
+        made = replace(made, seed=None)
+    if made.seed is not None and made.seed >= 2**64:
         raise TrainingError(f"{where}: seeds are 0 to {2**64 - 1}, not {made.seed}")
     if made.width % 8 or made.height % 8 or min(made.width, made.height) < 8:
         raise TrainingError(f"{where}: {made.width}x{made.height} is no multiple of 8")

@@ -52,11 +52,17 @@ prompt = "a blue square"
         ("p.json", '[{"prompt": "x", "size": 1}]', "size is none of"),
         ("p.json", "[{", "p.json: "),
         ("p.toml", "[prompt", "p.toml: "),
+        ("p.txt", f"x --d {2**64}", f"line 1: seeds are 0 to {2**64 - 1}, not {2**64}"),
     ],
 )
 def test_wrong_prompt_files(tmp_path, name, text, message) -> None:
     with pytest.raises(TrainingError, match=message):
         read_prompts(written(tmp_path, name, text))
+
+
+def test_a_negative_seed_is_the_run_s(tmp_path) -> None:
+    """Other programs' -1 asks for any seed, and kohya's reader passes it over."""
+    assert read_prompts(written(tmp_path, "p.txt", "x --d -1")) == [Prompt("x")]
 
 
 def test_samples_need_prompts_and_an_occasion(tmp_path, caplog) -> None:
