@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 # Ctrl-C, what batch systems and containers send before they kill, and a terminal that is closed (not on Windows).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+SAME = 5.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -32,14 +35,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within it the first of SIGNALS is noted in `asked`, for the end of the step, and the second ends the run at once.
+    """Within it the first of SIGNALS is noted in `asked`, for the end of the step; a later one ends the run at once.
 
+    A launcher passes on what its processes have received already: within SAME seconds it is the same signal.
     at_once: the first one does so, too. A signal that is ignored, as under nohup, stays ignored. Outside of the main
     thread, where Python handles no signals, nothing is changed.
     """
 
     def __init__(self, at_once: bool = False):
-        self.at_once, self.asked = at_once, 0
+        self.at_once, self.asked, self.since = at_once, 0, 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -58,9 +62,11 @@ class StopSignals:
         return torch.stack([torch.full((), float(self.asked == number), device=device) for number in SIGNALS])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.at_once or self.asked:
+        if self.at_once or (self.asked and time.monotonic() - self.since >= SAME):
             raise Interrupted(number)
-        self.asked = number
+        if self.asked:
+            return
+        self.asked, self.since = number, time.monotonic()
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # logging is not safe within a handler, and the terminal may be gone
             os.write(2, f"\n{name}: stopping after this step, once more stops at once\n".encode())

@@ -64,10 +64,18 @@ def test_a_stopped_run_continues_to_the_same_bits(basics, tmp_path, monkeypatch)
 
 
 def test_the_second_signal_stops_at_once(basics, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr("lora_adapters.train.stopping.SAME", 0)
     raise_in_step(monkeypatch, signal.SIGTERM, 2, times=2)
     assert main(command_line(basics)) == 143
     assert "stopped by SIGTERM; saved files and states are whole" in capfd.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(basics, tmp_path, monkeypatch) -> None:
+    """A batch system signals every process, and the launcher passes on its own."""
+    raise_in_step(monkeypatch, signal.SIGTERM, 2, times=2)
+    assert main(command_line({**basics, "output_name": "x"})) == 143
+    assert (tmp_path / "out" / "x-step00000002-state").is_dir()
 
 
 def test_before_training_a_signal_stops_at_once(basics, monkeypatch, capfd) -> None:
