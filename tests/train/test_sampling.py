@@ -61,8 +61,8 @@ def test_wrong_prompt_files(tmp_path, name, text, message) -> None:
 
 
 def test_a_negative_seed_is_the_run_s(tmp_path) -> None:
-    """Other programs' -1 asks for any seed, and kohya's reader passes it over."""
-    assert read_prompts(written(tmp_path, "p.txt", "x --d -1")) == [Prompt("x")]
+    """Other programs' -1 asks for any seed."""
+    assert read_prompts(written(tmp_path, "p.json", '[{"prompt": "x", "seed": -1}]')) == [Prompt("x")]
 
 
 def test_samples_need_prompts_and_an_occasion(tmp_path, caplog) -> None:
