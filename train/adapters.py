@@ -15,6 +15,7 @@ from lora_adapters.config import DyLoraConfig, LierLaConfig
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 from lora_adapters.convert.names import ModuleName, text_path
+from lora_adapters.convert.sources import locate
 from lora_adapters.coverage import RankRule, base_layers, covered
 from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
 from lora_adapters.optimizer_groups import param_groups
@@ -24,6 +25,7 @@ from lora_adapters.train.dropouts import add_dropouts
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.folding import fold, placed
 from lora_adapters.train.option_values import key_values
+from lora_adapters.train.text import unread_layers
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def _has_modules(unet: Any, config: LierLaConfig) -> bool:
 def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
     asked = options(settings, models.architecture)
-    start = Adapter.load(settings.network_weights) if settings.network_weights else None
+    start = load_source(settings, "network_weights", settings.network_weights) if settings.network_weights else None
     if start is not None and settings.dim_from_weights:
         _place(trained, start, _dylora(settings, asked.config, start), settings.network_weights)
     else:
@@ -148,12 +150,29 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
                     used, len(layers))  # fmt: skip
 
 
+def load_source(settings: argparse.Namespace, name: str, source: str) -> Adapter:
+    """The adapter that option `name` names: a file, a PEFT folder or a repository on the Hub. TrainingError if none."""
+    try:
+        return Adapter.load(locate(source, token=settings.huggingface_token))
+    except AdapterError as error:
+        where = f"--{name}" if str(error).startswith(str(source)) else f"--{name} {source}:"
+        raise TrainingError(f"{where} {error}") from error
+
+
+def check_sources(settings: argparse.Namespace) -> None:
+    """Raise TrainingError where --network_weights or --base_weights cannot be read; repositories are downloaded."""
+    for name, sources in (("network_weights", [settings.network_weights]), ("base_weights", settings.base_weights)):
+        for source in sources or []:
+            if source:
+                load_source(settings, name, source)
+
+
 def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None:
     """Add the changes of --base_weights, each times its multiplier (1 where there is none), to the base model."""
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
         weight = multipliers[number] if number < len(multipliers) else 1.0
-        fold([(placed(models, Adapter.load(source)), weight)])
+        fold([(placed(models, load_source(settings, "base_weights", source)), weight)])
 
 
 def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
@@ -177,6 +196,22 @@ def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: 
         loraplus_text_encoder_lr_ratio=asked.loraplus_text_encoder_lr_ratio,
         adapter_name=ADAPTER,
     )
+
+
+def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | None) -> int:
+    """No gradients for adapters of text-encoder layers that are never read; returns how many modules these are.
+
+    They are saved as they are, as kohya's trainer does. With several processes, a weight that is waited for and never
+    gets a gradient would stop the run.
+    """
+    unread = {id(part) for layer in unread_layers(models.text_encoders, clip_skip) for part in layer.modules()}
+    count = 0
+    for layer in lora_layers({name: model for name, model in trained.items() if name != "unet"}).values():
+        if id(layer) in unread:
+            count += 1
+            for weights in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                weights.requires_grad_(False)
+    return count
 
 
 def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """The base model, SD1.x, SD2.x or SDXL, from a folder, the hub or a file: tokenizers, text encoders, VAE, U-Net."""
 
 import argparse
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,18 @@ from lora_adapters.convert.hub_errors import HubError, hub_errors
 from lora_adapters.convert.portable import is_path
 from lora_adapters.convert.sources import is_repo_id
 from lora_adapters.seams import dtype_option, pipelines_can_avoid_mmap
+from lora_adapters.train.base_schedule import (
+    SD_BETAS,
+    STEPS,
+    betas,
+    check_prediction,
+    check_schedule_config,
+    ends_in_noise,
+    marks,
+)
 from lora_adapters.train.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 _WEIGHT_FILES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 _PIPELINE_PARTS_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -58,16 +70,24 @@ class BaseModels:
     def latent_scale(self) -> float:
         return self.vae.config.scaling_factor
 
+    @property
+    def betas(self) -> dict[str, Any]:
+        """The arguments for diffusers' schedulers that make the noise schedule the model was trained with."""
+        return betas(self.schedule_config)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the model was trained with a schedule that ends in pure noise."""
+        return ends_in_noise(self.schedule_config)
+
     def noise_schedule(self, zero_terminal_snr: bool = False) -> DDPMScheduler:
-        """The training schedule: 1000 steps, scaled linear betas from 0.00085 to 0.012."""
+        """The training schedule: 1000 steps, with the model's own betas, ending in pure noise if asked or if it did."""
         return DDPMScheduler(
-            num_train_timesteps=1000,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
+            num_train_timesteps=STEPS,
+            **self.betas,
             clip_sample=False,
             prediction_type=self.prediction_type,
-            rescale_betas_zero_snr=zero_terminal_snr,
+            rescale_betas_zero_snr=zero_terminal_snr or self.zero_terminal_snr,
         )
 
     def pipeline(self, scheduler: Any) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
@@ -116,11 +136,19 @@ def load_base_models(settings: argparse.Namespace, dtype: torch.dtype = torch.fl
     models = from_pipeline(pipeline, name)
     if settings.vae:
         models.vae = _load_vae(settings.vae, dtype, settings)
+    if path.is_file():
+        models.schedule_config |= marks(path)
+        models.prediction_type = models.schedule_config.get("prediction_type", "epsilon")
     check_kind(models, settings)
+    check_schedule_config(models.schedule_config, name)
     if settings.v_parameterization:
         models.prediction_type = "v_prediction"
     elif settings.v2:
         models.prediction_type = "epsilon"  # with --v2 it is --v_parameterization that tells
+    check_prediction(models.prediction_type, name)
+    if models.betas != SD_BETAS or models.zero_terminal_snr:
+        own = ", ".join(f"{key}={value}" for key, value in models.betas.items() if key != "trained_betas")
+        log.info("noise schedule of %s: %s%s", name, own, ", zero terminal SNR" if models.zero_terminal_snr else "")
     for module in (*models.text_encoders, models.vae, models.unet):
         module.requires_grad_(False).eval()
     return models
@@ -136,7 +164,7 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
         tokenizers.append(pipeline.tokenizer_2)
     one_encoder = "sd2" if pipeline.unet.config.cross_attention_dim == 1024 else "sd1"
     kind = one_encoder if len(encoders) == 1 else "sdxl"
-    schedule = dict(pipeline.scheduler.config)
+    schedule = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     prediction = schedule.get("prediction_type", "epsilon")
     return BaseModels(kind, tokenizers, encoders, pipeline.vae, pipeline.unet, prediction, name, schedule)
 

@@ -5,7 +5,7 @@ An entry is one use of one picture in an epoch; entries have numbers. Nothing he
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -51,6 +51,7 @@ class Batch:
     sample_seeds: torch.Tensor  # (b,) int64
     start: int
     total: int
+    damaged: dict[str, str] = field(default_factory=dict)  # pictures that others stand in for: the reason, by name
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory; the data loader calls it."""

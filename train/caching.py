@@ -1,5 +1,6 @@
 """Filling the caches: each picture through the VAE once, each caption through the text encoder once."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -30,6 +31,9 @@ from lora_adapters.train.picture_set import Picture, PictureSet
 from lora_adapters.train.pictures import centred
 from lora_adapters.train.seeding import normal_noise, python_random
 
+logger = logging.getLogger(__name__)
+NAMES_SHOWN = 5
+
 
 def encode_latents(
     pictures: PictureSet,
@@ -42,14 +46,14 @@ def encode_latents(
     check: bool,
     rank: int,
     world_size: int,
-) -> list[CachedLatents | str]:
-    """The latents of every picture, or the path of their file; see TrainingData.cache_latents."""
+) -> list[CachedLatents | str | DataError]:
+    """The latents of every picture, the path of their file, or why there are none; see TrainingData.cache_latents."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if factor != VAE_FACTOR:
         raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
     identity = vae_identity(vae)
     wanted = [_latents_wanted(picture, identity) for picture in pictures.pictures]
-    cached: list[CachedLatents | str | None] = [None] * len(wanted)
+    cached: list[CachedLatents | str | DataError | None] = [None] * len(wanted)
     paths: list[str] = []
     if to_disk:
         stems = _stems(pictures.pictures)
@@ -68,12 +72,15 @@ def encode_latents(
         for chunk in _chunks(numbers, batch_size):
             made = _encode(vae, [pictures.pictures[number] for number in chunk], seed, device)
             for number, latents in zip(chunk, made, strict=True):
-                if to_disk:
+                if isinstance(latents, DataError):
+                    cached[number] = latents
+                elif to_disk:
                     write_latents(paths[number], latents, wanted[number], keep_all=not check)
                 else:
                     cached[number] = latents
             bar.update(len(chunk))
     bar.close()
+    _warn_of_damaged([str(entry) for entry in cached if isinstance(entry, DataError)])
     return [entry if entry is not None else paths[number] for number, entry in enumerate(cached)]
 
 
@@ -158,8 +165,35 @@ def _one_use_each(entries: Sequence[tuple[Any, ...]], uses: Sequence[Any]) -> No
             )
 
 
-def _encode(vae: Any, pictures: list[Picture], seed: int, device: torch.device | str) -> list[CachedLatents]:
-    loaded = [load_pixels(picture, centred(picture.placement)) for picture in pictures]
+def _warn_of_damaged(reasons: list[str]) -> None:
+    if reasons:
+        names = "; ".join(reasons[:NAMES_SHOWN]) + ("; ..." if len(reasons) > NAMES_SHOWN else "")
+        logger.warning("%d pictures cannot be used, others are used in their place: %s", len(reasons), names)
+
+
+def _encode(
+    vae: Any, pictures: list[Picture], seed: int, device: torch.device | str
+) -> list[CachedLatents | DataError]:
+    """What becomes of each picture; one that is damaged does not keep the others of its batch from being encoded."""
+    loaded: list[tuple[torch.Tensor, torch.Tensor | None] | DataError] = []
+    for picture in pictures:
+        try:
+            loaded.append(load_pixels(picture, centred(picture.placement)))
+        except DataError as error:
+            loaded.append(error)
+    whole = [one for one in loaded if not isinstance(one, DataError)]
+    kept = [picture for picture, one in zip(pictures, loaded, strict=True) if not isinstance(one, DataError)]
+    made = iter(_encode_whole(vae, kept, whole, seed, device) if whole else [])
+    return [one if isinstance(one, DataError) else next(made) for one in loaded]
+
+
+def _encode_whole(
+    vae: Any,
+    pictures: list[Picture],
+    loaded: list[tuple[torch.Tensor, torch.Tensor | None]],
+    seed: int,
+    device: torch.device | str,
+) -> list[CachedLatents]:
     pixels = torch.stack([image for image, _ in loaded])
     plain = _sample_latents(vae, pixels, pictures, seed, device, "plain")
     flipped: list[torch.Tensor | None] = [None] * len(pictures)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lora_adapters.train.base_models import BaseModels
-from lora_adapters.train.losses import LossOptions, loss_per_sample
+from lora_adapters.train.losses import LossOptions, TimestepTables, loss_per_sample
 from lora_adapters.train.noise import NoiseOptions, draw_noise, draw_timesteps, generator, perturbed
 from lora_adapters.train.text import Encoded, Tokens, encode_tokens, encoded_from, tokenize
 
@@ -54,12 +54,15 @@ class StepOptions:
 
 
 class StepLoss:
-    """The loss of batches under one base model and set of options; `denoiser` may be wrapped by accelerate."""
+    """The loss of batches under one base model and set of options; `denoiser` may be wrapped by accelerate.
+
+    Nothing in it waits for the device: what goes there is not waited for, and nothing comes back.
+    """
 
     def __init__(self, models: BaseModels, denoiser: Any, schedule: Any, options: StepOptions, device: Any):
         self.models, self.denoiser, self.options, self.device = models, denoiser, options, device
         self.schedule = schedule
-        self.alphas = schedule.alphas_cumprod.to(device)
+        self.tables = TimestepTables.of(schedule.alphas_cumprod, options.loss, device)
 
     def training(self, batch: Any) -> torch.Tensor:
         """The mean loss of a batch, for the backward pass. Each sample's own seed gives its timestep and noise."""
@@ -68,7 +71,7 @@ class StepLoss:
         generators = [generator("noise", seed) for seed in seeds]
         timesteps = draw_timesteps(generators, self.options.noise)
         losses = self._losses(batch, latents, timesteps, generators, self.text(batch))
-        return (losses * batch.loss_weights.to(losses)).mean()
+        return (losses * batch.loss_weights.to(losses, non_blocking=True)).mean()
 
     @torch.no_grad()
     def held_out(self, batch: Any, timesteps: list[int]) -> torch.Tensor:
@@ -95,27 +98,27 @@ class StepLoss:
         text: Encoded | list[Tokens],
     ) -> torch.Tensor:
         noise = draw_noise(latents, generators, self.options.noise)
-        timesteps = timesteps.to(self.device)
+        timesteps = timesteps.to(self.device, non_blocking=True)
         noisy = self.schedule.add_noise(latents, perturbed(noise, generators, self.options.noise), timesteps)
         # Measuring needs no word between processes, which the wrapper would have at every call.
         denoiser = self.denoiser if torch.is_grad_enabled() else self.denoiser_module
         predicted = denoiser(noisy, timesteps, text, self.time_ids(batch))
         wants_velocity = self.options.loss.v_prediction
         target = self.schedule.get_velocity(latents, noise, timesteps) if wants_velocity else noise
-        return loss_per_sample(predicted, target, timesteps, self.alphas, self.options.loss, batch.masks)
+        return loss_per_sample(predicted, target, timesteps, self.tables, self.options.loss.loss_type, batch.masks)
 
     @torch.no_grad()
     def latents(self, batch: Any, generators: list[torch.Generator] | None) -> torch.Tensor:
         """Scaled latents (n, 4, h, w) in float32: the cached ones, or the VAE's, drawn or (without generators) mean."""
         if batch.latents is not None:
-            found = batch.latents.to(self.device, torch.float32)
+            found = batch.latents.to(self.device, torch.float32, non_blocking=True)
         else:
             vae = self.models.vae
-            posterior = vae.encode(batch.images.to(self.device, vae.dtype)).latent_dist
+            posterior = vae.encode(batch.images.to(self.device, vae.dtype, non_blocking=True)).latent_dist
             found = posterior.mean.float()
             if generators is not None:
                 noise = torch.stack([torch.randn(found.shape[1:], generator=g) for g in generators])
-                found = found + posterior.std.float() * noise.to(found)
+                found = found + posterior.std.float() * noise.to(found, non_blocking=True)
         return found * self.models.latent_scale
 
     def text(self, batch: Any) -> Encoded | list[Tokens]:
@@ -131,4 +134,4 @@ class StepLoss:
         if self.models.kind != "sdxl":
             return None
         parts = [batch.original_sizes, batch.crop_top_lefts, batch.target_sizes]
-        return torch.cat([torch.as_tensor(part).float() for part in parts], dim=1).to(self.device)
+        return torch.cat([torch.as_tensor(part).float() for part in parts], dim=1).to(self.device, non_blocking=True)

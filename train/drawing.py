@@ -131,7 +131,9 @@ class Drawer:
         pipe = self._plain if request.start is None else self._from_pictures
         offset = 0 if self.settings.force_scheduler_zero_steps_offset else None
         # Set on the finished pipeline: its constructor changes the steps_offset of what it is given.
-        pipe.scheduler = sampler(request.sampler, self.models.prediction_type, self.settings.zero_terminal_snr, offset)
+        zero = self.settings.zero_terminal_snr
+        own = self.models.schedule_config
+        pipe.scheduler = sampler(request.sampler, self.models.prediction_type, zero, offset, own)
         return pipe
 
     def _encode(self, texts: list[str], chunks: int) -> Encoded:

@@ -1,12 +1,15 @@
 """Dropout and norm limits on low-rank layers, as hooks: the layers themselves know nothing of them."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from lora_adapters.train.errors import TrainingError
+
+_STACKED = 2**24  # weights that are computed on together: 64 MiB
 
 
 def add_dropouts(
@@ -44,25 +47,36 @@ def module_dropout(out: torch.Tensor, p: float) -> torch.Tensor:
 
 @torch.no_grad()
 def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
-    """Frobenius norm of each layer's change of weight, without forming it: (layers,)."""
-    return torch.stack([_norm(layer, adapter) for layer in layers])
+    """Frobenius norm of each layer's change of weight, without forming it: (layers,), on their device.
+
+    ||UD||^2 is the sum over (UᵀU) * (DDᵀ), which are rank by rank. Layers of one shape are computed together.
+    """
+    alike: dict[Any, list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    for number, layer in enumerate(layers):
+        down, up = (part[adapter].weight.flatten(1) for part in (layer.lora_A, layer.lora_B))
+        alike[down.shape, up.shape, float(layer.scaling[adapter])].append((number, down, up))
+    found: list[tuple[int, torch.Tensor]] = []
+    for (down_shape, up_shape, scale), members in alike.items():
+        size = max(1, _STACKED // (down_shape.numel() + up_shape.numel()))
+        for start in range(0, len(members), size):
+            numbers, downs, ups = zip(*members[start : start + size], strict=True)
+            own = _norms(torch.stack(downs).float(), torch.stack(ups).float()) * scale
+            found += zip(numbers, own.unbind(), strict=True)
+    return torch.stack([norm for _, norm in sorted(found, key=lambda one: one[0])])
 
 
 @torch.no_grad()
-def limit_norms(layers: Iterable[Any], adapter: str, largest: float) -> int:
-    """Scale down every change whose norm is above `largest`, evenly in both factors; gives back how many were."""
-    limited = 0
-    for layer in layers:
-        norm = _norm(layer, adapter).item()
-        if norm > largest:
-            factor = (largest / norm) ** 0.5
-            layer.lora_A[adapter].weight.mul_(factor)
-            layer.lora_B[adapter].weight.mul_(factor)
-            limited += 1
-    return limited
+def limit_norms(layers: Sequence[Any], adapter: str, largest: float) -> torch.Tensor:
+    """Scale down every change whose norm is above `largest`, evenly in both factors; returns how many were, ()."""
+    found = norms(layers, adapter)
+    above = found > largest
+    factors = torch.where(above, (largest / found).sqrt(), torch.ones_like(found))
+    for layer, factor in zip(layers, factors.unbind(), strict=True):
+        layer.lora_A[adapter].weight.mul_(factor)
+        layer.lora_B[adapter].weight.mul_(factor)
+    return above.sum()
 
 
-def _norm(layer: Any, adapter: str) -> torch.Tensor:
-    """||UD||^2 is the sum over (UᵀU) * (DDᵀ), which are rank by rank."""
-    down, up = (part[adapter].weight.float().flatten(1) for part in (layer.lora_A, layer.lora_B))
-    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt() * float(layer.scaling[adapter])
+def _norms(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """(layers,) from `down` (layers, rank, inputs) and `up` (layers, outputs, rank)."""
+    return ((up.mT @ up) * (down @ down.mT)).sum((1, 2)).clamp(min=0).sqrt()

@@ -1,6 +1,6 @@
 """What a run would do, in a few lines: --dry_run."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,23 +9,29 @@ import torch
 from lora_adapters.convert.low_rank import rank_range
 from lora_adapters.convert.names import ModuleName, architecture_of, block_index
 from lora_adapters.train import adapters
+from lora_adapters.train.captions import Moment, draw_caption
+from lora_adapters.train.optimizers import optimizer_name, state_bytes
 from lora_adapters.train.run import Run
+from lora_adapters.train.seeding import python_random
 
 _MIB = 1024 * 1024
+_CAPTIONS_SHOWN = 3  # of each subset
 
 
 def report(run: Run) -> str:
-    """Pictures and buckets, steps, modules and parameters in each block, and the memory that weights will take."""
+    """Pictures, buckets and captions, steps, modules and parameters in each block, and the memory of weights."""
     settings, layers = run.settings, adapters.lora_layers(run.trained)
     parameters = sum(p.numel() for p in run.parameters)
     batch = settings.gradient_accumulation_steps * run.accelerator.num_processes
     lines = [
         run.data.summary(),
+        "captions, as the first epoch reads them:",
+        *(f"  {name}: {caption}" for name, caption in captions(run)),
         f"steps: {run.steps} in {run.epochs} epochs of {run.steps_per_epoch}; {batch} batches a step",
         f"adapter: {settings.network_module}, rank {_ranks(layers)}, {len(layers)} modules, {parameters:,} parameters",
         *(f"  {place}: {count} modules, {numbers:,} parameters" for place, count, numbers in by_block(run)),
         "memory for weights, gradients and optimizer (activations come on top):",
-        *(f"  {name}: {size / _MIB:,.1f} MiB" for name, size in memory(run).items()),
+        *(f"  {name}: {_shown(size)}" for name, size in memory(run).items()),
     ]
     return "\n".join(lines)
 
@@ -48,16 +54,37 @@ def by_block(run: Run) -> list[tuple[str, int, int]]:
     return [(place, modules, numbers) for (_, place), (modules, numbers) in sorted(counts.items())]
 
 
-def memory(run: Run) -> dict[str, int]:
-    """Bytes of what is certain beforehand: weights of the base, the adapter with gradients, two optimizer states."""
+def captions(run: Run) -> list[tuple[str, str]]:
+    """(picture, caption) of the first pictures of each subset, with everything done to the caption that options ask."""
+    found: list[tuple[str, str]] = []
+    shown: Counter[int] = Counter()
+    seen: set[int] = set()
+    for entry, number in enumerate(run.data.pictures.entries):
+        picture = run.data.pictures.pictures[number]
+        if number not in seen and shown[id(picture.subset)] < _CAPTIONS_SHOWN:
+            seen.add(number)
+            shown[id(picture.subset)] += 1
+            rng = python_random(run.settings.seed, "caption", 0, entry)
+            caption = draw_caption(picture.found.caption, picture.subset, rng, Moment(0, 0, run.steps))
+            found.append((picture.found.source.name, caption))
+    return found
+
+
+def memory(run: Run) -> dict[str, int | None]:
+    """Bytes of what is certain beforehand: weights of the base, the adapter with gradients, the optimizer's state."""
     trained = sum(p.numel() * p.element_size() for p in run.parameters)
     encoders = torch.nn.ModuleList(run.models.text_encoders)
     parts = {"U-Net": run.models.unet, "text encoders": encoders, "VAE": run.models.vae}
-    found = {
+    found: dict[str, int | None] = {
         name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
         for name, part in parts.items()
     }
-    return {**found, "adapter and gradients": 2 * trained, "optimizer (two values a weight)": 2 * trained}
+    optimizer = f"optimizer ({optimizer_name(run.settings)})"
+    return {**found, "adapter and gradients": 2 * trained, optimizer: state_bytes(run.settings, run.parameters)}
+
+
+def _shown(size: int | None) -> str:
+    return "not known on this device" if size is None else f"{size / _MIB:,.1f} MiB"
 
 
 def _place(name: ModuleName, architecture: str) -> tuple[int, str]:

@@ -1,13 +1,19 @@
-"""Loading batches: from entry numbers to tensors, in this process or in others."""
+"""Loading batches: from entry numbers to tensors.
+
+A picture that turns out to be damaged when its turn comes is replaced by another one of its bucket, drawn from the
+seed, the epoch and the entry alone: nothing depends on workers, processes or where a run was resumed.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
+from lora_adapters.convert.errors import first_line
 from lora_adapters.train.batches import Batch, Share, batch_count, plan_epoch, share
 from lora_adapters.train.caches import CachedLatents, read_latents, read_text
 from lora_adapters.train.captions import Moment, draw_caption
@@ -38,7 +44,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Sample:
-    """One entry, loaded. mask: (1, height/8, width/8); sizes are (height, width), crop is (top, left)."""
+    """One entry, loaded. mask: (1, height/8, width/8); sizes are (height, width), crop is (top, left).
+
+    text: cached text-encoder outputs. weight: the factor on its loss.
+    """
 
     image: torch.Tensor | None
     latents: torch.Tensor | None
@@ -46,6 +55,9 @@ class Sample:
     crop: tuple[int, int]
     original: tuple[int, int]
     target: tuple[int, int]
+    caption: str
+    text: dict[str, torch.Tensor] | None
+    weight: float
 
 
 class BatchReader(Dataset):
@@ -55,7 +67,7 @@ class BatchReader(Dataset):
         self.pictures, self.seed, self.prior_loss_weight = pictures, seed, prior_loss_weight
         self.max_train_steps: int | None = None
         self.accumulation = 1
-        self.latents: list[CachedLatents | str] | None = None
+        self.latents: list[CachedLatents | str | DataError] | None = None
         self.text: list[dict[str, torch.Tensor] | str] | None = None
 
     def batch_count(self, world_size: int) -> int:
@@ -79,24 +91,15 @@ class BatchReader(Dataset):
             return error
 
     def _batch(self, order: Order) -> Batch:
-        numbers = [self.pictures.entries[entry] for entry in order.share.entries]
-        pictures = [self.pictures.pictures[number] for number in numbers]
-        samples, captions = [], []
-        for entry, number, picture in zip(order.share.entries, numbers, pictures, strict=True):
-            samples.append(self._sample(entry, number, picture, order.epoch))
-            moment = Moment(order.epoch, order.step, self.max_train_steps or 0)
-            rng = python_random(self.seed, "caption", order.epoch, entry)
-            captions.append(draw_caption(picture.found.caption, picture.subset, rng, moment))
-        weights = [
-            weight * (self.prior_loss_weight if picture.subset.is_reg else 1.0)
-            for weight, picture in zip(order.share.weights, pictures, strict=True)
-        ]
+        damaged: dict[str, str] = {}
+        samples = [self._sample(entry, order, damaged) for entry in order.share.entries]
+        weights = [weight * sample.weight for weight, sample in zip(order.share.weights, samples, strict=True)]
         seeds = [derive(self.seed, "sample", order.epoch, entry) for entry in order.share.entries]
         return Batch(
             images=_stack([sample.image for sample in samples]),
             latents=_stack([sample.latents for sample in samples]),
-            captions=captions,
-            text=self._text(numbers),
+            captions=[sample.caption for sample in samples],
+            text=_stack_text([sample.text for sample in samples]),
             loss_weights=torch.tensor(weights),
             masks=_stack_masks(samples),
             original_sizes=torch.tensor([sample.original for sample in samples]),
@@ -105,16 +108,56 @@ class BatchReader(Dataset):
             sample_seeds=torch.tensor(seeds),
             start=order.share.start,
             total=order.share.total,
+            damaged=damaged,
         )
 
-    def _sample(self, entry: int, number: int, picture: Picture, epoch: int) -> Sample:
-        rng = python_random(self.seed, "picture", epoch, entry)
-        variation = vary(picture.placement, picture.subset, rng)
+    def _sample(self, entry: int, order: Order, damaged: dict[str, str]) -> Sample:
+        """The entry's picture or, where it is damaged, another of its bucket; a blank with weight 0 if there is none.
+
+        Which ones were damaged is added to `damaged`, the reason by name. DataError if no picture can be read at all.
+        """
+        tried: set[int] = set()
+        for number in self._choices(entry, order.epoch):
+            if number not in tried:
+                try:
+                    return self._load(entry, number, order)
+                except DataError as error:
+                    damaged[self.pictures.pictures[number].found.source.name] = str(error)
+            tried.add(number)
+        for number in range(len(self.pictures.pictures)):
+            try:
+                if number not in tried:
+                    return _blank(self._load(entry, number, order), self.pictures.pictures[min(tried)])
+            except DataError:
+                continue
+        raise DataError(
+            f"none of the {len(self.pictures.pictures)} pictures can be read; {next(iter(damaged.values()))}"
+        )
+
+    def _choices(self, entry: int, epoch: int) -> Iterator[int]:
+        """The entry's picture and, in random order, the others of its bucket: those of its kind first."""
+        yield self.pictures.entries[entry]
+        others = list(dict.fromkeys(self.pictures.entries[other] for other in self._members[entry]))
+        python_random(self.seed, "in place of", epoch, entry).shuffle(others)
+        regularisation = self.pictures.pictures[self.pictures.entries[entry]].subset.is_reg
+        yield from sorted(others, key=lambda other: self.pictures.pictures[other].subset.is_reg != regularisation)
+
+    @cached_property
+    def _members(self) -> dict[int, Sequence[int]]:
+        """The entries of each entry's group."""
+        return {entry: group.entries for group in self.pictures.groups for entry in group.entries}
+
+    def _load(self, entry: int, number: int, order: Order) -> Sample:
+        """Picture `number` in the turn of `entry`."""
+        picture = self.pictures.pictures[number]
+        variation = vary(picture.placement, picture.subset, python_random(self.seed, "picture", order.epoch, entry))
         image = latents = None
         if self.latents is None:
             image, mask = load_pixels(picture, variation)
         else:
             latents, mask = self._cached(number, picture, variation)
+        moment = Moment(order.epoch, order.step, self.max_train_steps or 0)
+        rng = python_random(self.seed, "caption", order.epoch, entry)
         return Sample(
             image,
             latents,
@@ -122,12 +165,17 @@ class BatchReader(Dataset):
             crop_as_seen(picture.placement, variation),
             picture.found.size[::-1],
             picture.placement.bucket[::-1],
+            draw_caption(picture.found.caption, picture.subset, rng, moment),
+            self._text(number),
+            self.prior_loss_weight if picture.subset.is_reg else 1.0,
         )
 
     def _cached(self, number: int, picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(latents, mask (height, width) or None); a mask of its own file is not part of the cache."""
         assert self.latents is not None
         entry = self.latents[number]
+        if isinstance(entry, DataError):
+            raise entry
         cached = read_latents(entry, picture.placement.bucket) if isinstance(entry, str) else entry
         latents = cached.flipped if variation.flip else cached.latents
         width, height = picture.placement.bucket
@@ -139,16 +187,24 @@ class BatchReader(Dataset):
             mask = mask.flip(-1) if variation.flip else mask
         return latents, mask
 
-    def _text(self, numbers: list[int]) -> dict[str, torch.Tensor] | None:
+    def _text(self, number: int) -> dict[str, torch.Tensor] | None:
         if self.text is None:
             return None
-        found = [self.text[number] for number in numbers]
-        outputs = [read_text(entry) if isinstance(entry, str) else entry for entry in found]
-        return {name: torch.stack([output[name] for output in outputs]) for name in outputs[0]}
+        entry = self.text[number]
+        return read_text(entry) if isinstance(entry, str) else entry
 
 
 def load_pixels(picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """((3, height, width) in [-1, 1], mask (height, width) or None) of one use of a picture."""
+    """((3, height, width) in [-1, 1], mask (height, width) or None) of one use of a picture. DataError if damaged."""
+    try:
+        return _load_pixels(picture, variation)
+    except DataError:
+        raise
+    except Exception as error:  # converting a damaged or rare kind of picture may raise almost anything
+        raise DataError(f"{picture.found.source.name}: cannot be used ({first_line(error)})") from None
+
+
+def _load_pixels(picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
     subset, placement, source = picture.subset, picture.placement, picture.found.source
     opened = open_picture(source)
     if opened.size != picture.found.size:
@@ -174,6 +230,21 @@ def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.stack(present) if present else None
 
 
+def _stack_text(outputs: list[dict[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
+    present = [output for output in outputs if output is not None]
+    return {name: torch.stack([output[name] for output in present]) for name in present[0]} if present else None
+
+
+def _blank(like: Sample, picture: Picture) -> Sample:
+    """A black picture in the bucket of `picture` that has no part in the loss; `like` gives what else a batch needs."""
+    height, width = size = picture.placement.bucket[::-1]
+    image = torch.zeros(3, height, width) if like.image is not None else None
+    latents = None
+    if like.latents is not None:
+        latents = torch.zeros(len(like.latents), height // VAE_FACTOR, width // VAE_FACTOR)
+    return Sample(image, latents, None, (0, 0), size, size, like.caption, like.text, 0.0)
+
+
 def _stack_masks(samples: list[Sample]) -> torch.Tensor | None:
     """Masks of a batch, all ones for samples without; None where no sample has one."""
     if all(sample.mask is None for sample in samples):
@@ -181,51 +252,3 @@ def _stack_masks(samples: list[Sample]) -> torch.Tensor | None:
     height, width = samples[0].target
     ones = torch.ones(1, height // VAE_FACTOR, width // VAE_FACTOR)
     return torch.stack([sample.mask if sample.mask is not None else ones for sample in samples])
-
-
-class _Orders(Sampler):
-    """The orders of the current epoch; the data loader, which may live for many epochs, reads them anew each time."""
-
-    def __init__(self) -> None:
-        self.orders: list[Order] = []
-
-    def __iter__(self) -> Iterator[Order]:
-        return iter(self.orders)
-
-    def __len__(self) -> int:
-        return len(self.orders)
-
-
-def _itself(batch: Batch | DataError) -> Batch | DataError:
-    return batch
-
-
-class EpochLoader:
-    """Runs a BatchReader in torch's DataLoader. Persistent workers stay alive between epochs."""
-
-    def __init__(self, reader: BatchReader, persistent: bool, pin_memory: bool) -> None:
-        self.reader, self.persistent, self.pin_memory = reader, persistent, pin_memory
-        self.orders = _Orders()
-        self.loader: DataLoader | None = None
-
-    def restart(self) -> None:
-        """Forget workers that hold an older state of the reader."""
-        self.loader = None
-
-    def batches(self, epoch: int, start: int, rank: int, world_size: int, workers: int) -> Iterator[Batch]:
-        self.orders.orders = self.reader.orders(epoch, start, rank, world_size)
-        if self.loader is None or self.loader.num_workers != workers:
-            self.loader = DataLoader(
-                self.reader,
-                batch_size=None,
-                sampler=self.orders,
-                num_workers=workers,
-                collate_fn=_itself,
-                persistent_workers=self.persistent and workers > 0,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # else each epoch takes a number from torch's global generator
-            )
-        for batch in self.loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch

@@ -2,10 +2,9 @@
 
 import argparse
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -14,19 +13,20 @@ from lora_adapters.hub_background import FailedPush
 from lora_adapters.train import adapters
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.checkpoints import Position
-from lora_adapters.train.dropouts import limit_norms
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.dropouts import limit_norms, norms
 from lora_adapters.train.metadata import run_metadata
 from lora_adapters.train.optimizers import start_training, weights_to_keep
 from lora_adapters.train.progress import Progress
 from lora_adapters.train.run import Run, prepare, workers
-from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, save_final
+from lora_adapters.train.saving import go_on_from, save_at_epoch, save_at_step, save_final, save_interrupted
 from lora_adapters.train.seeding import derive
-from lora_adapters.train.trackers import start_trackers
+from lora_adapters.train.step_values import StepValues, check_finite, fetch
+from lora_adapters.train.stopping import Interrupted, StopSignals
+from lora_adapters.train.trackers import end_trackers, start_trackers
 from lora_adapters.train.training_data import TrainingData
 from lora_adapters.train.uploads import state_folder
 from lora_adapters.train.validation import HeldOut
-from lora_adapters.train.watching import measure, show_samples
+from lora_adapters.train.watching import measure, name_damaged, show_samples
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Trained:
 
     adapter: what was saved last. models: the base model with the adapter on it, in evaluation mode. losses: of every
     optimizer step of this call. held_out: every measurement of the held-out loss. not_pushed: saves that did not reach
-    the Hub; they are on the disk.
+    the Hub; they are on the disk. damaged: pictures that could not be used, with the reason, by name.
     """
 
     adapter: Adapter
@@ -46,6 +46,7 @@ class Trained:
     losses: list[float] = field(default_factory=list)
     held_out: list[HeldOut] = field(default_factory=list)
     not_pushed: list[FailedPush] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
 
 
 def train(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
@@ -60,19 +61,25 @@ def train(settings: argparse.Namespace, models: BaseModels | None = None, data: 
 
 
 def train_prepared(run: Run) -> Trained:
-    """The loop over a run that `prepare` has set up; pushes that are under way finish, also where it fails."""
+    """The loop over a run that `prepare` has set up; pushes that are under way finish, also where it fails.
+
+    Ctrl-C, SIGTERM and SIGHUP let the step end, save the adapter and the state, and raise Interrupted.
+    """
     try:
-        result = _train(run)
+        with StopSignals() as signals:
+            result = _train(run, signals)
     except BaseException:
         if run.uploads is not None:
             run.uploads.finish(interrupted=True)
         raise
+    finally:
+        run.data.close()
     if run.uploads is not None:
         result.not_pushed = run.uploads.finish()
     return result
 
 
-def _train(run: Run) -> Trained:
+def _train(run: Run, signals: StopSignals) -> Trained:
     accelerator, settings = run.accelerator, run.settings
     run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.steps, run.epochs)
     position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
@@ -88,15 +95,16 @@ def _train(run: Run) -> Trained:
                 show_samples(run, position)
         run.training_mode()
         while position.step < run.steps:
-            _epoch(run, position, progress, result)
+            _epoch(run, position, progress, result, signals)
         run.training_mode(False)
         result.steps = position.step
         result.adapter = save_final(run, position)
-    accelerator.end_training()
+        result.damaged = name_damaged(run)
+    end_trackers(accelerator)
     return result
 
 
-def _epoch(run: Run, position: Position, progress: Progress, result: Trained) -> None:
+def _epoch(run: Run, position: Position, progress: Progress, result: Trained, signals: StopSignals) -> None:
     """The rest of the epoch at `position`, or of the run."""
     settings, accelerator = run.settings, run.accelerator
     batches = run.data.batches(
@@ -108,21 +116,24 @@ def _epoch(run: Run, position: Position, progress: Progress, result: Trained) ->
     )
     left = run.batches_per_epoch - position.batch
     for group in _groups(batches, settings.gradient_accumulation_steps, left):
-        loss = _step(run, position.step, group, progress)
-        result.losses.append(loss)
+        values = _step(run, position.step, group, progress.logging, signals)
+        result.losses.append(values.loss)
         position.step += 1
         position.batch += len(group)
         ended = position.batch >= run.batches_per_epoch
         if ended:
             position.epoch, position.batch = position.epoch + 1, 0
-        progress.stepped(position, loss)
-        _after_step(run, position, ended, progress, result)
+        progress.stepped(position, values)
         if position.step >= run.steps:
+            _after_step(run, position, ended, progress, result)
             return
+        if values.stop:
+            _stop(run, position, values.stop)
+        _after_step(run, position, ended, progress, result)
 
 
-def _step(run: Run, step: int, group: list[Any], progress: Progress) -> float:
-    """One optimizer step over a group of batches; gives back the loss, the mean over all processes."""
+def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSignals) -> StepValues:
+    """One optimizer step over a group of batches. The device is waited for once, at its end."""
     accelerator, settings = run.accelerator, run.settings
     # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
     torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
@@ -134,25 +145,29 @@ def _step(run: Run, step: int, group: list[Any], progress: Progress) -> float:
             loss = run.loss.training(batch) / len(group)
             total += loss.detach()
             accelerator.backward(loss)
-    loss_value = accelerator.reduce(total, reduction="mean").item()
-    if not math.isfinite(loss_value):
-        raise TrainingError(
-            f"the loss is {loss_value} at step {step + 1}: training stopped, earlier saves are kept; lower the "
-            "learning rate, or train in another precision"
-        )
-    norm = None
+    others: dict[str, torch.Tensor] = {}
     if settings.max_grad_norm:
-        norm = float(accelerator.clip_grad_norm_(run.parameters, settings.max_grad_norm))
-        if not math.isfinite(norm) and accelerator.scaler is None:
-            raise TrainingError(f"the gradient is {norm} at step {step + 1}: training stopped, earlier saves are kept")
-    progress.gradient_norm = norm
+        others["norm/gradient"] = accelerator.clip_grad_norm_(run.parameters, settings.max_grad_norm)
     run.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     if settings.scale_weight_norms:
-        progress.limited = limit_norms(run.layers, adapters.ADAPTER, settings.scale_weight_norms)
-    return loss_value
+        others["norm/limited_modules"] = limit_norms(run.layers, adapters.ADAPTER, settings.scale_weight_norms)
+    if logging:
+        of_modules = norms(run.layers, adapters.ADAPTER)
+        others |= {"norm/average": of_modules.mean(), "norm/largest": of_modules.max()}
+    values = fetch(accelerator, total, signals.flags(accelerator.device), others)
+    check_finite(values, step + 1, accelerator.scaler is not None)
+    return values
+
+
+def _stop(run: Run, position: Position, signal_number: int) -> NoReturn:
+    """Save the adapter and the state, which --resume continues from, and raise Interrupted."""
+    run.training_mode(False)
+    state = save_interrupted(run, position)
+    end_trackers(run.accelerator)
+    raise Interrupted(signal_number, None if state is None else str(state))
 
 
 def _after_step(run: Run, position: Position, ended: bool, progress: Progress, result: Trained) -> None:

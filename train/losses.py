@@ -48,29 +48,47 @@ class LossOptions:
         )
 
 
+@dataclass(frozen=True)
+class TimestepTables:
+    """What depends on the timestep alone, computed once: a step looks it up on the device and waits for nothing.
+
+    weights: factor of the loss, float32 (steps,). widths: Huber's c, the same, or None for other losses.
+    """
+
+    weights: torch.Tensor
+    widths: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, alphas_cumprod: torch.Tensor, options: LossOptions, device: torch.device | str = "cpu"
+    ) -> "TimestepTables":
+        """The tables for a schedule's `alphas_cumprod` (steps,), computed on the CPU in float64."""
+        alphas = alphas_cumprod.cpu()
+        weights = timestep_weights(signal_to_noise(alphas), options).to(device, torch.float32)
+        if options.loss_type not in ("huber", "smooth_l1"):
+            return cls(weights)
+        schedule = (options.huber_schedule, options.huber_c, options.huber_scale)
+        return cls(weights, huber_width(torch.arange(len(alphas)), alphas, *schedule).to(device, torch.float32))
+
+
 def loss_per_sample(
     predicted: torch.Tensor,
     target: torch.Tensor,
     timesteps: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    options: LossOptions,
+    tables: TimestepTables,
+    loss_type: str = "l2",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Loss of each sample (n,), weighted by its timestep, in float32.
 
     `predicted`, `target` (n, channels, height, width); `mask` (n, 1 or none, h, w) in [0, 1], resized by area;
-    `timesteps` (n,) and `alphas_cumprod` (steps,) on any device.
+    `timesteps` (n,) on the device of the `tables`.
     """
-    timesteps, alphas_cumprod = timesteps.cpu(), alphas_cumprod.cpu()
-    width = None
-    if options.loss_type in ("huber", "smooth_l1"):
-        schedule = (options.huber_schedule, options.huber_c, options.huber_scale)
-        width = huber_width(timesteps, alphas_cumprod, *schedule).to(predicted.device, torch.float32).view(-1, 1, 1, 1)
-    loss = elementwise(predicted.float(), target.float(), options.loss_type, width)
+    width = tables.widths[timesteps].view(-1, 1, 1, 1) if tables.widths is not None else None
+    loss = elementwise(predicted.float(), target.float(), loss_type, width)
     if mask is not None:
         loss = loss * resized_mask(mask, loss)
-    weights = timestep_weights(signal_to_noise(alphas_cumprod)[timesteps], options)
-    return loss.mean(dim=(1, 2, 3)) * weights.to(loss)
+    return loss.mean(dim=(1, 2, 3)) * tables.weights[timesteps]
 
 
 def elementwise(predicted: torch.Tensor, target: torch.Tensor, kind: str, width: torch.Tensor | None) -> torch.Tensor:
@@ -88,7 +106,7 @@ def elementwise(predicted: torch.Tensor, target: torch.Tensor, kind: str, width:
 def resized_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`mask` (n, 1 or none, h, w) averaged by area to the height and width of `like`: (n, 1, height, width)."""
     mask = mask if mask.dim() == 4 else mask.unsqueeze(1)
-    return F.interpolate(mask.to(like), size=like.shape[2:], mode="area")
+    return F.interpolate(mask.to(like, non_blocking=True), size=like.shape[2:], mode="area")
 
 
 def timestep_weights(snr: torch.Tensor, options: LossOptions) -> torch.Tensor:

@@ -62,6 +62,7 @@ def run_metadata(
         **network_facts(settings, models),
         **model_facts(settings),
     }
+    facts["ss_zero_terminal_snr"] = settings.zero_terminal_snr or models.zero_terminal_snr
     facts["ss_lora_adapters_version"] = lora_adapters.__version__
     text = {key: str(value) for key, value in facts.items()}
     return {**text, **data.metadata(world_size), **modelspec(settings, models)}

@@ -58,12 +58,12 @@ def draw_noise(latents: torch.Tensor, generators: list[torch.Generator], options
     """The noise (n, channels, height, width) that is to be predicted, with offset and multi-resolution noise."""
     noise = _normal(latents, generators)
     if options.noise_offset:
-        strength = _strength(options.noise_offset, options.noise_offset_random_strength, generators).to(latents.device)
+        strength = _strength(options.noise_offset, options.noise_offset_random_strength, generators, latents)
         if options.adaptive_noise_scale:
             mean = latents.mean(dim=(2, 3), keepdim=True).abs()
             strength = (strength + options.adaptive_noise_scale * mean).clamp(min=0)
         channels = torch.stack([torch.randn(latents.shape[1], 1, 1, generator=g) for g in generators])
-        noise = noise + strength * channels.to(latents)
+        noise = noise + strength * channels.to(latents, non_blocking=True)
     if options.multires_noise_iterations:
         levels, discount = options.multires_noise_iterations, options.multires_noise_discount
         parts = [multires(part, levels, discount, g) for part, g in zip(noise, generators, strict=True)]
@@ -75,7 +75,7 @@ def perturbed(noise: torch.Tensor, generators: list[torch.Generator], options: N
     """The noise that is added to the latents: `noise`, and with ip_noise_gamma more that is not to be predicted."""
     if not options.ip_noise_gamma:
         return noise
-    strength = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generators).to(noise.device)
+    strength = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generators, noise)
     return noise + strength * _normal(noise, generators)
 
 
@@ -90,20 +90,24 @@ def multires(noise: torch.Tensor, levels: int, discount: float, generator: torch
         size = max(1, int(height / factor)), max(1, int(width / factor))
         coarse = torch.randn(1, channels, *size, generator=generator)
         layer = F.interpolate(coarse, (height, width), mode="bilinear")[0]
-        noise = noise + discount**level * layer.to(noise)
+        noise = noise + discount**level * layer.to(noise, non_blocking=True)
         if 1 in size:
             break
     return noise / noise.std()
 
 
 def _normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
+    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like, non_blocking=True)
 
 
-def _strength(strength: float, random: bool, generators: list[torch.Generator]) -> torch.Tensor:
-    """(n, 1, 1, 1): `strength` itself, or drawn between 0 and it."""
-    drawn = [torch.rand((), generator=g).item() if random else 1.0 for g in generators]
-    return strength * torch.tensor(drawn).view(-1, 1, 1, 1)
+def _strength(
+    strength: float, random: bool, generators: list[torch.Generator], like: torch.Tensor
+) -> torch.Tensor | float:
+    """`strength` itself, or (n, 1, 1, 1) drawn between 0 and it, on the device of `like`."""
+    if not random:
+        return strength
+    drawn = torch.stack([torch.rand((), generator=g) for g in generators])
+    return (strength * drawn).view(-1, 1, 1, 1).to(like.device, non_blocking=True)
 
 
 def signal_to_noise(alphas_cumprod: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ import ast
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,28 @@ def create_optimizer(settings: argparse.Namespace, groups: list[dict[str, Any]])
         return kind(groups, **arguments) if "lr" in arguments else kind(groups, lr=settings.learning_rate, **arguments)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"{name} does not take these arguments: {error}") from None
+
+
+def state_bytes(settings: argparse.Namespace, parameters: Iterable[torch.Tensor]) -> int | None:
+    """Bytes that the optimizer keeps for `parameters`, measured in a step on one of each shape; None if it fails."""
+    alike = Counter((parameter.shape, parameter.dtype, parameter.device) for parameter in parameters)
+    copies = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype, device in alike]
+    optimizer = create_optimizer(settings, [{"params": copies, "lr": settings.learning_rate, "name": "dry run"}])
+    for copy in copies:
+        copy.grad = torch.ones_like(copy)
+    try:
+        start_training(optimizer)
+        optimizer.step()
+    except Exception:  # an optimizer that runs on other devices only
+        return None
+    return sum(
+        count * sum(_bytes(value) for value in optimizer.state[copy].values())
+        for copy, count in zip(copies, alike.values(), strict=True)
+    )
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 def start_training(optimizer: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.deep_grey import eight_bit_grey, is_deep
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"})
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
@@ -74,7 +75,7 @@ def find_pictures(folder: Path) -> list[Path]:
 def size_if_whole(source: Source) -> tuple[int, int] | str:
     """(width, height) as shown, with EXIF rotation; or why the picture cannot be read, in a few words.
 
-    Only the header is decoded, unless the file does not end as its format must.
+    Only the header is decoded, unless the file does not end as its format must or has more than 8 bits a pixel.
     """
     try:
         with source.stream() as stream:
@@ -90,6 +91,9 @@ def size_if_whole(source: Source) -> tuple[int, int] | str:
                 if not whole:
                     stream.seek(0)
                     Image.open(stream).load()
+                if is_deep(picture):  # rare enough to be decoded now: not every scale of values can be used
+                    stream.seek(0)
+                    eight_bit_grey(Image.open(stream))
                 # Pillow decodes a whole PNG in search of EXIF data, which few have.
                 sideways = exif and picture.getexif().get(ORIENTATION) in SIDEWAYS
     except UnidentifiedImageError:

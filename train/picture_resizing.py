@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lora_adapters.train.deep_grey import eight_bit_grey, is_deep
+
 # Pillow's filters are stretched over the source area that a new pixel covers, so none of them but `nearest` aliases.
 # `lanczos4` is Pillow's LANCZOS, whose kernel has a = 3. Pillow's BOX takes a source pixel wholly or not at all;
 # `area` (None here) counts the covered part of it.
@@ -29,8 +31,8 @@ class UnreadablePicture(ValueError):
 def read_picture(path: Path) -> Image.Image:
     """The (first) picture in `path`, upright, in mode RGB, or RGBA if the file knows transparency.
 
-    EXIF orientation is applied, 16-bit greys are scaled to 8 bits, and an RGB colour profile stays in
-    `info["icc_profile"]`, where nothing else is kept. Raises UnreadablePicture.
+    EXIF orientation is applied, 16-bit and floating-point greys are scaled to 8 bits, and an RGB colour profile stays
+    in `info["icc_profile"]`, where nothing else is kept. Raises UnreadablePicture.
     """
     try:
         with warnings.catch_warnings():
@@ -53,13 +55,13 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("I", "F"):
-        raise UnreadablePicture(f"32-bit pixels (mode {picture.mode}) have no known white; save it with 8 or 16 bits")
-    if picture.mode.startswith("I;16"):
-        info = picture.info
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture.info = info
-        return picture.convert("RGB")
+    if is_deep(picture):
+        try:
+            grey = eight_bit_grey(picture)
+        except ValueError as error:
+            raise UnreadablePicture(str(error)) from error
+        grey.info = picture.info
+        return grey.convert("RGB")
     return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from lora_adapters.train.buckets import Placement, Size
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.dataset_config import VAE_FACTOR, SubsetConfig
+from lora_adapters.train.deep_grey import eight_bit_grey, is_deep
 
 RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -63,15 +64,13 @@ def to_rgb(picture: Image.Image, name: str, *, blend: bool = True) -> tuple[Imag
     """(RGB picture, alpha channel or None) of a picture of any mode.
 
     With `blend` transparency is laid onto white; without, the colours under it are kept, for use with the alpha as a
-    mask. 16-bit grey is scaled to 8 bit.
+    mask. 16-bit and floating-point grey is scaled to 8 bit.
     """
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.float64)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError(f"{name}: more than 16 bit a channel is not supported; save the picture with 8 or 16 bit")
-        return Image.fromarray((values / 257 + 0.5).astype(np.uint8)).convert("RGB"), None
-    if picture.mode == "F":
-        raise DataError(f"{name}: floating-point pictures are not supported; save the picture with 8 or 16 bit")
+    if is_deep(picture):
+        try:
+            return eight_bit_grey(picture).convert("RGB"), None
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from None
     if not picture.has_transparency_data:
         return picture.convert("RGB"), None
     rgba = picture.convert("RGBA")

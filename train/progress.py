@@ -1,5 +1,6 @@
 """What is seen of a run while it trains: one bar with loss, learning rate and speed, and the same in the logs."""
 
+import logging
 from collections import deque
 from typing import Any
 
@@ -7,11 +8,13 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lora_adapters.train import adapters
+from lora_adapters.convert.errors import first_line
 from lora_adapters.train.checkpoints import Position
-from lora_adapters.train.dropouts import norms
 from lora_adapters.train.run import Run
+from lora_adapters.train.step_values import StepValues
 from lora_adapters.train.trackers import tracker_names
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -28,8 +31,6 @@ class Progress:
             disable=not run.accelerator.is_local_main_process,
         )
         self.recent: deque[float] = deque(maxlen=min(1000, max(1, run.steps_per_epoch)))
-        self.gradient_norm: float | None = None
-        self.limited: int | None = None
         self.logging = bool(tracker_names(run.settings))
         self.messages = logging_redirect_tqdm()  # messages stand above the bar, not behind it on its line
 
@@ -41,9 +42,9 @@ class Progress:
         self.messages.__exit__(*error)
         self.bar.close()
 
-    def stepped(self, position: Position, loss: float) -> None:
-        """Tell that a step was made."""
-        self.recent.append(loss)
+    def stepped(self, position: Position, values: StepValues) -> None:
+        """Show a step that was made."""
+        self.recent.append(values.loss)
         mean = sum(self.recent) / len(self.recent)
         rates = learning_rates(self.run.optimizer)
         rate = next(iter(rates.values()), 0.0)
@@ -51,26 +52,25 @@ class Progress:
         self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}", epoch=epoch, refresh=False)
         self.bar.update()
         if self.logging:
-            self.run.accelerator.log(self._values(loss, mean, rates), step=position.step)
+            logged = {"loss/current": values.loss, "loss/average": mean}
+            logged |= {f"lr/{name}": rate for name, rate in rates.items()}
+            self._log(logged | values.others, position.step)
 
     def held_out(self, step: int, values: dict[str, float]) -> None:
         """Put held-out losses into the logs and, the last of them, onto the console."""
         if self.logging:
-            self.run.accelerator.log(values, step=step)
+            self._log(values, step)
         if self.run.accelerator.is_main_process:
             text = ", ".join(f"{name.partition('/')[2] or name} {value:.5f}" for name, value in values.items())
             tqdm.write(f"step {step}: held-out loss {text}")
 
-    def _values(self, loss: float, mean: float, rates: dict[str, float]) -> dict[str, float]:
-        values = {"loss/current": loss, "loss/average": mean}
-        values |= {f"lr/{name}": rate for name, rate in rates.items()}
-        if self.gradient_norm is not None:
-            values["norm/gradient"] = self.gradient_norm
-        of_modules = norms(self.run.layers, adapters.ADAPTER)
-        values |= {"norm/average": of_modules.mean().item(), "norm/largest": of_modules.max().item()}
-        if self.limited is not None:
-            values["norm/limited_modules"] = float(self.limited)
-        return values
+    def _log(self, values: dict[str, float], step: int) -> None:
+        """Put values into the logs. Where that fails training goes on without."""
+        try:
+            self.run.accelerator.log(values, step=step)
+        except Exception as error:  # trackers raise errors of many kinds: a full disk, a connection
+            self.logging = False
+            log.error("nothing is logged from step %d on (%s)", step, first_line(error))
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:

@@ -39,7 +39,7 @@ from lora_adapters.train.losses import LossOptions
 from lora_adapters.train.memory import apply_memory_options, check_machine, set_training, weight_type
 from lora_adapters.train.noise import NoiseOptions
 from lora_adapters.train.optimizers import create_optimizer, optimizer_class, optimizer_name
-from lora_adapters.train.sampling import Prompt, check_samples, read_prompts, wants_samples
+from lora_adapters.train.sampling import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
 from lora_adapters.train.schedules import check_schedule, create_schedule
 from lora_adapters.train.text import cacheable, tokenize
 from lora_adapters.train.trackers import check_trackers, tracker_names
@@ -148,14 +148,11 @@ def check(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--output_name {settings.output_name}: {why}")
     check_trackers(settings)
     check_uploads(settings)
-    files = [
-        ("network_weights", settings.network_weights),
-        *(("base_weights", one) for one in settings.base_weights or []),
-    ]
-    files += [] if settings.resume_from_huggingface else [("resume", settings.resume)]
-    for name, value in files:
-        if value and not Path(value).exists():
-            raise TrainingError(f"--{name} {value} does not exist")
+    adapters.check_sources(settings)
+    if settings.resume and not settings.resume_from_huggingface:
+        if not Path(settings.resume).exists():
+            raise TrainingError(f"--resume {settings.resume} does not exist")
+        load_position(Path(settings.resume))
     check_ranges(settings)
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
@@ -172,8 +169,8 @@ def check_ranges(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
     if settings.huber_c <= 0:
         raise TrainingError(f"--huber_c must be above 0, not {settings.huber_c}")
-    if settings.seed is not None and not -(2**63) <= settings.seed < 2**64:  # what PyTorch takes
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}")
+    if settings.seed is not None and not 0 <= settings.seed < 2**64:
+        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}; one is drawn without --seed")
 
 
 def open_output(settings: argparse.Namespace) -> None:
@@ -262,6 +259,8 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_clip_skip(models, settings.clip_skip)
+    prompts = read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else []
+    check_samplers_fit(settings, models, prompts)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)
     apply_memory_options(models, settings, trained_text=any(name != "unet" for name in trained))
@@ -272,6 +271,9 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
     chunks = (settings.max_token_length or 75) // 75
     options = StepOptions(noise, loss, chunks, settings.weighted_captions)
+    unread = adapters.freeze_unread(trained, models, settings.clip_skip)
+    if unread and accelerator.is_main_process:
+        log.info("%d modules of text-encoder layers that are never read are saved, not trained", unread)
     groups = adapters.parameter_groups(settings, models, trained)
     adapters.freeze_rest(trained, groups)
     optimizer = create_optimizer(settings, groups)
@@ -301,7 +303,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         steps=steps,
         epochs=epochs,
         uploads=uploads,
-        prompts=read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else [],
+        prompts=prompts,
         layers=list(adapters.lora_layers(trained).values()),
     )
 

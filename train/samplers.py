@@ -1,10 +1,12 @@
 """Samplers by kohya's names: diffusers' schedulers over Stable Diffusion's training schedule."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
 
+from lora_adapters.train.base_schedule import STEPS, betas, ends_in_noise
 from lora_adapters.train.errors import TrainingError
 
 _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,14 +35,25 @@ def check_sampler(name: str, zero_terminal_snr: bool = False) -> None:
         raise TrainingError(f"the sampler {name} cannot do --zero_terminal_snr; {able} can")
 
 
-def sampler(name: str, prediction_type: str, zero_terminal_snr: bool = False, steps_offset: int | None = None) -> Any:
+def sampler(
+    name: str,
+    prediction_type: str,
+    zero_terminal_snr: bool = False,
+    steps_offset: int | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> Any:
     """diffusers' scheduler of that name (see SAMPLERS), with the training schedule's betas.
 
-    steps_offset: in place of the sampler's own.
+    steps_offset: in place of the sampler's own. base: the base model's scheduler config, whose betas, zero terminal SNR
+    and trailing timesteps are kept; without it they are Stable Diffusion's.
     """
+    base = base or {}
+    zero_terminal_snr = zero_terminal_snr or ends_in_noise(base)
     check_sampler(name, zero_terminal_snr)
     kind, own = _CLASSES[_plain(name)]
-    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    options = {**betas(base), "num_train_timesteps": STEPS}
+    if base.get("timestep_spacing") == "trailing":  # models of few steps: any other spacing misses their steps
+        own = {**own, "timestep_spacing": "trailing"}
     if zero_terminal_snr:
         own = {**own, _ZERO_SNR: True, "timestep_spacing": "trailing"}
     if steps_offset is not None:

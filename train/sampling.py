@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample picture. `scale` is the guidance scale; without a seed the run's is used."""
+    """One sample picture. `scale` is the guidance scale; without a seed, or with a negative one, the run's is used."""
 
     prompt: str
     negative_prompt: str = ""
@@ -74,6 +74,16 @@ def check_samples(settings: argparse.Namespace) -> None:
         return
     for prompt in read_prompts(Path(settings.sample_prompts), log.warning):
         check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
+
+
+def check_samplers_fit(settings: argparse.Namespace, models: BaseModels, prompts: list[Prompt]) -> None:
+    """Raise TrainingError for a sampler that cannot draw with the base model's own noise schedule."""
+    for prompt in prompts:
+        name = prompt.sample_sampler or settings.sample_sampler
+        try:
+            check_sampler(name, models.zero_terminal_snr)
+        except TrainingError as error:
+            raise TrainingError(f"{models.name} was trained with zero terminal SNR, and {error}") from None
 
 
 def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> list[Prompt]:
@@ -128,6 +138,11 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
         leave_out(f"{where}: {values['sample_sampler']} is no sampler, --sample_sampler is taken; "
                   f"{', '.join(SAMPLERS)} are")  # fmt: skip
         del values["sample_sampler"]
+    seed = values.get("seed")
+    if seed is not None and not 0 <= seed < 2**64:
+        if seed >= 2**64:  # below 0, as in other programs, asks for any seed
+            leave_out(f"{where}: seeds are 0 to {2**64 - 1}, not {seed}; left out")
+        del values["seed"]
     made = Prompt(**values)
     for side in ("width", "height"):
         pixels, said = multiple_of_8(getattr(made, side), where)
@@ -178,7 +193,7 @@ def sample(
 
 def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: int, context: Any) -> Any:
     name = prompt.sample_sampler or settings.sample_sampler
-    scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr)
+    scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
     pipe = models.pipeline(scheduler)
     pipe.set_progress_bar_config(disable=True)
     seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed

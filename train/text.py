@@ -1,12 +1,15 @@
 """Captions to what the U-Net reads: tokens, chunks of 75, weights of words, hidden states."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 _PIECES = re.compile(r"\\[()\[\]\\]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 _ROUND, _SQUARE = 1.1, 1 / 1.1
+SDXL_LAYER = 2  # SDXL's U-Net reads the last layer but one of both text encoders
 
 
 @dataclass
@@ -17,8 +20,8 @@ class Encoded:
     pooled: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoded":
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return Encoded(self.hidden.to(device, dtype), pooled)
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype, non_blocking=True)
+        return Encoded(self.hidden.to(device, dtype, non_blocking=True), pooled)
 
 
 def encoded_from(cached: dict[str, torch.Tensor]) -> Encoded:
@@ -138,9 +141,10 @@ def encode_tokens(
     states, pooled = [], None
     for own, encoder in zip(tokens, text_encoders, strict=True):
         n, chunks, length = own.ids.shape
-        output = encoder(own.ids.view(-1, length).to(_device(encoder)), output_hidden_states=True)
+        ids = own.ids.view(-1, length).to(_device(encoder), non_blocking=True)
+        output = encoder(ids, output_hidden_states=True)
         if len(text_encoders) == 2:
-            hidden = output.hidden_states[-2]
+            hidden = output.hidden_states[-SDXL_LAYER]
             if hasattr(output, "text_embeds"):
                 pooled = output.text_embeds.view(n, chunks, -1)[:, 0]
         elif clip_skip:
@@ -151,9 +155,25 @@ def encode_tokens(
         hidden = hidden.view(n, chunks, length, -1)
         hidden = join_chunks(hidden)
         if own.weights is not None:
-            hidden = _weighted(hidden, join_chunks(own.weights.to(hidden).unsqueeze(-1)), keep_mean)
+            hidden = _weighted(hidden, join_chunks(own.weights.to(hidden, non_blocking=True).unsqueeze(-1)), keep_mean)
         states.append(hidden)
     return Encoded(torch.cat(states, dim=-1), pooled)
+
+
+def unread_layers(text_encoders: Sequence[Any], clip_skip: int | None = None) -> list[torch.nn.Module]:
+    """The text encoders' layers that `encode_tokens` computes nothing from: they never get a gradient.
+
+    They are the layers above the one that is read. SDXL's second text encoder has none, since its pooled output comes
+    from the last layer.
+    """
+    unread: list[torch.nn.Module] = []
+    for encoder in text_encoders:
+        read = SDXL_LAYER if len(text_encoders) == 2 else clip_skip or 1
+        if len(text_encoders) == 2 and hasattr(encoder, "text_projection"):
+            read = 1
+        layers = getattr(encoder, "text_model", encoder).encoder.layers
+        unread += list(layers)[len(layers) - (read - 1) :]
+    return unread
 
 
 def _weighted(hidden: torch.Tensor, weights: torch.Tensor, keep_mean: str) -> torch.Tensor:

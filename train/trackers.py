@@ -12,6 +12,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.train.errors import TrainingError
 
@@ -66,7 +67,18 @@ def start_trackers(settings: argparse.Namespace, accelerator: Accelerator) -> No
     config = None
     if settings.log_config:
         config = {key: _plain(value) for key, value in vars(settings).items() if key not in _SECRETS}
-    accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)
+    try:
+        accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)
+    except Exception as error:  # W&B's errors are of its own kinds: no connection, a wrong key, a missing login
+        raise TrainingError(f"--log_with {settings.log_with or names[0]} cannot start ({first_line(error)})") from error
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Close the logs. Everything is saved by now: a log that cannot be written to the end is said, and no error."""
+    try:
+        accelerator.end_training()
+    except Exception as error:
+        log.warning("the logs were not closed (%s)", first_line(error))
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:

@@ -5,6 +5,7 @@ usage: accelerate launch train_network.py --pretrained_model_name_or_path=... --
        --network_module=networks.lora ...   (all options: --help)
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lora_adapters.train.arguments import parse
     from lora_adapters.train.errors import TrainingError
     from lora_adapters.train.quiet import quiet
+    from lora_adapters.train.stopping import Interrupted, StopSignals
 
     quiet()
     try:
         settings = parse(argv)
-        if not_pushed := _run(settings):
+        with StopSignals(at_once=True):
+            not_pushed = _run(settings)
+        if not_pushed:
             return _failed(
                 f"{not_pushed} of the saves did not reach the Hub (see above); they are in {settings.output_dir}"
             )
@@ -44,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(
             "the device has too little memory: try --gradient_checkpointing, a smaller batch, or --cache_latents"
         )
-    except KeyboardInterrupt:
-        return _failed("interrupted; saved files and states are whole")
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        _failed(stopped)
+        return stopped.status
     return 0
 
 

@@ -15,7 +15,8 @@ from lora_adapters.train.captions import varying_options
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.data_summary import kohya_metadata, summary_text
 from lora_adapters.train.dataset_config import DataConfig, SubsetConfig
-from lora_adapters.train.loading import BatchReader, EpochLoader
+from lora_adapters.train.epoch_loader import EpochLoader
+from lora_adapters.train.loading import BatchReader
 from lora_adapters.train.picture_set import PictureSet, load_pictures
 
 Encode = Callable[[list[str]], dict[str, torch.Tensor]]
@@ -89,7 +90,8 @@ class TrainingData:
 
         workers: loading processes. w processes with batch b get the batches of one process with batch w*b, each its
         part; where a bucket's last batch does not divide, loss_weights keep the gradients those of one process (see
-        batches.share). Validation data is the same in every epoch.
+        batches.share). Validation data is the same in every epoch. A picture that cannot be decoded is replaced by
+        another one of its bucket, and noted in `damaged`; DataError if none can be.
         """
         if self.needs_max_train_steps and self._reader.max_train_steps is None:
             raise DataError("token_warmup_step below 1 is a share of max_train_steps: call set_schedule first")
@@ -113,6 +115,7 @@ class TrainingData:
         that depends on the seed and the picture alone. to_disk: in .npz files beside the pictures (caches.py), kept
         for later runs; with check=False one that exists is used unseen. Each of several processes then writes its
         part: let all wait for each other before the first batch. In memory every process encodes everything.
+        Pictures that cannot be decoded are left out, with a warning that counts and names them: see `batches`.
         Raises DataError with color_aug or random_crop.
         """
         for subset in self._subsets():
@@ -152,6 +155,16 @@ class TrainingData:
                 data.pictures, encode, to_disk, batch_size, encoder, check, rank, world_size
             )
             data._loader.restart()
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """What could not be used so far, in this process, of the validation data too: the reason, by name."""
+        return {name: reason for data in self._with_validation() for name, reason in data._loader.damaged.items()}
+
+    def close(self) -> None:
+        """End the loading processes. Iterators from `batches` end, new ones can be made."""
+        for data in self._with_validation():
+            data._loader.close()
 
     def summary(self) -> str:
         """Counts per subset, buckets and repeats, as lines of text."""

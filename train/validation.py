@@ -58,15 +58,17 @@ def mean_loss(step_loss: StepLoss, data: TrainingData, accelerator: Any, most: i
     """The mean of the held-out losses over all pictures of all processes, each with its weight."""
     options = step_loss.options.noise
     timesteps = fixed_timesteps(options.min_timestep, options.max_timestep)
-    total = torch.zeros(2, dtype=torch.float64)
+    measured: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
     world = accelerator.num_processes
     for number, batch in enumerate(data.batches(0, rank=accelerator.process_index, world_size=world)):
         if most is not None and number >= most:
             break
         with accelerator.autocast():
-            losses = step_loss.held_out(batch, timesteps).double().cpu()
-        # A batch that does not divide among the processes carries weights; they also blank out fillers.
-        counts = (batch.loss_weights > 0).double()
-        total += torch.stack([(losses * counts).sum(), counts.sum()])
+            measured.append(step_loss.held_out(batch, timesteps))
+        weights.append(batch.loss_weights)
+    # A batch that does not divide among the processes carries weights; they also blank out fillers.
+    counts = (torch.cat(weights) > 0).double()
+    total = torch.stack([(torch.cat(measured).cpu().double() * counts).sum(), counts.sum()])
     total = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").cpu()
     return (total[0] / total[1]).item()

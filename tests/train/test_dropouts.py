@@ -66,3 +66,21 @@ def test_dropouts_act_in_training_only(layer, kind) -> None:
 def test_rates_must_be_shares(layer) -> None:
     with pytest.raises(TrainingError, match="rank_dropout must be at least 0 and below 1"):
         add_dropouts([layer], "default", None, 1.0, None)
+
+
+def test_norms_of_layers_of_several_shapes_in_their_order() -> None:
+    torch.manual_seed(0)
+    made = []
+    for inputs, outputs, alpha in ((6, 5, 2), (4, 5, 2), (6, 5, 2), (6, 5, 4)):
+        model = inject_adapter_in_model(
+            LoraConfig(r=2, lora_alpha=alpha, target_modules=["0"]),
+            torch.nn.Sequential(torch.nn.Linear(inputs, outputs)),
+        )
+        layer = model[0]
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        made.append(layer)
+    expected = torch.stack([layer.get_delta_weight("default").norm() for layer in made])
+    torch.testing.assert_close(norms(made, "default"), expected)
+    limit = expected.sort().values[1:3].mean()
+    assert limit_norms(made, "default", float(limit)) == 2
+    torch.testing.assert_close(norms(made, "default"), expected.clamp(max=limit))

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.losses import LossOptions, elementwise, loss_per_sample, timestep_weights
+from lora_adapters.train.losses import LossOptions, TimestepTables, elementwise, loss_per_sample, timestep_weights
 
 ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 
@@ -57,7 +57,8 @@ def test_shapes_of_the_loss() -> None:
 def test_huber_uses_the_width_of_each_timestep() -> None:
     predicted, target = torch.full((2, 1, 1, 1), 2.0), torch.zeros(2, 1, 1, 1)
     options = LossOptions(loss_type="huber", huber_schedule="snr", huber_c=0.1)
-    found = loss_per_sample(predicted, target, torch.tensor([10, 900]), ALPHAS, options)
+    tables = TimestepTables.of(ALPHAS, options)
+    found = loss_per_sample(predicted, target, torch.tensor([10, 900]), tables, options.loss_type)
     for value, timestep in zip(found.tolist(), (10, 900), strict=True):
         c = 0.9 / (1 + 1 / math.sqrt(snr_of(timestep))) ** 2 + 0.1
         assert value == pytest.approx(2 * c * (math.sqrt(4 + c * c) - c), rel=1e-5)
@@ -67,10 +68,10 @@ def test_mask_is_resized_by_area_and_not_renormalised() -> None:
     predicted, target = torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2, :1] = 1  # half of the upper left quarter
-    timestep = torch.tensor([500])
-    masked = loss_per_sample(predicted, target, timestep, ALPHAS, LossOptions(), mask)
+    timestep, tables = torch.tensor([500]), TimestepTables.of(ALPHAS, LossOptions())
+    masked = loss_per_sample(predicted, target, timestep, tables, mask=mask)
     assert masked.item() == pytest.approx(0.5 / 4)
-    assert loss_per_sample(predicted, target, timestep, ALPHAS, LossOptions()).item() == 1
+    assert loss_per_sample(predicted, target, timestep, tables).item() == 1
 
 
 def test_contradicting_options() -> None:

@@ -49,7 +49,7 @@ def test_adaptive_offset_adds_the_absolute_mean() -> None:
 def test_random_offset_strength_stays_below_the_given() -> None:
     latents = torch.zeros(64, 4, 8, 8)
     options = NoiseOptions(noise_offset=0.5, noise_offset_random_strength=True)
-    strength = n._strength(options.noise_offset, True, generators(64))
+    strength = n._strength(options.noise_offset, True, generators(64), latents)
     assert 0 <= strength.min() < 0.1
     assert 0.4 < strength.max() <= 0.5
     assert n.draw_noise(latents, generators(64), options).shape == latents.shape

@@ -175,12 +175,12 @@ def test_unreadable_pictures_say_why(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:-500])
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
-    Image.new("F", (2, 2)).save(tmp_path / "float.tif")
+    Image.new("F", (2, 2), 255.0).save(tmp_path / "float.tif")
     for name, reason in {
         "cut.jpg": "truncated",
         "text.png": "not in a picture format",
         "empty.png": "not in a picture format",
-        "float.tif": "32-bit pixels",
+        "float.tif": "values are 255 to 255, not 0",
         "absent.png": "No such file",
     }.items():
         with pytest.raises(UnreadablePicture, match=reason):

@@ -48,8 +48,11 @@ def test_other_modes_become_the_same_colour(tmp_path):
     palette.putpalette([0, 0, 0])
     palette.info["transparency"] = 0
     assert to_rgb(palette, "x")[0].getpixel((0, 0)) == (255, 255, 255)
-    with pytest.raises(DataError, match=r"deep.tif: floating-point pictures are not supported"):
-        to_rgb(Image.new("F", (1, 1)), "deep.tif")
+    bright = Image.new("F", (1, 1), 1e4)
+    with pytest.raises(
+        DataError, match=r"deep.tif: its floating-point values are 10000 to 10000, not 0 \(black\) to 1"
+    ):
+        to_rgb(bright, "deep.tif")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])

@@ -8,6 +8,7 @@ import pytest
 from lora_adapters.train.arguments import settings
 from lora_adapters.train.checkpoints import Position
 from lora_adapters.train.progress import Progress
+from lora_adapters.train.step_values import StepValues
 
 
 @pytest.fixture
@@ -35,5 +36,5 @@ def test_the_epoch_is_none_beyond_the_last(run, capsys):
     run.optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
     for epoch, shown in ((0, 1), (1, 2), (2, 2)):
         with Progress(run, 0) as progress:
-            progress.stepped(Position(step=1, epoch=epoch), 0.5)
+            progress.stepped(Position(step=1, epoch=epoch), StepValues(0.5, 0, {}))
         assert f"epoch={shown}," in capsys.readouterr().err

@@ -60,6 +60,7 @@ def test_wrong_prompt_files(tmp_path, name, text, message) -> None:
         ("p.txt", "x --w many", {}, "p.txt, line 1: --w many: it takes a whole number; left out"),
         ("p.txt", "# a comment\n\nx --q 1", {}, "p.txt, line 3: --q in 'x --q 1' is none of"),
         ("p.txt", "x --w 65", {"width": 64}, "line 1: 65 pixels: sides are multiples of 8; 64 is drawn"),
+        ("p.txt", f"x --d {2**64}", {}, f"line 1: seeds are 0 to {2**64 - 1}, not {2**64}; left out"),
         ("p.txt", "x --l nan", {}, "--l nan: it takes a number; left out"),
         ("p.txt", "x --ss fast", {}, "fast is no sampler, --sample_sampler is taken"),
         ("p.json", '[{"prompt": "x", "scale": Infinity}]', {}, "scale cannot be inf; left out"),
@@ -80,6 +81,11 @@ def test_prompts_without_surprises_are_read_in_silence(tmp_path) -> None:
     prompts = read_prompts(written(tmp_path, "p.txt", "x --n --s 28.0\nx\u2028y --d 1"), said.append)
     assert prompts == [Prompt("x", sample_steps=28), Prompt("x\u2028y", seed=1)]
     assert not said
+
+
+def test_a_negative_seed_is_the_run_s(tmp_path) -> None:
+    """Other programs' -1 asks for any seed."""
+    assert read_prompts(written(tmp_path, "p.json", '[{"prompt": "x", "seed": -1}]')) == [Prompt("x")]
 
 
 def test_samples_need_prompts_and_an_occasion(tmp_path, caplog) -> None:

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_resume import PROGRAM, command_line
 
 from lora_adapters.convert import Adapter
+from lora_adapters.train import saving
 from lora_adapters.train.train_network import main
 
 
@@ -58,6 +60,11 @@ def fails(options: dict, capsys, monkeypatch) -> str:
         ({"max_data_loader_n_workers": -1}, "--max_data_loader_n_workers must be at least 0, not -1"),
         ({"huber_c": 0, "loss_type": "huber"}, "--huber_c must be above 0, not 0"),
         ({"seed": 2**64}, "--seed 18446744073709551616: seeds are 0 to 18446744073709551615"),
+        ({"seed": -1}, "--seed -1: seeds are 0 to 18446744073709551615; one is drawn without --seed"),
+        ({"base_weights": "nowhere.safetensors"}, "--base_weights nowhere.safetensors does not exist"),
+        ({"network_weights": "owner/name"}, "--network_weights owner/name"),
+        ({"network_weights": __file__}, f"--network_weights {__file__}"),
+        ({"resume": str(Path(__file__).parent)}, "no saved state"),
         ({"network_dim": 0}, "network_dim is 0: a rank is at least 1"),
         ({"min_timestep": 900, "max_timestep": 100}, "--min_timestep 900 and --max_timestep 100"),
         ({"resume": "/nowhere/state"}, "--resume /nowhere/state does not exist"),
@@ -110,6 +117,8 @@ def test_dry_run_trains_nothing(basics, tmp_path, capsys) -> None:
     assert "unet block 12:" in shown
     assert "text_encoder: 12 modules" in shown
     assert "adapter: networks.dylora, rank 2 to 4, " in shown
+    assert "00.png: a " in shown
+    assert shown.count(".png: ") == 3
     assert not (tmp_path / "out").exists()
 
 
@@ -118,9 +127,68 @@ def test_full_disk_while_saving(basics, tmp_path, capsys, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    assert main(command_line({**basics, "max_train_steps": 1})) == 1
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(saving, "PATIENCE", (0, 0))
+    assert main(command_line({**basics, "save_every_n_steps": 1})) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said.splitlines()[-1]
+    assert [f"step {step} is not saved" in said for step in (1, 2, 3)] == [True] * 3
+    assert said.count("trying again in 0 s: make room") == 2
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_that_has_room_again(basics, tmp_path, monkeypatch) -> None:
+    """A save that fails in the middle of training stops nothing, and the last one is tried again."""
+    import safetensors.torch
+
+    plain, calls = safetensors.torch.save_file, []
+
+    def full_for_a_while(*args, **options):
+        calls.append(1)
+        if len(calls) in (1, 4):
+            raise OSError(28, "No space left on device")
+        return plain(*args, **options)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_for_a_while)
+    monkeypatch.setattr(saving, "PATIENCE", (0,))
+    assert main(command_line({**basics, "save_every_n_steps": 1, "output_name": "x"})) == 0
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["x-step00000002.safetensors", "x-step00000003.safetensors", "x.safetensors"]
+
+
+def test_samples_and_logs_that_fail_stop_nothing(basics, tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "prompts.txt").write_text("a red disc --w 64 --h 64 --s 2")
+    logged = []
+
+    def broken_log(self, values, step, **_):
+        logged.append(step)
+        raise ConnectionError("the tracker is away")
+
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", broken_log)
+    monkeypatch.setattr("lora_adapters.train.watching.sample", too_large)
+    samples = {"sample_every_n_steps": 2, "sample_prompts": tmp_path / "prompts.txt"}
+    monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: broken_log(self, {}, 0))
+    assert main(command_line({**basics, **samples, "logging_dir": tmp_path / "log"})) == 0
+    said = capsys.readouterr().err
+    assert "no sample pictures at step 2 (CUDA out of memory)" in said
+    assert "nothing is logged from step 1 on (the tracker is away)" in said
+    assert "the logs were not closed (the tracker is away)" in said
+    assert logged == [1, 0]
+    assert (tmp_path / "out" / "last.safetensors").exists()
+
+
+def test_a_tracker_that_cannot_start(basics, tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("tensorboard")
+
+    def away(*_, **__):
+        raise ConnectionError("no route to the tracker")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", away)
+    assert main(command_line({**basics, "logging_dir": tmp_path / "log"})) == 1
+    assert "error: --log_with tensorboard cannot start (no route to the tracker)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -147,7 +215,7 @@ def test_a_file_of_kohyas_gui_trains_and_what_has_no_effect_is_said(sd1, picture
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"save_model_as": "ckpt"}, {"save_state": True}])
 def test_a_disk_that_is_really_full(basics, tmp_path, changes) -> None:
-    """The system refuses files beyond a size: adapters do not fit, or only the state of the second step does not."""
+    """The system refuses files beyond a size: adapters do not fit, or only states do not."""
     options = {**basics, **changes, "save_every_n_steps": 1, "output_name": "x"}
     limit = 100_000 if "save_state" not in changes else 400_000
     guarded = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
@@ -159,4 +227,5 @@ def test_a_disk_that_is_really_full(basics, tmp_path, changes) -> None:
     assert last.startswith("error: ")
     assert "cannot be written" in last
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == (["x-step00000001.safetensors"] if "save_state" in changes else [])
+    every = [*(f"x-step{step:08d}.safetensors" for step in (1, 2, 3)), "x.safetensors"]
+    assert left == (every if "save_state" in changes else [])

@@ -171,3 +171,23 @@ def test_options_without_a_repository() -> None:
             uploads.check_uploads(settings(**{name: "model"}))
     with pytest.raises(TrainingError, match="public or private"):
         uploads.check_uploads(settings(huggingface_repo_id="me/x", huggingface_repo_visibility="open"))
+
+
+def test_a_training_starts_from_a_repository(hub, basics, tmp_path) -> None:
+    first = train(settings(**basics, **ME))
+    options = {**basics, "huggingface_token": TOKEN, "output_dir": str(tmp_path / "second"), "learning_rate": 1e-9}
+    second = train(settings(**options, network_weights="me/x"))
+    for name, one in first.adapter.modules.items():
+        torch.testing.assert_close(second.adapter.modules[name].delta(), one.delta(), rtol=1e-3, atol=1e-7)
+    merged = prepare(settings(**options, base_weights=["me/x"]))
+    name = next(name for name in first.adapter.modules if name.component == "unet")
+    layer = merged.models.unet.get_submodule(name.path)
+    plain = prepare(settings(**options)).models.unet.get_submodule(name.path)
+    delta = first.adapter.modules[name].delta()
+    torch.testing.assert_close(layer.base_layer.weight, plain.base_layer.weight + delta.reshape(plain.weight.shape))
+
+
+def test_a_repository_that_is_not_there_is_named_before_the_model_is_loaded(hub, basics, monkeypatch) -> None:
+    monkeypatch.setattr("lora_adapters.train.run.load_base_models", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(TrainingError, match=r"--network_weights me/nothing"):
+        prepare(settings(**basics, network_weights="me/nothing", huggingface_token=TOKEN))

@@ -1,0 +1,69 @@
+"""The noise schedule that a base model was made with: its scheduler config's, Stable Diffusion's where it says none."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.train.errors import TrainingError
+
+SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STEPS = 1000
+_KNOWN = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that training and every sampler have
+_PREDICTIONS = ("epsilon", "v_prediction")
+_OTHER_KINDS = {"EDM": "EDM's continuous noise levels", "FlowMatch": "flow matching"}
+
+
+def betas(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for diffusers' schedulers that make the betas of `config`, those of a pipeline's scheduler."""
+    found = {key: config.get(key, value) for key, value in SD_BETAS.items()}
+    trained = config.get("trained_betas")
+    if trained is not None:
+        found["trained_betas"] = [float(beta) for beta in trained]
+    return found
+
+
+def ends_in_noise(config: Mapping[str, Any]) -> bool:
+    """Whether the model was trained with zero terminal SNR: its last step is pure noise."""
+    return bool(config.get("rescale_betas_zero_snr"))
+
+
+def check_schedule_config(config: Mapping[str, Any], name: str) -> None:
+    """Raise TrainingError for a base model whose noise this program cannot make."""
+    kind = str(config.get("_class_name", ""))
+    for start, what in _OTHER_KINDS.items():
+        if kind.startswith(start):
+            raise TrainingError(f"base model {name} was made with {what} ({kind}), which is not supported")
+    steps = config.get("num_train_timesteps", STEPS)
+    if steps != STEPS:
+        raise TrainingError(f"base model {name} has {steps} timesteps in its scheduler config; {STEPS} are supported")
+    schedule = betas(config)["beta_schedule"]
+    if schedule not in _KNOWN:
+        raise TrainingError(
+            f"base model {name} has the beta_schedule {schedule} in its scheduler config; {', '.join(_KNOWN)} are "
+            "supported"
+        )
+
+
+def check_prediction(prediction_type: str, name: str) -> None:
+    """Raise TrainingError for a base model that predicts neither noise nor v."""
+    if prediction_type not in _PREDICTIONS:
+        raise TrainingError(
+            f"base model {name} has the prediction_type {prediction_type} in its scheduler config; "
+            f"{' and '.join(_PREDICTIONS)} are supported"
+        )
+
+
+def marks(path: Path) -> dict[str, Any]:
+    """What a .safetensors checkpoint says of its schedule by keys without content, as ComfyUI reads them."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+    found: dict[str, Any] = {}
+    if "v_pred" in keys:
+        found["prediction_type"] = "v_prediction"
+    if "ztsnr" in keys:
+        found["rescale_betas_zero_snr"] = True
+    return found

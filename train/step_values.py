@@ -1,0 +1,43 @@
+"""The numbers that a step leaves behind, brought to the CPU together: a device is waited for once in a step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.stopping import SIGNALS, signalled
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """loss: the mean over all processes. stop: the signal that some process has received, or 0. others: by log name."""
+
+    loss: float
+    stop: int
+    others: dict[str, float]
+
+
+def fetch(accelerator: Any, loss: torch.Tensor, flags: torch.Tensor, others: dict[str, torch.Tensor]) -> StepValues:
+    """loss (): of this process. flags: from StopSignals. others: tensors () that are the same in every process."""
+    shared = accelerator.reduce(torch.cat([loss.detach().float().view(1), flags]), reduction="mean")
+    own = [value.detach().float().view(1) for value in others.values()]
+    values = torch.cat([shared, *own]).tolist()
+    signals = 1 + len(SIGNALS)
+    return StepValues(values[0], signalled(values[1:signals]), dict(zip(others, values[signals:], strict=True)))
+
+
+def check_finite(values: StepValues, step: int, scaled: bool) -> None:
+    """Raise TrainingError where the loss of step number `step` (from 1) or its gradient is infinite or not a number.
+
+    scaled: a gradient scaler skips steps whose gradient is infinite.
+    """
+    if not math.isfinite(values.loss):
+        raise TrainingError(
+            f"the loss is {values.loss} at step {step}: training stopped, earlier saves are kept; lower the "
+            "learning rate, or train in another precision"
+        )
+    norm = values.others.get("norm/gradient", 0.0)
+    if not math.isfinite(norm) and not scaled:
+        raise TrainingError(f"the gradient is {norm} at step {step}: training stopped, earlier saves are kept")
