@@ -233,7 +233,7 @@ def test_layers_padded_behind_the_dials_back() -> None:
     hotswap.prepare_model_for_compiled_hotswap.stock(model, target_rank=6)  # as imported before this package was
     torch.testing.assert_close(call(model), wanted)
     combined = get_peft_model(MODELS["custom"]()[0], config("dylora", "custom", conv_dim=4)).eval()
-    combined.load_state_dict({k: v for k, v in fill(combined).state_dict().items()})
+    fill(combined)
     set_rank(combined, 2)
     hotswap.prepare_model_for_compiled_hotswap.stock(combined, target_rank=6)
     combined.add_weighted_adapter(["default"], [1.0], "one", "svd")  # which asks for the width before any call
