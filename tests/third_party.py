@@ -4,8 +4,8 @@ usage: python tests/third_party.py CHECKOUT TEST... [pytest options]
 
 CHECKOUT is a checkout of PEFT or diffusers, whose `src` is what is tested. Prints the counts of each run and every test
 that passes without this package and does not pass with it; the exit status is 1 where there are any. The runs are
-offline: a test that needs the Hub fails in all three, but for the tiny CLIP of diffusers' LoRA tests, for which a random
-one stands in.
+offline: a test that needs the Hub fails in all three (PEFT's do so slowly), but for the tiny CLIP of diffusers' LoRA
+tests, for which a random one stands in.
 """
 
 import collections
@@ -79,7 +79,7 @@ def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[s
 
 
 def main(checkout: str, *arguments: str) -> int:
-    """Run, compare, print; the number of tests that only fail with this package, at most 1."""
+    """Run, compare, print; 1 where a test only fails with this package, else 0."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_clip(folder / "hub")
