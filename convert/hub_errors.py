@@ -91,9 +91,14 @@ def meaning(error: BaseException, repo: str, revision: str | None = None, file: 
         below = error.__cause__
         if below is None or isinstance(below, errors.OfflineModeIsEnabled):
             return f"{what} is not in the local cache, and downloads are turned off (HF_HUB_OFFLINE, local_files_only)"
-        return f"{what} is not in the local cache, and {meaning(below, repo, revision, file)}"
+        why = meaning(below, repo, revision, file)
+        return why if _status(below) == 404 else f"{what} is not in the local cache, and {why}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repo} is out of reach in offline mode (HF_HUB_OFFLINE=1)"
+    if _status(error) == 404:  # without a word on what is missing, as mirrors and proxies answer
+        return (
+            f"the Hub was reached and has no {what}, or it is private and the token does not open it (404): {_LOG_IN}"
+        )
     if _status(error) == 401:
         return f"the Hub does not accept the token for {repo}, or needs one: {_LOG_IN} ({_line(error)})"
     if _status(error) == 403:

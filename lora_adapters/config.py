@@ -5,6 +5,8 @@ PEFT type is LORA, and `to_dict` and `adapter_config.json` hold nothing that sto
 LoRA stands in `auto_mapping`, a free-form field, from which this package restores the type.
 """
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -15,6 +17,9 @@ from lora_adapters.convert.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
 from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 
 FACTS = "lora_adapters"  # the key in auto_mapping
+_DECIDED = ("target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "resolved")  # filled in by a model
+# Variants of a LoRA layer that older releases of PEFT do not mark as such in their configs.
+_UNMARKED_VARIANTS = ("use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -28,7 +33,11 @@ class LierLaConfig(LoraConfig):
 
     r is the rank (kohya's network_dim), lora_alpha the alpha. With target_modules given, it acts on any model as
     `LoraConfig` does. rank_pattern and alpha_pattern win over every other rank and alpha. AdapterError for values that
-    make no sense. Source: LoRA (arXiv:2106.09685), with the coverage of kohya's trainer.
+    make no sense.
+
+    As with `LoraConfig`, the model keeps the config that it is given, and fills in what it has decided: target_modules
+    and the ranks and alphas of all modules. One config may be used for several models: those after the first get a copy
+    of it as it was asked for. Source: LoRA (arXiv:2106.09685), with the coverage of kohya's trainer.
 
     >>> from diffusers import UNet2DConditionModel
     >>> unet = UNet2DConditionModel(
@@ -43,11 +52,15 @@ class LierLaConfig(LoraConfig):
     """
 
     covers_conv: ClassVar[bool] = False
+    _before: ClassVar[tuple[dict[str, Any], dict[str, Any]] | None] = None
 
     r: int = field(default=4, metadata={"help": "Rank."})
     lora_alpha: float = field(default=1, metadata={"help": "Alpha: the change of weight is alpha/rank · up · down."})  # type: ignore[assignment]
     conv_dim: int | None = field(default=None, metadata={"help": "Rank of convolutions larger than 1x1."})
-    conv_alpha: float = field(default=1, metadata={"help": "Alpha of convolutions larger than 1x1."})
+    conv_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Alpha of convolutions larger than 1x1; None: 1, or lora_alpha where their rank is r."},
+    )
     block_dims: list[int] | None = field(
         default=None, metadata={"help": "Rank in each of the 25 blocks of the U-Net (SDXL: 23); 0 skips a block."}
     )
@@ -65,6 +78,45 @@ class LierLaConfig(LoraConfig):
         for name in ("block_dims", "conv_block_dims"):
             for value in getattr(self, name) or ():
                 _check(isinstance(value, int) and value >= 0, f"{name} has the value {value}: ranks are whole, 0 skips")
+        self.check_options()
+
+    def check_options(self) -> None:
+        """AdapterError for options of `LoraConfig` that adapters of this type cannot have."""
+        _check(
+            not self.target_parameters,
+            f"target_parameters: {type(self).__name__} is for linear layers and convolutions; take peft.LoraConfig",
+        )
+
+    def for_model(self) -> "LierLaConfig":
+        """The config to put into a model: this one, or a copy as it was asked for where a model has it already."""
+        if self._before is None:
+            return self
+        asked, decided = self._before
+        fresh = copy.copy(self)
+        fresh._before = None  # type: ignore[misc]
+        for name, value in asked.items():
+            if getattr(self, name) == decided[name]:  # else it has been set to something else since
+                setattr(fresh, name, copy.deepcopy(value))
+        return fresh
+
+    def asked(self) -> dict[str, Any]:
+        """The fields that a model fills in, as they are now."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in _DECIDED}
+
+    def decide(self, decided: Mapping[str, Any], asked: dict[str, Any] | None = None) -> None:
+        """Fill in what a model has decided; `asked` is what `asked()` gave before, None where it is known already."""
+        if asked is None:
+            asked = self._before[0] if self._before is not None else self.asked()
+        for name, value in decided.items():
+            setattr(self, name, set(value) if name == "target_modules" else value)
+        self.resolved = True
+        self._before = asked, self.asked()  # type: ignore[misc]
+
+    def undecide(self, asked: Mapping[str, Any]) -> None:
+        """Make it what it was before a model that could not take it."""
+        for name, value in asked.items():
+            setattr(self, name, value)
+        self._before = None  # type: ignore[misc]
 
     @property
     def conv(self) -> bool:
@@ -132,8 +184,6 @@ class DyLoraConfig(LierLaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(not self.use_dora, "use_dora: a DyLoRA has no magnitudes that would be right at every rank")
-        _check(not self.lora_bias, "lora_bias: a DyLoRA has no biases that would be right at every rank")
         _check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
         for name in ("r", "conv_dim"):
             rank = getattr(self, name)
@@ -142,6 +192,14 @@ class DyLoraConfig(LierLaConfig):
             value = getattr(self, name)
             _check(value in known, f"{name} is {value!r}: it is one of {', '.join(known)}")
 
+    def check_options(self) -> None:
+        """As for LierLa; and AdapterError for whatever computes a LoRA's layers in another way than DyLoRA does."""
+        super().check_options()
+        _check(not self.use_dora, "use_dora: a DyLoRA has no magnitudes that would be right at every rank")
+        _check(not self.lora_bias, "lora_bias: a DyLoRA has no biases that would be right at every rank")
+        for option in _variants(self):
+            _check(False, f"{option}: it computes the layers in its own way, as a DyLoRA does; take one of the two")
+
     @property
     def dylora(self) -> DyLora:
         """Its facts as they stand in kohya's metadata."""
@@ -149,6 +207,16 @@ class DyLoraConfig(LierLaConfig):
 
 
 _TYPES = {"LierLa": LierLaConfig, "C3Lier": C3LierConfig, "DyLora": DyLoraConfig}
+
+
+def _variants(config: LoraConfig) -> list[str]:
+    """The options of the config by which PEFT computes a layer in another way than plain LoRA (its LoRA variants)."""
+    known = {one.name: one.metadata for one in fields(LoraConfig)}
+    marked = [name for name, facts in known.items() if facts.get("is_lora_variant") or name in _UNMARKED_VARIANTS]
+    found = [name for name in marked if getattr(config, name)]
+    if config.init_lora_weights in known["init_lora_weights"].get("lora_variants", ()):
+        found.append(f"init_lora_weights={config.init_lora_weights!r}")
+    return found
 
 
 def _own(config: LierLaConfig) -> list[str]:

@@ -21,7 +21,7 @@ class Ranks(Protocol):
     r: int
     lora_alpha: float
     conv_dim: int | None
-    conv_alpha: float
+    conv_alpha: float | None
     block_dims: list[int] | None
     block_alphas: list[float] | None
     conv_block_dims: list[int] | None
@@ -117,6 +117,8 @@ class RankRule:
         block = block_index(path, self.architecture) if self.architecture else None
         if is_kxk(layer):
             dims, alphas, rank, alpha = ranks.conv_block_dims, ranks.conv_block_alphas, ranks.conv_dim, ranks.conv_alpha
+            if alpha is None:
+                alpha = ranks.lora_alpha if rank is None and dims is None else 1
             rank = ranks.r if rank is None and dims is None else (rank or 0)
         else:
             dims, alphas, rank, alpha = ranks.block_dims, ranks.block_alphas, ranks.r, ranks.lora_alpha

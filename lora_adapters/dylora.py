@@ -1,4 +1,4 @@
-"""DyLoRA's layer arithmetic, and the dial that says which rank it works at."""
+"""The dial that says which rank a DyLoRA works at, and putting it on and taking it off."""
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import RANK_SCALINGS, LowRank
+from lora_adapters.convert.low_rank import RANK_SCALINGS
 from lora_adapters.convert.metadata import DyLora
 
+from .dylora_layer import DyLoraVariant, layers, refuse_unfit
 from .rank_draws import ranks_of_step
 
 
@@ -119,7 +120,7 @@ class RankDial:
         self._lay_out(len(self.gates), device)
         self._turn(self.now)
 
-    def add(self, variant: "DyLoraVariant") -> None:
+    def add(self, variant: DyLoraVariant) -> None:
         """Take a layer in; `fill` is to be called when all are in."""
         self.variants.append(variant)
 
@@ -163,107 +164,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Tensor:
-    """layer(x), with no gradient for the weight's first `start` slices of `dim`."""
-    weight = layer.weight
-    parts = [weight.narrow(dim, 0, start).detach(), weight.narrow(dim, start, weight.shape[dim] - start)]
-    return torch.func.functional_call(layer, {"weight": torch.cat(parts, dim)}, (x,))
-
-
-class DyLoraVariant(LoraVariant):
-    """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, in place of a LoRA layer's alpha/r · up · down · x. One a layer.
-
-    The components from b on are gated to zero between the two factors: the weights are used through their own modules,
-    so that offloading, sharding and quantisation hooks on these keep working. The gate holds the layer's scaling too,
-    as it was when the adapter was attached. `full` is the layer's rank; its factors are wider than that where an
-    adapter is padded to be swapped for larger ones.
-    """
-
-    def __init__(self, dial: RankDial, layer: Any, adapter_name: str):
-        self.dial = dial
-        self.fit(layer, adapter_name)
-        self.gate = torch.zeros(1, 0)
-        dial.add(self)
-
-    def fit(self, layer: Any, adapter_name: str) -> None:
-        """Take over the layer's present rank, width and scaling."""
-        weight = layer.lora_A[adapter_name].weight
-        self.full, self.length = layer.r[adapter_name], weight.shape[0]
-        self.trailing = weight.ndim - 2  # a convolution's channels are not last
-        self.scaling = float(layer.scaling[adapter_name]) or 1.0
-
-    def values(self, rank: int) -> torch.Tensor:
-        """The scale's factor for each component at that rank: (length,), with zeros from the rank on."""
-        rank = min(rank, self.full)
-        gate = torch.zeros(self.length)
-        gate[:rank] = self.dial.factor(rank, self.full)
-        return gate
-
-    def forward(  # type: ignore[override]
-        self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
-        """result + ΔW_b x; x is (..., in) for linear layers, (batch, in, height, width) for convolutions."""
-        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        x = module.lora_dropout[active_adapter](x)
-        dial, start = self.dial, 0
-        if dial.dylora.freeze_lower and dial.drawn:
-            start = min(dial.now[0], self.full) - dial.dylora.unit
-        hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
-        gate, scaling = self.gate if len(dial.now) == 1 else self._of_samples(hidden), module.scaling[active_adapter]
-        if scaling != self.scaling:  # the adapter's weight has been set since
-            gate = gate * (scaling / self.scaling)
-        hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs it as it is now, and the dial turns
-        return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
-
-    def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
-        """A gate (samples or 1, length), ready to be multiplied with activations of so many dimensions."""
-        if len(gate) == 1:
-            return gate.view(-1, *[1] * self.trailing)
-        if self.trailing:
-            return gate.view(*gate.shape, *[1] * self.trailing)
-        return gate.view(len(gate), *[1] * (dimensions - 2), -1)
-
-    def _of_samples(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The gate where each sample has a rank of its own; AdapterError where samples do not come first."""
-        if len(self.gate) != len(hidden):
-            raise AdapterError(
-                f"a DyLoRA's layer got {list(hidden.shape)} in a batch of {len(self.gate)}: where samples do not come "
-                "first, each cannot have a rank of its own; take rank_sampling='uniform'"
-            )
-        return self.gate if self.gate.ndim == hidden.ndim else self.shaped(self.gate.flatten(1), hidden.ndim)
-
-    def _delta(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
-        down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
-        rank = min(self.dial.rank, self.full)
-        scale = float(module.scaling[adapter]) * self.dial.factor(rank, self.full)
-        delta = LowRank(down[:rank].flatten(1), up[:, :rank].flatten(1), scale * rank).delta()
-        delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta.reshape(weight.shape)
-        return delta.to(weight)
-
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The weight with the change of the present rank added."""
-        return orig_weight + self._delta(module, active_adapter, orig_weight)
-
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:  # type: ignore[override]
-        """Add the change of the present rank in place."""
-        orig_weight.data += self._delta(module, active_adapter, orig_weight)
-
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The weight with the change of the present rank taken away."""
-        return orig_weight.data - self._delta(module, active_adapter, orig_weight)
-
-    @staticmethod
-    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to prepare: the factors are LoRA's own."""
-
-
-def layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every LoRA layer that has the adapter; the path is the adapted layer's own."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            yield path.replace(".base_layer", ""), module  # in a mixed model another adapter's layer may be around it
-
-
 @contextmanager
 def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None]:
     """In the block, the weights of the DyLoRAs among the adapters are what they do at their present rank."""
@@ -273,6 +173,8 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
             variant = layer.lora_variant.get(name)
             if isinstance(variant, DyLoraVariant):
                 weight = layer.lora_A[name].weight
+                if variant.length != weight.shape[0]:
+                    variant.refit(layer, name, weight.shape[0])
                 whole.append((weight, weight.data))
                 gate = variant.values(variant.dial.rank).to(weight)
                 weight.data = weight.data * gate.view(-1, *[1] * (weight.ndim - 1))
@@ -286,8 +188,10 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
 def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
     """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training.
 
-    Where it is one already, its dial goes on with the layers' present ranks, at its highest.
+    Where it is one already, its dial goes on with the layers' present ranks, at its highest. AdapterError where a layer
+    computes the adapter in a way of its own (see `refuse_unfit`); then nothing is changed.
     """
+    refuse_unfit(model, adapter_name)
     mine = [layer for _, layer in layers(model, adapter_name)]
     highest = max(layer.r[adapter_name] for layer in mine)
     variants = [layer.lora_variant.get(adapter_name) for layer in mine]
@@ -305,6 +209,14 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
     dial.fill()
     model.register_forward_pre_hook(dial, with_kwargs=True)
     model.register_forward_hook(dial.keep)
+
+
+def refit(model: nn.Module) -> None:
+    """Adjust the dials to the present widths and scalings of their layers; the ranks stay as they are."""
+    for dial in dials(model):
+        for _, layer in layers(model, dial.adapter_name):
+            layer.lora_variant[dial.adapter_name].fit(layer, dial.adapter_name)
+        dial.fill()
 
 
 def detach(model: nn.Module, adapter_name: str) -> None:

@@ -9,8 +9,9 @@ looked up in the models that the tensors come from, and the names are PEFT's thr
 
 import json
 import logging
+import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from lora_adapters.convert.format_diffusers import split_key
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.names import COMPONENTS, ModuleName
 
+from .dylora_layer import layers
+
 logger = logging.getLogger(__name__)
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")  # as PEFT names it in files
 _models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -65,6 +69,29 @@ def _peft_name(key: str, module: ModuleName, half: str) -> str:
 def _cut(tensor: torch.Tensor, half: str, rank: int) -> torch.Tensor:
     """The tensor without the zeros that an adapter is padded with to be swapped for larger ones."""
     return (tensor[:rank] if half == "down" else tensor[:, :rank]).contiguous()
+
+
+def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Of PEFT's `get_peft_model_state_dict`, as its models save: this package's adapters without their padding.
+
+    Their configs have the ranks that they have without.
+    """
+
+    def get_peft_model_state_dict(model: Any, *args: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+        from .placing import is_ours, unwrapped
+
+        tensors, inner = stock(model, *args, adapter_name=adapter_name, **kwargs), unwrapped(model)
+        if not is_ours(inner, adapter_name):
+            return tensors
+        ranks = {path: layer.r[adapter_name] for path, layer in layers(inner, adapter_name)}
+        cut = {}
+        for key, tensor in tensors.items():
+            match = _FACTOR.fullmatch(key)
+            path, half = (match[1].replace(".base_layer", ""), match[2]) if match else ("", "")
+            cut[key] = _cut(tensor, "down" if half == "A" else "up", ranks[path]) if path in ranks else tensor
+        return cut
+
+    return get_peft_model_state_dict
 
 
 Found = tuple[dict[str, Any], dict[ModuleName, int]]  # a config, and the rank of each module

@@ -19,7 +19,10 @@ OLDEST = {"peft": "0.17.1", "diffusers": "0.35.2", "transformers": "4.57.1"}  # 
 def plug_in() -> None:
     """Register the changes; each is made at once where its module is imported already."""
     wrapt.register_post_import_hook(_into_peft, "peft")
+    wrapt.register_post_import_hook(_into_hotswap, "peft.utils.hotswap")
     wrapt.register_post_import_hook(_into_diffusers, "diffusers.loaders.lora_pipeline")
+    wrapt.register_post_import_hook(_into_scaling, "diffusers.utils.peft_utils")
+    wrapt.register_post_import_hook(_into_block_weights, "diffusers.loaders.unet_loader_utils")
 
 
 def unfit(package: str, what: str) -> ImportError:
@@ -75,25 +78,61 @@ def rank_stabilized(layer: Any) -> dict[str, bool]:
 
 
 def _into_peft(peft: ModuleType) -> None:
-    """LoRA's tuner becomes AdapterTuner, which treats plain LoraConfigs as PEFT's own does."""
+    """LoRA's tuner and the mixed one learn this package's configs; other adapters are treated as PEFT does."""
     check_age("peft")
     try:
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from peft import peft_model
         from peft.tuners.lora import LoraModel
         from peft.tuners.lora.layer import LoraVariant  # noqa: F401
-        from peft.tuners.tuners_utils import BaseTuner
+        from peft.tuners.mixed import MixedModel
     except ImportError as error:
         raise unfit("peft", f"lacks {error.name or error}") from error
-    if not (hasattr(BaseTuner, "inject_adapter") and hasattr(LoraModel, "_create_and_replace")):
+    if not (hasattr(LoraModel, "inject_adapter") and hasattr(LoraModel, "_create_and_replace")):
         raise unfit("peft", "injects its layers in another way")
-    from peft import mixed_model
-
-    if not hasattr(mixed_model, "MixedModel"):
+    if not hasattr(MixedModel, "inject_adapter"):
         raise unfit("peft", "makes mixed models in another way")
-    from .tuner import AdapterTuner, MixedTuner
+    from .saved_metadata import cutting
+    from .tuner import plug_into
 
-    PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = AdapterTuner
-    mixed_model.MixedModel = MixedTuner  # type: ignore[misc]
+    plug_into(LoraModel)
+    plug_into(MixedModel)
+    stock = peft_model.get_peft_model_state_dict  # what PEFT's models save with; elsewhere it is as it was
+    if not hasattr(stock, "stock"):
+        peft_model.get_peft_model_state_dict = functools.wraps(stock)(cutting(stock))
+        peft_model.get_peft_model_state_dict.stock = stock  # type: ignore[attr-defined]
+
+
+def _into_hotswap(hotswap: ModuleType) -> None:
+    """PEFT's own functions for hot-swapping know this package's adapters."""
+    from .adapter_weights import replace_everywhere
+    from .swapping import exchanging, preparing
+
+    for name, wrapper in (
+        ("prepare_model_for_compiled_hotswap", preparing),
+        ("hotswap_adapter_from_state_dict", exchanging),
+    ):
+        if not hasattr(hotswap, name):
+            raise unfit("peft", f"lacks peft.utils.hotswap.{name}")
+        replace_everywhere(hotswap, name, wrapper)
+
+
+def _into_scaling(peft_utils: ModuleType) -> None:
+    """A scale of 0 for one call leaves the weights of adapters as they were before it."""
+    from .adapter_weights import replace_everywhere, scaling, unscaling
+
+    for name, wrapper in (("scale_lora_layers", scaling), ("unscale_lora_layers", unscaling)):
+        if not hasattr(peft_utils, name):
+            raise unfit("diffusers", f"lacks {name}")
+        replace_everywhere(peft_utils, name, wrapper)
+
+
+def _into_block_weights(unet_loader_utils: ModuleType) -> None:
+    """A misspelt block in the weights of an adapter is named."""
+    from .adapter_weights import checking_blocks, replace_everywhere
+
+    name = "_maybe_expand_lora_scales_for_one_adapter"
+    if hasattr(unet_loader_utils, name):  # without it diffusers says what it says
+        replace_everywhere(unet_loader_utils, name, checking_blocks)
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:

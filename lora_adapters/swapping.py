@@ -2,23 +2,31 @@
 
 PEFT's own hot-swapping takes any key that contains the adapter's name for one of its weights (swapping "a" would empty
 all others), refuses adapters whose alphas differ between modules, and leaves the layers with the old rank and alpha, on
-which the next `set_adapters` builds. So it is done here, for the U-Net and the text encoders.
+which the next `set_adapters` builds. So it is done here, for the U-Net and the text encoders; and PEFT's functions are
+sent here where one of the two adapters is of this package.
 """
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.format_diffusers import pattern_value
 from lora_adapters.convert.low_rank import LowRank
 from lora_adapters.convert.metadata import DyLora
 
 from . import dylora, placing, seams
-from .config import restored
+from .config import DyLoraConfig, LierLaConfig, restored
 from .coverage import RankAlpha
 from .dylora import layers
+
+# What the config of an adapter says of the model that it is in, and of layers that stay when weights are swapped.
+_OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "fan_in_fan_out")
 
 
 def prepare(model: Any, adapter_name: str) -> None:
@@ -82,17 +90,35 @@ def swap(model: Any, placed: Mapping[str, LowRank], adapter_name: str, facts: Dy
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = one.rank, one.alpha
         seams.rank_stabilized(layer)[adapter_name] = False
         _rescale(layer, adapter_name, weight * one.alpha / one.rank)
-        _put(down, one.down, 0)
-        _put(up, one.up, 1)
+        prepared = _is_prepared(layer, adapter_name)
+        _put(down, one.down, 0, prepared)
+        _put(up, one.up, 1, prepared)
     mine = {
         path: RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
         for path, layer in layers(model, adapter_name)
     }
-    model.peft_config[adapter_name] = restored(LoraConfig(**placing.plain_config(mine, facts)))
+    _tell_config(model, adapter_name, placing.plain_config(mine, facts), facts)
     if facts is None:
         dylora.detach(model, adapter_name)
     else:
         dylora.attach(model, adapter_name, facts)
+
+
+def _tell_config(model: Any, adapter_name: str, table: dict[str, Any], facts: DyLora | None) -> None:
+    """Make the adapter's config that of its present weights; the same object where the type stays.
+
+    A compiled model is compiled for the type of the config.
+    """
+    before, after = model.peft_config[adapter_name], restored(LoraConfig(**table))
+    if isinstance(before, LierLaConfig) and isinstance(before, DyLoraConfig) == isinstance(after, DyLoraConfig):
+        before.decide({name: getattr(after, name) for name in table if name != "auto_mapping"})
+        before.use_rslora = False
+        for name, value in ({} if facts is None else asdict(facts)).items():
+            setattr(before, name, value)
+        return
+    for name in _OF_THE_MODEL:
+        setattr(after, name, getattr(before, name))
+    model.peft_config[adapter_name] = after
 
 
 def _is_prepared(layer: Any, adapter_name: str) -> bool:
@@ -113,11 +139,78 @@ def _rescale(layer: Any, adapter_name: str, scaling: float) -> None:
         layer.scaling[adapter_name] = scaling
 
 
-def _put(part: Any, value: torch.Tensor, dim: int) -> None:
-    """Copy into the layer's weight, whose rank (at `dim`) may be larger; a smaller one is replaced."""
+def _put(part: Any, value: torch.Tensor, dim: int, prepared: bool) -> None:
+    """Copy into the layer's weight, whose rank (at `dim`) stays, padded, where it is prepared; else it is replaced."""
     weight, rank = part.weight, value.shape[dim]
-    if weight.shape[dim] < rank:  # never of a prepared adapter
+    if weight.shape[dim] != rank and not prepared:
         weight.data = value.to(weight, copy=True).contiguous()
         return
     weight.narrow(dim, 0, rank).copy_(value)
     weight.narrow(dim, rank, weight.shape[dim] - rank).zero_()
+
+
+# --- PEFT's own functions --------------------------------------------------------------------------------------------
+
+
+def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `peft.utils.hotswap.prepare_model_for_compiled_hotswap`: the dials follow their layers.
+
+    The configs of this package's adapters keep their own ranks, which padding does not change. AdapterError, with
+    nothing changed, where one has a rank above target_rank.
+    """
+
+    def prepare_model_for_compiled_hotswap(
+        model: Any, *, target_rank: int | None = None, config: Any = None, **kwargs: Any
+    ) -> None:
+        inner = placing.unwrapped(model)
+        for name in getattr(inner, "peft_config", {}):
+            highest = max((layer.r[name] for _, layer in layers(inner, name)), default=0)
+            if placing.is_ours(inner, name) and target_rank is not None and highest > target_rank:
+                raise AdapterError(f"adapter {name} has rank {highest}: give a target_rank of {highest} or more")
+        given = config if isinstance(config, dict) else {"": config} if config else {}
+        theirs = {name: one for name, one in given.items() if not isinstance(one, LierLaConfig)}
+        stock(model, target_rank=target_rank, config=theirs or None, **kwargs)
+        dylora.refit(inner)
+
+    return prepare_model_for_compiled_hotswap
+
+
+def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers build.
+
+    Where the adapter in the model or the one that comes is of this package, the layers' ranks, the config and the dial
+    become the new adapter's too. AdapterError, with nothing changed, where it cannot be swapped.
+    """
+
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        inner, arriving = placing.unwrapped(model), restored(config)
+        if not (placing.is_ours(inner, adapter_name) or isinstance(arriving, LierLaConfig)):
+            stock(model, state_dict, adapter_name, config, *args, **kwargs)
+            return
+        placed = placing.fitted(inner, "model", _pairs(state_dict, adapter_name, arriving))
+        check(inner, "model", placed, adapter_name)
+        swap(inner, placed, adapter_name, arriving.dylora if isinstance(arriving, DyLoraConfig) else None)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _pairs(state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig) -> dict[str, LowRank]:
+    """The pairs of a state dict with PEFT's names; AdapterError where there is more in it than pairs."""
+    wanted = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state_dict.items():
+        match = wanted.fullmatch(key)
+        if match is None:
+            raise AdapterError(f"{key} is not half of a low-rank pair of {adapter_name}: it cannot be swapped in")
+        halves.setdefault(match[1].replace(".base_layer", ""), {})[match[2]] = tensor
+    pairs = {}
+    for path, half in halves.items():
+        if len(half) != 2:
+            raise AdapterError(f"{path}.lora_{next(iter(half))} is half of a low-rank pair: the other is missing")
+        rank = pattern_value(config.rank_pattern or {}, path, config.r)
+        alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        pairs[path] = LowRank(half["A"], half["B"], scale * half["A"].shape[0])
+    return pairs

@@ -1,13 +1,13 @@
-"""The tuners: PEFT's own LoRA and its mixed model, with rank and alpha decided for every module by our configs."""
+"""PEFT's tuners, LoRA's and the mixed one, with rank and alpha decided for every module by this package's configs."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -18,6 +18,7 @@ from . import config as configs  # whole: `config` is half loaded when its impor
 from . import dylora, saved_metadata
 from .coverage import RankAlpha, RankRule, base_layers, covered
 
+Method = Callable[..., Any]
 _PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into itself, under this name
 
 
@@ -64,52 +65,77 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
         raise
 
 
-class _KnowsOurConfigs:
-    """What is the same in both tuners: injecting an adapter of this package's configs. Others are left to PEFT."""
+def plug_into(tuner: Any) -> None:
+    """Teach a tuner class of PEFT (`LoraModel`, `MixedModel`) this package's configs.
 
-    peft_config: dict[str, Any]
-    _rule: Any
+    Its methods are wrapped, not its class replaced: adapters of other configs are PEFT's own in name and type too.
+    """
+    wrappers = {"inject_adapter": _injecting, "_unload_and_optionally_merge": _unloading}
+    if issubclass(tuner, LoraModel):  # whose _create_and_replace MixedModel calls
+        wrappers |= {"_create_and_replace": _creating, "add_weighted_adapter": _combining}
+    for name, wrapper in wrappers.items():
+        stock = getattr(tuner, name)
+        if not hasattr(stock, "stock"):
+            ours = functools.wraps(stock)(wrapper(stock))
+            ours.stock = stock  # type: ignore[attr-defined]
+            setattr(tuner, name, ours)
 
-    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+
+def _injecting(stock: Method) -> Method:
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, with this package's coverage and ranks; then make it a DyLoRA where it is one."""
         dylora.detach(model, adapter_name)  # what a deleted DyLoRA of this name may have left
         config: Any = configs.restored(self.peft_config[adapter_name])
         if not isinstance(config, configs.LierLaConfig):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            stock(self, model, adapter_name, *args, **kwargs)
             return
-        config = self.peft_config[adapter_name] = copy.copy(config)  # the caller's may be for another model too
+        config = self.peft_config[adapter_name] = config.for_model()
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        with _all_or_nothing(inner, adapter_name, self.peft_config):
-            self._inject_ours(model, inner, adapter_name, config, *args, **kwargs)
-
-    def _inject_ours(self, model: Any, inner: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
-        if config.target_modules is None:
-            config.target_modules = set(covered(inner, config.conv))
-        paths = [path for path, _, _ in base_layers(inner)]
-        self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        found = {
-            path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
-            for path, layer in dylora.layers(inner, adapter_name)
-        }
-        if not found:
-            raise AdapterError(f"adapter {adapter_name} would do nothing: no module has a rank above 0")
-        for name, value in patterns_of(found, config.r, config.lora_alpha).items():
-            setattr(config, name, set(value) if name == "target_modules" else value)
-        config.resolved = True
-        if isinstance(config, configs.DyLoraConfig):
-            dylora.attach(inner, adapter_name, config.dylora)
+        asked = config.asked()
+        try:
+            with _all_or_nothing(inner, adapter_name, self.peft_config):
+                config.check_options()  # again: they may have been set since it was made
+                if config.target_modules is None:
+                    config.target_modules = set(covered(inner, config.conv))
+                paths = [path for path, _, _ in base_layers(inner)]
+                self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
+                stock(self, model, adapter_name, *args, **kwargs)
+                config.decide(_decided(inner, adapter_name, config), asked)
+                if isinstance(config, configs.DyLoraConfig):
+                    dylora.attach(inner, adapter_name, config.dylora)
+        except Exception:
+            config.undecide(asked)
+            raise
         saved_metadata.remember(inner)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    return inject_adapter
+
+
+def _decided(inner: Any, adapter_name: str, config: Any) -> dict[str, Any]:
+    """Target modules, ranks and alphas by the layers that the adapter has got; AdapterError where these are none."""
+    found = {
+        path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
+        for path, layer in dylora.layers(inner, adapter_name)
+    }
+    if not found:
+        raise AdapterError(f"adapter {adapter_name} would do nothing: no module has a rank above 0")
+    return patterns_of(found, config.r, config.lora_alpha)
+
+
+def _unloading(stock: Method) -> Method:
+    def _unload_and_optionally_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
         """PEFT's, and the dials of DyLoRAs leave the model with them: its layers are no adapters' any more."""
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[misc]
+        unloaded = stock(self, *args, **kwargs)
         for adapter_name in self.peft_config:
             dylora.detach(unloaded, adapter_name)
         return unloaded
 
+    return _unload_and_optionally_merge
+
+
+def _creating(stock: Method) -> Method:
     def _create_and_replace(
-        self,
+        self: Any,
         lora_config: Any,
         adapter_name: str,
         target: Any,
@@ -132,26 +158,22 @@ class _KnowsOurConfigs:
             lora_config = copy.copy(lora_config)
             lora_config.r, lora_config.lora_alpha = decided.rank, decided.alpha
             lora_config.rank_pattern, lora_config.alpha_pattern = {}, {}
-        super()._create_and_replace(  # type: ignore[misc]
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        stock(self, lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs)
+
+    return _create_and_replace
 
 
-class AdapterTuner(_KnowsOurConfigs, LoraModel):  # type: ignore[misc]
-    """`LoraModel` for every LoRA config: plain `LoraConfig`s are treated exactly as PEFT treats them."""
-
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+def _combining(stock: Method) -> Method:
+    def add_weighted_adapter(self: Any, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's combination of adapters into a new one, a plain LoRA. A DyLoRA counts as it is used at present."""
         first: Any = self.peft_config.get(adapters[0]) if adapters else None
         try:
             if isinstance(first, configs.DyLoraConfig):  # the new adapter's config is made from the first one's
                 self.peft_config[adapters[0]] = configs.as_plain(first)
             with dylora.cut_to_rank(self.model, adapters):
-                super().add_weighted_adapter(adapters, *args, **kwargs)
+                stock(self, adapters, *args, **kwargs)
         finally:
             if first is not None:
                 self.peft_config[adapters[0]] = first
 
-
-class MixedTuner(_KnowsOurConfigs, MixedModel):  # type: ignore[misc]
-    """`MixedModel` (adapters of several PEFT types in one model) that knows this package's configs."""
+    return add_weighted_adapter

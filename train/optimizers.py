@@ -74,7 +74,9 @@ def literals(pairs: list[str] | dict[str, Any] | None, option: str) -> dict[str,
         try:
             found[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            raise TrainingError(f"--{option}: {key}={text} is not a Python literal; quote text: {key}='...'") from None
+            capital = text.strip().capitalize()  # true, false, none: as TOML and JSON have them
+            hint = f"write {key}={capital}" if capital in ("True", "False", "None") else f"quote text: {key}='...'"
+            raise TrainingError(f"--{option}: {key}={text} is not a Python literal; {hint}") from None
     return found
 
 

@@ -113,6 +113,15 @@ def test_no_hub_at_all(hub, monkeypatch) -> None:
     assert caught.value.transient
 
 
+@pytest.mark.parametrize("weight_name", [None, "x.safetensors"])
+def test_a_404_is_an_answer(hub, weight_name) -> None:
+    """Mirrors and proxies do not say what is missing."""
+    hub.fail(99, status=404)
+    with pytest.raises(HubError, match=r"^the Hub was reached and has no me/x/\w+\.safetensors.*\(404\)") as caught:
+        Adapter.load("me/x", weight_name=weight_name)
+    assert not caught.value.transient
+
+
 @pytest.mark.parametrize("name", ["../x", "./x", "no-owner", "a/b/c"])
 def test_what_is_no_repository(hub, name) -> None:
     with pytest.raises(AdapterError, match="does not exist"):

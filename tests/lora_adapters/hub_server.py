@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append((self.command, path))
             if self.hub.failing > 0 and re.search(self.hub.failing_path, path):
                 self.hub.failing -= 1
-                self.refuse(503, None, "Service Unavailable")
+                self.refuse(self.hub.failing_status, None, "Service Unavailable")
                 return
             self.route(path, body)
 
@@ -251,15 +251,15 @@ class HubServer:
         self.lfs: dict[str, bytes] = {}
         self.yaml: list[str] = []
         self.requests: list[tuple[str, str]] = []
-        self.failing, self.failing_path = 0, ""
+        self.failing, self.failing_path, self.failing_status = 0, "", 503
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
-    def fail(self, times: int, path: str = "") -> None:
-        """Answer the next requests whose path the pattern finds with 503."""
-        self.failing, self.failing_path = times, path
+    def fail(self, times: int, path: str = "", status: int = 503) -> None:
+        """Answer the next requests whose path the pattern finds with that status, and without saying why."""
+        self.failing, self.failing_path, self.failing_status = times, path, status
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()

@@ -36,8 +36,10 @@ def test_diffusers_without_what_is_changed() -> None:
 
 
 def test_peft_that_injects_otherwise(monkeypatch) -> None:
+    from peft.tuners.lora import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
 
+    monkeypatch.delattr(LoraModel, "inject_adapter")
     monkeypatch.delattr(BaseTuner, "inject_adapter")
     with pytest.raises(ImportError, match="injects its layers in another way"):
         seams._into_peft(peft)

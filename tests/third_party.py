@@ -1,0 +1,100 @@
+"""PEFT's and diffusers' own tests without this package, with it imported before them, and with it imported after them.
+
+usage: python tests/third_party.py CHECKOUT TEST... [pytest options]
+
+CHECKOUT is a checkout of PEFT or diffusers, whose `src` is what is tested. Prints the counts of each run and every test
+that passes without this package and does not pass with it; the exit status is 1 where there are any. The runs are
+offline: a test that needs the Hub fails in all three (PEFT's do so slowly), but for the tiny CLIP of diffusers' LoRA
+tests, for which a random one stands in.
+"""
+
+import collections
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = "peft-internal-testing/tiny-clip-text-2"
+# Modules in the order in which a run imports them before its tests.
+RUNS = {
+    "without": [],
+    "first": ["lora_adapters"],
+    "last": ["peft", "diffusers.loaders.lora_pipeline", "diffusers.loaders.unet_loader_utils", "lora_adapters"],
+}
+
+
+def make_clip(cache: Path) -> None:
+    """Put a random text encoder, and the tokenizer of examples/tiny-sd, where the Hub's library keeps `CLIP`."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder, commit = cache / f"models--{CLIP.replace('/', '--')}", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "examples" / "tiny-sd" / "tokenizer")
+    tokenizer.save_pretrained(folder / "snapshots" / commit)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    CLIPTextModelWithProjection(config).save_pretrained(folder / "snapshots" / commit)
+
+
+def outcomes(report: Path) -> dict[str, str]:
+    """The outcome of every test in pytest's XML report."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        tags = {child.tag for child in case}
+        outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+        found[f"{case.get('classname')}::{case.get('name')}"] = outcome
+    return found
+
+
+def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[str, str]:
+    """One run of the tests; their outcomes."""
+    paths = [checkout / "src", checkout, *([ROOT] if RUNS[name] else [])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # some tests go online all the same: refused at once
+    }
+    report = folder / f"{name}.xml"
+    plugins = [option for module in RUNS[name] for option in ("-p", module)]
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}", *plugins, *arguments]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=checkout, env=environment, check=False)
+    if done.returncode not in (0, 1):
+        sys.exit(f"pytest could not run: exit status {done.returncode}")
+    return outcomes(report)
+
+
+def main(checkout: str, *arguments: str) -> int:
+    """Run, compare, print; 1 where a test only fails with this package, else 0."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_clip(folder / "hub")
+        results = {name: run(Path(checkout).resolve(), name, list(arguments), folder) for name in RUNS}
+    without, worse = results["without"], 0
+    for name, found in results.items():
+        print(f"{name}: {dict(sorted(collections.Counter(found.values()).items()))}")
+        lost = [test for test, outcome in without.items() if outcome == "passed" and found.get(test) != "passed"]
+        worse += len(lost)
+        for test in lost:
+            print(f"  {found.get(test, 'missing')}: {test}")
+    return min(worse, 1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))
