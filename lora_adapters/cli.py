@@ -1,8 +1,11 @@
-"""The console program `lora-adapters`: its first word names a program of this package, the rest goes to that."""
+"""The console program `lora-adapters`: its first word names a command, the rest goes to that command."""
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from lora_adapters import __version__
 
 PROGRAMS = {
     "merge": ("lora_adapters.convert.merge_lora", "merge LoRAs into a model, or several LoRAs into one"),
@@ -19,16 +22,28 @@ PROGRAMS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `lora-adapters <program> ...`; gives back the program's exit status, 1 for an unknown one."""
+    """Run `lora-adapters <command> ...`.
+
+    Args:
+        argv: The words after the program's name; None takes those of this process.
+
+    Returns:
+        The command's exit status; 2 for an unknown command.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: lora-adapters PROGRAM ...   (PROGRAM --help shows its options)\n")
+        print("usage: lora-adapters COMMAND ...   (COMMAND --help shows its options)\n")
         for name, (_, purpose) in PROGRAMS.items():
             print(f"  {name:<15}{purpose}")
         return 0
+    if words[0] == "--version":
+        print(f"lora-adapters {__version__}")
+        return 0
     if words[0] not in PROGRAMS:
-        print(f"error: there is no program {words[0]}: {', '.join(PROGRAMS)} are known", file=sys.stderr)
-        return 1
+        close = difflib.get_close_matches(words[0], PROGRAMS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(PROGRAMS)}"
+        print(f"error: unknown command {words[0]!r}: {hint}", file=sys.stderr)
+        return 2
     return import_module(PROGRAMS[words[0]][0]).main(words[1:])
 
 

@@ -19,7 +19,7 @@ PUBLIC = {
 
 
 def with_examples():
-    pages = sorted([*PAGES.glob("*.md"), REPOSITORY / "docs" / "CONTRIBUTING.md"])
+    pages = sorted([*PAGES.glob("*.md"), REPOSITORY / "CONTRIBUTING.md"])
     return [page for page in pages if any(block.language == "pycon" for block in blocks(page))]
 
 
