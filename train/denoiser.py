@@ -7,6 +7,7 @@ import torch
 
 from lora_adapters.train.base_models import BaseModels
 from lora_adapters.train.losses import LossOptions, TimestepTables, loss_per_sample
+from lora_adapters.train.moving import moved
 from lora_adapters.train.noise import NoiseOptions, draw_noise, draw_timesteps, generator, perturbed
 from lora_adapters.train.text import Encoded, Tokens, encode_tokens, encoded_from, tokenize
 
@@ -71,7 +72,7 @@ class StepLoss:
         generators = [generator("noise", seed) for seed in seeds]
         timesteps = draw_timesteps(generators, self.options.noise)
         losses = self._losses(batch, latents, timesteps, generators, self.text(batch))
-        return (losses * batch.loss_weights.to(losses, non_blocking=True)).mean()
+        return (losses * moved(batch.loss_weights, losses)).mean()
 
     @torch.no_grad()
     def held_out(self, batch: Any, timesteps: list[int]) -> torch.Tensor:
@@ -98,7 +99,7 @@ class StepLoss:
         text: Encoded | list[Tokens],
     ) -> torch.Tensor:
         noise = draw_noise(latents, generators, self.options.noise)
-        timesteps = timesteps.to(self.device, non_blocking=True)
+        timesteps = moved(timesteps, self.device)
         noisy = self.schedule.add_noise(latents, perturbed(noise, generators, self.options.noise), timesteps)
         # Measuring needs no word between processes, which the wrapper would have at every call.
         denoiser = self.denoiser if torch.is_grad_enabled() else self.denoiser_module
@@ -111,14 +112,14 @@ class StepLoss:
     def latents(self, batch: Any, generators: list[torch.Generator] | None) -> torch.Tensor:
         """Scaled latents (n, 4, h, w) in float32: the cached ones, or the VAE's, drawn or (without generators) mean."""
         if batch.latents is not None:
-            found = batch.latents.to(self.device, torch.float32, non_blocking=True)
+            found = moved(batch.latents, self.device, torch.float32)
         else:
             vae = self.models.vae
-            posterior = vae.encode(batch.images.to(self.device, vae.dtype, non_blocking=True)).latent_dist
+            posterior = vae.encode(moved(batch.images, self.device, vae.dtype)).latent_dist
             found = posterior.mean.float()
             if generators is not None:
                 noise = torch.stack([torch.randn(found.shape[1:], generator=g) for g in generators])
-                found = found + posterior.std.float() * noise.to(found, non_blocking=True)
+                found = found + posterior.std.float() * moved(noise, found)
         return found * self.models.latent_scale
 
     def text(self, batch: Any) -> Encoded | list[Tokens]:
@@ -134,4 +135,4 @@ class StepLoss:
         if self.models.kind != "sdxl":
             return None
         parts = [batch.original_sizes, batch.crop_top_lefts, batch.target_sizes]
-        return torch.cat([torch.as_tensor(part).float() for part in parts], dim=1).to(self.device, non_blocking=True)
+        return moved(torch.cat([torch.as_tensor(part).float() for part in parts], dim=1), self.device)

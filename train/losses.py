@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.moving import moved
 from lora_adapters.train.noise import huber_width, signal_to_noise, velocity_share
 
 _LARGEST_SNR = 1000.0  # near t=0 the SNR grows without bound; weights that grow with it stop here
@@ -106,7 +107,7 @@ def elementwise(predicted: torch.Tensor, target: torch.Tensor, kind: str, width:
 def resized_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`mask` (n, 1 or none, h, w) averaged by area to the height and width of `like`: (n, 1, height, width)."""
     mask = mask if mask.dim() == 4 else mask.unsqueeze(1)
-    return F.interpolate(mask.to(like, non_blocking=True), size=like.shape[2:], mode="area")
+    return F.interpolate(moved(mask, like), size=like.shape[2:], mode="area")
 
 
 def timestep_weights(snr: torch.Tensor, options: LossOptions) -> torch.Tensor:

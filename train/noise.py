@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lora_adapters.train.moving import moved
 from lora_adapters.train.seeding import derive
 
 
@@ -63,7 +64,7 @@ def draw_noise(latents: torch.Tensor, generators: list[torch.Generator], options
             mean = latents.mean(dim=(2, 3), keepdim=True).abs()
             strength = (strength + options.adaptive_noise_scale * mean).clamp(min=0)
         channels = torch.stack([torch.randn(latents.shape[1], 1, 1, generator=g) for g in generators])
-        noise = noise + strength * channels.to(latents, non_blocking=True)
+        noise = noise + strength * moved(channels, latents)
     if options.multires_noise_iterations:
         levels, discount = options.multires_noise_iterations, options.multires_noise_discount
         parts = [multires(part, levels, discount, g) for part, g in zip(noise, generators, strict=True)]
@@ -90,14 +91,14 @@ def multires(noise: torch.Tensor, levels: int, discount: float, generator: torch
         size = max(1, int(height / factor)), max(1, int(width / factor))
         coarse = torch.randn(1, channels, *size, generator=generator)
         layer = F.interpolate(coarse, (height, width), mode="bilinear")[0]
-        noise = noise + discount**level * layer.to(noise, non_blocking=True)
+        noise = noise + discount**level * moved(layer, noise)
         if 1 in size:
             break
     return noise / noise.std()
 
 
 def _normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like, non_blocking=True)
+    return moved(torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]), like)
 
 
 def _strength(
@@ -107,7 +108,7 @@ def _strength(
     if not random:
         return strength
     drawn = torch.stack([torch.rand((), generator=g) for g in generators])
-    return (strength * drawn).view(-1, 1, 1, 1).to(like.device, non_blocking=True)
+    return moved((strength * drawn).view(-1, 1, 1, 1), like.device)
 
 
 def signal_to_noise(alphas_cumprod: torch.Tensor) -> torch.Tensor:

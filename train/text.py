@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lora_adapters.train.moving import moved
+
 _PIECES = re.compile(r"\\[()\[\]\\]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 SDXL_LAYER = 2  # SDXL's U-Net reads the last layer but one of both text encoders
@@ -20,8 +22,8 @@ class Encoded:
     pooled: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoded":
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype, non_blocking=True)
-        return Encoded(self.hidden.to(device, dtype, non_blocking=True), pooled)
+        pooled = None if self.pooled is None else moved(self.pooled, device, dtype)
+        return Encoded(moved(self.hidden, device, dtype), pooled)
 
 
 def encoded_from(cached: dict[str, torch.Tensor]) -> Encoded:
@@ -141,7 +143,7 @@ def encode_tokens(
     states, pooled = [], None
     for own, encoder in zip(tokens, text_encoders, strict=True):
         n, chunks, length = own.ids.shape
-        ids = own.ids.view(-1, length).to(_device(encoder), non_blocking=True)
+        ids = moved(own.ids.view(-1, length), _device(encoder))
         output = encoder(ids, output_hidden_states=True)
         if len(text_encoders) == 2:
             hidden = output.hidden_states[-SDXL_LAYER]
@@ -155,7 +157,7 @@ def encode_tokens(
         hidden = hidden.view(n, chunks, length, -1)
         hidden = join_chunks(hidden)
         if own.weights is not None:
-            hidden = _weighted(hidden, join_chunks(own.weights.to(hidden, non_blocking=True).unsqueeze(-1)), keep_mean)
+            hidden = _weighted(hidden, join_chunks(moved(own.weights, hidden).unsqueeze(-1)), keep_mean)
         states.append(hidden)
     return Encoded(torch.cat(states, dim=-1), pooled)
 
