@@ -19,6 +19,7 @@ _NEEDED = {
     "processor_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
 }  # fmt: skip
+_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)[^/]*", re.IGNORECASE)  # a copy of the model has to carry them
 _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|ckpt|pt|pth|msgpack|onnx|onnx_data|pb|h5|xml|mlmodel|tflite)(\.index(\..+)?\.json)?"
 )
@@ -45,7 +46,7 @@ def _components(folder: Path) -> dict[str, str | None]:
 
 
 def pipeline_files(folder: Path) -> Iterator[Path]:
-    """The files that the folder's pipeline needs: its index, and those of its components (which may be links).
+    """The files that the folder's pipeline needs: its index, those of its components (which may be links), its licence.
 
     Left out: whatever else is in the folder or in a component's, and weights that are not read (of other frameworks,
     .bin beside .safetensors of the same variant).
@@ -53,6 +54,7 @@ def pipeline_files(folder: Path) -> Iterator[Path]:
     index = folder / INDEX
     if index.is_file():
         yield index
+    yield from (file for file in folder.glob("*") if _LEGAL.fullmatch(file.name) and file.is_file())
     own = index_of(folder).get("_class_name")
     if isinstance(own, list) and own:  # a pipeline with code of its own
         yield from (file for file in folder.glob("*.py") if file.name == f"{own[0]}.py")

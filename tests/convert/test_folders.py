@@ -98,7 +98,8 @@ def files_in(folder):
 def crowded(tmp_path):
     """tiny-sd as people's folders are: runs, private files and earlier results beside the model."""
     made = Path(shutil.copytree(TINY, tmp_path / "crowded"))
-    wanted = {name for name in files_in(made) if "/" in name or name == "model_index.json"}
+    (made / "LICENSE.md").write_text("a copy has to carry it")
+    wanted = {name for name in files_in(made) if "/" in name or name in ("model_index.json", "LICENSE.md")}
     private = tmp_path / "private"
     private.mkdir()
     (private / "key.json").write_text("secret")
