@@ -188,9 +188,12 @@ def test_what_pytorch_raises_is_one_line(error, capsys, monkeypatch):
 def test_signals_that_end_a_program_leave_nothing(name, ignored, tmp_path, capsys, monkeypatch):
     save_file(original("sd1"), tmp_path / "in.safetensors")
     number, out = getattr(signal, name), tmp_path / "out.safetensors"
-    monkeypatch.setattr(
-        "lora_adapters.convert.weights_writing.finish", lambda file, replaces: os.kill(os.getpid(), number)
-    )
+
+    def written_and_signalled(*args):
+        stream(*args)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("lora_adapters.convert.weights_writing.stream", written_and_signalled)
     words = ("merge", "--sd_model", tmp_path / "in.safetensors", "--models", LORA, "--save_to", out)
     before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
