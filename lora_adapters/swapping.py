@@ -9,7 +9,6 @@ sent here where one of the two adapters is of this package.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from peft import LoraConfig
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.format_diffusers import pattern_value
 from lora_adapters.convert.low_rank import LowRank
-from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 
 from . import dylora, placing, seams
 from .config import DyLoraConfig, LierLaConfig, restored
@@ -113,8 +112,8 @@ def _tell_config(model: Any, adapter_name: str, table: dict[str, Any], facts: Dy
     if isinstance(before, LierLaConfig) and isinstance(before, DyLoraConfig) == isinstance(after, DyLoraConfig):
         before.decide({name: getattr(after, name) for name in table if name != "auto_mapping"})
         before.use_rslora = False
-        for name, value in ({} if facts is None else asdict(facts)).items():
-            setattr(before, name, value)
+        for name in () if facts is None else DYLORA_FACTS:
+            setattr(before, name, getattr(after, name))
         return
     for name in _OF_THE_MODEL:
         setattr(after, name, getattr(before, name))
