@@ -9,7 +9,6 @@ sent here where one of the two adapters is of this package.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from peft import LoraConfig
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.format_diffusers import pattern_value
 from lora_adapters.convert.low_rank import LowRank
-from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.metadata import DYLORA_FACTS, DyLora
 
 from . import dylora, placing, seams
 from .config import DyLoraConfig, LierLaConfig, restored
@@ -80,13 +79,14 @@ def swap(model: Any, placed: Mapping[str, LowRank], adapter_name: str, facts: Dy
 
     The weight that `set_adapters` has given to the adapter stays.
     """
+    stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
     for path, layer in layers(model, adapter_name):
         one = placed.get(path)
         down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         if one is None:
             up.weight.zero_()
             continue
-        weight = _weight(layer, adapter_name)
+        weight = _weight(layer, adapter_name, stabilized)
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = one.rank, one.alpha
         seams.rank_stabilized(layer)[adapter_name] = False
         _rescale(layer, adapter_name, weight * one.alpha / one.rank)
@@ -113,8 +113,8 @@ def _tell_config(model: Any, adapter_name: str, table: dict[str, Any], facts: Dy
     if isinstance(before, LierLaConfig) and isinstance(before, DyLoraConfig) == isinstance(after, DyLoraConfig):
         before.decide({name: getattr(after, name) for name in table if name != "auto_mapping"})
         before.use_rslora = False
-        for name, value in ({} if facts is None else asdict(facts)).items():
-            setattr(before, name, value)
+        for name in () if facts is None else DYLORA_FACTS:
+            setattr(before, name, getattr(after, name))
         return
     for name in _OF_THE_MODEL:
         setattr(after, name, getattr(before, name))
@@ -125,10 +125,10 @@ def _is_prepared(layer: Any, adapter_name: str) -> bool:
     return isinstance(layer.scaling[adapter_name], torch.Tensor)
 
 
-def _weight(layer: Any, adapter_name: str) -> float:
-    """What `set_adapters` multiplies the adapter with in this layer."""
+def _weight(layer: Any, adapter_name: str, stabilized: bool) -> float:
+    """What `set_adapters` multiplies the adapter with here; `stabilized` counts where PEFT (0.17) does not know."""
     rank, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
-    own = alpha / rank**0.5 if seams.rank_stabilized(layer).get(adapter_name) else alpha / rank
+    own = alpha / rank**0.5 if seams.rank_stabilized(layer).get(adapter_name, stabilized) else alpha / rank
     return float(layer.scaling[adapter_name]) / own if own else 1.0
 
 
