@@ -18,7 +18,7 @@ from .changed_weights import Change, Requantised, cast, changed, unscaled
 from .checkpoint_names import Place, architecture_of_file, places_in_component, places_in_file
 from .errors import AdapterError, first_line
 from .files import read_tensors, read_text
-from .folder_weights import variant, weights_of
+from .folder_weights import is_loadable, variant, weights_of
 from .names import COMPONENTS, ModuleName
 from .parsing import json_value
 from .scaled_weights import Neighbours, dequantised, neighbours, refuse, without_scales
@@ -48,6 +48,10 @@ class WeightsFile:
         every = neighbours(ChainMap(dict(self.tensors), *map(dict, self.shards)))
         apart = {key: (scale, "scaled") for key, scale in every.scales.items() if own.scales.get(key) != scale}
         return own._replace(foreign={**apart, **every.foreign})
+
+    @cached_property
+    def _scale_keys(self) -> frozenset[str]:
+        return frozenset(self.neighbours.scales.values())
 
     def check(self, module: ModuleName) -> None:
         """AdapterError where a module's weight is quantised in a way that cannot be read."""
@@ -91,7 +95,7 @@ class WeightsFile:
     ) -> dict[str, Planned]:
         """What becomes of one tensor; of a scaled weight also of its scale, of a scale nothing."""
         scales = self.neighbours.scales
-        if key in scales.values() or (dtype is not None and key in self.neighbours.extras):
+        if key in self._scale_keys or (dtype is not None and key in self.neighbours.extras):
             return {}  # with its weight, or no longer needed
         to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         shape = tuple(tensor.shape)
@@ -323,13 +327,12 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 
 def _is_unused(file: Path, weights: Iterable[Path]) -> bool:
-    """Whether a file of a component is weights, or an index of weights, other than those that are read."""
-    if file.name.endswith((".safetensors", ".bin")):
-        return "model" in file.name and file not in weights
-    if not (".index." in file.name and file.name.endswith(".json")):
+    """Whether a file of a component is weights under a name that libraries load, or their index, and is not read."""
+    if not is_loadable(file) or file in weights:
         return False
-    ending = ".bin" if ".bin." in file.name else ".safetensors"
-    return not any(variant(one) == variant(file) and one.name.endswith(ending) for one in weights)
+    if file.name.endswith((".safetensors", ".bin")):
+        return True
+    return ".index." in file.name and not any(f'"{one.name}"' in read_text(file) for one in weights)
 
 
 def _others(folder: Path) -> list[str]:

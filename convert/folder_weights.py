@@ -45,6 +45,11 @@ def weights_of(folder: Path) -> list[Path]:
     return chosen
 
 
+def is_loadable(file: Path) -> bool:
+    """Whether a file has a name that diffusers or transformers look for, as weights or as an index of shards."""
+    return _stem(file) in _NAMES
+
+
 def _stem(file: Path) -> str:
     return _SHARD.sub("", file.name).partition(".")[0]
 

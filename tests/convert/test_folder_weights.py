@@ -101,13 +101,16 @@ def test_merging_changes_what_is_loaded_and_leaves_the_rest_out(sharded, tmp_pat
     else:
         save_file(tensors, folder / f"{MAIN}.safetensors")
         save_file(stale, folder / SHARDS[0])
+        index(folder, SHARDS, "model.safetensors.index.json")  # of another program
+    (folder / "my_model_backup.safetensors").write_bytes(b"mine")
     module = ModuleName("unet", KEY)
     shape = tensors[f"{KEY}.weight"].shape
     one = LowRank(torch.ones(1, *shape[1:]), torch.ones(shape[0], 1, *(1 for _ in shape[2:])), 1.0)
     assert torch.equal(Checkpoint.open(tmp_path / "in").weight(module), tensors[f"{KEY}.weight"])
     out = Adapter({module: one}).merge_into(tmp_path / "in", tmp_path / "out") / "unet"
     wanted = {*SHARDS, f"{MAIN}.safetensors.index.json"} if sharded else {f"{MAIN}.safetensors"}
-    assert {file.name for file in out.iterdir()} == wanted
+    assert {file.name for file in out.iterdir()} == {*wanted, "my_model_backup.safetensors"}
+    (out / "my_model_backup.safetensors").unlink()
     merged = {key: one for file in out.glob("*.safetensors") for key, one in load_file(file).items()}
     assert merged.keys() == tensors.keys()
     torch.testing.assert_close(merged[f"{KEY}.weight"], tensors[f"{KEY}.weight"] + 1)
