@@ -46,6 +46,10 @@ class WeightsFile:
         apart = {key: (scale, "scaled") for key, scale in every.scales.items() if own.scales.get(key) != scale}
         return own._replace(foreign={**apart, **every.foreign})
 
+    @cached_property
+    def _scale_keys(self) -> frozenset[str]:
+        return frozenset(self.neighbours.scales.values())
+
     def check(self, module: ModuleName) -> None:
         """AdapterError where a module's weight is quantised in a way that cannot be read."""
         key = self.places[module].key
@@ -91,7 +95,7 @@ class WeightsFile:
     ) -> dict[str, Planned]:
         """What becomes of one tensor; of a scaled weight also of its scale, of a scale nothing."""
         scales = self.neighbours.scales
-        if key in scales.values() or (dtype is not None and key in self.neighbours.extras):
+        if key in self._scale_keys or (dtype is not None and key in self.neighbours.extras):
             return {}  # with its weight, or no longer needed
         to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         shape = tuple(tensor.shape)

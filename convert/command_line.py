@@ -1,7 +1,6 @@
 """What the command-line programs of this folder share: errors in one line, dtypes, progress bars."""
 
 import argparse
-import difflib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from .errors import AdapterError, OneLineError, first_line
 from .portable import tolerant_console
+from .suggestions import closest
 
 T = TypeVar("T")
 DTYPES = {
@@ -40,8 +40,7 @@ class Parser(argparse.ArgumentParser):
         _, unknown, words = message.partition("unrecognized arguments: ")
         names = [word.partition("=")[0] for word in words.split() if unknown and word.startswith("--")]
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        near = [difflib.get_close_matches(name[:200], known, n=1, cutoff=0.75) for name in names]
-        found = [match[0] for match in near if match]
+        found = [near for name in names if (near := closest(name, known))]
         return f"; did you mean {' and '.join(found)}?" if found else ""
 
 

@@ -125,6 +125,9 @@ def load_plain(file: Path, mapped: bool = True) -> Any:
     """
     check_regular(file)
     try:
+        with file.open("rb") as opened:
+            if opened.read(4) == b"GGUF":
+                raise AdapterError(f"{file} is a GGUF file, of quantised weights: take the model in fp16 or bf16")
         with torch.serialization.safe_globals(_INERT):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and _can_be_mapped(file))
     except AdapterError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_text
-from .folder_weights import variant, weights_of
+from .folder_weights import stem_of, variant, weights_of
 from .names import COMPONENTS
 from .parsing import json_value
 
@@ -74,7 +74,8 @@ def _is_index(file: Path, weights: Collection[Path]) -> bool:
     if not (".index." in file.name and file.name.endswith(".json")):
         return False
     ending = ".bin" if ".bin." in file.name else ".safetensors"
-    return any(variant(one) == variant(file) and one.name.endswith(ending) for one in weights)
+    kind = (stem_of(file), variant(file))
+    return any((stem_of(one), variant(one)) == kind and one.name.endswith(ending) for one in weights)
 
 
 def other_entries(folder: Path) -> list[Path]:

@@ -45,17 +45,18 @@ def weights_of(folder: Path) -> list[Path]:
     return chosen
 
 
-def _stem(file: Path) -> str:
+def stem_of(file: Path) -> str:
+    """The name of a weights file, or of an index of shards, without shard numbers, variant and ending."""
     return _SHARD.sub("", file.name).partition(".")[0]
 
 
 def _of_one_variant(folder: Path, files: list[Path], indices: list[Path]) -> list[Path]:
     """The file, or the shards, of one variant in one format; [] where there are none."""
-    stems = sorted({_stem(file) for file in files + indices}, key=lambda stem: (stem not in _NAMES, stem))
+    stems = sorted({stem_of(file) for file in files + indices}, key=lambda stem: (stem not in _NAMES, stem))
     for stem in sorted(stems, key=lambda stem: _NAMES.index(stem) if stem in _NAMES else len(_NAMES)):
-        whole = [file for file in files if _stem(file) == stem and not _SHARD.search(file.name)]
-        shards = [file for file in files if _stem(file) == stem and _SHARD.search(file.name)]
-        index = next((file for file in indices if _stem(file) == stem), None)
+        whole = [file for file in files if stem_of(file) == stem and not _SHARD.search(file.name)]
+        shards = [file for file in files if stem_of(file) == stem and _SHARD.search(file.name)]
+        index = next((file for file in indices if stem_of(file) == stem), None)
         # diffusers prefers the index, transformers the one file.
         if index is not None and (not whole or stem == "diffusion_pytorch_model"):
             return _named_by(index, folder)

@@ -6,13 +6,13 @@ modules of SD1.x, SD2.x and SDXL, never guessed. SDXL files carry sgm's U-Net na
 diffusers'; both are read, of SD1.x and SD2.x too. Paths here are diffusers' with `text_model.` kept in text encoders.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
 from .errors import AdapterError
+from .suggestions import closest
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 BLOCK_COUNT = {"sd": 25, "sdxl": 23}
@@ -198,8 +198,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if len(name) > 120:  # no module's name, and difflib's time grows with its length
         return ""
     numbers = re.findall(r"\d+", name)
-    close = difflib.get_close_matches(name, [one for one in known if re.findall(r"\d+", one) == numbers], 1, 0.8)
-    return f"; the nearest known name is {close[0]}" if close else ""
+    near = closest(name, (one for one in known if re.findall(r"\d+", one) == numbers), 0.8)
+    return f"; the nearest known name is {near}" if near else ""
 
 
 def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from .atomic import delete
+from .atomic import aside, delete
 from .command_line import progress
 from .errors import AdapterError
 from .files import read_tensors, replacing, save_pickle
@@ -135,7 +135,7 @@ def write(
 
 
 def _write_pickle(file: Path, tensors: Mapping[str, Planned], wrapped: bool) -> None:
-    streamed = file.with_suffix(".safetensors")
+    streamed = aside(file, "safetensors")
     table: dict[str, torch.Tensor] = {}
     try:
         stream(streamed, tensors, {})

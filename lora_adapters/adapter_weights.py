@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.names import nearest
+from lora_adapters.convert.suggestions import closest
 
 Function = Callable[..., Any]
 _HELD = "_lora_adapters_scaling"  # of a layer at scale 0: the scaling of each adapter before
@@ -101,5 +101,6 @@ def checking_blocks(stock: Function) -> Function:
 def _check_names(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            hint = nearest(str(name), known) or f"; there are {', '.join(known)}"
-            raise AdapterError(f"unknown {name!r} in {where}{hint}")
+            near = closest(str(name), known)
+            hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
+            raise AdapterError(f"unknown {name!r} in {where}; {hint}")

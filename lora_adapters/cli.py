@@ -1,6 +1,5 @@
 """The console program `lora-adapters`: its first word names a command, the rest goes to that command."""
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -40,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-adapters {__version__}")
         return 0
     if words[0] not in PROGRAMS:
-        close = difflib.get_close_matches(words[0], PROGRAMS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(PROGRAMS)}"
+        from lora_adapters.convert.suggestions import closest  # imports torch
+
+        near = closest(words[0], PROGRAMS, cutoff=0.6)
+        hint = f"did you mean {near!r}?" if near else f"the commands are {', '.join(PROGRAMS)}"
         print(f"error: unknown command {words[0]!r}: {hint}", file=sys.stderr)
         return 2
     return import_module(PROGRAMS[words[0]][0]).main(words[1:])

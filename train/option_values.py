@@ -1,11 +1,11 @@
 """Values of options from a file or from Python, as the command line would have given them."""
 
 import argparse
-import difflib
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lora_adapters.convert.suggestions import closest
 from lora_adapters.train.errors import TrainingError
 
 # Other programs' names for options and for their values.
@@ -18,8 +18,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = list(known)
     if RENAMED.get(name) in known:
         return f" (did you mean {RENAMED[name]}?)"
-    near = difflib.get_close_matches(name[:200], known, n=1, cutoff=0.75)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = closest(name, known)
+    return f" (did you mean {near}?)" if near else ""
 
 
 def checked(action: argparse.Action, value: Any, source: object) -> Any:

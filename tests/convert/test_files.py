@@ -132,6 +132,13 @@ def test_an_archive_with_a_password(tmp_path):
         read_tensors(tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("name", ["a.gguf", "a.ckpt"])
+def test_a_gguf_file_is_named_so(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+    words = ("merge", "--sd_model", tmp_path / name, "--models", LORA, "--save_to", tmp_path / "out.safetensors")
+    assert f"{name} is a GGUF file" in fails(capsys, *words)
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
 def test_views_and_parameters_in_pickles(ending, tmp_path):
     tensors = original("sd1")

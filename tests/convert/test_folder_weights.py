@@ -101,6 +101,8 @@ def test_merging_changes_what_is_loaded_and_leaves_the_rest_out(sharded, tmp_pat
     else:
         save_file(tensors, folder / f"{MAIN}.safetensors")
         save_file(stale, folder / SHARDS[0])
+        index(folder, SHARDS, "model.safetensors.index.json")  # of another program
+    (folder / "my_model_backup.safetensors").write_bytes(b"mine")  # no pipeline reads it
     module = ModuleName("unet", KEY)
     shape = tensors[f"{KEY}.weight"].shape
     one = LowRank(torch.ones(1, *shape[1:]), torch.ones(shape[0], 1, *(1 for _ in shape[2:])), 1.0)

@@ -299,4 +299,3 @@ def test_no_program_imports_a_slow_library(tmp_path):
 def test_the_console_program_lists_its_programs(capsys):
     listed = run(capsys, "--help")
     assert all(program in listed for program in SCRIPTS)
-    assert "no program mergee" in fails(capsys, "mergee")

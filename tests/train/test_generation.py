@@ -183,7 +183,10 @@ def test_another_vae(sd1, plain, tmp_path):
 def test_ways_to_compute_change_little(sd1, plain, tmp_path, flags):
     mine = draw(sd1, tmp_path, "--prompt", "a red disc", *flags)[0]
     assert np.abs(mine - plain).mean() < 6
-    assert (differ(mine, plain) > 0) == ("--bf16" in flags)
+    if "--bf16" in flags:
+        assert differ(mine, plain) > 0
+    else:
+        assert differ(mine, plain) <= 1  # of 255: another order of the same sums
 
 
 def test_precision_of_the_parts(sd1):
