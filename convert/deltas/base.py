@@ -112,7 +112,8 @@ class TensorDelta:
         """ΔW in full; see `Delta.delta`."""
         if base_weight is None:
             if self.needs_base:
-                raise AdapterError(f"the change that a {self.kind} module makes depends on the model's weight: give it")
+                kind = with_article(self.kind)
+                raise AdapterError(f"the change that {kind} module makes depends on the model's weight: pass it")
             return self._dense(None, dtype).reshape(self.shape)
         if not self.fits(tuple(base_weight.shape)):
             raise AdapterError(f"made for {self._made_for}, but the model's is {list(base_weight.shape)}")
@@ -157,8 +158,14 @@ class TensorDelta:
     def _check_unscaled(self) -> None:
         if self.multiplier != 1:
             raise AdapterError(
-                f"a {self.kind} at weight {self.multiplier:g} cannot be written: its file has no place for a weight"
+                f"{with_article(self.kind)} at weight {self.multiplier:g} cannot be written: "
+                "files of this kind have no place for a weight"
             )
+
+
+def with_article(kind: str) -> str:
+    """ "a LoRA", "an IA3": the kind in a sentence."""
+    return f"an {kind}" if kind in ("IA3", "OFT") else f"a {kind}"
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -191,9 +198,10 @@ def check_suffixes(kind: str, tensors: Tensors, required: Iterable[str], optiona
     """AdapterError, with their names, where tensors of a kind are missing or do not belong to it."""
     required = tuple(required)
     if missing := [name for name in required if name not in tensors]:
-        raise AdapterError(f"a {kind} module without {', '.join(missing)}: it has only {', '.join(sorted(tensors))}")
+        names = ", ".join(sorted(tensors))
+        raise AdapterError(f"{with_article(kind)} module without {', '.join(missing)}: it has only {names}")
     if unknown := sorted(set(tensors) - {*required, *optional}):
-        raise AdapterError(f"{', '.join(unknown)} cannot be read in a {kind} module")
+        raise AdapterError(f"{', '.join(unknown)} cannot be read in {with_article(kind)} module")
 
 
 def scalar_of(name: str, tensor: torch.Tensor) -> float:

@@ -54,7 +54,7 @@ class DoRA:
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """ΔW in full; see `Delta.delta`."""
         if base_weight is None:
-            raise AdapterError("the change that a DoRA module makes depends on the model's weight: give it")
+            raise AdapterError("the change that a DoRA module makes depends on the model's weight: pass it")
         if self.change.fits(tuple(base_weight.shape)) and not self.fits(tuple(base_weight.shape)):
             shapes = f"{list(self.magnitude.shape)}, but the model's weight is {list(base_weight.shape)}"
             raise AdapterError(f"dora_scale has the shape {shapes}")
@@ -97,7 +97,7 @@ class DoRA:
         """Those of the change, and `dora_scale`."""
         if self.multiplier != 1:
             raise AdapterError(
-                f"a DoRA at weight {self.multiplier:g} cannot be written: its file has no place for a weight"
+                f"a DoRA at weight {self.multiplier:g} cannot be written: files of this kind have no place for a weight"
             )
         return {**self.change.tensors(), "dora_scale": self.magnitude}
 

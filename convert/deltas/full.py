@@ -108,7 +108,10 @@ class WithBias:
         return self.change.needs_base
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The change of the weight in full."""
+        """The change of the weight in full; see `Delta.delta`."""
+        if base_weight is not None and self.change.fits(shape := tuple(base_weight.shape)) and not self.fits(shape):
+            shapes = f"{list(self.diff_b.shape)}, but the model's weight is {list(shape)}"
+            raise AdapterError(f"diff_b has the shape {shapes}")
         return self.change.delta(base_weight, dtype)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
