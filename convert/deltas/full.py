@@ -9,7 +9,7 @@ from typing_extensions import Self
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.low_rank import finite
 
-from .base import Delta, TensorDelta, Tensors, check_shape, check_suffixes, times
+from .base import Delta, TensorDelta, Tensors, check_shape, check_suffixes, times, with_article
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -17,7 +17,7 @@ class Full(TensorDelta):
     """ΔW = diff, in the shape of the weight, and Δb = diff_b, (out,). One of both may be missing."""
 
     kind: ClassVar[str] = "full"
-    suffixes: ClassVar[tuple[str, str]] = ("diff", "diff_b")
+    suffixes: ClassVar[tuple[str, ...]] = ("diff", "diff_b")
 
     diff: torch.Tensor | None
     diff_b: torch.Tensor | None = None
@@ -85,6 +85,8 @@ class WithBias:
     multiplier: float = 1.0  # of the bias; the change has its own
 
     def __post_init__(self) -> None:
+        if self.change.bias() is not None:
+            raise AdapterError(f"diff_b cannot be read beside another bias in {with_article(self.change.kind)} module")
         check_shape("diff_b", self.diff_b, (None,))
         if not self.diff_b.is_floating_point():
             raise AdapterError(f"diff_b must be floating point, not {self.diff_b.dtype}")

@@ -20,7 +20,7 @@ from .base import (
 )
 from .tucker import contract
 
-_SUFFIXES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+_FACTORS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +33,7 @@ class GLoRA(TensorDelta):
     """
 
     kind: ClassVar[str] = "GLoRA"
+    suffixes: ClassVar[tuple[str, ...]] = (*_FACTORS, "bm.weight")
 
     a1: torch.Tensor
     a2: torch.Tensor
@@ -83,7 +84,7 @@ class GLoRA(TensorDelta):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """`a1.weight`, `a2.weight`, `b1.weight`, `b2.weight`, `bm.weight` where there is one, and `alpha`."""
-        tensors = dict(zip(_SUFFIXES, (self.a1, self.a2, self.b1, self.b2), strict=True))
+        tensors = dict(zip(_FACTORS, (self.a1, self.a2, self.b1, self.b2), strict=True))
         tensors |= present(**{"bm.weight": self.bm})
         alpha = self.alpha * self.multiplier
         if alpha == 0:  # both products are switched off by a factor of zeros
@@ -93,9 +94,9 @@ class GLoRA(TensorDelta):
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
         """The GLoRA in a module's tensors; None where there is none."""
-        if not any(name in tensors for name in (*_SUFFIXES, "bm.weight")):
+        if not any(name in tensors for name in cls.suffixes):
             return None
-        check_suffixes("GLoRA", tensors, _SUFFIXES, ("bm.weight", "alpha"))
-        a1, a2, b1, b2 = (tensors[name] for name in _SUFFIXES)
+        check_suffixes("GLoRA", tensors, _FACTORS, ("bm.weight", "alpha"))
+        a1, a2, b1, b2 = (tensors[name] for name in _FACTORS)
         check_matrix_like("a2.weight", a2)
         return cls(a1, a2, b1, b2, alpha_of(tensors, a2.shape[0]), tensors.get("bm.weight"))

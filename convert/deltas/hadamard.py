@@ -14,7 +14,6 @@ from .base import TensorDelta, Tensors, alpha_of, check_shape, check_suffixes, p
 from .tucker import contract
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-_CORES = ("hada_t1", "hada_t2")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,6 +26,7 @@ class Hadamard(TensorDelta):
     """
 
     kind: ClassVar[str] = "LoHa"
+    suffixes: ClassVar[tuple[str, ...]] = (*_FACTORS, "hada_t1", "hada_t2")
 
     w1_a: torch.Tensor
     w1_b: torch.Tensor
@@ -84,9 +84,9 @@ class Hadamard(TensorDelta):
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
         """The LoHa in a module's tensors; None where there is none."""
-        if not any(name in tensors for name in (*_FACTORS, *_CORES)):
+        if not any(name in tensors for name in cls.suffixes):
             return None
-        check_suffixes("LoHa", tensors, _FACTORS, (*_CORES, "alpha"))
+        check_suffixes("LoHa", tensors, _FACTORS, ("hada_t1", "hada_t2", "alpha"))
         w1_a, w1_b, w2_a, w2_b = (tensors[name] for name in _FACTORS)
         check_shape("hada_w1_b", w1_b, (None, None))
         alpha = alpha_of(tensors, w1_b.shape[0])

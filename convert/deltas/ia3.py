@@ -17,6 +17,7 @@ class IA3(TensorDelta):
     """
 
     kind: ClassVar[str] = "IA3"
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "on_input")
 
     vector: torch.Tensor
     on_input: bool
@@ -54,5 +55,5 @@ class IA3(TensorDelta):
         """The IA3 in a module's tensors; None where there is none."""
         if "on_input" not in tensors:
             return None
-        check_suffixes("IA3", tensors, ("weight", "on_input"))
+        check_suffixes("IA3", tensors, cls.suffixes)
         return cls(tensors["weight"], scalar_of("on_input", tensors["on_input"]) != 0)

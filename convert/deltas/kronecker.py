@@ -13,8 +13,6 @@ from lora_adapters.convert.low_rank import with_alpha
 from .base import TensorDelta, Tensors, alpha_of, check_shape, check_suffixes, present, times
 from .tucker import contract
 
-_SUFFIXES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Kronecker(TensorDelta):
@@ -28,6 +26,9 @@ class Kronecker(TensorDelta):
     """
 
     kind: ClassVar[str] = "LoKr"
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
+    )  # fmt: skip
 
     w1: torch.Tensor | None
     w2: torch.Tensor | None
@@ -131,7 +132,7 @@ class Kronecker(TensorDelta):
     def tensors(self) -> dict[str, torch.Tensor]:
         """`lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, likewise of w2, `lokr_t2` where there is one, and `alpha`."""
         values = (self.w1, self.w1_a, self.w1_b, self.w2, self.w2_a, self.w2_b, self.t2)
-        tensors = present(**dict(zip(_SUFFIXES, values, strict=True)))
+        tensors = present(**dict(zip(self.suffixes, values, strict=True)))
         first = "lokr_w1" if self.w1 is not None else "lokr_w1_a"
         if self.rank is None:
             return with_alpha({**tensors, first: times(tensors[first], self.multiplier)}, self.alpha or 1.0, 1, first)
@@ -140,10 +141,10 @@ class Kronecker(TensorDelta):
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
         """The LoKr in a module's tensors; None where there is none."""
-        if not any(name in tensors for name in _SUFFIXES):
+        if not any(name in tensors for name in cls.suffixes):
             return None
-        check_suffixes("LoKr", tensors, (), (*_SUFFIXES, "alpha"))
-        w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (tensors.get(name) for name in _SUFFIXES)
+        check_suffixes("LoKr", tensors, (), (*cls.suffixes, "alpha"))
+        w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (tensors.get(name) for name in cls.suffixes)
         factor = w2_b if w1_b is None else w1_b
         rank = factor.shape[0] if factor is not None and factor.ndim else 1
         return cls(w1, w2, alpha_of(tensors, rank), w1_a, w1_b, w2_a, w2_b, t2)

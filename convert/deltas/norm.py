@@ -13,7 +13,7 @@ class Norm(Full):
     """ΔW = w_norm and Δb = b_norm, both (channels,), of a LayerNorm or GroupNorm. One of both may be missing."""
 
     kind: ClassVar[str] = "norm"
-    suffixes: ClassVar[tuple[str, str]] = ("w_norm", "b_norm")
+    suffixes: ClassVar[tuple[str, ...]] = ("w_norm", "b_norm")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,8 +11,6 @@ from lora_adapters.convert.errors import AdapterError
 
 from .base import TensorDelta, Tensors, check_shape, check_suffixes, present, scalar_of
 
-_SUFFIXES = ("rescale", "alpha")
-
 
 def rotations(blocks: torch.Tensor, limit: float, dtype: torch.dtype) -> torch.Tensor:
     """The rotation R = (I + Q) · (I - Q)⁻¹ of each block, its Cayley transform, with Q = block - blockᵀ.
@@ -48,6 +46,7 @@ class Rotation(TensorDelta):
     constraint: float = 0.0
     rescale: torch.Tensor | None = None
 
+    suffixes: ClassVar[tuple[str, ...]] = ("oft_blocks", "rescale")
     block_shape: ClassVar[tuple[None, ...]]
 
     def __post_init__(self) -> None:
@@ -100,7 +99,7 @@ class Rotation(TensorDelta):
         """The rotation in a module's tensors; None where there is none of this kind."""
         if "oft_blocks" not in tensors or tensors["oft_blocks"].ndim != len(cls.block_shape):
             return None
-        check_suffixes(cls.kind, tensors, ("oft_blocks",), _SUFFIXES)
+        check_suffixes(cls.kind, tensors, ("oft_blocks",), ("rescale", "alpha"))
         constraint = scalar_of("alpha", tensors["alpha"]) if "alpha" in tensors else 0.0
         return cls(tensors["oft_blocks"], constraint, tensors.get("rescale"))
 

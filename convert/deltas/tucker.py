@@ -35,6 +35,7 @@ class Tucker(TensorDelta):
     """
 
     kind: ClassVar[str] = "LoRA"
+    suffixes: ClassVar[tuple[str, ...]] = ("lora_down.weight", "lora_up.weight", "lora_mid.weight")
 
     down: torch.Tensor
     mid: torch.Tensor
@@ -77,11 +78,10 @@ class Tucker(TensorDelta):
 
 def read_lora(tensors: Tensors) -> LowRank | Tucker | None:
     """The LoRA in a module's tensors; None where there is none."""
-    pair = ("lora_down.weight", "lora_up.weight")
-    if not any(name in tensors for name in (*pair, "lora_mid.weight")):
+    if not any(name in tensors for name in Tucker.suffixes):
         return None
-    check_suffixes("LoRA", tensors, pair, ("lora_mid.weight", "alpha"))
-    down, up = (tensors[name] for name in pair)
+    check_suffixes("LoRA", tensors, Tucker.suffixes[:2], ("lora_mid.weight", "alpha"))
+    down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
     if down.ndim == 0:
         raise AdapterError("lora_down.weight is a single number")
     alpha = alpha_of(tensors, down.shape[0])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from lora_adapters.convert import AdapterError, LowRank
@@ -34,11 +35,10 @@ def test_lycoris_reads_what_is_written():
 
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(3, 4, 3, padding=1)])
 def test_the_magnitude_vector_of_peft(layer):
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = nn.Sequential(layer())
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True, init_lora_weights=False)
-    model = peft.get_peft_model(model, config)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(model, config)
     adapted = model.base_model.model[0]
     weight = adapted.get_base_layer().weight.detach()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_the_magnitude_vector_of_peft(layer):
             if "magnitude" in name:
                 parameter.mul_(1.5)
     prefix = "base_model.model.0."
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in get_peft_model_state_dict(model).items()}
     assert any(name.startswith("lora_magnitude_vector") for name in tensors)
     change = read_module({**tensors, "alpha": torch.tensor(3.0)})
     adapted.merge()

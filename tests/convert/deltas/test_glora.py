@@ -6,7 +6,7 @@ import torch
 from lora_adapters.convert import AdapterError
 from lora_adapters.convert.deltas import GLoRA, read_module
 
-from .lycoris_modules import LAYERS, check, check_written
+from .lycoris_modules import LAYERS, changed, check, check_written, make, written
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.7, -1.5])
@@ -20,6 +20,14 @@ def test_glora(layer, multiplier):
 
 def test_scalar_is_in_the_tensors():
     check("GLoRAModule", LAYERS["conv1x1"](), 0.7, lora_dim=4, alpha=3, use_scalar=True)
+
+
+def test_rank_stabilised():
+    layer = LAYERS["linear"]()
+    module = make("GLoRAModule", layer, lora_dim=4, alpha=3, rs_lora=True)
+    change, inputs = read_module(written(module), rs_lora=True), torch.randn(5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(changed(layer, change, inputs), module(inputs), rtol=1e-5, atol=1e-5)
 
 
 def parts(rank=2):

@@ -6,7 +6,7 @@ import torch
 from lora_adapters.convert import AdapterError
 from lora_adapters.convert.deltas import Kronecker, read_module
 
-from .lycoris_modules import LAYERS, check, check_written
+from .lycoris_modules import LAYERS, changed, check, check_written, make, written
 
 OPTIONS = {
     "w2 factored": {"factor": 2},
@@ -25,6 +25,17 @@ OPTIONS = {
 def test_lokr(layer, options, multiplier):
     change = check("LokrModule", LAYERS[layer](), multiplier, **{"lora_dim": 2, "alpha": 3, **OPTIONS[options]})
     assert (change.kind, change.needs_base) == ("LoKr", False)
+
+
+def test_rank_stabilised_without_a_rank():
+    layer = LAYERS["linear"]()
+    module = make("LokrModule", layer, lora_dim=9, alpha=3, full_matrix=True, rs_lora=True)
+    tensors, inputs = written(module), torch.randn(5, 24)
+    change = read_module(tensors, rs_lora=True)
+    torch.testing.assert_close(change.delta(), 3 * read_module(tensors).delta())
+    with torch.no_grad():
+        torch.testing.assert_close(changed(layer, change, inputs), module(inputs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read_module(change.tensors(), rs_lora=True).delta(), change.delta())
 
 
 @pytest.mark.parametrize("options", ["w2 factored", "both full", "square factor"])

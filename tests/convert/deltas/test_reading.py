@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
 
 from lora_adapters.convert import AdapterError
 from lora_adapters.convert.deltas import DoRA, WithBias, read_module
+
+from .lycoris_modules import changed
 
 PAIR = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(4, 2)}
 
@@ -17,6 +21,20 @@ def test_a_missing_alpha_or_one_of_0_is_the_rank():
 def test_names_of_peft():
     pair = {"lora_A.weight": PAIR["lora_down.weight"], "lora_B.weight": PAIR["lora_up.weight"]}
     assert torch.equal(read_module(pair).delta(), read_module(PAIR).delta())
+
+
+def test_the_bias_of_pefts_second_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], lora_bias=True, init_lora_weights=False)
+    model = get_peft_model(model, config)
+    tensors = get_peft_model_state_dict(model)
+    own = {name.removeprefix("base_model.model.0."): tensor for name, tensor in tensors.items()}
+    assert set(own) == {"lora_A.weight", "lora_B.weight", "lora_B.bias"}
+    layer = model.base_model.model[0].get_base_layer()
+    change, inputs = read_module({**own, "alpha": torch.tensor(3.0)}), torch.randn(5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(changed(layer, change, inputs), model(inputs))
 
 
 def test_all_that_may_stand_beside_a_kind():
@@ -68,6 +86,8 @@ def test_tensors_are_those_that_were_read(tensors):
         ({**PAIR, "lora_magnitude_vector": torch.ones(4, 3)}, r"lora_magnitude_vector has the shape \[4, 3\]"),
         ({**PAIR, "alpha": torch.ones(2)}, r"alpha has the shape \[2\], expected one number"),
         ({**PAIR, "alpha": float("nan")}, "alpha is nan"),
+        ({**PAIR, "lora_B.bias": torch.ones(4), "diff_b": torch.ones(4)}, "diff_b cannot be read beside another bias"),
+        ({"diff": torch.ones(4, 3), "lora_up.bias": torch.ones(4)}, r"lora_up.bias cannot be read in a full module"),
         ({**PAIR, "diff_b": torch.ones(4, 1)}, r"diff_b has the shape \[4, 1\]"),
         ({"lora_down.weight": 1.0, "lora_up.weight": 1.0}, "lora_down.weight is a single number"),
     ],
