@@ -31,10 +31,10 @@ class BOFT(Rotation):
         assert base_weight is not None
         base = base_weight.to(dtype).flatten(1)
         count, size = self.blocks.shape[1:3]
-        rotated = base.clone()
+        rows = base
         for stage, turns in enumerate(self._rotations(dtype)):
             distance = 2**stage * size // 2
-            rows = rotated.reshape(-1, 2, distance, base.shape[1]).transpose(1, 2).reshape(count, size, -1)
+            rows = rows.reshape(-1, 2, distance, base.shape[1]).transpose(1, 2).reshape(count, size, -1)
             rows = torch.baddbmm(rows, turns, rows).reshape(-1, distance, 2, base.shape[1])
-            rotated = rows.transpose(1, 2).reshape(base.shape)
-        return self._rescaled(rotated.sub_(base), base)
+            rows = rows.transpose(1, 2).reshape(base.shape)
+        return self._rescaled(rows.sub_(base), base)

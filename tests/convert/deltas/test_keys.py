@@ -2,6 +2,7 @@
 
 import json
 import logging
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,9 @@ text_encoder_target_module = ["CLIPAttention", "CLIPMLP"]
 """
 
 
-def models():
+@pytest.fixture(scope="module")
+def base():
+    """tiny-sd's U-Net and text encoder, float32; to be copied before they are changed."""
     unet = UNet2DConditionModel.from_pretrained(TINY, subfolder="unet")
     return unet.float().eval(), CLIPTextModel.from_pretrained(TINY, subfolder="text_encoder").float().eval()
 
@@ -131,11 +134,11 @@ def merge(modules, components, weight):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_of_lycoris_merged(file, tmp_path):
+def test_a_file_of_lycoris_merged(file, base, tmp_path):
     kohya = pytest.importorskip("lycoris.kohya")
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    adapted, base = models(), models()
+    adapted = deepcopy(base)
     preset = tmp_path / "preset.toml"
     preset.write_text(PRESET)
     network = kohya.create_network(1.0, 8, 4.0, None, adapted[1], adapted[0], preset=str(preset), **FILES[file])
@@ -151,7 +154,7 @@ def test_a_file_of_lycoris_merged(file, tmp_path):
     before = outputs(*base)
     for weight in (1.0, 0.6):
         network.set_multiplier(weight)
-        merged = models()
+        merged = deepcopy(base)
         merge(modules, dict(zip(("unet", "text_encoder"), merged, strict=True)), weight)
         for got, wanted, plain in zip(outputs(*merged), outputs(*adapted), before, strict=True):
             change = float((wanted - plain).norm())
