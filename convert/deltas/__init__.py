@@ -7,6 +7,7 @@ from .full import Full, WithBias
 from .glora import GLoRA
 from .hadamard import Hadamard
 from .ia3 import IA3
+from .keys import read_modules
 from .kronecker import Kronecker
 from .norm import Norm
 from .oft import OFT
@@ -27,4 +28,5 @@ __all__ = [
     "Tucker",
     "WithBias",
     "read_module",
+    "read_modules",
 ]

@@ -14,7 +14,7 @@ from .base import Delta, TensorDelta, Tensors, check_shape, check_suffixes, time
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Full(TensorDelta):
-    """ΔW = diff, in the shape of the weight, and Δb = diff_b, (out,). One of both may be missing."""
+    """ΔW = diff, in the shape of the weight, and Δb = diff_b, (out,). Either may be missing."""
 
     kind: ClassVar[str] = "full"
     suffixes: ClassVar[tuple[str, ...]] = ("diff", "diff_b")

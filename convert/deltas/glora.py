@@ -57,7 +57,7 @@ class GLoRA(TensorDelta):
 
     @property
     def rank(self) -> int:
-        """The rank of each of both products."""
+        """The rank of each of the two products."""
         return self.a2.shape[0]
 
     @property

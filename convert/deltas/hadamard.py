@@ -54,7 +54,7 @@ class Hadamard(TensorDelta):
 
     @property
     def rank(self) -> int:
-        """The rank of each of both matrices; ΔW has up to its square."""
+        """The rank of each of the two matrices; that of ΔW is up to its square."""
         return self.w1_b.shape[0]
 
     @property
@@ -94,6 +94,6 @@ class Hadamard(TensorDelta):
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """One of both matrices of a LoHa."""
+    """One of the two matrices of a LoHa."""
     a, b = a.to(dtype), b.to(dtype)
     return a @ b if core is None else contract(core.to(dtype), a, b)

@@ -13,7 +13,7 @@ from lora_adapters.convert.names import ModuleName
 from .base import Delta
 from .reading import SUFFIXES, read_module
 
-# The beginnings of names, and the components that they are of; a longer one stands before its own beginning.
+# The beginnings of names, and the components that they are of.
 _FLAT = {
     "lora_unet_": "unet",
     "lora_te1_": "text_encoder",
@@ -58,7 +58,7 @@ def split_key(key: str) -> tuple[str, str]:
     """
     if key.startswith(tuple(_FLAT)):
         name, _, suffix = key.partition(".")
-        return name, suffix  # what it is the tensor's kind says
+        return name, suffix  # `read_module` says whether there is such a tensor
     parts = key.split(".")
     for length in (2, 1):
         suffix = ".".join(parts[-length:])
@@ -105,7 +105,7 @@ def read_modules(
 
     Args:
         tensors: as in the file.
-        metadata: the file's; they tell whether LyCORIS trained it with `rs_lora`.
+        metadata: the file's, which say whether LyCORIS trained it with `rs_lora`.
         lookup: as in `resolve`.
 
     Raises:

@@ -16,7 +16,7 @@ from .tucker import contract
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Kronecker(TensorDelta):
-    """ΔW = (alpha / rank) · w1 ⊗ w2, where each of both is full or a product of two factors.
+    """ΔW = (alpha / rank) · w1 ⊗ w2, where each of the two is full or a product of two factors.
 
     `w1` is (a, b), or w1_a · w1_b with the shapes (a, rank) and (rank, b). `w2` is (c, d) or (c, d, height, width), or
     w2_a · w2_b with the shapes (c, rank) and (rank, d), (rank, d * height * width) or (rank, d, height, width). With
@@ -107,7 +107,7 @@ class Kronecker(TensorDelta):
         if super().fits(weight_shape) or len(weight_shape) < 3:
             return super().fits(weight_shape)
         flat = self.w2_b is not None and self.w2_b.ndim == 2 and self.t2 is None
-        whole = weight_shape[1] % self._shapes()[0][1] == 0  # w1 does not divide a channel
+        whole = weight_shape[1] % self._shapes()[0][1] == 0  # a column of w1 covers whole channels
         return flat and whole and (weight_shape[0], math.prod(weight_shape[1:])) == self.shape
 
     def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ from .full import Full
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Norm(Full):
-    """ΔW = w_norm and Δb = b_norm, both (channels,), of a LayerNorm or GroupNorm. One of both may be missing."""
+    """ΔW = w_norm and Δb = b_norm, both (channels,), of a LayerNorm or GroupNorm. Either may be missing."""
 
     kind: ClassVar[str] = "norm"
     suffixes: ClassVar[tuple[str, ...]] = ("w_norm", "b_norm")

@@ -64,7 +64,8 @@ def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
     Args:
         tensors: the module's tensors by the ends of their keys, as kohya, LyCORIS and ComfyUI write them:
             "lora_up.weight", "hada_w1_a", "alpha".
-        rs_lora: whether LyCORIS trained it with `rs_lora`, as a file's metadata say; see `_rank_stabilised`.
+        rs_lora: whether LyCORIS trained it with `rs_lora`, as a file's metadata say. Only
+            GLoRA and LoKr with two full factors are read differently then: their files do not hold the scale.
 
     Raises:
         AdapterError: names that no kind has, a kind with tensors missing, or shapes that do not fit. The message does

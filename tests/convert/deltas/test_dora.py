@@ -71,7 +71,7 @@ def test_a_narrow_base_is_not_rounded():
     torch.testing.assert_close(change.delta(base), change.delta(base.float()), rtol=0, atol=0)
 
 
-def test_one_channel_is_told_by_the_weight():
+def test_the_axis_of_a_single_channel_follows_from_the_weight():
     change = DoRA(Full(torch.ones(1, 5)), torch.full((1, 1), 2.0))
     torch.testing.assert_close((torch.ones(1, 5) + change.delta(torch.ones(1, 5))).norm(), torch.tensor(2.0))
     change = DoRA(Full(torch.ones(5, 1)), torch.full((1, 1), 2.0))
