@@ -20,6 +20,24 @@ def finite(factor: torch.Tensor) -> bool:
     return math.isfinite(float(factor.sum(dtype=torch.float32)))
 
 
+def with_alpha(tensors: dict[str, torch.Tensor], alpha: float, rank: int, factor: str) -> dict[str, torch.Tensor]:
+    """The tensors and their alpha, in the dtype of `tensors[factor]`, or float32 where that would round it.
+
+    An alpha of 0 would be read as "the rank": it is written as the rank, with `factor` all zeros.
+
+    Raises:
+        AdapterError: alpha is beyond float32.
+    """
+    if alpha == 0:
+        tensors, alpha = {**tensors, factor: torch.zeros_like(tensors[factor])}, float(rank)
+    written = torch.tensor(alpha, dtype=tensors[factor].dtype)
+    if float(written) != alpha:
+        written = torch.tensor(alpha, dtype=torch.float32)
+    if written.isinf():
+        raise AdapterError(f"alpha {alpha:g} is too large to be written")
+    return {"alpha": written, **tensors}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """ΔW = (alpha / rank) · up · down, of one linear layer or convolution (LoRA, arXiv:2106.09685, section 4.1).
@@ -53,6 +71,16 @@ class LowRank:
         return f"LowRank(rank {self.rank}, alpha {self.alpha:g}, {list(self.down.shape)} -> {self.up.shape[0]})"
 
     @property
+    def kind(self) -> str:
+        """ "LoRA", as users know it."""
+        return "LoRA"
+
+    @property
+    def needs_base(self) -> bool:
+        """False: ΔW does not depend on the weight that it changes."""
+        return False
+
+    @property
     def rank(self) -> int:
         """The number of components."""
         return self.down.shape[0]
@@ -76,10 +104,14 @@ class LowRank:
         """`up` as (out, rank) and `down` as (rank, in·height·width)."""
         return self.up.to(dtype).flatten(1), self.down.to(dtype).flatten(1)
 
-    def delta(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full, (out, in) or (out, in, height, width), computed in `dtype`."""
-        up, down = self.matrices(dtype)
-        return (up @ down).mul_(self.scale).reshape(len(up), *self.down.shape[1:])
+    def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """ΔW in full, (out, in) or (out, in, height, width), computed in `dtype`.
+
+        The weight that it changes only tells the shape; AdapterError where it is for another.
+        """
+        change = self if base_weight is None else self.shaped_like(tuple(base_weight.shape))
+        up, down = change.matrices(dtype)
+        return (up @ down).mul_(self.scale).reshape(len(up), *change.down.shape[1:])
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         """Whether ΔW is for a weight of this shape, in either spelling of 1x1."""
@@ -151,6 +183,14 @@ class LowRank:
     def is_finite(self) -> bool:
         """Whether no number in its factors is NaN or infinite."""
         return finite(self.down) and finite(self.up)
+
+    def bias(self, dtype: torch.dtype = torch.float32) -> None:
+        """None: the bias stays."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`lora_down.weight`, `lora_up.weight` and `alpha`, as a file has them; see `deltas.Delta`."""
+        tensors = {"lora_down.weight": self.down, "lora_up.weight": self.up}
+        return with_alpha(tensors, self.alpha, self.rank, "lora_up.weight")
 
     def __add__(self, other: "LowRank") -> "LowRank":
         """The sum of both changes; see `add_up`."""

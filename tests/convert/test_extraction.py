@@ -16,8 +16,12 @@ from .checkpoints import GOLDEN, original
 def distance(found, wanted, modules=None):
     lost = whole = 0.0
     for module in modules or wanted.modules:
-        exact = wanted.modules[module].delta(torch.float64)
-        got = found.modules[module].delta(torch.float64).reshape(exact.shape) if module in found.modules else 0 * exact
+        exact = wanted.modules[module].delta(dtype=torch.float64)
+        got = (
+            found.modules[module].delta(dtype=torch.float64).reshape(exact.shape)
+            if module in found.modules
+            else 0 * exact
+        )
         lost, whole = lost + float((got - exact).square().sum()), whole + float(exact.square().sum())
     return (lost / whole) ** 0.5
 

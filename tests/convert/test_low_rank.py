@@ -25,7 +25,7 @@ def dense(one):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_delta_sum_and_scale(kind):
     a, b = make(kind), make(kind, alpha=3.0, seed=1)
-    torch.testing.assert_close(a.delta(torch.float64), dense(a))
+    torch.testing.assert_close(a.delta(dtype=torch.float64), dense(a))
     both = a.scaled(0.5) + b.scaled(-2.0)
     assert both.rank == 8
     torch.testing.assert_close(both.delta().double(), 0.5 * dense(a) - 2 * dense(b), rtol=1e-5, atol=1e-5)

@@ -46,7 +46,7 @@ def adapters(draw, most_rank=4, dtypes=(torch.float32, torch.float16, torch.bflo
 
 def dense(adapter, module, shape):
     one = adapter.modules.get(module)
-    return torch.zeros(shape, dtype=torch.float64) if one is None else one.delta(torch.float64).reshape(shape)
+    return torch.zeros(shape, dtype=torch.float64) if one is None else one.delta(dtype=torch.float64).reshape(shape)
 
 
 @settings(max_examples=40, deadline=None)
@@ -201,7 +201,7 @@ def test_single_files_and_folders_get_the_same_weights(kind, tmp_path):
     base = Checkpoint.open(GOLDEN / golden)
     for module, one in adapter.modules.items():
         weight = base.weight(module).double()
-        wanted = weight + 0.6 * one.delta(torch.float64).reshape(weight.shape)
+        wanted = weight + 0.6 * one.delta(dtype=torch.float64).reshape(weight.shape)
         torch.testing.assert_close(file.weight(module).double(), wanted, rtol=1e-5, atol=1e-6)
         assert torch.equal(file.weight(module), folder.weight(module))
 

@@ -32,12 +32,12 @@ def low_ranks(draw):
 @given(low_ranks(), st.integers(1, 10))
 def test_the_optimum_of_its_rank(one, rank):
     less, fit = reduced(one, rules(rank, rank).of(one))
-    dense = one.delta(torch.float64).flatten(1)
+    dense = one.delta(dtype=torch.float64).flatten(1)
     values = torch.linalg.svdvals(dense)
     assert less.rank <= rank
     assert less.scale == 1
     assert less.delta().shape == one.delta().shape
-    missing = float((dense - less.delta(torch.float64).flatten(1)).norm())
+    missing = float((dense - less.delta(dtype=torch.float64).flatten(1)).norm())
     size = float(values.norm())
     assert missing == pytest.approx(float(values[rank:].norm()), abs=3e-6 * size)
     assert fit.error == pytest.approx(missing / size, abs=3e-6)
@@ -48,7 +48,7 @@ def test_the_optimum_of_its_rank(one, rank):
 def test_target_error_chooses_the_smallest_rank(one, target):
     less, fit = reduced(one, by_error(target))
     assert fit.error <= target + 1e-6
-    values = torch.linalg.svdvals(one.delta(torch.float64).flatten(1))
+    values = torch.linalg.svdvals(one.delta(dtype=torch.float64).flatten(1))
     if less.rank > 1 and target > 0:
         assert float(values[less.rank - 1 :].norm() / values.norm()) > target
 
@@ -66,8 +66,8 @@ def test_kohyas_clamped_merge_is_reproduced_and_beaten():
     far = []
     for module, wanted in golden.modules.items():
         assert clamped[module].rank == wanted.rank
-        exact = wanted.delta(torch.float64).flatten(1)
-        distance = float((clamped[module].delta(torch.float64).flatten(1) - exact).norm() / exact.norm())
+        exact = wanted.delta(dtype=torch.float64).flatten(1)
+        distance = float((clamped[module].delta(dtype=torch.float64).flatten(1) - exact).norm() / exact.norm())
         far += [distance] if distance > 1e-3 else []
         assert ours[module].error <= kohyas[module].error + 1e-6
     assert len(far) <= 2  # nearly equal singular values, whose vectors turn into each other
@@ -78,8 +78,8 @@ def test_kohyas_clamped_merge_is_reproduced_and_beaten():
 def test_clamped_results_tell_their_own_error():
     one = next(iter(golden_sum().modules.values()))
     less, fit = reduced(one, rules(8).of(one), clamp_quantile=0.9)
-    exact = one.delta(torch.float64)
-    wanted = float((less.delta(torch.float64) - exact).norm() / exact.norm())
+    exact = one.delta(dtype=torch.float64)
+    wanted = float((less.delta(dtype=torch.float64) - exact).norm() / exact.norm())
     assert fit.error == pytest.approx(wanted, rel=1e-4)
 
 

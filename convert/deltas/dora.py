@@ -1,0 +1,111 @@
+"""DoRA: a magnitude for each row or column of the changed weight (arXiv:2402.09353)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from typing_extensions import Self
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.low_rank import finite
+
+from .base import Delta
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DoRA:
+    """W + ΔW = (W + change) · m / ‖W + change‖, where another delta makes the change.
+
+    The magnitude m is (out, 1, ...), with a norm over each output channel (LyCORIS' `wd_on_output`, PEFT's DoRA), or
+    (1, in, ...), with a norm over each input channel.
+
+    At another multiplier w only the factor m / ‖W + change‖ is drawn towards 1, as LyCORIS does:
+    W + ΔW = (W + change) · (1 + w · (m / ‖W + change‖ - 1)). The change itself stays whole, even at w = 0.
+    """
+
+    change: Delta
+    magnitude: torch.Tensor
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.magnitude.shape)
+        if len(shape) < 2 or self.magnitude.numel() != max(shape[:2]) or 0 in shape:
+            raise AdapterError(f"dora_scale has the shape {list(shape)}, expected [out, 1, ...] or [1, in, ...]")
+        if not self.magnitude.is_floating_point():
+            raise AdapterError(f"dora_scale must be floating point, not {self.magnitude.dtype}")
+
+    def __repr__(self) -> str:
+        return f"DoRA({self.change!r})"
+
+    @property
+    def kind(self) -> str:
+        """ "DoRA", whatever makes the change."""
+        return "DoRA"
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the change before the magnitude is applied; ΔW itself has no rank."""
+        return self.change.rank
+
+    @property
+    def needs_base(self) -> bool:
+        """True: the norm is that of the changed weight."""
+        return True
+
+    def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """ΔW in full; see `Delta.delta`."""
+        if base_weight is None:
+            raise AdapterError("the change that a DoRA module makes depends on the model's weight: pass it")
+        if self.change.fits(tuple(base_weight.shape)) and not self.fits(tuple(base_weight.shape)):
+            shapes = f"{list(self.magnitude.shape)}, but the model's weight is {list(base_weight.shape)}"
+            raise AdapterError(f"dora_scale has the shape {shapes}")
+        weight = self.change.delta(base_weight, dtype).add_(base_weight)
+        kept = 0 if self._on_output(tuple(weight.shape)) else 1
+        norm = torch.linalg.vector_norm(weight, dim=[i for i in range(weight.ndim) if i != kept], keepdim=True)
+        factor = self.magnitude.to(dtype).reshape(norm.shape) / (norm + torch.finfo(dtype).eps)
+        return weight.mul_(factor.sub_(1).mul_(self.multiplier).add_(1)).sub_(base_weight)
+
+    def _on_output(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether m has a number for each output channel of a weight of this shape."""
+        return tuple(self.magnitude.shape[:2]) == (weight_shape[0], 1)
+
+    def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        """The change of the bias that the other delta makes, times the multiplier."""
+        bias = self.change.bias(dtype)
+        return None if bias is None else bias.mul_(self.multiplier)
+
+    def scaled(self, weight: float) -> Self:
+        """The delta at another weight; see the class for what that means."""
+        return replace(self, multiplier=self.multiplier * weight)
+
+    def to(self, dtype: torch.dtype | None) -> Self:
+        """The same delta with its tensors in another dtype; None keeps them."""
+        if dtype is None:
+            return self
+        return replace(self, change=self.change.to(dtype), magnitude=self.magnitude.to(dtype))
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether the change and the magnitude are for a weight of this shape."""
+        if len(weight_shape) < 2 or not self.change.fits(weight_shape):
+            return False
+        return self._on_output(weight_shape) or tuple(self.magnitude.shape[:2]) == (1, weight_shape[1])
+
+    def is_finite(self) -> bool:
+        """Whether no number in its tensors is NaN or infinite."""
+        return self.change.is_finite() and finite(self.magnitude)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of the change, and `dora_scale`."""
+        if self.multiplier != 1:
+            raise AdapterError(
+                f"a DoRA at weight {self.multiplier:g} cannot be written: files of this kind have no place for a weight"
+            )
+        return {**self.change.tensors(), "dora_scale": self.magnitude}
+
+
+def magnitude_of_vector(vector: torch.Tensor) -> torch.Tensor:
+    """PEFT's `lora_magnitude_vector`, (out,) or (1, out, 1, 1), as a magnitude: (out, 1) or (out, 1, 1, 1)."""
+    if vector.ndim == 0 or vector.numel() != max(vector.shape):
+        raise AdapterError(
+            f"lora_magnitude_vector has the shape {list(vector.shape)}, expected [out] or [1, out, 1, 1]"
+        )
+    return vector.reshape(-1, *[1] * (max(vector.ndim, 2) - 1))

@@ -1,0 +1,59 @@
+"""IA3: one factor for each input or output channel of a weight (arXiv:2205.05638)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from typing_extensions import Self
+
+from .base import TensorDelta, Tensors, check_shape, check_suffixes, scalar_of, times
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IA3(TensorDelta):
+    """ΔW = W · vector, for each input channel (`on_input`) or for each output channel; the bias stays.
+
+    `vector` is (channels,), or (1, channels, 1, 1) as LyCORIS writes it for a convolution.
+    """
+
+    kind: ClassVar[str] = "IA3"
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "on_input")
+
+    vector: torch.Tensor
+    on_input: bool
+
+    def __post_init__(self) -> None:
+        check_shape("weight", self.vector, (None,), (1, None), (1, None, 1), (1, None, 1, 1), (1, None, 1, 1, 1))
+        self._check_floating()
+
+    @property
+    def needs_base(self) -> bool:
+        """True: ΔW is a part of W."""
+        return True
+
+    @property
+    def _made_for(self) -> str:
+        return f"a weight with {self.vector.numel()} {'input' if self.on_input else 'output'} channels"
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape has as many channels."""
+        return len(weight_shape) > 1 and weight_shape[1 if self.on_input else 0] == self.vector.numel()
+
+    def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        assert base_weight is not None
+        axis = 1 if self.on_input else 0
+        factors = self.vector.to(dtype).mul(self.multiplier)
+        factors = factors.reshape([-1 if i == axis else 1 for i in range(base_weight.ndim)])
+        return base_weight.to(dtype, copy=True).mul_(factors)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`weight` and `on_input`, 1 or 0."""
+        return {"on_input": torch.tensor(int(self.on_input)), "weight": times(self.vector, self.multiplier)}
+
+    @classmethod
+    def read(cls, tensors: Tensors) -> Self | None:
+        """The IA3 in a module's tensors; None where there is none."""
+        if "on_input" not in tensors:
+            return None
+        check_suffixes("IA3", tensors, cls.suffixes)
+        return cls(tensors["weight"], scalar_of("on_input", tensors["on_input"]) != 0)

@@ -1,0 +1,119 @@
+"""OFT: rotations of the weight's rows in blocks (arXiv:2306.07280; LyCORIS' "diag-oft")."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from typing_extensions import Self
+
+from lora_adapters.convert.errors import AdapterError
+
+from .base import TensorDelta, Tensors, check_shape, check_suffixes, present, scalar_of
+
+
+def rotations(blocks: torch.Tensor, limit: float, dtype: torch.dtype) -> torch.Tensor:
+    """The rotation R = (I + Q) · (I - Q)⁻¹ of each block, its Cayley transform, with Q = block - blockᵀ.
+
+    Args:
+        blocks: (..., size, size).
+        limit: the largest norm that all Q together may have; 0 is no limit.
+        dtype: of the result; narrower ones than float32 are computed in float32.
+
+    Returns:
+        The shape of `blocks`.
+    """
+    blocks = blocks.to(torch.promote_types(dtype, torch.float32))
+    skew = blocks - blocks.mT
+    norm = float(torch.linalg.vector_norm(skew))
+    if 0 < limit < norm:
+        skew.mul_(limit / norm)
+    one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(one - skew, one + skew).to(dtype)  # both factors commute
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotation(TensorDelta):
+    """What OFT and BOFT share: blocks that rotate rows, and a factor for each row afterwards.
+
+    `blocks` is (..., count, size, size) with count * size = out. `rescale` is (out, 1, ...). `constraint` limits the
+    norm of Q to constraint * out; LyCORIS' files call it alpha, and 0 is no limit.
+
+    At a multiplier w each rotation is drawn towards I: w · R + (1 - w) · I, as LyCORIS does; `rescale` stays whole.
+    """
+
+    blocks: torch.Tensor
+    constraint: float = 0.0
+    rescale: torch.Tensor | None = None
+
+    suffixes: ClassVar[tuple[str, ...]] = ("oft_blocks", "rescale")
+    block_shape: ClassVar[tuple[None, ...]]
+
+    def __post_init__(self) -> None:
+        check_shape("oft_blocks", self.blocks, self.block_shape)
+        check_shape("oft_blocks", self.blocks, (*self.blocks.shape[:-1], self.blocks.shape[-2]))
+        if self.rescale is not None:
+            rows = self._rows
+            check_shape("rescale", self.rescale, *((rows, *[1] * ones) for ones in range(5)))
+        if not math.isfinite(self.constraint):
+            raise AdapterError(f"alpha is {self.constraint}")
+        self._check_floating()
+
+    @property
+    def needs_base(self) -> bool:
+        """True: it is W that is rotated."""
+        return True
+
+    @property
+    def _rows(self) -> int:
+        return self.blocks.shape[-3] * self.blocks.shape[-2]
+
+    @property
+    def _made_for(self) -> str:
+        return f"a weight with {self._rows} output channels"
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape has as many output channels."""
+        return len(weight_shape) > 1 and weight_shape[0] == self._rows
+
+    def _rotations(self, dtype: torch.dtype) -> torch.Tensor:
+        """R - I at the multiplier."""
+        turns = rotations(self.blocks, self.constraint * self._rows, dtype)
+        return turns.sub_(torch.eye(turns.shape[-1], dtype=dtype, device=turns.device)).mul_(self.multiplier)
+
+    def _rescaled(self, change: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """The change of the rows, rescale · (W + change) - W, from their change before; both (out, columns)."""
+        if self.rescale is None:
+            return change
+        factor = self.rescale.to(change.dtype).reshape(-1, 1)
+        return change.mul_(factor).add_(base * (factor - 1))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`oft_blocks`, `rescale` where there is one, and `alpha`, which is the constraint."""
+        self._check_unscaled()
+        alpha = torch.tensor(self.constraint, dtype=torch.float32)
+        return {"alpha": alpha, "oft_blocks": self.blocks, **present(rescale=self.rescale)}
+
+    @classmethod
+    def read(cls, tensors: Tensors) -> Self | None:
+        """The rotation in a module's tensors; None where there is none of this kind."""
+        if "oft_blocks" not in tensors or tensors["oft_blocks"].ndim != len(cls.block_shape):
+            return None
+        check_suffixes(cls.kind, tensors, ("oft_blocks",), ("rescale", "alpha"))
+        constraint = scalar_of("alpha", tensors["alpha"]) if "alpha" in tensors else 0.0
+        return cls(tensors["oft_blocks"], constraint, tensors.get("rescale"))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OFT(Rotation):
+    """W + ΔW = rescale · diag(R₁ᵀ, R₂ᵀ, ...) · W, with `blocks` (count, size, size); see `Rotation`."""
+
+    kind: ClassVar[str] = "OFT"
+    block_shape: ClassVar[tuple[None, ...]] = (None, None, None)
+
+    def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        assert base_weight is not None
+        base = base_weight.to(dtype).flatten(1)
+        count, size, _ = self.blocks.shape
+        change = torch.bmm(self._rotations(dtype).mT, base.reshape(count, size, -1))
+        return self._rescaled(change.reshape(base.shape), base)

@@ -1,0 +1,131 @@
+"""The delta in a module's tensors, whatever kind it is."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.low_rank import LowRank
+
+from .base import Delta, Tensors, scalar_of, with_article
+from .boft import BOFT
+from .dora import DoRA, magnitude_of_vector
+from .full import Full, WithBias
+from .glora import GLoRA
+from .hadamard import Hadamard
+from .ia3 import IA3
+from .kronecker import Kronecker
+from .norm import Norm
+from .oft import OFT
+from .tucker import Tucker, read_lora
+
+
+class Kind(NamedTuple):
+    """How a kind is found in a module's tensors (None where they are of another), and the ends of its keys."""
+
+    read: Callable[[Tensors], Delta | None]
+    suffixes: tuple[str, ...]
+
+
+KINDS = (  # in the order in which they are tried
+    Kind(read_lora, Tucker.suffixes),
+    Kind(Hadamard.read, Hadamard.suffixes),
+    Kind(Kronecker.read, Kronecker.suffixes),
+    Kind(Norm.read, Norm.suffixes),
+    Kind(GLoRA.read, GLoRA.suffixes),
+    Kind(IA3.read, IA3.suffixes),
+    Kind(OFT.read, OFT.suffixes),
+    Kind(BOFT.read, BOFT.suffixes),
+    Kind(Full.read, Full.suffixes),
+)
+
+_ALIASES = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "lora_B.bias": "lora_up.bias",
+}
+_BESIDE = ("alpha", "dora_scale", "lora_magnitude_vector", "scalar", "diff_b", "lora_up.bias")
+
+# All ends of keys that `read_module` takes.
+SUFFIXES = frozenset([*_ALIASES, *_BESIDE, *(suffix for kind in KINDS for suffix in kind.suffixes)])
+
+
+def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
+    """The change that a module's tensors describe.
+
+    Any kind may have a `dora_scale` or PEFT's `lora_magnitude_vector` (DoRA), a `diff_b` (a change of the bias) and a
+    `scalar` (a factor of the change, which some versions of LyCORIS wrote) beside its own tensors, and a LoRA the bias
+    of its second layer (PEFT's `lora_bias`). Tensors are not copied.
+
+    Args:
+        tensors: the module's tensors by the ends of their keys, as kohya, LyCORIS and ComfyUI write them:
+            "lora_up.weight", "hada_w1_a", "alpha".
+        rs_lora: whether LyCORIS trained it with `rs_lora`, as a file's metadata say. Only
+            GLoRA and LoKr with two full factors are read differently then: their files do not hold the scale.
+
+    Raises:
+        AdapterError: names that no kind has, a kind with tensors missing, or shapes that do not fit. The message does
+            not name the module.
+    """
+    own = _canonical(tensors)
+    magnitude = _take_magnitude(own)
+    scalar, up_bias = own.pop("scalar", None), own.pop("lora_up.bias", None)
+    bias = None if set(own) <= set(Full.suffixes) else own.pop("diff_b", None)
+    change = _read_kind(own, tensors)
+    if rs_lora:
+        change = _rank_stabilised(change)
+    if scalar is not None:
+        change = change.scaled(scalar_of("scalar", scalar))
+    if up_bias is not None:
+        if not isinstance(change, LowRank):
+            raise AdapterError(f"lora_up.bias cannot be read in {with_article(change.kind)} module")
+        change = WithBias(change, up_bias, multiplier=change.scale)
+    if magnitude is not None:
+        change = DoRA(change, magnitude)
+    return change if bias is None else WithBias(change, bias)
+
+
+def _canonical(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors under the names that kohya's and LyCORIS' files have for them."""
+    own: dict[str, torch.Tensor] = {}
+    for suffix, tensor in tensors.items():
+        name = _ALIASES.get(suffix, suffix)
+        if name in own:
+            raise AdapterError(f"{suffix} and {name} stand for the same tensor")
+        own[name] = tensor
+    return own
+
+
+def _take_magnitude(own: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The magnitude of a DoRA, removed from the tensors; None where there is none."""
+    vector, magnitude = own.pop("lora_magnitude_vector", None), own.pop("dora_scale", None)
+    if vector is None:
+        return magnitude
+    if magnitude is not None:
+        raise AdapterError("dora_scale and lora_magnitude_vector stand for the same tensor")
+    return magnitude_of_vector(vector)
+
+
+def _read_kind(own: Tensors, tensors: Tensors) -> Delta:
+    for kind in KINDS:
+        change = kind.read(own)
+        if change is not None:
+            return change
+    raise AdapterError(f"no known kind of adapter has just these tensors: {', '.join(sorted(tensors)) or 'none'}")
+
+
+def _rank_stabilised(change: Delta) -> Delta:
+    """The change with the scale that LyCORIS trains with under `rs_lora`, alpha / √rank.
+
+    Most kinds have it in their files already, as an alpha that is √rank times larger. Two have not: GLoRA writes its
+    alpha unchanged, and a LoKr whose factors are both full is trained with the scale √dim and writes dim · √dim.
+    """
+    if isinstance(change, GLoRA):
+        return replace(change, alpha=change.alpha * math.sqrt(change.rank))
+    if isinstance(change, Kronecker) and change.rank is None:
+        return replace(change, alpha=1.0).scaled(abs(change.alpha) ** (1 / 3))
+    return change
