@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from lora_adapters.convert.deltas.low_rank import rank_range
-from lora_adapters.convert.families.names import ModuleName, architecture_of, block_index
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.registry import FAMILIES, by_modules
 from lora_adapters.train.data.captions import Moment, draw_caption
 from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
@@ -44,11 +46,11 @@ def by_block(run: Run) -> list[tuple[str, int, int]]:
     """(place, modules, parameters) of each text encoder and each block of the U-Net, in order."""
     layers = adapters.lora_layers(run.trained)
     unet = [name for name in layers if name.component == "unet"]
-    architecture = architecture_of(unet) if unet else "sd"
+    family = by_modules(unet) if unet else FAMILIES[0]
     counts: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
     for name, layer in layers.items():
         weights = (layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight)
-        entry = counts[_place(name, architecture)]
+        entry = counts[_place(name, family)]
         entry[0] += 1
         entry[1] += sum(weight.numel() for weight in weights)
     return [(place, modules, numbers) for (_, place), (modules, numbers) in sorted(counts.items())]
@@ -87,8 +89,8 @@ def _shown(size: int | None) -> str:
     return "not known on this device" if size is None else f"{size / _MIB:,.1f} MiB"
 
 
-def _place(name: ModuleName, architecture: str) -> tuple[int, str]:
+def _place(name: ModuleName, family: ModelFamily) -> tuple[int, str]:
     if name.component != "unet":
         return (-1, name.component)
-    block = block_index(name.path, architecture)
+    block = family.blocks.index(name.path)
     return (100, "other") if block is None else (block, f"unet block {block}")
