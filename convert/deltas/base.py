@@ -29,8 +29,16 @@ class Delta(Protocol):
         """The rank of its factors; None for a kind without one."""
 
     @property
+    def out_in(self) -> tuple[int, int] | None:
+        """Output channels, and input channels (times the kernel, where it is flattened); None where it tells none."""
+
+    @property
     def needs_base(self) -> bool:
         """Whether ΔW depends on W, so that `delta` has to be given it."""
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether it changes the weight, and not the bias alone."""
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """ΔW in full, a new tensor that the caller may change.
@@ -96,9 +104,19 @@ class TensorDelta:
         return False
 
     @property
+    def changes_weight(self) -> bool:
+        """Whether it changes the weight, and not the bias alone."""
+        return True
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of ΔW as the file describes it."""
         raise NotImplementedError
+
+    @property
+    def out_in(self) -> tuple[int, int] | None:
+        """Output channels, and input channels (times the kernel, where it is flattened); None for a vector."""
+        return (self.shape[0], self.shape[1]) if len(self.shape) > 1 else None
 
     @property
     def _made_for(self) -> str:

@@ -47,6 +47,16 @@ class DoRA:
         return self.change.rank
 
     @property
+    def out_in(self) -> tuple[int, int] | None:
+        """Those of the change of the weight."""
+        return self.change.out_in
+
+    @property
+    def changes_weight(self) -> bool:
+        """True: the magnitude is of the weight."""
+        return True
+
+    @property
     def needs_base(self) -> bool:
         """True: the norm is that of the changed weight."""
         return True

@@ -37,6 +37,11 @@ class Full(TensorDelta):
         return self.diff is None
 
     @property
+    def changes_weight(self) -> bool:
+        """Whether there is a diff."""
+        return self.diff is not None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The weight's; (out,) where only the bias changes."""
         tensor = self.diff_b if self.diff is None else self.diff
@@ -103,6 +108,16 @@ class WithBias:
     def rank(self) -> int | None:
         """The rank of the change of the weight."""
         return self.change.rank
+
+    @property
+    def out_in(self) -> tuple[int, int] | None:
+        """Those of the change of the weight."""
+        return self.change.out_in
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the other change does."""
+        return self.change.changes_weight
 
     @property
     def needs_base(self) -> bool:

@@ -32,6 +32,10 @@ class IA3(TensorDelta):
         return True
 
     @property
+    def out_in(self) -> None:
+        """None: it tells the channels of one side only."""
+
+    @property
     def _made_for(self) -> str:
         return f"a weight with {self.vector.numel()} {'input' if self.on_input else 'output'} channels"
 

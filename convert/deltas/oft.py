@@ -69,6 +69,10 @@ class Rotation(TensorDelta):
         return self.blocks.shape[-3] * self.blocks.shape[-2]
 
     @property
+    def out_in(self) -> None:
+        """None: it tells the channels of one side only."""
+
+    @property
     def _made_for(self) -> str:
         return f"a weight with {self._rows} output channels"
 

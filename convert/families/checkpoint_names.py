@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 
 from .family import ModelFamily
-from .names import ModuleName
+from .names import ModuleName, bias_of
 from .registry import FAMILIES
 from .tensor_slice import TensorSlice
 from .text_encoder import TextEncoder
@@ -60,4 +60,33 @@ def slices_in_component(
             if f"{spelling}.weight" in tensors:
                 found[layer.module] = TensorSlice(f"{spelling}.weight")
                 break
+    return found
+
+
+def other_slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> dict[ModuleName, TensorSlice]:
+    """Where an original checkpoint has the weights of normalisation layers, and all biases (see `names.bias_of`)."""
+    found = {}
+    for component in family.components:
+        for path in family.norms(component.name):
+            part = next((part for part in component.layout.slices(path) if part.key in tensors), None)
+            if part is not None and not _is_unused(component.layout, path, part):
+                found[ModuleName(component.name, path)] = part
+    weights = {**slices_in_file(tensors, family), **found}
+    biases = {bias_of(module): part.bias for module, part in weights.items()}
+    return found | {name: part for name, part in biases.items() if part is not None and part.key in tensors}
+
+
+def other_slices_in_component(
+    tensors: Mapping[str, torch.Tensor], component: str, family: ModelFamily
+) -> dict[ModuleName, TensorSlice]:
+    """Where a file of a Diffusers folder's component has the weights of normalisation layers, and all biases."""
+    norms = family.norms(component)
+    found = {}
+    for path in family.paths(component) | norms:
+        module = ModuleName(component, path)
+        for spelling in (path, path.removeprefix("text_model.")):
+            if path in norms and f"{spelling}.weight" in tensors:
+                found[module] = TensorSlice(f"{spelling}.weight")
+            if f"{spelling}.bias" in tensors:
+                found[bias_of(module)] = TensorSlice(f"{spelling}.bias")
     return found

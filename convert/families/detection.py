@@ -17,10 +17,10 @@ _READ_TEXT = (
 
 
 class Sized(Protocol):
-    """The change of a module: all that is asked of it here is its size, (out, in)."""
+    """The change of a module: all that is asked of it here is its size, (out, in), None where it does not tell."""
 
     @property
-    def out_in(self) -> tuple[int, int]: ...
+    def out_in(self) -> tuple[int, int] | None: ...
 
 
 class AdapterData(Protocol):
@@ -62,14 +62,16 @@ def family_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) 
 def _has_own_width(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> bool:
     is_own, denoiser = family.marks.width, family.denoiser.name
     return is_own is not None and any(
-        module.component == denoiser and is_own(module.path, change.out_in) for module, change in modules.items()
+        module.component == denoiser and change.out_in is not None and is_own(module.path, change.out_in)
+        for module, change in modules.items()
     )
 
 
 def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> BaseModel:
     """The family and, by the widths of the modules or else by the metadata, the version that an adapter is for."""
     family = family_of(modules, metadata)
-    reading = (change.out_in[1] for module, change in modules.items() if module.path.endswith(_READ_TEXT))
+    sizes = (change.out_in for module, change in modules.items() if module.path.endswith(_READ_TEXT))
+    reading = (out_in[1] for out_in in sizes if out_in is not None)
     by_width = next((version for width in reading if (version := family.version(width)) is not None), None)
     if by_width is None and len(family.versions) == 1:
         by_width = family.versions[0]

@@ -34,9 +34,14 @@ class Version(NamedTuple):
 
 
 class Layout(Protocol):
-    """The layers of a component: their paths, and where an original checkpoint has each."""
+    """The layers of a component: their paths, and where an original checkpoint has each.
+
+    paths: of linear layers and convolutions. norms: of normalisation layers.
+    """
 
     def paths(self) -> Iterable[str]: ...
+
+    def norms(self) -> Iterable[str]: ...
 
     def slices(self, path: str) -> tuple[TensorSlice, ...]: ...
 
@@ -156,11 +161,20 @@ class ModelFamily:
         part = self.component(component)
         return frozenset() if part is None else frozenset(part.layout.paths())
 
-    def spellings(self, component: str) -> Iterator[tuple[str, str]]:
-        """(name, path) of each layer of a component, by its names in diffusers and in the original code."""
+    @cache  # noqa: B019
+    def norms(self, component: str) -> frozenset[str]:
+        """The paths of all normalisation layers of a component; empty where there is no such component."""
+        part = self.component(component)
+        return frozenset() if part is None else frozenset(part.layout.norms())
+
+    def spellings(self, component: str, norms: bool = False) -> Iterator[tuple[str, str]]:
+        """(name, path) of each layer of a component, by its names in diffusers and in the original code.
+
+        norms: those of normalisation layers too.
+        """
         part = self.component(component)
         if part is not None:
-            for path in self.paths(component):
+            for path in self.paths(component) | (self.norms(component) if norms else frozenset()):
                 yield path, path
                 yield part.original(path), path
 
@@ -187,7 +201,7 @@ class ModelFamily:
     def has(self, modules: Iterable[ModuleName]) -> bool:
         """Whether its models have all of these components, and their denoiser all of these layers."""
         known, denoiser = {part.name for part in self.components}, self.denoiser.name
-        paths = self.paths(denoiser)
+        paths = self.paths(denoiser) | self.norms(denoiser)
         return all(
             module.component in known and (module.component != denoiser or module.path in paths) for module in modules
         )

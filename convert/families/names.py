@@ -30,6 +30,15 @@ class ModuleName(NamedTuple):
         return f"{self.component}.{self.path}"
 
 
+def bias_of(module: ModuleName) -> ModuleName:
+    """What the bias of a module is called among a model's tensors.
+
+    >>> str(bias_of(ModuleName("unet", "conv_in")))
+    'unet.conv_in.bias'
+    """
+    return module._replace(path=f"{module.path}.bias")
+
+
 def text_path(path: str) -> str:
     """A text encoder's path with the `text_model.` level that some formats and transformers 5 leave out.
 

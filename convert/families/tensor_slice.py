@@ -33,6 +33,17 @@ class TensorSlice(NamedTuple):
     columns: Share | None = None
     transposed: bool = False
 
+    @property
+    def bias(self) -> "TensorSlice | None":
+        """Where the layer's bias is, if it has one; None where the name of the weight does not tell.
+
+        >>> TensorSlice("attn.in_proj_weight", rows=Share(1, 2, 3)).bias
+        TensorSlice(key='attn.in_proj_bias', rows=Share(start=1, stop=2, of=3), columns=None, transposed=False)
+        """
+        if not self.key.endswith("weight"):
+            return None
+        return TensorSlice(f"{self.key.removesuffix('weight')}bias", self.rows)
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The layer's own weight in the tensor, a view.
 

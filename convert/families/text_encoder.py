@@ -20,7 +20,10 @@ _OPEN_CLIP = {
     "self_attn.out_proj": ("attn.out_proj.weight", None),
     "mlp.fc1": ("mlp.c_fc.weight", None),
     "mlp.fc2": ("mlp.c_proj.weight", None),
+    "layer_norm1": ("ln_1.weight", None),
+    "layer_norm2": ("ln_2.weight", None),
 }
+_LAST_NORM = "text_model.final_layer_norm"
 
 
 def layer_paths() -> Iterator[str]:
@@ -49,12 +52,20 @@ class TextEncoder(NamedTuple):
         if self.projection:
             yield TEXT_PROJECTION
 
+    def norms(self) -> Iterator[str]:
+        """The path of each normalisation layer."""
+        for layer in (f"text_model.encoder.layers.{index}" for index in range(LAYERS)):
+            yield from (f"{layer}.layer_norm1", f"{layer}.layer_norm2")
+        yield _LAST_NORM
+
     def slices(self, path: str) -> tuple[TensorSlice, ...]:
         """Where the weight of a layer can be in an original checkpoint."""
         if path == TEXT_PROJECTION:
             return tuple(TensorSlice(f"{start}text_projection", transposed=True) for start in self.open_clip)
         inner = path.removeprefix("text_model.")
         found = [TensorSlice(f"{start}{spelled}.weight") for start in self.clip for spelled in (path, inner)]
+        if path == _LAST_NORM:
+            return (*found, *(TensorSlice(f"{start}ln_final.weight") for start in self.open_clip))
         match = _LAYER.fullmatch(path)
         assert match, path
         part, rows = _OPEN_CLIP[match[2]]

@@ -17,6 +17,17 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+# Normalisation layers: the end of a layer's path beside which one is, and its own.
+_NORMS = (
+    (".conv1", ".norm1"),
+    (".conv2", ".norm2"),
+    (".proj_in", ".norm"),
+    (".attn1.to_q", ".norm1"),
+    (".attn2.to_q", ".norm2"),
+    (".ff.net.2", ".norm3"),
+)
+_RESNET_NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
+_NORM_OUT = {"conv_norm_out": "out.0"}
 TIME = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
 SIZE = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # SDXL and its refiner
 # Outside of the blocks: kohya's trainer leaves these alone, LyCORIS and OneTrainer do not.
@@ -83,6 +94,12 @@ class UNet(NamedTuple):
         yield from _transformer("mid_block.attentions.0", self.mid_depth)
         yield from self.outer
 
+    def norms(self) -> Iterator[str]:
+        """The path of each normalisation layer."""
+        for path in self.paths():
+            yield from (path.removesuffix(end) + norm for end, norm in _NORMS if path.endswith(end))
+        yield from _NORM_OUT
+
     def original_name(self, path: str) -> str:
         """The dotted name of a layer in Stability's and CompVis' own code (`input_blocks.4.1...`)."""
         up_depths = self.down_depths[::-1]
@@ -110,8 +127,8 @@ def original_name(path: str, without_attention: Collection[str], layers: int = 2
         without_attention: the numbers of the up blocks without attention.
         layers: how many layers a block has.
     """
-    if path in OUTER:
-        return OUTER[path]
+    if path in OUTER or path in _NORM_OUT:
+        return {**OUTER, **_NORM_OUT}[path]
     match = LAYER.fullmatch(path)
     if match is None or (match[2] is None and match[1] != "mid"):
         return None
@@ -127,5 +144,5 @@ def original_name(path: str, without_attention: Collection[str], layers: int = 2
         first = "input_blocks" if half == "down" else "output_blocks"
         index = (1 if half == "down" else 0) + (layers + 1) * int(block) + int(layer)
         place = f"{first}.{index}.{0 if kind == 'resnets' else 1}"
-    rest = _RESNET.get(rest, "") if kind == "resnets" else rest
+    rest = {**_RESNET, **_RESNET_NORMS}.get(rest, "") if kind == "resnets" else rest
     return f"{place}.{rest}" if rest else None

@@ -17,6 +17,8 @@ from lora_adapters.convert.errors import AdapterError, first_line
 from lora_adapters.convert.families.checkpoint_names import (
     family_of_file,
     family_of_folder,
+    other_slices_in_component,
+    other_slices_in_file,
     slices_in_component,
     slices_in_file,
 )
@@ -36,13 +38,21 @@ from .weights_writing import Planned, write
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One file of a model: its tensors (mapped, not read), and where the modules' weights are among them."""
+    """One file of a model: its tensors (mapped, not read), and where the modules' weights are among them.
+
+    others: where the weights of normalisation layers are, and biases, named by `names.bias_of`.
+    """
 
     path: Path
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     metadata: Mapping[str, str]
     places: Mapping[ModuleName, TensorSlice] = field(repr=False)
     shards: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False)  # the other files of its variant
+    others: Mapping[ModuleName, TensorSlice] = field(default_factory=dict, repr=False)
+
+    def slice_of(self, module: ModuleName) -> TensorSlice:
+        """Where a module's weight, or a bias, is."""
+        return self.places[module] if module in self.places else self.others[module]
 
     @cached_property
     def neighbours(self) -> Neighbours:
@@ -58,9 +68,13 @@ class WeightsFile:
     def _scale_keys(self) -> frozenset[str]:
         return frozenset(self.neighbours.scales.values())
 
+    def is_changed_by(self, changes: Mapping[ModuleName, Change]) -> bool:
+        """Whether one of these changes is of a tensor in it."""
+        return any(module in self.places or module in self.others for module in changes)
+
     def check(self, module: ModuleName) -> None:
         """AdapterError where a module's weight is quantised in a way that cannot be read."""
-        key = self.places[module].key
+        key = self.slice_of(module).key
         refuse(self.neighbours.foreign, [key], str(self.path))
         if not self.tensors[key].is_floating_point():
             raise AdapterError(
@@ -86,7 +100,7 @@ class WeightsFile:
     def planned(self, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None) -> dict[str, Planned]:
         """Its tensors as `write` would write them, each made only when its turn comes."""
         by_key: dict[str, list[tuple[TensorSlice, Change, ModuleName]]] = {}
-        for module, place in self.places.items():
+        for module, place in (*self.places.items(), *self.others.items()):
             if module in changes:
                 self.check(module)
                 by_key.setdefault(place.key, []).append((place, changes[module], module))
@@ -167,8 +181,8 @@ class Checkpoint:
         family = family_of_file(tensors)
         if family is None:
             raise AdapterError(f"{path} is no Stable Diffusion checkpoint: it has no model.diffusion_model tensors")
-        places = slices_in_file(tensors, family)
-        return cls(path, family, (WeightsFile(path, tensors, metadata, places),))
+        places, others = slices_in_file(tensors, family), other_slices_in_file(tensors, family)
+        return cls(path, family, (WeightsFile(path, tensors, metadata, places, others=others),))
 
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
@@ -186,6 +200,7 @@ class Checkpoint:
                 metadata,
                 slices_in_component(tensors, component, family),
                 tuple(other for part, shard, other, _ in opened if _same_set((part, shard), (component, file))),
+                other_slices_in_component(tensors, component, family),
             )
             for component, file, tensors, metadata in opened
         )
@@ -206,10 +221,15 @@ class Checkpoint:
         """All modules that an adapter can have here, with the file of each."""
         return {module: file for file in reversed(self.files) for module in file.places}
 
+    @property
+    def parameters(self) -> dict[ModuleName, WeightsFile]:
+        """As `modules`, with normalisation layers, and biases as `names.bias_of` names them."""
+        return {module: file for file in reversed(self.files) for module in (*file.places, *file.others)}
+
     def weight(self, module: ModuleName, file: WeightsFile | None = None) -> torch.Tensor:
         """The weight of a module as it is in the file: mapped, of its own dtype."""
-        file = file or self.modules[module]
-        place = file.places[module]
+        file = file or self.parameters[module]
+        place = file.slice_of(module)
         return place.of(file.tensors[place.key])
 
     def check_absent(self) -> None:
@@ -274,7 +294,7 @@ class Checkpoint:
             facts.pop("modelspec.hash_sha256", None)
             file.write(target, changes, dtype, facts)
             return target
-        touched = {file.path: file for file in self.files if dtype is not None or file.places.keys() & changes.keys()}
+        touched = {file.path: file for file in self.files if dtype is not None or file.is_changed_by(changes)}
         with _replacing_folder(target) as partial:
             for source in pipeline_files(self.path):
                 copy = partial / source.relative_to(self.path)

@@ -52,7 +52,7 @@ def _without(file: WeightsFile) -> WeightsFile:
 
 def _with_places(file: WeightsFile) -> WeightsFile:
     twins = {}
-    for module, place in file.places.items():
+    for module, place in (*file.places.items(), *file.others.items()):
         key = _START + place.key.removeprefix(_MODEL).replace(".", "")
         if has_twin(module) and key in file.tensors:
             twins[twin(module)] = TensorSlice(key)

@@ -1,0 +1,125 @@
+"""The sum of several changes of one weight, whatever their kinds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+
+from .base import Delta, with_article
+from .low_rank import LowRank, add_up
+from .tucker import Tucker
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum:
+    """ΔW = ΔW₁ + ΔW₂ + ..., each made from the same W, and the same of the biases.
+
+    Nothing is added up before `delta` is called.
+    """
+
+    parts: tuple[Delta, ...]
+
+    def __repr__(self) -> str:
+        return f"Sum({', '.join(map(repr, self.parts))})"
+
+    @property
+    def kind(self) -> str:
+        """The kinds of its parts."""
+        return " + ".join(dict.fromkeys(part.kind for part in self.parts))
+
+    @property
+    def rank(self) -> None:
+        """None: it is no product of factors."""
+
+    @property
+    def out_in(self) -> tuple[int, int] | None:
+        """Output and input channels, where a part tells them."""
+        return next((part.out_in for part in self.parts if part.out_in is not None), None)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether one of its parts depends on W."""
+        return any(part.needs_base for part in self.parts)
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether one of its parts changes the weight."""
+        return any(part.changes_weight for part in self.parts)
+
+    def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """ΔW in full; see `Delta.delta`."""
+        changes = (part.delta(base_weight, dtype) for part in self.parts)
+        total = next(changes)
+        for change in changes:
+            if len(change) != len(total) or change.numel() != total.numel():
+                raise AdapterError(f"one is for a weight of {list(total.shape)}, the other of {list(change.shape)}")
+            wider = change.shape if change.ndim > total.ndim else total.shape  # a kernel may be flattened
+            total = total.reshape(wider).add_(change.reshape(wider))
+        return total
+
+    def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        """The sum of the changes of the bias; None where no part changes it."""
+        biases = [bias for part in self.parts if (bias := part.bias(dtype)) is not None]
+        return torch.stack(biases).sum(0) if biases else None
+
+    def scaled(self, weight: float) -> "Sum":
+        """Each part at another weight."""
+        return Sum(tuple(part.scaled(weight) for part in self.parts))
+
+    def to(self, dtype: torch.dtype | None) -> "Sum":
+        """The same changes with their tensors in another dtype; None keeps them."""
+        return Sum(tuple(part.to(dtype) for part in self.parts))
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether all parts are for a weight of this shape."""
+        return all(part.fits(weight_shape) for part in self.parts)
+
+    def is_finite(self) -> bool:
+        """Whether no number in its tensors is NaN or infinite."""
+        return all(part.is_finite() for part in self.parts)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """AdapterError: no file has a place for the sum of several kinds."""
+        raise AdapterError(f"a sum of {self.kind} cannot be written: reduce it to a rank")
+
+
+def as_pair(change: Delta) -> LowRank | None:
+    """The change as one low-rank pair, exactly; None where it is of a kind that is none."""
+    if isinstance(change, Tucker) and change.mid.ndim == 4:
+        return change.low_rank()
+    return change if isinstance(change, LowRank) else None
+
+
+def pair_of(change: Delta) -> LowRank:
+    """The change as one low-rank pair, exactly; AdapterError, with its kind, where it is of another."""
+    pair = as_pair(change)
+    if pair is None:
+        what = with_article(change.kind)
+        what = f"{what} with a bias" if change.kind == "LoRA" and change.bias() is not None else what
+        raise AdapterError(
+            f"{what} is no low-rank pair (LoRA, LoCon, DyLoRA), which is needed here: "
+            "`lora-adapters convert --to lora --rank N` makes pairs of it"
+        )
+    return pair
+
+
+def added(parts: Sequence[Delta], scale: float | None = None) -> Delta:
+    """The sum of changes of one weight: exactly one pair where all are pairs (see `add_up`), else a `Sum`."""
+    if len(parts) == 1:
+        return parts[0]
+    pairs = [pair for part in parts if (pair := as_pair(part)) is not None]
+    if len(pairs) == len(parts):
+        return add_up(pairs, scale)
+    sizes = {size for part in parts if (size := _size(part)) is not None}
+    if len(sizes) > 1:
+        raise AdapterError(f"they are for weights of {' and '.join(map(str, sorted(sizes)))} numbers")
+    return Sum(tuple(parts))
+
+
+def _size(change: Delta) -> int | None:
+    """How many numbers the weight has, where a pair tells it."""
+    pair = as_pair(change)
+    return None if pair is None else prod((*pair.out_in, *pair.kernel))
