@@ -81,7 +81,7 @@ def program(argv: Sequence[str] | None) -> None:
     embeddings = read_embeddings(args.embeddings)
     if source.is_file():
         tensors, _ = read_tensors(source)
-        if cloneofsimo.is_mine(set(tensors)):
+        if cloneofsimo.matches(tensors):
             embeddings = {**cloneofsimo.embeddings(tensors), **embeddings}
     dtype = dtype_of(args.save_precision)
     if args.format == "cloneofsimo" or not embeddings:

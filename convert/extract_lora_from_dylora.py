@@ -36,7 +36,7 @@ def parser() -> Parser:
 
 def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
     """The ranks to write: all that the adapter can be cut to, or those asked for."""
-    highest = max(one.rank for one in adapter.modules.values())
+    highest = max(one.rank for one in adapter.pairs().values())
     unit = (adapter.dylora or DyLora()).unit
     if highest % unit:
         raise AdapterError(f"unit {unit} does not divide the rank {highest}: the adapter was not trained with it")

@@ -73,7 +73,7 @@ def program(argv: Sequence[str] | None) -> None:
         print(f"{component}: largest difference {value:.4g}{left}")
     result = found.adapter.to(dtype_of(args.save_precision))
     result.save(path, modelspec=not args.no_metadata)
-    print(report(as_written(found.fits, found.adapter.modules, result.modules)))
+    print(report(as_written(found.fits, found.adapter.pairs(), result.pairs())))
     print(f"{result} written to {path}")
 
 

@@ -21,7 +21,8 @@ if __name__ == "__main__":
 import torch
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.svd import as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.deltas.reduction import reduce_modules
+from lora_adapters.convert.deltas.svd import as_written, report, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import is_v2
 from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
@@ -38,7 +39,7 @@ from lora_adapters.convert.tools.command_line import (
     report_left_out,
     run,
 )
-from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.inputs import load, weights_alone
 from lora_adapters.convert.tools.merge import fitting, merge_into_model, weighted_sum
 from lora_adapters.convert.tools.model_arguments import read_arguments
 
@@ -179,15 +180,16 @@ def _into_one(args, dtype) -> None:
     if args.ema != "keep":
         raise AdapterError("--ema goes with --sd_model: LoRAs have no averaged weights")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
-    merged = weighted_sum(adapters, ratios)
-    exact, fits = merged.modules, {}
-    if args.new_rank is not None:
+    if args.new_rank is None:
+        merged = weighted_sum(adapters, ratios).to(dtype or torch.float32)
+    else:
+        merged = weighted_sum({name: weights_alone(one, name) for name, one in adapters.items()}, ratios)
         exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
-    merged = merged.with_modules(exact).to(dtype or torch.float32)
-    if fits:
-        print(report(as_written(fits, exact, merged.modules)))
+        merged = merged.with_modules(exact).to(dtype or torch.float32)
+        print(report(as_written(fits, exact, merged.pairs())))
     if args.shuffle:
-        merged = merged.map(lambda one: one.reordered(torch.randperm(one.rank)))
+        pairs = merged.pairs()
+        merged = merged.with_modules({name: one.reordered(torch.randperm(one.rank)) for name, one in pairs.items()})
     metadata = with_rank_facts(merged.modules, merged_metadata(merged, adapters, args.no_metadata))
     Adapter(merged.modules, metadata).save(path, modelspec=not args.no_metadata)
     print(f"{merged} written to {path}")

@@ -18,7 +18,8 @@ if __name__ == "__main__":
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.deltas.rank_choice import DYNAMIC_METHODS, dynamic
-from lora_adapters.convert.deltas.svd import Rules, as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.deltas.reduction import reduce_modules
+from lora_adapters.convert.deltas.svd import Rules, as_written, report, rules, with_rank_facts
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.parsing import number
@@ -30,7 +31,7 @@ from lora_adapters.convert.tools.command_line import (
     output_file,
     run,
 )
-from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.inputs import load, weights_alone
 
 
 def parser() -> Parser:
@@ -70,16 +71,16 @@ def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
-    adapter = load(args.model, skip_unknown=args.skip_unknown)
+    adapter = weights_alone(load(args.model, skip_unknown=args.skip_unknown), args.model)
     modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
     metadata = with_rank_facts(modules, adapter.plain_metadata())
-    ranks = rank_range(one.rank for one in adapter.modules.values())
+    ranks = rank_range(one.rank for one in adapter.modules.values() if one.rank is not None)
     before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""
     metadata["ss_training_comment"] = f"resized from rank {ranks}{before}"
     if args.dynamic_method or args.target_error is not None:
         metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
     result = Adapter(modules, metadata).to(dtype_of(args.save_precision))
-    fits = as_written(fits, modules, result.modules)
+    fits = as_written(fits, modules, result.pairs())
     if args.verbose:
         for module, fit in fits.items():
             print(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")

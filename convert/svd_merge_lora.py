@@ -14,7 +14,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.svd import as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.deltas.reduction import reduce_modules
+from lora_adapters.convert.deltas.svd import as_written, report, rules, with_rank_facts
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
 from lora_adapters.convert.parsing import number
@@ -26,6 +27,7 @@ from lora_adapters.convert.tools.command_line import (
     output_file,
     run,
 )
+from lora_adapters.convert.tools.inputs import weights_alone
 from lora_adapters.convert.tools.merge import weighted_sum
 
 
@@ -59,6 +61,7 @@ def program(argv: Sequence[str] | None) -> None:
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
     chosen = rules(rank, args.new_conv_rank, args.target_error)
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
+    adapters = {name: weights_alone(adapter, name) for name, adapter in adapters.items()}
     merged = weighted_sum(adapters, ratios)
     facts = merged_metadata(merged, adapters, args.no_metadata)
     del adapters  # the files need not stay in memory
@@ -66,7 +69,7 @@ def program(argv: Sequence[str] | None) -> None:
     metadata = with_rank_facts(modules, facts)
     result = Adapter(modules, metadata).to(dtype_of(args.save_precision, args.precision))
     result.save(path, modelspec=not args.no_metadata)
-    print(report(as_written(fits, modules, result.modules)))
+    print(report(as_written(fits, modules, result.pairs())))
     print(f"{result} written to {path}")
 
 

@@ -73,8 +73,8 @@ def load_adapter(pipe: Any, adapter: Adapter, adapter_name: str | None = None) -
 
 def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapter:
     if isinstance(source, Path):
-        return Adapter.from_path(source, names)
-    return Adapter.from_tensors(dict(source), None, names)
+        return Adapter.from_path(source, names, only_pairs=True)
+    return Adapter.from_tensors(dict(source), None, names, only_pairs=True)
 
 
 def _hand_back(
@@ -124,7 +124,7 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     """The adapter's pairs for each component that the pipeline has, fitted to it."""
     models = _models(pipe)
     modules: dict[str, dict[str, LowRank]] = {}
-    for module, one in adapter.modules.items():
+    for module, one in adapter.pairs().items():
         modules.setdefault(module.component, {})[module.path] = one
     for component in [name for name in modules if name not in models]:
         if not hasattr(pipe, component):

@@ -209,6 +209,12 @@ def check_matrix_like(name: str, tensor: torch.Tensor, rows: int | None = None, 
     check_shape(name, tensor, (rows, columns), (rows, columns, 1, 1))
 
 
+def alpha_in(change: Delta) -> float | None:
+    """The alpha of a change, or of the one that a magnitude or a bias stands beside; None for a kind without one."""
+    inner = getattr(change, "change", None)
+    return getattr(change, "alpha", None) if inner is None else alpha_in(inner)
+
+
 # --- reading and writing a module's tensors --------------------------------------------------------------------------
 
 

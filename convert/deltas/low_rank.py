@@ -158,6 +158,10 @@ class LowRank:
         down, up = balanced(self.down.float(), up)
         return replace(self, down=down.to(self.down.dtype), up=up.to(dtype), alpha=alpha)
 
+    def without_alpha(self) -> "LowRank":
+        """The same ΔW with alpha = rank, so that the scale is 1; one of 0 stays."""
+        return self.with_alpha(float(self.rank)) if self.alpha else self
+
     def truncated(self, rank: int, rank_scaling: str = "constant") -> "LowRank":
         """The first `rank` components (all, where there are fewer), as DyLoRA uses them.
 

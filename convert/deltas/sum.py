@@ -83,7 +83,7 @@ class Sum:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """AdapterError: no file has a place for the sum of several kinds."""
-        raise AdapterError(f"a sum of {self.kind} cannot be written: reduce it to a rank")
+        raise AdapterError(f"a sum of {self.kind} cannot be written: reduce it to a rank (--new_rank)")
 
 
 def as_pair(change: Delta) -> LowRank | None:

@@ -7,18 +7,18 @@ Young, 1936).
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import COMPONENTS, ModuleName
-from lora_adapters.convert.progress import progress
 
+from .base import Delta
 from .low_rank import LowRank
 from .orthonormal import gram_svd, orthonormal
-from .rank_choice import RankRule, by_error, dynamic, fixed
+from .rank_choice import RankRule, by_error, fixed
 
 
 class Fit(NamedTuple):
@@ -39,6 +39,7 @@ class Rules:
 
     linear: RankRule
     conv: RankRule
+    most: tuple[int | None, int | None] = (None, None)  # the largest ranks that they can choose, where that is known
 
     def of(self, one: LowRank) -> RankRule:
         """The rule for one module."""
@@ -51,7 +52,8 @@ def rules(rank: int | None, conv_rank: int | None = None, target_error: float | 
         return Rules(by_error(target_error, rank), by_error(target_error, rank if conv_rank is None else conv_rank))
     if rank is None:
         raise AdapterError("neither a rank nor a target error is given")
-    return Rules(fixed(rank), fixed(rank if conv_rank is None else conv_rank))
+    conv = rank if conv_rank is None else conv_rank
+    return Rules(fixed(rank), fixed(conv), (rank, conv))
 
 
 def decompose(one: LowRank, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,24 +122,6 @@ def reduced(
     return LowRank(down.reshape(rank, *shape), up.reshape(*up.shape, *extra), float(rank)), fit
 
 
-def reduce_modules(
-    modules: Mapping[ModuleName, LowRank],
-    rules: Rules,
-    clamp_quantile: float | None = None,
-    device: torch.device | None = None,
-    keep_scale: bool = False,
-) -> tuple[dict[ModuleName, LowRank], dict[ModuleName, Fit]]:
-    """`reduced` for every module. keep_scale keeps alpha / rank instead of making it 1."""
-    results, fits = {}, {}
-    for module, one in progress(modules.items(), "SVD", len(modules)):
-        try:
-            less, fits[module] = reduced(one, rules.of(one), clamp_quantile, device)
-        except AdapterError as error:
-            raise AdapterError(f"{module}: {error}") from None
-        results[module] = less.with_alpha(one.scale * less.rank) if keep_scale and one.alpha else less
-    return results, fits
-
-
 def as_written(
     fits: Mapping[ModuleName, Fit], exact: Mapping[ModuleName, LowRank], written: Mapping[ModuleName, LowRank]
 ) -> dict[ModuleName, Fit]:
@@ -175,29 +159,10 @@ def report(fits: Mapping[ModuleName, Fit]) -> str:
     return f"relative error: {', '.join(parts)} (largest: {fits[worst].error:.4g} in {worst})"
 
 
-def with_rank_facts(modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str]) -> dict[str, str]:
+def with_rank_facts(modules: Mapping[ModuleName, Delta], metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata with ss_network_args that name the rank of the larger convolutions, where there are any."""
-    conv = [one.rank for one in modules.values() if one.kernel != (1, 1)]
+    conv = [one.rank for one in modules.values() if isinstance(one, LowRank) and one.kernel != (1, 1)]
     if not conv:
         return dict(metadata)
     common = max(set(conv), key=conv.count)
     return {**metadata, "ss_network_args": f'{{"conv_dim": "{common}", "conv_alpha": "{float(common)}"}}'}
-
-
-def svd(adapter, rank, conv_rank=None, target_error=None, device=None, clamp_quantile=None):
-    """The best approximation of an adapter; see `Adapter.svd`."""
-    modules, _ = reduce_modules(
-        adapter.modules, rules(rank, conv_rank, target_error), clamp_quantile, torch.device(device or "cpu")
-    )
-    return replace(adapter, modules=modules, metadata=with_rank_facts(modules, adapter.plain_metadata()))
-
-
-def resize(adapter, rank, conv_rank=None, dynamic_rule=None):
-    """The best approximation of an adapter at its own scales; see `Adapter.resize`."""
-    conv = rank if conv_rank is None else conv_rank
-    chosen = rules(rank, conv)
-    if dynamic_rule is not None:
-        method, parameter = dynamic_rule
-        chosen = Rules(dynamic(method, parameter, rank), dynamic(method, parameter, conv))
-    modules, _ = reduce_modules(adapter.modules, chosen, keep_scale=True)
-    return replace(adapter, modules=modules, metadata=with_rank_facts(modules, adapter.plain_metadata()))

@@ -5,7 +5,7 @@ from functools import cache
 
 from lora_adapters.convert.errors import AdapterError
 
-from .family import ModelFamily, Role, Version
+from .family import Kind, ModelFamily, Role, Version
 from .names import ModuleName
 from .sd import SD
 from .sdxl import SDXL
@@ -82,6 +82,12 @@ def by_live_models(components: Collection[str], config: object) -> ModelFamily |
 def of_format(name: str) -> ModelFamily:
     """The first family whose adapters a format of files can hold."""
     return next(family for family in FAMILIES if name in family.formats)
+
+
+def kind_of(module: ModuleName) -> Kind:
+    """linear, conv1x1 or conv3x3: what the first family with such a component says of a layer of it."""
+    family = next((family for family in FAMILIES if family.denoiser.name == module.component), None)
+    return "linear" if family is None else family.kind_of(module.path)
 
 
 @cache

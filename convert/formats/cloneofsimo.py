@@ -9,17 +9,25 @@ alpha: the scale is 1.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
+from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.families.registry import by_name, of_format
 from lora_adapters.convert.families.text_encoder import LAYERS
 from lora_adapters.convert.parsing import json_value
 
+from .contents import Contents, WriteOptions
+from .kinds import warn_of_embeddings
+from .writing import write_file
+
+NAME = "cloneofsimo"
+ONLY_PAIRS = True
 EMBEDDING = "<embed>"
 _KEY = re.compile(r"(unet|text_encoder):([0-9]{1,5}):(up|down)")
 _UNET_PARTS = {
@@ -41,10 +49,25 @@ _WRITTEN_UNET = (
 _WRITTEN_TEXT = (("CLIPAttention",), ("CLIPAttention", "CLIPMLP"))
 
 
-def is_mine(keys: set[str]) -> bool:
+def matches(keys: Collection[str]) -> bool:
     """Whether every key is a position or a token, and there is a position."""
     positions = {key for key in keys if _KEY.fullmatch(key)}
-    return bool(positions) and all(key.startswith("<") for key in keys - positions)
+    return bool(positions) and all(key.startswith("<") for key in set(keys) - positions)
+
+
+def read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
+) -> Contents:
+    """What a file in cloneofsimo's format holds; see `read_modules`. lookup is not needed: positions have no names."""
+    return Contents(read_modules(tensors, metadata), other_metadata(metadata))
+
+
+def write(path: Path, contents: Contents, options: WriteOptions) -> None:
+    """Write a file in cloneofsimo's format, with the embeddings of `options.tokens`."""
+    pairs = {module: pair.without_alpha() for module, pair in contents.pairs().items()}
+    pairs = cast_pairs(pairs, options.dtype, keep_alpha=True)
+    warn_of_embeddings(contents.embeddings, "cloneofsimo's format")
+    write_file(path, *to_tensors(pairs, contents.architecture, options.tokens))
 
 
 def _walk_unet() -> Iterator[str]:
@@ -108,7 +131,7 @@ def _targets(metadata: Mapping[str, str], component: str) -> list[str]:
     return [str(name) for name in listed]
 
 
-def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[ModuleName, LowRank]:
+def read_modules(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[ModuleName, LowRank]:
     """The modules; AdapterError for gaps, lone halves, and pairs that no layer is left for."""
     halves: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -167,7 +190,7 @@ def _plan(component: str, present: Mapping[str, LowRank]) -> tuple[tuple[str, ..
     return targets, walked
 
 
-def write(
+def to_tensors(
     modules: Mapping[ModuleName, LowRank], architecture: str, embeddings: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata; alphas go into `up`. AdapterError for SDXL, and where layers are missing in between."""

@@ -16,20 +16,28 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, first_line
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, text_path
 from lora_adapters.convert.parsing import json_value
 
+from .contents import Contents, WriteOptions
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
+from .projections import in_own_shapes
+from .writing import bundled, write_file
 
+NAME = "diffusers"
+ONLY_PAIRS = True
 METADATA_KEY = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _COMPONENTS = {  # the beginnings of keys, and the component that each is of
@@ -88,9 +96,26 @@ def _path(component: str, path: str) -> str:
     return f"{head}{dot}{_OLD_TEXT.get(tail, tail)}"
 
 
-def is_mine(keys: set[str]) -> bool:
+def matches(keys: Collection[str]) -> bool:
     """Whether every key is half of a low-rank pair in one of diffusers' formats."""
     return bool(keys) and all(split_key(key) is not None for key in keys)
+
+
+def read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
+) -> Contents:
+    """What a file in one of diffusers' formats holds; see `read_modules`."""
+    return Contents(read_modules(tensors, metadata, lookup), kohya_metadata(metadata))
+
+
+def write(path: Path, contents: Contents, options: WriteOptions) -> None:
+    """Write a file that every diffusers reads right; see `to_tensors`."""
+    pairs = {module: pair.without_alpha() for module, pair in contents.pairs().items()}
+    pairs = cast_pairs(pairs, options.dtype, keep_alpha=True)
+    contents = replace(contents, modules=in_own_shapes(pairs, contents.metadata))
+    tensors, own = to_tensors(contents.pairs())
+    metadata = {**contents.full_metadata(options.modelspec), **own, "ss_network_alpha": str(float(contents.rank))}
+    write_file(path, {**tensors, **bundled(contents.embeddings)}, metadata)
 
 
 def checked(config: Any, where: str) -> dict[str, Any]:
@@ -214,7 +239,7 @@ def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **dylora_metadata(dylora, network_args(kept))}
 
 
-def read(
+def read_modules(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
 ) -> dict[ModuleName, LowRank]:
     """The modules of diffusers-format tensors; AdapterError for unknown names (see `check_known`) and lone halves.
@@ -286,7 +311,7 @@ def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: f
     }
 
 
-def write(modules: Mapping[ModuleName, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def to_tensors(modules: Mapping[ModuleName, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a file that every diffusers reads right, also those from before the metadata existed.
 
     Alphas are folded into `up`, so that the scale is 1 with and without the metadata.

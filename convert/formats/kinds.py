@@ -1,6 +1,6 @@
 """What a file is where it is no plain low-rank adapter of SD or SDXL, by the names of its tensors.
 
-The first mark that one of the keys has tells the kind. Which of them stock diffusers may load whole is marked too: its
+The first mark that one of the keys has tells the kind. Some are read by `formats.lycoris`. Which of them stock diffusers may load whole is marked too: its
 layers hold DoRA's magnitudes, biases and convolutions of other dimensions, which this package's pairs do not.
 """
 
@@ -17,10 +17,15 @@ T = TypeVar("T")
 
 
 class Kind(NamedTuple):
-    """A kind of file: what it is called, the mark in its keys, and whether diffusers' own loading may be tried."""
+    """A kind of file: what it is called, and the mark in its keys.
+
+    is_read: whether the format of LyCORIS' files (`formats.lycoris`) has it. diffusers: whether diffusers' own loading
+    may be tried.
+    """
 
     name: str
     mark: re.Pattern[str]
+    is_read: bool = False
     diffusers: bool = False
     other_model: bool = False
 
@@ -30,18 +35,20 @@ def _kind(name: str, mark: str, **facts: bool) -> Kind:
 
 
 KINDS = (
-    _kind("a LoHa adapter", r"\.hada_[wt]\d"),
-    _kind("a LoKr adapter", r"\.lokr_[wt]\d"),
-    _kind("an OFT adapter", r"\.oft_(blocks|diag|R\b|r\b)|\.(b?oft|hra)_\w+$"),
-    _kind("a GLoRA adapter", r"\.[ab][12]\.weight$"),
-    _kind("an (IA)3 adapter", r"\.on_input$|\.ia3_l\b"),
+    _kind("a LoHa adapter", r"\.hada_[wt]\d", is_read=True),
+    _kind("a LoKr adapter", r"\.lokr_[wt]\d", is_read=True),
+    _kind("an OFT adapter", r"\.oft_blocks$", is_read=True),
+    _kind("an OFT adapter", r"\.oft_(diag|R\b|r\b)|\.(b?oft|hra)_\w+$"),
+    _kind("a GLoRA adapter", r"\.[ab][12]\.weight$", is_read=True),
+    _kind("an (IA)3 adapter", r"\.on_input$", is_read=True),
+    _kind("an (IA)3 adapter", r"\.ia3_l\b"),
     _kind("a VeRA adapter", r"\bvera_(lambda|A|B)"),
-    _kind("an adapter with weights of norm layers", r"\.[wb]_norm$"),
-    _kind("an adapter with full differences of weights", r"\.diff(_b)?$"),
-    _kind("a LoCon adapter with a trained scalar", r"\.scalar$"),
-    _kind("a DoRA adapter", r"\.dora_scale$"),
-    _kind("a DoRA adapter", r"\.lora_magnitude_vector\b", diffusers=True),
-    _kind("a LoRA with biases", r"\.lora_(B|up|up\.linear)(\.\w+)?\.bias$", diffusers=True),
+    _kind("an adapter with weights of norm layers", r"\.[wb]_norm$", is_read=True),
+    _kind("an adapter with full differences of weights", r"\.diff(_b)?$", is_read=True),
+    _kind("a LoCon adapter with a trained scalar", r"\.scalar$", is_read=True),
+    _kind("a DoRA adapter", r"\.dora_scale$", is_read=True),
+    _kind("a DoRA adapter", r"\.lora_magnitude_vector\b", is_read=True, diffusers=True),
+    _kind("a LoRA with biases", r"\.lora_(B|up|up\.linear)(\.\w+)?\.bias$", is_read=True, diffusers=True),
     _kind("a LoRA of token embeddings", r"\.lora_embedding_[AB]\b", diffusers=True),
     _kind("a Control-LoRA", r"^lora_controlnet$"),
     _kind("an adapter for Stable Cascade", r"^(lora_)?prior_", other_model=True),
@@ -84,10 +91,28 @@ def may_go_to_diffusers(keys: Iterable[str]) -> bool:
     return found is None or found[0].diffusers
 
 
-def without_bundled_embeddings(tensors: Mapping[str, T]) -> Mapping[str, T]:
-    """The tensors without embeddings that a LoRA's file carries beside it (`bundle_emb.<token>...`), with a warning."""
-    tokens = {match[1]: None for key in tensors if key.startswith("bundle_emb.") and (match := _BUNDLED.fullmatch(key))}
-    if not tokens:
-        return tensors
-    logger.warning("Embeddings in the file are left out (load_textual_inversion takes them): %s", ", ".join(tokens))
-    return {key: tensor for key, tensor in tensors.items() if not _BUNDLED.fullmatch(key)}
+def split_bundled(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The tensors without the embeddings that a LoRA's file carries beside it (`bundle_emb.<token>...`), and these.
+
+    The embeddings are by what is behind the `bundle_emb.` of their keys. A warning names their tokens.
+    """
+    tokens: dict[str, None] = {}
+    rest, embeddings = {}, {}
+    for key, tensor in tensors.items():
+        match = _BUNDLED.fullmatch(key)
+        if match is None:
+            rest[key] = tensor
+        else:
+            tokens[match[1]] = None
+            embeddings[key.removeprefix("bundle_emb.")] = tensor
+    if tokens:
+        logger.warning(
+            "The file has embeddings beside the adapter, which load_textual_inversion takes: %s", ", ".join(tokens)
+        )
+    return rest, embeddings
+
+
+def warn_of_embeddings(embeddings: Mapping[str, object], where: str) -> None:
+    """Warn that a format has no place for a file's embeddings, which are left out."""
+    if embeddings:
+        logger.warning("%s has no place for embeddings, which are left out: %s", where, ", ".join(embeddings))

@@ -5,16 +5,25 @@ Tucker-decomposed; it is folded into `down` when read.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, first_line
 from lora_adapters.convert.families import kohya_names
 from lora_adapters.convert.families.names import Lookup, ModuleName
-from lora_adapters.convert.families.registry import by_name
+from lora_adapters.convert.families.registry import BASE_VERSION, by_kohya_names, by_name
+
+from .contents import Contents, WriteOptions
+from .metadata import hashes
+from .writing import bundled, write_file
+
+NAME = "kohya"
+ONLY_PAIRS = True
 
 _TENSORS = {
     "lora_down.weight": "down",
@@ -28,7 +37,7 @@ _TENSORS = {
 _STARTS = tuple(kohya_names.PREFIXES)
 
 
-def is_mine(keys: set[str]) -> bool:
+def matches(keys: Collection[str]) -> bool:
     """Whether every key is kohya's and none belongs to a method that is no plain low-rank pair (DoRA, LoHa, LoKr)."""
     return bool(keys) and all(key.startswith(_STARTS) and key.partition(".")[2] in _TENSORS for key in keys)
 
@@ -38,7 +47,33 @@ def _tucker(down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ijhw,jk->ikhw", mid.float(), down.float().flatten(1))
 
 
-def read(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> dict[ModuleName, LowRank]:
+def read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
+) -> Contents:
+    """What a file in kohya's format holds; see `read_modules`."""
+    modules = read_modules(tensors, lookup)
+    return Contents(modules, with_family(metadata, tensors, modules))
+
+
+def with_family(
+    metadata: Mapping[str, str], keys: Collection[str], modules: Collection[ModuleName]
+) -> dict[str, str]:
+    """The metadata with the version of the base model, where only one family's modules are called like that."""
+    family = by_kohya_names(keys)
+    told = {BASE_VERSION: family.versions[0].value} if family is not None and family.has(modules) else {}
+    return {**told, **metadata}
+
+
+def write(path: Path, contents: Contents, options: WriteOptions) -> None:
+    """Write a file in kohya's format."""
+    family = contents.family
+    contents = replace(contents, modules=cast_pairs(contents.pairs(), options.dtype))
+    tensors = {**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)}
+    metadata = contents.full_metadata(options.modelspec)
+    write_file(path, tensors, metadata | hashes(tensors, metadata))
+
+
+def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> dict[ModuleName, LowRank]:
     """The modules of kohya-format tensors.
 
     An alpha that is missing or 0 means the rank, as in kohya's network code. AdapterError for unknown names (see
@@ -70,7 +105,7 @@ def read(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> d
     return modules
 
 
-def write(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict[str, torch.Tensor]:
+def to_tensors(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict[str, torch.Tensor]:
     """Kohya-format tensors in the dtypes that the modules have.
 
     alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is

@@ -1,18 +1,33 @@
-"""From a file's keys to its modules: each key is a module's name, in one of several spellings, and a tensor's."""
+"""Files of any kinds of changes, as LyCORIS writes them: each key is a module's name and the end of a tensor's.
 
-from collections.abc import Callable, Iterator, Mapping
+The names are read in several spellings: kohya's flat ones, ComfyUI's and diffusers' dotted ones.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
-from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest
-from lora_adapters.convert.families.registry import FAMILIES
-from lora_adapters.convert.families.text_encoder import layer_paths
-from lora_adapters.convert.formats.metadata import network_args
+from lora_adapters.convert.families.registry import FAMILIES, role_of
+
+from .contents import Contents, Stored, WriteOptions
+from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
+from .kinds import kind_of
+from .kohya import with_family
+from .metadata import hashes, network_args
+from .writing import bundled, write_file
+
+NAME = "lycoris"
+ONLY_PAIRS = False
+_RS_LORA = "rs_lora"  # of LyCORIS' network arguments
 
 # The beginnings of names, and the components that they are of.
 _FLAT = {
@@ -30,18 +45,6 @@ _DOTTED = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
-# Layers beside which a normalisation layer stands: the end of their path and of sgm's name, and the norm's.
-_NORMS = (
-    (".conv1", "in_layers.2", ".norm1", "in_layers.0"),
-    (".conv2", "out_layers.3", ".norm2", "out_layers.0"),
-    (".proj_in", "proj_in", ".norm", "norm"),
-    (".attn1.to_q", "attn1.to_q", ".norm1", "norm1"),
-    (".attn2.to_q", "attn2.to_q", ".norm2", "norm2"),
-    (".ff.net.2", "ff.net.2", ".norm3", "norm3"),
-    (".self_attn.q_proj", "", ".layer_norm1", ""),
-    (".mlp.fc1", "", ".layer_norm2", ""),
-)
-
 # Finds a module that no table has in a live model: from a component and a name, dotted or flat, to its path or None.
 Lookup = Callable[[str, str], str | None]
 
@@ -90,39 +93,117 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
     prefixes = _FLAT | _DOTTED
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
-        raise AdapterError(f"unknown module {name:.200}: a name begins with {', '.join(prefixes)}")
+        raise AdapterError(f"unknown module {name:.100}: a name begins with {', '.join(prefixes)}")
     component, rest = prefixes[prefix], name.removeprefix(prefix)
     flat, table = rest.replace(".", "_"), _paths_by_flat_name(component)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
-        raise AdapterError(f"unknown module {name:.200}{nearest(flat, table)}")
+        raise AdapterError(f"unknown module {name:.100}{nearest(flat, table)}")
     return ModuleName(component, path)
+
+
+def matches(keys: Collection[str]) -> bool:
+    """Whether one of the keys is of a kind of change that this format has and the formats of pairs have not."""
+    found = kind_of(keys)
+    return found is not None and found[0].is_read
+
+
+def read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
+) -> Contents:
+    """What a file of any kinds of changes holds.
+
+    Args:
+        tensors: as in the file.
+        metadata: the file's, which say whether LyCORIS trained it with `rs_lora`, and what alphas diffusers' files have.
+        lookup: as in `resolve`.
+
+    Raises:
+        UnknownFormatError: unknown modules or tensors, shapes that do not fit; with the kind and the module's name.
+    """
+    try:
+        stored = _stored(tensors, metadata, lookup)
+    except AdapterError as error:
+        kind, key = kind_of(tensors) or (None, "")
+        raise UnknownFormatError(f"it is {kind.name if kind else NAME} ({key:.100}), but {error}") from None
+    modules = {module: one.change for module, one in stored.items()}
+    return Contents(modules, with_family(kohya_metadata(metadata), tensors, modules), stored=stored)
 
 
 def read_modules(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, lookup: Lookup | None = None
 ) -> dict[ModuleName, Delta]:
-    """The modules and their changes in a file's tensors, of any kinds side by side.
+    """The modules and their changes in a file's tensors; see `read`. AdapterError where they cannot be read."""
+    return {module: one.change for module, one in _stored(tensors, metadata or {}, lookup).items()}
 
-    Args:
-        tensors: as in the file.
-        metadata: the file's, which say whether LyCORIS trained it with `rs_lora`.
-        lookup: as in `resolve`.
 
-    Raises:
-        AdapterError: unknown modules or tensors, shapes that do not fit; with the module's name in it.
-    """
-    rs_lora = network_args(metadata or {}).get("rs_lora", "").lower() in ("true", "1")
-    modules: dict[ModuleName, Delta] = {}
+def _stored(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None
+) -> dict[ModuleName, Stored]:
+    rs_lora = _is_rank_stabilised(metadata)
+    modules: dict[ModuleName, Stored] = {}
     for name, group in group_tensors(tensors).items():
         module = resolve(name, lookup)
         if module in modules:
-            raise AdapterError(f"{name} and another name stand for the same module {module}")
+            raise AdapterError(f"{name:.100} and another name stand for the same module {module}")
         try:
-            modules[module] = read_module(group, rs_lora)
+            change = read_module({**group, **_alpha(module, group, metadata)}, rs_lora)
         except AdapterError as error:
-            raise AdapterError(f"{name}: {error}") from None
+            raise AdapterError(f"{name:.100}: {error}") from None
+        modules[module] = Stored(change, group)
     return modules
+
+
+def _is_rank_stabilised(metadata: Mapping[str, str]) -> bool:
+    return network_args(metadata).get(_RS_LORA, "").lower() in ("true", "1")
+
+
+def _alpha(
+    module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The alpha that diffusers' metadata have for a LoRA without one; {} where there is none to add."""
+    down = group.get("lora_A.weight")
+    if down is None or not down.ndim or "alpha" in group or METADATA_KEY not in metadata:
+        return {}
+    alpha = alpha_of(metadata, module.component, module.path, down.shape[0])
+    return {"alpha": torch.tensor(alpha, dtype=torch.float64)}
+
+
+def write(path: Path, contents: Contents, options: WriteOptions) -> None:
+    """Write a file with kohya's names of modules, and LyCORIS' names of tensors.
+
+    Changes that are as they were read, in their dtype, have the very tensors of their file.
+    """
+    if not contents.metadata.get("ss_network_module"):
+        contents = replace(contents, metadata={**contents.metadata, "ss_network_module": "lycoris.kohya"})
+    family, modules = contents.family, cast_changes(contents.modules, options.dtype)
+    stored = {module: contents.stored.get(module) for module in modules}
+    if all(one is not None and one.change is modules[module] for module, one in stored.items()):
+        groups = {module: one.tensors for module, one in stored.items() if one is not None}
+    else:
+        groups = {module: _tensors(module, change) for module, change in modules.items()}
+        contents = replace(contents, metadata=_without_rank_stabilisation(contents.metadata))
+    tensors = {
+        f"{family.kohya_name(module)}.{end}": tensor for module, group in groups.items() for end, tensor in group.items()
+    }
+    tensors |= bundled(contents.embeddings)
+    metadata = replace(contents, modules=modules).full_metadata(options.modelspec)
+    write_file(path, tensors, metadata | hashes(tensors, metadata))
+
+
+def _tensors(module: ModuleName, change: Delta) -> dict[str, torch.Tensor]:
+    try:
+        return change.tensors()
+    except AdapterError as error:
+        raise AdapterError(f"{module}: {error}") from None
+
+
+def _without_rank_stabilisation(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of changes whose alphas hold the whole scale, as `Delta.tensors` has them."""
+    if not _is_rank_stabilised(metadata):
+        return dict(metadata)
+    args = {name: value for name, value in network_args(metadata).items() if name != _RS_LORA}
+    return {**metadata, "ss_network_args": json.dumps(args)}
 
 
 # --- the names of all modules --------------------------------------------------------------------------------------
@@ -130,37 +211,8 @@ def read_modules(
 
 @cache
 def _paths_by_flat_name(component: str) -> dict[str, str]:
-    """The path of each module of SD1.x, SD2.x and SDXL, by its names with underscores for dots."""
-    if component == "unet":
-        spelled = [pair for family in FAMILIES for pair in _unet_names(family)]
-    else:
-        spelled = [pair for path in _text_encoder_paths(component) for pair in _text_encoder_names(path)]
+    """The path of each module of the known families, by its names with underscores for dots."""
+    spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms=True)]
+    if role_of(component) == "text_encoder":  # `text_model.` is left out by transformers 5
+        spelled += [(name.removeprefix("text_model."), path) for name, path in spelled]
     return {name.replace(".", "_"): path for name, path in spelled}
-
-
-def _unet_names(family: ModelFamily) -> Iterator[tuple[str, str]]:
-    """(name, path) of each U-Net module: in diffusers and in the original code."""
-    denoiser = family.denoiser
-    for path in family.paths(denoiser.name):
-        original = denoiser.original(path)
-        yield from ((path, path), (original, path))
-        for end, original_end, norm, original_norm in _NORMS:
-            if path.endswith(end):
-                beside = path.removesuffix(end) + norm
-                yield from ((beside, beside), (original.removesuffix(original_end) + original_norm, beside))
-    yield from (("conv_norm_out", "conv_norm_out"), ("out.0", "conv_norm_out"))
-
-
-def _text_encoder_paths(component: str) -> Iterator[str]:
-    for path in layer_paths():
-        yield path
-        yield from (path.removesuffix(end) + norm for end, _, norm, _ in _NORMS if path.endswith(end))
-    yield "text_model.final_layer_norm"
-    if component == "text_encoder_2":
-        yield "text_projection"
-
-
-def _text_encoder_names(path: str) -> Iterator[tuple[str, str]]:
-    """(name, path) of a text encoder's module: with and without `text_model.`, which transformers 5 leaves out."""
-    yield path, path
-    yield path.removeprefix("text_model."), path

@@ -2,13 +2,16 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 
+from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import check_known
@@ -18,13 +21,40 @@ from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.peft_folder import CONFIG, WEIGHTS, WEIGHTS_PICKLED
 
+from .contents import Contents, WriteOptions
 from .diffusers import alpha_from_config, checked, lora_config
+from .kinds import unread, warn_of_embeddings
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
+from .projections import in_own_shapes
 
+NAME = "peft"
+ONLY_PAIRS = True
 PREFIX = "base_model.model."
 _CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
 _TEXT_LAYER = re.compile(r"\bencoder\.layers\.\d+\.(self_attn|mlp)\.")
 _WIDTH_OF_TEXT_ENCODER_2 = 1280
+
+
+def matches(keys: Collection[str]) -> bool:
+    """Whether they are of the weights in a PEFT folder."""
+    return bool(keys) and all(key.startswith(PREFIX) for key in keys)
+
+
+def read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
+) -> Contents:
+    """UnknownFormatError: without the config in their folder, nobody knows alphas and component. See `read_folder`."""
+    raise unread(tensors, f"these are weights of PEFT's, without the {CONFIG} beside them")
+
+
+def write(path: Path, contents: Contents, options: WriteOptions) -> None:
+    """Write a folder with a folder for each component."""
+    pairs = cast_pairs(contents.pairs(), options.dtype)
+    contents = replace(contents, modules=in_own_shapes(pairs, contents.metadata))
+    warn_of_embeddings(contents.embeddings, "a PEFT folder")
+    dylora = contents.dylora
+    tuner = {"type": "DyLora", **asdict(dylora)} if dylora else {}
+    write_folder(path, contents.pairs(), contents.full_metadata(), tuner)
 
 
 def _live_path(module: ModuleName) -> str:
@@ -101,8 +131,8 @@ def _component_of(folder: Path) -> str:
     return "text_encoder_2" if wide else "text_encoder"
 
 
-def read(folder: Path, lookup: Lookup | None = None) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
-    """Modules and metadata of a PEFT folder; lookup as in `names.check_known`.
+def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
+    """What a PEFT folder holds; lookup as in `names.check_known`.
 
     One without component folders is of the component that it is named after, else a U-Net's or a text encoder's, SDXL's
     second one by its width.
@@ -122,10 +152,10 @@ def read(folder: Path, lookup: Lookup | None = None) -> tuple[dict[ModuleName, L
         dylora = dylora_of_config(config)
         if dylora is not None and dylora_of(metadata) is None:  # written by PEFT itself, without kohya's metadata
             metadata.update(dylora_metadata(dylora, network_args(metadata)))
-    return modules, metadata
+    return Contents(modules, metadata)
 
 
-def write(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
+def write_folder(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
     """Write the component folders. `tuner` is what a config needs to come back as its own type (DyLoRA's facts).
 
     It stands in `auto_mapping`, a free-form field of every PEFT config, so that stock PEFT reads the plain adapter.

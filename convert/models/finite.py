@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 
+from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.low_rank import LowRank, finite
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 
 
-def check_finite(modules: Mapping[ModuleName, LowRank], where: str = "") -> None:
+def check_finite(modules: Mapping[ModuleName, Delta], where: str = "") -> None:
     """AdapterError, with the module, where a number is NaN or infinite."""
-    for module, pair in modules.items():
-        for half, factor in (("down", pair.down), ("up", pair.up)):
-            if not finite(factor):
-                raise AdapterError(f"{where}{module}: {half} has NaN or infinite numbers")
+    for module, change in modules.items():
+        if isinstance(change, LowRank):
+            for half, factor in (("down", change.down), ("up", change.up)):
+                if not finite(factor):
+                    raise AdapterError(f"{where}{module}: {half} has NaN or infinite numbers")
+        elif not change.is_finite():
+            raise AdapterError(f"{where}{module}: the {change.kind} has NaN or infinite numbers")

@@ -1,15 +1,18 @@
 """Adapters added to the weights of a whole model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from lora_adapters.convert.deltas.low_rank import LowRank, add_up
+from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.sum import added
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of, check_one_family
-from lora_adapters.convert.families.names import ModuleName, nearest
+from lora_adapters.convert.families.names import ModuleName, bias_of, nearest
+from lora_adapters.convert.storage.changed_weights import Change
 from lora_adapters.convert.storage.checkpoint import Checkpoint, WeightsFile
 from lora_adapters.convert.storage.ema import has_twin, twin, with_ema
 from lora_adapters.convert.storage.single_file import is_single_file, write_single_file
@@ -21,14 +24,14 @@ class AdapterData(Protocol):
     """What is needed of an adapter here: its changes, and the metadata that say what it is for."""
 
     @property
-    def modules(self) -> Mapping[ModuleName, LowRank]: ...
+    def modules(self) -> Mapping[ModuleName, Delta]: ...
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
 
 
-def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> dict[ModuleName, list[LowRank]]:
-    """The weighted changes of each module.
+def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> dict[ModuleName, list[Delta]]:
+    """The weighted changes of each module; none of one that a weight of 0 switches off and that is not linear in it.
 
     Args:
         adapters: by the names that errors shall show.
@@ -42,21 +45,47 @@ def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> d
     if len(weights) != len(adapters):
         raise AdapterError(f"{len(weights)} ratios for {len(adapters)} adapters: one for each is needed")
     check_one_family(adapters)
-    parts: dict[ModuleName, list[LowRank]] = {}
+    parts: dict[ModuleName, list[Delta]] = {}
     for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
         check_finite(adapter.modules, f"{name}: ")
         for module, one in adapter.modules.items():
-            parts.setdefault(module, []).append(one.scaled(weight))
+            if weight or not one.needs_base:  # a DoRA's change at 0 is what its magnitude does not scale
+                parts.setdefault(module, []).append(one.scaled(weight))
     return parts
 
 
-def _adding(parts: Sequence[LowRank]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _adding(parts: Sequence[Delta]) -> Change:
     def change(weight: torch.Tensor) -> torch.Tensor:
-        one = add_up(parts)  # only now: all of them together would need the memory of all adapters
+        one = added(parts)  # only now: all of them together would need the memory of all adapters
+        if not isinstance(one, LowRank):
+            return weight.add_(one.delta(weight, weight.dtype))
         up, down = one.matrices(weight.dtype)
         return weight.reshape(len(weight), -1).addmm_(up, down, alpha=one.scale).reshape(weight.shape)
 
     return change
+
+
+def _adding_to_bias(parts: Sequence[Delta]) -> Change:
+    def change(bias: torch.Tensor) -> torch.Tensor:
+        for part in parts:
+            difference = part.bias(bias.dtype)
+            if difference is not None:
+                bias.add_(difference)
+        return bias
+
+    return change
+
+
+def _changes(parts: Mapping[ModuleName, Sequence[Delta]]) -> dict[ModuleName, Change]:
+    """What makes the new weights and biases, one at a time; biases are named by `names.bias_of`."""
+    changes: dict[ModuleName, Change] = {}
+    for module, listed in parts.items():
+        of_weight = [part for part in listed if part.changes_weight]
+        if of_weight:
+            changes[module] = _adding(of_weight)
+        if any(part.bias() is not None for part in listed):
+            changes[bias_of(module)] = _adding_to_bias(listed)
+    return changes
 
 
 def merge_into_model(
@@ -70,8 +99,9 @@ def merge_into_model(
     keep_metadata: bool = True,
     ema: str = "keep",
 ) -> Path:
-    """Write a model with Σ weight · ΔW added to its weights; its path is given back.
+    """Write a model with Σ weight · ΔW added to its weights, and biases likewise; returns its path.
 
+    Changes that depend on the model's weights (DoRA, OFT, ...) are each made from the weights as they are in the model.
     A file is written as a file and a Diffusers folder as a folder, or, where target ends in .safetensors or .ckpt, as
     one file in the original layout.
     Tensors that no adapter touches are copied bit for bit; the others are computed in float32 and written in their old
@@ -83,10 +113,10 @@ def merge_into_model(
     labels = [label if labels.count(label) == 1 else f"{label} ({at + 1})" for at, label in enumerate(labels)]
     named = dict(zip(labels, adapters, strict=True))
     parts = gathered(named, weights)
-    known = checkpoint.modules
+    known = checkpoint.parameters
     for label, adapter in named.items():
         _check_fits(checkpoint, label, adapter, known)
-    changes = {module: _adding(listed) for module, listed in parts.items()}
+    changes = _changes(parts)
     checkpoint = with_ema(checkpoint, ema)
     if ema == "merge":
         changes |= {twin(module): change for module, change in changes.items() if has_twin(module)}
@@ -115,8 +145,29 @@ def _check_fits(
         known[module].check(module)
         shape = tuple(checkpoint.weight(module, known[module]).shape)
         if not one.fits(shape):
-            made = [*one.out_in, *one.kernel][: 4 if one.kernel != (1, 1) else 2]
             raise AdapterError(
-                f"{name} is for a {module} of {made}, but in {checkpoint.path} it is {list(shape)}: "
+                f"{name} is for a {module} of {_made_for(one)}, but in {checkpoint.path} it is {list(shape)}: "
                 "they are for different versions of the model"
             )
+        _check_bias(checkpoint, name, module, one, known)
+
+
+def _made_for(change: Delta) -> str:
+    """The shape of the weight that a change is for, as far as it tells one."""
+    if isinstance(change, LowRank):
+        return str([*change.out_in, *change.kernel][: 4 if change.kernel != (1, 1) else 2])
+    return repr(change)
+
+
+def _check_bias(
+    checkpoint: Checkpoint, name: str, module: ModuleName, change: Delta, known: Mapping[ModuleName, WeightsFile]
+) -> None:
+    difference, bias = change.bias(), bias_of(module)
+    if difference is None:
+        return
+    if bias not in known:
+        raise AdapterError(f"{name} changes {bias}, which {checkpoint.path} does not have")
+    known[bias].check(bias)
+    shape = tuple(checkpoint.weight(bias, known[bias]).shape)
+    if tuple(difference.shape) != shape:
+        raise AdapterError(f"{name} is for a {bias} of {list(difference.shape)}, in {checkpoint.path} {list(shape)}")

@@ -118,4 +118,11 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
     def factor(module: ModuleName) -> float:
         return given.get(family.weight_label(module), given.rest)
 
-    return adapter.with_modules({module: one.scaled(factor(module)) for module, one in adapter.modules.items()})
+    factors = {module: factor(module) for module in adapter.modules}
+    return adapter.with_modules(
+        {
+            module: one.scaled(factors[module])
+            for module, one in adapter.modules.items()
+            if factors[module] or not one.needs_base  # a DoRA's change at 0 is what its magnitude does not scale
+        }
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.reduction import weights_only
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import from_kohya
 from lora_adapters.convert.families.registry import titles
@@ -51,8 +52,20 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
     return adapter
 
 
+def weights_alone(adapter: Adapter, name: str) -> Adapter:
+    """The adapter without changes of norms and biases, which no pair can stand for; they are listed on stdout."""
+    kept, left_out = weights_only(adapter.modules)
+    report_left_out(name, left_out, "low-rank pairs cannot hold")
+    if not kept:
+        raise AdapterError(f"{name} changes norms and biases alone, which low-rank pairs cannot hold")
+    return adapter.with_modules(kept)
+
+
 _ANOTHER_MODELS = 20  # unknown modules in a row from the start: an adapter for another kind of model
-_MODULE_END = re.compile(r"\.(lora_|lora[.]|alpha$|dora_scale$|diff|processor\.)|_lora\.|\.lora$")
+_MODULE_END = re.compile(
+    r"\.(lora_|lora[.]|alpha$|dora_scale$|diff|processor\.|hada_|lokr_|oft_|rescale$|scalar$|[wb]_norm$|on_input$"
+    r"|weight$|[ab][12]\.weight$|bm\.weight$)|_lora\.|\.lora$"
+)
 
 
 def without_unknown(
@@ -83,7 +96,7 @@ def without_unknown(
 
 def zero_alphas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """kohya's names of the modules whose alpha is 0."""
-    if not kohya.is_mine(set(tensors)):
+    if not kohya.matches(tensors):
         return []
     alphas = ((name, tensor) for name, tensor in tensors.items() if name.endswith(".alpha"))
     return [name.removesuffix(".alpha") for name, tensor in alphas if tensor.numel() == 1 and float(tensor) == 0]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import add_up, common_scale
+from lora_adapters.convert.deltas.low_rank import common_scale
+from lora_adapters.convert.deltas.sum import added, as_pair
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.formats.metadata import merged_facts
@@ -16,13 +17,16 @@ __all__ = ["fitting", "merge_into_model", "weighted_sum"]
 def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
     """Σ weight · ΔW, exactly, of adapters under the names that errors shall show; modules of only some stay.
 
+    Modules that are not pairs in all of them become a `deltas.sum.Sum`, which no file holds before it is reduced.
+
     Metadata: the base model's, the tags and trigger words of all; AdapterError where adapters are for different models.
     """
     modules, parts_of = {}, gathered(adapters, weights)
-    scale = common_scale(one for parts in parts_of.values() for one in parts)  # one for all: see `low_rank.to_narrow`
+    pairs = (as_pair(one) for parts in parts_of.values() for one in parts)
+    scale = common_scale(pair for pair in pairs if pair is not None)  # one for all: see `low_rank.to_narrow`
     for module, parts in parts_of.items():
         try:
-            modules[module] = add_up(parts, scale)
+            modules[module] = added(parts, scale)
         except AdapterError as error:
             names = [name for name, adapter in adapters.items() if module in adapter.modules]
             raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
@@ -36,7 +40,7 @@ def fitting(checkpoint: Checkpoint, adapter: Adapter, name: str) -> tuple[Adapte
 
     AdapterError, with the adapter's name, where the model has none of its modules.
     """
-    known = checkpoint.modules
+    known = checkpoint.parameters
     missing = [module for module in adapter.modules if module not in known]
     if len(missing) == len(adapter.modules):
         raise AdapterError(f"{checkpoint.path} has none of the modules that {name} changes")

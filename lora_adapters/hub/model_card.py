@@ -76,7 +76,7 @@ def base_model_of(adapter: Adapter) -> str:
 
 def _ranks(adapter: Adapter) -> str:
     """ "4", or the range of ranks with how many modules have them, the most common first."""
-    ranks = Counter(one.rank for one in adapter.modules.values()).most_common()
+    ranks = Counter(one.rank for one in adapter.pairs().values()).most_common()
     if len(ranks) == 1:
         return str(ranks[0][0])
     counts = [f"{rank} in {count}{' modules' if at == 0 else ''}" for at, (rank, count) in enumerate(ranks)]
@@ -84,12 +84,12 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _alphas(adapter: Adapter) -> str:
-    return ", ".join(f"{alpha:g}" for alpha, _ in Counter(one.alpha for one in adapter.modules.values()).most_common())
+    return ", ".join(f"{alpha:g}" for alpha, _ in Counter(one.alpha for one in adapter.pairs().values()).most_common())
 
 
 def _dial(adapter: Adapter) -> list[int]:
     """The ranks that a DyLoRA can be used at."""
-    highest, unit = max(one.rank for one in adapter.modules.values()), adapter.dylora.unit if adapter.dylora else 1
+    highest, unit = max(one.rank for one in adapter.pairs().values()), adapter.dylora.unit if adapter.dylora else 1
     return [*range(unit, highest, unit), highest]
 
 

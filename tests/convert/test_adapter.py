@@ -201,7 +201,7 @@ def test_a_failed_save_leaves_the_target(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_adapters.convert.adapter.safetensors.torch.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(AdapterError, match="No space left"):
         adapter.scale(2).save(path)
     assert path.read_bytes() == before

@@ -141,7 +141,7 @@ class LiveNetworks:
         self._pipe.set_adapters(self._names, list(multipliers))
         for name, one in zip(self._names, self._networks, strict=True):
             if one.adapter.dylora is not None:
-                full = max(module.rank for module in one.adapter.modules.values())
+                full = max(module.rank for module in one.adapter.pairs().values())
                 set_rank(self._pipe, next(r for r in (rank, one.rank, full) if r is not None), name)
 
 

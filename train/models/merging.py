@@ -21,7 +21,7 @@ def placed(models: BaseModels, adapter: Adapter) -> Placed:
         if component not in models.components:
             raise AdapterError(f"it adapts {component}, which {models.name or 'the model'} does not have")
     for component, model in models.components.items():
-        modules = {name.path: one for name, one in adapter.modules.items() if name.component == component}
+        modules = {name.path: one for name, one in adapter.pairs().items() if name.component == component}
         found += [(model.get_submodule(path), one) for path, one in fitted(model, component, modules).items()]
     return found
 

@@ -128,7 +128,7 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
     """
     layers = lora_layers(trained)
     used = 0
-    for name, low_rank in start.modules.items():
+    for name, low_rank in start.pairs().items():
         if name not in layers:
             continue
         layer = layers[name]
@@ -233,7 +233,7 @@ def _dylora(settings: argparse.Namespace, asked: LierLaConfig, start: Adapter) -
 def _place(trained: dict[str, Any], start: Adapter, dylora: DyLora | None, source: str) -> None:
     """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
     for component, model in trained.items():
-        modules = {name.path: one for name, one in start.modules.items() if name.component == component}
+        modules = {name.path: one for name, one in start.pairs().items() if name.component == component}
         if modules:
             place(model, fitted(model, component, modules), ADAPTER, dylora)
     if not lora_layers(trained):

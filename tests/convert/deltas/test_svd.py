@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank
 from lora_adapters.convert.deltas.rank_choice import by_error, dynamic
-from lora_adapters.convert.deltas.svd import reduce_modules, reduced, rules, total
+from lora_adapters.convert.deltas.reduction import reduce_modules
+from lora_adapters.convert.deltas.svd import reduced, rules, total
 from lora_adapters.convert.families.sd import SD
 from lora_adapters.convert.tools.block_weights import parse, weighted
 from lora_adapters.convert.tools.merge import weighted_sum

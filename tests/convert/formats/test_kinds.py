@@ -18,7 +18,7 @@ PAIR = {f"{NAME}.lora_down.weight": torch.ones(1, 2), f"{NAME}.lora_up.weight": 
 KINDS = {
     "a LoHa adapter": [f"{NAME}.{part}" for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")],
     "a LoHa": [f"{NAME}.hada_t1"],
-    "a LoKr adapter": [f"{NAME}.lokr_w1", f"{NAME}.lokr_w2"],
+    "a LoKr adapter": [f"{NAME}.lokr_w1"],
     "a LoKr": ["lycoris_mid_block_attentions_0_proj_in.lokr_w1_a"],
     "an OFT adapter": [f"{NAME}.oft_blocks", f"{NAME}.alpha"],
     "an OFT": [f"{PATH}.oft_R.weight"],

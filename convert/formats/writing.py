@@ -1,0 +1,26 @@
+"""What the formats that are one file share when they write."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from lora_adapters.convert.storage.files import replacing, save_pickle
+
+_BUNDLED = "bundle_emb."  # the beginning of the keys of embeddings that a file carries beside its adapter
+
+
+def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, whole or not at all: .safetensors with the metadata, else torch's pickle without."""
+    table = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    with replacing(path, durable=True) as partial:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(table, partial, dict(metadata))
+        else:
+            save_pickle(table, partial)
+
+
+def bundled(embeddings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embeddings under their keys in a file."""
+    return {f"{_BUNDLED}{end}": tensor for end, tensor in embeddings.items()}
