@@ -180,7 +180,9 @@ class Adapter(Contents):
         if ours is not theirs:
             raise AdapterError(f"one adapter is for {'/'.join(ours.titles)}, the other for {'/'.join(theirs.titles)}")
         modules = dict(self.modules)
-        scale = common_scale(pair for one in (self, other) for pair in one.modules.values() if isinstance(pair, LowRank))
+        scale = common_scale(
+            pair for one in (self, other) for pair in one.modules.values() if isinstance(pair, LowRank)
+        )
         for module, one in other.modules.items():
             try:
                 modules[module] = added([modules[module], one], scale) if module in modules else one

@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
-"""Write a LoRA in another format: kohya's, diffusers', a PEFT folder, or cloneofsimo's.
+"""Write an adapter in another format: kohya's, diffusers', a PEFT folder, cloneofsimo's or LyCORIS'.
 
 usage: convert_format.py --model kohya.safetensors --save_to folder --format peft
        convert_format.py --model cloneofsimo.safetensors --save_to kohya.safetensors --format kohya
+       convert_format.py --model loha.safetensors --save_to lora.safetensors --to lora --rank 16
+
+--to lora makes the best low-rank pairs of the given rank of what is none (LoHa, LoKr, full differences), and tells the
+relative error; changes of norms and biases, which pairs cannot hold, are left out and listed.
 
 What --model is, is recognised. Textual-inversion embeddings in cloneofsimo's files are written beside the result, one
 file for each token (result.s1.safetensors for <s1>), as pipe.load_textual_inversion reads them; --embeddings puts such
 files back into a file of cloneofsimo's format.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -20,21 +25,27 @@ if __name__ == "__main__":
 import safetensors.torch
 import torch
 
-from lora_adapters.convert.adapter import FORMATS
+from lora_adapters.convert.adapter import FORMATS, Adapter
+from lora_adapters.convert.deltas.reduction import reduce_modules
+from lora_adapters.convert.deltas.sum import as_pair
+from lora_adapters.convert.deltas.svd import report, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats import cloneofsimo
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, dtype_of, output_file, run
-from lora_adapters.convert.tools.inputs import ZERO_ALPHA, load
+from lora_adapters.convert.tools.inputs import ZERO_ALPHA, load, weights_alone
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="convert_format.py", description="Write a LoRA in another format.")
-    made.add_argument("--model", required=True, help="the LoRA: a file, a PEFT folder or a Hub repository")
+    made = Parser(prog="convert_format.py", description="Write an adapter in another format.")
+    made.add_argument("--model", required=True, help="the adapter: a file, a PEFT folder or a Hub repository")
     made.add_argument("--save_to", required=True, help="the result: a file, or a folder for peft")
-    made.add_argument("--format", choices=FORMATS, required=True, help="what to write")
+    made.add_argument("--format", choices=FORMATS, help="what to write (with --to lora: kohya where it is not given)")
+    made.add_argument("--to", choices=("lora",), help="make low-rank pairs of other kinds of changes (needs --rank)")
+    made.add_argument("--rank", type=int, help="rank of the pairs that --to lora makes; pairs of lower ranks stay")
+    made.add_argument("--conv_rank", type=int, help="the same of convolutions above 1x1 (default: rank)")
     made.add_argument("--fold_alpha", action="store_true", help="one alpha in all modules, for stock diffusers")
     made.add_argument("--zero_alpha", choices=ZERO_ALPHA, help="what an alpha of 0 is: the rank, or no effect (none)")
     made.add_argument("--embeddings", nargs="+", default=[], help="embedding files to put into cloneofsimo's format")
@@ -68,9 +79,47 @@ def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
     return found
 
 
+def _check_target(args: argparse.Namespace) -> None:
+    """Check the options that say what is written; --to lora is kohya's format unless another is given."""
+    if args.to is None and (args.rank is not None or args.conv_rank is not None):
+        raise AdapterError("--rank and --conv_rank go with --to lora (resize gives a LoRA another rank)")
+    if args.to is not None and args.rank is None:
+        raise AdapterError("--to lora needs --rank, the rank of the pairs that it makes")
+    if args.format is None and args.to is None:
+        raise AdapterError(f"--format is needed: {', '.join(FORMATS)}")
+    args.format = args.format or "kohya"
+
+
+def as_lora(adapter: Adapter, name: str, rank: int, conv_rank: int | None = None) -> Adapter:
+    """The adapter with the best pairs of these ranks for changes of other kinds; the relative error is printed.
+
+    Pairs stay as they are where their rank is not higher.
+
+    Raises:
+        AdapterError: a change depends on the model's weights.
+    """
+    adapter = weights_alone(adapter, name)
+    high, fixed = {}, {}
+    for module, change in adapter.modules.items():
+        pair = as_pair(change)
+        most = rank if pair is None or pair.kernel == (1, 1) or conv_rank is None else conv_rank
+        if pair is not None and pair.rank <= most:
+            fixed[module] = pair
+        else:
+            high[module] = change
+    made, fits = reduce_modules(high, rules(rank, conv_rank)) if high else ({}, {})
+    if fits:
+        print(report(fits))
+    modules = {module: fixed[module] if module in fixed else made[module] for module in adapter.modules}
+    if not high and not adapter.stored:
+        return adapter.with_modules(modules)
+    return Adapter(modules, with_rank_facts(modules, adapter.plain_metadata()), embeddings=adapter.embeddings)
+
+
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
+    _check_target(args)
     path = Path(args.save_to).expanduser() if args.format == "peft" else output_file(args.save_to)
     if args.embeddings and args.format != "cloneofsimo":
         raise AdapterError("--embeddings can only be put into cloneofsimo's format")
@@ -78,6 +127,8 @@ def program(argv: Sequence[str] | None) -> None:
         raise AdapterError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
     source = locate(args.model)
     adapter = load(source, args.zero_alpha, args.skip_unknown)
+    if args.to == "lora":
+        adapter = as_lora(adapter, args.model, args.rank, args.conv_rank)
     embeddings = read_embeddings(args.embeddings)
     if source.is_file():
         tensors, _ = read_tensors(source)

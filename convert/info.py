@@ -16,8 +16,12 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
+
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank, rank_range
+from lora_adapters.convert.deltas.base import Delta, alpha_in
+from lora_adapters.convert.deltas.low_rank import rank_range
+from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of
@@ -36,6 +40,9 @@ _TRAINING = (
 )  # fmt: skip
 
 
+_NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
+
+
 def parser() -> Parser:
     """The options."""
     made = Parser(prog="info.py", description="Show what LoRA files are.")
@@ -51,22 +58,33 @@ def _place(block: str) -> tuple[int, str]:
     return next(number for number, kind in enumerate(kinds) if block.startswith(kind)), block
 
 
-def _ordered_blocks(adapter: Adapter) -> dict[str, list[LowRank]]:
-    blocks: dict[str, list[LowRank]] = {}
+def _ordered_blocks(adapter: Adapter) -> dict[str, list[Delta]]:
+    blocks: dict[str, list[Delta]] = {}
     for module, one in adapter.modules.items():
         blocks.setdefault(block_name(module, adapter.architecture), []).append(one)
     return {block: blocks[block] for block in sorted(blocks, key=_place)}
 
 
 def block_norms(adapter: Adapter) -> dict[str, float]:
-    """The Frobenius norm of the change in each block."""
-    norms = {}
-    for block, ones in _ordered_blocks(adapter).items():
-        norms[block] = sum(product_norm_squared(*one.matrices()) * one.scale**2 for one in ones) ** 0.5
-    return norms
+    """The Frobenius norm of the change in each block; NaN where a change depends on the model's weights."""
+    blocks = _ordered_blocks(adapter)
+    return {block: math.sqrt(sum(map(_norm_squared, ones))) for block, ones in blocks.items()}
+
+
+def _norm_squared(change: Delta) -> float:
+    """‖ΔW‖², without the bias."""
+    pair = as_pair(change)
+    if pair is not None:
+        return product_norm_squared(*pair.matrices()) * pair.scale**2
+    if not change.changes_weight:
+        return 0.0
+    return math.nan if change.needs_base else float(change.delta().double().square().sum())
 
 
 def _kind(adapter: Adapter) -> str:
+    kinds = adapter.kinds
+    if set(kinds) != {"LoRA"} or adapter.stored:
+        return ", ".join(f"{kind} in {count}" for kind, count in kinds.items())
     family = by_name(adapter.architecture)
     parts = {family.part(module) for module in adapter.modules}
     kind = "LoRA-LierLa" if parts <= {*family.coverage["lierla"].parts, "outer"} else "LoRA-C3Lier"
@@ -103,7 +121,7 @@ def read(path: Path) -> tuple[Adapter, list[str]]:
 
 def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str, Any]:
     """What there is to say about an adapter, fit for JSON. unknown: modules of its file that are not in it."""
-    ones = list(adapter.modules.values())
+    parts = _tensors(adapter)
     hashed = None
     if path.is_file():
         hashed = hash_is_right(path, adapter.metadata)
@@ -116,17 +134,20 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
         "type": _kind(adapter),
         "modules": dict(Counter(module.component for module in adapter.modules)),
         "unknown_modules": list(unknown),
-        "rank": rank_range(one.rank for one in ones),
-        "dtypes": sorted({str(one.up.dtype).removeprefix("torch.") for one in ones}),
-        "parameters": sum(one.up.numel() + one.down.numel() for one in ones),
+        "kinds": adapter.kinds,
+        "rank": rank_range(one.rank for one in adapter.modules.values() if one.rank is not None),
+        "dtypes": sorted({str(part.dtype).removeprefix("torch.") for part in parts}),
+        "parameters": sum(part.numel() for part in parts),
         "zero_alphas": len(zero_alphas(tensors)),  # read as the rank
         "hash": {True: "right", False: "wrong", None: "none"}[hashed],
         "blocks": [
             {
                 "block": block,
                 "modules": len(listed),
-                "ranks": _count([one.rank for one in listed]),
-                "alphas": _count([one.alpha for one in listed]),
+                "kinds": _count([one.kind for one in listed]),
+                "ranks": _count([one.rank for one in listed if one.rank is not None]),
+                "alphas": _count([alpha for one in listed if (alpha := alpha_in(one)) is not None]),
+                "depends_on_weights": any(one.needs_base and one.changes_weight for one in listed),
                 "norm": norms[block] if math.isfinite(norms[block]) else None,
             }
             for block, listed in _ordered_blocks(adapter).items()
@@ -135,7 +156,18 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
     }
 
 
+def _tensors(adapter: Adapter) -> list[torch.Tensor]:
+    """The tensors of all modules, without alphas and scalars."""
+    found = (
+        adapter.stored[module].tensors if module in adapter.stored else change.tensors()
+        for module, change in adapter.modules.items()
+    )
+    return [tensor for tensors in found for name, tensor in tensors.items() if name not in _NUMBERS]
+
+
 def _shown(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return "-"
     return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{value} ({n})" for value, n in counts.items())
 
 
@@ -150,8 +182,10 @@ def as_text(about: Mapping[str, Any]) -> str:
     ]
     for row in about["blocks"]:
         ranks, alphas = _shown(row["ranks"]), _shown(row["alphas"])
-        norm = "none: NaN" if row["norm"] is None else f"{row['norm']:.4g}"
-        lines.append(f"  {row['block']:<16}{row['modules']:>8}{norm:>10}  {ranks} / {alphas}")
+        missing = "-" if row["depends_on_weights"] else "none: NaN"
+        norm = missing if row["norm"] is None else f"{row['norm']:.4g}"
+        kinds = f"  {_shown(row['kinds'])}" if set(about["kinds"]) != {"LoRA"} else ""
+        lines.append(f"  {row['block']:<16}{row['modules']:>8}{norm:>10}  {ranks} / {alphas}{kinds}")
     if about["unknown_modules"]:
         lines.append(f"  left out here, in no known model: {', '.join(about['unknown_modules'])}")
     if about["zero_alphas"]:

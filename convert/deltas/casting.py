@@ -32,9 +32,7 @@ def cast_pairs(pairs: Mapping[Key, LowRank], dtype: torch.dtype | None, keep_alp
     return cast
 
 
-def cast_changes(
-    changes: Mapping[Key, Delta], dtype: torch.dtype | None, keep_alpha: bool = False
-) -> dict[Key, Delta]:
+def cast_changes(changes: Mapping[Key, Delta], dtype: torch.dtype | None, keep_alpha: bool = False) -> dict[Key, Delta]:
     """As `cast_pairs`, of changes of any kinds: only pairs are balanced."""
     if dtype is None:
         return dict(changes)

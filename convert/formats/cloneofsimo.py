@@ -55,9 +55,7 @@ def matches(keys: Collection[str]) -> bool:
     return bool(positions) and all(key.startswith("<") for key in set(keys) - positions)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
-) -> Contents:
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
     """What a file in cloneofsimo's format holds; see `read_modules`. lookup is not needed: positions have no names."""
     return Contents(read_modules(tensors, metadata), other_metadata(metadata))
 

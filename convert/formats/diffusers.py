@@ -101,9 +101,7 @@ def matches(keys: Collection[str]) -> bool:
     return bool(keys) and all(split_key(key) is not None for key in keys)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
-) -> Contents:
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
     """What a file in one of diffusers' formats holds; see `read_modules`."""
     return Contents(read_modules(tensors, metadata, lookup), kohya_metadata(metadata))
 

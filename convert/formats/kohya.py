@@ -47,17 +47,13 @@ def _tucker(down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ijhw,jk->ikhw", mid.float(), down.float().flatten(1))
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
-) -> Contents:
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
     """What a file in kohya's format holds; see `read_modules`."""
     modules = read_modules(tensors, lookup)
     return Contents(modules, with_family(metadata, tensors, modules))
 
 
-def with_family(
-    metadata: Mapping[str, str], keys: Collection[str], modules: Collection[ModuleName]
-) -> dict[str, str]:
+def with_family(metadata: Mapping[str, str], keys: Collection[str], modules: Collection[ModuleName]) -> dict[str, str]:
     """The metadata with the version of the base model, where only one family's modules are called like that."""
     family = by_kohya_names(keys)
     told = {BASE_VERSION: family.versions[0].value} if family is not None and family.has(modules) else {}

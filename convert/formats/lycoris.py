@@ -108,9 +108,7 @@ def matches(keys: Collection[str]) -> bool:
     return found is not None and found[0].is_read
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
-) -> Contents:
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
     """What a file of any kinds of changes holds.
 
     Args:
@@ -184,7 +182,9 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
         groups = {module: _tensors(module, change) for module, change in modules.items()}
         contents = replace(contents, metadata=_without_rank_stabilisation(contents.metadata))
     tensors = {
-        f"{family.kohya_name(module)}.{end}": tensor for module, group in groups.items() for end, tensor in group.items()
+        f"{family.kohya_name(module)}.{end}": tensor
+        for module, group in groups.items()
+        for end, tensor in group.items()
     }
     tensors |= bundled(contents.embeddings)
     metadata = replace(contents, modules=modules).full_metadata(options.modelspec)

@@ -40,9 +40,7 @@ def matches(keys: Collection[str]) -> bool:
     return bool(keys) and all(key.startswith(PREFIX) for key in keys)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
-) -> Contents:
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
     """UnknownFormatError: without the config in their folder, nobody knows alphas and component. See `read_folder`."""
     raise unread(tensors, f"these are weights of PEFT's, without the {CONFIG} beside them")
 
@@ -155,7 +153,9 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
     return Contents(modules, metadata)
 
 
-def write_folder(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
+def write_folder(
+    folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping
+) -> None:
     """Write the component folders. `tuner` is what a config needs to come back as its own type (DyLoRA's facts).
 
     It stands in `auto_mapping`, a free-form field of every PEFT config, so that stock PEFT reads the plain adapter.

@@ -18,7 +18,7 @@ NAMES = tuple(known.NAME for known in FORMATS)
 
 def by_name(name: str) -> Format:
     """The format of that name; AdapterError where there is none."""
-    found = next((known for known in FORMATS if known.NAME == name), None)
+    found = next((known for known in FORMATS if name == known.NAME), None)
     if found is None:
         raise AdapterError(f"unknown format {name}: {', '.join(NAMES)} are known")
     return found
