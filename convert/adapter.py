@@ -113,9 +113,9 @@ class Adapter(Contents):
         """Write the adapter, whole or not at all, and give back its path.
 
         format: "kohya" (also what A1111 and ComfyUI read), "diffusers" (alphas folded into the weights), both one
-        file; "peft", a folder; or "lycoris", a file of any kinds of changes, which None means for an adapter with other
-        kinds than pairs, as "kohya" for any other. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the
-        most common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
+        file; "peft", a folder; or "lycoris", a file of changes of any kinds. None is "kohya", or "lycoris" where not
+        all changes are pairs. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the most
+        common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
         is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens. Another
         ending than .safetensors is torch's pickle. Without modelspec the file gets kohya's own metadata only.
         AdapterError for an adapter without modules and where the path cannot be written; what was there before is still

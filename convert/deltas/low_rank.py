@@ -34,7 +34,7 @@ def with_alpha(tensors: dict[str, torch.Tensor], alpha: float, rank: int, factor
     written = torch.tensor(alpha, dtype=tensors[factor].dtype)
     if float(written) != alpha:
         written = torch.tensor(alpha, dtype=torch.float32)
-    if written.isinf():
+    if math.isinf(float(written)):  # no dtype of 8 bits has an isinf of its own
         raise AdapterError(f"alpha {alpha:g} is too large to be written")
     return {"alpha": written, **tensors}
 

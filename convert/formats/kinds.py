@@ -1,7 +1,8 @@
 """What a file is where it is no plain low-rank adapter of SD or SDXL, by the names of its tensors.
 
-The first mark that one of the keys has tells the kind. Some are read by `formats.lycoris`. Which of them stock diffusers may load whole is marked too: its
-layers hold DoRA's magnitudes, biases and convolutions of other dimensions, which this package's pairs do not.
+The first mark that one of the keys has tells the kind. Some kinds are read by `formats.lycoris`. Which of them stock
+diffusers may load whole is marked too: its layers hold DoRA's magnitudes, biases and convolutions of other dimensions,
+which this package's pairs do not.
 """
 
 import logging

@@ -113,7 +113,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
 
     Args:
         tensors: as in the file.
-        metadata: the file's, which say whether LyCORIS trained it with `rs_lora`, and what alphas diffusers' files have.
+        metadata: the file's, which say whether LyCORIS trained it with `rs_lora`, and the alphas of diffusers' files.
         lookup: as in `resolve`.
 
     Raises:
