@@ -10,14 +10,24 @@ import safetensors.torch
 import torch
 from typing_extensions import Self
 
-from . import format_cloneofsimo, format_diffusers, format_kohya, format_peft
+from lora_adapters.convert.deltas.low_rank import LowRank, add_up, common_scale, rank_range, to_narrow
+from lora_adapters.convert.families.names import Lookup, ModuleName, architecture_of, may_be_sdxl
+from lora_adapters.convert.formats import cloneofsimo, diffusers, kohya, peft
+from lora_adapters.convert.formats.kinds import unread, without_bundled_embeddings
+from lora_adapters.convert.formats.metadata import (
+    MERGED_FACTS,
+    DyLora,
+    complete,
+    dylora_metadata,
+    dylora_of,
+    hashes,
+    merged_facts,
+    network_args,
+)
+from lora_adapters.convert.storage.files import read_tensors, replacing, save_pickle
+from lora_adapters.convert.storage.sources import locate
+
 from .errors import AdapterError
-from .files import read_tensors, replacing, save_pickle
-from .kinds import unread, without_bundled_embeddings
-from .low_rank import LowRank, add_up, common_scale, rank_range, to_narrow
-from .metadata import MERGED_FACTS, DyLora, complete, dylora_metadata, dylora_of, hashes, merged_facts, network_args
-from .names import Lookup, ModuleName, architecture_of, may_be_sdxl
-from .sources import locate
 
 FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
 T = TypeVar("T")
@@ -76,11 +86,11 @@ class Adapter:
     @classmethod
     def from_path(cls, path: Path, lookup: Lookup | None = None) -> Self:
         """The adapter in a file or a PEFT folder; lookup as in `from_tensors`. AdapterError with the path in it."""
-        weights = (format_peft.WEIGHTS, format_peft.WEIGHTS_PICKLED)
-        if path.name in weights and (path.parent / format_peft.CONFIG).is_file():
+        weights = (peft.WEIGHTS, peft.WEIGHTS_PICKLED)
+        if path.name in weights and (path.parent / peft.CONFIG).is_file():
             path = path.parent  # that file tells neither alphas nor the component
         if path.is_dir():
-            modules, metadata = format_peft.read(path, lookup)
+            modules, metadata = peft.read(path, lookup)
             return cls(modules, metadata)
         tensors, metadata = read_tensors(path)
         try:
@@ -105,18 +115,18 @@ class Adapter:
         tensors = without_bundled_embeddings(tensors)
         if not tensors:
             raise AdapterError("there are no tensors in it")
-        if all(key.startswith(format_peft.PREFIX) for key in tensors):
-            raise unread(tensors, f"these are weights of PEFT's, without the {format_peft.CONFIG} beside them")
-        if format_kohya.is_mine(set(tensors)):
-            modules = format_kohya.read(tensors, lookup)
-            if any(key.startswith(format_kohya.SDXL_NAMES) for key in tensors) and may_be_sdxl(modules):
+        if all(key.startswith(peft.PREFIX) for key in tensors):
+            raise unread(tensors, f"these are weights of PEFT's, without the {peft.CONFIG} beside them")
+        if kohya.is_mine(set(tensors)):
+            modules = kohya.read(tensors, lookup)
+            if any(key.startswith(kohya.SDXL_NAMES) for key in tensors) and may_be_sdxl(modules):
                 metadata.setdefault("ss_base_model_version", "sdxl_base_v1-0")
             return cls(modules, metadata)
-        if format_cloneofsimo.is_mine(set(tensors)):
-            return cls(format_cloneofsimo.read(tensors, metadata), format_cloneofsimo.other_metadata(metadata))
-        if format_diffusers.is_mine(set(tensors)):
-            return cls(format_diffusers.read(tensors, metadata, lookup), format_diffusers.kohya_metadata(metadata))
-        known = format_kohya if any(format_kohya.is_mine({key}) for key in tensors) else format_diffusers
+        if cloneofsimo.is_mine(set(tensors)):
+            return cls(cloneofsimo.read(tensors, metadata), cloneofsimo.other_metadata(metadata))
+        if diffusers.is_mine(set(tensors)):
+            return cls(diffusers.read(tensors, metadata, lookup), diffusers.kohya_metadata(metadata))
+        known = kohya if any(kohya.is_mine({key}) for key in tensors) else diffusers
         strange = next((key for key in tensors if not known.is_mine({key})), next(iter(tensors)))
         raise unread(tensors, f"{strange:.120} is no key of kohya's or diffusers' LoRA formats")
 
@@ -150,24 +160,24 @@ class Adapter:
             adapter = adapter.map(lambda one: one.with_alpha(float(one.rank)) if one.alpha else one)
         adapter = adapter.to(dtype, keep_alpha=without_alphas)
         if format in ("peft", "diffusers"):
-            from .families import in_own_shapes
+            from lora_adapters.convert.families.detection import in_own_shapes
 
             adapter = in_own_shapes(adapter)
         if format == "peft":
             dylora = self.dylora
             tuner = {"type": "DyLora", **asdict(dylora)} if dylora else {}
-            format_peft.write(path, adapter.modules, adapter.full_metadata(), tuner)
+            peft.write(path, adapter.modules, adapter.full_metadata(), tuner)
             return path
         metadata = adapter.full_metadata()
         if not modelspec:
             metadata = {key: text for key, text in metadata.items() if not key.startswith("modelspec.")}
         if format == "kohya":
-            tensors = format_kohya.write(adapter.modules, self.architecture)
+            tensors = kohya.write(adapter.modules, self.architecture)
             metadata |= hashes(tensors, metadata)
         elif format == "cloneofsimo":
-            tensors, metadata = format_cloneofsimo.write(adapter.modules, self.architecture, embeddings or {})
+            tensors, metadata = cloneofsimo.write(adapter.modules, self.architecture, embeddings or {})
         else:
-            tensors, own = format_diffusers.write(adapter.modules)
+            tensors, own = diffusers.write(adapter.modules)
             metadata = {**metadata, **own, "ss_network_alpha": str(float(adapter.rank))}
         with replacing(path, durable=True) as partial:
             if path.suffix == ".safetensors":
@@ -313,7 +323,7 @@ class Adapter:
         >>> a.svd(None, target_error=0.1).rank  # four equal components are one
         1
         """
-        from .svd import svd
+        from lora_adapters.convert.deltas.svd import svd
 
         return svd(self, rank, conv_rank, target_error, device)
 
@@ -322,7 +332,7 @@ class Adapter:
 
         dynamic: a method of `rank_choice.DYNAMIC_METHODS` and its parameter, which choose ranks up to these.
         """
-        from .svd import resize
+        from lora_adapters.convert.deltas.svd import resize
 
         return resize(self, rank, conv_rank, dynamic)
 
@@ -332,11 +342,12 @@ class Adapter:
     ) -> Self:
         """The best adapter of that rank for tuned - base, two models in files or Diffusers folders.
 
-        conv_rank None is LoRA-LierLa. `options` are those of `lora_adapters.convert.extraction.extract`: target_error,
+        conv_rank None is LoRA-LierLa. `options` are those of
+        `lora_adapters.convert.tools.extract.extract`: target_error,
         min_diff, clamp_quantile, device, v_prediction. AdapterError where the models do not fit together or are the
         same.
         """
-        from .extraction import extract
+        from lora_adapters.convert.tools.extract import extract
 
         adapter = extract(base, tuned, rank, conv_rank, **options).adapter
         return cls(adapter.modules, adapter.metadata)
@@ -347,7 +358,7 @@ class Adapter:
         Tensors that are not adapted are copied bit for bit, the others keep their dtype. AdapterError where
         the adapter is for another model; `out` is then not written.
         """
-        from .merge import merge_into_model
+        from lora_adapters.convert.tools.merge import merge_into_model
 
         return merge_into_model(model, out, [self], [weight])
 
@@ -363,5 +374,5 @@ class Adapter:
     def plain_metadata(self) -> dict[str, str]:
         """Metadata without what is no longer true of a combination: rank, alpha, type, blocks."""
         facts = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
-        gone = (*facts, "sshs_", "modelspec.", format_diffusers.METADATA_KEY)
+        gone = (*facts, "sshs_", "modelspec.", diffusers.METADATA_KEY)
         return {key: value for key, value in self.metadata.items() if key in MERGED_FACTS or not key.startswith(gone)}

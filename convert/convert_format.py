@@ -20,13 +20,13 @@ if __name__ == "__main__":
 import safetensors.torch
 import torch
 
-from lora_adapters.convert import format_cloneofsimo
 from lora_adapters.convert.adapter import FORMATS
-from lora_adapters.convert.command_line import Parser, add_dtype, add_skip_unknown, dtype_of, output_file, run
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.files import all_or_none, read_tensors, replacing
-from lora_adapters.convert.inputs import ZERO_ALPHA, load
-from lora_adapters.convert.sources import locate
+from lora_adapters.convert.formats import cloneofsimo
+from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
+from lora_adapters.convert.storage.sources import locate
+from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, dtype_of, output_file, run
+from lora_adapters.convert.tools.inputs import ZERO_ALPHA, load
 
 
 def parser() -> Parser:
@@ -81,8 +81,8 @@ def program(argv: Sequence[str] | None) -> None:
     embeddings = read_embeddings(args.embeddings)
     if source.is_file():
         tensors, _ = read_tensors(source)
-        if format_cloneofsimo.is_mine(set(tensors)):
-            embeddings = {**format_cloneofsimo.embeddings(tensors), **embeddings}
+        if cloneofsimo.is_mine(set(tensors)):
+            embeddings = {**cloneofsimo.embeddings(tensors), **embeddings}
     dtype = dtype_of(args.save_precision)
     if args.format == "cloneofsimo" or not embeddings:
         adapter.save(path, args.format, dtype, args.fold_alpha, embeddings or None)

@@ -15,11 +15,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.command_line import Parser, add_skip_unknown, output_file, progress, run
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.files import all_or_none
-from lora_adapters.convert.inputs import load
-from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.convert.storage.files import all_or_none
+from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, output_file, progress, run
+from lora_adapters.convert.tools.inputs import load
 
 
 def parser() -> Parser:

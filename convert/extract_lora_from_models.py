@@ -14,12 +14,12 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lora_adapters.convert.checkpoint import Checkpoint
-from lora_adapters.convert.command_line import Parser, add_dtype, device_of, dtype_of, output_file, refuse, run
+from lora_adapters.convert.deltas.svd import as_written, report
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.extraction import extract
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import as_written, report
+from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.convert.tools.command_line import Parser, add_dtype, device_of, dtype_of, output_file, refuse, run
+from lora_adapters.convert.tools.extract import extract
 
 
 def parser() -> Parser:

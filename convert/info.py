@@ -16,18 +16,18 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lora_adapters.convert import format_peft
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.block_weights import block_name
-from lora_adapters.convert.command_line import Parser, printable, run
+from lora_adapters.convert.deltas.low_rank import LowRank, rank_range
+from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families import family_of
-from lora_adapters.convert.files import is_safetensors, read_tensors, replacing
-from lora_adapters.convert.inputs import without_unknown, zero_alphas
-from lora_adapters.convert.low_rank import LowRank, rank_range
-from lora_adapters.convert.names import OUTER, TEXT_PROJECTION
-from lora_adapters.convert.sources import locate
-from lora_adapters.convert.svd import product_norm_squared
+from lora_adapters.convert.families.detection import family_of
+from lora_adapters.convert.families.names import OUTER, TEXT_PROJECTION
+from lora_adapters.convert.formats import peft
+from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
+from lora_adapters.convert.storage.sources import locate
+from lora_adapters.convert.tools.block_weights import block_name
+from lora_adapters.convert.tools.command_line import Parser, printable, run
+from lora_adapters.convert.tools.inputs import without_unknown, zero_alphas
 
 _TRAINING = (
     "ss_output_name", "ss_sd_model_name", "ss_steps", "ss_max_train_steps", "ss_epoch", "ss_num_epochs",
@@ -94,7 +94,7 @@ def _count(values: Sequence[Any]) -> dict[str, int]:
 
 def read(path: Path) -> tuple[Adapter, list[str]]:
     """The adapter of a file or PEFT folder, and the file's modules that no model of SD1.x, SD2.x and SDXL has."""
-    if path.is_dir() or (path.parent / format_peft.CONFIG).is_file():
+    if path.is_dir() or (path.parent / peft.CONFIG).is_file():
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)
     known, unknown = without_unknown(tensors, metadata)

@@ -21,9 +21,14 @@ if __name__ == "__main__":
 import torch
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.block_weights import parse, weighted
-from lora_adapters.convert.checkpoint import Checkpoint
-from lora_adapters.convert.command_line import (
+from lora_adapters.convert.deltas.svd import as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
+from lora_adapters.convert.parsing import number
+from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.convert.storage.ema import EMA, ema_keys
+from lora_adapters.convert.tools.block_weights import parse, weighted
+from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
     add_skip_unknown,
@@ -32,14 +37,9 @@ from lora_adapters.convert.command_line import (
     report_left_out,
     run,
 )
-from lora_adapters.convert.ema import EMA, ema_keys
-from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.inputs import load
-from lora_adapters.convert.merge import fitting, merge_into_model, weighted_sum
-from lora_adapters.convert.metadata import MERGED_FACTS, merged_facts
-from lora_adapters.convert.model_arguments import read_arguments
-from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.merge import fitting, merge_into_model, weighted_sum
+from lora_adapters.convert.tools.model_arguments import read_arguments
 
 MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the adapters', for a checkpoint's header
 MODELS_HELP = (

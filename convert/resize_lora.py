@@ -16,7 +16,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.command_line import (
+from lora_adapters.convert.deltas.low_rank import rank_range
+from lora_adapters.convert.deltas.rank_choice import DYNAMIC_METHODS, dynamic
+from lora_adapters.convert.deltas.svd import Rules, as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.parsing import number
+from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
     add_skip_unknown,
@@ -25,12 +30,7 @@ from lora_adapters.convert.command_line import (
     output_file,
     run,
 )
-from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.inputs import load
-from lora_adapters.convert.low_rank import rank_range
-from lora_adapters.convert.parsing import number
-from lora_adapters.convert.rank_choice import DYNAMIC_METHODS, dynamic
-from lora_adapters.convert.svd import Rules, as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.tools.inputs import load
 
 
 def parser() -> Parser:

@@ -14,7 +14,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.command_line import (
+from lora_adapters.convert.deltas.svd import as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
+from lora_adapters.convert.parsing import number
+from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
     add_skip_unknown,
@@ -23,10 +26,7 @@ from lora_adapters.convert.command_line import (
     output_file,
     run,
 )
-from lora_adapters.convert.merge import weighted_sum
-from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
-from lora_adapters.convert.parsing import number
-from lora_adapters.convert.svd import as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.tools.merge import weighted_sum
 
 
 def parser() -> Parser:

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from lora_adapters import Adapter, set_rank
-from lora_adapters.train.arguments import settings
-from lora_adapters.train.loop import train
+from lora_adapters.train.options.arguments import settings
+from lora_adapters.train.training.loop import train
 
 HERE = Path(__file__).parent
 RANK, UNIT = 16, 4

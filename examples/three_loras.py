@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from lora_adapters import Adapter, LowRank, ModuleName
-from lora_adapters.train.sheets import draw_sheet
+from lora_adapters.train.generation.image_grid import draw_sheet
 
 HERE = Path(__file__).parent
 RANKS = {"first": 4, "second": 8, "third": 2}

@@ -14,23 +14,23 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "convert").is_dir() and (_checkout / "pyproject.toml").is_file() and str(_checkout) not in __path__:
     __path__.append(str(_checkout))
 
-from . import seams  # noqa: E402
+from lora_adapters import plugin  # noqa: E402
 
-seams.plug_in()
+plugin.plug_in()
 
 _PUBLIC = {
     "Adapter": "adapter",
     "AdapterError": "convert.errors",
-    "C3LierConfig": "config",
-    "DyLoraConfig": "config",
-    "LierLaConfig": "config",
-    "LowRank": "convert.low_rank",
-    "ModuleName": "convert.names",
-    "block_lr_weights": "lr_weights",
+    "C3LierConfig": "types.config",
+    "DyLoraConfig": "types.config",
+    "LierLaConfig": "types.config",
+    "LowRank": "convert.deltas.low_rank",
+    "ModuleName": "convert.families.names",
+    "block_lr_weights": "block_lr",
     "network_options": "kohya_options",
     "param_groups": "optimizer_groups",
-    "set_rank": "dylora",
-    "set_step": "dylora",
+    "set_rank": "types.dylora.rank_control",
+    "set_step": "types.dylora.rank_control",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

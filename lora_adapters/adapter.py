@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_adapters.convert.adapter import Adapter as AdapterData
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.names import may_be_sdxl
+from lora_adapters.convert.families.names import may_be_sdxl
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -31,7 +31,7 @@ class Adapter(AdapterData):
         The models may be wrapped by `peft.get_peft_model` or compiled. The tensors are those of the models, not copies.
         AdapterError where no model has such an adapter, or where it is more than low-rank pairs (DoRA, lora_bias).
         """
-        from .placing import dylora_in, taken, unwrapped
+        from .injection import dylora_in, taken, unwrapped
 
         models = {component: unwrapped(model) for component, model in models.items()}
         modules, dylora = {}, None
@@ -72,8 +72,8 @@ class Adapter(AdapterData):
 
         options: private, revision, token, commit_message, create_pr, endpoint, and what the card shows: base_model,
         trigger_words, description, license, samples ({prompt: picture}), grid (a picture), tags; dtype of the weights.
-        See `lora_adapters.hub.push_to_hub`.
+        See `lora_adapters.hub.repository.push_to_hub`.
         """
-        from .hub import push_to_hub
+        from lora_adapters.hub.repository import push_to_hub
 
         return push_to_hub(self, repo_id, **options)

@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.format_diffusers import alpha_of
+from lora_adapters.convert.formats.diffusers import alpha_of
 
-from . import placing
-from .placing import HELD
+from . import injection
+from .injection import HELD
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class State:
         configs = getattr(model, "peft_config", None)
         loaded = getattr(model, "_hf_peft_config_loaded", False)
         wrapped = frozenset(path for path, part in model.named_modules() if isinstance(part, LoraLayer))
-        return cls(None if configs is None else dict(configs), placing.active(model), loaded, wrapped)
+        return cls(None if configs is None else dict(configs), injection.active(model), loaded, wrapped)
 
     def restore(self, model: Any) -> None:
         """Take every adapter out that was not there, and make the same ones active."""
         known = self.configs or {}
         for name in _adapters_in(model) - known.keys():
-            placing.take_out(model, name)
+            injection.take_out(model, name)
         for path, part in list(model.named_modules()):
             if isinstance(part, LoraLayer) and path not in self.wrapped:  # emptied by the load that failed
-                placing.unwrap(model, path, part)
+                injection.unwrap(model, path, part)
         if self.configs is None:
             if hasattr(model, "peft_config"):
                 del model.peft_config
         else:
             model.peft_config = dict(self.configs)
         if self.active:
-            placing.activate(model, self.active)
+            injection.activate(model, self.active)
         model._hf_peft_config_loaded = self.loaded
 
 

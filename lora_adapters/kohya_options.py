@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.metadata import DYLORA_FACTS
-from lora_adapters.convert.names import BLOCK_COUNT, nearest
+from lora_adapters.convert.families.names import BLOCK_COUNT, nearest
+from lora_adapters.convert.formats.metadata import DYLORA_FACTS
 from lora_adapters.convert.parsing import number
+from lora_adapters.types.config import C3LierConfig, DyLoraConfig, LierLaConfig
 
-from .config import C3LierConfig, DyLoraConfig, LierLaConfig
-from .coverage import check_block_list
-from .lr_weights import block_lr_weights, without_zero_blocks
+from .block_lr import block_lr_weights, without_zero_blocks
+from .target_modules import check_block_list
 
 logger = logging.getLogger(__name__)
 MODULES = {

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lora_adapters.convert.names import sgm_path_in, text_path
+from lora_adapters.convert.families.names import sgm_path_in, text_path
 
 _ADDED = (".lora_A", ".lora_B", ".lora_embedding_", ".lora_dropout", ".lora_magnitude_vector", ".base_layer")
 
 
 class LiveNames:
-    """A `lora_adapters.convert.names.Lookup` in the components of a pipeline.
+    """A `lora_adapters.convert.families.names.Lookup` in the components of a pipeline.
 
     A component's modules are listed when the first name that is in no table is asked for, once.
     """

@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
+from lora_adapters.convert.families.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
+from lora_adapters.types.dylora.rank_control import layers
 
-from .dylora import layers
-from .placing import unwrapped
+from .injection import unwrapped
 
 
 def _unet_blocks(paths: list[str], weights: Sequence[float]) -> dict[str, int]:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
-from lora_adapters.convert.files import read_tensors
-from lora_adapters.convert.format_diffusers import METADATA_KEY
-from lora_adapters.convert.kinds import may_go_to_diffusers
-from lora_adapters.convert.low_rank import LowRank
-from lora_adapters.convert.sources import locate
+from lora_adapters.convert.formats.diffusers import METADATA_KEY
+from lora_adapters.convert.formats.kinds import may_go_to_diffusers
+from lora_adapters.convert.storage.files import read_tensors
+from lora_adapters.convert.storage.sources import locate
 
-from . import placing, swapping
+from . import hotswap as swapping
+from . import injection
 from .adapter import Adapter
 from .live_names import LiveNames
 
@@ -116,7 +117,7 @@ def default_name(pipe: Any) -> str:
 def _models(pipe: Any) -> dict[str, nn.Module]:
     loadable = getattr(pipe, "_lora_loadable_modules", ("unet", "text_encoder", "text_encoder_2"))
     parts = {name: getattr(pipe, name, None) for name in loadable}
-    return {name: placing.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return {name: injection.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, LowRank]]:
@@ -137,7 +138,7 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     missing: list[str] = []
     placed = {}
     for component, found in modules.items():
-        placed[component] = placing.fitted(models[component], component, found, None if strict else missing)
+        placed[component] = injection.fitted(models[component], component, found, None if strict else missing)
         if not placed[component]:
             raise AdapterError(
                 f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
@@ -174,16 +175,16 @@ def _load(
             swapping.swap(models[component], modules, adapter_name, adapter.dylora)
         return
     _check_free({component: models[component] for component in fitted}, adapter_name)
-    before = {component: placing.active(models[component]) for component in fitted}
+    before = {component: injection.active(models[component]) for component in fitted}
     offloaded = pipe._optionally_disable_offloading(pipe)
     try:
         for component, modules in fitted.items():
-            placing.place(models[component], modules, adapter_name, adapter.dylora, low_cpu_mem_usage)
+            injection.place(models[component], modules, adapter_name, adapter.dylora, low_cpu_mem_usage)
             swapping.prepare(models[component], adapter_name)
     except BaseException:
         for component in fitted:
-            placing.remove(models[component], adapter_name)
-            placing.activate(models[component], before[component])
+            injection.remove(models[component], adapter_name)
+            injection.activate(models[component], before[component])
         raise
     finally:
         _offload_again(pipe, *offloaded)

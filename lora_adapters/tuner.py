@@ -12,11 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.format_diffusers import lora_config as patterns_of
+from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
+from lora_adapters.types import (
+    config as configs,  # whole: `config` is half loaded when its import of peft is what loads this module
+)
+from lora_adapters.types.dylora import rank_control
 
-from . import config as configs  # whole: `config` is half loaded when its import of peft is what loads this module
-from . import dylora, saved_metadata
-from .coverage import RankAlpha, RankRule, base_layers, covered
+from . import save_hook
+from .target_modules import RankAlpha, RankRule, base_layers, covered
 
 Method = Callable[..., Any]
 _PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into itself, under this name
@@ -43,7 +46,7 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
     """Where the block fails, the adapter's name is free again, and the others are as they were."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = {layer: list(layer.active_adapters) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
-    before = {layer for _, layer in dylora.layers(model, adapter_name)}
+    before = {layer for _, layer in rank_control.layers(model, adapter_name)}
     try:
         yield
     except Exception:
@@ -51,7 +54,7 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
             if isinstance(layer, BaseTunerLayer) and layer not in active:
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, layer.base_layer)  # type: ignore[attr-defined]
-        for _, layer in list(dylora.layers(model, adapter_name)):
+        for _, layer in list(rank_control.layers(model, adapter_name)):
             if layer not in before:
                 layer.delete_adapter(adapter_name)
         for layer, names in active.items():
@@ -84,7 +87,7 @@ def plug_into(tuner: Any) -> None:
 def _injecting(stock: Method) -> Method:
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, with this package's coverage and ranks; then make it a DyLoRA where it is one."""
-        dylora.detach(model, adapter_name)  # what a deleted DyLoRA of this name may have left
+        rank_control.detach(model, adapter_name)  # what a deleted DyLoRA of this name may have left
         config: Any = configs.restored(self.peft_config[adapter_name])
         if not isinstance(config, configs.LierLaConfig):
             stock(self, model, adapter_name, *args, **kwargs)
@@ -102,11 +105,11 @@ def _injecting(stock: Method) -> Method:
                 stock(self, model, adapter_name, *args, **kwargs)
                 config.decide(_decided(inner, adapter_name, config), asked)
                 if isinstance(config, configs.DyLoraConfig):
-                    dylora.attach(inner, adapter_name, config.dylora)
+                    rank_control.attach(inner, adapter_name, config.dylora)
         except Exception:
             config.undecide(asked)
             raise
-        saved_metadata.remember(inner)
+        save_hook.remember(inner)
 
     return inject_adapter
 
@@ -115,7 +118,7 @@ def _decided(inner: Any, adapter_name: str, config: Any) -> dict[str, Any]:
     """Target modules, ranks and alphas by the layers that the adapter has got; AdapterError where these are none."""
     found = {
         path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
-        for path, layer in dylora.layers(inner, adapter_name)
+        for path, layer in rank_control.layers(inner, adapter_name)
     }
     if not found:
         raise AdapterError(f"adapter {adapter_name} would do nothing: no module has a rank above 0")
@@ -127,7 +130,7 @@ def _unloading(stock: Method) -> Method:
         """PEFT's, and the dials of DyLoRAs leave the model with them: its layers are no adapters' any more."""
         unloaded = stock(self, *args, **kwargs)
         for adapter_name in self.peft_config:
-            dylora.detach(unloaded, adapter_name)
+            rank_control.detach(unloaded, adapter_name)
         return unloaded
 
     return _unload_and_optionally_merge
@@ -170,7 +173,7 @@ def _combining(stock: Method) -> Method:
         try:
             if isinstance(first, configs.DyLoraConfig):  # the new adapter's config is made from the first one's
                 self.peft_config[adapters[0]] = configs.as_plain(first)
-            with dylora.cut_to_rank(self.model, adapters):
+            with rank_control.cut_to_rank(self.model, adapters):
                 stock(self, adapters, *args, **kwargs)
         finally:
             if first is not None:

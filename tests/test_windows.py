@@ -13,29 +13,29 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the rules are i
 
 # What reads or writes files, starts processes, or prints: a selection for every day, and all of it.
 SOME = [
-    "tests/convert/test_atomic.py",
-    "tests/convert/test_in_place.py",
+    "tests/convert/storage/test_atomic.py",
+    "tests/convert/storage/test_in_place.py",
     "tests/convert/test_portable.py",
     "tests/convert/test_adapter.py",
     "tests/faults/test_kills.py::test_a_full_disk_leaves_the_old",
-    "tests/train/test_checkpoints.py",
-    "tests/lora_adapters/test_hub_background.py",
+    "tests/train/training/test_checkpoints.py",
+    "tests/lora_adapters/hub/test_background.py",
 ]
 ALL = [
-    "tests/convert/test_checkpoint.py",
-    "tests/convert/test_folders.py",
-    "tests/convert/test_merge.py",
+    "tests/convert/storage/test_checkpoint.py",
+    "tests/convert/storage/test_folders.py",
+    "tests/convert/tools/test_merge.py",
     "tests/convert/test_scripts.py",
     "tests/convert/test_scripts_errors.py",
     "tests/faults/test_kills.py",
-    "tests/train/test_arguments.py",
-    "tests/train/test_caches.py",
+    "tests/train/options/test_arguments.py",
+    "tests/train/data/test_cache_files.py",
     "tests/train/test_consoles.py",
     "tests/train/test_resize_images_to_resolution.py",
-    "tests/train/test_resume.py",
-    "tests/train/test_sources.py",
-    "tests/train/test_training_data.py",
-    "tests/train/test_uploads.py",
+    "tests/train/training/test_resume.py",
+    "tests/train/data/test_sources.py",
+    "tests/train/data/test_dataset.py",
+    "tests/train/training/test_uploads.py",
 ]
 
 
@@ -57,7 +57,7 @@ def test_all_files_under_the_rules(file):
 
 def test_workers_are_started_anew_under_the_rules():
     """The data's workers get all they need by pickling, as where processes cannot be forked."""
-    under_the_rules("tests/train/test_training_data.py", "-k", "a_picture_that_breaks and 1")
+    under_the_rules("tests/train/data/test_dataset.py", "-k", "a_picture_that_breaks and 1")
 
 
 @pytest.fixture

@@ -165,7 +165,8 @@ def open_file(file, mode="r", buffering=-1, encoding=None, *rest, **more):
 
 def apply(patch):
     """Put the rules into force until `patch` (a MonkeyPatch) is undone."""
-    from lora_adapters.convert import atomic, portable
+    from lora_adapters.convert import portable
+    from lora_adapters.convert.storage import atomic
 
     patch.setattr(atomic, "LOCKING", True)
     patch.setattr(portable, "WINDOWS", True)

@@ -30,9 +30,9 @@ if __name__ == "__main__" and not __package__:  # run as a file: take this check
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lora_adapters.convert.portable import tolerant_console
-from lora_adapters.train.picture_resizing import INTERPOLATIONS, Size
-from lora_adapters.train.resize_one_picture import Outcome, copy_if_older, process
-from lora_adapters.train.resize_plan import Job, ResizeError, plan
+from lora_adapters.train.resizing.plan import Job, ResizeError, plan
+from lora_adapters.train.resizing.process import Outcome, copy_if_older, process
+from lora_adapters.train.resizing.resize import INTERPOLATIONS, Size
 
 DEFAULT_RESOLUTIONS: tuple[Size, ...] = ((512, 512), (384, 384), (256, 256), (128, 128))
 

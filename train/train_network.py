@@ -17,8 +17,8 @@ if __name__ == "__main__":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
-    from lora_adapters.train.arguments import parse
     from lora_adapters.train.errors import TrainingError
+    from lora_adapters.train.options.arguments import parse
     from lora_adapters.train.quiet import quiet
     from lora_adapters.train.stopping import Interrupted, StopSignals
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(settings) -> int:
     """Train; gives back how many saves did not reach the Hub."""
-    from lora_adapters.train.trackers import start_console
+    from lora_adapters.train.training.trackers import start_console
 
     start_console(settings)
     from diffusers.utils.logging import disable_progress_bar
@@ -65,12 +65,12 @@ def _run(settings) -> int:
 
     disable_progress_bar()  # one bar is enough: that of training
     disable_transformers_progress_bar()
-    from lora_adapters.train.loop import train_prepared
-    from lora_adapters.train.run import prepare
+    from lora_adapters.train.training.loop import train_prepared
+    from lora_adapters.train.training.setup import prepare
 
     run = prepare(settings)
     if settings.dry_run:
-        from lora_adapters.train.dry_run import report
+        from lora_adapters.train.training.dry_run import report
 
         if run.accelerator.is_main_process:
             print(report(run))

@@ -1,5 +1,7 @@
 """The changes of one module's weight that adapters make: one file for each kind."""
 
+from lora_adapters.convert.formats.lycoris import read_modules
+
 from .base import Delta
 from .boft import BOFT
 from .dora import DoRA
@@ -7,7 +9,6 @@ from .full import Full, WithBias
 from .glora import GLoRA
 from .hadamard import Hadamard
 from .ia3 import IA3
-from .keys import read_modules
 from .kronecker import Kronecker
 from .norm import Norm
 from .oft import OFT

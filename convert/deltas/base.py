@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from typing_extensions import Self
 
+from lora_adapters.convert.deltas.low_rank import finite
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import finite
 
 Tensors = Mapping[str, torch.Tensor]  # a module's tensors by the ends of their keys, such as "lora_up.weight"
 

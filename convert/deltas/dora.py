@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from typing_extensions import Self
 
+from lora_adapters.convert.deltas.low_rank import finite
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import finite
 
 from .base import Delta
 

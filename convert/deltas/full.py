@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from typing_extensions import Self
 
+from lora_adapters.convert.deltas.low_rank import finite
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import finite
 
 from .base import Delta, TensorDelta, Tensors, check_shape, check_suffixes, times, with_article
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from typing_extensions import Self
 
+from lora_adapters.convert.deltas.low_rank import with_alpha
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import with_alpha
 
 from .base import (
     TensorDelta,

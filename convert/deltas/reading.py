@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import LowRank
 
 from .base import Delta, Tensors, scalar_of, with_article
 from .boft import BOFT

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from lora_adapters.convert.deltas.low_rank import LowRank, with_alpha
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.low_rank import LowRank, with_alpha
 
 from .base import TensorDelta, Tensors, alpha_of, check_matrix_like, check_suffixes
 

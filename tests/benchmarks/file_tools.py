@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lora_adapters.convert import Adapter  # noqa: E402
-from lora_adapters.convert.checkpoint import Checkpoint  # noqa: E402
+from lora_adapters.convert.storage.checkpoint import Checkpoint  # noqa: E402
 from tests.benchmarks.full_size import SIZES, make_adapter, make_checkpoint  # noqa: E402
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert import Adapter, LowRank, ModuleName
-from lora_adapters.convert.checkpoint_names import places_in_file
-from lora_adapters.convert.weights_writing import Planned, stream
+from lora_adapters.convert.families.checkpoint_names import places_in_file
+from lora_adapters.convert.storage.weights_writing import Planned, stream
 from tests.convert.checkpoints import open_clip, original_unet_name
 from tests.train.single_files import vae_name
 

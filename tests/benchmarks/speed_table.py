@@ -75,7 +75,7 @@ def live_cases(folder: Path, sizes: list[str], ranks: list[int]) -> Iterator[Cas
 def make_files(case: Case) -> None:
     """The adapters of a measurement: random numbers in the modules that LoRA-LierLa has."""
     from lora_adapters.convert import Adapter
-    from lora_adapters.convert.metadata import DyLora
+    from lora_adapters.convert.formats.metadata import DyLora
     from tests.benchmarks.file_tools import make_adapter
 
     for seed, path in enumerate(path for path in (case.file, case.second) if path is not None):

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig  # noqa: E402
-from lora_adapters.coverage import covered  # noqa: E402
+from lora_adapters.target_modules import covered  # noqa: E402
 
 Step = Callable[[], None]
 
@@ -181,9 +181,9 @@ def layers(
 
 def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> Iterator[Result]:
     """Measure and print whole steps of the training program against steps written by hand, in turns."""
-    from lora_adapters.train.arguments import settings
-    from lora_adapters.train.loop import train_prepared
-    from lora_adapters.train.run import prepare
+    from lora_adapters.train.options.arguments import settings
+    from lora_adapters.train.training.loop import train_prepared
+    from lora_adapters.train.training.setup import prepare
 
     for module, args in (("networks.lora", None), ("networks.dylora", [f"unit={max(1, rank // 4)}"])):
         with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +250,7 @@ def _models(options: argparse.Namespace, model: str) -> Any:
     """tiny-sd whole, or with SD1.5's U-Net and a text encoder of CLIP ViT-L's shape, random weights, in its place."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from lora_adapters.train.base_models import load_base_models
+    from lora_adapters.train.models.base import load_base_models
 
     models = load_base_models(options)
     if model != "tiny-sd":

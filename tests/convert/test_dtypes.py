@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
-from lora_adapters.convert.checkpoint import Checkpoint
-from lora_adapters.convert.extraction import extract
 from lora_adapters.convert.info import as_text, facts
-from lora_adapters.convert.merge import merge_into_model, weighted_sum
+from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.convert.tools.extract import extract
+from lora_adapters.convert.tools.merge import merge_into_model, weighted_sum
 
 from .scripts import run
 

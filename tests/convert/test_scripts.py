@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter
-from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.formats.metadata import DyLora
 
 from .checkpoints import GOLDEN, original
 from .scripts import ROOT, SCRIPTS, SD15, delta_distance, fails, run

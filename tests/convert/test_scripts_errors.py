@@ -144,7 +144,7 @@ def test_a_full_disk_and_ctrl_c_leave_the_target(tmp_path, capsys, monkeypatch):
             assert file.stat().st_size > 100000  # what is written so far is there, under another name
             raise reason
 
-        monkeypatch.setattr("lora_adapters.convert.atomic.sync", sync)
+        monkeypatch.setattr("lora_adapters.convert.storage.atomic.sync", sync)
         for source, target in ((model, out), (model, tmp_path / "out.ckpt"), (SD15, folder)):
             words = ["--sd_model", source, "--save_to", target, "--models", SD15 / "lierla.safetensors"]
             assert said in fails(capsys, "merge", *words)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lora_adapters.convert.low_rank import RANK_SCALINGS, LowRank
+from lora_adapters.convert.deltas.low_rank import RANK_SCALINGS, LowRank
 
 from .blocks import PAGES
 

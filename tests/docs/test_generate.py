@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 from lora_adapters import cli
-from lora_adapters.train import generate_options
-from lora_adapters.train.picture_requests import OPTIONS
+from lora_adapters.train.generation import options
+from lora_adapters.train.generation.requests import OPTIONS
 
 from .blocks import PAGES, blocks
 from .test_readme import clone, quickstart_file  # noqa: F401  # fixtures
@@ -40,7 +40,7 @@ def test_all_line_options_are_told():
 
 
 def test_options_on_the_page_exist():
-    made = generate_options.parser()
+    made = options.parser()
     known = {flag for action in made._actions for flag in action.option_strings} | {f"--{name}" for name in OPTIONS}
     others = {"--nl", "--out"}  # one that is refused, and one of examples/three_loras.py
     assert {flag for flag in re.findall(r"--\w+", TEXT) if flag not in known} <= others

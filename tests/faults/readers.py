@@ -11,15 +11,13 @@ import torch
 from PIL import Image
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.checkpoint import Checkpoint
+from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.info import as_text, facts
 from lora_adapters.convert.info import main as info
-from lora_adapters.convert.low_rank import LowRank
-from lora_adapters.convert.names import ModuleName
-from lora_adapters.train import generate_options
-from lora_adapters.train.arguments import parse
-from lora_adapters.train.caches import (
+from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.train.data.cache_files import (
     CachedLatents,
     LatentsWanted,
     latents_fit,
@@ -29,17 +27,19 @@ from lora_adapters.train.caches import (
     write_latents,
     write_text,
 )
-from lora_adapters.train.checkpoints import Position, load_state, save_state
+from lora_adapters.train.data.config import SubsetConfig, load_data_config
+from lora_adapters.train.data.image_files import FileSource, open_picture, size_if_whole
+from lora_adapters.train.data.metadata_file import metadata_candidates
+from lora_adapters.train.data.sources import load_subset, read_caption
 from lora_adapters.train.data_error import DataError
-from lora_adapters.train.dataset_config import SubsetConfig, load_data_config
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.metadata_file import metadata_candidates
-from lora_adapters.train.picture_files import FileSource, open_picture, size_if_whole
-from lora_adapters.train.picture_requests import requests
-from lora_adapters.train.prompt_lines import numbered_lines, read_prompt_file
-from lora_adapters.train.sampling import read_prompts
-from lora_adapters.train.sources import load_subset, read_caption
-from lora_adapters.train.trackers import read_sections
+from lora_adapters.train.generation import options as generate_options
+from lora_adapters.train.generation.prompt_lines import numbered_lines, read_prompt_file
+from lora_adapters.train.generation.requests import requests
+from lora_adapters.train.options.arguments import parse
+from lora_adapters.train.training.checkpoints import Position, load_state, save_state
+from lora_adapters.train.training.samples import read_prompts
+from lora_adapters.train.training.trackers import read_sections
 
 ERRORS = (AdapterError, DataError, TrainingError)
 TINY = Path(__file__).parents[2] / "examples" / "tiny-sd"
@@ -113,7 +113,7 @@ def adapters(folder: Path) -> Iterator[Reader]:
     yield Reader("old.ckpt", folder / "old.ckpt", lambda: _loaded(folder / "old.ckpt"))
     from safetensors.torch import save_file
 
-    from lora_adapters.convert.format_cloneofsimo import _walk, write
+    from lora_adapters.convert.formats.cloneofsimo import _walk, write
 
     g = torch.Generator().manual_seed(1)
     layers = {

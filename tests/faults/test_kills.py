@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.train.checkpoints import Position, load_state, prune_steps, save_state
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.training.checkpoints import Position, load_state, prune_steps, save_state
 
 from ..convert.checkpoints import GOLDEN, original
 from .readers import small_adapter

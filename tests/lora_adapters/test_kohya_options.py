@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig
+from lora_adapters.block_lr import block_lr_weights
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.coverage import RankAlpha, RankRule
 from lora_adapters.kohya_options import MODULES, network_options
-from lora_adapters.lr_weights import block_lr_weights
+from lora_adapters.target_modules import RankAlpha, RankRule
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "modules"
 

@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 
 from lora_adapters import LierLaConfig, param_groups
+from lora_adapters.block_lr import block_lr_weights
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.lr_weights import block_lr_weights
 
 
 def made_with(config: LoraConfig) -> UNet2DConditionModel:

@@ -7,7 +7,7 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 
 from lora_adapters import Adapter, AdapterError, DyLoraConfig, set_rank
-from lora_adapters.dylora import dials, layers
+from lora_adapters.types.dylora.rank_control import dials, layers
 
 from .hub_server import TOKEN
 from .peft_models import CONFIGS, MODELS, Custom, changed_by_hand, config, fill

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_adapters import Adapter, AdapterError, LierLaConfig, set_rank
-from lora_adapters.dylora import dials
+from lora_adapters.types.dylora.rank_control import dials
 
 from .conftest import GOLDEN, expected
 from .golden_outputs import error, outputs
@@ -178,14 +178,14 @@ def test_a_failed_load_leaves_the_pipeline_as_it_was(fault, pipeline, tmp_path, 
         file, name = whole, "first"
     else:
         file = whole
-        place = __import__("lora_adapters.placing", fromlist=["place"]).place
+        place = __import__("lora_adapters.injection", fromlist=["place"]).place
 
         def failing(model, *args, **kwargs):
             if model is pipe.unet:
                 raise RuntimeError("out of memory")
             place(model, *args, **kwargs)
 
-        monkeypatch.setattr("lora_adapters.placing.place", failing)
+        monkeypatch.setattr("lora_adapters.injection.place", failing)
     with pytest.raises(RuntimeError if fault == "late" else AdapterError) as caught:
         pipe.load_lora_weights(file, adapter_name=name, strict=fault == "module")
     if fault != "late":

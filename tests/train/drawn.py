@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from lora_adapters.train.dataset_config import load_data_config
-from lora_adapters.train.training_data import TrainingData
+from lora_adapters.train.data.config import load_data_config
+from lora_adapters.train.data.dataset import TrainingData
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from lora_adapters.adapter import Adapter
-from lora_adapters.convert.low_rank import LowRank
-from lora_adapters.convert.metadata import DyLora
-from lora_adapters.convert.names import ModuleName
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main
 
 QUICK = ["--steps", "3", "--scale", "3", "--seed", "5"]

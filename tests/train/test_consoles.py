@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from lora_adapters.convert import Adapter, LowRank, ModuleName
-from lora_adapters.train.arguments import settings
-from lora_adapters.train.trackers import start_console
+from lora_adapters.train.options.arguments import settings
+from lora_adapters.train.training.trackers import start_console
 
 QUERY = ModuleName("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
 CP1252 = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}

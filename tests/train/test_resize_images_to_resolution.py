@@ -9,7 +9,7 @@ from PIL import Image
 
 from lora_adapters.convert import portable
 from lora_adapters.train.resize_images_to_resolution import DEFAULT_RESOLUTIONS, main, resize_images
-from lora_adapters.train.resize_plan import ResizeError
+from lora_adapters.train.resizing.plan import ResizeError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train" / "resize_images_to_resolution.py"

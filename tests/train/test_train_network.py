@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import PROGRAM, command_line
 
 from lora_adapters.convert import Adapter
-from lora_adapters.train import saving
 from lora_adapters.train.train_network import main
+from lora_adapters.train.training import saving
+from tests.train.training.test_resume import PROGRAM, command_line
 
 
 def fails(options: dict, capsys, monkeypatch) -> str:
@@ -22,7 +22,7 @@ def fails(options: dict, capsys, monkeypatch) -> str:
     def loaded(*_, **__):
         raise AssertionError("the base model was loaded")
 
-    monkeypatch.setattr("lora_adapters.train.run.load_base_models", loaded)
+    monkeypatch.setattr("lora_adapters.train.training.setup.load_base_models", loaded)
     assert main(command_line(options)) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
@@ -168,7 +168,7 @@ def test_samples_and_logs_that_fail_stop_nothing(basics, tmp_path, monkeypatch, 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("accelerate.Accelerator.log", broken_log)
-    monkeypatch.setattr("lora_adapters.train.watching.sample", too_large)
+    monkeypatch.setattr("lora_adapters.train.training.evaluation.sample", too_large)
     samples = {"sample_every_n_steps": 2, "sample_prompts": tmp_path / "prompts.txt"}
     monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: broken_log(self, {}, 0))
     assert main(command_line({**basics, **samples, "logging_dir": tmp_path / "log"})) == 0

@@ -15,7 +15,7 @@ from peers import lycoris_network
 from torch import nn
 
 from lora_adapters import Adapter, DyLoraConfig, LierLaConfig
-from lora_adapters.convert.metadata import DyLora
+from lora_adapters.convert.formats.metadata import DyLora
 
 RANK = 16
 RANKS = (1, 2, 4, 8, 16)

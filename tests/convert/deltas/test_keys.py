@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from lora_adapters.convert import AdapterError, ModuleName
-from lora_adapters.convert.deltas.keys import group_tensors, read_modules, resolve, split_key
+from lora_adapters.convert.formats.lycoris import group_tensors, read_modules, resolve, split_key
 
 TINY = Path(__file__).parent.parent.parent.parent / "examples" / "tiny-sd"
 MID = "mid_block.attentions.0"

@@ -1,0 +1,268 @@
+"""One module's low-rank change of weight."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError
+
+from .narrow_factors import balanced, headroom, loses, widened
+
+Key = TypeVar("Key")
+RANK_SCALINGS = {"constant": 0.0, "rank": 1.0, "sqrt": 0.5}  # exponent of R/b in the scale alpha/R · (R/b)^exponent
+RANK_SAMPLINGS = ("uniform", "spread")
+
+
+def finite(factor: torch.Tensor) -> bool:
+    """Whether no number in it is NaN or infinite: a sum is, if any of its numbers is, and needs no table of flags."""
+    return math.isfinite(float(factor.sum(dtype=torch.float32)))
+
+
+def with_alpha(tensors: dict[str, torch.Tensor], alpha: float, rank: int, factor: str) -> dict[str, torch.Tensor]:
+    """The tensors and their alpha, in the dtype of `tensors[factor]`, or float32 where that would round it.
+
+    An alpha of 0 would be read as "the rank": it is written as the rank, with `factor` all zeros.
+
+    Raises:
+        AdapterError: alpha is beyond float32.
+    """
+    if alpha == 0:
+        tensors, alpha = {**tensors, factor: torch.zeros_like(tensors[factor])}, float(rank)
+    written = torch.tensor(alpha, dtype=tensors[factor].dtype)
+    if float(written) != alpha:
+        written = torch.tensor(alpha, dtype=torch.float32)
+    if written.isinf():
+        raise AdapterError(f"alpha {alpha:g} is too large to be written")
+    return {"alpha": written, **tensors}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank:
+    """ΔW = (alpha / rank) · up · down, of one linear layer or convolution (LoRA, arXiv:2106.09685, section 4.1).
+
+    `down` is (rank, in) or (rank, in, height, width), `up` is (out, rank) or (out, rank, 1, 1). The 2-D and the 4-D
+    spelling of a linear layer or 1x1 convolution are the same thing. AdapterError where the shapes do not fit.
+
+    >>> one = LowRank(down=torch.ones(2, 3), up=torch.ones(5, 2), alpha=1.0)
+    >>> one.rank, one.scale, one.out_in, one.delta()[0, 0].item()
+    (2, 0.5, (5, 3), 1.0)
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+
+    def __post_init__(self) -> None:
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        if len(down) == len(up) and len(down) in (3, 5):
+            raise UnknownFormatError(f"down {list(down)} and up {list(up)} are of a {len(down) - 2}D convolution")
+        if len(down) not in (2, 4) or len(up) not in (2, 4) or math.prod(up[2:]) != 1:
+            raise AdapterError(f"down {list(down)} and up {list(up)} are no low-rank pair")
+        if up[1] != down[0] or down[0] == 0:
+            raise AdapterError(f"ranks differ or are 0: down {list(down)} has {down[0]}, up {list(up)} has {up[1]}")
+        if not (self.down.is_floating_point() and self.up.is_floating_point()):
+            raise AdapterError(f"weights must be floating point, not {self.down.dtype} and {self.up.dtype}")
+        if not math.isfinite(self.alpha):
+            raise AdapterError(f"alpha is {self.alpha}")
+
+    def __repr__(self) -> str:
+        return f"LowRank(rank {self.rank}, alpha {self.alpha:g}, {list(self.down.shape)} -> {self.up.shape[0]})"
+
+    @property
+    def kind(self) -> str:
+        """ "LoRA", as users know it."""
+        return "LoRA"
+
+    @property
+    def needs_base(self) -> bool:
+        """False: ΔW does not depend on the weight that it changes."""
+        return False
+
+    @property
+    def rank(self) -> int:
+        """The number of components."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Height and width of the convolution; (1, 1) for a linear layer."""
+        return (self.down.shape[2], self.down.shape[3]) if self.down.ndim == 4 else (1, 1)
+
+    @property
+    def out_in(self) -> tuple[int, int]:
+        """Output and input channels."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def matrices(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """`up` as (out, rank) and `down` as (rank, in·height·width)."""
+        return self.up.to(dtype).flatten(1), self.down.to(dtype).flatten(1)
+
+    def delta(
+        self, base_weight: torch.Tensor | torch.dtype | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """ΔW in full, (out, in) or (out, in, height, width), computed in `dtype`.
+
+        The weight that it changes only tells the shape; AdapterError where it is for another. A dtype may be given
+        alone, as the first argument.
+        """
+        if isinstance(base_weight, torch.dtype):
+            dtype, base_weight = base_weight, None
+        change = self if base_weight is None else self.shaped_like(tuple(base_weight.shape))
+        up, down = change.matrices(dtype)
+        return (up @ down).mul_(self.scale).reshape(len(up), *change.down.shape[1:])
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether ΔW is for a weight of this shape, in either spelling of 1x1."""
+        return (*self.out_in, *self.kernel) == (*weight_shape, 1, 1)[:4]
+
+    def shaped_like(self, weight_shape: tuple[int, ...]) -> "LowRank":
+        """The same change with factors in as many dimensions as the weight; AdapterError where it is for another."""
+        if not self.fits(weight_shape):
+            shape = [*self.out_in, *self.kernel][: 4 if self.kernel != (1, 1) else 2]
+            raise AdapterError(f"made for a weight of {shape}, but the model's is {list(weight_shape)}")
+        extra = (1, 1) if len(weight_shape) == 4 else ()
+        down = self.down.reshape(self.rank, *weight_shape[1:])
+        return replace(self, down=down, up=self.up.reshape(*self.up.shape[:2], *extra))
+
+    def scaled(self, weight: float) -> "LowRank":
+        """weight · ΔW; the factors are shared, alpha changes."""
+        return replace(self, alpha=self.alpha * weight)
+
+    def with_alpha(self, alpha: float) -> "LowRank":
+        """The same ΔW with this alpha, which is not 0: the factors take up the difference, rounded to their dtypes.
+
+        `up` alone, unless it would lose small numbers in its dtype.
+        """
+        if alpha == 0:
+            raise AdapterError("an alpha of 0 has no effect: scale the adapter by 0 instead")
+        factor = self.alpha / alpha
+        if factor == 1:
+            return self
+        dtype = self.up.dtype if self.up.dtype.itemsize > 1 else torch.float16  # float8 would lose a tenth of it
+        up = self.up.float() * factor
+        if not loses(up, dtype, 1):
+            return replace(self, up=up.to(dtype), alpha=alpha)
+        down, up = balanced(self.down.float(), up)
+        return replace(self, down=down.to(self.down.dtype), up=up.to(dtype), alpha=alpha)
+
+    def truncated(self, rank: int, rank_scaling: str = "constant") -> "LowRank":
+        """The first `rank` components (all, where there are fewer), as DyLoRA uses them.
+
+        "constant" keeps the scale that the components were trained with, alpha/R; "rank" keeps alpha, so that the
+        scale is alpha/rank as in the DyLoRA paper (arXiv:2210.07558) and in kohya's splitter; "sqrt" is between them.
+        """
+        if rank >= self.rank:
+            return self
+        if rank < 1:
+            raise AdapterError(f"rank {rank} is none: ranks are 1 to {self.rank}")
+        alpha = self.alpha * (rank / self.rank) ** (1 - RANK_SCALINGS[rank_scaling])
+        return LowRank(self.down[:rank].clone(), self.up[:, :rank].clone().contiguous(), alpha)
+
+    def reordered(self, order: torch.Tensor) -> "LowRank":
+        """The same change with its components in another order; order is (rank,), each index once."""
+        return replace(self, down=self.down[order], up=self.up[:, order])
+
+    def to(self, dtype: torch.dtype | None) -> "LowRank":
+        """Factors in another dtype; None keeps them.
+
+        Where one of them would lose small numbers in it, both are balanced first: each component of one is multiplied
+        by a power of two, and of the other divided by it.
+        """
+        return self if dtype is None else self._to(dtype, self.loses(dtype))
+
+    def _to(self, dtype: torch.dtype, balance: bool) -> "LowRank":
+        down, up = balanced(*_wide(self)) if balance else (self.down, self.up)
+        return replace(self, down=down.to(dtype), up=up.to(dtype))
+
+    def loses(self, dtype: torch.dtype) -> bool:
+        """Whether a component of a factor loses more than rounding in a dtype: falls below or above its range."""
+        return loses(self.down, dtype, 0) or loses(self.up, dtype, 1)
+
+    def is_finite(self) -> bool:
+        """Whether no number in its factors is NaN or infinite."""
+        return finite(self.down) and finite(self.up)
+
+    def bias(self, dtype: torch.dtype = torch.float32) -> None:
+        """None: the bias stays."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`lora_down.weight`, `lora_up.weight` and `alpha`, as a file has them; see `deltas.Delta`."""
+        tensors = {"lora_down.weight": self.down, "lora_up.weight": self.up}
+        return with_alpha(tensors, self.alpha, self.rank, "lora_up.weight")
+
+    def __add__(self, other: "LowRank") -> "LowRank":
+        """The sum of both changes; see `add_up`."""
+        return add_up([self, other])
+
+
+def _wide(one: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its factors, down and up, in at least float32."""
+    return widened(one.down), widened(one.up)
+
+
+def to_narrow(ones: Mapping[Key, LowRank], dtype: torch.dtype, keep_alpha: bool = False) -> dict[Key, LowRank]:
+    """`LowRank.to` for all modules of an adapter.
+
+    Where balanced factors would still lose small numbers, the factors of all are multiplied by a power of two and every
+    alpha is divided by its square: programs that read the alpha of one module for all still read the same change.
+    keep_alpha: not that.
+    """
+    losing = {key for key, one in ones.items() if one.loses(dtype)}
+    narrow = {key: one._to(dtype, key in losing) for key, one in ones.items()}
+    low = [] if keep_alpha else [balanced(*_wide(ones[key])) for key in losing]
+    low = [(down, up) for down, up in low if loses(down, dtype, 0) or loses(up, dtype, 1)]
+    if not low:
+        return narrow
+    wanted = max(headroom(*pair, dtype)[1] for pair in low)
+    shift = min([wanted, *(headroom(*balanced(*_wide(one)), dtype)[0] for one in ones.values())])
+    if shift <= 0:
+        return narrow
+    shifted = {}
+    for key, one in ones.items():
+        down, up = balanced(*_wide(one), shift)
+        alpha = math.ldexp(one.alpha, -2 * shift)
+        shifted[key] = replace(one, down=down.to(dtype), up=up.to(dtype), alpha=alpha)
+    return shifted
+
+
+def add_up(parts: Sequence[LowRank], scale: float | None = None) -> LowRank:
+    """The sum of the changes, exactly: ranks are concatenated (float32).
+
+    alpha / rank of the sum is `scale`, by default the largest of the parts: what differs from it goes into `up`. Its
+    factors have as many dimensions as the first one's. AdapterError where they are for different weights.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for part in parts[1:]:
+        if (part.out_in, part.kernel) != (first.out_in, first.kernel):
+            shapes = [[*one.out_in, *one.kernel] for one in (first, part)]
+            raise AdapterError(f"one is for a weight of {shapes[0]}, the other of {shapes[1]}")
+    shape = (first.up.shape[0], *first.down.shape[1:])
+    alike = [part.shaped_like(shape) for part in parts]
+    scale = scale or common_scale(alike)
+    up = torch.cat([part.up.float() * (part.scale / scale) for part in alike], dim=1)
+    return LowRank(torch.cat([part.down.float() for part in alike]), up, scale * up.shape[1])
+
+
+def common_scale(parts: Iterable[LowRank]) -> float:
+    """The largest alpha / rank, without its sign, for `add_up`; 1 where all are 0."""
+    return max((abs(part.scale) for part in parts), default=0.0) or 1.0
+
+
+def rank_range(ranks: Iterable[int]) -> str:
+    """The ranks of an adapter's modules, for people.
+
+    >>> rank_range([16, 16]), rank_range([16, 8, 36]), rank_range([])
+    ('16', '8 to 36', '0')
+    """
+    found = sorted(set(ranks)) or [0]
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"

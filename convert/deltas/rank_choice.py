@@ -1,0 +1,64 @@
+"""How many singular values to keep of one module: rules from its singular values (descending) to a rank."""
+
+from collections.abc import Callable
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+
+RankRule = Callable[[torch.Tensor], int]
+DYNAMIC_METHODS = ("sv_ratio", "sv_cumulative", "sv_fro")
+_NONE = 1e-6  # a largest singular value below this is a module without any change
+
+
+def fixed(rank: int) -> RankRule:
+    """This many, or all where there are fewer."""
+    if rank < 1:
+        raise AdapterError(f"rank {rank} is none: ranks are 1 or more")
+    return lambda values: min(rank, len(values))
+
+
+def by_error(target: float, most: int | None = None) -> RankRule:
+    """The fewest whose relative error (Frobenius norm of what is missing, by that of all) is at most `target`."""
+    if not 0 <= target < 1:
+        raise AdapterError(f"target_error {target:g} is no relative error: it lies between 0 and 1")
+    if most is not None:
+        fixed(most)
+
+    def choose(values: torch.Tensor) -> int:
+        energy = values.double().square()
+        # Summed from the small end, so that what is missing is not the difference of two large numbers.
+        missing = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+        enough = int((missing <= target**2 * missing[0]).nonzero()[0])
+        return min(max(enough, 1), most or len(values), len(values))
+
+    return choose
+
+
+def dynamic(method: str, parameter: float, most: int) -> RankRule:
+    """The rules of kohya's resize_lora: sv_ratio, sv_cumulative and sv_fro, of at most `most`.
+
+    sv_ratio keeps values above the largest by `parameter`; sv_cumulative this share of their sum; sv_fro this share of
+    the Frobenius norm. All keep one more than that, as kohya's do.
+    """
+    if method not in DYNAMIC_METHODS:
+        raise AdapterError(f"unknown dynamic method {method}: {', '.join(DYNAMIC_METHODS)} are known")
+    if method == "sv_ratio" and parameter < 2:
+        raise AdapterError(f"dynamic_param {parameter:g} is too small for sv_ratio: it is 2 or more")
+    if method != "sv_ratio" and not 0 <= parameter <= 1:
+        raise AdapterError(f"dynamic_param {parameter:g} is too large for {method}: it is between 0 and 1")
+    fixed(most)
+
+    def choose(values: torch.Tensor) -> int:
+        if float(values[0]) <= _NONE:
+            return 1
+        values = values.double()
+        if method == "sv_ratio":
+            count = int((values > values[0] / parameter).sum())
+        else:
+            power = 1 if method == "sv_cumulative" else 2
+            shares = (values**power).cumsum(0)
+            count = int(torch.searchsorted(shares / shares[-1], parameter**power)) + 1
+        return min(max(1, min(count, len(values) - 1)) + 1, most, len(values))
+
+    return choose

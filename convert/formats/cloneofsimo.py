@@ -1,0 +1,189 @@
+"""The format of cloneofsimo/lora: keys are positions, `unet:<n>:up`, `text_encoder:<n>:down`, and tokens, `<s1>`.
+
+Position n is the n-th layer met when the model is walked in the order in which its modules were defined, inside of
+modules of the classes that the file's metadata lists for the component. Files that were made with convolutions hold
+4-D pairs; a layer is passed over where the next pair has another number of dimensions, as the original loader does.
+The metadata also has the rank of each position and marks embeddings of new tokens (textual inversion). There is no
+alpha: the scale is 1.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import TEXT_LAYERS, ModuleName, unet_paths
+from lora_adapters.convert.parsing import json_value
+
+EMBEDDING = "<embed>"
+_KEY = re.compile(r"(unet|text_encoder):([0-9]{1,5}):(up|down)")
+_UNET_PARTS = {
+    "CrossAttention": ("attn1", "attn2"),
+    "Attention": ("attn1", "attn2"),  # what diffusers called it later
+    "GEGLU": ("ff.net.0.proj",),
+    "FeedForward": ("ff.",),
+    "Transformer2DModel": ("attn1", "attn2", "ff.", "proj_in", "proj_out"),
+    "ResnetBlock2D": ("resnets",),
+    "Downsample2D": ("downsamplers",),
+    "Upsample2D": ("upsamplers",),
+}
+_TEXT_PARTS = {"CLIPAttention": ("self_attn",), "CLIPMLP": ("mlp",)}
+_WRITTEN_UNET = (
+    ("CrossAttention", "Attention", "GEGLU"),
+    ("Transformer2DModel",),
+    ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"),
+)
+_WRITTEN_TEXT = (("CLIPAttention",), ("CLIPAttention", "CLIPMLP"))
+
+
+def is_mine(keys: set[str]) -> bool:
+    """Whether every key is a position or a token, and there is a position."""
+    positions = {key for key in keys if _KEY.fullmatch(key)}
+    return bool(positions) and all(key.startswith("<") for key in keys - positions)
+
+
+def _walk_unet() -> Iterator[str]:
+    """The U-Net's layers in the order in which diffusers defined them: down, up, middle; attn1, feed-forward, attn2."""
+    blocks = [f"down_blocks.{n}" for n in range(4)] + [f"up_blocks.{n}" for n in range(4)] + ["mid_block"]
+    block_parts = ["proj_in"]
+    block_parts += [f"transformer_blocks.0.attn1.{to}" for to in ("to_q", "to_k", "to_v", "to_out.0")]
+    block_parts += ["transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"]
+    block_parts += [f"transformer_blocks.0.attn2.{to}" for to in ("to_q", "to_k", "to_v", "to_out.0")] + ["proj_out"]
+    known = unet_paths("sd")
+    for block in blocks:
+        paths = [f"{block}.attentions.{n}.{part}" for n in range(3) for part in block_parts]
+        for resnet in (f"{block}.resnets.{n}" for n in range(3)):
+            paths += [f"{resnet}.{part}" for part in ("conv1", "time_emb_proj", "conv2")]
+            paths += [f"{resnet}.conv_shortcut"] if _widens(resnet) else []
+        paths += [f"{block}.{sampler}.0.conv" for sampler in ("downsamplers", "upsamplers")]
+        yield from (path for path in paths if path in known)
+
+
+def _widens(resnet: str) -> bool:
+    """Whether a ResNet block changes the number of channels, and so has a conv_shortcut."""
+    return resnet.startswith("up_blocks") or resnet in ("down_blocks.1.resnets.0", "down_blocks.2.resnets.0")
+
+
+def _walk_text() -> Iterator[str]:
+    for layer in (f"text_model.encoder.layers.{n}" for n in range(TEXT_LAYERS)):
+        yield from (f"{layer}.self_attn.{part}_proj" for part in ("k", "v", "q", "out"))
+        yield from (f"{layer}.mlp.{part}" for part in ("fc1", "fc2"))
+
+
+def _walk(component: str, targets: Iterable[str]) -> list[str]:
+    """The layers of a component inside of the target classes, in order."""
+    table = _UNET_PARTS if component == "unet" else _TEXT_PARTS
+    targets = list(targets)
+    unknown = [target for target in targets if target not in table]
+    if unknown:
+        raise AdapterError(f"its {component} layers are in {unknown[0]}, where only {', '.join(table)} are known")
+    parts = {part for target in targets for part in table[target]}
+    walked = _walk_unet() if component == "unet" else _walk_text()
+    return [path for path in walked if any(f".{part}" in path for part in parts)]
+
+
+def _is_conv(path: str) -> bool:
+    return path.endswith((".conv1", ".conv2", ".conv_shortcut", ".conv"))
+
+
+def _may_be(path: str, dimensions: int) -> bool:
+    """Whether a layer has weights of so many dimensions; proj_in and proj_out are 4-D in SD1.x, 2-D in SD2.x."""
+    return path.endswith((".proj_in", ".proj_out")) or (dimensions == 4) == _is_conv(path)
+
+
+def _targets(metadata: Mapping[str, str], component: str) -> list[str]:
+    default = ["CrossAttention", "Attention", "GEGLU"] if component == "unet" else ["CLIPAttention"]
+    try:
+        listed = json_value(metadata.get(component, json.dumps(default)))
+    except ValueError as error:
+        raise AdapterError(f"its metadata for {component} is no JSON ({error})") from None
+    if not isinstance(listed, list):
+        raise AdapterError(f"its metadata for {component} is no list of classes")
+    return [str(name) for name in listed]
+
+
+def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[ModuleName, LowRank]:
+    """The modules; AdapterError for gaps, lone halves, and pairs that no layer is left for."""
+    halves: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := _KEY.fullmatch(key):
+            halves.setdefault((match[1], int(match[2])), {})[match[3]] = tensor
+    modules = {}
+    for component in ("unet", "text_encoder"):
+        numbers = sorted(number for part, number in halves if part == component)
+        if not numbers:
+            continue
+        if numbers != list(range(len(numbers))):
+            raise AdapterError(f"positions of {component} are missing: there are {len(numbers)}, up to {numbers[-1]}")
+        paths = iter(_walk(component, _targets(metadata, component)))
+        for number in numbers:
+            pair = halves[component, number]
+            if len(pair) != 2:
+                raise AdapterError(f"{component}:{number} has only one half, {next(iter(pair))}")
+            path = next((path for path in paths if _may_be(path, pair["down"].ndim)), None)
+            if path is None:
+                raise AdapterError(f"{component}:{number} has no layer of SD1.x or SD2.x left to belong to")
+            try:
+                module = ModuleName(component, path)
+                modules[module] = LowRank(pair["down"], pair["up"], float(pair["down"].shape[0]))
+            except AdapterError as error:
+                raise AdapterError(f"{component}:{number}: {error}") from None
+    return modules
+
+
+def embeddings(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The embeddings of new tokens, by token."""
+    return {key: tensor for key, tensor in tensors.items() if not _KEY.fullmatch(key)}
+
+
+def other_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without what is of this format alone."""
+    own = re.compile(r"(unet|text_encoder)(:\d+:rank)?")
+    return {key: text for key, text in metadata.items() if not own.fullmatch(key) and text != EMBEDDING}
+
+
+def _plan(component: str, present: Mapping[str, LowRank]) -> tuple[tuple[str, ...], list[str]]:
+    """The fewest target classes that hold all adapted layers of a component, and the layers in order."""
+    for targets in _WRITTEN_UNET if component == "unet" else _WRITTEN_TEXT:
+        walked = _walk(component, targets)
+        if present.keys() <= set(walked):
+            break
+    else:
+        raise AdapterError(f"cloneofsimo's format cannot hold {component}.{min(present.keys() - set(walked))}")
+    if component == "text_encoder":  # 12 layers, or SD2.x's 23: as many as there are
+        last = max(int(path.split(".")[3]) for path in present)
+        walked = [path for path in walked if int(path.split(".")[3]) <= last]
+    missing = [path for path in walked if path not in present]
+    if missing:
+        raise AdapterError(
+            f"cloneofsimo's format tells layers by their position: {component}.{missing[0]} may not be missing"
+        )
+    return targets, walked
+
+
+def write(
+    modules: Mapping[ModuleName, LowRank], architecture: str, embeddings: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata; alphas go into `up`. AdapterError for SDXL, and where layers are missing in between."""
+    if architecture != "sd":
+        raise AdapterError("cloneofsimo's format is for SD1.x and SD2.x; this adapter is for SDXL")
+    tensors = {token: tensor.contiguous() for token, tensor in embeddings.items()}
+    metadata = dict.fromkeys(embeddings, EMBEDDING)
+    for component in ("unet", "text_encoder"):
+        mine = {module.path: one for module, one in modules.items() if module.component == component}
+        if not mine:
+            continue
+        targets, paths = _plan(component, mine)
+        metadata[component] = json.dumps(targets)
+        for number, path in enumerate(paths):
+            one = mine[path]
+            if one.alpha == 0:
+                one = LowRank(one.down, torch.zeros_like(one.up), float(one.rank))
+            one = one.with_alpha(float(one.rank))
+            tensors[f"{component}:{number}:up"] = one.up.contiguous()
+            tensors[f"{component}:{number}:down"] = one.down.contiguous()
+            metadata[f"{component}:{number}:rank"] = str(one.rank)
+    return tensors, metadata

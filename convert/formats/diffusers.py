@@ -1,0 +1,306 @@
+"""diffusers' file formats: today's PEFT-like keys with `lora_adapter_metadata`, and the older processor names.
+
+    unet.<path>.lora_A.weight                                     today
+    unet.<path>.lora.down.weight                                  up to 2024
+    unet.<path to attention>.processor.to_q_lora.down.weight      2023, with and without `unet.`
+
+In all of them the scale is 1 (alpha = rank) unless the metadata says otherwise. Relatives of these are read too:
+
+    unet.<path>.lora_A.<adapter>.weight                           a model's own state dict, saved by hand
+    unet.base_model.model.<path>.lora_A.weight                    the same of a PeftModel
+    unet.<path>.lora_down.weight, .lora_up.weight, .alpha         kohya's halves and alpha under a path (OneTrainer)
+    diffusion_model.<sgm path>..., text_encoders.clip_l.transformer.text_model...      ComfyUI
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, check_known, text_path
+from lora_adapters.convert.parsing import json_value
+
+from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args
+
+METADATA_KEY = "lora_adapter_metadata"
+_PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
+_COMPONENTS = {  # the beginnings of keys, and the component that each is of
+    **{f"{component}.": component for component in COMPONENTS},
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
+}
+# The beginnings of kohya's and LyCORIS' names, which are no paths, and of other models' components.
+_OTHERS = ("lora_", "lycoris_", "transformer.", "prior.", "decoder.", "text_encoder_3.", "text_encoders.")
+_PEFT_MODEL = "base_model.model."
+_NAMED_HALF = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight")
+_HALVES = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+}
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def split_key(key: str) -> tuple[ModuleName, str] | None:
+    """Module and half ("down", "up", "alpha") of a key in any of the formats; None for any other key."""
+    component, rest = "unet", key
+    for start, of in _COMPONENTS.items():
+        if key.startswith(start):
+            component, rest = of, key.removeprefix(start)
+            break
+    if rest.startswith(_OTHERS):
+        return None
+    rest = rest.removeprefix(_PEFT_MODEL)
+    if match := _NAMED_HALF.fullmatch(rest):
+        return ModuleName(component, _path(component, match[1])), "down" if match[2] == "A" else "up"
+    if match := _PROCESSOR.fullmatch(rest):
+        attention, name, half = match.groups()
+        name = "to_out.0" if name == "to_out" and component == "unet" else name
+        return ModuleName(component, _path(component, f"{attention}.{name}")), half
+    for ending, half in _HALVES.items():
+        if rest.endswith(ending):
+            return ModuleName(component, _path(component, rest.removesuffix(ending))), half
+    return None
+
+
+def _path(component: str, path: str) -> str:
+    """A path as the formats spell it, as the module's own: text encoders' layers had the U-Net's names once."""
+    if component == "unet":
+        return path
+    head, dot, tail = text_path(path).rpartition(".")
+    return f"{head}{dot}{_OLD_TEXT.get(tail, tail)}"
+
+
+def is_mine(keys: set[str]) -> bool:
+    """Whether every key is half of a low-rank pair in one of diffusers' formats."""
+    return bool(keys) and all(split_key(key) is not None for key in keys)
+
+
+def checked(config: Any, where: str) -> dict[str, Any]:
+    """A PEFT config from a file; AdapterError where a field that is used here has another type than PEFT writes."""
+    kinds: dict[str, Any] = {
+        "lora_alpha": (int, float),
+        "alpha_pattern": dict,
+        "rank_pattern": dict,
+        "auto_mapping": dict,
+    }
+    if not isinstance(config, dict):
+        raise AdapterError(f"{where} is no table")
+    for key, kind in kinds.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise AdapterError(f"{where}: {key} is {value!r}")
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise AdapterError(f"{where}: alpha_pattern has {key!r}, which is no pattern ({error})") from None
+        if not isinstance(value, (int, float)):
+            raise AdapterError(f"{where}: alpha_pattern has {value!r} for {key}")
+    facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
+    told = facts.get("metadata") or {} if isinstance(facts, dict) else None
+    if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
+        raise AdapterError(f"{where}: auto_mapping's lora_adapters is {str(facts)[:80]}")
+    try:
+        dylora_of_config(config)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{where}: {error}") from None
+    return config
+
+
+def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
+    """The component's part of `lora_adapter_metadata`, without its prefix; {} where there is none."""
+    try:
+        table = json_value(metadata.get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise AdapterError(f"{METADATA_KEY} is no JSON ({error})") from None
+    start = f"{component}."
+    if not isinstance(table, dict):
+        raise AdapterError(f"{METADATA_KEY} is no table")
+    mine = {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
+    return checked(mine, f"{METADATA_KEY} of {component}")
+
+
+def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first key that matches the end of the path, as PEFT looks up rank_pattern and alpha_pattern.
+
+    A live text encoder may or may not have the `text_model.` level in its names: a match of either spelling counts.
+    """
+    names = (path, path.removeprefix("text_model."))
+    if all(key.startswith("^") and _literal(key) for key in pattern):  # as written here: looked up, not searched
+        wanted = {f"^{name}" for name in names} | {rf"^(text_model\.)?{names[1]}"}
+        return next((pattern[key] for key in wanted & pattern.keys()), default)
+    return next((value for key, value in pattern.items() if any(_pattern(key).match(name) for name in names)), default)
+
+
+@cache
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+@cache
+def _literal(key: str) -> bool:
+    """Whether an anchored key is a plain path: nothing in it but its dots is special."""
+    return re.fullmatch(r"\^(\(text_model\\\.\)\?)?[\w.]+", key) is not None
+
+
+def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """alpha of one module by a PEFT config; its rank where there is none. rsLoRA's scale is turned into LoRA's."""
+    if not config:
+        return float(rank)
+    pattern, default = config.get("alpha_pattern") or {}, config.get("lora_alpha")
+    default = rank if default is None else default
+    if not isinstance(pattern, Mapping):
+        raise AdapterError("alpha_pattern is no table")
+    for key in pattern:
+        _check_pattern(key)
+    try:
+        alpha = float(pattern_value(pattern, path, default))
+    except (TypeError, ValueError, OverflowError):
+        raise AdapterError("lora_alpha or a value of alpha_pattern is no number") from None
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def alpha_of(metadata: Mapping[str, str], component: str, path: str, rank: int) -> float:
+    """alpha of one module by the metadata of a diffusers file; its rank where they tell none."""
+    return alpha_from_config(_config(metadata, component), path, rank)
+
+
+@cache
+def _check_pattern(key: str) -> None:
+    """AdapterError for a key of alpha_pattern that is no expression, or one whose matching may not come to an end.
+
+    Keys are paths or short expressions. Python's `re` tries all ways to match one: their number grows exponentially
+    with repeated groups and with many optional or alternative parts, so few of these are taken.
+    """
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError):
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is no expression") from None
+    repeated = len(re.findall(r"(?<!\\)[*+{]", key))
+    chosen = len(re.findall(r"(?<![\\(])\?|\|", key))
+    if len(key) > 500 or repeated > 2 or chosen > 8 or re.search(r"\)[*+{]", key):
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}: so complex an expression is not tried")
+
+
+def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a diffusers file as kohya's files have it.
+
+    Without what speaks of the file's own form, since the modules carry their alphas from here on; with the DyLoRA facts
+    of this package's configs, which diffusers saves among the config's fields.
+    """
+    kept = {key: value for key, value in metadata.items() if key not in (METADATA_KEY, "format")}
+    found = (dylora_of_config(_config(metadata, component)) for component in COMPONENTS)
+    dylora = next((one for one in found if one is not None), None)
+    if dylora is None or dylora_of(kept) is not None:
+        return kept
+    return {**kept, **dylora_metadata(dylora, network_args(kept))}
+
+
+def read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
+) -> dict[ModuleName, LowRank]:
+    """The modules of diffusers-format tensors; AdapterError for unknown names (see `check_known`) and lone halves.
+
+    An alpha among the tensors goes before the metadata's; one of 0 means the rank, as in kohya's format.
+    """
+    names = {match[3] for key in tensors if (match := _NAMED_HALF.fullmatch(key))}
+    if len(names) > 1:
+        raise AdapterError(f"it holds several adapters ({', '.join(sorted(names))[:120]}): one a file is read")
+    halves: dict[ModuleName, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key)
+        if split is None:
+            raise AdapterError(f"{key:.120} is no key of diffusers' LoRA formats")
+        pair = halves.setdefault(check_known(split[0], lookup), {})
+        if split[1] in pair:
+            raise AdapterError(f"{key:.120} and another key stand for the same matrix")
+        pair[split[1]] = tensor
+    configs = {component: _config(metadata, component) for component in COMPONENTS}
+    modules = {}
+    for module, pair in halves.items():
+        for half in ("down", "up"):
+            if half not in pair:
+                raise AdapterError(f"{module} has only one half: its {half} matrix is missing")
+        rank = pair["down"].shape[0] if pair["down"].ndim else 0
+        try:
+            alpha = float(pair["alpha"].item()) if "alpha" in pair else 0.0
+            alpha = alpha or alpha_from_config(configs[module.component], module.path, rank)
+            modules[module] = LowRank(pair["down"], pair["up"], alpha)
+        except RuntimeError as error:  # an alpha of several numbers
+            raise AdapterError(f"{module}: {first_line(error)}") from None
+        except AdapterError as error:
+            raise type(error)(f"{module}: {error}") from None
+    return modules
+
+
+class Scaled(Protocol):
+    """Anything with a rank and an alpha."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+
+def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: float | None = None) -> dict[str, Any]:
+    """r, lora_alpha, target_modules, rank_pattern, alpha_pattern that give each path its own rank and alpha.
+
+    `rank` and `alpha` are the r and lora_alpha to use, by default the most common ones.
+    Patterns are anchored (`^`), since a path may be the end of another. Those of text encoders match with and without
+    the `text_model.` level, which transformers 5 dropped from one of its two CLIP text models.
+    """
+    if rank is None:
+        rank = Counter(one.rank for one in modules.values()).most_common(1)[0][0]
+    if alpha is None:
+        alpha = Counter(one.alpha for one in modules.values()).most_common(1)[0][0]
+
+    def anchored(path: str) -> str:
+        inner = path.removeprefix("text_model.")
+        return f"^{path}" if inner == path else rf"^(text_model\.)?{inner}"
+
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(path.removeprefix("text_model.") for path in modules),
+        "rank_pattern": {anchored(path): one.rank for path, one in modules.items() if one.rank != rank},
+        "alpha_pattern": {anchored(path): one.alpha for path, one in modules.items() if one.alpha != alpha},
+    }
+
+
+def write(modules: Mapping[ModuleName, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that every diffusers reads right, also those from before the metadata existed.
+
+    Alphas are folded into `up`, so that the scale is 1 with and without the metadata.
+    """
+    tensors, table = {}, {}
+    for component in COMPONENTS:
+        mine = {
+            module.path: one.with_alpha(float(one.rank)) if one.alpha else one
+            for module, one in modules.items()
+            if module.component == component
+        }
+        for path, one in mine.items():
+            up = one.up if one.alpha else torch.zeros_like(one.up)
+            tensors[f"{component}.{path}.lora_A.weight"] = one.down.contiguous()
+            tensors[f"{component}.{path}.lora_B.weight"] = up.contiguous()
+        if mine:
+            table.update({f"{component}.{key}": value for key, value in lora_config(mine).items()})
+    return tensors, {METADATA_KEY: json.dumps(table, indent=2, sort_keys=True), "format": "pt"}

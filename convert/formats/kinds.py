@@ -1,0 +1,93 @@
+"""What a file is where it is no plain low-rank adapter of SD or SDXL, by the names of its tensors.
+
+The first mark that one of the keys has tells the kind. Which of them stock diffusers may load whole is marked too: its
+layers hold DoRA's magnitudes, biases and convolutions of other dimensions, which this package's pairs do not.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+from lora_adapters.convert.errors import UnknownFormatError
+
+logger = logging.getLogger(__name__)
+_BUNDLED = re.compile(r"bundle_emb\.([^.]+)\..+")
+T = TypeVar("T")
+
+
+class Kind(NamedTuple):
+    """A kind of file: what it is called, the mark in its keys, and whether diffusers' own loading may be tried."""
+
+    name: str
+    mark: re.Pattern[str]
+    diffusers: bool = False
+    other_model: bool = False
+
+
+def _kind(name: str, mark: str, **facts: bool) -> Kind:
+    return Kind(name, re.compile(mark), **facts)
+
+
+KINDS = (
+    _kind("a LoHa adapter", r"\.hada_[wt]\d"),
+    _kind("a LoKr adapter", r"\.lokr_[wt]\d"),
+    _kind("an OFT adapter", r"\.oft_(blocks|diag|R\b|r\b)|\.(b?oft|hra)_\w+$"),
+    _kind("a GLoRA adapter", r"\.[ab][12]\.weight$"),
+    _kind("an (IA)3 adapter", r"\.on_input$|\.ia3_l\b"),
+    _kind("a VeRA adapter", r"\bvera_(lambda|A|B)"),
+    _kind("an adapter with weights of norm layers", r"\.[wb]_norm$"),
+    _kind("an adapter with full differences of weights", r"\.diff(_b)?$"),
+    _kind("a LoCon adapter with a trained scalar", r"\.scalar$"),
+    _kind("a DoRA adapter", r"\.dora_scale$"),
+    _kind("a DoRA adapter", r"\.lora_magnitude_vector\b", diffusers=True),
+    _kind("a LoRA with biases", r"\.lora_(B|up|up\.linear)(\.\w+)?\.bias$", diffusers=True),
+    _kind("a LoRA of token embeddings", r"\.lora_embedding_[AB]\b", diffusers=True),
+    _kind("a Control-LoRA", r"^lora_controlnet$"),
+    _kind("an adapter for Stable Cascade", r"^(lora_)?prior_", other_model=True),
+    _kind(
+        "an adapter for a model with transformers in the place of the U-Net (Flux, SD3, ...)",
+        r"^(lora_)?transformer[._]|\b(double|single|joint)_blocks[._]|_(double|single|joint)_blocks_"
+        r"|^lora_te3_|^text_encoder_3\.|\bt5xxl\b",
+        other_model=True,
+    ),
+    _kind("an IP-Adapter", r"^(ip_adapter|image_proj)\."),
+    _kind("an embedding (textual inversion)", r"\bstring_to_(param|token)\b|^(emb_params|clip_[lg])$"),
+    _kind("a whole checkpoint", r"^(model\.diffusion_model|cond_stage_model|conditioner|first_stage_model)\."),
+)
+
+
+def kind_of(keys: Iterable[str]) -> tuple[Kind, str] | None:
+    """The kind that the keys tell, and the key that tells it; None where none does."""
+    keys = list(keys)
+    for kind in KINDS:
+        key = next((key for key in keys if kind.mark.search(key)), None)
+        if key is not None:
+            return kind, key
+    return None
+
+
+def unread(keys: Iterable[str], otherwise: str) -> UnknownFormatError:
+    """The error for a file that is not read: its kind and the key that tells it, or `otherwise` where none does."""
+    found = kind_of(keys)
+    if found is None:
+        return UnknownFormatError(otherwise)
+    kind, key = found
+    if kind.other_model:
+        return UnknownFormatError(f"it is {kind.name}, not for SD or SDXL ({key:.100})")
+    return UnknownFormatError(f"it is {kind.name} ({key:.100}); only low-rank pairs are read (LoRA, LoCon, DyLoRA)")
+
+
+def may_go_to_diffusers(keys: Iterable[str]) -> bool:
+    """Whether stock diffusers may load the file whole: kinds that its layers hold, and those that nobody knows here."""
+    found = kind_of(keys)
+    return found is None or found[0].diffusers
+
+
+def without_bundled_embeddings(tensors: Mapping[str, T]) -> Mapping[str, T]:
+    """The tensors without embeddings that a LoRA's file carries beside it (`bundle_emb.<token>...`), with a warning."""
+    tokens = {match[1]: None for key in tensors if key.startswith("bundle_emb.") and (match := _BUNDLED.fullmatch(key))}
+    if not tokens:
+        return tensors
+    logger.warning("Embeddings in the file are left out (load_textual_inversion takes them): %s", ", ".join(tokens))
+    return {key: tensor for key, tensor in tensors.items() if not _BUNDLED.fullmatch(key)}

@@ -1,0 +1,100 @@
+"""kohya's file format: `<flat module name>.{lora_down.weight, lora_up.weight, alpha}`.
+
+LyCORIS writes its LoCon adapters in the same format, with a third factor `lora_mid.weight` where a convolution is
+Tucker-decomposed; it is folded into `down` when read.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.families import names
+from lora_adapters.convert.families.names import Lookup, ModuleName
+
+_TENSORS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+}
+
+_STARTS = tuple(names.PREFIXES)
+
+# Spellings that kohya's format has for SDXL only: two text encoders, and the names of the original U-Net.
+SDXL_NAMES = (
+    "lora_te1_",
+    "lora_te2_",
+    "lora_unet_input_blocks_",
+    "lora_unet_middle_block_",
+    "lora_unet_output_blocks_",
+)
+
+
+def is_mine(keys: set[str]) -> bool:
+    """Whether every key is kohya's and none belongs to a method that is no plain low-rank pair (DoRA, LoHa, LoKr)."""
+    return bool(keys) and all(key.startswith(_STARTS) and key.partition(".")[2] in _TENSORS for key in keys)
+
+
+def _tucker(down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
+    """(r, in, 1, 1) and (r, r, h, w) as one (r, in, h, w), float32: a narrower dtype would round it once more."""
+    return torch.einsum("ijhw,jk->ikhw", mid.float(), down.float().flatten(1))
+
+
+def read(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> dict[ModuleName, LowRank]:
+    """The modules of kohya-format tensors.
+
+    An alpha that is missing or 0 means the rank, as in kohya's network code. AdapterError for unknown names (see
+    `names.from_kohya`), lone halves and shapes that do not fit.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.partition(".")
+        part = parts.setdefault(name, {})
+        if _TENSORS[kind] in part:
+            raise AdapterError(f"{key} and another key stand for the same tensor")
+        part[_TENSORS[kind]] = tensor
+    modules: dict[ModuleName, LowRank] = {}
+    for name, part in parts.items():
+        module = names.from_kohya(name, lookup)
+        for half, other in (("down", "up"), ("up", "down")):
+            if half not in part:
+                raise AdapterError(f"{name} has no lora_{half}.weight beside its {other if other in part else 'alpha'}")
+        if module in modules:
+            raise AdapterError(f"{name} and another name stand for the same module {module}")
+        try:
+            down = _tucker(part["down"], part["mid"]) if "mid" in part else part["down"]
+            alpha = float(part["alpha"].item()) if "alpha" in part else 0.0
+            modules[module] = LowRank(down, part["up"], alpha or float(down.shape[0]))
+        except (RuntimeError, IndexError) as error:  # a torn alpha, or a lora_mid of another shape
+            raise AdapterError(f"{name}: {first_line(error)}") from None
+        except AdapterError as error:
+            raise type(error)(f"{name}: {error}") from None
+    return modules
+
+
+def write(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict[str, torch.Tensor]:
+    """Kohya-format tensors in the dtypes that the modules have.
+
+    alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is
+    beyond float32.
+    """
+    tensors = {}
+    for module, one in modules.items():
+        name = names.to_kohya(module, architecture)
+        alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
+        if float(alpha) != one.alpha:
+            alpha = torch.tensor(one.alpha, dtype=torch.float32)
+        if math.isinf(float(alpha)):  # no dtype of 8 bits has an isinf of its own
+            raise AdapterError(f"{module}: alpha {one.alpha:g} is too large to be written")
+        if alpha == 0:  # a literal 0 is read as "the rank" by trainers: no effect is written as a zero matrix
+            one, alpha = replace(one, up=torch.zeros_like(one.up)), torch.tensor(float(one.rank), dtype=one.up.dtype)
+        tensors[f"{name}.alpha"] = alpha
+        tensors[f"{name}.lora_down.weight"] = one.down.contiguous()
+        tensors[f"{name}.lora_up.weight"] = one.up.contiguous()
+    return tensors

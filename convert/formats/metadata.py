@@ -1,0 +1,210 @@
+"""The metadata that kohya's trainer writes and other programs read: ss_*, sshs_* and modelspec.*."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.parsing import json_value
+
+_MODELSPEC_ARCHITECTURE = {
+    "sd_v1": "stable-diffusion-v1",
+    "sd_v2": "stable-diffusion-v2-512",
+    "sd_v2_v": "stable-diffusion-v2-768-v",
+    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
+}
+_RESOLUTION = {"sd_v1": "512x512", "sd_v2": "512x512", "sd_v2_v": "768x768", "sdxl_base_v1-0": "1024x1024"}
+_HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+
+
+@dataclass(frozen=True)
+class DyLora:
+    """What makes an adapter a DyLoRA (arXiv:2210.07558).
+
+    Ranks come in steps of `unit`, a number of components. `rank_scaling` says what the b first of R components are
+    multiplied with: "constant" alpha/R, "rank" alpha/b, "sqrt" alpha/R · √(R/b). With `freeze_lower` only the last
+    `unit` of them were trained in a step. `rank_sampling` says how b was drawn: "uniform", one b for all samples of
+    a step, or "spread", for each sample one, low ranks and the full one more often.
+    """
+
+    unit: int = 1
+    rank_scaling: str = "sqrt"
+    freeze_lower: bool = False
+    rank_sampling: str = "spread"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.unit, int) or self.unit < 1 or self.rank_scaling not in RANK_SCALINGS:
+            raise AdapterError(f"a DyLoRA of unit {self.unit} and rank_scaling {self.rank_scaling} is not known")
+        if self.rank_sampling not in RANK_SAMPLINGS:
+            raise AdapterError(f"rank_sampling {self.rank_sampling!r}: {', '.join(RANK_SAMPLINGS)} are known")
+
+
+DYLORA_FACTS = tuple(one.name for one in fields(DyLora))  # also names of network_args and of DyLoraConfig's fields
+
+
+def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
+    """ss_network_args as a table; {} where it is missing or no JSON object."""
+    try:
+        table = json_value(metadata.get("ss_network_args", "{}"))
+    except ValueError:
+        return {}
+    return {str(key): str(value) for key, value in table.items()} if isinstance(table, dict) else {}
+
+
+def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
+    """The DyLoRA facts in kohya's metadata, or None.
+
+    A file from kohya's own trainer has no rank_scaling; its splitter keeps alpha, which is "rank".
+    """
+    if metadata.get("ss_network_module", "") not in ("networks.dylora", "network.dylora"):
+        return None
+    args = network_args(metadata)
+    unit = args.get("unit", "1")
+    return DyLora(
+        unit=int(unit) if re.fullmatch(r"0*[1-9][0-9]{0,8}", unit) else 1,
+        rank_scaling=_known_scaling(args.get("rank_scaling", "rank")),
+        freeze_lower=args.get("freeze_lower", "False") == "True",
+        rank_sampling=_known_sampling(args.get("rank_sampling", "uniform")),
+    )
+
+
+def _known_scaling(name: object) -> str:
+    if name not in RANK_SCALINGS:
+        raise AdapterError(f"its metadata says rank_scaling {name!r}: {', '.join(RANK_SCALINGS)} are known")
+    return str(name)
+
+
+def _known_sampling(name: object) -> str:
+    return str(name) if name in RANK_SAMPLINGS else "uniform"  # how it was trained changes nothing in how it is used
+
+
+def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What this package wrote into a PEFT config's `auto_mapping`; {} where it wrote nothing."""
+    mapping = config.get("auto_mapping")
+    facts = mapping.get("lora_adapters") if isinstance(mapping, Mapping) else None
+    return dict(facts) if isinstance(facts, Mapping) else {}
+
+
+def dylora_of_config(config: Mapping[str, Any]) -> DyLora | None:
+    """The DyLoRA facts in a PEFT config's `auto_mapping`, where this package's own configs have them, or None.
+
+    AdapterError where they make no sense.
+    """
+    facts = own_facts(config)
+    if facts.get("type") != "DyLora":
+        return None
+    unit = facts.get("unit", 1)
+    if not isinstance(unit, int) or unit < 1:
+        raise AdapterError(f"its config says that DyLoRA's unit is {unit!r}: it is a number from 1 on")
+    scaling = _known_scaling(facts.get("rank_scaling", "constant"))
+    sampling = _known_sampling(facts.get("rank_sampling"))
+    return DyLora(unit, scaling, facts.get("freeze_lower") is True, sampling)
+
+
+def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
+    """The entries that say so, with the other network args kept."""
+    facts = {name: str(value) for name, value in asdict(dylora).items()}
+    return {"ss_network_module": "networks.dylora", "ss_network_args": json.dumps({**args, **facts})}
+
+
+def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: float) -> dict[str, str]:
+    """The metadata with everything that readers expect and that is not there yet; hashes are left out.
+
+    `architecture` is "sd" or "sdxl", `rank` and `alpha` are those of most modules.
+    """
+    base = metadata.get("ss_base_model_version", "sdxl_base_v1-0" if architecture == "sdxl" else "sd_v1")
+    kind = _MODELSPEC_ARCHITECTURE.get(base, base)
+    defaults = {
+        "ss_v2": str(base.startswith("sd_v2")),
+        "ss_base_model_version": base,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(alpha)),
+        "ss_network_args": "{}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{kind}/lora",
+        "modelspec.implementation": (
+            "https://github.com/Stability-AI/generative-models" if architecture == "sdxl" else "diffusers"
+        ),
+        "modelspec.title": metadata.get("ss_output_name", "LoRA"),
+        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
+        "modelspec.resolution": _RESOLUTION.get(base, "512x512"),
+        "modelspec.prediction_type": "v" if base.endswith("_v") else "epsilon",
+    }
+    kept = {key: value for key, value in metadata.items() if key not in _HASHES}
+    return {**defaults, **kept}
+
+
+MERGED_FACTS = ("ss_tag_frequency", "modelspec.trigger_phrase", "modelspec.merged_from")
+_WEIGHTS_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()) -> dict[str, str]:
+    """What a combination of adapters keeps of their metadata.
+
+    Args:
+        sources: the metadata of each.
+        names: the files, folders or repositories that it is made from; without them, what the sources say they are.
+
+    Returns:
+        ss_tag_frequency with the tags of all counted together, modelspec.trigger_phrase with the words of all, and
+        modelspec.merged_from; each only where there is something to say.
+    """
+    found = {key: _listed([one.get(key, "") for one in sources]) for key in MERGED_FACTS[1:]}
+    if names:
+        found["modelspec.merged_from"] = ", ".join(map(title_of, names))
+    tags: dict[str, Counter[str]] = {}
+    for source in sources:
+        for folder, counts in _table(source.get("ss_tag_frequency")).items():
+            numbers = _table(counts).items()
+            tags.setdefault(folder, Counter()).update({tag: n for tag, n in numbers if isinstance(n, int | float)})
+    if tags:
+        found["ss_tag_frequency"] = json.dumps(tags)
+    return {key: text for key, text in found.items() if text}
+
+
+def title_of(source: str) -> str:
+    """The name of a weights file without its ending, of a folder, or of a repository."""
+    path = Path(source).expanduser()
+    return path.stem if path.suffix.lower() in _WEIGHTS_ENDINGS else path.resolve().name
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """All that comma-separated lists name, each once."""
+    words = [word.strip() for text in texts for word in text.split(",")]
+    return ", ".join(dict.fromkeys(word for word in words if word))
+
+
+def _table(value: object) -> dict[str, Any]:
+    """A JSON object, also one in a text; {} for anything else, which foreign files may have there."""
+    if isinstance(value, str):
+        try:
+            value = json_value(value)
+        except ValueError:
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """sshs_model_hash and sshs_legacy_hash of a file with these tensors, as A1111's extensions compute them.
+
+    The first is the SHA-256 of all bytes behind the header; the second of 64 KiB from 1 MiB on, of the file as it would
+    be with no other metadata than ss_*.
+    """
+    ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    written = memoryview(safetensors.torch.save(dict(tensors), ss_only))
+    data_start = 8 + int.from_bytes(written[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(written[data_start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(written[0x100000:0x110000]).hexdigest()[:8],
+    }

@@ -1,0 +1,164 @@
+"""PEFT's folders: `unet/`, `text_encoder/`, `text_encoder_2/`, each what `PeftModel.from_pretrained` reads."""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, check_known, text_path
+from lora_adapters.convert.parsing import json_value
+from lora_adapters.convert.storage import atomic
+from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
+
+from .diffusers import alpha_from_config, checked, lora_config
+from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
+
+CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+_CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
+_TEXT_LAYER = re.compile(r"\bencoder\.layers\.\d+\.(self_attn|mlp)\.")
+_WIDTH_OF_TEXT_ENCODER_2 = 1280
+
+
+def is_mine(folder: Path) -> bool:
+    """Whether the folder, or one of its component folders, holds a PEFT adapter."""
+    return any((folder / part / CONFIG).is_file() for part in ("", *COMPONENTS))
+
+
+def _live_path(module: ModuleName) -> str:
+    """The path as the installed transformers names it: version 5 dropped `text_model.` from CLIPTextModel only."""
+    try:
+        flattened = int(version("transformers").split(".")[0]) >= 5
+    except PackageNotFoundError:
+        flattened = True
+    return module.path.removeprefix("text_model.") if module.component == "text_encoder" and flattened else module.path
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The folder's adapter_config.json; AdapterError where it is no JSON table."""
+    try:
+        config = json_value((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG} is no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG} holds no table")
+    checked(config, str(folder / CONFIG))
+    return config
+
+
+def _read_component(
+    folder: Path, component: str, lookup: Lookup | None
+) -> tuple[dict[ModuleName, LowRank], dict[str, Any]]:
+    config = _config(folder)
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        kind = "DoRA" if config.get("use_dora") else f"{config.get('peft_type')}"
+        raise AdapterError(f"{folder} holds a {kind:.40} adapter that is more than plain LoRA: pairs alone are read")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGE_THE_BASE):
+        raise AdapterError(f"{folder}: an adapter that was begun with {start} changes the base weights too")
+    tensors = _tensors(folder)
+    pairs: dict[ModuleName, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        path, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
+        if half not in ("A.weight", "B.weight"):
+            raise AdapterError(f"{folder}: {key} is no half of a low-rank pair")
+        path = path if component == "unet" else text_path(path)
+        try:
+            module = check_known(ModuleName(component, path), lookup)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from None
+        pair = pairs.setdefault(module, {})
+        if half[0] in pair:
+            raise AdapterError(f"{folder}: {key} and another key stand for the same matrix")
+        pair[half[0]] = tensor
+    modules = {}
+    for module, pair in pairs.items():
+        if len(pair) != 2:
+            raise AdapterError(f"{folder}: {module} has only one half, lora_{next(iter(pair))}")
+        try:
+            alpha = alpha_from_config(config, module.path, len(pair["A"]) if pair["A"].ndim else 0)
+            modules[module] = LowRank(pair["A"], pair["B"], alpha)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {module}: {error}") from None
+    return modules, config
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    weights = folder / WEIGHTS
+    return read_tensors(weights if weights.exists() else folder / WEIGHTS_PICKLED)[0]
+
+
+def _component_of(folder: Path) -> str:
+    """Whose a folder without component folders is, by the names and widths of its tensors."""
+    tensors = _tensors(folder)
+    text = {key: tensor for key, tensor in tensors.items() if _TEXT_LAYER.search(key)}
+    if not text:
+        return "text_encoder_2" if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors) else "unet"
+    reads = re.compile(r"\.(self_attn\.[qkv]_proj|mlp\.fc1)\.lora_A\.weight$")  # what these have is the model's width
+    wide = any(reads.search(key) and tuple(one.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, one in text.items())
+    return "text_encoder_2" if wide else "text_encoder"
+
+
+def read(folder: Path, lookup: Lookup | None = None) -> tuple[dict[ModuleName, LowRank], dict[str, str]]:
+    """Modules and metadata of a PEFT folder; lookup as in `names.check_known`.
+
+    One without component folders is of the component that it is named after, else a U-Net's or a text encoder's, SDXL's
+    second one by its width.
+    """
+    modules: dict[ModuleName, LowRank] = {}
+    metadata: dict[str, str] = {}
+    parts = [(folder / part, part) for part in COMPONENTS if (folder / part / CONFIG).is_file()]
+    if not parts:
+        name = folder.resolve().name
+        parts = [(folder, name if name in COMPONENTS else _component_of(folder))]
+    for path, component in parts:
+        found, config = _read_component(path, component, lookup)
+        modules |= found
+        told = own_facts(config).get("metadata")
+        if isinstance(told, dict) and all(isinstance(text, str) for text in told.values()):
+            metadata.update(told)
+        dylora = dylora_of_config(config)
+        if dylora is not None and dylora_of(metadata) is None:  # written by PEFT itself, without kohya's metadata
+            metadata.update(dylora_metadata(dylora, network_args(metadata)))
+    return modules, metadata
+
+
+def write(folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
+    """Write the component folders. `tuner` is what a config needs to come back as its own type (DyLoRA's facts).
+
+    It stands in `auto_mapping`, a free-form field of every PEFT config, so that stock PEFT reads the plain adapter.
+    """
+    with all_or_none(folder) as own:
+        for component in {module.component for module in modules}:
+            (own / component).mkdir()
+            mine = {_live_path(module): one for module, one in modules.items() if module.component == component}
+            _write_component(own / component, mine, metadata, tuner)
+    for component in set(COMPONENTS) - {module.component for module in modules}:  # of an adapter that was there before
+        if (folder / component / CONFIG).is_file():
+            for name in (CONFIG, WEIGHTS, WEIGHTS_PICKLED):
+                if not atomic.delete(folder / component / name):
+                    raise AdapterError(f"{folder / component / name} is of the adapter before and cannot be deleted")
+
+
+def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:
+    config = {
+        **lora_config(mine),
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
+    }
+    tensors = {f"{PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
+    tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
+    with replacing(folder / WEIGHTS, durable=True) as partial:
+        safetensors.torch.save_file(tensors, partial, {"format": "pt"})
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

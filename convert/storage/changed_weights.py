@@ -1,0 +1,70 @@
+"""Making a checkpoint's tensors anew: changed, in another dtype, with or without a scale."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from lora_adapters.convert.deltas.low_rank import finite
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.checkpoint_names import Place
+from lora_adapters.convert.families.names import ModuleName
+
+from .scaled_weights import dequantised, requantised
+
+Change = Callable[[torch.Tensor], torch.Tensor]  # a module's weight -> the new one, same shape and dtype
+
+
+class Requantised:
+    """A changed scaled weight. Its scale is known once the weight has been made."""
+
+    def __init__(self, make: Callable[[], torch.Tensor], dtype: torch.dtype, scale: torch.Tensor, key: str) -> None:
+        self._make, self._dtype, self._old, self._key = make, dtype, scale, key
+        self._new: torch.Tensor | None = None
+
+    def weight(self) -> torch.Tensor:
+        """Made anew each time."""
+        number, self._new = requantised(self._make(), self._dtype, self._old, self._key)
+        return number
+
+    def scale(self) -> torch.Tensor:
+        """Of the weight that was made last."""
+        assert self._new is not None
+        return self._new
+
+
+def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, *_: object, **__: object) -> torch.Tensor:
+    """As `tensor.to`, for a scaled weight."""
+    return dequantised(tensor, scale, key)
+
+
+def cast(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in another dtype; AdapterError where a finite number would become infinite (or NaN, in float8)."""
+    new = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not finite(new) and bool((tensor.isfinite() & ~new.to(torch.float32).isfinite()).any()):
+        raise AdapterError(f"{key} has numbers that are too large for {dtype}; choose another precision")
+    return new
+
+
+def changed(
+    read: Callable[..., torch.Tensor], changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    """read: as `tensor.to`, gives a new tensor of float32 or float64."""
+    module = changes[0][2]
+
+    def make() -> torch.Tensor:
+        value = read(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+        for place, change, _ in changes:
+            part = place.of(value)
+            new = change(part)
+            if new.data_ptr() != part.data_ptr():
+                part.copy_(new)
+        lowest, highest = (float(end) for end in value.aminmax())  # one pass; NaN comes through
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            raise AdapterError(f"{module}: the changed weight has NaN or infinite numbers")
+        if max(-lowest, highest) > torch.finfo(dtype).max:
+            raise AdapterError(f"{module}: the changed weight is too large for {dtype}; choose another precision")
+        return value.to(dtype)
+
+    return make

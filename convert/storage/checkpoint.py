@@ -1,0 +1,318 @@
+"""Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
+
+import os
+import shutil
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from functools import partial as bound
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.families.checkpoint_names import (
+    Place,
+    architecture_of_file,
+    places_in_component,
+    places_in_file,
+)
+from lora_adapters.convert.families.names import COMPONENTS, ModuleName
+from lora_adapters.convert.parsing import json_value
+
+from .atomic import replacing_folder
+from .changed_weights import Change, Requantised, cast, changed, unscaled
+from .files import read_tensors, read_text
+from .folder_files import INDEX, other_entries, pipeline_files
+from .folder_weights import variant, weights_of
+from .scaled_weights import Neighbours, dequantised, neighbours, refuse, without_scales
+from .weights_writing import Planned, write
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """One file of a model: its tensors (mapped, not read), and where the modules' weights are among them."""
+
+    path: Path
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    metadata: Mapping[str, str]
+    places: Mapping[ModuleName, Place] = field(repr=False)
+    shards: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False)  # the other files of its variant
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """Scales and other tensors that change what weights mean."""
+        own = neighbours(self.tensors)
+        if not self.shards:
+            return own
+        every = neighbours(ChainMap(dict(self.tensors), *map(dict, self.shards)))
+        apart = {key: (scale, "scaled") for key, scale in every.scales.items() if own.scales.get(key) != scale}
+        return own._replace(foreign={**apart, **every.foreign})
+
+    @cached_property
+    def _scale_keys(self) -> frozenset[str]:
+        return frozenset(self.neighbours.scales.values())
+
+    def check(self, module: ModuleName) -> None:
+        """AdapterError where a module's weight is quantised in a way that cannot be read."""
+        key = self.places[module].key
+        refuse(self.neighbours.foreign, [key], str(self.path))
+        if not self.tensors[key].is_floating_point():
+            raise AdapterError(
+                f"{self.path}: {key} is {self.tensors[key].dtype}: a quantised weight cannot be read or changed; take "
+                "the model in fp16 or bf16"
+            )
+
+    def write(
+        self,
+        target: Path,
+        changes: Mapping[ModuleName, Change],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        replaces: bool | None = None,
+    ) -> None:
+        """Write it with the modules' weights changed; all other tensors stay as they are unless dtype is given.
+
+        replaces: see `weights_writing.write`.
+        """
+        metadata = metadata if dtype is None else without_scales(metadata)
+        write(target, self.planned(changes, dtype), metadata, self.path.suffix != ".bin", replaces)
+
+    def planned(self, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None) -> dict[str, Planned]:
+        """Its tensors as `write` would write them, each made only when its turn comes."""
+        by_key: dict[str, list[tuple[Place, Change, ModuleName]]] = {}
+        for module, place in self.places.items():
+            if module in changes:
+                self.check(module)
+                by_key.setdefault(place.key, []).append((place, changes[module], module))
+        if dtype is not None:
+            refuse(self.neighbours.foreign, self.neighbours.foreign, f"{self.path}: no other precision")
+        planned: dict[str, Planned] = {}
+        for key, tensor in self.tensors.items():
+            planned.update(self._planned(key, tensor, by_key.get(key, []), dtype))
+        whole = _Whole(self.path)
+        return {key: one._replace(make=bound(whole.checked, one.make)) for key, one in planned.items()}
+
+    def _planned(
+        self, key: str, tensor: torch.Tensor, changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype | None
+    ) -> dict[str, Planned]:
+        """What becomes of one tensor; of a scaled weight also of its scale, of a scale nothing."""
+        scales = self.neighbours.scales
+        if key in self._scale_keys or (dtype is not None and key in self.neighbours.extras):
+            return {}  # with its weight, or no longer needed
+        to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        shape = tuple(tensor.shape)
+        if key not in scales:
+            if changes:
+                return {key: Planned(to, shape, changed(tensor.to, changes, to))}
+            return {
+                key: Planned(to, shape, bound(cast, key, tensor, to)) if to != tensor.dtype else Planned.copy(tensor)
+            }
+        scale_key, scale = scales[key], self.tensors[scales[key]]
+        value = bound(unscaled, tensor, scale, scale_key)
+        if dtype is not None:
+            make = changed(value, changes, to) if changes else lambda: cast(key, value(), to)
+            return {key: Planned(to, shape, make)}
+        if not changes:
+            return {key: Planned.copy(tensor), scale_key: Planned.copy(scale)}
+        both = Requantised(changed(value, changes, torch.float32), tensor.dtype, scale, scale_key)
+        return {
+            key: Planned(to, shape, both.weight),
+            scale_key: Planned(scale.dtype, tuple(scale.shape), both.scale, late=True),
+        }
+
+
+class _Whole:
+    """Watches that a mapped file keeps its size: reading beyond its end would kill the process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.before = file, file.stat()
+
+    def checked(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor that is made from the file; AdapterError where the file was cut short meanwhile."""
+        with suppress(OSError):  # renamed or removed: what is mapped stays
+            now = self.file.stat()
+            if os.path.samestat(now, self.before) and now.st_size < self.before.st_size:
+                raise AdapterError(f"{self.file} was cut short while it was read")
+        return make()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Stable Diffusion model on disk. `architecture` is "sd" or "sdxl"."""
+
+    path: Path
+    architecture: str
+    files: tuple[WeightsFile, ...] = field(repr=False)
+
+    @classmethod
+    def open(cls, source: str | Path) -> "Checkpoint":
+        """Open a checkpoint file (.safetensors, .ckpt) or a Diffusers folder.
+
+        AdapterError where it is missing, broken, or holds no U-Net of SD1.x, SD2.x or SDXL.
+        """
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return cls._open_folder(path)
+        tensors, metadata = read_tensors(path)
+        architecture = architecture_of_file(tensors)
+        if architecture is None:
+            raise AdapterError(f"{path} is no Stable Diffusion checkpoint: it has no model.diffusion_model tensors")
+        places = places_in_file(tensors, architecture)
+        return cls(path, architecture, (WeightsFile(path, tensors, metadata, places),))
+
+    @classmethod
+    def _open_folder(cls, path: Path) -> "Checkpoint":
+        if not (path / "unet").is_dir():
+            raise AdapterError(f"{path} is no Diffusers folder of Stable Diffusion: it has no folder unet")
+        listed = {component: weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
+        if not listed["unet"]:
+            raise AdapterError(f"{path / 'unet'} holds no weights (.safetensors or .bin)")
+        opened = [(component, file, *read_tensors(file)) for component, files in listed.items() for file in files]
+        extra = any(key.startswith("add_embedding.") for component, _, tensors, _ in opened for key in tensors)
+        architecture = "sdxl" if extra or "text_encoder_2" in listed else "sd"
+        files = tuple(
+            WeightsFile(
+                file,
+                tensors,
+                metadata,
+                places_in_component(tensors, component, architecture),
+                tuple(other for part, shard, other, _ in opened if _same_set((part, shard), (component, file))),
+            )
+            for component, file, tensors, metadata in opened
+        )
+        return cls(path, architecture, files)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a Diffusers folder."""
+        return self.path.is_dir()
+
+    @property
+    def modules(self) -> dict[ModuleName, WeightsFile]:
+        """All modules that an adapter can have here, with the file of each."""
+        return {module: file for file in reversed(self.files) for module in file.places}
+
+    def weight(self, module: ModuleName, file: WeightsFile | None = None) -> torch.Tensor:
+        """The weight of a module as it is in the file: mapped, of its own dtype."""
+        file = file or self.modules[module]
+        place = file.places[module]
+        return place.of(file.tensors[place.key])
+
+    def check_absent(self) -> None:
+        """AdapterError where quantised weights are stored under other names, so that modules seem to be missing."""
+        for file in self.files:
+            foreign = file.neighbours.foreign
+            refuse(foreign, (key for key in foreign if key not in file.tensors), str(file.path))
+
+    def read(self, module: ModuleName, file: WeightsFile) -> torch.Tensor:
+        """The numbers of a module's weight: those of the file, or float32 where it is scaled.
+
+        Mapped for this tensor only: reading many does not keep the whole file resident. AdapterError where the weight
+        is quantised in another way, or the file is no longer what it was.
+        """
+        file.check(module)
+        place = file.places[module]
+        scale = file.neighbours.scales.get(place.key)
+        if file.path.suffix != ".safetensors":
+            weight = file.tensors[place.key]
+        else:
+            try:
+                with safe_open(file.path, framework="pt") as opened:
+                    weight = opened.get_tensor(place.key)
+            except (SafetensorError, OSError) as error:
+                raise AdapterError(f"{file.path} changed while it was read ({first_line(error)})") from None
+        return place.of(weight if scale is None else dequantised(weight, file.tensors[scale], scale))
+
+    @property
+    def base_version(self) -> str:
+        """kohya's ss_base_model_version: sd_v1, sd_v2 or sdxl_base_v1-0, and sd_v2_v where the folder says so."""
+        if self.architecture == "sdxl":
+            return "sdxl_base_v1-0"
+        queries = [module for module in self.modules if module.path.endswith("attn2.to_k")]
+        if not queries or self.weight(queries[0]).shape[1] != 1024:  # the width of SD2's text encoder
+            return "sd_v1"
+        try:
+            scheduler = json_value(read_text(self.path / "scheduler" / "scheduler_config.json"))
+        except (OSError, ValueError):
+            scheduler = {}
+        if not isinstance(scheduler, dict):
+            scheduler = {}
+        return "sd_v2_v" if scheduler.get("prediction_type") == "v_prediction" else "sd_v2"
+
+    def write(
+        self,
+        target: str | Path,
+        changes: Mapping[ModuleName, Change],
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write the model with changed weights, whole or not at all: a file as a file, a folder as a folder.
+
+        changes: for some modules, what makes a new weight of the old (float32, same shape, in place or not). The result
+        has the old dtype, or `dtype`, which then holds for all floating point tensors. metadata: entries to add; None
+        leaves out the source's too.
+        """
+        target = Path(target).expanduser()
+        if not self.is_folder:
+            (file,) = self.files
+            facts = {} if metadata is None else {**file.metadata, **metadata}
+            facts.pop("modelspec.hash_sha256", None)
+            file.write(target, changes, dtype, facts)
+            return target
+        touched = {file.path: file for file in self.files if dtype is not None or file.places.keys() & changes.keys()}
+        with _replacing_folder(target) as partial:
+            for source in pipeline_files(self.path):
+                copy = partial / source.relative_to(self.path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if source in touched:
+                    file = touched[source]
+                    facts = dict(file.metadata) if metadata is None else {**file.metadata, **metadata}
+                    file.write(copy, changes, dtype, facts, target.exists())
+                    before = target / source.relative_to(self.path)
+                    if before.exists():  # who may read it stays as it was
+                        copy.chmod(before.stat().st_mode)
+                else:
+                    _copy(source, copy)
+        return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        source.open("rb").close()
+    except OSError as error:  # not to be taken for one of the target
+        raise AdapterError(f"{source} cannot be read ({error.strerror or error})") from None
+    shutil.copy2(source, target)
+
+
+def _same_set(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
+    """Whether two files are different shards of the same weights; each is (component, file)."""
+    return one[0] == other[0] and one[1] != other[1] and variant(one[1]) == variant(other[1])
+
+
+@contextmanager
+def _replacing_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to fill; takes its place when the block ends well, removed when it does not.
+
+    What is in the old one and no part of a model moves to the new one.
+    """
+    if target.exists() and not target.is_dir():
+        raise AdapterError(f"{target} is a file: a Diffusers folder is written as a folder")
+    target = target.resolve()  # a link stays one
+    there = target.is_dir() and any(target.iterdir())
+    if there and not (target / INDEX).is_file() and not weights_of(target / "unet"):
+        raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
+
+    def kept(made: Path) -> list[str]:
+        return [str(name) for name in other_entries(target) if not (made / name).exists()]
+
+    try:
+        with replacing_folder(target, kept, file_by_file=True) as made:
+            if there:
+                made.chmod(target.stat().st_mode)
+            yield made
+    except OSError as error:
+        raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,53 @@
+"""Averaged weights (EMA) in checkpoints: a twin of each of the U-Net's tensors, `model_ema.` and its name without dots.
+
+Most programs read the other tensors, and those are what an adapter is merged into.
+"""
+
+from dataclasses import replace
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.checkpoint_names import Place
+from lora_adapters.convert.families.names import ModuleName
+
+from .checkpoint import Checkpoint, WeightsFile
+
+EMA = ("keep", "drop", "merge")
+_START, _MODEL = "model_ema.", "model."
+
+
+def ema_keys(checkpoint: Checkpoint) -> list[str]:
+    """The names of the averaged tensors in a checkpoint file."""
+    return [key for file in checkpoint.files for key in file.tensors if key.startswith(_START)]
+
+
+def twin(module: ModuleName) -> ModuleName:
+    """What a module of the U-Net is called among the places of its averaged weights."""
+    return module._replace(component="unet_ema")
+
+
+def with_ema(checkpoint: Checkpoint, chosen: str) -> Checkpoint:
+    """The checkpoint without its averaged weights ("drop"), with places for them ("merge"), or as it is ("keep").
+
+    AdapterError where there are none to drop or merge.
+    """
+    if chosen not in EMA:
+        raise AdapterError(f"ema {chosen}: {', '.join(EMA)} are known")
+    if chosen == "keep":
+        return checkpoint
+    if not ema_keys(checkpoint):
+        raise AdapterError(f"{checkpoint.path} has no EMA weights (model_ema.*) to {chosen}")
+    change = _without if chosen == "drop" else _with_places
+    return replace(checkpoint, files=tuple(change(file) for file in checkpoint.files))
+
+
+def _without(file: WeightsFile) -> WeightsFile:
+    return replace(file, tensors={key: tensor for key, tensor in file.tensors.items() if not key.startswith(_START)})
+
+
+def _with_places(file: WeightsFile) -> WeightsFile:
+    twins = {}
+    for module, place in file.places.items():
+        key = _START + place.key.removeprefix(_MODEL).replace(".", "")
+        if module.component == "unet" and key in file.tensors:
+            twins[twin(module)] = Place(key)
+    return replace(file, places={**file.places, **twins})

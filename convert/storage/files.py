@@ -1,0 +1,229 @@
+"""Reading tensors from files without trusting them, and writing files that are whole or not there."""
+
+import re
+import secrets
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_adapters.convert.errors import AdapterError, first_line
+
+from . import atomic
+
+_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+
+
+def check_regular(file: Path) -> None:
+    """AdapterError where there is no file, or one whose reading may not come to an end: a folder, a pipe, a device."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        raise AdapterError(f"{file} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISDIR(mode):
+        raise AdapterError(f"{file} is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise AdapterError(f"{file} is a pipe or a device: name a regular file")
+
+
+def read_text(file: Path) -> str:
+    """The text of a configuration file, UTF-8; ValueError where it is none, AdapterError where it cannot be read."""
+    check_regular(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
+
+
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a .safetensors file or of a PyTorch pickle, memory-mapped, and the metadata ({} of a pickle).
+
+    Which of the two it is tell its first bytes, not its name. Pickles are read without executing anything
+    (`weights_only`). AdapterError where the file is missing, truncated, or a pickle that is called .safetensors.
+    """
+    check_regular(file)
+    try:
+        if is_safetensors(file):
+            with safe_open(file, framework="pt") as opened:
+                names = opened.keys()  # not a dict: it has no iterator of its own
+                return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is truncated or no safetensors file ({first_line(error)})") from None
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a type of number that this PyTorch has not, a name that is no text
+        raise AdapterError(f"{file} holds what cannot be read ({first_line(error)})") from None
+    if file.suffix.lower() == ".safetensors":
+        if _is_pickle(file):
+            raise AdapterError(f"{file} is called .safetensors, but is a PyTorch pickle: give it the ending .ckpt")
+        raise AdapterError(f"{file} is truncated or no safetensors file")
+    loaded = load_plain(file)
+    if isinstance(loaded, dict):
+        loaded = loaded.get("state_dict", loaded)
+    if not isinstance(loaded, dict):
+        raise AdapterError(f"{file} holds {_described(loaded)}, no table of named tensors")
+    for name, tensor in loaded.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
+        if not isinstance(name, str) or not _is_plain(tensor):
+            raise AdapterError(f"{file}: {name!s:.80} is no plain tensor under a name")
+    # Views that conjugate or negate what is stored have no bytes of their own; both calls give back all others.
+    return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
+
+
+def _described(value: object) -> str:
+    """A value of a foreign file, in a few words."""
+    name = "a training program's object" if isinstance(value, _Inert) else f"of the type {type(value).__name__}"
+    return f"{name} ({value!s:.40})" if isinstance(value, int | float | str) else name
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file begins as a safetensors file does: the length of its header (8 bytes), and a brace."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether a file begins as torch.save's do: as a zip archive's, or before PyTorch 1.6 as a pickle of protocol 2."""
+    with file.open("rb") as opened:
+        return opened.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+
+
+class _Inert:
+    """Stands for a training library's objects in old checkpoints: nothing of theirs is made or run."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+# What the first Stable Diffusion checkpoints hold beside their weights (state of callbacks, numpy numbers in it).
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Inert, name)
+    for name in (
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "pytorch_lightning.callbacks.ModelCheckpoint",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "_codecs.encode",
+    )
+]
+
+
+def load_plain(file: Path, mapped: bool = True) -> Any:
+    """What a PyTorch pickle holds, on the CPU and, if `mapped`, mapped where it can be; nothing in it is executed.
+
+    AdapterError where it cannot be read.
+    """
+    check_regular(file)
+    try:
+        with file.open("rb") as opened:
+            if opened.read(4) == b"GGUF":
+                raise AdapterError(f"{file} is a GGUF file, of quantised weights: take the model in fp16 or bf16")
+        with torch.serialization.safe_globals(_INERT):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and _can_be_mapped(file))
+    except AdapterError:
+        raise
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # PyTorch's unpickler raises almost anything on damaged files
+        reason = first_line(error)
+        if "weights_only" in str(error):
+            strange = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
+        raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
+
+
+_MOST_UNPACKED = 256 << 20  # bytes that compressed members may have in any file; larger ones in a large file
+_MOST_TIMES = 8  # of the file's own size: weights never compress so well
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether a pickle's storages are the bytes of the file: in a zip archive (since PyTorch 1.6), not compressed.
+
+    AdapterError for an archive with passwords, and for one that would unpack to far more than its size.
+    """
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(member.flag_bits & 1 for member in members):
+        raise AdapterError(f"{file} is an archive with a password")
+    packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
+    size = sum(member.file_size for member in packed)
+    if size > max(_MOST_UNPACKED, _MOST_TIMES * file.stat().st_size):
+        raise AdapterError(f"{file} is compressed and would unpack to {size / 1e9:.1f} GB: no weights do that")
+    return not packed
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is dense and holds as many numbers as it says; a few bytes may stand for terabytes (stride 0)."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+@contextmanager
+def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
+    """As `atomic.replacing`; AdapterError where the folder cannot be written to or the disk is full."""
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise AdapterError(f"{target} is a pipe or a device: name a regular file")
+    try:
+        with atomic.replacing(target, durable) as partial:
+            yield partial
+    except IsADirectoryError:
+        raise AdapterError(f"{target} is a folder: name a file in it") from None
+    except SafetensorError as error:
+        raise AdapterError(f"{target} cannot be written ({error})") from None
+    except OSError as error:
+        raise AdapterError(f"{target} cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def all_or_none(folder: Path) -> Iterator[Path]:
+    """An empty folder in `folder` to fill; its files are moved to `folder` when the block ends well, else removed.
+
+    They replace files of the same name, in folders of the same name. AdapterError where that cannot be done.
+    """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    own = folder / f".{secrets.token_hex(4)}.partial"
+    try:
+        own.mkdir(parents=True)
+        yield own
+        made = []
+        for file in sorted(own.rglob("*")):
+            target = folder / file.relative_to(own)
+            if file.is_dir():
+                target.mkdir(exist_ok=True)
+            elif target.is_dir():
+                raise AdapterError(f"{target} is a folder: a file of that name is to be written")
+        for file in [file for file in own.rglob("*") if file.is_file()]:
+            target = folder / file.relative_to(own)
+            if target.exists():
+                file.chmod(target.stat().st_mode)
+            atomic.move(file, target)
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be written to ({error.strerror or error})") from None
+    finally:
+        atomic.delete_folder(own)
+        with suppress(OSError):
+            for part in made:  # folders that were made for nothing
+                part.rmdir()
+
+
+def save_pickle(table: Any, file: Path) -> None:
+    """`torch.save`, with an OSError where the disk is full. The file is closed then, and can be deleted."""
+    with file.open("wb") as opened:
+        try:
+            torch.save(table, opened)
+        except RuntimeError as error:  # its own way to report that
+            raise OSError(f"the disk may be full: {first_line(error)}") from error

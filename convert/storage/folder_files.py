@@ -1,0 +1,102 @@
+"""What in a Diffusers folder is part of its pipeline: the components that it names, and the files that these need."""
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.convert.families.names import COMPONENTS
+from lora_adapters.convert.parsing import json_value
+
+from .files import read_text
+from .folder_weights import stem_of, variant, weights_of
+
+INDEX = "model_index.json"
+_USUAL = (  # where there is no index to name them
+    *COMPONENTS, "vae", "tokenizer", "tokenizer_2", "scheduler", "feature_extractor", "safety_checker", "image_encoder",
+)  # fmt: skip
+_NEEDED = {
+    "config.json", "scheduler_config.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
+}  # fmt: skip
+_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)[^/]*", re.IGNORECASE)  # a copy of the model has to carry them
+_ANY_WEIGHTS = re.compile(
+    r".+\.(safetensors|bin|ckpt|pt|pth|msgpack|onnx|onnx_data|pb|h5|xml|mlmodel|tflite)(\.index(\..+)?\.json)?"
+)
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """What the folder's model_index.json says; {} where there is none that can be read."""
+    try:
+        index = json_value(read_text(folder / INDEX))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def _components(folder: Path) -> dict[str, str | None]:
+    """The components of the pipeline, each with the module that its class is from."""
+    index = index_of(folder)
+    named = {
+        name: value[0]
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value and isinstance(value[0], str)
+    }
+    return {**dict.fromkeys(COMPONENTS if named else _USUAL), **named}
+
+
+def pipeline_files(folder: Path) -> Iterator[Path]:
+    """The files that the folder's pipeline needs: its index, those of its components (which may be links), its licence.
+
+    Left out: whatever else is in the folder or in a component's, and weights that are not read (of other frameworks,
+    .bin beside .safetensors of the same variant).
+    """
+    index = folder / INDEX
+    if index.is_file():
+        yield index
+    yield from (file for file in folder.glob("*") if _LEGAL.fullmatch(file.name) and file.is_file())
+    own = index_of(folder).get("_class_name")
+    if isinstance(own, list) and own:  # a pipeline with code of its own
+        yield from (file for file in folder.glob("*.py") if file.name == f"{own[0]}.py")
+    for component, module in _components(folder).items():
+        place = folder / component
+        if not component or component != Path(component).name or component == ".." or not place.is_dir():
+            continue
+        weights = weights_of(place)
+        for file in sorted(place.iterdir()):
+            needed = file.name in _NEEDED or file.name == f"{module}.py" or file in weights or _is_index(file, weights)
+            if needed and file.is_file():
+                yield file
+
+
+def _is_index(file: Path, weights: Collection[Path]) -> bool:
+    """Whether a file is the index of the shards among these weights."""
+    if not (".index." in file.name and file.name.endswith(".json")):
+        return False
+    ending = ".bin" if ".bin." in file.name else ".safetensors"
+    kind = (stem_of(file), variant(file))
+    return any((stem_of(one), variant(one)) == kind and one.name.endswith(ending) for one in weights)
+
+
+def other_entries(folder: Path) -> list[Path]:
+    """What is in a Diffusers folder and no part of the model, relative to it: pictures, .git, checkpoints, notes.
+
+    Weights in a component's folder belong to the model, even where no pipeline would read them.
+    """
+    if not folder.is_dir():
+        return []
+    components = [*_components(folder), *_USUAL]
+    found = []
+    for entry in folder.iterdir():
+        if entry.name == INDEX:
+            continue
+        if entry.name not in components:
+            found.append(entry)
+        elif entry.is_dir() and not entry.is_symlink():  # what a link leads to is not the folder's
+            found += [one for one in entry.iterdir() if one.is_dir() or not _of_the_model(one.name)]
+    return [entry.relative_to(folder) for entry in found]
+
+
+def _of_the_model(name: str) -> bool:
+    return name in _NEEDED or _ANY_WEIGHTS.fullmatch(name) is not None

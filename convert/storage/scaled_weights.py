@@ -1,0 +1,176 @@
+"""Weights whose meaning stands in tensors beside them: scaled fp8, which can be changed, and kinds that cannot.
+
+A scaled weight is `weight * scale`, with one scale for the tensor or one for each row:
+
+    <module>.scale_weight, <module>.scale_input, scaled_fp8      ComfyUI, kohya
+    <module>.weight_scale, <module>.input_scale, comfy_quant     ComfyUI since 2025, compressed-tensors
+
+bitsandbytes, quanto, GPTQ, block scales and the like put other tensors beside a weight. An adapter can only be added to
+the numbers that a weight stands for, so these are recognised and refused rather than changed as if they were plain.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.parsing import json_value
+
+MARKER = "scaled_fp8"  # an empty tensor: the file has scaled weights
+METADATA_KEY = "_quantization_metadata"
+_SCALES = ("scale_weight", "weight_scale")
+_ACTIVATIONS = ("scale_input", "input_scale", "scale_output", "output_scale")  # of the layer's input, not its weight
+_RECIPE = "comfy_quant"
+_WORTH_IT = 0.8  # of the squared error: a new scale that gains less is not taken
+_ANY, _INTEGER = "rescaled", "quantised integer"
+_VAGUE = (_ANY, _INTEGER)  # another neighbour may tell more
+_KINDS = (
+    (r"absmax|quant_map|quant_state", "bitsandbytes 4-bit"),
+    (r"SCB|weight_format|\bCB\b", "bitsandbytes 8-bit"),
+    (r"qweight|qzeros|g_idx", "GPTQ or AWQ"),
+    (r"weight\._(data|scale|shift|packed)|weight_qtype", "quanto"),
+    (r"W_q", "HQQ"),
+    (r"weight_scale_2|weight_global_scale|weight_packed", "4-bit"),
+    (r"scale_inv|scale|zero_?point|zeros|quant|amax|smooth|code_?book|mask|weight_orig", _ANY),
+)
+
+
+class Neighbours(NamedTuple):
+    """What stands beside the weights of a table of tensors.
+
+    scales: the key of each scaled weight -> the key of its scale; extras: keys that belong to scaled weights only;
+    foreign: the key of a weight that is not what its numbers say -> the key of the neighbour, and its kind.
+    """
+
+    scales: dict[str, str]
+    extras: frozenset[str]
+    foreign: dict[str, tuple[str, str]]
+
+
+def neighbours(tensors: Mapping[str, torch.Tensor]) -> Neighbours:
+    """Find the tensors that change the meaning of others."""
+    scales: dict[str, str] = {}
+    extras: set[str] = set()
+    foreign: dict[str, tuple[str, str]] = {}
+    for key, tensor in tensors.items():
+        if key.rpartition(".")[2] == MARKER:
+            extras.add(key)
+            continue
+        owner, name = _owner(key, tensors)
+        if owner is None:
+            continue
+        weight = tensors.get(owner)
+        plain = weight is not None and weight.is_floating_point() and weight.dtype.itemsize == 1
+        if name in _ACTIVATIONS or (name == _RECIPE and plain and _recipe(tensor).startswith("float8")):
+            extras.add(key)
+        elif name in _SCALES and plain and tensor.is_floating_point() and owner not in scales:
+            scales[owner] = key
+        else:
+            kind = _recipe(tensor) if name == _RECIPE else _kind(name, weight)
+            if kind is not None and (owner not in foreign or foreign[owner][1] in _VAGUE):
+                foreign[owner] = (key, kind)
+    return Neighbours({key: scales[key] for key in scales if key not in foreign}, frozenset(extras), foreign)
+
+
+def _owner(key: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str | None, str]:
+    """The weight that a tensor may belong to, and the tensor's name beside it; None for weights and biases."""
+    if match := re.fullmatch(r"(.+\.(?:\w+_)?weight)\.(.+)", key):  # to_q.weight.absmax
+        return match[1], f"weight.{match[2]}"
+    parent, _, name = key.rpartition(".")
+    if not parent or name in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
+        return None, name
+    if match := re.fullmatch(r"in_proj_(.+)", name):  # attn.in_proj_weight_scale
+        return f"{parent}.in_proj_weight", match[1]
+    for owner in (f"{parent}.weight", f"{parent}_weight"):
+        if owner in tensors:
+            return owner, name
+    if match := re.fullmatch(r"(.+)\.weight_\w+", parent):  # to_q.weight_quantizer._amax
+        return f"{match[1]}.weight", f"{parent.rpartition('.')[2]}.{name}"
+    return f"{parent}.weight", name
+
+
+def _kind(name: str, weight: torch.Tensor | None) -> str | None:
+    """The kind of quantisation that a neighbour's name tells, None where it tells none."""
+    found = next((kind for pattern, kind in _KINDS if re.search(pattern, name)), None)
+    if found != _ANY:
+        return found
+    if weight is None:  # nothing but a name with such a word in it, as CLIP's logit_scale
+        return None
+    return found if weight.is_floating_point() else _INTEGER
+
+
+def _recipe(tensor: torch.Tensor) -> str:
+    """The format that a `comfy_quant` tensor names: JSON as bytes."""
+    try:
+        table = json_value(bytes(tensor.flatten().tolist()).decode())
+        return str(table["format"])
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError):
+        return "unknown"
+
+
+def aligned(scale: torch.Tensor, weight: torch.Tensor, key: str) -> torch.Tensor:
+    """The scale (one number, or one for each row) in a shape that multiplies the weight, float32.
+
+    AdapterError for any other shape (scales of blocks or columns), and for NaN or infinite scales.
+    """
+    rows = len(weight) if weight.ndim else 1
+    if scale.numel() != 1 and not (scale.ndim and len(scale) == scale.numel() == rows):
+        raise AdapterError(
+            f"{key} is a scale of {list(scale.shape)} for a weight of {list(weight.shape)}: scales of blocks or columns"
+            " cannot be read; take the model in fp16 or bf16"
+        )
+    wide = scale.to(torch.float32)
+    if not bool(wide.isfinite().all()):
+        raise AdapterError(f"{key} has NaN or infinite numbers")
+    return wide.reshape(()) if scale.numel() == 1 else wide.reshape(rows, *(1 for _ in weight.shape[1:]))
+
+
+def dequantised(weight: torch.Tensor, scale: torch.Tensor, key: str) -> torch.Tensor:
+    """The numbers that a scaled weight stands for, float32; key is the scale's, for errors."""
+    return weight.to(torch.float32, copy=True).mul_(aligned(scale, weight, key))
+
+
+def requantised(
+    value: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor, key: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in `dtype` and a scale like the given one (dtype, shape) that stand for `value` (float32).
+
+    The scale is the given one, or the one that puts the largest number at the end of dtype's range where that is much
+    closer to the value, as it is after an overflow; chosen for each row where scales are of rows.
+    """
+    most = torch.finfo(dtype).max
+    old = aligned(scale, value, key)
+    rows = tuple(range(1, value.ndim))
+    largest = value.abs().amax(rows, keepdim=True) if old.ndim else value.abs().amax()
+    fresh = (largest / most).to(scale.dtype).to(torch.float32)
+    best, chosen, least = None, old, None
+    for one in (old, fresh):
+        number = (value / torch.where(one == 0, 1.0, one)).clamp_(-most, most).to(dtype)
+        missing = (number.to(torch.float32) * one).sub_(value).square_()
+        lost = missing.sum(rows, keepdim=True, dtype=torch.float64) if old.ndim else missing.sum(dtype=torch.float64)
+        if best is None or least is None:
+            best, least = number, lost
+            continue
+        better = lost < _WORTH_IT * least
+        chosen = torch.where(better, one, chosen)
+        best = torch.where(better, number.view(torch.uint8), best.view(torch.uint8)).view(dtype)  # no `where` of float8
+    assert best is not None
+    return best, chosen.to(scale.dtype).reshape(scale.shape)
+
+
+def without_scales(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a file whose scaled weights became plain ones."""
+    return {key: value for key, value in metadata.items() if key != METADATA_KEY}
+
+
+def refuse(foreign: Mapping[str, tuple[str, str]], keys: Iterable[str], where: str) -> None:
+    """AdapterError where one of the weights is not what its numbers say."""
+    for key in keys:
+        if key in foreign:
+            neighbour, kind = foreign[key]
+            raise AdapterError(
+                f"{where}: {key} is a {kind} weight (see {neighbour}), which cannot be read or changed: take the model "
+                "in fp16 or bf16"
+            )

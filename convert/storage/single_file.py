@@ -1,0 +1,153 @@
+"""A Diffusers folder written as one checkpoint file in the original layout, which A1111 and ComfyUI open."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.original_layout import (
+    Origin,
+    clip_origins,
+    open_clip_origins,
+    unet_origins,
+    vae_origins,
+)
+from lora_adapters.convert.parsing import json_value
+
+from .changed_weights import Change
+from .checkpoint import Checkpoint, WeightsFile
+from .files import read_tensors, read_text
+from .folder_weights import variant, weights_of
+from .weights_writing import Planned, write
+
+ENDINGS = (".safetensors", ".ckpt")
+Naming = Callable[[Collection[str]], dict[str, Origin]]  # a component's keys -> original names
+_SD2_WIDTH = 1024  # of the text encoder
+_UNSUPPORTED = ("image_encoder", "image_normalizer")  # weights that pictures depend on, without a place in the layout
+
+
+def is_single_file(target: str | Path) -> bool:
+    """Whether a model's target is named as one weights file."""
+    return Path(target).suffix.lower() in (*ENDINGS, ".pt", ".pth", ".bin")
+
+
+def write_single_file(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    changes: Mapping[ModuleName, Change],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a Diffusers folder as one file, with changed weights; whole or not at all.
+
+    U-Net, VAE and text encoders are in it; tokenizers, scheduler and safety checker are not, as in any such file.
+
+    Args:
+        checkpoint: an opened Diffusers folder.
+        target: the file, .safetensors or .ckpt.
+        changes: for some modules, what makes the new weight of the old; see `Checkpoint.write`.
+        dtype: of all floating point tensors; None keeps each tensor's own.
+        metadata: entries for the header of a .safetensors file.
+
+    Raises:
+        AdapterError: a part is missing, or has tensors that the original layout has no names for.
+    """
+    target = Path(target).expanduser()
+    if target.suffix not in ENDINGS:
+        raise AdapterError(f"{target}: a checkpoint in the original layout ends in {' or '.join(ENDINGS)}")
+    extra = [name for name in _UNSUPPORTED if weights_of(checkpoint.path / name)]
+    if extra:
+        raise AdapterError(
+            f"{checkpoint.path} has {extra[0]}, which a file in the original layout cannot hold: "
+            "give --save_to the name of a folder"
+        )
+    planned: dict[str, Planned] = {}
+    for component, origins in _components(checkpoint):
+        parts: dict[str, Planned] = {}
+        for file in _main_files(checkpoint, component):
+            parts |= file.planned(changes, dtype)
+        try:
+            made = origins(parts)
+        except AdapterError as error:
+            raise AdapterError(f"{checkpoint.path / component}: {error}") from None
+        planned |= {name: _combined(name, [parts[key] for key in one.keys], one.form) for name, one in made.items()}
+    planned |= _prediction_marks(checkpoint)
+    write(target, planned, {"format": "pt", **(metadata or {})})
+    return target
+
+
+def _components(checkpoint: Checkpoint) -> list[tuple[str, Naming]]:
+    """Each component that goes into the file, with what names its tensors."""
+    sdxl = checkpoint.architecture == "sdxl"
+
+    def clip(keys: Collection[str]) -> dict[str, Origin]:
+        return clip_origins(keys, checkpoint.architecture)
+
+    def open_clip(keys: Collection[str]) -> dict[str, Origin]:
+        return open_clip_origins(keys, checkpoint.architecture)
+
+    first = clip if sdxl or not _is_open_clip(checkpoint) else open_clip
+    listed: list[tuple[str, Naming]] = [("unet", unet_origins), ("vae", vae_origins), ("text_encoder", first)]
+    return [*listed, ("text_encoder_2", open_clip)] if sdxl else listed
+
+
+def _main_files(checkpoint: Checkpoint, component: str) -> list[WeightsFile]:
+    """The weights files of a component in its main variant, or in the only one that there is."""
+    files = [file for file in checkpoint.files if file.path.parent.name == component]
+    if component == "vae":
+        files = [WeightsFile(path, *read_tensors(path), {}) for path in weights_of(checkpoint.path / "vae")]
+    if not files:
+        raise AdapterError(
+            f"{checkpoint.path} has no {component} with weights: one file holds the U-Net, the VAE and the text "
+            "encoders; give --save_to the name of a folder"
+        )
+    variants = sorted({variant(file.path) for file in files})
+    if len(variants) > 1 and variants[0] != "":
+        raise AdapterError(
+            f"{checkpoint.path / component} has several variants and no main one: {', '.join(variants)}; leave one"
+        )
+    return [file for file in files if variant(file.path) == variants[0]]
+
+
+def _is_open_clip(checkpoint: Checkpoint) -> bool:
+    """Whether SD's text encoder is open_clip's, as in SD2.x: it has another activation, so the layout says which."""
+    config = _config(checkpoint.path / "text_encoder" / "config.json")
+    if "hidden_act" in config:
+        return config["hidden_act"] == "gelu"
+    text = [module for module in checkpoint.modules if module.component == "text_encoder"]
+    return bool(text) and checkpoint.weight(text[0]).shape[1] == _SD2_WIDTH
+
+
+def _prediction_marks(checkpoint: Checkpoint) -> dict[str, Planned]:
+    """Empty tensors by which A1111 and ComfyUI know an SDXL model that predicts v, and one of zero terminal SNR."""
+    scheduler = _config(checkpoint.path / "scheduler" / "scheduler_config.json")
+    if checkpoint.architecture != "sdxl" or scheduler.get("prediction_type") != "v_prediction":
+        return {}
+    names = ["v_pred", *(["ztsnr"] if scheduler.get("rescale_betas_zero_snr") else [])]
+    return {name: Planned.copy(torch.zeros(0)) for name in names}
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        found = json_value(read_text(file))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _combined(name: str, parts: Sequence[Planned], form: str) -> Planned:
+    """The original tensor of those in a folder, made when its turn comes."""
+    first = parts[0]
+    if form == "same" or (form == "conv" and len(first.shape) != 2):
+        return first
+    if form == "conv":
+        return Planned(first.dtype, (*first.shape, 1, 1), lambda: first.make()[:, :, None, None])
+    if form == "transposed":
+        return Planned(first.dtype, first.shape[::-1], lambda: first.make().T)
+    if any(one.dtype != first.dtype or one.shape[1:] != first.shape[1:] for one in parts):
+        raise AdapterError(f"{name}: q, k and v differ in dtype or width, but are one tensor in the original layout")
+    shape = (sum(one.shape[0] for one in parts), *first.shape[1:])
+    return Planned(first.dtype, shape, lambda: torch.cat([one.make() for one in parts]))

@@ -1,0 +1,136 @@
+"""Where an adapter is: a file, a folder, or a repository on the Hub."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import COMPONENTS
+from lora_adapters.convert.formats import peft as format_peft
+
+from .hub_errors import HubError, hub_errors, incomplete_snapshot, is_missing_there
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by itself
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+
+
+class SeveralFilesError(AdapterError):
+    """A folder or repository in which one file has to be named."""
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether it is written as owner/name of a repository, and not as a weights file."""
+    return _REPO_ID.fullmatch(name) is not None and not name.lower().endswith(_ENDINGS)
+
+
+def _choose(names: list[str], place: str) -> str:
+    """The one weights file among the names, or the one that diffusers would take."""
+    index = next((name for name in sorted(names) if name.endswith(".index.json")), None)
+    names = [name for name in names if name.lower().endswith(".safetensors")] or [
+        name for name in names if name.lower().endswith(_ENDINGS)
+    ]
+    if len(names) == 1:
+        return names[0]
+    if DIFFUSERS_NAME in names:
+        return DIFFUSERS_NAME
+    if index is not None and len(names) > 1:
+        raise AdapterError(f"{place} holds an adapter that is split into {len(names)} files ({index}): save it as one")
+    if not names:
+        raise AdapterError(f"{place} holds no adapter (no {', '.join(_ENDINGS)} file and no {format_peft.CONFIG})")
+    shown = [f"{name:.48}" for name in sorted(names)[:4]] + (["..."] if len(names) > 4 else [])
+    raise SeveralFilesError(f"{place} holds {len(names)} weights files, name one with weight_name: {', '.join(shown)}")
+
+
+def locate(source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:
+    """The local path of an adapter's file or PEFT folder; a repository is downloaded to the Hub's cache.
+
+    `hub` goes to `huggingface_hub.hf_hub_download` (token, revision, cache_dir, local_files_only, endpoint, ...).
+    AdapterError where there is nothing, or more than one file to choose from; HubError, an AdapterError whose cause is
+    the Hub library's own error, where a repository cannot be had: missing, private, gated, another revision, offline.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return _in_folder(path / (subfolder or ""), weight_name)
+    if not is_repo_id(str(source)):
+        raise AdapterError(f"{source} does not exist (no such file or folder, and no owner/name of a repository)")
+    return _in_repository(str(source), weight_name, subfolder, {key: hub[key] for key in hub if hub[key] is not None})
+
+
+def _in_folder(path: Path, weight_name: str | None) -> Path:
+    """The file, or the folder itself where it is PEFT's and has no file of the name that diffusers picks."""
+    if not path.is_dir():
+        return path
+    if weight_name is not None:
+        if not (path / weight_name).exists():
+            raise AdapterError(f"{path} has no file {weight_name}")
+        return path / weight_name
+    if (path / DIFFUSERS_NAME).is_file():
+        return path / DIFFUSERS_NAME
+    if format_peft.is_mine(path):
+        return path
+    return path / _choose([entry.name for entry in path.iterdir() if entry.is_file()], str(path))
+
+
+def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, options: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(name: str) -> Path:
+        shown = f"{subfolder}/{name}" if subfolder else name
+        with hub_errors(repo, options.get("revision"), shown):
+            return Path(hf_hub_download(repo, name, subfolder=subfolder, **options))
+
+    if weight_name is not None:
+        return download(weight_name)
+    try:
+        return download(DIFFUSERS_NAME)
+    except HubError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):  # offline: what is in the cache may do
+            return _cached(repo, subfolder, options, error)
+        if not is_missing_there(error.__cause__):
+            raise
+    return _listed(repo, subfolder, options, download)
+
+
+def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download: Any) -> Path:
+    """What the repository holds where it has no file of diffusers' name: PEFT's folders, or the one file there is."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    start = f"{subfolder}/" if subfolder else ""
+    revision = options.get("revision")
+    with hub_errors(repo, revision):
+        api = HfApi(endpoint=options.get("endpoint"), token=options.get("token"))
+        files = set(api.list_repo_files(repo, revision=revision))
+    if start and not any(name.startswith(start) for name in files):
+        raise AdapterError(f"{repo} has no folder {subfolder}")
+    places = [f"{start}{part}/" if part else start for part in ("", *COMPONENTS)]
+    peft = [place for place in places if f"{place}{format_peft.CONFIG}" in files]
+    if peft:
+        wanted = (format_peft.CONFIG, format_peft.WEIGHTS, format_peft.WEIGHTS_PICKLED)
+        patterns = [f"{place}{name}" for place in peft for name in wanted]
+        with hub_errors(repo, revision):
+            return Path(snapshot_download(repo, allow_patterns=patterns, **options)) / start
+    names = [name.removeprefix(start) for name in files if name.startswith(start)]
+    return download(_choose([name for name in names if "/" not in name], f"{repo}/{start}" if start else repo))
+
+
+def _cached(repo: str, subfolder: str | None, options: dict[str, Any], error: HubError) -> Path:
+    """An adapter of the repository that was downloaded before; else the error that says why it cannot be now."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    local = {key: options[key] for key in ("cache_dir", "revision") if key in options}
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, **local))
+    except LocalEntryNotFoundError as nothing:
+        incomplete = incomplete_snapshot(nothing)  # files that are no part of the adapter were never fetched
+        if incomplete is None:
+            raise error from error.__cause__
+        folder = incomplete
+    try:
+        return _in_folder(folder / (subfolder or ""), None)
+    except SeveralFilesError:
+        raise
+    except AdapterError:
+        raise error from error.__cause__

@@ -1,0 +1,150 @@
+"""Writing large weights files tensor by tensor, so that memory does not grow with the file.
+
+The layout of .safetensors: 8 bytes with the header's length, the header (JSON, padded with spaces), the tensors' bytes.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.tools.command_line import progress
+
+from .atomic import aside, delete
+from .files import read_tensors, replacing, save_pickle
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7
+    _NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
+
+
+class Planned(NamedTuple):
+    """A tensor to be written: what it will be, and how to get it when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+    late: bool = False  # made after all others: another tensor has to be made first
+
+    @classmethod
+    def copy(cls, tensor: torch.Tensor) -> "Planned":
+        """A tensor as it is."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def _header(tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise AdapterError(f"{name} is {tensor.dtype}, which .safetensors cannot hold")
+        offsets = [at, at + tensor.size]
+        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Flusher:
+    """Brings what was written to the disk in the background, so that a last fsync has little left to wait for."""
+
+    def __init__(self, descriptor: int, every: int = 128 << 20) -> None:
+        self.descriptor, self.every, self.waiting = descriptor, every, 0
+        self.worker = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "_Flusher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.worker.shutdown(cancel_futures=True)
+
+    def wrote(self, size: int) -> None:
+        """Count written bytes."""
+        self.waiting += size
+        if self.waiting >= self.every:
+            self.waiting = 0
+            self.worker.submit(os.fsync, self.descriptor)
+
+
+def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file, making each tensor only when its turn comes."""
+    # Wide types first: every tensor's bytes are then aligned to its type, as readers that map the file like it.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    with file.open("wb") as out, _Flusher(out.fileno()) as flusher:
+        header = _header(ordered, metadata)
+        out.write(header)
+        starts = accumulate((one.size for one in ordered.values()), initial=len(header))
+        start_of = dict(zip(ordered, starts, strict=False))  # the last one is the end
+        in_turn = sorted(ordered.items(), key=lambda item: item[1].late)
+        for name, planned in progress(in_turn, "writing", len(ordered)):
+            tensor = planned.make()
+            assert tensor.dtype == planned.dtype, name
+            assert tuple(tensor.shape) == planned.shape, name
+            if tensor.numel():
+                out.seek(start_of[name])
+                _write_bytes(out, tensor, name)
+                flusher.wrote(planned.size)
+
+
+def _write_bytes(out: BinaryIO, tensor: torch.Tensor, name: str) -> None:
+    try:
+        out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    except OSError as error:
+        if error.errno == errno.EFAULT:  # the system found nothing where a mapped file should be
+            raise AdapterError(f"{name} cannot be read: its file was cut short meanwhile") from None
+        raise
+
+
+def write(
+    target: Path,
+    tensors: Mapping[str, Planned],
+    metadata: Mapping[str, str],
+    wrapped: bool = True,
+    replaces: bool | None = None,
+) -> None:
+    """Write a weights file in the format of its ending: .safetensors, or a pickle for any other.
+
+    A pickle is made from a .safetensors file beside it that is streamed first and then mapped, so that the tensors need
+    not be in memory together. `wrapped` puts them under `state_dict`, as Stable Diffusion's own checkpoints are.
+    Where something else goes for it (`replaces`, by default an existing target) the new file is on the disk before.
+    """
+    replaces = target.exists() if replaces is None else replaces
+    with replacing(target, durable=replaces) as partial:
+        if target.suffix == ".safetensors":
+            stream(partial, tensors, metadata)
+        else:
+            _write_pickle(partial, tensors, wrapped)
+
+
+def _write_pickle(file: Path, tensors: Mapping[str, Planned], wrapped: bool) -> None:
+    streamed = aside(file, "safetensors")
+    table: dict[str, torch.Tensor] = {}
+    try:
+        stream(streamed, tensors, {})
+        read, _ = read_tensors(streamed)
+        # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
+        table.update((name, read[name] if read[name].numel() else read[name].clone()) for name in tensors)
+        read.clear()
+        save_pickle({"state_dict": table} if wrapped else table, file)
+    finally:
+        table.clear()  # a mapped file cannot be deleted everywhere
+        delete(streamed)

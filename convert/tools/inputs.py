@@ -1,0 +1,96 @@
+"""Adapters as the programs of this folder take them: what is doubtful or broken is refused, with the file's name."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.low_rank import finite
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import from_kohya
+from lora_adapters.convert.formats import kohya
+from lora_adapters.convert.storage.files import read_tensors
+from lora_adapters.convert.storage.sources import locate
+
+from .command_line import report_left_out
+
+ZERO_ALPHA = ("rank", "none")
+
+
+def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = False) -> Adapter:
+    """An adapter whose numbers are all finite; AdapterError, with its file, where it is none.
+
+    zero_alpha: what an alpha of 0 means, the "rank" or "none" at all; None refuses it, since programs differ in this.
+    skip_unknown: leave out, with a list on stdout, modules of a file that SD1.x, SD2.x and SDXL do not have.
+    """
+    path = locate(model)
+    if path.is_dir():
+        adapter, zeros = Adapter.load(path), []
+    else:
+        tensors, metadata = read_tensors(path)
+        if skip_unknown:
+            tensors, unknown = without_unknown(tensors, metadata)
+            report_left_out(str(path), unknown, "SD1.x, SD2.x and SDXL do not have")
+        try:
+            adapter, zeros = Adapter.from_tensors(tensors, metadata), zero_alphas(tensors)
+        except AdapterError as error:
+            raise type(error)(f"{path}: {error}") from None
+    if zeros and zero_alpha is None:
+        raise AdapterError(
+            f"{path}: the alpha of {zeros[0]} is 0, which is the rank to kohya's trainer and no effect to other "
+            "programs: say what it is with `lora-adapters convert --zero_alpha rank` (or none)"
+        )
+    check_finite(adapter, f"{path}: ")
+    if zeros and zero_alpha == "none":
+        silent = {from_kohya(name) for name in zeros}
+        pairs = {module: one.scaled(0.0) if module in silent else one for module, one in adapter.modules.items()}
+        return adapter.with_modules(pairs)
+    return adapter
+
+
+_ANOTHER_MODELS = 20  # unknown modules in a row from the start: an adapter for another kind of model
+_MODULE_END = re.compile(r"\.(lora_|lora[.]|alpha$|dora_scale$|diff|processor\.)|_lora\.|\.lora$")
+
+
+def without_unknown(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of an adapter's file without those of modules that SD1.x, SD2.x and SDXL do not have, and these.
+
+    All of them, and no names, where the adapter is for another kind of model altogether.
+    """
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _MODULE_END.search(key)
+        groups.setdefault(key[: match.start()] if match else key, {})[key] = tensor
+    kept: dict[str, torch.Tensor] = {}
+    unknown: list[str] = []
+    for name, group in groups.items():
+        try:
+            Adapter.from_tensors(group, metadata)
+        except AdapterError as error:
+            if "unknown module" in str(error):
+                unknown.append(name)
+                if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
+                    return dict(tensors), []
+                continue
+        kept |= group  # what else is wrong with it is found when all of them are read
+    return kept, unknown
+
+
+def zero_alphas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """kohya's names of the modules whose alpha is 0."""
+    if not kohya.is_mine(set(tensors)):
+        return []
+    alphas = ((name, tensor) for name, tensor in tensors.items() if name.endswith(".alpha"))
+    return [name.removesuffix(".alpha") for name, tensor in alphas if tensor.numel() == 1 and float(tensor) == 0]
+
+
+def check_finite(adapter: Adapter, where: str = "") -> None:
+    """AdapterError, with the module, where a number is NaN or infinite."""
+    for module, one in adapter.modules.items():
+        for half, factor in (("down", one.down), ("up", one.up)):
+            if not finite(factor):
+                raise AdapterError(f"{where}{module}: {half} has NaN or infinite numbers")

@@ -1,0 +1,131 @@
+"""Adapters as they are named on a command line: a path with a weight behind it, or A1111's `<lora:...>`.
+
+a.safetensors          a.safetensors:0.8          a.safetensors:0.8:lbw=MIDD
+<lora:a:0.8>           <lora:a:0.8:0.5>           <lora:a:te=0.8:unet=0.5:lbw=1,0,0,...>
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.parsing import number
+
+from .block_weights import BlockWeights, parse, weighted
+
+AnAdapter = TypeVar("AnAdapter", bound=Adapter)
+_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>")
+_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_PRESET = re.compile(r"[A-Z][A-Z0-9.]*")
+_OF_STEPS = ("start", "stop", "step")
+
+
+@dataclass(frozen=True)
+class ModelArgument:
+    """One adapter of a command line.
+
+    source: file, folder or repository. text, unet: the weights of the text encoders and the U-Net; None where the
+    argument says none. blocks: its block weights.
+    """
+
+    source: str
+    text: float | None = None
+    unet: float | None = None
+    blocks: BlockWeights | None = None
+
+    def applied(self, adapter: AnAdapter) -> tuple[AnAdapter, float]:
+        """The adapter with its block weights, and the weight that is left to apply (1 where none is given)."""
+        if self.blocks is not None:
+            adapter = weighted(adapter, self.blocks)
+        if self.text == self.unet:
+            return adapter, 1.0 if self.text is None else self.text
+        text, unet = self.text or 0.0, self.unet or 0.0
+        pairs = {
+            module: one.scaled(unet if module.component == "unet" else text) for module, one in adapter.modules.items()
+        }
+        return adapter.with_modules(pairs), 1.0
+
+
+def read_arguments(texts: list[str]) -> list[ModelArgument]:
+    """The adapters that arguments name; one argument may hold several of A1111's tags.
+
+    AdapterError, with the argument, where it cannot be read.
+    """
+    found = []
+    for text in texts:
+        tags = _TAG.findall(text)
+        if not tags:
+            found.append(_of_path(text))
+            continue
+        between = _TAG.sub("", text).strip()
+        if between:
+            raise AdapterError(f"{text:.120}: there is {between[:60]!r} beside <lora:...>; give only the adapters")
+        found += [_of_tag(tag) for tag in tags]
+    return found
+
+
+def _of_path(text: str) -> ModelArgument:
+    """A path, weights behind it; a colon that belongs to the path (`C:\\a.safetensors`, a file's name) stays there."""
+    if ":" not in text or Path(text).expanduser().exists():
+        return ModelArgument(text)
+    drive = text[:2] if re.match(r"[A-Za-z]:[\\/]", text) else ""
+    source, *items = text.removeprefix(drive).split(":")
+    while items and not _is_item(items[0]):  # still of the name
+        source = f"{source}:{items.pop(0)}"
+    return _argument(text, drive + source, items)
+
+
+def _is_item(text: str) -> bool:
+    return "=" in text or _is_number(text) or _PRESET.fullmatch(text) is not None
+
+
+def _of_tag(inner: str) -> ModelArgument:
+    drive = inner[:2] if re.match(r"[A-Za-z]:[\\/]", inner) else ""
+    name, *items = inner.removeprefix(drive).split(":")
+    name = drive + name.strip().strip('"')
+    if not name:
+        raise AdapterError(f"<lora:{inner:.80}> names no adapter")
+    return _argument(f"<lora:{inner}>", _with_ending(name), items)
+
+
+def _with_ending(name: str) -> str:
+    """The file of a name without its ending, as A1111's tags have it; the name itself where there is none."""
+    there = [name + ending for ending in ("", *_ENDINGS) if Path(name + ending).expanduser().exists()]
+    return there[0] if there else name
+
+
+def _argument(whole: str, source: str, items: list[str]) -> ModelArgument:
+    weights: list[float] = []
+    options: dict[str, str] = {}
+    for item in map(str.strip, items):
+        key, equals, value = item.partition("=")
+        if equals:
+            options[key] = value.strip()
+        elif _is_number(item) and len(weights) < 2:
+            weights.append(number(item))
+        elif "lbw" not in options:  # the extension's older form: <lora:a:0.8:MIDD>
+            options["lbw"] = item
+        else:
+            raise AdapterError(f"{whole:.120}: {item[:60]!r} cannot be read: write {source}:weight:lbw=weights")
+    for key in options:
+        if key in _OF_STEPS:
+            raise AdapterError(f"{whole:.120}: {key}= is about the steps of drawing a picture: leave it out")
+        if key not in ("te", "unet", "lbw"):
+            raise AdapterError(f"{whole:.120}: {key:.40}= is not known: te=, unet= and lbw= are")
+    try:
+        text = number(options["te"]) if "te" in options else weights[0] if weights else None
+        unet = number(options["unet"]) if "unet" in options else weights[1] if len(weights) > 1 else text
+        blocks = parse(options["lbw"], rest=0.0) if "lbw" in options else None
+    except (ValueError, AdapterError) as error:
+        raise AdapterError(f"{whole:.120}: {error}") from None
+    return ModelArgument(source, unet if text is None else text, unet, blocks)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        number(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,217 @@
+"""Hot-swapping: other weights in the place of an adapter's, in place, so that a compiled model stays compiled.
+
+PEFT's own hot-swapping takes any key that contains the adapter's name for one of its weights (swapping "a" would empty
+all others), refuses adapters whose alphas differ between modules, and leaves the layers with the old rank and alpha, on
+which the next `set_adapters` builds. So it is done here, for the U-Net and the text encoders; and PEFT's functions are
+sent here where one of the two adapters is of this package.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.formats.diffusers import pattern_value
+from lora_adapters.convert.formats.metadata import DYLORA_FACTS, DyLora
+from lora_adapters.types.config import DyLoraConfig, LierLaConfig, restored
+from lora_adapters.types.dylora import rank_control
+from lora_adapters.types.dylora.rank_control import layers
+
+from . import injection, plugin
+from .target_modules import RankAlpha
+
+# What the config of an adapter says of the model that it is in, and of layers that stay when weights are swapped.
+_OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "fan_in_fan_out")
+
+
+def prepare(model: Any, adapter_name: str) -> None:
+    """After `pipe.enable_lora_hotswap(target_rank=...)`, make the first adapter ready: padded, its scale a tensor.
+
+    AdapterError where the adapter's rank is above target_rank.
+    """
+    options = getattr(model, "_prepare_lora_hotswap_kwargs", None)
+    if options is None:
+        return
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    target, mine = options.get("target_rank"), [layer for _, layer in layers(model, adapter_name)]
+    highest = max(layer.r[adapter_name] for layer in mine)
+    if target is not None and highest > target:
+        raise AdapterError(f"its rank is {highest}: enable_lora_hotswap was called with target_rank={target}")
+    prepare_model_for_compiled_hotswap(model, **options)
+    model._prepare_lora_hotswap_kwargs = None
+    facts = injection.dylora_in(model, adapter_name)
+    if facts is not None:
+        rank_control.attach(model, adapter_name, facts)
+
+
+def check(model: Any, component: str, placed: Mapping[str, LowRank], adapter_name: str) -> None:
+    """AdapterError where these pairs cannot take the adapter's place; nothing is changed."""
+    if adapter_name not in getattr(model, "peft_config", {}):
+        raise AdapterError(
+            f"there is no adapter {adapter_name} to swap in the {component}: load it once without hotswap"
+        )
+    present = dict(layers(model, adapter_name))
+    for path, layer in present.items():
+        if more := injection.beyond_lora(layer, adapter_name):
+            raise AdapterError(f"{component}.{path} has {more} in {adapter_name}, which a swap would leave behind")
+    for path, one in placed.items():
+        layer = present.get(path)
+        if layer is None:
+            raise AdapterError(f"{component}.{path} is not adapted by {adapter_name}: only what is can be swapped")
+        room = layer.lora_A[adapter_name].weight.shape[0]
+        if _is_prepared(layer, adapter_name) and one.rank > room:
+            raise AdapterError(
+                f"{component}.{path} has rank {one.rank}, there is room for {room}: call "
+                f"enable_lora_hotswap(target_rank={one.rank}) before the first adapter is loaded"
+            )
+    if any(adapter_name in layer.merged_adapters for layer in present.values()):
+        raise AdapterError(f"{adapter_name} is fused into the weights: unfuse it first")
+
+
+@torch.no_grad()
+def swap(model: Any, placed: Mapping[str, LowRank], adapter_name: str, facts: DyLora | None) -> None:
+    """Put the pairs (checked) where the adapter's are; its modules without a pair do nothing from then on.
+
+    The weight that `set_adapters` has given to the adapter stays.
+    """
+    stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
+    for path, layer in layers(model, adapter_name):
+        one = placed.get(path)
+        down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        if one is None:
+            up.weight.zero_()
+            continue
+        weight = _weight(layer, adapter_name, stabilized)
+        layer.r[adapter_name], layer.lora_alpha[adapter_name] = one.rank, one.alpha
+        plugin.rank_stabilized(layer)[adapter_name] = False
+        _rescale(layer, adapter_name, weight * one.alpha / one.rank)
+        prepared = _is_prepared(layer, adapter_name)
+        _put(down, one.down, 0, prepared)
+        _put(up, one.up, 1, prepared)
+    mine = {
+        path: RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
+        for path, layer in layers(model, adapter_name)
+    }
+    _tell_config(model, adapter_name, injection.plain_config(mine, facts), facts)
+    if facts is None:
+        rank_control.detach(model, adapter_name)
+    else:
+        rank_control.attach(model, adapter_name, facts)
+
+
+def _tell_config(model: Any, adapter_name: str, table: dict[str, Any], facts: DyLora | None) -> None:
+    """Make the adapter's config that of its present weights; the same object where the type stays.
+
+    A compiled model is compiled for the type of the config.
+    """
+    before, after = model.peft_config[adapter_name], restored(LoraConfig(**table))
+    if isinstance(before, LierLaConfig) and isinstance(before, DyLoraConfig) == isinstance(after, DyLoraConfig):
+        before.decide({name: getattr(after, name) for name in table if name != "auto_mapping"})
+        before.use_rslora = False
+        for name in () if facts is None else DYLORA_FACTS:
+            setattr(before, name, getattr(after, name))
+        return
+    for name in _OF_THE_MODEL:
+        setattr(after, name, getattr(before, name))
+    model.peft_config[adapter_name] = after
+
+
+def _is_prepared(layer: Any, adapter_name: str) -> bool:
+    return isinstance(layer.scaling[adapter_name], torch.Tensor)
+
+
+def _weight(layer: Any, adapter_name: str, stabilized: bool) -> float:
+    """What `set_adapters` multiplies the adapter with here; `stabilized` counts where PEFT (0.17) does not know."""
+    rank, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+    own = alpha / rank**0.5 if plugin.rank_stabilized(layer).get(adapter_name, stabilized) else alpha / rank
+    return float(layer.scaling[adapter_name]) / own if own else 1.0
+
+
+def _rescale(layer: Any, adapter_name: str, scaling: float) -> None:
+    if _is_prepared(layer, adapter_name):
+        layer.scaling[adapter_name].fill_(scaling)
+    else:
+        layer.scaling[adapter_name] = scaling
+
+
+def _put(part: Any, value: torch.Tensor, dim: int, prepared: bool) -> None:
+    """Copy into the layer's weight, whose rank (at `dim`) stays, padded, where it is prepared; else it is replaced."""
+    weight, rank = part.weight, value.shape[dim]
+    if weight.shape[dim] != rank and not prepared:
+        weight.data = value.to(weight, copy=True).contiguous()
+        return
+    weight.narrow(dim, 0, rank).copy_(value)
+    weight.narrow(dim, rank, weight.shape[dim] - rank).zero_()
+
+
+# --- PEFT's own functions --------------------------------------------------------------------------------------------
+
+
+def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `peft.utils.hotswap.prepare_model_for_compiled_hotswap`: the dials follow their layers.
+
+    The configs of this package's adapters keep their own ranks, which padding does not change. AdapterError, with
+    nothing changed, where one has a rank above target_rank.
+    """
+
+    def prepare_model_for_compiled_hotswap(
+        model: Any, *, target_rank: int | None = None, config: Any = None, **kwargs: Any
+    ) -> None:
+        inner = injection.unwrapped(model)
+        for name in getattr(inner, "peft_config", {}):
+            highest = max((layer.r[name] for _, layer in layers(inner, name)), default=0)
+            if injection.is_ours(inner, name) and target_rank is not None and highest > target_rank:
+                raise AdapterError(f"adapter {name} has rank {highest}: give a target_rank of {highest} or more")
+        given = config if isinstance(config, dict) else {"": config} if config else {}
+        theirs = {name: one for name, one in given.items() if not isinstance(one, LierLaConfig)}
+        stock(model, target_rank=target_rank, config=theirs or None, **kwargs)
+        rank_control.refit(inner)
+
+    return prepare_model_for_compiled_hotswap
+
+
+def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers build.
+
+    Where the adapter in the model or the one that comes is of this package, the layers' ranks, the config and the dial
+    become the new adapter's too. AdapterError, with nothing changed, where it cannot be swapped.
+    """
+
+    def hotswap_adapter_from_state_dict(
+        model: Any, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        inner, arriving = injection.unwrapped(model), restored(config)
+        if not (injection.is_ours(inner, adapter_name) or isinstance(arriving, LierLaConfig)):
+            stock(model, state_dict, adapter_name, config, *args, **kwargs)
+            return
+        placed = injection.fitted(inner, "model", _pairs(state_dict, adapter_name, arriving))
+        check(inner, "model", placed, adapter_name)
+        swap(inner, placed, adapter_name, arriving.dylora if isinstance(arriving, DyLoraConfig) else None)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _pairs(state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig) -> dict[str, LowRank]:
+    """The pairs of a state dict with PEFT's names; AdapterError where there is more in it than pairs."""
+    wanted = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state_dict.items():
+        match = wanted.fullmatch(key)
+        if match is None:
+            raise AdapterError(f"{key} is not half of a low-rank pair of {adapter_name}: it cannot be swapped in")
+        halves.setdefault(match[1].replace(".base_layer", ""), {})[match[2]] = tensor
+    pairs = {}
+    for path, half in halves.items():
+        if len(half) != 2:
+            raise AdapterError(f"{path}.lora_{next(iter(half))} is half of a low-rank pair: the other is missing")
+        rank = pattern_value(config.rank_pattern or {}, path, config.r)
+        alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        pairs[path] = LowRank(half["A"], half["B"], scale * half["A"].shape[0])
+    return pairs

@@ -1,0 +1,181 @@
+"""Every place where this package touches peft and diffusers, and the checks that these are as expected.
+
+Nothing is imported here that is slow: the changes are made when peft or diffusers' pipelines are imported by anybody,
+before or after this package. What the versions name differently has one name here.
+"""
+
+import functools
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+import wrapt
+from packaging.version import Version
+
+OLDEST = {"peft": "0.17.1", "diffusers": "0.35.2", "transformers": "4.57.1"}  # as in tests/noxfile.py
+
+
+def plug_in() -> None:
+    """Register the changes; each is made at once where its module is imported already."""
+    wrapt.register_post_import_hook(_into_peft, "peft")
+    wrapt.register_post_import_hook(_into_hotswap, "peft.utils.hotswap")
+    wrapt.register_post_import_hook(_into_diffusers, "diffusers.loaders.lora_pipeline")
+    wrapt.register_post_import_hook(_into_scaling, "diffusers.utils.peft_utils")
+    wrapt.register_post_import_hook(_into_block_weights, "diffusers.loaders.unet_loader_utils")
+
+
+def unfit(package: str, what: str) -> ImportError:
+    """The one error of a version that does not fit."""
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        found = "none"
+    return ImportError(
+        f"lora_adapters needs {package} {OLDEST[package]} or newer, and one that it knows: {package} {found} {what}"
+    )
+
+
+def check_age(package: str) -> None:
+    """ImportError, which names the versions that fit, where the installed one is older than any that was tested."""
+    if Version(version(package)) < Version(OLDEST[package]):
+        raise unfit(package, "is too old")
+
+
+# --- names that differ between versions ----------------------------------------------------------------------------
+
+
+def dtype_option(dtype: Any) -> dict[str, Any]:
+    """The keyword by which diffusers' `from_pretrained` and `from_single_file` take the dtype of the weights.
+
+    A name that diffusers does not know is ignored by it, so it is not left to chance.
+    """
+    return {"dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype": dtype}
+
+
+def pipelines_can_avoid_mmap() -> bool:
+    """Whether a pipeline's `from_pretrained` knows `disable_mmap`; before, it is ignored."""
+    return Version(version("diffusers")) >= Version("0.37")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute a transformers model's activations in the backward pass, under the name that its version has."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # else frozen embeddings stop the gradient
+
+
+def rank_stabilized(layer: Any) -> dict[str, bool]:
+    """Which adapters of a PEFT layer have alpha/sqrt(r) as their scale when `set_adapters` sets it anew.
+
+    A layer of PEFT 0.17 does not know, and sets alpha/r: none.
+    """
+    return getattr(layer, "use_rslora", {})
+
+
+# --- the plug --------------------------------------------------------------------------------------------------------
+
+
+def _into_peft(peft: ModuleType) -> None:
+    """LoRA's tuner and the mixed one learn this package's configs; other adapters are treated as PEFT does."""
+    check_age("peft")
+    try:
+        from peft import peft_model
+        from peft.tuners.lora import LoraModel
+        from peft.tuners.lora.layer import LoraVariant  # noqa: F401
+        from peft.tuners.mixed import MixedModel
+    except ImportError as error:
+        raise unfit("peft", f"lacks {error.name or error}") from error
+    if not (hasattr(LoraModel, "inject_adapter") and hasattr(LoraModel, "_create_and_replace")):
+        raise unfit("peft", "injects its layers in another way")
+    if not hasattr(MixedModel, "inject_adapter"):
+        raise unfit("peft", "makes mixed models in another way")
+    from .save_hook import cutting
+    from .tuner import plug_into
+
+    plug_into(LoraModel)
+    plug_into(MixedModel)
+    stock = peft_model.get_peft_model_state_dict  # what PEFT's models save with; elsewhere it is as it was
+    if not hasattr(stock, "stock"):
+        peft_model.get_peft_model_state_dict = functools.wraps(stock)(cutting(stock))
+        peft_model.get_peft_model_state_dict.stock = stock  # type: ignore[attr-defined]
+
+
+def _into_hotswap(hotswap: ModuleType) -> None:
+    """PEFT's own functions for hot-swapping know this package's adapters."""
+    from .adapter_weights import replace_everywhere
+    from .hotswap import exchanging, preparing
+
+    for name, wrapper in (
+        ("prepare_model_for_compiled_hotswap", preparing),
+        ("hotswap_adapter_from_state_dict", exchanging),
+    ):
+        if not hasattr(hotswap, name):
+            raise unfit("peft", f"lacks peft.utils.hotswap.{name}")
+        replace_everywhere(hotswap, name, wrapper)
+
+
+def _into_scaling(peft_utils: ModuleType) -> None:
+    """A scale of 0 for one call leaves the weights of adapters as they were before it."""
+    from .adapter_weights import replace_everywhere, scaling, unscaling
+
+    for name, wrapper in (("scale_lora_layers", scaling), ("unscale_lora_layers", unscaling)):
+        if not hasattr(peft_utils, name):
+            raise unfit("diffusers", f"lacks {name}")
+        replace_everywhere(peft_utils, name, wrapper)
+
+
+def _into_block_weights(unet_loader_utils: ModuleType) -> None:
+    """A misspelt block in the weights of an adapter is named."""
+    from .adapter_weights import checking_blocks, replace_everywhere
+
+    name = "_maybe_expand_lora_scales_for_one_adapter"
+    if hasattr(unet_loader_utils, name):  # without it diffusers says what it says
+        replace_everywhere(unet_loader_utils, name, checking_blocks)
+
+
+def _into_diffusers(lora_pipeline: ModuleType) -> None:
+    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; diffusers gets other kinds.
+
+    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none.
+    """
+    check_age("diffusers")
+    check_age("transformers")
+    for name in ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"):
+        mixin = getattr(lora_pipeline, name, None)
+        if mixin is None or not (hasattr(mixin, "load_lora_weights") and hasattr(mixin, "save_lora_weights")):
+            raise unfit("diffusers", f"lacks {name}.load_lora_weights or its save_lora_weights")
+        if not hasattr(mixin.load_lora_weights, "stock"):
+            mixin.load_lora_weights = _loading(mixin.load_lora_weights)
+            mixin.save_lora_weights = classmethod(_saving(mixin.save_lora_weights.__func__))
+
+
+def _loading(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def load_lora_weights(
+        self: Any,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        from .pipeline import load
+
+        source, own = pretrained_model_name_or_path_or_dict, functools.partial(stock, self)
+        load(self, source, own, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+
+    load_lora_weights.stock = stock  # type: ignore[attr-defined]
+    return load_lora_weights
+
+
+def _saving(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def save_lora_weights(cls: Any, *args: Any, **kwargs: Any) -> None:
+        from .save_hook import completed
+
+        bound = inspect.signature(stock).bind(cls, *args, **kwargs)
+        bound.arguments.update(completed(bound.arguments))
+        stock(*bound.args, **bound.kwargs)
+
+    return save_lora_weights

@@ -1,0 +1,140 @@
+"""What diffusers is told to save of this package's adapters, made complete.
+
+Training scripts take the tensors out of a model (`get_peft_model_state_dict`), rename them
+(`convert_state_dict_to_diffusers`) and give them to `save_lora_weights`. Many leave the config out, without which alpha
+is taken to be the rank and a DyLoRA is forgotten. And only the attention's tensors are renamed, of which a loader that
+looks at the first name alone then reads a part and leaves the rest. So for adapters of this package the config is
+looked up in the models that the tensors come from, and the names are PEFT's throughout.
+"""
+
+import json
+import logging
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.families.names import COMPONENTS, ModuleName
+from lora_adapters.convert.formats.diffusers import split_key
+from lora_adapters.types.dylora.layer import layers
+
+logger = logging.getLogger(__name__)
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")  # as PEFT names it in files
+_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def remember(model: nn.Module) -> None:
+    """Note a model that has an adapter of this package."""
+    _models.add(model)
+
+
+def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `save_lora_weights` that are to be others, for the components with adapters of this package."""
+    changed: dict[str, Any] = {}
+    for component in COMPONENTS:
+        layers, name = arguments.get(f"{component}_lora_layers"), f"{component}_lora_adapter_metadata"
+        if not layers:
+            continue
+        tensors = layers.state_dict() if isinstance(layers, nn.Module) else layers
+        halves = {key: split_key(f"{component}.{key}") for key in tensors}
+        configs = _configs(component, tensors, halves)
+        if not configs:
+            continue
+        ranks = configs[0][1]
+        changed[f"{component}_lora_layers"] = {
+            _peft_name(key, *half): _cut(tensors[key], half[1], ranks[half[0]])
+            for key, half in halves.items()
+            if half is not None
+        }
+        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles hold no metadata
+            continue
+        if len(configs) == 1:
+            changed[name] = configs[0][0]
+        else:
+            logger.warning("The %s's adapter is saved without its alphas: several in memory look like it.", component)
+    return changed
+
+
+def _peft_name(key: str, module: ModuleName, half: str) -> str:
+    """The tensor's name in PEFT's form, with the `text_model.` level where it has that."""
+    path = module.path if key.startswith("text_model.") else module.path.removeprefix("text_model.")
+    return f"{path}.lora_{'A' if half == 'down' else 'B'}.weight"
+
+
+def _cut(tensor: torch.Tensor, half: str, rank: int) -> torch.Tensor:
+    """The tensor without the zeros that an adapter is padded with to be swapped for larger ones."""
+    return (tensor[:rank] if half == "down" else tensor[:, :rank]).contiguous()
+
+
+def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Of PEFT's `get_peft_model_state_dict`, as its models save: this package's adapters without their padding.
+
+    Their configs have the ranks that they have without.
+    """
+
+    def get_peft_model_state_dict(model: Any, *args: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+        from .injection import is_ours, unwrapped
+
+        tensors, inner = stock(model, *args, adapter_name=adapter_name, **kwargs), unwrapped(model)
+        if not is_ours(inner, adapter_name):
+            return tensors
+        ranks = {path: layer.r[adapter_name] for path, layer in layers(inner, adapter_name)}
+        cut = {}
+        for key, tensor in tensors.items():
+            match = _FACTOR.fullmatch(key)
+            path, half = (match[1].replace(".base_layer", ""), match[2]) if match else ("", "")
+            cut[key] = _cut(tensor, "down" if half == "A" else "up", ranks[path]) if path in ranks else tensor
+        return cut
+
+    return get_peft_model_state_dict
+
+
+Found = tuple[dict[str, Any], dict[ModuleName, int]]  # a config, and the rank of each module
+
+
+def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, Any]) -> list[Found]:
+    """The different configs of adapters with these weights; the one whose very tensors these are, if it is among them.
+
+    Copies, also in another dtype or on another device, have an adapter's weights; equal widths alone say nothing.
+    """
+    if not all(halves.values()) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        return []
+    widths = {half[0]: tensors[key].shape[0] for key, half in halves.items() if half[1] == "down"}
+    places = {tensor.data_ptr() for tensor in tensors.values()}
+    given = {half: tensors[key] for key, half in halves.items()}
+    alike: dict[str, Found] = {}
+    for config, pairs, held in _adapters(component):
+        if held == widths:
+            found = config.to_dict(), {module: one.rank for module, one in pairs.items()}
+            if any(one.down.data_ptr() in places for one in pairs.values()):
+                return [found]
+            if not all(_equal(one, given, module) for module, one in pairs.items()):
+                continue
+            alike[json.dumps(found[0], sort_keys=True, default=sorted)] = found
+    return list(alike.values())
+
+
+def _equal(one: LowRank, given: Mapping[Any, torch.Tensor], module: ModuleName) -> bool:
+    """Whether the pair is what is given for the module, as far as the given dtype can tell."""
+    for half, live in (("down", one.down), ("up", one.up)):
+        tensor = given.get((module, half))
+        if tensor is None or live.is_meta:  # offloaded weights are nowhere to be compared
+            return False
+        tensor = _cut(tensor, half, one.rank)
+        if not torch.equal(live.to(tensor).reshape(-1), tensor.reshape(-1)):
+            return False
+    return True
+
+
+def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], dict[ModuleName, int]]]:
+    """Config, pairs and widths (ranks with padding) of this package's adapters that are pairs alone, in live models."""
+    from .injection import is_ours, is_plain, taken, widths
+
+    for model in list(_models):
+        for name, config in getattr(model, "peft_config", {}).items():
+            if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
+                yield config, taken(model, component, name), widths(model, component, name)

@@ -1,0 +1,131 @@
+"""Which modules kohya's LoRA types adapt, and at which rank and alpha."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
+from lora_adapters.convert.formats.diffusers import pattern_value
+
+LIERLA_CONTAINERS = frozenset({"Transformer2DModel"})
+C3LIER_CONTAINERS = LIERLA_CONTAINERS | {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
+TEXT_CONTAINERS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})
+
+
+class Ranks(Protocol):
+    """The fields of a config that decide ranks and alphas."""
+
+    r: int
+    lora_alpha: float
+    conv_dim: int | None
+    conv_alpha: float | None
+    block_dims: list[int] | None
+    block_alphas: list[float] | None
+    conv_block_dims: list[int] | None
+    conv_block_alphas: list[float] | None
+    rank_pattern: dict[Any, Any] | None  # as PEFT declares them
+    alpha_pattern: dict[Any, Any] | None
+
+
+@dataclass(frozen=True)
+class RankAlpha:
+    """A module's rank (0: it is left alone) and alpha."""
+
+    rank: int
+    alpha: float
+
+
+def base_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(path, class of the innermost covered container, layer) of each linear layer and convolution.
+
+    Layers that PEFT has wrapped already are seen as what they were before.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def walk(module: nn.Module, path: str, container: str) -> Iterator[tuple[str, str, nn.Module]]:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            yield path, container, module
+            return
+        name = type(module).__name__
+        inner = name if name in C3LIER_CONTAINERS | TEXT_CONTAINERS else container
+        for child, submodule in module.named_children():
+            yield from walk(submodule, f"{path}.{child}" if path else child, inner)
+
+    yield from walk(model, "", "")
+
+
+def is_kxk(layer: nn.Module) -> bool:
+    """Whether it is a convolution larger than 1x1, the kind that C3Lier adds and conv_dim is for."""
+    return isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != (1, 1)
+
+
+def covered(model: nn.Module, conv: bool) -> list[str]:
+    """Paths of the modules that kohya's LoRA adapts in a U-Net or CLIP text encoder.
+
+    LierLa takes the linear layers and 1x1 convolutions of the attention blocks and the text encoder's attention and
+    MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. ValueError where the model
+    has none of these.
+    """
+    containers = (C3LIER_CONTAINERS if conv else LIERLA_CONTAINERS) | TEXT_CONTAINERS
+    paths = [
+        path for path, container, layer in base_layers(model) if container in containers and (conv or not is_kxk(layer))
+    ]
+    if not paths:
+        raise AdapterError(
+            f"{type(model).__name__} has none of the blocks that LoRA for Stable Diffusion adapts "
+            f"({', '.join(sorted(containers))}): give target_modules"
+        )
+    return paths
+
+
+def check_block_list(name: str, values: Sequence[float] | None, architecture: str) -> None:
+    """AdapterError where a list is not as long as the architecture has blocks (25; SDXL 23) or has a negative item."""
+    if values is None:
+        return
+    wanted = BLOCK_COUNT[architecture]
+    if len(values) != wanted:
+        kind = {"sd": "SD1.x and SD2.x", "sdxl": "SDXL"}[architecture]
+        raise AdapterError(f"{name} has {len(values)} values, {kind} has {wanted} blocks")
+    if min(values) < 0:
+        raise AdapterError(f"{name} has the negative value {min(values)}")
+
+
+class RankRule:
+    """Rank and alpha of every module of one model by a config."""
+
+    def __init__(self, ranks: Ranks, model_paths: Sequence[str]):
+        self.ranks = ranks
+        blocks = [path for path in model_paths if path.startswith(("down_blocks.", "mid_block.", "up_blocks."))]
+        self.architecture: str | None = None
+        lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+        if blocks and any(getattr(ranks, name) is not None for name in lists):
+            self.architecture = architecture_of(ModuleName("unet", path) for path in blocks)
+            for name in lists:
+                check_block_list(name, getattr(ranks, name), self.architecture)
+
+    def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
+        """The rank and alpha of the layer at `path`; block lists count in U-Nets only, as in kohya's trainer.
+
+        PEFT's own rank_pattern and alpha_pattern, which name single modules, win over all else.
+        """
+        ranks = self.ranks
+        block = block_index(path, self.architecture) if self.architecture else None
+        if is_kxk(layer):
+            dims, alphas, rank, alpha = ranks.conv_block_dims, ranks.conv_block_alphas, ranks.conv_dim, ranks.conv_alpha
+            if alpha is None:
+                alpha = ranks.lora_alpha if rank is None and dims is None else 1
+            rank = ranks.r if rank is None and dims is None else (rank or 0)
+        else:
+            dims, alphas, rank, alpha = ranks.block_dims, ranks.block_alphas, ranks.r, ranks.lora_alpha
+        if block is not None:
+            rank = dims[block] if dims is not None else rank
+            alpha = alphas[block] if alphas is not None else alpha
+        return RankAlpha(
+            pattern_value(ranks.rank_pattern or {}, path, rank),  # type: ignore[arg-type]
+            pattern_value(ranks.alpha_pattern or {}, path, alpha),
+        )

@@ -1,0 +1,141 @@
+"""DyLoRA's layer arithmetic: a PEFT variant of a LoRA layer, gated by the rank dial of its model."""
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import nn
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError
+
+if TYPE_CHECKING:
+    from .rank_control import RankDial
+
+
+def layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every LoRA layer that has the adapter; the path is the adapted layer's own."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            yield path.replace(".base_layer", ""), module  # in a mixed model another adapter's layer may be around it
+
+
+def refuse_unfit(model: nn.Module, adapter_name: str) -> None:
+    """AdapterError where a layer's adapter has a variant of PEFT's already, or its layers cannot have any."""
+    for path, layer in layers(model, adapter_name):
+        variant = layer.lora_variant.get(adapter_name)
+        if variant is not None and not isinstance(variant, DyLoraVariant):
+            raise AdapterError(
+                f"{path} has PEFT's {type(variant).__name__} in adapter {adapter_name}, which a DyLoRA would replace: "
+                "take one of the two"
+            )
+        if "lora_variant" not in inspect.unwrap(type(layer).forward).__code__.co_names:
+            kind = f"{type(layer).__module__}.{type(layer).__name__}"
+            raise AdapterError(
+                f"{path} is a {kind}, a layer that computes plain LoRA only: DyLoRA cannot be used there"
+            )
+
+
+def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), with no gradient for the weight's first `start` slices of `dim`."""
+    weight = layer.weight
+    parts = [weight.narrow(dim, 0, start).detach(), weight.narrow(dim, start, weight.shape[dim] - start)]
+    return torch.func.functional_call(layer, {"weight": torch.cat(parts, dim)}, (x,))
+
+
+class DyLoraVariant(LoraVariant):
+    """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, in place of a LoRA layer's alpha/r · up · down · x. One a layer.
+
+    The components from b on are gated to zero between the two factors: the weights are used through their own modules,
+    so that offloading, sharding and quantisation hooks on these keep working. The gate holds the layer's scaling too,
+    as it was when the adapter was attached. `full` is the layer's rank; its factors are wider than that where an
+    adapter is padded to be swapped for larger ones.
+    """
+
+    def __init__(self, dial: "RankDial", layer: Any, adapter_name: str):
+        self.dial = dial
+        self.fit(layer, adapter_name)
+        self.gate = torch.zeros(1, 0)
+        dial.add(self)
+
+    def fit(self, layer: Any, adapter_name: str, width: int | None = None) -> None:
+        """Take over the layer's present rank, width (that of its weight, where none is given) and scaling."""
+        weight = layer.lora_A[adapter_name].weight
+        self.full, self.length = layer.r[adapter_name], weight.shape[0] if width is None else width
+        self.trailing = weight.ndim - 2  # a convolution's channels are not last
+        self.scaling = float(layer.scaling[adapter_name]) or 1.0
+
+    @torch.compiler.disable
+    def refit(self, layer: Any, adapter_name: str, width: int) -> None:
+        """Follow a layer whose factors have been padded by somebody who knows nothing of the dial."""
+        self.fit(layer, adapter_name, width)
+        self.dial.fill()
+
+    def values(self, rank: int) -> torch.Tensor:
+        """The scale's factor for each component at that rank: (length,), with zeros from the rank on."""
+        rank = min(rank, self.full)
+        gate = torch.zeros(self.length)
+        gate[:rank] = self.dial.factor(rank, self.full)
+        return gate
+
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """result + ΔW_b x; x is (..., in) for linear layers, (batch, in, height, width) for convolutions."""
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x = module.lora_dropout[active_adapter](x)
+        dial, start = self.dial, 0
+        if dial.dylora.freeze_lower and dial.drawn:
+            start = min(dial.now[0], self.full) - dial.dylora.unit
+        hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
+        width = hidden.shape[-1 - self.trailing]  # not the weight's: that may be sharded, and whole only in its module
+        if width != self.length:
+            self.refit(module, active_adapter, width)
+        gate, scaling = self.gate if len(dial.now) == 1 else self._of_samples(hidden), module.scaling[active_adapter]
+        if isinstance(scaling, torch.Tensor) or scaling != self.scaling:  # the adapter's weight has been set since
+            gate = gate * (scaling / self.scaling)
+        hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs it as it is now, and the dial turns
+        return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
+
+    def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
+        """A gate (samples or 1, length), ready to be multiplied with activations of so many dimensions."""
+        if len(gate) == 1:
+            return gate.view(-1, *[1] * self.trailing)
+        if self.trailing:
+            return gate.view(*gate.shape, *[1] * self.trailing)
+        return gate.view(len(gate), *[1] * (dimensions - 2), -1)
+
+    def _of_samples(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The gate where each sample has a rank of its own; AdapterError where samples do not come first."""
+        if len(self.gate) != len(hidden):
+            raise AdapterError(
+                f"a DyLoRA's layer got {list(hidden.shape)} in a batch of {len(self.gate)}: where samples do not come "
+                "first, each cannot have a rank of its own; take rank_sampling='uniform'"
+            )
+        return self.gate if self.gate.ndim == hidden.ndim else self.shaped(self.gate.flatten(1), hidden.ndim)
+
+    def _delta(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+        down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
+        rank = min(self.dial.rank, self.full)
+        scale = float(module.scaling[adapter]) * self.dial.factor(rank, self.full)
+        delta = LowRank(down[:rank].flatten(1), up[:, :rank].flatten(1), scale * rank).delta()
+        delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta.reshape(weight.shape)
+        return delta.to(weight)
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """The weight with the change of the present rank added."""
+        return orig_weight + self._delta(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:  # type: ignore[override]
+        """Add the change of the present rank in place."""
+        orig_weight.data += self._delta(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """The weight with the change of the present rank taken away."""
+        return orig_weight.data - self._delta(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to prepare: the factors are LoRA's own."""

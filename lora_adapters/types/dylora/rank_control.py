@@ -1,0 +1,310 @@
+"""The dial that says which rank a DyLoRA works at, and putting it on and taking it off."""
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora_adapters.convert.deltas.low_rank import RANK_SCALINGS
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.formats.metadata import DyLora
+
+from .layer import DyLoraVariant, layers, refuse_unfit
+from .rank_sampling import ranks_of_step
+
+
+class RankDial:
+    """The rank that one DyLoRA adapter works at in one model, shared by all of its layers.
+
+    In training the ranks of step n's samples are a function of (seed, n) alone, the same in the U-Net and in the text
+    encoders. They are drawn when the model is called, not when a layer is, and come back when the gradient of that call
+    begins, so that gradient checkpointing, which calls layers again, computes with the same ranks again, whatever the
+    model was called for in between. In evaluation there is one, `rank`.
+
+    The layers see the ranks as numbers in `gates`, a tensor (samples, components of all layers) that is changed in
+    place: a compiled model turns with the dial, without being compiled again.
+    """
+
+    def __init__(self, adapter_name: str, highest: int, dylora: DyLora, seed: int = 0):
+        self.adapter_name, self.highest, self.dylora, self.seed = adapter_name, highest, dylora, seed
+        self.rank = highest
+        self.step = 0
+        self.batch: tuple[range, int] | None = None  # the samples that are here, of how many in all processes
+        self.now = [highest]
+        self.drawn = False
+        self.variants: list[DyLoraVariant] = []
+        self.gates = torch.zeros(1, 0)
+        self._settings: dict[int, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the layers' gates would be views of `gates` no more, so they are laid out anew."""
+        return {**self.__dict__, "gates": torch.zeros(0, 0, device=self.gates.device)}
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that it can be set to, in order."""
+        return [*range(self.dylora.unit, self.highest, self.dylora.unit), self.highest]
+
+    def ranks_of_step(self, rows: int) -> list[int]:
+        """The rank for each row of a training batch. A sample may have several rows: windows of a long caption."""
+        samples, total = self.batch or (range(rows), rows)
+        if rows % len(samples):
+            raise AdapterError(f"a batch of {rows} came where one of {len(samples)} was announced to the DyLoRA")
+        if self.dylora.freeze_lower or self.dylora.rank_sampling == "uniform":
+            samples, total = range(1), 1
+        drawn = ranks_of_step(tuple(self.ranks), self.dylora.rank_sampling, self.seed, self.step, samples, total)
+        return drawn if len(drawn) == 1 else [rank for rank in drawn for _ in range(rows // len(drawn))]
+
+    def set_step(self, step: int, seed: int, samples: range | None, total: int | None) -> None:
+        """What comes next; see the function `set_step`."""
+        self.step, self.seed = step, seed
+        self.batch = None if samples is None else (samples, len(samples) if total is None else total)
+
+    def set_rank(self, rank: int) -> None:
+        """The rank for evaluation; AdapterError, with the valid ones, where it is none of `ranks`."""
+        if rank not in self.ranks:
+            ranks = self.ranks if len(self.ranks) <= 16 else [*self.ranks[:8], "...", *self.ranks[-2:]]
+            raise AdapterError(f"rank {rank} is not one of adapter {self.adapter_name}'s: {', '.join(map(str, ranks))}")
+        self.rank = operator.index(rank)
+        self.drawn = False
+        self._turn([self.rank])
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of the model: draws the ranks of this step, or goes back to that of evaluation."""
+        if self.adapter_name not in getattr(model, "peft_config", ()) and not any(layers(model, self.adapter_name)):
+            detach(model, self.adapter_name)  # the adapter has been deleted by a library that knows nothing of its dial
+            return
+        training = model.training and torch.is_grad_enabled()
+        tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim > 1)
+        given = next(tensors, None)
+        if training or self.drawn:
+            self._next(training, 1 if given is None else len(given))
+        if given is not None and given.device != self.gates.device:
+            self._move(given.device)
+
+    def keep(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model: the ranks of this call come back when the gradient of its output arrives."""
+        if self.drawn:
+            self._keep(output)
+
+    # Nothing of this is for a compiler to look into: it would compile anew for every rank and step.
+    @torch.compiler.disable
+    def _keep(self, output: Any) -> None:
+        ranks = list(self.now)
+
+        def back(_: torch.Tensor) -> None:
+            if not self.drawn or self.now != ranks:
+                self.drawn = True
+                self._turn(ranks)
+
+        for one in _tensors(output):
+            if one.requires_grad:
+                one.register_hook(back)
+
+    @torch.compiler.disable
+    def _next(self, training: bool, rows: int) -> None:
+        self.drawn = training
+        if training:
+            self._turn(self.ranks_of_step(rows))
+            self.step += 1
+        else:
+            self._turn([self.rank])
+
+    @torch.compiler.disable
+    def _move(self, device: torch.device) -> None:
+        self._settings = {}
+        self._lay_out(len(self.gates), device)
+        self._turn(self.now)
+
+    def add(self, variant: DyLoraVariant) -> None:
+        """Take a layer in; `fill` is to be called when all are in."""
+        self.variants.append(variant)
+
+    def fill(self) -> None:
+        """Lay the gates out anew, after layers or their ranks have changed."""
+        self._settings = {}
+        if any(one.gate.numel() != one.length * len(self.gates) for one in self.variants):
+            self._lay_out(len(self.now), self.gates.device)
+        self._turn(self.now)
+
+    def _lay_out(self, rows: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
+            self.gates = torch.zeros(rows, sum(one.length for one in self.variants), device=device)
+        start = 0
+        for one in self.variants:
+            one.gate = one.shaped(self.gates[:, start : start + one.length], 3)  # most layers see sequences
+            start += one.length
+
+    def _turn(self, ranks: list[int]) -> None:
+        self.now = ranks
+        for rank in {*ranks} - self._settings.keys():
+            values = torch.cat([one.values(rank) * one.scaling for one in self.variants])
+            self._settings[rank] = values.to(self.gates.device)
+        if len(ranks) != len(self.gates):
+            self._lay_out(len(ranks), self.gates.device)
+        self.gates.copy_(torch.stack([self._settings[rank] for rank in ranks]))
+
+    def factor(self, rank: int, full: int) -> float:
+        """What the scale alpha/full is multiplied with when `rank` of `full` components are used."""
+        return (full / rank) ** RANK_SCALINGS[self.dylora.rank_scaling]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a model's output."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+@contextmanager
+def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None]:
+    """In the block, the weights of the DyLoRAs among the adapters are what they do at their present rank."""
+    whole = []
+    for name in set(adapter_names):
+        for _, layer in layers(model, name):
+            variant = layer.lora_variant.get(name)
+            if isinstance(variant, DyLoraVariant):
+                weight = layer.lora_A[name].weight
+                if variant.length != weight.shape[0]:
+                    variant.refit(layer, name, weight.shape[0])
+                whole.append((weight, weight.data))
+                gate = variant.values(variant.dial.rank).to(weight)
+                weight.data = weight.data * gate.view(-1, *[1] * (weight.ndim - 1))
+    try:
+        yield
+    finally:
+        for weight, data in whole:
+            weight.data = data
+
+
+def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
+    """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training.
+
+    Where it is one already, its dial goes on with the layers' present ranks, at its highest. AdapterError where a layer
+    computes the adapter in a way of its own (see `refuse_unfit`); then nothing is changed.
+    """
+    refuse_unfit(model, adapter_name)
+    mine = [layer for _, layer in layers(model, adapter_name)]
+    highest = max(layer.r[adapter_name] for layer in mine)
+    variants = [layer.lora_variant.get(adapter_name) for layer in mine]
+    if variants and all(isinstance(one, DyLoraVariant) for one in variants):
+        dial = variants[0].dial  # type: ignore[union-attr]
+        for layer, one in zip(mine, variants, strict=True):
+            one.fit(layer, adapter_name)  # type: ignore[union-attr]
+        dial.highest, dial.dylora, dial.rank, dial.now = highest, dylora, highest, [highest]
+        dial.fill()
+        return
+    dial = RankDial(adapter_name, highest, dylora)
+    detach(model, adapter_name)
+    for layer in mine:
+        layer.lora_variant[adapter_name] = DyLoraVariant(dial, layer, adapter_name)
+    dial.fill()
+    model.register_forward_pre_hook(dial, with_kwargs=True)
+    model.register_forward_hook(dial.keep)
+
+
+def refit(model: nn.Module) -> None:
+    """Adjust the dials to the present widths and scalings of their layers; the ranks stay as they are."""
+    for dial in dials(model):
+        for _, layer in layers(model, dial.adapter_name):
+            layer.lora_variant[dial.adapter_name].fit(layer, dial.adapter_name)
+        dial.fill()
+
+
+def detach(model: nn.Module, adapter_name: str) -> None:
+    """Make a DyLoRA adapter a plain LoRA of its full rank again (as far as it is one)."""
+    for layer in model.modules():  # also those that a deleted adapter of this name was in: old PEFT leaves its variant
+        if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
+            del layer.lora_variant[adapter_name]
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, RankDial) and hook.adapter_name == adapter_name:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(model._forward_hooks.items()):
+        dial = getattr(hook, "__self__", None)
+        if isinstance(dial, RankDial) and dial.adapter_name == adapter_name:
+            del model._forward_hooks[key]
+
+
+def _models(target: Any) -> list[nn.Module]:
+    """The models of a pipeline, a model, or a list of models."""
+    if isinstance(target, nn.Module):
+        return [target]
+    if hasattr(target, "components"):
+        return [part for part in target.components.values() if isinstance(part, nn.Module)]
+    if isinstance(target, Iterable):
+        return list(target)
+    raise TypeError(f"expected a pipeline, a model or a list of models, not {type(target).__name__}")
+
+
+def dials(target: Any, adapter_name: str | None = None) -> list[RankDial]:
+    """The dials in a pipeline, a model or a list of models, of one adapter or of all."""
+    found = {}
+    for model in _models(target):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for name, variant in module.lora_variant.items():
+                    if name in module.lora_A and isinstance(variant, DyLoraVariant) and adapter_name in (None, name):
+                        found[id(variant.dial)] = variant.dial
+    return list(found.values())
+
+
+def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
+    """Set the rank that DyLoRA adapters work at from now on, live: of one adapter, or of all in the target.
+
+    target: a pipeline, a model, or a list of models. AdapterError where there is no such DyLoRA, where the rank is none
+    of its own (they are listed), or while it is fused into the weights; then nothing is changed.
+
+    >>> from lora_adapters import DyLoraConfig, set_rank
+    >>> from peft import inject_adapter_in_model
+    >>> model = nn.Sequential(nn.Linear(3, 5))
+    >>> model = inject_adapter_in_model(DyLoraConfig(r=8, unit=4, target_modules=["0"]), model)
+    >>> set_rank(model, 4)
+    >>> set_rank(model, 5)
+    Traceback (most recent call last):
+    lora_adapters.convert.errors.AdapterError: rank 5 is not one of adapter default's: 4, 8
+    """
+    found = dials(target, adapter_name)
+    if not found:
+        name = f"{adapter_name} is no DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
+        raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
+    for model in _models(target):
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and any(
+                isinstance(module.lora_variant.get(name), DyLoraVariant) and adapter_name in (None, name)
+                for name in module.merged_adapters
+            ):
+                raise AdapterError(f"{', '.join(module.merged_adapters)} is fused into the weights: unfuse it first")
+    highest = max(dial.highest for dial in found)
+    valid = sorted({one for dial in found for one in dial.ranks})
+    for dial in found:  # a text encoder's or a smaller adapter's dial stops at its own highest rank
+        if rank not in dial.ranks and not (rank in valid and rank > dial.highest and rank <= highest):
+            dial.set_rank(rank)  # raises
+    for dial in found:
+        dial.set_rank(min(rank, dial.highest))
+
+
+def set_step(target: Any, step: int, seed: int = 0, samples: range | None = None, total: int | None = None) -> None:
+    """Say which training step comes next, so that DyLoRA draws the ranks of this step when the models are called.
+
+    Without it, each dial counts its model's training calls from 0, which is the same where every model is called once a
+    step. A training loop that resumes, or that calls a model several times a step, says it before each call.
+
+    target: a pipeline, a model, or a list of models; step: optimizer steps done so far, from 0; seed: the run's;
+    samples, total: in a data-parallel process, which samples of the batch of `total` it has. A model that is called
+    with a multiple of their number sees each sample that many times in a row. AdapterError where they do not fit.
+    """
+    if samples is None and total is not None:
+        raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
+    if samples is not None and not (len(samples) and min(samples) >= 0 and max(samples) < (total or max(samples) + 1)):
+        raise AdapterError(f"samples {samples} are none of a batch of {total}: they are numbered from 0")
+    for dial in dials(target):
+        dial.set_step(step, seed, samples, total)

@@ -1,0 +1,84 @@
+"""Names and blocks against the full lists of modules that kohya's trainer adapts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_adapters.convert import AdapterError, ModuleName
+from lora_adapters.convert.families.names import (
+    architecture_of,
+    block_index,
+    check_known,
+    from_kohya,
+    sgm_path,
+    to_kohya,
+    unet_paths,
+)
+
+MODULES = Path(__file__).parents[2] / "golden" / "modules"
+
+
+def rows(name):
+    table = json.loads((MODULES / f"kohya_modules_{name}.json").read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "count"), [("sd15", "sd", 350), ("sd21", "sd", 416), ("sdxl", "sdxl", 1052)]
+)
+def test_every_module_both_ways(name, architecture, count):
+    listed = rows(name)
+    assert len(listed) == count
+    for row in listed:
+        module = ModuleName(row["component"], row["diffusers_module"])
+        assert from_kohya(row["kohya_name"]) == module
+        assert to_kohya(module, architecture) == row["kohya_name"]
+        if module.component == "unet":
+            assert block_index(module.path, architecture) == row["block_index"]
+            assert from_kohya(f"lora_unet_{module.path.replace('.', '_')}") == module  # SDXL in diffusers' naming
+    assert architecture_of(ModuleName(row["component"], row["diffusers_module"]) for row in listed) == architecture
+
+
+def test_unknown_name_shows_the_nearest():
+    with pytest.raises(AdapterError, match=r"lora_unet_down_blocks_0_attentions_0_proj_im.*nearest.*proj_in"):
+        from_kohya("lora_unet_down_blocks_0_attentions_0_proj_im")
+    with pytest.raises(AdapterError, match="lora_te3_x"):
+        from_kohya("lora_te3_x")
+
+
+def test_modules_of_two_architectures_do_not_mix():
+    sd = ModuleName("unet", "down_blocks.0.attentions.0.proj_in")
+    sdxl = ModuleName("unet", "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q")
+    with pytest.raises(AdapterError, match="different architectures"):
+        architecture_of([sd, sdxl])
+
+
+OUTSIDE = {
+    "lora_unet_label_emb_0_0": ("unet", "add_embedding.linear_1"),
+    "lora_unet_label_emb_0_2": ("unet", "add_embedding.linear_2"),
+    "lora_unet_add_embedding_linear_1": ("unet", "add_embedding.linear_1"),
+    "lora_unet_time_embed_2": ("unet", "time_embedding.linear_2"),
+    "lora_te2_text_projection": ("text_encoder_2", "text_projection"),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_modules_outside_of_the_blocks_of_sdxl(name):
+    module = ModuleName(*OUTSIDE[name])
+    assert from_kohya(name) == check_known(module) == module
+    assert from_kohya(to_kohya(module, "sdxl")) == module
+    assert architecture_of([module, ModuleName("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1")]) == "sdxl"
+    assert block_index(module.path, "sdxl") is None
+
+
+def test_the_size_conditioning_is_sdxls_alone():
+    assert architecture_of([ModuleName("unet", "add_embedding.linear_1")]) == "sdxl"
+    for name in ("lora_te_text_projection", "lora_te1_text_projection"):
+        with pytest.raises(AdapterError, match="text_projection"):
+            from_kohya(name)
+
+
+def test_sd1_in_the_names_of_the_original_code():
+    for path in unet_paths("sd"):
+        assert from_kohya(f"lora_unet_{sgm_path(path, 'sd').replace('.', '_')}") == ModuleName("unet", path)

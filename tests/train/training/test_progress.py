@@ -1,0 +1,40 @@
+"""What is seen while a run trains."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from lora_adapters.train.options.arguments import settings
+from lora_adapters.train.training.checkpoints import Position
+from lora_adapters.train.training.progress import Progress
+from lora_adapters.train.training.step_values import StepValues
+
+
+@pytest.fixture
+def run(tmp_path):
+    accelerator = SimpleNamespace(is_local_main_process=True, is_main_process=True)
+    asked = settings(pretrained_model_name_or_path="x", output_dir=str(tmp_path), network_module="networks.lora")
+    return SimpleNamespace(steps=4, epochs=2, steps_per_epoch=2, accelerator=accelerator, settings=asked)
+
+
+def test_messages_have_lines_of_their_own(run, capsys):
+    logging.basicConfig(format="%(message)s", level="INFO", force=True)
+    log = logging.getLogger("lora_adapters.train.training.saving")
+    with Progress(run, 0) as progress:
+        progress.bar.update()
+        log.info("saved mine.safetensors")
+    log.info("done")
+    shown = capsys.readouterr()
+    lines = [
+        line for line in (shown.out + shown.err).replace("\r", "\n").splitlines() if "mine" in line or "done" in line
+    ]
+    assert lines == ["saved mine.safetensors", "done"]
+
+
+def test_the_epoch_is_none_beyond_the_last(run, capsys):
+    run.optimizer = SimpleNamespace(param_groups=[{"lr": 1e-3}])
+    for epoch, shown in ((0, 1), (1, 2), (2, 2)):
+        with Progress(run, 0) as progress:
+            progress.stepped(Position(step=1, epoch=epoch), StepValues(0.5, 0, {}))
+        assert f"epoch={shown}," in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""Aspect-ratio buckets: which size each picture is trained at.
+
+Sizes are (width, height) in pixels. Every picture of a bucket is scaled until it covers the bucket's size, and what
+stands over is cropped.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lora_adapters.train.data.config import VAE_FACTOR, DatasetConfig
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A picture's way to its training size: scale to `resized`, then crop to `bucket`."""
+
+    bucket: Size
+    resized: Size
+
+
+def cover(size: Size, target: Size) -> Size:
+    """`size` scaled with its aspect kept until it just covers `target`."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    return max(target[0], int(size[0] * scale + 0.5)), max(target[1], int(size[1] * scale + 0.5))
+
+
+def bucket_sizes(resolution: Size, smallest: int, largest: int, steps: int) -> list[Size]:
+    """Every size with sides that are multiples of `steps` from `smallest` to `largest`, as large as fits the area.
+
+    For each side the other is the longest with width x height <= the area of `resolution`. `smallest` is rounded down
+    to `steps` and `largest` up.
+    """
+    area = resolution[0] * resolution[1]
+    smallest, largest = max(steps, smallest // steps * steps), math.ceil(largest / steps) * steps
+    square = math.isqrt(area) // steps * steps
+    sizes = {(square, square)}
+    for side in range(smallest, largest + 1, steps):
+        other = min(largest, area // side // steps * steps)
+        if other >= smallest:
+            sizes |= {(side, other), (other, side)}
+    return sorted(sizes)
+
+
+class Buckets:
+    """The sizes of one dataset.
+
+    Without `enable_bucket` there is one size, the resolution. With it, a picture goes to the size whose width / height
+    is nearest its own. With `bucket_no_upscale` a picture is never enlarged: it is scaled down to the area if larger,
+    and its sides are cut to multiples of the steps, so that the size never exceeds the area; min_bucket_reso and
+    max_bucket_reso then have no meaning.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.resolution, self.enabled = config.resolution, config.enable_bucket
+        self.area = self.resolution[0] * self.resolution[1]
+        self.steps, self.no_upscale = config.bucket_reso_steps, config.bucket_no_upscale
+        # Half of the resolution, where that is less than the usual 256, leaves small models with more than squares.
+        self.smallest = config.min_bucket_reso or min(256, max(VAE_FACTOR, min(self.resolution) // 2))
+        self.largest = config.max_bucket_reso or max(1024, *self.resolution)
+        self.sizes = [self.resolution]
+        if self.enabled:
+            self.sizes = bucket_sizes(self.resolution, self.smallest, self.largest, self.steps)
+        self._placed: dict[Size, Placement] = {}  # most pictures of a set share a few sizes
+
+    def place(self, size: Size) -> Placement:
+        """Where a picture of `size` goes."""
+        if size not in self._placed:
+            without = self.enabled and self.no_upscale
+            self._placed[size] = self._place_without_enlarging(size) if without else self._place(size)
+        return self._placed[size]
+
+    def aspect_error(self, size: Size) -> float:
+        """How far the bucket's width / height is from the picture's."""
+        return abs(_aspect(self.place(size).bucket) - _aspect(size))
+
+    def _place(self, size: Size) -> Placement:
+        bucket = size if size in self.sizes else min(self.sizes, key=lambda other: abs(_aspect(other) - _aspect(size)))
+        return Placement(bucket, cover(size, bucket))
+
+    def _place_without_enlarging(self, size: Size) -> Placement:
+        if size[0] * size[1] <= self.area:
+            return self._cut(size)
+        width, height = (math.sqrt(self.area * size[i] / size[1 - i]) for i in (0, 1))
+        # Round one side to the steps, so that only the other is cropped: the side that bends the aspect less.
+        by_height = self._cut(cover(size, (self.steps, self._floor(height + 0.5))))
+        by_width = self._cut(cover(size, (self._floor(width + 0.5), self.steps)))
+        within = [one for one in (by_height, by_width) if one.bucket[0] * one.bucket[1] <= self.area]
+        if not within:  # half a pixel was too much, with small steps
+            bucket = self._cut((int(width), int(height))).bucket
+            return Placement(bucket, cover(size, bucket))
+        return min(within, key=lambda placed: abs(_aspect(placed.bucket) - _aspect(size)))
+
+    def _cut(self, resized: Size) -> Placement:
+        """Both sides down to the steps; only a side shorter than one step is enlarged, to that step."""
+        longest = self.area // self.steps  # beside a side that was enlarged
+        bucket = self._floor(min(resized[0], longest)), self._floor(min(resized[1], longest))
+        fits = resized[0] >= bucket[0] and resized[1] >= bucket[1]
+        return Placement(bucket, resized if fits else cover(resized, bucket))
+
+    def _floor(self, side: float) -> int:
+        return max(self.steps, int(side) // self.steps * self.steps)
+
+
+def _aspect(size: Size) -> float:
+    return size[0] / size[1]

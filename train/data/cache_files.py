@@ -1,0 +1,295 @@
+"""Latents and text-encoder outputs on disk, beside the pictures, in files that kohya's scripts read and write too.
+
+`<stem>_<width>x<height>_sd.npz` or `_sdxl.npz` (size of the picture, four digits at least) holds an entry for each
+size of latents that the picture was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
+suffix original_size, crop_ltrb and where needed latents_flipped and alpha_mask. Files of older versions have one entry,
+without a suffix. `<stem>_te_outputs.npz` holds text-encoder outputs. Keys of our own tell what an entry was made from
+(vae, interpolation, picture; caption, encoder); an entry without them is taken on trust. `checksum` ties them to the
+latents beside them: another program that writes an entry anew leaves our keys as they are.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lora_adapters.convert.errors import first_line
+from lora_adapters.convert.storage.atomic import replacing
+from lora_adapters.train.data.buckets import Size
+from lora_adapters.train.data.config import VAE_FACTOR
+from lora_adapters.train.data_error import DataError
+
+ModelKind = Literal["sd", "sdxl"]
+_ENCODER = ("encoder.", "quant_conv.")
+TEXT_ENDING = "_te_outputs.npz"
+_OF_ENTRY = (
+    "latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb",
+    "vae", "interpolation", "picture", "checksum",
+)  # fmt: skip
+LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it has terabytes
+
+
+@dataclass(frozen=True)
+class CachedLatents:
+    """Unscaled float32 latents (c, height/8, width/8), the same of the mirrored picture, and a mask (height, width)."""
+
+    latents: torch.Tensor
+    flipped: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LatentsWanted:
+    """What an entry of a latents file must hold to be used. Sizes are (width, height).
+
+    `modified` (ns) and `length` (bytes) are those of the picture's file, `interpolation` is resize_interpolation.
+    """
+
+    size: Size
+    bucket: Size
+    flip: bool
+    alpha_mask: bool
+    vae: str
+    modified: int = 0
+    length: int = 0
+    interpolation: str = ""
+
+
+def latents_path(stem: str, size: Size, model: ModelKind) -> str:
+    """The file for the latents of the picture at `stem` (its path without suffix)."""
+    return f"{stem}_{size[0]:04d}x{size[1]:04d}_{model}.npz"
+
+
+def existing_latents(stem: str, wanted: LatentsWanted, model: ModelKind, *, check: bool) -> str | None:
+    """The usable file, or None. An SD model also takes the older name `<stem>.npz`.
+
+    Without `check` any file does that has latents of the bucket's size.
+    """
+    old = [f"{stem}.npz"] if model == "sd" else []
+    for path in [*old, latents_path(stem, wanted.size, model)]:
+        trusted = not check and path not in old
+        if os.path.isfile(path) and (_has_latents(path, wanted.bucket) if trusted else latents_fit(path, wanted)):
+            return path
+    return None
+
+
+def _has_latents(path: str, bucket: Size) -> bool:
+    try:
+        with opened(path) as file:
+            _entry(file, bucket)
+            return True
+    except Exception:  # of many kinds: see opened
+        return False
+
+
+def _entry(file: Any, bucket: Size) -> str:
+    """The suffix of the keys of this bucket's entry in an open file; KeyError where there is none."""
+    height, width = bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR
+    for suffix in (f"_{height}x{width}", ""):
+        if f"latents{suffix}" in file and _shape(file, f"latents{suffix}")[-2:] == (height, width):
+            return suffix
+    raise KeyError(f"latents_{height}x{width}")
+
+
+def latents_fit(path: str, wanted: LatentsWanted) -> bool:
+    """Whether the file has such an entry: made from this picture as it is now, by this VAE, with all that is wanted."""
+    shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
+    try:
+        with opened(path) as file:
+            of = {name: name + _entry(file, wanted.bucket) for name in _OF_ENTRY}
+            if of["picture"] in file:
+                if tuple(file[of["picture"]].tolist()) != (wanted.modified, wanted.length):
+                    return False
+            elif os.stat(path).st_mtime_ns < wanted.modified:
+                return False
+            if of["checksum"] in file and int(file[of["checksum"]]) != _stored_checksum(file, of["latents"]):
+                return False
+            if tuple(int(side) for side in file[of["original_size"]]) != wanted.size or of["crop_ltrb"] not in file:
+                return False
+            for name in ("vae", "interpolation"):
+                if of[name] in file and str(file[of[name]]) != getattr(wanted, name):
+                    return False
+            if of["alpha_mask"] in file and not wanted.alpha_mask:
+                return False  # it would be read, and the loss masked with it
+            mask_fits = not wanted.alpha_mask or _shape(file, of["alpha_mask"]) == wanted.bucket[::-1]
+            return mask_fits and (not wanted.flip or _shape(file, of["latents_flipped"])[-2:] == shape)
+    except Exception:  # of many kinds: see opened
+        return False
+
+
+def read_latents(path: str, bucket: Size) -> CachedLatents:
+    """The entry for this bucket (width, height) of a latents file; DataError where there is none or it is damaged."""
+    try:
+        with opened(path) as file:
+            suffix = _entry(file, bucket)
+            latents, flipped, mask = (
+                torch.from_numpy(file[name + suffix]).float() if name + suffix in file else None
+                for name in ("latents", "latents_flipped", "alpha_mask")
+            )
+    except KeyError:
+        raise DataError(
+            f"{path}: no latents of a {bucket[0]}x{bucket[1]} bucket; delete it, or check the caches"
+        ) from None
+    except Exception as error:  # of many kinds: see opened
+        raise DataError(f"{path}: damaged latents cache ({first_line(error)}); delete it") from None
+    if latents is None or not torch.isfinite(latents).all():
+        raise DataError(f"{path}: holds NaN; delete it")
+    return CachedLatents(latents, flipped, mask)
+
+
+def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted, *, keep_all: bool = False) -> None:
+    """Write the entry for a bucket into a latents file in one piece. Entries for other buckets stay.
+
+    An entry that does not say which picture it was made from goes where the file is older than the picture, unless
+    `keep_all`: in a file that is written now, nothing would show any more that it is outdated.
+    """
+    latents = cached.latents.float().numpy()
+    entry: dict[str, Any] = {
+        "latents": latents,
+        "original_size": np.array(wanted.size),
+        "crop_ltrb": np.array(_box_in_bucket(wanted.bucket, wanted.size)),
+        "vae": np.array(wanted.vae),
+        "interpolation": np.array(wanted.interpolation),
+        "picture": np.array([wanted.modified, wanted.length], np.int64),
+        "checksum": np.array(_checksum(latents)),
+    }
+    if cached.flipped is not None:
+        entry["latents_flipped"] = cached.flipped.float().numpy()
+    if cached.mask is not None:
+        entry["alpha_mask"] = cached.mask.float().numpy()
+    suffix = "_{}x{}".format(*latents.shape[-2:])
+    others = _other_entries(path, suffix, 0 if keep_all else wanted.modified)
+    write_npz(path, others | {name + suffix: array for name, array in entry.items()})
+
+
+def _other_entries(path: str, suffix: str, modified: int) -> dict[str, Any]:
+    """The arrays of a latents file but those of the entry `suffix` and of outdated ones, see `write_latents`."""
+    try:
+        outdated = os.stat(path).st_mtime_ns < modified
+        with opened(path) as file:
+            replaced = {name + suffix for name in _OF_ENTRY}
+            return {
+                name: file[name]
+                for name in file
+                if name not in replaced and not (outdated and f"picture{_suffix(name)}" not in file)
+            }
+    except Exception:  # of many kinds: see opened. There is no such file, or it is damaged and is replaced
+        return {}
+
+
+def _suffix(name: str) -> str:
+    found = re.search(r"_[0-9]+x[0-9]+$", name)
+    return found[0] if found else ""
+
+
+def _checksum(array: np.ndarray) -> int:
+    """The checksum that an .npz file keeps of this array."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array)
+    return zlib.crc32(buffer.getvalue())
+
+
+def _stored_checksum(file: Any, name: str) -> int:
+    """The checksum of an array in an open .npz, from the archive's directory."""
+    return file.zip.getinfo(f"{name}.npy").CRC
+
+
+def read_text(path: str) -> dict[str, torch.Tensor]:
+    """The text-encoder outputs of a file; DataError where it is damaged."""
+    try:
+        with opened(path) as file:
+            return {name: torch.from_numpy(file[name]).float() for name in file if name not in ("caption", "encoder")}
+    except Exception as error:  # of many kinds: see opened
+        raise DataError(f"{path}: damaged text-encoder cache ({first_line(error)}); delete it") from None
+
+
+def text_fits(path: str, caption: str, encoder: str, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether the file is whole, made from this caption by this encoder, and holds tensors of `shapes`."""
+    try:
+        with opened(path) as file:
+            same = all(name not in file or str(file[name]) == text for name, text in _origin(caption, encoder).items())
+            return same and all(file[name].shape == tuple(shape) for name, shape in shapes.items())
+    except Exception:  # of many kinds: see opened
+        return False
+
+
+def write_text(path: str, outputs: Mapping[str, torch.Tensor], caption: str, encoder: str) -> None:
+    """Write text-encoder outputs in one piece, float32."""
+    arrays = {name: value.float().numpy() for name, value in outputs.items()}
+    write_npz(path, arrays | {name: np.array(text) for name, text in _origin(caption, encoder).items()})
+
+
+def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
+    """An uncompressed .npz that is either whole or not there."""
+    try:
+        with replacing(Path(path)) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise DataError(f"{path}: cannot write the cache ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Any]:
+    """The arrays of an .npz file, by name, loaded when they are asked for.
+
+    numpy's and zipfile's readers raise almost anything on damaged files. ValueError for what would fill the memory.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is no .npz archive")
+        for member in file.zip.infolist() if file.zip is not None else ():
+            if member.file_size > LARGEST:
+                raise ValueError(f"{member.filename} is of {member.file_size} bytes")
+        yield file
+
+
+def vae_identity(vae: torch.nn.Module) -> str:
+    """A short hash of the weights that make latents; equal for the same VAE in float32 and float16."""
+    return _identity((name, value) for name, value in vae.state_dict().items() if name.startswith(_ENCODER))
+
+
+def text_identity(encoders: Iterable[torch.nn.Module]) -> str:
+    """The same of the text encoders: of all their weights, with what was merged into them."""
+    return _identity(
+        (f"{i}.{name}", value) for i, one in enumerate(encoders) for name, value in one.state_dict().items()
+    )
+
+
+def _identity(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(weights, key=lambda item: item[0]):
+        digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _shape(file: Any, name: str) -> tuple[int, ...]:
+    """The shape of an array in an open .npz, from its header alone; KeyError where it is not there."""
+    with file.zip.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(member)[0]
+
+
+def _origin(caption: str, encoder: str) -> dict[str, str]:
+    # A numpy string drops NULs at its end, and no caption has them.
+    return {"caption": caption, "encoder": encoder}
+
+
+def _box_in_bucket(bucket: Size, size: Size) -> tuple[float, float, float, float]:
+    """crop_ltrb as other readers of the format expect it: the whole picture fitted into the bucket, centred.
+
+    This is not what was cropped, which follows from both sizes and is computed where it is needed.
+    """
+    scale = min(bucket[0] / size[0], bucket[1] / size[1])
+    width, height = size[0] * scale, size[1] * scale
+    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
+    return left, top, left + width, top + height

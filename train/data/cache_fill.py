@@ -1,0 +1,249 @@
+"""Filling the caches: each picture through the VAE once, each caption through the text encoder once."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lora_adapters.train.data.buckets import Size
+from lora_adapters.train.data.cache_files import (
+    TEXT_ENDING,
+    CachedLatents,
+    LatentsWanted,
+    ModelKind,
+    existing_latents,
+    latents_path,
+    read_text,
+    text_fits,
+    vae_identity,
+    write_latents,
+    write_text,
+)
+from lora_adapters.train.data.captions import Moment, draw_caption
+from lora_adapters.train.data.config import VAE_FACTOR
+from lora_adapters.train.data.image_set import Picture, PictureSet
+from lora_adapters.train.data.loader import load_pixels
+from lora_adapters.train.data.transforms import centred
+from lora_adapters.train.data_error import DataError
+from lora_adapters.train.seeding import normal_noise, python_random
+
+logger = logging.getLogger(__name__)
+NAMES_SHOWN = 5
+
+
+def encode_latents(
+    pictures: PictureSet,
+    vae: Any,
+    seed: int,
+    to_disk: bool,
+    batch_size: int,
+    device: torch.device | str,
+    model: ModelKind,
+    check: bool,
+    rank: int,
+    world_size: int,
+) -> list[CachedLatents | str | DataError]:
+    """The latents of every picture, the path of their file, or why there are none; see TrainingData.cache_latents."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if factor != VAE_FACTOR:
+        raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
+    identity = vae_identity(vae)
+    wanted = [_latents_wanted(picture, identity) for picture in pictures.pictures]
+    cached: list[CachedLatents | str | DataError | None] = [None] * len(wanted)
+    paths: list[str] = []
+    if to_disk:
+        stems = _stems(pictures.pictures)
+        paths = [latents_path(stem, want.size, model) for stem, want in zip(stems, wanted, strict=True)]
+        _one_use_each([(path, want.bucket) for path, want in zip(paths, wanted, strict=True)], wanted)
+        for number, want in enumerate(wanted):
+            cached[number] = existing_latents(stems[number], want, model, check=check)
+    numbers = [number for number, entry in enumerate(cached) if entry is None]
+    if to_disk:
+        numbers = _share(numbers, paths, [want.bucket for want in wanted], rank, world_size)
+    missing: dict[Size, list[int]] = defaultdict(list)
+    for number in numbers:
+        missing[wanted[number].bucket].append(number)
+    bar = tqdm(total=sum(map(len, missing.values())), desc="caching latents", disable=rank != 0)
+    for numbers in missing.values():
+        for chunk in _chunks(numbers, batch_size):
+            made = _encode(vae, [pictures.pictures[number] for number in chunk], seed, device)
+            for number, latents in zip(chunk, made, strict=True):
+                if isinstance(latents, DataError):
+                    cached[number] = latents
+                elif to_disk:
+                    write_latents(paths[number], latents, wanted[number], keep_all=not check)
+                else:
+                    cached[number] = latents
+            bar.update(len(chunk))
+    bar.close()
+    _warn_of_damaged([str(entry) for entry in cached if isinstance(entry, DataError)])
+    return [entry if entry is not None else paths[number] for number, entry in enumerate(cached)]
+
+
+def _share(
+    numbers: Iterable[int], paths: Sequence[str], buckets: Sequence[Size], rank: int, world_size: int
+) -> list[int]:
+    """Of the pictures to encode those that this process does: each entry of a file once, a file in one process.
+
+    Pictures are shared out by their numbers, not by what is missing: another process may have begun to write.
+    """
+    owner: dict[str, int] = {}
+    for number, path in enumerate(paths):
+        owner.setdefault(path, number % world_size)
+    entries = {(paths[number], buckets[number]): number for number in numbers if owner[paths[number]] == rank}
+    return list(entries.values())
+
+
+def encode_text(
+    pictures: PictureSet,
+    encode: Callable[[list[str]], dict[str, torch.Tensor]],
+    to_disk: bool,
+    batch_size: int,
+    encoder: str,
+    check: bool,
+    rank: int,
+    world_size: int,
+) -> list[dict[str, torch.Tensor] | str]:
+    """The text-encoder outputs of every picture's caption, or the path of their file; see TrainingData.cache_text."""
+    captions = [
+        draw_caption(picture.found.caption, picture.subset, python_random(0), Moment()) for picture in pictures.pictures
+    ]
+    if not to_disk:
+        distinct = sorted(set(captions))
+        outputs = dict(zip(distinct, _encode_captions(distinct, encode, batch_size, rank), strict=True))
+        return [outputs[caption] for caption in captions]
+    paths = [stem + TEXT_ENDING for stem in _stems(pictures.pictures)]
+    _one_use_each([(path,) for path in paths], captions)
+    with torch.no_grad():
+        shapes = {name: value.shape[1:] for name, value in encode([""]).items()}
+    missing = []
+    for number in range(rank, len(paths), world_size):
+        path, caption = paths[number], captions[number]
+        if not (text_fits(path, caption, encoder, shapes) if check else _readable(path)):
+            missing.append(number)
+    made = _encode_captions([captions[number] for number in missing], encode, batch_size, rank)
+    for number, output in zip(missing, made, strict=True):
+        write_text(paths[number], output, captions[number], encoder)
+    return list(paths)
+
+
+def _latents_wanted(picture: Picture, identity: str) -> LatentsWanted:
+    found, subset = picture.found, picture.subset
+    return LatentsWanted(
+        size=found.size,
+        bucket=picture.placement.bucket,
+        flip=subset.flip_aug,
+        alpha_mask=subset.alpha_mask,
+        vae=identity,
+        modified=found.source.modified(),
+        length=found.source.length(),
+        interpolation=subset.resize_interpolation or "",
+    )
+
+
+def _stems(pictures: Sequence[Picture]) -> list[str]:
+    stems = []
+    for picture in pictures:
+        if picture.found.cache_stem is None:
+            raise DataError(f"{picture.subset.name}: caches on disk need a folder: give cache_dir in its subset")
+        stems.append(picture.found.cache_stem)
+    return stems
+
+
+def _one_use_each(entries: Sequence[tuple[Any, ...]], uses: Sequence[Any]) -> None:
+    """Two subsets may share an entry (path, ...) of the caches where they want the same of it, and not otherwise."""
+    first: dict[tuple[Any, ...], Any] = {}
+    for entry, use in zip(entries, uses, strict=True):
+        if first.setdefault(entry, use) != use:
+            raise DataError(
+                f"{entry[0]} would hold two different caches (the same picture in two subsets, or two pictures of one "
+                "name and different suffixes): cache in memory instead of on disk, or separate them"
+            )
+
+
+def _warn_of_damaged(reasons: list[str]) -> None:
+    if reasons:
+        names = "; ".join(reasons[:NAMES_SHOWN]) + ("; ..." if len(reasons) > NAMES_SHOWN else "")
+        logger.warning("%d pictures cannot be used, others are used in their place: %s", len(reasons), names)
+
+
+def _encode(
+    vae: Any, pictures: list[Picture], seed: int, device: torch.device | str
+) -> list[CachedLatents | DataError]:
+    """What becomes of each picture; one that is damaged does not keep the others of its batch from being encoded."""
+    loaded: list[tuple[torch.Tensor, torch.Tensor | None] | DataError] = []
+    for picture in pictures:
+        try:
+            loaded.append(load_pixels(picture, centred(picture.placement)))
+        except DataError as error:
+            loaded.append(error)
+    whole = [one for one in loaded if not isinstance(one, DataError)]
+    kept = [picture for picture, one in zip(pictures, loaded, strict=True) if not isinstance(one, DataError)]
+    made = iter(_encode_whole(vae, kept, whole, seed, device) if whole else [])
+    return [one if isinstance(one, DataError) else next(made) for one in loaded]
+
+
+def _encode_whole(
+    vae: Any,
+    pictures: list[Picture],
+    loaded: list[tuple[torch.Tensor, torch.Tensor | None]],
+    seed: int,
+    device: torch.device | str,
+) -> list[CachedLatents]:
+    pixels = torch.stack([image for image, _ in loaded])
+    plain = _sample_latents(vae, pixels, pictures, seed, device, "plain")
+    flipped: list[torch.Tensor | None] = [None] * len(pictures)
+    if any(picture.subset.flip_aug for picture in pictures):
+        mirrored = _sample_latents(vae, pixels.flip(-1), pictures, seed, device, "flipped")
+        flipped = [
+            latents if picture.subset.flip_aug else None for latents, picture in zip(mirrored, pictures, strict=True)
+        ]
+    masks = [mask if picture.subset.alpha_mask else None for (_, mask), picture in zip(loaded, pictures, strict=True)]
+    return [CachedLatents(*parts) for parts in zip(plain, flipped, masks, strict=True)]
+
+
+@torch.no_grad()
+def _sample_latents(
+    vae: Any, pixels: torch.Tensor, pictures: list[Picture], seed: int, device: torch.device | str, kind: str
+) -> list[torch.Tensor]:
+    """One sample of each posterior, (c, height/8, width/8) float32 on the CPU."""
+    posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
+    means, spreads = posterior.mean.float().cpu(), posterior.std.float().cpu()
+    samples = []
+    for picture, mean, spread in zip(pictures, means, spreads, strict=True):
+        latents = mean + spread * normal_noise(mean.shape, seed, "posterior", kind, picture.found.source.name)
+        if not torch.isfinite(latents).all():
+            raise DataError(
+                f"{picture.found.source.name}: the VAE gives NaN in {vae.dtype}: run it in float32 (--no_half_vae)"
+            )
+        samples.append(latents)
+    return samples
+
+
+def _encode_captions(
+    captions: list[str], encode: Callable[[list[str]], dict[str, torch.Tensor]], batch_size: int, rank: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    with tqdm(total=len(captions), desc="caching text-encoder outputs", disable=rank != 0) as bar:
+        for chunk in _chunks(captions, batch_size):
+            with torch.no_grad():
+                outputs = {name: value.detach().float().cpu() for name, value in encode(list(chunk)).items()}
+            for index in range(len(chunk)):
+                yield {name: value[index].clone() for name, value in outputs.items()}
+            bar.update(len(chunk))
+
+
+def _readable(path: str) -> bool:
+    try:
+        return bool(read_text(path))
+    except DataError:
+        return False
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,275 @@
+"""What to train on, as a user writes it: a toml or json file, or the options of the command line.
+
+A value comes from the innermost place that gives it: [[datasets.subsets]], then [[datasets]], then [general], then the
+command line, then the default.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_adapters.convert.parsing import json_value, read_text, toml_table
+from lora_adapters.train.data.class_folders import class_folders
+from lora_adapters.train.data.schema import check_table, check_value, option, rules, show
+from lora_adapters.train.data_error import DataError
+from lora_adapters.train.options.values import did_you_mean
+
+logger = logging.getLogger(__name__)
+VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
+FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
+HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
+Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
+
+
+def read_size(value: Any) -> tuple[int, int]:
+    """(width, height) from 512, "512", "512,768" or [512, 768]."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    whole = [part for part in parts if not isinstance(part, (bool, float))]
+    try:
+        numbers = [int(part) for part in whole]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2) or len(numbers) != len(parts) or min(numbers) < VAE_FACTOR:
+        raise ValueError(f'a size of at least {VAE_FACTOR}: one integer, [width, height] or "width,height"')
+    return numbers[0], numbers[-1]
+
+
+def _suffix(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip(".") or "/" in value or "\\" in value:
+        raise ValueError('a file name ending, such as ".txt"')
+    return value if value.startswith(".") else f".{value}"
+
+
+def _face_crop_not_supported(value: Any) -> None:
+    if value is not None:
+        raise ValueError("left out (cropping around faces is not supported; crop the pictures beforehand)")
+
+
+def _multiplier_one(value: Any) -> float:
+    if isinstance(value, bool) or value != 1:
+        raise ValueError("1.0 or left out (a network multiplier per dataset is not supported)")
+    return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """Pictures from one place and how they and their captions are varied.
+
+    One of `image_dir` alone (a folder of pictures with caption files), `metadata_file` (captions in one json or jsonl
+    file; paths in it may be relative to `image_dir`) and `dataset_name` (a Hugging Face dataset: hub id, folder of
+    pictures or folder written by save_to_disk) says where the pictures are. Pictures shrink with resize_interpolation
+    "area" and grow with "lanczos" where none is given. custom_attributes go into the metadata of the saved file.
+    """
+
+    image_dir: str | None = option(None, "S")
+    metadata_file: str | None = option(None, "S")
+    dataset_name: str | None = option(None, "S")
+    dataset_config_name: str | None = option(None, "S")
+    split: str = option("train", "S")
+    image_column: str = option("image", "S")
+    caption_column: str | None = option(None, "S")  # None: "text", where the dataset has it
+    cache_dir: str | None = option(None, "S")  # where caches of a Hugging Face dataset go
+    is_reg: bool = option(False, "S")
+    conditioning_data_dir: str | None = option(None, "SC")
+    alpha_mask: bool = option(False, "SC")
+
+    class_tokens: str | None = option(None, "GDS")
+    caption_extension: str = option(".caption", "GDSC", read=_suffix)
+    cache_info: bool = option(False, "GDSC")
+    num_repeats: int = option(1, "GDSC", at_least=0)  # 0 leaves the subset out
+
+    shuffle_caption: bool = option(False, "GDSC")
+    keep_tokens: int = option(0, "GDSC", at_least=0)
+    keep_tokens_separator: str | None = option(None, "GDSC")
+    secondary_separator: str | None = option(None, "GDSC")
+    caption_separator: str = option(",", "GDSC")
+    enable_wildcard: bool = option(False, "GDSC")
+    caption_prefix: str | None = option(None, "GDSC")
+    caption_suffix: str | None = option(None, "GDSC")
+    caption_dropout_rate: float = option(0.0, "GDSC", at_least=0, at_most=1)
+    caption_dropout_every_n_epochs: int = option(0, "GDSC", at_least=0)
+    caption_tag_dropout_rate: float = option(0.0, "GDSC", at_least=0, at_most=1)
+    token_warmup_min: int = option(1, "GDSC", at_least=1)
+    token_warmup_step: float = option(0.0, "GDSC", at_least=0)  # below 1: a share of max_train_steps
+
+    flip_aug: bool = option(False, "GDSC")
+    color_aug: bool = option(False, "GDSC")
+    random_crop: bool = option(False, "GDSC")
+    face_crop_aug_range: None = option(None, "GDSC", read=_face_crop_not_supported)
+    resize_interpolation: Interpolation | None = option(None, "GDSC")  # noqa: RUF009 (immutable)
+    custom_attributes: dict | None = option(None, "GDS")  # noqa: RUF009 (immutable)
+
+    @property
+    def name(self) -> str:
+        """The folder, file or dataset, for messages and metadata."""
+        return self.dataset_name or self.metadata_file or self.image_dir or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Subsets that share a resolution, buckets and a batch size. Sizes are (width, height) in pixels."""
+
+    resolution: tuple[int, int] = option(None, "GDC", read=read_size)
+    batch_size: int = option(1, "GDC", at_least=1)
+    enable_bucket: bool = option(False, "GDC")
+    min_bucket_reso: int = option(0, "GDC", at_least=VAE_FACTOR)  # not given: 256, or half the resolution if smaller
+    max_bucket_reso: int = option(0, "GDC", at_least=VAE_FACTOR)  # not given: 1024, or the resolution if larger
+    bucket_reso_steps: int = option(64, "GDC", at_least=VAE_FACTOR)
+    bucket_no_upscale: bool = option(False, "GDC")
+    validation_split: float = option(0.0, "GDC", at_least=0, at_most=1)
+    validation_seed: int | None = option(None, "GDC")
+    network_multiplier: float = option(1.0, "GD", read=_multiplier_one)
+    subsets: tuple[SubsetConfig, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Everything to train on. `file` is None where the command line alone describes it."""
+
+    datasets: tuple[DatasetConfig, ...]
+    file: Path | None = None
+
+
+def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
+    """The data that a command line asks for.
+
+    `arguments` maps the training program's option names to values, as vars() of parsed arguments does; None means not
+    given and names that do not concern data are left alone. Of use here: `dataset_config`, or `train_data_dir` with
+    `reg_data_dir` or with `in_json`, and every option of SubsetConfig and DatasetConfig that has
+    a C in its rule (two are spelled as in FLAGS). Raises DataError.
+    """
+    given = _command_line(arguments)
+    file, folder = arguments.get("dataset_config"), arguments.get("train_data_dir")
+    beside = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if arguments.get(name)]
+    if file and beside:
+        logger.warning("%s: not used, since --dataset_config %s says what to train on", ", ".join(beside), file)
+    if file:
+        return _from_file(Path(file), given)
+    if not folder:
+        raise DataError("nothing to train on: give --dataset_config or --train_data_dir")
+    subsets: list[dict[str, Any]]
+    if arguments.get("in_json"):
+        if arguments.get("reg_data_dir"):
+            raise DataError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
+        subsets = [{"image_dir": folder, "metadata_file": arguments["in_json"]}]
+    else:
+        subsets = class_folders(Path(folder), "--train_data_dir", is_reg=False)
+        if arguments.get("reg_data_dir"):
+            subsets += class_folders(Path(arguments["reg_data_dir"]), "--reg_data_dir", is_reg=True)
+    return _build({"datasets": [{"subsets": subsets}]}, given, "command line", None)
+
+
+def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The data options of a command line, checked; those left at None are not in it."""
+    spelled = dict(arguments)
+    for name, flag in FLAGS.items():
+        spelled[name] = spelled.get(flag)
+    if spelled.get("caption_extention") is not None:  # an old spelling that people's scripts still have
+        spelled["caption_extension"] = spelled["caption_extention"]
+    given = {}
+    for kind in (SubsetConfig, DatasetConfig):
+        for name, (hint, rule) in rules(kind).items():
+            if "C" in rule.where and spelled.get(name) is not None:
+                given[name] = check_value(hint, rule, spelled[name], f"--{FLAGS.get(name, name)}")
+    return given
+
+
+def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
+    try:
+        text = read_text(file)
+        if file.suffix.lower() == ".json":
+            table = json_value(text)
+        elif file.suffix.lower() == ".toml":
+            table = toml_table(text)
+        else:
+            raise DataError(f"{file}: a dataset configuration ends in .toml or .json")
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from None
+    return _build(table, given, str(file), file)
+
+
+def _build(table: Any, given: dict[str, Any], source: str, file: Path | None) -> DataConfig:
+    if not isinstance(table, dict):
+        raise DataError(f"{source}: must hold a table with general and datasets, not {show(table)}")
+    top = ("general", "datasets")
+    unknown = [f"{key}{did_you_mean(key, top)}" for key in table if key not in top]
+    both = (SubsetConfig, DatasetConfig)
+    general = check_table(both, table.get("general", {}), "G", "general", source, unknown)
+    datasets = []
+    for index, entry in enumerate(_tables(table, "datasets", "datasets", source)):
+        path = f"datasets[{index}]"
+        own = check_table(both, {key: entry[key] for key in entry if key != "subsets"}, "D", path, source, unknown)
+        outer = given | general | own
+        names = rules(SubsetConfig)
+        inherited = {key: value for key, value in outer.items() if key in names}
+        subsets: list[SubsetConfig] = []
+        for number, part in enumerate(_tables(entry, "subsets", f"{path}.subsets", source)):
+            where = f"{path}.subsets[{number}]"
+            subset = SubsetConfig(**inherited | check_table(both, part, "S", where, source, unknown))
+            _check_source(subset, part, where, source)
+            subsets.append(subset)
+        values = {key: value for key, value in outer.items() if key not in names}
+        datasets.append(_checked_sizes(DatasetConfig(**values, subsets=tuple(subsets)), path, source))
+    if unknown:
+        logger.warning("%s: not options of a dataset, and ignored: %s", source, ", ".join(unknown))
+    return DataConfig(tuple(datasets), file)
+
+
+def _tables(table: dict[str, Any], key: str, path: str, source: str) -> list[dict[str, Any]]:
+    value = table.get(key)
+    if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
+        problem = "is missing" if value is None else f"must be a list of at least one table, not {show(value)}"
+        raise DataError(f"{source}: {path} {problem}")
+    return value
+
+
+def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, source: str) -> None:
+    """Exactly one source of pictures, and no option that only another kind of source could obey."""
+    if subset.dataset_name and (subset.image_dir or subset.metadata_file):
+        other = "image_dir" if subset.image_dir else "metadata_file"
+        raise DataError(f"{source}: {path} has both dataset_name and {other}")
+    if not (subset.image_dir or subset.metadata_file or subset.dataset_name):
+        raise DataError(f"{source}: {path} names no pictures: give image_dir, metadata_file or dataset_name")
+    if not subset.caption_separator:
+        raise DataError(f"{source}: {path}.caption_separator must not be empty")
+    if subset.alpha_mask and subset.conditioning_data_dir:
+        raise DataError(f"{source}: {path} has two masks, alpha_mask and conditioning_data_dir: leave one out")
+    if subset.dataset_name:
+        for name in ("conditioning_data_dir", "cache_info"):
+            if getattr(subset, name):
+                raise DataError(f"{source}: {path}.{name} is for folders and is not supported with dataset_name")
+    else:
+        for name in HUB_ONLY:
+            if name in own:
+                raise DataError(f"{source}: {path}.{name} goes with dataset_name, which is not given")
+
+
+def _checked_sizes(dataset: DatasetConfig, path: str, source: str) -> DatasetConfig:
+    if dataset.resolution is None:
+        raise DataError(f"{source}: {path} has no resolution: give it there, in [general] or as --resolution")
+    if dataset.validation_split == 1:
+        raise DataError(f"{source}: {path}.validation_split must be below 1: nothing would be left to train on")
+    width, height = dataset.resolution
+    if not dataset.enable_bucket:
+        if width % VAE_FACTOR or height % VAE_FACTOR:
+            raise DataError(f"{source}: {path}.resolution {width}x{height} must be a multiple of {VAE_FACTOR}")
+        return dataset
+    steps = dataset.bucket_reso_steps
+    if steps % VAE_FACTOR:
+        raise DataError(f"{source}: {path}.bucket_reso_steps must be a multiple of {VAE_FACTOR}, not {steps}")
+    if min(width, height) < steps:
+        raise DataError(
+            f"{source}: {path}.bucket_reso_steps {steps} is larger than the resolution {width}x{height}: lower it "
+            f"(a multiple of {VAE_FACTOR})"
+        )
+    if dataset.min_bucket_reso > min(width, height):
+        raise DataError(f"{source}: {path}.min_bucket_reso {dataset.min_bucket_reso} is larger than the resolution")
+    if dataset.max_bucket_reso and dataset.max_bucket_reso < max(width, height):
+        raise DataError(f"{source}: {path}.max_bucket_reso {dataset.max_bucket_reso} is smaller than the resolution")
+    return dataset

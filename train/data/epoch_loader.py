@@ -1,0 +1,106 @@
+"""Batches of an epoch from torch's DataLoader, in this process or from loading processes."""
+
+import atexit
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from lora_adapters.train.data.batches import Batch
+from lora_adapters.train.data.loader import BatchReader, Order
+from lora_adapters.train.data_error import DataError
+from lora_adapters.train.stopping import ignore_signals
+
+logger = logging.getLogger(__name__)
+
+
+class EpochLoader:
+    """Runs a BatchReader in torch's DataLoader. Persistent workers stay alive between epochs.
+
+    damaged: what could not be used so far, with the reason, by name.
+    """
+
+    def __init__(self, reader: BatchReader, persistent: bool, pin_memory: bool) -> None:
+        self.reader, self.persistent, self.pin_memory = reader, persistent, pin_memory
+        self.orders = _Orders()
+        self.loader: DataLoader | None = None
+        self.damaged: dict[str, str] = {}
+        self._running: list[list[Any]] = []  # one iterator each; none once it is closed
+        _loaders.add(self)
+
+    def restart(self) -> None:
+        """Forget workers that hold an older state of the reader."""
+        self.loader = None
+
+    def close(self) -> None:
+        """End the loading processes; the iterators of `batches` end, too.
+
+        These processes ignore signals: without this, the end of the program would wait for them.
+        """
+        for running in self._running:
+            for iterator in running:
+                # A traceback may hold the iterator, so that its own end would come too late.
+                getattr(iterator, "_shutdown_workers", lambda: None)()
+            running.clear()
+        self.loader = None
+
+    def batches(self, epoch: int, start: int, rank: int, world_size: int, workers: int) -> Iterator[Batch]:
+        self.orders.orders = self.reader.orders(epoch, start, rank, world_size)
+        if self.loader is None or self.loader.num_workers != workers:
+            self.loader = DataLoader(
+                self.reader,
+                batch_size=None,
+                sampler=self.orders,
+                num_workers=workers,
+                collate_fn=_itself,
+                worker_init_fn=ignore_signals,
+                persistent_workers=self.persistent and workers > 0,
+                pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # else each epoch takes a number from torch's global generator
+            )
+        running = [iter(self.loader)]
+        self._running.append(running)
+        try:
+            while running and (batch := next(running[0], None)) is not None:
+                if isinstance(batch, DataError):
+                    raise batch
+                self._note(batch.damaged)
+                yield batch
+        finally:
+            running.clear()
+            self._running = [other for other in self._running if other is not running]
+
+    def _note(self, damaged: dict[str, str]) -> None:
+        for name, reason in damaged.items():
+            if name not in self.damaged:
+                self.damaged[name] = reason
+                logger.warning("another picture is used in place of %s", reason)
+
+
+class _Orders(Sampler):
+    """The orders of the current epoch; the data loader, which may live for many epochs, reads them anew each time."""
+
+    def __init__(self) -> None:
+        self.orders: list[Order] = []
+
+    def __iter__(self) -> Iterator[Order]:
+        return iter(self.orders)
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+
+def _itself(batch: Batch | DataError) -> Batch | DataError:
+    return batch
+
+
+_loaders: weakref.WeakSet[EpochLoader] = weakref.WeakSet()
+
+
+@atexit.register  # before torch's and multiprocessing's own, which were registered earlier and would wait for workers
+def _close_all() -> None:
+    for loader in list(_loaders):
+        loader.close()

@@ -1,0 +1,143 @@
+"""Where a picture's bytes come from, its size without decoding it, and whether it is whole."""
+
+import io
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
+from lora_adapters.train.data_error import DataError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"})
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
+TAIL = 64
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")  # chunks that some writers put EXIF or XMP into
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A picture in a file."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def stream(self) -> BinaryIO:
+        return open(self.path, "rb")
+
+    def modified(self) -> int:
+        """When the file was last written, in nanoseconds."""
+        return os.stat(self.path).st_mtime_ns
+
+    def length(self) -> int:
+        """How many bytes the file has."""
+        return os.stat(self.path).st_size
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A picture in a row of a Hugging Face dataset whose image column is not decoded."""
+
+    dataset: Any
+    column: str
+    row: int
+    name: str
+
+    def stream(self) -> BinaryIO:
+        value = self.dataset[self.row][self.column]
+        if value is None:
+            raise OSError("the row has no picture")
+        return io.BytesIO(value["bytes"]) if value["bytes"] is not None else open(value["path"], "rb")
+
+    def modified(self) -> int:
+        """0: a dataset's rows do not change."""
+        return 0
+
+    def length(self) -> int:
+        """0, for the same reason."""
+        return 0
+
+
+Source = FileSource | RowSource
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The picture files that lie in `folder` itself, sorted by name; a suffix counts in either case."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def size_if_whole(source: Source) -> tuple[int, int] | str:
+    """(width, height) as shown, with EXIF rotation; or why the picture cannot be read, in a few words.
+
+    Only the header is decoded, unless the file does not end as its format must or has more than 8 bits a pixel.
+    """
+    try:
+        with source.stream() as stream:
+            if not stream.read(1):
+                return "empty file"
+            stream.seek(0)
+            with Image.open(stream) as picture:
+                width, height = picture.size
+                if picture.format == "PNG":
+                    whole, exif = _walk_png(stream)
+                else:
+                    whole, exif = _ends_properly(stream, picture.format), True
+                if not whole:
+                    stream.seek(0)
+                    Image.open(stream).load()
+                if is_deep(picture):  # rare enough to be decoded now: not every scale of values can be used
+                    stream.seek(0)
+                    eight_bit_grey(Image.open(stream))
+                # Pillow decodes a whole PNG in search of EXIF data, which few have.
+                sideways = exif and picture.getexif().get(ORIENTATION) in SIDEWAYS
+    except UnidentifiedImageError:
+        return "not a picture"
+    except Exception as error:  # a damaged picture makes Pillow's readers raise almost anything
+        return str(error) or type(error).__name__
+    return (height, width) if sideways else (width, height)
+
+
+def open_picture(source: Source) -> Image.Image:
+    """The whole picture, decoded and turned upright. DataError names it where that fails."""
+    try:
+        with source.stream() as stream, Image.open(stream) as picture:
+            return ImageOps.exif_transpose(picture)
+    except Exception as error:
+        raise DataError(f"{source.name}: cannot be read as a picture ({error}); remove or repair it") from None
+
+
+def _ends_properly(stream: BinaryIO, kind: str | None) -> bool:
+    """Whether a JPEG or WebP is complete, judged by its last bytes; other formats are not known here."""
+    length = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, length - TAIL))
+    tail = stream.read(TAIL)
+    if kind == "JPEG":
+        return b"\xff\xd9" in tail
+    if kind == "WEBP":
+        stream.seek(4)
+        return int.from_bytes(stream.read(4), "little") + 8 <= length
+    return False
+
+
+def _walk_png(stream: BinaryIO) -> tuple[bool, bool]:
+    """(whether the file is complete, whether it has EXIF data), from the chunks' headers."""
+    length = stream.seek(0, os.SEEK_END)
+    position, exif = 8, False
+    while position + 12 <= length:  # a chunk: length, name, data, check sum
+        stream.seek(position)
+        size, name = struct.unpack(">I4s", stream.read(8))
+        exif = (
+            exif
+            or name == b"eXIf"
+            or (name in PNG_TEXT and stream.read(17) in (b"Raw profile type ", b"XML:com.adobe.xmp"))
+        )
+        position += size + 12
+        if name == b"IEND":
+            return position <= length, exif
+    return False, exif

@@ -1,0 +1,254 @@
+"""Loading batches: from entry numbers to tensors.
+
+A picture that turns out to be damaged when its turn comes is replaced by another one of its bucket, drawn from the
+seed, the epoch and the entry alone: nothing depends on workers, processes or where a run was resumed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from lora_adapters.convert.errors import first_line
+from lora_adapters.train.data.batches import Batch, Share, batch_count, plan_epoch, share
+from lora_adapters.train.data.cache_files import CachedLatents, read_latents, read_text
+from lora_adapters.train.data.captions import Moment, draw_caption
+from lora_adapters.train.data.config import VAE_FACTOR
+from lora_adapters.train.data.image_files import FileSource, open_picture
+from lora_adapters.train.data.image_set import Picture, PictureSet
+from lora_adapters.train.data.transforms import (
+    Variation,
+    crop_as_seen,
+    latent_mask,
+    mask_tensor,
+    picture_tensor,
+    to_rgb,
+    vary,
+)
+from lora_adapters.train.data_error import DataError
+from lora_adapters.train.seeding import derive, python_random
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that a loading process must be told to make one batch."""
+
+    epoch: int
+    step: int
+    share: Share
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One entry, loaded. mask: (1, height/8, width/8); sizes are (height, width), crop is (top, left).
+
+    text: cached text-encoder outputs. weight: the factor on its loss.
+    """
+
+    image: torch.Tensor | None
+    latents: torch.Tensor | None
+    mask: torch.Tensor | None
+    crop: tuple[int, int]
+    original: tuple[int, int]
+    target: tuple[int, int]
+    caption: str
+    text: dict[str, torch.Tensor] | None
+    weight: float
+
+
+class BatchReader(Dataset):
+    """Makes batches from orders. Caches, once filled, are by picture: tensors, or the path of a file."""
+
+    def __init__(self, pictures: PictureSet, seed: int, prior_loss_weight: float) -> None:
+        self.pictures, self.seed, self.prior_loss_weight = pictures, seed, prior_loss_weight
+        self.max_train_steps: int | None = None
+        self.accumulation = 1
+        self.latents: list[CachedLatents | str | DataError] | None = None
+        self.text: list[dict[str, torch.Tensor] | str] | None = None
+
+    def batch_count(self, world_size: int) -> int:
+        return batch_count(self.pictures.groups, world_size)
+
+    def orders(self, epoch: int, start: int, rank: int, world_size: int) -> list[Order]:
+        """Process `rank`'s orders of an epoch from batch `start` on; data that is not shuffled has one epoch only."""
+        plan = plan_epoch(self.pictures.groups, self.seed, epoch, world_size, shuffle=self.pictures.shuffle)
+        epoch = epoch if self.pictures.shuffle else 0
+        first_step = epoch * math.ceil(len(plan) / self.accumulation)
+        return [
+            Order(epoch, first_step + number // self.accumulation, share(plan[number], rank, world_size))
+            for number in range(start, len(plan))
+        ]
+
+    def __getitem__(self, order: Order) -> Batch | DataError:
+        """The batch; an error comes back as a value, since raised in another process it would lose its form."""
+        try:
+            return self._batch(order)
+        except DataError as error:
+            return error
+
+    def _batch(self, order: Order) -> Batch:
+        damaged: dict[str, str] = {}
+        samples = [self._sample(entry, order, damaged) for entry in order.share.entries]
+        weights = [weight * sample.weight for weight, sample in zip(order.share.weights, samples, strict=True)]
+        seeds = [derive(self.seed, "sample", order.epoch, entry) for entry in order.share.entries]
+        return Batch(
+            images=_stack([sample.image for sample in samples]),
+            latents=_stack([sample.latents for sample in samples]),
+            captions=[sample.caption for sample in samples],
+            text=_stack_text([sample.text for sample in samples]),
+            loss_weights=torch.tensor(weights),
+            masks=_stack_masks(samples),
+            original_sizes=torch.tensor([sample.original for sample in samples]),
+            crop_top_lefts=torch.tensor([sample.crop for sample in samples]),
+            target_sizes=torch.tensor([sample.target for sample in samples]),
+            sample_seeds=torch.tensor(seeds),
+            start=order.share.start,
+            total=order.share.total,
+            damaged=damaged,
+        )
+
+    def _sample(self, entry: int, order: Order, damaged: dict[str, str]) -> Sample:
+        """The entry's picture or, where it is damaged, another of its bucket; a blank with weight 0 if there is none.
+
+        Which ones were damaged is added to `damaged`, the reason by name. DataError if no picture can be read at all.
+        """
+        tried: set[int] = set()
+        for number in self._choices(entry, order.epoch):
+            if number not in tried:
+                try:
+                    return self._load(entry, number, order)
+                except DataError as error:
+                    damaged[self.pictures.pictures[number].found.source.name] = str(error)
+            tried.add(number)
+        for number in range(len(self.pictures.pictures)):
+            try:
+                if number not in tried:
+                    return _blank(self._load(entry, number, order), self.pictures.pictures[min(tried)])
+            except DataError:
+                continue
+        raise DataError(
+            f"none of the {len(self.pictures.pictures)} pictures can be read; {next(iter(damaged.values()))}"
+        )
+
+    def _choices(self, entry: int, epoch: int) -> Iterator[int]:
+        """The entry's picture and, in random order, the others of its bucket: those of its kind first."""
+        yield self.pictures.entries[entry]
+        others = list(dict.fromkeys(self.pictures.entries[other] for other in self._members[entry]))
+        python_random(self.seed, "in place of", epoch, entry).shuffle(others)
+        regularisation = self.pictures.pictures[self.pictures.entries[entry]].subset.is_reg
+        yield from sorted(others, key=lambda other: self.pictures.pictures[other].subset.is_reg != regularisation)
+
+    @cached_property
+    def _members(self) -> dict[int, Sequence[int]]:
+        """The entries of each entry's group."""
+        return {entry: group.entries for group in self.pictures.groups for entry in group.entries}
+
+    def _load(self, entry: int, number: int, order: Order) -> Sample:
+        """Picture `number` in the turn of `entry`."""
+        picture = self.pictures.pictures[number]
+        variation = vary(picture.placement, picture.subset, python_random(self.seed, "picture", order.epoch, entry))
+        image = latents = None
+        if self.latents is None:
+            image, mask = load_pixels(picture, variation)
+        else:
+            latents, mask = self._cached(number, picture, variation)
+        moment = Moment(order.epoch, order.step, self.max_train_steps or 0)
+        rng = python_random(self.seed, "caption", order.epoch, entry)
+        return Sample(
+            image,
+            latents,
+            latent_mask(mask) if mask is not None else None,
+            crop_as_seen(picture.placement, variation),
+            picture.found.size[::-1],
+            picture.placement.bucket[::-1],
+            draw_caption(picture.found.caption, picture.subset, rng, moment),
+            self._text(number),
+            self.prior_loss_weight if picture.subset.is_reg else 1.0,
+        )
+
+    def _cached(self, number: int, picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(latents, mask (height, width) or None); a mask of its own file is not part of the cache."""
+        assert self.latents is not None
+        entry = self.latents[number]
+        if isinstance(entry, DataError):
+            raise entry
+        cached = read_latents(entry, picture.placement.bucket) if isinstance(entry, str) else entry
+        latents = cached.flipped if variation.flip else cached.latents
+        width, height = picture.placement.bucket
+        if latents is None or latents.shape[-2:] != (height // VAE_FACTOR, width // VAE_FACTOR):
+            raise DataError(f"{entry}: not the latents of a {width}x{height} bucket; delete it, or check the caches")
+        mask = load_mask(picture, variation)
+        if picture.subset.alpha_mask:
+            mask = cached.mask if cached.mask is not None else torch.ones(height, width)
+            mask = mask.flip(-1) if variation.flip else mask
+        return latents, mask
+
+    def _text(self, number: int) -> dict[str, torch.Tensor] | None:
+        if self.text is None:
+            return None
+        entry = self.text[number]
+        return read_text(entry) if isinstance(entry, str) else entry
+
+
+def load_pixels(picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """((3, height, width) in [-1, 1], mask (height, width) or None) of one use of a picture. DataError if damaged."""
+    try:
+        return _load_pixels(picture, variation)
+    except DataError:
+        raise
+    except Exception as error:  # converting a damaged or rare kind of picture may raise almost anything
+        raise DataError(f"{picture.found.source.name}: cannot be used ({first_line(error)})") from None
+
+
+def _load_pixels(picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
+    subset, placement, source = picture.subset, picture.placement, picture.found.source
+    opened = open_picture(source)
+    if opened.size != picture.found.size:
+        raise DataError(f"{source.name}: is {opened.size} and was {picture.found.size}; was it changed while training?")
+    rgb, alpha = to_rgb(opened, source.name, blend=not subset.alpha_mask)
+    mask = load_mask(picture, variation)
+    if subset.alpha_mask:
+        mask = mask_tensor(alpha or Image.new("L", rgb.size, 255), placement, variation)
+    return picture_tensor(rgb, placement, variation, subset.resize_interpolation), mask
+
+
+def load_mask(picture: Picture, variation: Variation) -> torch.Tensor | None:
+    """(height, width) in [0, 1] from the picture's mask file, None where it has none."""
+    if picture.found.mask is None:
+        return None
+    mask = open_picture(FileSource(picture.found.mask))
+    grey = to_rgb(mask, picture.found.mask, blend=False)[0].convert("L")
+    return mask_tensor(grey, picture.placement, variation)
+
+
+def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
+
+
+def _stack_text(outputs: list[dict[str, torch.Tensor] | None]) -> dict[str, torch.Tensor] | None:
+    present = [output for output in outputs if output is not None]
+    return {name: torch.stack([output[name] for output in present]) for name in present[0]} if present else None
+
+
+def _blank(like: Sample, picture: Picture) -> Sample:
+    """A black picture in the bucket of `picture` that has no part in the loss; `like` gives what else a batch needs."""
+    height, width = size = picture.placement.bucket[::-1]
+    image = torch.zeros(3, height, width) if like.image is not None else None
+    latents = None
+    if like.latents is not None:
+        latents = torch.zeros(len(like.latents), height // VAE_FACTOR, width // VAE_FACTOR)
+    return Sample(image, latents, None, (0, 0), size, size, like.caption, like.text, 0.0)
+
+
+def _stack_masks(samples: list[Sample]) -> torch.Tensor | None:
+    """Masks of a batch, all ones for samples without; None where no sample has one."""
+    if all(sample.mask is None for sample in samples):
+        return None
+    height, width = samples[0].target
+    ones = torch.ones(1, height // VAE_FACTOR, width // VAE_FACTOR)
+    return torch.stack([sample.mask if sample.mask is not None else ones for sample in samples])

@@ -1,0 +1,216 @@
+"""The pictures of a subset with their captions, from a folder, a metadata file or a Hugging Face dataset."""
+
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lora_adapters.convert.parsing import json_value, read_text
+from lora_adapters.convert.storage.atomic import replacing
+from lora_adapters.train.data.buckets import Size
+from lora_adapters.train.data.config import SubsetConfig
+from lora_adapters.train.data.image_files import FileSource, Source, find_pictures, size_if_whole
+from lora_adapters.train.data_error import DataError
+
+logger = logging.getLogger(__name__)
+INFO_CACHE = "metadata_cache.json"
+NAMES_SHOWN = 5
+CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".tags")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One readable picture: size as (width, height), caption as written, and where its caches and mask lie."""
+
+    source: Source
+    size: Size
+    caption: str
+    cache_stem: str | None = None  # path of its disk caches without their endings
+    mask: str | None = None
+
+
+@dataclass
+class SubsetPictures:
+    """What a subset holds, and what was left out of it."""
+
+    pictures: list[Found]
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
+    uncaptioned: list[str | None] = field(default_factory=list)  # cache stems of pictures without a caption
+
+    @property
+    def without_caption(self) -> int:
+        """How many pictures have no caption."""
+        return len(self.uncaptioned)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture that has not been opened yet; caption None where there is none."""
+
+    source: Source
+    caption: str | None
+    cache_stem: str | None
+    size: Size | None = None  # from an info cache
+
+
+def load_subset(subset: SubsetConfig) -> SubsetPictures:
+    """Find, measure and caption the pictures of `subset`.
+
+    Unreadable pictures are left out with a warning that counts and names them. Raises DataError where nothing is left,
+    a folder is missing, a caption is not text or a mask is missing.
+    """
+    if subset.dataset_name:
+        from lora_adapters.train.data.huggingface import hub_candidates  # the datasets library takes seconds to import
+
+        candidates = hub_candidates(subset)
+    elif subset.metadata_file:
+        from lora_adapters.train.data.metadata_file import metadata_candidates
+
+        candidates = metadata_candidates(subset)
+    else:
+        candidates = _folder_candidates(subset)
+    if not candidates:
+        raise DataError(f"{subset.name}: no pictures found")
+    sizes = _measure(candidates, subset.name)
+    found = SubsetPictures([])
+    for candidate, size in zip(candidates, sizes, strict=True):
+        if isinstance(size, str):
+            found.skipped.append((candidate.source.name, size))
+            continue
+        if candidate.caption is None:
+            found.uncaptioned.append(candidate.cache_stem)
+        caption = candidate.caption if candidate.caption is not None else subset.class_tokens or ""
+        found.pictures.append(Found(candidate.source, size, caption, candidate.cache_stem))
+    if not found.pictures:
+        name, why = found.skipped[0]
+        raise DataError(f"{subset.name}: none of its {len(candidates)} pictures can be read (the first: {name}: {why})")
+    if subset.conditioning_data_dir:
+        found.pictures = _with_masks(found.pictures, subset.conditioning_data_dir)
+    if subset.cache_info and subset.image_dir and not subset.metadata_file:
+        _write_info(Path(subset.image_dir), found.pictures, candidates)
+    _warn(subset, found)
+    return found
+
+
+def read_caption(path: Path, *, all_lines: bool) -> str | None:
+    """A caption file's first line, or all its lines that are not blank; None where there is no such file."""
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+    lines = [line.strip() for line in text.split("\n")]
+    return "\n".join(line for line in lines if line) if all_lines else lines[0]
+
+
+def existing_folder(path: str) -> Path:
+    """`path` as a folder, or DataError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"image_dir {path} {'is not a folder' if folder.exists() else 'does not exist'}")
+    return folder
+
+
+def _folder_candidates(subset: SubsetConfig) -> list[Candidate]:
+    folder = existing_folder(subset.image_dir or "")
+    cached = _read_info(folder) if subset.cache_info else {}
+    candidates = []
+    for path in find_pictures(folder):
+        known = cached.get(path.name)
+        fresh = known is not None and known["modified"] in (None, path.stat().st_mtime_ns)
+        size = known["size"] if known and fresh else None
+        caption = read_caption(path.with_suffix(subset.caption_extension), all_lines=subset.enable_wildcard)
+        candidates.append(Candidate(FileSource(str(path)), caption, str(path.with_suffix("")), size))
+    return candidates
+
+
+def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
+    """Sizes by file name from an earlier run; keys of other tools' files may be whole paths."""
+    file = folder / INFO_CACHE
+    if not file.exists():
+        return {}
+    try:
+        table = json_value(read_text(file))
+        return {
+            os.path.basename(key): {"size": tuple(map(int, entry["resolution"])), "modified": entry.get("modified")}
+            for key, entry in table.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        logger.warning("%s is damaged; reading the pictures anew", file)
+        return {}
+
+
+def _write_info(folder: Path, pictures: list[Found], candidates: list[Candidate]) -> None:
+    if all(candidate.size is not None for candidate in candidates):
+        return
+    table = {
+        found.source.name: {
+            "caption": found.caption,
+            "resolution": list(found.size),
+            "modified": found.source.modified(),
+        }
+        for found in pictures
+    }
+    try:
+        with replacing(folder / INFO_CACHE) as partial:
+            partial.write_text(json.dumps(table, ensure_ascii=False, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{folder / INFO_CACHE}: cannot be written for cache_info ({error.strerror})") from None
+
+
+def _measure(candidates: list[Candidate], name: str) -> list[Size | str]:
+    unknown = [candidate.source for candidate in candidates if candidate.size is None]
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(size_if_whole, unknown), total=len(unknown), desc=f"reading {name}", delay=2, leave=False)
+        measured = iter(list(bar))
+    return [candidate.size if candidate.size is not None else next(measured) for candidate in candidates]
+
+
+def _with_masks(pictures: list[Found], mask_dir: str) -> list[Found]:
+    folder = Path(mask_dir)
+    if not folder.is_dir():
+        raise DataError(f"conditioning_data_dir {mask_dir} is not a folder")
+    masks = {path.stem: str(path) for path in find_pictures(folder)}
+    missing = [found.source.name for found in pictures if Path(found.source.name).stem not in masks]
+    if missing:
+        raise DataError(f"conditioning_data_dir {mask_dir} has no mask for {_some(missing)}")
+    return [
+        Found(found.source, found.size, found.caption, found.cache_stem, masks[Path(found.source.name).stem])
+        for found in pictures
+    ]
+
+
+def _warn(subset: SubsetConfig, found: SubsetPictures) -> None:
+    if found.skipped:
+        names = _some([f"{name} ({why})" for name, why in found.skipped])
+        logger.warning("%s: %d pictures cannot be read and are left out: %s", subset.name, len(found.skipped), names)
+    if found.without_caption:
+        instead = f'the class "{subset.class_tokens}"' if subset.class_tokens else "an empty caption"
+        count, beside = found.without_caption, "" if subset.metadata_file else _other_captions(subset, found)
+        logger.warning("%s: %d pictures have no caption; %s is used%s", subset.name, count, instead, beside)
+
+
+def _other_captions(subset: SubsetConfig, found: SubsetPictures) -> str:
+    """What to say of caption files of another ending beside pictures that have no caption."""
+    stems = [stem for stem in found.uncaptioned if stem is not None and subset.image_dir]
+    counts = {ending: sum(os.path.isfile(stem + ending) for stem in stems) for ending in CAPTION_ENDINGS}
+    ending, count = max(counts.items(), key=lambda item: item[1])
+    if not count:
+        return ""
+    return (
+        f'; {count} of them have a {ending} file beside them: did you mean caption_extension = "{ending}" '
+        f'instead of "{subset.caption_extension}"?'
+    )
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + rest

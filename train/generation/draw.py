@@ -1,0 +1,180 @@
+"""Requests to pictures, in batches, through diffusers' pipelines."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from PIL import Image
+
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.generation.networks import FoldedNetworks, LiveNetworks
+from lora_adapters.train.generation.requests import PictureRequest
+from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.schedulers import sampler
+from lora_adapters.train.models.text_encoding import Encoded, encode_tokens, tokenize, windows
+from lora_adapters.train.resizing.resize import UnreadablePicture, on_white, read_picture
+
+_OWN = ("prompt", "negative_prompt", "seed", "start", "where", "file")  # what pictures of one batch may differ in
+
+
+def start_picture(request: PictureRequest) -> Image.Image | None:
+    """The picture that img2img begins with, upright, on white, at the request's size; None for a plain request."""
+    if request.start is None:
+        return None
+    try:
+        picture = on_white(read_picture(request.start)).convert("RGB")
+    except UnreadablePicture as error:
+        raise TrainingError(f"--image_path {request.start}: {error}") from None
+    if request.width is None or request.height is None or picture.size == (request.width, request.height):
+        return picture
+    return picture.resize((request.width, request.height), Image.Resampling.LANCZOS)
+
+
+def sized(request: PictureRequest, own: tuple[int, int]) -> PictureRequest:
+    """The request with a size: the one that it has, the nearest to that of its first picture, or the model's `own`."""
+    if request.start is None:
+        return replace(request, width=request.width or own[0], height=request.height or own[1])
+    picture = start_picture(request)
+    if request.width is not None or picture is None:
+        return request
+    width, height = (max(8, round(side / 8) * 8) for side in picture.size)
+    return replace(request, width=width, height=height)
+
+
+class Drawer:
+    """Draws with one set of models, `pipe`'s. `default_multipliers` are those of the adapters that are not merged."""
+
+    def __init__(
+        self,
+        models: BaseModels,
+        settings: argparse.Namespace,
+        device: torch.device,
+        pipe: Any,
+        working: LiveNetworks | FoldedNetworks,
+        default_multipliers: Sequence[float],
+    ):
+        self.models, self.settings, self.device = models, settings, device
+        self._working, self._multipliers = working, tuple(default_multipliers)
+        from_pictures: Any = (
+            StableDiffusionXLImg2ImgPipeline if models.kind == "sdxl" else StableDiffusionImg2ImgPipeline
+        )
+        own = {"add_watermarker": False} if models.kind == "sdxl" else {"requires_safety_checker": False}
+        self._plain: Any = pipe
+        self._from_pictures: Any = from_pictures(**pipe.components, **own)
+        for one in (self._plain, self._from_pictures):
+            one.set_progress_bar_config(disable=True)
+
+    def draw(self, requests: Sequence[PictureRequest]) -> Iterator[tuple[PictureRequest, Image.Image]]:
+        """Each request with its picture, in order. A picture is the same whatever else is in its batch."""
+        for batch in self._batches(requests):
+            yield from zip(batch, self._draw(batch), strict=True)
+
+    def _batches(self, requests: Sequence[PictureRequest]) -> Iterator[list[PictureRequest]]:
+        batch: list[PictureRequest] = []
+        for request in requests:
+            if batch and (len(batch) == self.settings.batch_size or self._key(batch[0]) != self._key(request)):
+                yield batch
+                batch = []
+            batch.append(request)
+        if batch:
+            yield batch
+
+    def _key(self, request: PictureRequest) -> tuple[Any, ...]:
+        plain = replace(request, **dict.fromkeys(_OWN))
+        return plain, request.start is None, self._windows(request)
+
+    def _windows(self, request: PictureRequest) -> int:
+        """Windows of 75 tokens that its longer text needs, up to --max_embeddings_multiples."""
+        texts = (request.prompt, request.negative_prompt)
+        needed = max(windows(one, text) for one in self.models.tokenizers for text in texts)
+        return min(needed, self.settings.max_embeddings_multiples or needed)
+
+    @torch.no_grad()
+    def _draw(self, batch: list[PictureRequest]) -> list[Image.Image]:
+        first = batch[0]
+        width, height = first.width or 0, first.height or 0
+        self._working.use(first.multipliers or self._multipliers, first.rank)
+        chunks = self._windows(first)
+        wanted = self._encode([one.prompt for one in batch], chunks)
+        unwanted = self._encode([one.negative_prompt for one in batch], chunks)
+        generators = [torch.Generator().manual_seed(one.seed) for one in batch]
+        call: dict[str, Any] = {
+            "prompt_embeds": wanted.hidden,
+            "negative_prompt_embeds": unwanted.hidden,
+            "num_inference_steps": first.steps,
+            "guidance_scale": first.scale,
+            "generator": generators,
+            "output_type": "latent",
+        }
+        if self.models.kind == "sdxl":
+            call |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
+            call |= _sdxl_sizes(first, width, height)
+        if first.start is None:
+            call |= {"width": width, "height": height, "latents": self._noise(generators, width, height)}
+        else:
+            pictures = [start_picture(one) for one in batch]
+            call |= {"image": self._to_latents([one for one in pictures if one]), "strength": first.strength}
+        return self._to_pictures(self._pipeline(first)(**call).images)
+
+    def _noise(self, generators: list[torch.Generator], width: int, height: int) -> torch.Tensor:
+        """(n, 4, height/8, width/8): drawn in single precision, since some versions of torch draw others in half."""
+        factor = self._plain.vae_scale_factor
+        shape = (1, self.models.unet.config.in_channels, height // factor, width // factor)
+        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
+        return noise.to(self.device, self.models.unet.dtype)
+
+    def _pipeline(self, request: PictureRequest) -> Any:
+        pipe = self._plain if request.start is None else self._from_pictures
+        offset = 0 if self.settings.force_scheduler_zero_steps_offset else None
+        # Set on the finished pipeline: its constructor changes the steps_offset of what it is given.
+        zero = self.settings.zero_terminal_snr
+        own = self.models.schedule_config
+        pipe.scheduler = sampler(request.sampler, self.models.prediction_type, zero, offset, own)
+        return pipe
+
+    def _encode(self, texts: list[str], chunks: int) -> Encoded:
+        tokens = [tokenize(one, texts, chunks, weighted=True) for one in self.models.tokenizers]
+        mode = self.settings.emb_normalize_mode
+        return encode_tokens(tokens, self.models.text_encoders, self.settings.clip_skip, keep_mean=mode)
+
+    def _to_latents(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """(n, 4, height/8, width/8), scaled, in the U-Net's precision: the means, nothing is drawn."""
+        vae = self.models.vae
+        pixels = torch.stack([torch.from_numpy(np.asarray(one).copy()) for one in pictures]).permute(0, 3, 1, 2)
+        pixels = (pixels.to(self.device, vae.dtype) / 255) * 2 - 1
+        means = [vae.encode(part).latent_dist.mean for part in pixels.split(self._vae_batch())]
+        return (torch.cat(means) * vae.config.scaling_factor).to(self.models.unet.dtype)
+
+    def _to_pictures(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae = self.models.vae
+        parts = (latents.to(vae.dtype) / vae.config.scaling_factor).split(self._vae_batch())
+        pixels = torch.cat([vae.decode(part).sample for part in parts]).float()
+        if not pixels.isfinite().all():
+            raise TrainingError("the pictures came out as no numbers: try --no_half_vae, or --bf16 in place of --fp16")
+        pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return [Image.fromarray(one.numpy()) for one in pixels]
+
+    def _vae_batch(self) -> int:
+        asked, batch = self.settings.vae_batch_size, self.settings.batch_size
+        if asked is None:
+            return batch
+        return max(1, int(batch * asked) if asked < 1 else int(asked))
+
+
+def _sdxl_sizes(request: PictureRequest, width: int, height: int) -> dict[str, tuple[int, int]]:
+    """SDXL's conditioning; what is not given is the picture's own size, uncropped, for the negative prompt, too."""
+    own = (request.original_height or height, request.original_width or width)
+    negative = (request.negative_original_height or own[0], request.negative_original_width or own[1])
+    crop = (request.crop_top or 0, request.crop_left or 0)
+    return {
+        "original_size": own,
+        "negative_original_size": negative,
+        "crops_coords_top_left": crop,
+        "negative_crops_coords_top_left": crop,
+        "target_size": (height, width),
+        "negative_target_size": (height, width),
+    }

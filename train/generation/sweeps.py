@@ -1,0 +1,111 @@
+"""Settings to compare: `weight=0,0.5,1 rank=4,8` as the columns of a sheet."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_adapters.convert.parsing import number
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.generation.networks import Network, unmerged
+from lora_adapters.train.generation.prompt_lines import parse_line, whole
+from lora_adapters.train.generation.requests import OPTIONS, PictureRequest
+from lora_adapters.train.models.schedulers import check_sampler
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "weight": number,
+    "rank": whole,
+    "steps": whole,
+    "scale": number,
+    "sampler": str,
+}
+_FIELDS = {"weight": "multipliers"}  # the others are called what they are called in a request
+
+
+@dataclass(frozen=True)
+class Column:
+    """One setting of everything that is swept."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The values as the head of a column."""
+        return "\n".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                         for name, value in self.values.items())  # fmt: skip
+
+    def of(self, request: PictureRequest, networks: Sequence[Network]) -> PictureRequest:
+        """The request with this column's settings. A weight is a factor on each adapter's own multiplier."""
+        changes = {name: value for name, value in self.values.items() if name != "weight"}
+        if "weight" in self.values:
+            own = tuple(one.multiplier * self.values["weight"] for one in unmerged(networks))
+            changes["multipliers"] = own
+        return replace(request, **changes)
+
+
+def columns(sweep: Sequence[str], networks: Sequence[Network], settings: argparse.Namespace) -> list[Column]:
+    """All combinations of the values, the first name changing slowest. Ranks at weight 0, where nothing is, are one.
+
+    Raises TrainingError for a name or value that cannot be, or that the adapters do not have.
+    """
+    values = {name: _values(name, text) for name, text in _pairs(sweep)}
+    live = unmerged(networks)
+    for name in ("weight", "rank"):
+        if name in values and not live:
+            raise TrainingError(f"--sweep {name}: there is no adapter to change (--network_weights, not merged)")
+    for rank in values.get("rank", []):
+        check_rank(rank, live, "--sweep")
+    for sampler in values.get("sampler", []):
+        check_sampler(sampler, settings.zero_terminal_snr)
+    if any(not 1 <= steps <= 1000 for steps in values.get("steps", [])):
+        raise TrainingError("--sweep steps: 1 to 1000 are possible")
+    made: list[Column] = []
+    for combination in itertools.product(*values.values()):
+        chosen = dict(zip(values, combination, strict=True))
+        if chosen.get("weight") == 0:
+            chosen.pop("rank", None)
+        if Column(chosen) not in made:
+            made.append(Column(chosen))
+    return made
+
+
+def check_rank(rank: int, live: Sequence[Network], where: str) -> None:
+    """Raise TrainingError where no adapter can work at that rank, or one of the DyLoRAs cannot."""
+    dials = [one for one in live if one.adapter.dylora]
+    if not dials:
+        raise TrainingError(f"{where}: rank {rank}: no adapter that is not merged is a DyLoRA; others have one rank")
+    for one in dials:
+        one.at(rank)
+
+
+def check_lines(lines: Sequence[tuple[str, str]], made: Sequence[Column]) -> None:
+    """Raise TrainingError for a prompt line that sets what is swept."""
+    if not made:
+        return
+    swept = {_FIELDS.get(name, name): name for column in made for name in column.values}
+    for line, where in lines:
+        for field in parse_line(line, OPTIONS, where):
+            if field == "file":
+                raise TrainingError(f"{where}: --f names a picture, but --sweep draws one sheet (--sheet names it)")
+            if field in swept:
+                raise TrainingError(f"{where}: it sets {field}, and --sweep {swept[field]} does, too")
+
+
+def _pairs(sweep: Sequence[str]) -> list[tuple[str, str]]:
+    found: dict[str, str] = {}
+    for part in sweep:
+        name, _, text = part.partition("=")
+        if name not in _READ or not text:
+            raise TrainingError(f"--sweep {part}: it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}")
+        if name in found:
+            raise TrainingError(f"--sweep: {name} stands twice")
+        found[name] = text
+    return list(found.items())
+
+
+def _values(name: str, text: str) -> list[Any]:
+    try:
+        return list(dict.fromkeys(_READ[name](part.strip()) for part in text.split(",")))
+    except ValueError:
+        raise TrainingError(f"--sweep {name}={text}: it takes values with commas between them") from None

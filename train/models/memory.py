@@ -1,0 +1,81 @@
+"""Options that trade speed for memory, put on the models; and what needs a GPU, refused without one."""
+
+import argparse
+import logging
+
+import torch
+
+from lora_adapters.plugin import checkpoint_activations
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.base import BaseModels
+
+log = logging.getLogger(__name__)
+
+ATTENTION = ("mem_eff_attn", "xformers", "sdpa")
+
+
+def attention(settings: argparse.Namespace) -> str | None:
+    """The attention that was asked for; of several, the one that kohya's trainer takes."""
+    return next((name for name in ATTENTION if getattr(settings, name)), None)
+
+
+def check_machine(settings: argparse.Namespace) -> None:
+    """Raise TrainingError for options that this machine cannot carry out."""
+    chosen = attention(settings)
+    for name in ATTENTION:
+        if getattr(settings, name) and name != chosen:
+            log.warning("--%s has no effect beside --%s", name, chosen)
+    for full, precision in ((settings.full_bf16, "bf16"), (settings.full_fp16, "fp16")):
+        if full and settings.mixed_precision != precision:
+            raise TrainingError(f"--full_{precision} needs --mixed_precision {precision}")
+    if settings.full_fp16:
+        log.warning(
+            "--full_fp16: the adapter's weights, gradients and optimizer stay in fp32, where they do not underflow; "
+            "frozen weights and the forward pass are in fp16, as with --mixed_precision fp16 alone"
+        )
+    instead = {}
+    if settings.mixed_precision == "fp16":
+        instead["--mixed_precision fp16"] = "--mixed_precision bf16 or no"
+    if chosen == "xformers":
+        instead["--xformers"] = "--sdpa"
+    if instead and not torch.cuda.is_available():
+        need = f"need{'s' if len(instead) == 1 else ''} a CUDA device"
+        raise TrainingError(f"{' and '.join(instead)} {need}; go on with {' and '.join(instead.values())}")
+    if chosen == "xformers":
+        try:
+            import xformers  # noqa: F401
+        except ImportError:
+            raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
+
+
+def apply_memory_options(models: BaseModels, settings: argparse.Namespace, trained_text: bool) -> None:
+    """Attention kernels and gradient checkpointing. Call it before adapters are added.
+
+    Checkpointing acts on modules in training mode only; `set_training` sees to that.
+    """
+    chosen = attention(settings)
+    if chosen == "xformers":
+        models.unet.enable_xformers_memory_efficient_attention()
+        models.vae.enable_xformers_memory_efficient_attention()
+    elif chosen == "mem_eff_attn":
+        models.unet.set_attention_slice("auto")
+    elif chosen == "sdpa":
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        models.unet.set_attn_processor(AttnProcessor2_0())
+    if settings.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        for encoder in models.text_encoders if trained_text else ():
+            checkpoint_activations(encoder)
+
+
+def set_training(models: BaseModels, training: bool, text: bool) -> None:
+    """Training mode for the U-Net, which gradients flow through in any case, and with `text` for text encoders."""
+    models.unet.train(training)
+    for encoder in models.text_encoders:
+        encoder.train(training and text)
+
+
+def weight_type(mixed_precision: str) -> torch.dtype:
+    """The precision of frozen weights."""
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]

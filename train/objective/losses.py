@@ -1,0 +1,135 @@
+"""The loss of a training step: its shape, and the weights of timesteps, masks and pictures."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.moving import moved
+from lora_adapters.train.objective.noise import huber_width, signal_to_noise, velocity_share
+
+_LARGEST_SNR = 1000.0  # near t=0 the SNR grows without bound; weights that grow with it stop here
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of the loss, named as on the command line; `v_prediction` is a fact of the base model."""
+
+    v_prediction: bool = False
+    loss_type: str = "l2"
+    huber_schedule: str = "snr"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
+    min_snr_gamma: float | None = None
+    debiased_estimation_loss: bool = False
+    scale_v_pred_loss_like_noise_pred: bool = False
+    v_pred_like_loss: float | None = None
+
+    @classmethod
+    def of(cls, settings: argparse.Namespace, v_prediction: bool) -> "LossOptions":
+        """Raises TrainingError for options that contradict the kind of prediction."""
+        if settings.v_pred_like_loss and v_prediction:
+            raise TrainingError("--v_pred_like_loss is for models that predict noise; this one predicts v")
+        if settings.scale_v_pred_loss_like_noise_pred and not v_prediction:
+            raise TrainingError(
+                "--scale_v_pred_loss_like_noise_pred is for models that predict v; this one predicts noise"
+            )
+        return cls(
+            v_prediction=v_prediction,
+            loss_type=settings.loss_type,
+            huber_schedule=settings.huber_schedule,
+            huber_c=settings.huber_c,
+            huber_scale=settings.huber_scale,
+            min_snr_gamma=settings.min_snr_gamma,
+            debiased_estimation_loss=settings.debiased_estimation_loss,
+            scale_v_pred_loss_like_noise_pred=settings.scale_v_pred_loss_like_noise_pred,
+            v_pred_like_loss=settings.v_pred_like_loss,
+        )
+
+
+@dataclass(frozen=True)
+class TimestepTables:
+    """What depends on the timestep alone, computed once: a step looks it up on the device and waits for nothing.
+
+    weights: factor of the loss, float32 (steps,). widths: Huber's c, the same, or None for other losses.
+    """
+
+    weights: torch.Tensor
+    widths: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, alphas_cumprod: torch.Tensor, options: LossOptions, device: torch.device | str = "cpu"
+    ) -> "TimestepTables":
+        """The tables for a schedule's `alphas_cumprod` (steps,), computed on the CPU in float64."""
+        alphas = alphas_cumprod.cpu()
+        weights = timestep_weights(signal_to_noise(alphas), options).to(device, torch.float32)
+        if options.loss_type not in ("huber", "smooth_l1"):
+            return cls(weights)
+        schedule = (options.huber_schedule, options.huber_c, options.huber_scale)
+        return cls(weights, huber_width(torch.arange(len(alphas)), alphas, *schedule).to(device, torch.float32))
+
+
+def loss_per_sample(
+    predicted: torch.Tensor,
+    target: torch.Tensor,
+    timesteps: torch.Tensor,
+    tables: TimestepTables,
+    loss_type: str = "l2",
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Loss of each sample (n,), weighted by its timestep, in float32.
+
+    `predicted`, `target` (n, channels, height, width); `mask` (n, 1 or none, h, w) in [0, 1], resized by area;
+    `timesteps` (n,) on the device of the `tables`.
+    """
+    width = tables.widths[timesteps].view(-1, 1, 1, 1) if tables.widths is not None else None
+    loss = elementwise(predicted.float(), target.float(), loss_type, width)
+    if mask is not None:
+        loss = loss * resized_mask(mask, loss)
+    return loss.mean(dim=(1, 2, 3)) * tables.weights[timesteps]
+
+
+def elementwise(predicted: torch.Tensor, target: torch.Tensor, kind: str, width: torch.Tensor | None) -> torch.Tensor:
+    """The unreduced loss. huber: 2c(sqrt(d^2 + c^2) - c), near l2 for small d; smooth_l1: the same without c."""
+    difference = predicted - target
+    if kind == "l2":
+        return difference.square()
+    if kind == "l1":
+        return difference.abs()
+    assert width is not None
+    curve = 2 * ((difference.square() + width.square()).sqrt() - width)
+    return width * curve if kind == "huber" else curve
+
+
+def resized_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`mask` (n, 1 or none, h, w) averaged by area to the height and width of `like`: (n, 1, height, width)."""
+    mask = mask if mask.dim() == 4 else mask.unsqueeze(1)
+    return F.interpolate(moved(mask, like), size=like.shape[2:], mode="area")
+
+
+def timestep_weights(snr: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """Factor of the loss (n,) at timesteps of the given SNR (n,), float64; 1 without options.
+
+    min-SNR (arXiv 2303.09556): min(snr, gamma) / snr for noise, / (snr + 1) for v. Debiased estimation
+    (arXiv 2310.08442): 1 / sqrt(snr) for noise, 1 / (snr + 1) for v. The SNR may be 0 (zero terminal SNR): the
+    noise weight of min-SNR is 1 there, and that of debiased estimation, which has no limit, is left at 1.
+    """
+    weights = torch.ones_like(snr)
+    share = velocity_share(snr.clamp(max=_LARGEST_SNR))
+    if options.min_snr_gamma:
+        clipped = snr.clamp(max=options.min_snr_gamma)
+        ratio = clipped / (snr + 1) if options.v_prediction else (options.min_snr_gamma / snr).clamp(max=1.0)
+        weights = weights * ratio
+    if options.scale_v_pred_loss_like_noise_pred:
+        weights = weights * share
+    if options.v_pred_like_loss:
+        like_v = torch.where(snr > 0, 1 / share, torch.zeros_like(snr))
+        weights = weights * (1 + options.v_pred_like_loss * like_v)
+    if options.debiased_estimation_loss:
+        capped = snr.clamp(max=_LARGEST_SNR)
+        noise = torch.where(capped > 0, capped.rsqrt(), torch.ones_like(capped))
+        weights = weights * (1 / (capped + 1) if options.v_prediction else noise)
+    return weights

@@ -1,0 +1,138 @@
+"""One training step's arithmetic: from a batch to its loss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.text_encoding import Encoded, Tokens, encode_tokens, encoded_from, tokenize
+from lora_adapters.train.moving import moved
+from lora_adapters.train.objective.losses import LossOptions, TimestepTables, loss_per_sample
+from lora_adapters.train.objective.noise import NoiseOptions, draw_noise, draw_timesteps, generator, perturbed
+
+
+class Denoiser(torch.nn.Module):
+    """U-Net and text encoders as one module, so that mixed precision and several devices see one forward pass."""
+
+    def __init__(self, models: BaseModels, clip_skip: int | None, train_text: bool):
+        super().__init__()
+        self.unet = models.unet
+        self.text_encoders = torch.nn.ModuleList(models.text_encoders)
+        self.clip_skip, self.train_text = clip_skip, train_text
+
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Encoded | list[Tokens],
+        time_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The U-Net's prediction (n, 4, h, w) for `noisy` (n, 4, h, w) at `timesteps` (n,).
+
+        `text` is encoded already, or tokens for each text encoder; `time_ids` (n, 6) are SDXL's sizes and crops.
+        """
+        encoded = text if isinstance(text, Encoded) else self.encode(text)
+        added = None
+        if time_ids is not None:
+            added = {"text_embeds": encoded.pooled, "time_ids": time_ids}
+        return self.unet(noisy, timesteps, encoded.hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+    def encode(self, tokens: list[Tokens]) -> Encoded:
+        """What the text encoders say, with gradients only where they are trained."""
+        with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
+            return encode_tokens(tokens, list(self.text_encoders), self.clip_skip)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What every step of a run has in common. `chunks` are windows of 75 tokens."""
+
+    noise: NoiseOptions
+    loss: LossOptions
+    chunks: int = 1
+    weighted_captions: bool = False
+
+
+class StepLoss:
+    """The loss of batches under one base model and set of options; `denoiser` may be wrapped by accelerate.
+
+    Nothing in it waits for the device: what goes there is not waited for, and nothing comes back.
+    """
+
+    def __init__(self, models: BaseModels, denoiser: Any, schedule: Any, options: StepOptions, device: Any):
+        self.models, self.denoiser, self.options, self.device = models, denoiser, options, device
+        self.schedule = schedule
+        self.tables = TimestepTables.of(schedule.alphas_cumprod, options.loss, device)
+
+    def training(self, batch: Any) -> torch.Tensor:
+        """The mean loss of a batch, for the backward pass. Each sample's own seed gives its timestep and noise."""
+        seeds = batch.sample_seeds.tolist()
+        latents = self.latents(batch, [generator("latents", seed) for seed in seeds])
+        generators = [generator("noise", seed) for seed in seeds]
+        timesteps = draw_timesteps(generators, self.options.noise)
+        losses = self._losses(batch, latents, timesteps, generators, self.text(batch))
+        return (losses * moved(batch.loss_weights, losses)).mean()
+
+    @torch.no_grad()
+    def held_out(self, batch: Any, timesteps: list[int]) -> torch.Tensor:
+        """Losses (n,) of a batch, each the mean over `timesteps`; the noise depends on the sample's seed alone."""
+        latents, text = self.latents(batch, None), self.text(batch)
+        if not isinstance(text, Encoded):
+            text = self.denoiser_module.encode(text)
+        total = torch.zeros(len(latents), device=self.device)
+        for timestep in timesteps:
+            generators = [generator("held out", seed, timestep) for seed in batch.sample_seeds.tolist()]
+            total += self._losses(batch, latents, torch.full((len(latents),), timestep), generators, text)
+        return total / len(timesteps)
+
+    @property
+    def denoiser_module(self) -> Denoiser:
+        return getattr(self.denoiser, "module", self.denoiser)
+
+    def _losses(
+        self,
+        batch: Any,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        generators: list[torch.Generator],
+        text: Encoded | list[Tokens],
+    ) -> torch.Tensor:
+        noise = draw_noise(latents, generators, self.options.noise)
+        timesteps = moved(timesteps, self.device)
+        noisy = self.schedule.add_noise(latents, perturbed(noise, generators, self.options.noise), timesteps)
+        # Measuring needs no word between processes, which the wrapper would have at every call.
+        denoiser = self.denoiser if torch.is_grad_enabled() else self.denoiser_module
+        predicted = denoiser(noisy, timesteps, text, self.time_ids(batch))
+        wants_velocity = self.options.loss.v_prediction
+        target = self.schedule.get_velocity(latents, noise, timesteps) if wants_velocity else noise
+        return loss_per_sample(predicted, target, timesteps, self.tables, self.options.loss.loss_type, batch.masks)
+
+    @torch.no_grad()
+    def latents(self, batch: Any, generators: list[torch.Generator] | None) -> torch.Tensor:
+        """Scaled latents (n, 4, h, w) in float32: the cached ones, or the VAE's, drawn or (without generators) mean."""
+        if batch.latents is not None:
+            found = moved(batch.latents, self.device, torch.float32)
+        else:
+            vae = self.models.vae
+            posterior = vae.encode(moved(batch.images, self.device, vae.dtype)).latent_dist
+            found = posterior.mean.float()
+            if generators is not None:
+                noise = torch.stack([torch.randn(found.shape[1:], generator=g) for g in generators])
+                found = found + posterior.std.float() * moved(noise, found)
+        return found * self.models.latent_scale
+
+    def text(self, batch: Any) -> Encoded | list[Tokens]:
+        """The cached outputs of the text encoders, or tokens for them."""
+        if batch.text is not None:
+            return encoded_from(batch.text).to(self.device)
+        options = self.options
+        weighted, chunks = options.weighted_captions, options.chunks
+        return [tokenize(one, list(batch.captions), chunks, weighted) for one in self.models.tokenizers]
+
+    def time_ids(self, batch: Any) -> torch.Tensor | None:
+        """SDXL's (n, 6): original height and width, crop top and left, target height and width."""
+        if self.models.kind != "sdxl":
+            return None
+        parts = [batch.original_sizes, batch.crop_top_lefts, batch.target_sizes]
+        return moved(torch.cat([torch.as_tensor(part).float() for part in parts], dim=1), self.device)

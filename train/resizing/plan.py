@@ -1,0 +1,99 @@
+"""Which files a folder of pictures gives: decided, and checked for clashes, before anything is written."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_adapters.convert.errors import OneLineError
+from lora_adapters.train.resizing.resize import Size
+
+# Pillow alone cannot read the last three: better reported by name than taken for something that is not a picture.
+PICTURE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+    *(".heic", ".heif", ".jxl"),
+}
+# A latent cache belongs to a picture of one size, and must not be taken for that of another.
+NOT_ASSOCIATED = {".npz"}
+
+
+class ResizeError(OneLineError):
+    """What was asked for cannot be done. The message says what, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A file to be copied as it is."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Version:
+    """One resized picture, and the associated files (captions) that go with it under its name."""
+
+    resolution: Size
+    target: Path  # its suffix, .png or .jpg, is the format
+    associated: tuple[Copy, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything to be made from one picture."""
+
+    original: Copy
+    versions: tuple[Version, ...]
+
+
+def plan(
+    src: Path, dst: Path, resolutions: Sequence[Size], suffix: str, copy_associated: bool
+) -> tuple[list[Job], list[Copy], int]:
+    """A job for each picture of `src`, the other files to copy, and the number of subfolders.
+
+    suffix: ".png" or ".jpg", what the resized pictures are saved as. Raises ResizeError.
+    """
+    if not resolutions or any(side < 1 for pair in resolutions for side in pair):
+        raise ResizeError(f"resolutions {list(resolutions)}: give pairs of 1 or more")
+    if not src.is_dir():
+        raise ResizeError(f"{src} is not a folder" if src.exists() else f"{src} does not exist")
+    if dst.exists() and not dst.is_dir():
+        raise ResizeError(f"{dst} is not a folder")
+    if dst.exists() and src.samefile(dst):
+        raise ResizeError(f"{src} is both source and destination: give the smaller pictures a folder of their own")
+    entries = sorted(entry for entry in src.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if not entry.is_dir()]
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    others = [file for file in files if file.suffix.lower() not in PICTURE_SUFFIXES]
+    if not pictures:
+        raise ResizeError(f"{src} has no pictures ({' '.join(sorted(PICTURE_SUFFIXES))})")
+    by_stem: dict[str, list[Path]] = {}
+    for file in others:
+        if copy_associated and file.suffix.lower() not in NOT_ASSOCIATED:
+            by_stem.setdefault(file.stem, []).append(file)
+
+    def version(picture: Path, resolution: Size) -> Version:
+        stem = f"{picture.stem}+{resolution[0]}x{resolution[1]}"
+        associated = (Copy(file, dst / (stem + file.suffix)) for file in by_stem.get(picture.stem, []))
+        return Version(resolution, dst / (stem + suffix), tuple(associated))
+
+    jobs = [
+        Job(Copy(picture, dst / picture.name), tuple(version(picture, pair) for pair in dict.fromkeys(resolutions)))
+        for picture in pictures
+    ]
+    copies = [Copy(file, dst / file.name) for file in others]
+    _refuse_shared_targets(jobs, copies)
+    return jobs, copies, len(entries) - len(files)
+
+
+def _refuse_shared_targets(jobs: Sequence[Job], copies: Sequence[Copy]) -> None:
+    targets = [(copy.source, copy.target) for copy in (*copies, *(job.original for job in jobs))]
+    for job in jobs:
+        for version in job.versions:
+            targets.append((job.original.source, version.target))
+            targets.extend((copy.source, copy.target) for copy in version.associated)
+    seen: dict[str, Path] = {}
+    for source, target in targets:
+        other = seen.setdefault(os.path.normcase(target), source)
+        if other != source:
+            raise ResizeError(f"{other} and {source.name} would both become {target}: rename one of them")

@@ -1,0 +1,244 @@
+"""The network options put on the models: which adapter, on which of them, and from which weights."""
+
+import argparse
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft.tuners.lora import LoraLayer
+
+from lora_adapters.adapter import Adapter
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import ModuleName, text_path
+from lora_adapters.convert.formats.metadata import DYLORA_FACTS, DyLora
+from lora_adapters.convert.storage.sources import locate
+from lora_adapters.injection import fitted, place
+from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
+from lora_adapters.optimizer_groups import param_groups
+from lora_adapters.target_modules import RankRule, base_layers, covered
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.merging import fold, placed
+from lora_adapters.train.models.text_encoding import unread_layers
+from lora_adapters.train.options.values import key_values
+from lora_adapters.train.training.regularization import add_dropouts
+from lora_adapters.types.config import DyLoraConfig, LierLaConfig
+
+log = logging.getLogger(__name__)
+
+ADAPTER = "default"
+
+
+def options(settings: argparse.Namespace, architecture: str = "sd") -> NetworkOptions:
+    """What --network_module, --network_dim, --network_alpha and --network_args ask for, on "sd" or "sdxl"."""
+    if not settings.network_module:
+        raise TrainingError("--network_module is missing: networks.lora or networks.dylora")
+    args = key_values(settings.network_args, "network_args")
+    args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
+    return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, architecture)
+
+
+def check_network(settings: argparse.Namespace, architecture: str | None) -> None:
+    """Raise an error for network options that are wrong or contradict each other.
+
+    `architecture` is None where it is not known before the base model is loaded.
+    """
+    if settings.network_train_unet_only and settings.network_train_text_encoder_only:
+        raise TrainingError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+    if settings.dim_from_weights and not settings.network_weights:
+        raise TrainingError("--dim_from_weights needs --network_weights")
+    weights, multipliers = settings.base_weights or [], settings.base_weights_multiplier or []
+    if multipliers and len(multipliers) > len(weights):
+        raise TrainingError(f"{len(multipliers)} of --base_weights_multiplier for {len(weights)} of --base_weights")
+    if settings.network_dropout is not None and not 0 <= settings.network_dropout < 1:
+        raise TrainingError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
+    if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
+        raise TrainingError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
+    args = key_values(settings.network_args, "network_args")
+    for name, reason in without_effect(settings.network_module or "", args).items():
+        log.warning("--network_args %s is ignored: %s", name, reason)
+    try:
+        options(settings, architecture or "sd")
+    except AdapterError:
+        if architecture is not None:
+            raise
+        options(settings, "sdxl")
+
+
+def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
+    """The models that get an adapter, by the name of their part in a pipeline.
+
+    Without the U-Net where no block of it gets a module; TrainingError where nothing is left then.
+    """
+    every = models.components
+    if not settings.dim_from_weights and not _has_modules(every["unet"], options(settings, models.architecture).config):
+        del every["unet"]
+        if settings.network_train_unet_only:
+            raise TrainingError("--network_train_unet_only: every block has rank or weight 0, nothing is left to train")
+    if settings.network_train_unet_only:
+        return {"unet": every["unet"]}
+    if settings.network_train_text_encoder_only:
+        return {name: model for name, model in every.items() if name != "unet"}
+    return every
+
+
+def _has_modules(unet: Any, config: LierLaConfig) -> bool:
+    layers = {path: layer for path, _, layer in base_layers(unet)}
+    rule = RankRule(config, list(layers))
+    return any(rule(path, layers[path]).rank for path in covered(unet, config.conv))
+
+
+def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:
+    """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
+    asked = options(settings, models.architecture)
+    start = load_source(settings, "network_weights", settings.network_weights) if settings.network_weights else None
+    if start is not None and settings.dim_from_weights:
+        _place(trained, start, _dylora(settings, asked.config, start), settings.network_weights)
+    else:
+        for model in trained.values():
+            model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
+        if start is not None:
+            load_start(trained, start, settings.network_weights)
+    for model in trained.values():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+    cast_training_params(list(trained.values()), torch.bfloat16 if settings.full_bf16 else torch.float32)
+    layers = lora_layers(trained).values()
+    add_dropouts(layers, ADAPTER, settings.network_dropout, asked.rank_dropout, asked.module_dropout)
+
+
+def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
+    """The trained modules by name; names keep the `text_model.` that transformers may leave out."""
+    found = {}
+    for component, model in trained.items():
+        for path, module in model.named_modules():
+            if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+                found[ModuleName(component, _full_path(component, path))] = module
+    return found
+
+
+def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
+    """Start from an adapter's changes: modules that only one side has are left alone.
+
+    Where the file's alpha is another than the one that is trained with, `up` takes up the difference, so that training
+    starts from the change that the file means. TrainingError where ranks differ.
+    """
+    layers = lora_layers(trained)
+    used = 0
+    for name, low_rank in start.modules.items():
+        if name not in layers:
+            continue
+        layer = layers[name]
+        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        if low_rank.rank != down.shape[0]:
+            raise TrainingError(
+                f"--network_weights {source}: {name} has rank {low_rank.rank}, not {down.shape[0]}; "
+                "give the same --network_dim, or --dim_from_weights"
+            )
+        factor = low_rank.scale / float(layer.scaling[ADAPTER])
+        with torch.no_grad():
+            down.copy_(low_rank.down.reshape(down.shape))
+            up.copy_(low_rank.up.float().reshape(up.shape) * factor)
+        used += 1
+    if not used:
+        raise TrainingError(f"--network_weights {source} has none of the modules that are trained")
+    if used < len(start.modules) or used < len(layers):
+        log.warning("%s: %d of its %d modules start %d of the %d that are trained", source, used, len(start.modules),
+                    used, len(layers))  # fmt: skip
+
+
+def load_source(settings: argparse.Namespace, name: str, source: str) -> Adapter:
+    """The adapter that option `name` names: a file, a PEFT folder or a repository on the Hub. TrainingError if none."""
+    try:
+        return Adapter.load(locate(source, token=settings.huggingface_token))
+    except AdapterError as error:
+        where = f"--{name}" if str(error).startswith(str(source)) else f"--{name} {source}:"
+        raise TrainingError(f"{where} {error}") from error
+
+
+def check_sources(settings: argparse.Namespace) -> None:
+    """Raise TrainingError where --network_weights or --base_weights cannot be read; repositories are downloaded."""
+    for name, sources in (("network_weights", [settings.network_weights]), ("base_weights", settings.base_weights)):
+        for source in sources or []:
+            if source:
+                load_source(settings, name, source)
+
+
+def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None:
+    """Add the changes of --base_weights, each times its multiplier (1 where there is none), to the base model."""
+    multipliers = list(settings.base_weights_multiplier or [])
+    for number, source in enumerate(settings.base_weights or []):
+        weight = multipliers[number] if number < len(multipliers) else 1.0
+        fold([(placed(models, load_source(settings, "base_weights", source)), weight)])
+
+
+def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parameter groups with params, lr and name. TrainingError where nothing is left to train."""
+    encoders = [model for name, model in trained.items() if name != "unet"]
+    text_rates = settings.text_encoder_lr or [None]
+    if len(text_rates) > max(1, len(encoders)) and len(set(text_rates)) > 1:
+        raise TrainingError(f"{len(text_rates)} of --text_encoder_lr for {len(encoders)} text encoders")
+    if len(set(text_rates)) == 1:
+        text_rates = text_rates[:1]  # kohya's GUI gives SD1.x, which has one text encoder, the same rate twice
+    asked = options(settings, models.architecture)
+    return param_groups(
+        trained.get("unet"),
+        encoders,
+        lr=settings.learning_rate,
+        unet_lr=settings.unet_lr,
+        text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates,
+        block_lr_weights=asked.block_lr_weights,
+        loraplus_lr_ratio=asked.loraplus_lr_ratio,
+        loraplus_unet_lr_ratio=asked.loraplus_unet_lr_ratio,
+        loraplus_text_encoder_lr_ratio=asked.loraplus_text_encoder_lr_ratio,
+        adapter_name=ADAPTER,
+    )
+
+
+def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | None) -> int:
+    """No gradients for adapters of text-encoder layers that are never read; returns how many modules these are.
+
+    They are saved as they are, as kohya's trainer does. With several processes, a weight that is waited for and never
+    gets a gradient would stop the run.
+    """
+    unread = {id(part) for layer in unread_layers(models.text_encoders, clip_skip) for part in layer.modules()}
+    count = 0
+    for layer in lora_layers({name: model for name, model in trained.items() if name != "unet"}).values():
+        if id(layer) in unread:
+            count += 1
+            for weights in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+                weights.requires_grad_(False)
+    return count
+
+
+def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """No gradients for what has a learning rate of 0: it is saved, but not trained."""
+    chosen = {id(parameter) for group in groups for parameter in group["params"]}
+    for model in trained.values():
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+
+
+def _dylora(settings: argparse.Namespace, asked: LierLaConfig, start: Adapter) -> DyLora | None:
+    """What --network_args say of a DyLoRA, and of what they do not say, the file."""
+    if not isinstance(asked, DyLoraConfig):
+        return None
+    given = set(DYLORA_FACTS) & set(key_values(settings.network_args, "network_args"))
+    return replace(start.dylora or asked.dylora, **{name: getattr(asked, name) for name in given})
+
+
+def _place(trained: dict[str, Any], start: Adapter, dylora: DyLora | None, source: str) -> None:
+    """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
+    for component, model in trained.items():
+        modules = {name.path: one for name, one in start.modules.items() if name.component == component}
+        if modules:
+            place(model, fitted(model, component, modules), ADAPTER, dylora)
+    if not lora_layers(trained):
+        raise TrainingError(f"--network_weights {source} has no module of {', '.join(trained)}")
+
+
+def _full_path(component: str, path: str) -> str:
+    return path if component == "unet" else text_path(path)

@@ -1,0 +1,175 @@
+"""What a run leaves behind: adapter files, states to resume from, and the removal of old ones."""
+
+import argparse
+import contextlib
+import json
+import logging
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_adapters.convert.errors import first_line
+from lora_adapters.convert.parsing import json_value
+from lora_adapters.convert.storage import atomic
+from lora_adapters.convert.storage.atomic import delete_folder, remove, replacing_folder, sync
+from lora_adapters.convert.storage.files import load_plain, save_pickle
+from lora_adapters.train.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+_STATE, _POSITION = "state.pt", "train_state.json"
+_PARTS = ("weights", "optimizer", "schedule")
+
+
+@dataclass
+class Position:
+    """How far a run has come: optimizer steps, whole epochs, and batches (of each process) into the next one."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    batches_per_epoch: int = 0
+    seed: int = 0
+
+
+def ending(settings: argparse.Namespace) -> str:
+    return f".{settings.save_model_as or 'safetensors'}"
+
+
+def step_name(settings: argparse.Namespace, step: int) -> str:
+    return f"{settings.output_name or 'at'}-step{step:08d}"
+
+
+def epoch_name(settings: argparse.Namespace, epoch: int) -> str:
+    return f"{settings.output_name or 'epoch'}-{epoch:06d}"
+
+
+def final_name(settings: argparse.Namespace) -> str:
+    return settings.output_name or "last"
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
+    """Write a state, whole or not at all: into a folder of another name first, which is then renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
+    try:
+        with replacing_folder(folder) as partial:  # a kill during the exchange: see remove_leftovers
+            save_pickle(state, partial / _STATE)
+            facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
+            (partial / _POSITION).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            for name in (_STATE, _POSITION):
+                sync(partial / name)
+    except OSError as error:
+        raise TrainingError(f"state {folder} cannot be written ({error.strerror or error})") from error
+
+
+def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
+    """A state that save_state wrote. TrainingError where there is none."""
+    position = load_position(folder)
+    try:
+        # Optimizers keep the tensors: a mapped state could not be deleted or replaced later, on Windows.
+        state = load_plain(folder / _STATE, mapped=not atomic.LOCKING)
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):
+        raise TrainingError(f"--resume {folder}: {_STATE} holds no state of this program")
+    if not all(isinstance(weight, torch.Tensor) for weight in state["weights"].values()):
+        raise TrainingError(f"--resume {folder}: {_STATE} holds weights that are none")
+    return state, position
+
+
+def load_position(folder: Path) -> Position:
+    """Where a state that save_state wrote was saved, and with which seed. TrainingError where there is none."""
+    _bring_back(folder.parent)
+    try:
+        for name in (_POSITION, _STATE):
+            if not (folder / name).is_file():
+                raise TrainingError(f"--resume {folder}: it is no saved state ({name} is missing)")
+        facts = json_value((folder / _POSITION).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
+    known = {key: facts[key] for key in asdict(Position()) if key in facts} if isinstance(facts, dict) else {}
+    if "step" not in known or not all(
+        type(value) is int and (value >= 0 or key == "seed") for key, value in known.items()
+    ):
+        raise TrainingError(f"--resume {folder}: {_POSITION} does not say where the run was")
+    return Position(**known)
+
+
+def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights by name, on the CPU."""
+    return {name: weight.detach().cpu().clone() for name, weight in _adapter_weights(module).items()}
+
+
+def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
+    """Put the adapter's weights back. TrainingError where the adapter has other modules or ranks than the state's."""
+    own = _adapter_weights(module)
+    differing = sorted(own.keys() ^ state.keys())
+    differing += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if differing:
+        raise TrainingError(f"--resume {source} was made with other network options: {differing[0]} differs")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def _adapter_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete states that a killed run left half-written; one that it had moved aside, and not replaced, comes back."""
+    for partial in folder.glob(".*-state.*.partial"):
+        delete_folder(partial)
+    _bring_back(folder)
+    for old in folder.glob(".*-state.*.old"):
+        delete_folder(old)
+
+
+def _bring_back(folder: Path) -> None:
+    for old in folder.glob(".*-state.*.old"):
+        state = old.with_name(old.name[1:].removesuffix(".old").rpartition(".")[0])
+        if not state.exists():
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                old.rename(state)
+
+
+# --- pruning ---------------------------------------------------------------------------------------------------------
+
+
+def prune_epochs(settings: argparse.Namespace, output: Path, epoch: int, every: int) -> None:
+    """Delete epoch saves but the last --save_last_n_epochs (one in `every` epochs), and epoch states likewise."""
+    keep = settings.save_last_n_epochs
+    keep_state = keep if settings.save_last_n_epochs_state is None else settings.save_last_n_epochs_state
+    name = re.escape(settings.output_name or "epoch")
+    if keep:
+        _remove(output, rf"{name}-(\d{{6}}){re.escape(ending(settings))}", epoch - every * keep)
+    if keep_state:
+        _remove(output, rf"{name}-(\d{{6}})-state", epoch - every * keep_state)
+
+
+def prune_steps(settings: argparse.Namespace, output: Path, step: int) -> None:
+    """Delete step saves older than --save_last_n_steps, and step states likewise."""
+    keep = settings.save_last_n_steps
+    keep_state = keep if settings.save_last_n_steps_state is None else settings.save_last_n_steps_state
+    name = re.escape(settings.output_name or "at")
+    if keep:
+        _remove(output, rf"{name}-step(\d{{8}}){re.escape(ending(settings))}", step - keep - 1)
+    if keep_state:
+        _remove(output, rf"{name}-step(\d{{8}})-state", step - keep_state - 1)
+
+
+def _remove(output: Path, pattern: str, newest: int) -> None:
+    """Delete what matches `pattern` and has a number of at most `newest`."""
+    for path in output.iterdir():
+        found = re.fullmatch(pattern, path.name)
+        if found and int(found.group(1)) <= newest:
+            log.info("removing %s", path)
+            if not remove(path):
+                log.warning("%s cannot be removed (is it open in another program?)", path)

@@ -1,0 +1,94 @@
+"""What a run would do, in a few lines: --dry_run."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_adapters.convert.deltas.low_rank import rank_range
+from lora_adapters.convert.families.names import ModuleName, architecture_of, block_index
+from lora_adapters.train.data.captions import Moment, draw_caption
+from lora_adapters.train.seeding import python_random
+from lora_adapters.train.training import adapters
+from lora_adapters.train.training.optimizers import optimizer_name, state_bytes
+from lora_adapters.train.training.setup import Run
+
+_MIB = 1024 * 1024
+_CAPTIONS_SHOWN = 3  # of each subset
+
+
+def report(run: Run) -> str:
+    """Pictures, buckets and captions, steps, modules and parameters in each block, and the memory of weights."""
+    settings, layers = run.settings, adapters.lora_layers(run.trained)
+    parameters = sum(p.numel() for p in run.parameters)
+    batch = settings.gradient_accumulation_steps * run.accelerator.num_processes
+    lines = [
+        run.data.summary(),
+        "captions, as the first epoch reads them:",
+        *(f"  {name}: {caption}" for name, caption in captions(run)),
+        f"steps: {run.steps} in {run.epochs} epochs of {run.steps_per_epoch}; {batch} batches a step",
+        f"adapter: {settings.network_module}, rank {_ranks(layers)}, {len(layers)} modules, {parameters:,} parameters",
+        *(f"  {place}: {count} modules, {numbers:,} parameters" for place, count, numbers in by_block(run)),
+        "memory for weights, gradients and optimizer (activations come on top):",
+        *(f"  {name}: {_shown(size)}" for name, size in memory(run).items()),
+    ]
+    return "\n".join(lines)
+
+
+def _ranks(layers: Mapping[ModuleName, Any]) -> str:
+    return rank_range(len(layer.lora_A[adapters.ADAPTER].weight) for layer in layers.values())
+
+
+def by_block(run: Run) -> list[tuple[str, int, int]]:
+    """(place, modules, parameters) of each text encoder and each block of the U-Net, in order."""
+    layers = adapters.lora_layers(run.trained)
+    unet = [name for name in layers if name.component == "unet"]
+    architecture = architecture_of(unet) if unet else "sd"
+    counts: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
+    for name, layer in layers.items():
+        weights = (layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight)
+        entry = counts[_place(name, architecture)]
+        entry[0] += 1
+        entry[1] += sum(weight.numel() for weight in weights)
+    return [(place, modules, numbers) for (_, place), (modules, numbers) in sorted(counts.items())]
+
+
+def captions(run: Run) -> list[tuple[str, str]]:
+    """(picture, caption) of the first pictures of each subset, with everything done to the caption that options ask."""
+    found: list[tuple[str, str]] = []
+    shown: Counter[int] = Counter()
+    seen: set[int] = set()
+    for entry, number in enumerate(run.data.pictures.entries):
+        picture = run.data.pictures.pictures[number]
+        if number not in seen and shown[id(picture.subset)] < _CAPTIONS_SHOWN:
+            seen.add(number)
+            shown[id(picture.subset)] += 1
+            rng = python_random(run.settings.seed, "caption", 0, entry)
+            caption = draw_caption(picture.found.caption, picture.subset, rng, Moment(0, 0, run.steps))
+            found.append((picture.found.source.name, caption))
+    return found
+
+
+def memory(run: Run) -> dict[str, int | None]:
+    """Bytes of what is certain beforehand: weights of the base, the adapter with gradients, the optimizer's state."""
+    trained = sum(p.numel() * p.element_size() for p in run.parameters)
+    encoders = torch.nn.ModuleList(run.models.text_encoders)
+    parts = {"U-Net": run.models.unet, "text encoders": encoders, "VAE": run.models.vae}
+    found: dict[str, int | None] = {
+        name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
+        for name, part in parts.items()
+    }
+    optimizer = f"optimizer ({optimizer_name(run.settings)})"
+    return {**found, "adapter and gradients": 2 * trained, optimizer: state_bytes(run.settings, run.parameters)}
+
+
+def _shown(size: int | None) -> str:
+    return "not known on this device" if size is None else f"{size / _MIB:,.1f} MiB"
+
+
+def _place(name: ModuleName, architecture: str) -> tuple[int, str]:
+    if name.component != "unet":
+        return (-1, name.component)
+    block = block_index(name.path, architecture)
+    return (100, "other") if block is None else (block, f"unet block {block}")

@@ -1,0 +1,61 @@
+"""Held-out losses and sample pictures at their due time."""
+
+import logging
+
+import torch
+from accelerate.utils import gather_object
+
+from lora_adapters.convert.errors import first_line
+from lora_adapters.train.training.checkpoints import Position
+from lora_adapters.train.training.progress import Progress
+from lora_adapters.train.training.samples import sample, write_samples
+from lora_adapters.train.training.setup import Run
+from lora_adapters.train.training.trackers import log_image
+from lora_adapters.train.training.validation import HeldOut, held_out_losses
+
+log = logging.getLogger(__name__)
+_NAMES_SHOWN = 10
+
+
+def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) -> None:
+    """Measure the held-out loss, where pictures are held out, unless this step's is there already."""
+    data = run.data.validation
+    if data is None or any(one.step == step for one in measured):
+        return
+    run.training_mode(False)
+    most = run.settings.max_validation_steps
+    now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
+    measured += now
+    progress.held_out(step, {_name(one): one.loss for one in now})
+
+
+def show_samples(run: Run, position: Position) -> None:
+    """Draw the sample pictures, write them under --output_dir and into the logs. Where that fails training goes on."""
+    if run.accelerator.is_main_process:
+        try:
+            _draw(run, position)
+        except Exception as error:  # too little memory, a full disk, a prompt that the pipeline does not take
+            log.error("no sample pictures at step %d (%s)", position.step, first_line(error))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    run.accelerator.wait_for_everyone()
+
+
+def _draw(run: Run, position: Position) -> None:
+    run.training_mode(False)
+    image = sample(run.models, run.settings, run.prompts, run.accelerator.device, run.accelerator.autocast)
+    run.samples = write_samples(image, run.settings, f"{run.settings.output_name or 'sample'}-step{position.step:08d}")
+    log_image(run.accelerator, "samples", image, position.step)
+
+
+def name_damaged(run: Run) -> dict[str, str]:
+    """What some process could not use: the reason, by name. For the end of a run; every process calls it."""
+    found = dict(gather_object(list(run.data.damaged.items())))
+    if found and run.accelerator.is_main_process:
+        names = sorted(found)[:_NAMES_SHOWN] + (["..."] if len(found) > _NAMES_SHOWN else [])
+        log.warning("%d pictures could not be used, others were used in their place: %s", len(found), ", ".join(names))
+    return found
+
+
+def _name(one: HeldOut) -> str:
+    return "loss/validation" if one.rank is None else f"loss/validation_rank{one.rank}"

@@ -1,0 +1,211 @@
+"""The training loop: `train(settings)` is the whole program, for callers in Python as for the command line."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+
+from lora_adapters.adapter import Adapter
+from lora_adapters.hub.background import FailedPush
+from lora_adapters.train.data.dataset import TrainingData
+from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.seeding import derive
+from lora_adapters.train.stopping import Interrupted, StopSignals
+from lora_adapters.train.training import adapters
+from lora_adapters.train.training.checkpoints import Position
+from lora_adapters.train.training.evaluation import measure, name_damaged, show_samples
+from lora_adapters.train.training.metadata import run_metadata
+from lora_adapters.train.training.optimizers import start_training, weights_to_keep
+from lora_adapters.train.training.progress import Progress
+from lora_adapters.train.training.regularization import limit_norms, norms
+from lora_adapters.train.training.saving import go_on_from, save_at_epoch, save_at_step, save_final, save_interrupted
+from lora_adapters.train.training.setup import Run, prepare, workers
+from lora_adapters.train.training.step_values import StepValues, check_finite, fetch
+from lora_adapters.train.training.trackers import end_trackers, start_trackers
+from lora_adapters.train.training.uploads import state_folder
+from lora_adapters.train.training.validation import HeldOut
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Trained:
+    """What a training gives back.
+
+    adapter: what was saved last. models: the base model with the adapter on it, in evaluation mode. losses: of every
+    optimizer step of this call. held_out: every measurement of the held-out loss. not_pushed: saves that did not reach
+    the Hub; they are on the disk. damaged: pictures that could not be used, with the reason, by name.
+    """
+
+    adapter: Adapter
+    models: BaseModels
+    steps: int
+    losses: list[float] = field(default_factory=list)
+    held_out: list[HeldOut] = field(default_factory=list)
+    not_pushed: list[FailedPush] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+def train(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
+    """Train an adapter, save it under --output_dir, and give it back.
+
+    settings: from `arguments.settings(...)` or `arguments.parse(argv)`. models: a base model that is loaded already;
+    the adapter stays on it. data: pictures that are opened already. Raises TrainingError, DataError or AdapterError,
+    each with one line that says what to do.
+    """
+    run = prepare(settings, models, data)
+    return train_prepared(run)
+
+
+def train_prepared(run: Run) -> Trained:
+    """The loop over a run that `prepare` has set up; pushes that are under way finish, also where it fails.
+
+    Ctrl-C, SIGTERM and SIGHUP let the step end, save the adapter and the state, and raise Interrupted.
+    """
+    try:
+        with StopSignals() as signals:
+            result = _train(run, signals)
+    except BaseException:
+        if run.uploads is not None:
+            run.uploads.finish(interrupted=True)
+        raise
+    finally:
+        run.data.close()
+    if run.uploads is not None:
+        result.not_pushed = run.uploads.finish()
+    return result
+
+
+def _train(run: Run, signals: StopSignals) -> Trained:
+    accelerator, settings = run.accelerator, run.settings
+    run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.steps, run.epochs)
+    position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
+    if settings.resume:
+        position = go_on_from(run, state_folder(settings))
+    start_trackers(settings, accelerator)
+    start_training(run.optimizer)
+    result = Trained(Adapter({}), run.models, position.step)
+    with Progress(run, position.step) as progress:
+        if position.step == 0:
+            measure(run, result.held_out, 0, progress)
+            if settings.sample_at_first:
+                show_samples(run, position)
+        run.training_mode()
+        while position.step < run.steps:
+            _epoch(run, position, progress, result, signals)
+        run.training_mode(False)
+        result.steps = position.step
+        result.adapter = save_final(run, position)
+        result.damaged = name_damaged(run)
+    end_trackers(accelerator)
+    return result
+
+
+def _epoch(run: Run, position: Position, progress: Progress, result: Trained, signals: StopSignals) -> None:
+    """The rest of the epoch at `position`, or of the run."""
+    settings, accelerator = run.settings, run.accelerator
+    batches = run.data.batches(
+        position.epoch,
+        start=position.batch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        workers=workers(settings),
+    )
+    left = run.batches_per_epoch - position.batch
+    for group in _groups(batches, settings.gradient_accumulation_steps, left):
+        values = _step(run, position.step, group, progress.logging, signals)
+        result.losses.append(values.loss)
+        position.step += 1
+        position.batch += len(group)
+        ended = position.batch >= run.batches_per_epoch
+        if ended:
+            position.epoch, position.batch = position.epoch + 1, 0
+        progress.stepped(position, values)
+        if position.step >= run.steps:
+            _after_step(run, position, ended, progress, result)
+            return
+        if values.stop:
+            _stop(run, position, values.stop)
+        _after_step(run, position, ended, progress, result)
+
+
+def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSignals) -> StepValues:
+    """One optimizer step over a group of batches. The device is waited for once, at its end."""
+    accelerator, settings = run.accelerator, run.settings
+    # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
+    torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(group):
+        run.tell_step(step, number, batch)
+        last = number == len(group) - 1
+        with run.accumulating(last), run.offloading():
+            loss = run.loss.training(batch) / len(group)
+            total += loss.detach()
+            accelerator.backward(loss)
+    others: dict[str, torch.Tensor] = {}
+    if settings.max_grad_norm:
+        others["norm/gradient"] = accelerator.clip_grad_norm_(run.parameters, settings.max_grad_norm)
+    run.optimizer.step()
+    if not accelerator.optimizer_step_was_skipped:
+        run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if settings.scale_weight_norms:
+        others["norm/limited_modules"] = limit_norms(run.layers, adapters.ADAPTER, settings.scale_weight_norms)
+    if logging:
+        of_modules = norms(run.layers, adapters.ADAPTER)
+        others |= {"norm/average": of_modules.mean(), "norm/largest": of_modules.max()}
+    values = fetch(accelerator, total, signals.flags(accelerator.device), others)
+    check_finite(values, step + 1, accelerator.scaler is not None)
+    return values
+
+
+def _stop(run: Run, position: Position, signal_number: int) -> NoReturn:
+    """Save the adapter and the state, which --resume continues from, and raise Interrupted."""
+    run.training_mode(False)
+    state = save_interrupted(run, position)
+    end_trackers(run.accelerator)
+    raise Interrupted(signal_number, None if state is None else str(state))
+
+
+def _after_step(run: Run, position: Position, ended: bool, progress: Progress, result: Trained) -> None:
+    """Measure, show and save what is due now."""
+    settings, step, epoch = run.settings, position.step, position.epoch
+    last = step >= run.steps
+    due_held_out = _due(settings.validate_every_n_steps, step)
+    if settings.validate_every_n_steps is None or settings.validate_every_n_epochs is not None:
+        due_held_out |= ended and _due(settings.validate_every_n_epochs or 1, epoch)
+    due_held_out &= run.data.validation is not None
+    due_samples = not settings.sample_every_n_epochs and _due(settings.sample_every_n_steps, step)
+    due_samples |= ended and _due(settings.sample_every_n_epochs, epoch)
+    due_step = _due(settings.save_every_n_steps, step)
+    due_epoch = ended and not last and _due(run.save_every_n_epochs, epoch)
+    if not (due_held_out or due_samples or due_step or due_epoch or last):
+        return
+    run.training_mode(False)
+    if due_step:
+        save_at_step(run, position)
+    if due_epoch:
+        save_at_epoch(run, position)
+    with weights_to_keep(run.optimizer):
+        if due_held_out or last:
+            measure(run, result.held_out, step, progress)
+        if due_samples:
+            show_samples(run, position)
+    run.training_mode()
+
+
+def _due(every: int | None, number: int) -> bool:
+    return every is not None and number % every == 0
+
+
+def _groups(batches: Iterator[Any], size: int, left: int) -> Iterator[list[Any]]:
+    """Batches in groups of `size`; the last of an epoch may be smaller."""
+    group: list[Any] = []
+    for number, batch in enumerate(batches, start=1):
+        group.append(batch)
+        if len(group) == size or number == left:
+            yield group
+            group = []

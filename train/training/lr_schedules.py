@@ -1,0 +1,95 @@
+"""Learning-rate schedules by name, from transformers, diffusers and PyTorch."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.training.optimizers import find_class, literals, uses_relative_step
+
+NAMES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant",
+)  # fmt: skip
+
+
+def as_steps(value: int | float, total: int) -> int:
+    """A number of steps as it is, or a share of `total` (a float below 1)."""
+    return int(value * total) if isinstance(value, float) and value < 1 else int(value)
+
+
+def check_schedule(settings: argparse.Namespace) -> None:
+    """Raise TrainingError for a schedule that does not exist, or is contradicted by other options."""
+    name = settings.lr_scheduler
+    if settings.lr_scheduler_type:
+        return
+    if name.startswith("adafactor") or uses_relative_step(settings):
+        if not uses_relative_step(settings):
+            raise TrainingError("--lr_scheduler adafactor is for --optimizer_type AdaFactor with relative_step")
+        return
+    if name not in NAMES:
+        raise TrainingError(f"--lr_scheduler {name}: not one of {', '.join(NAMES)}")
+    if name == "constant" and settings.lr_warmup_steps:
+        raise TrainingError(
+            "--lr_scheduler constant has no warm-up; use constant_with_warmup, or drop --lr_warmup_steps"
+        )
+
+
+def create_schedule(settings: argparse.Namespace, optimizer: torch.optim.Optimizer, total: int) -> Any:
+    """The schedule over `total` optimizer steps; call its `step()` after each."""
+    check_schedule(settings)
+    arguments = literals(settings.lr_scheduler_args, "lr_scheduler_args")
+    if settings.lr_scheduler_type:
+        kind = find_class(settings.lr_scheduler_type, "torch.optim.lr_scheduler")
+        try:
+            return kind(optimizer, **arguments)
+        except (TypeError, ValueError) as error:
+            raise TrainingError(f"{settings.lr_scheduler_type} does not take these arguments: {error}") from None
+    if uses_relative_step(settings):
+        from transformers.optimization import AdafactorSchedule
+
+        named = settings.lr_scheduler.partition(":")[2]
+        return AdafactorSchedule(optimizer, float(named) if named else settings.learning_rate)
+    return _named(settings, optimizer, total, arguments)
+
+
+def _named(
+    settings: argparse.Namespace, optimizer: torch.optim.Optimizer, total: int, arguments: dict[str, Any]
+) -> Any:
+    from diffusers.optimization import get_piecewise_constant_schedule
+    from transformers import optimization as t
+
+    warmup, decay = as_steps(settings.lr_warmup_steps, total), as_steps(settings.lr_decay_steps, total)
+    lowest, cycles = settings.lr_scheduler_min_lr_ratio, settings.lr_scheduler_num_cycles
+    match settings.lr_scheduler:
+        case "constant":
+            return t.get_constant_schedule(optimizer, **arguments)
+        case "constant_with_warmup":
+            return t.get_constant_schedule_with_warmup(optimizer, warmup, **arguments)
+        case "linear":
+            return t.get_linear_schedule_with_warmup(optimizer, warmup, total, **arguments)
+        case "cosine":
+            return t.get_cosine_schedule_with_warmup(optimizer, warmup, total, **arguments)
+        case "cosine_with_restarts":
+            return t.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, warmup, total, cycles, **arguments)
+        case "polynomial":
+            power = settings.lr_scheduler_power
+            return t.get_polynomial_decay_schedule_with_warmup(optimizer, warmup, total, power=power, **arguments)
+        case "inverse_sqrt":
+            timescale = settings.lr_scheduler_timescale
+            return t.get_inverse_sqrt_schedule(optimizer, warmup, timescale=timescale, **arguments)
+        case "cosine_with_min_lr":
+            half = {"num_cycles": cycles / 2, "min_lr_rate": lowest or 0.0}
+            return t.get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total, **half | arguments)
+        case "warmup_stable_decay":
+            if warmup + decay > total:
+                raise TrainingError(f"warm-up ({warmup}) and decay ({decay}) are longer than the run ({total} steps)")
+            options = {"num_cycles": cycles / 2, "min_lr_ratio": lowest or 0.0} | arguments
+            return t.get_wsd_schedule(optimizer, warmup, decay, num_stable_steps=total - warmup - decay, **options)
+        case _:
+            if "step_rules" not in arguments:
+                raise TrainingError(
+                    "--lr_scheduler piecewise_constant needs --lr_scheduler_args \"step_rules='1:10,0.1'\""
+                )
+            return get_piecewise_constant_schedule(optimizer, **arguments)

@@ -1,0 +1,237 @@
+"""Sample pictures while training: prompts from a file, all in one picture, with a row for each DyLoRA rank."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_adapters.convert.parsing import json_value, number, toml_table
+from lora_adapters.convert.storage.files import replacing
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.generation.image_grid import draw_sheet
+from lora_adapters.train.generation.prompt_lines import (
+    WHOLE,
+    LineOption,
+    multiple_of_8,
+    numbered_lines,
+    parse_line,
+    read_prompt_file,
+    whole,
+)
+from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.schedulers import SAMPLERS, check_sampler, sampler
+from lora_adapters.train.models.text_encoding import Encoded, encode_tokens, tokenize
+from lora_adapters.types.dylora.rank_control import dials, set_rank
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample picture. `scale` is the guidance scale; without a seed, or with a negative one, the run's is used."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    sample_steps: int = 30
+    scale: float = 7.5
+    seed: int | None = None
+    sample_sampler: str | None = None
+
+
+_LETTERS = {
+    "w": LineOption("width", whole, WHOLE),
+    "h": LineOption("height", whole, WHOLE),
+    "d": LineOption("seed", whole, WHOLE),
+    "s": LineOption("sample_steps", whole, WHOLE),
+    "l": LineOption("scale", number, "a number"),
+    "n": LineOption("negative_prompt", empty=True),
+    "ss": LineOption("sample_sampler"),
+}
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "width": int, "height": int, "seed": int, "sample_steps": int, "scale": number,
+}  # fmt: skip
+
+
+def wants_samples(settings: argparse.Namespace) -> bool:
+    """Whether there are prompts for sample pictures and an occasion to draw them."""
+    occasion = settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first
+    return bool(occasion and settings.sample_prompts)
+
+
+def check_samples(settings: argparse.Namespace) -> None:
+    """Raise TrainingError where the file of prompts cannot be read, or a sampler cannot draw them."""
+    if not wants_samples(settings):
+        if settings.sample_prompts:  # kohya's GUI always names a file
+            occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
+            log.warning("--sample_prompts: no pictures will be drawn without %s", occasions)
+        return
+    for prompt in read_prompts(Path(settings.sample_prompts), log.warning):
+        check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
+
+
+def check_samplers_fit(settings: argparse.Namespace, models: BaseModels, prompts: list[Prompt]) -> None:
+    """Raise TrainingError for a sampler that cannot draw with the base model's own noise schedule."""
+    for prompt in prompts:
+        name = prompt.sample_sampler or settings.sample_sampler
+        try:
+            check_sampler(name, models.zero_terminal_snr)
+        except TrainingError as error:
+            raise TrainingError(f"{models.name} was trained with zero terminal SNR, and {error}") from None
+
+
+def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> list[Prompt]:
+    """Prompts from a txt file (one a line, options like --w 512 after it; # is a comment), a toml or a json file.
+
+    toml: [prompt] with common options and [[prompt.subset]] for each prompt; json: a list of objects or of such lines.
+    `leave_out` is called with a message for each option of a prompt that cannot be read; the prompt is drawn without
+    it, as kohya's trainer does. TrainingError where there is no file or no prompt in it.
+    """
+    named = f"--sample_prompts {file}"
+    text = read_prompt_file(file, "--sample_prompts")
+    try:
+        if file.suffix == ".toml":
+            table = toml_table(text).get("prompt", {})
+            if not isinstance(table, dict) or not isinstance(table.get("subset", []), list):
+                raise TrainingError(f"{named}: it has [prompt] and [[prompt.subset]], a table and a list of tables")
+            common = {key: value for key, value in table.items() if key != "subset"}
+            entries = [
+                ({**common, **entry}, named) if isinstance(entry, dict) else (entry, named)
+                for entry in table.get("subset", [])
+            ]
+        elif file.suffix == ".json":
+            loaded = json_value(text)
+            entries = [(entry, named) for entry in loaded] if isinstance(loaded, list) else []
+        else:
+            entries = list(numbered_lines(text, named))
+    except TrainingError:
+        raise
+    except ValueError as error:
+        raise TrainingError(f"{named}: {error}") from None
+    if not entries:
+        raise TrainingError(f"{named} has no prompts")
+    return [_prompt(entry, where, leave_out) for entry, where in entries]
+
+
+def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
+    if isinstance(entry, str):
+        entry = parse_line(entry, _LETTERS, where, leave_out=leave_out)
+    names = [one.name for one in fields(Prompt)]
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise TrainingError(f"{where}: {entry!r:.80} has no prompt")
+    values: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key not in names:
+            leave_out(f"{where}: {key} is none of {', '.join(names)}; left out")
+            continue
+        try:
+            values[key] = _KINDS.get(key, str)(value)
+        except (ValueError, TypeError, OverflowError):
+            leave_out(f"{where}: {key} cannot be {value!r:.80}; left out")
+    if values.get("sample_sampler") and values["sample_sampler"] not in SAMPLERS:
+        leave_out(f"{where}: {values['sample_sampler']} is no sampler, --sample_sampler is taken; "
+                  f"{', '.join(SAMPLERS)} are")  # fmt: skip
+        del values["sample_sampler"]
+    seed = values.get("seed")
+    if seed is not None and not 0 <= seed < 2**64:
+        if seed >= 2**64:  # below 0, as in other programs, asks for any seed
+            leave_out(f"{where}: seeds are 0 to {2**64 - 1}, not {seed}; left out")
+        del values["seed"]
+    made = Prompt(**values)
+    for side in ("width", "height"):
+        pixels, said = multiple_of_8(getattr(made, side), where)
+        if said:
+            leave_out(said)
+        made = replace(made, **{side: pixels})
+    return replace(made, sample_steps=max(1, min(1000, made.sample_steps)))
+
+
+def spread(ranks: list[int], most: int) -> list[int]:
+    """At most `most` of the ranks, evenly spread, the highest among them."""
+    if len(ranks) <= most:
+        return ranks
+    return [ranks[round((i + 1) * len(ranks) / most) - 1] for i in range(most)]
+
+
+@torch.no_grad()
+def sample(
+    models: BaseModels, settings: argparse.Namespace, prompts: list[Prompt], device: Any, context: Any
+) -> Image.Image:
+    """A picture with a column for each prompt and, with DyLoRA, a labelled row for each of up to four ranks.
+
+    `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
+    """
+    adapters = list(models.components.values())
+    found = dials(adapters)
+    at = {id(dial): dial.rank for dial in found}
+    ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 4)) if found else [None]
+    home = [next(module.parameters()).device for module in (models.vae, *models.text_encoders)]
+    for module in (models.vae, *models.text_encoders):
+        module.to(device)
+    try:
+        rows = []
+        for rank in ranks:
+            if rank is not None:
+                set_rank(adapters, rank)
+            rows.append([_one(models, settings, one, nth, context) for nth, one in enumerate(prompts)])
+    finally:
+        for dial in found:
+            dial.set_rank(at[id(dial)])
+        for module, place in zip((models.vae, *models.text_encoders), home, strict=True):
+            module.to(place)
+    if not found:
+        return grid(rows)
+    labels = [f"rank {rank}" for rank in ranks]
+    return draw_sheet(list(zip(labels, rows, strict=True)), [one.prompt for one in prompts])
+
+
+def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: int, context: Any) -> Any:
+    name = prompt.sample_sampler or settings.sample_sampler
+    scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
+    pipe = models.pipeline(scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed
+    with context():
+        wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
+        embeds = {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
+        if models.kind == "sdxl":
+            embeds |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
+        return pipe(
+            **embeds,
+            width=prompt.width,
+            height=prompt.height,
+            num_inference_steps=prompt.sample_steps,
+            guidance_scale=prompt.scale,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+
+
+def _encode(models: BaseModels, settings: argparse.Namespace, text: str) -> Encoded:
+    chunks = (settings.max_token_length or 75) // 75
+    tokens = [tokenize(one, [text], chunks, settings.weighted_captions) for one in models.tokenizers]
+    return encode_tokens(tokens, models.text_encoders, settings.clip_skip)
+
+
+def grid(rows: list[list[Image.Image]]) -> Image.Image:
+    """Pictures in rows and columns of the size of the largest, 4 pixels apart."""
+    width = max(one.width for row in rows for one in row) + 4
+    height = max(one.height for row in rows for one in row) + 4
+    sheet = Image.new("RGB", (width * len(rows[0]) - 4, height * len(rows) - 4), "white")
+    for y, row in enumerate(rows):
+        for x, one in enumerate(row):
+            sheet.paste(one, (x * width, y * height))
+    return sheet
+
+
+def write_samples(image: Image.Image, settings: argparse.Namespace, name: str) -> Path:
+    """Save it as <output_dir>/sample/<name>.png."""
+    file = Path(settings.output_dir) / "sample" / f"{name}.png"
+    with replacing(file) as partial:
+        image.save(partial, format="png")
+    return file

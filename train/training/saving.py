@@ -1,0 +1,184 @@
+"""What is saved when: adapters and states at steps, epochs and the end; and going on from a state."""
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_adapters.adapter import Adapter
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import OneLineError, first_line
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.training import adapters
+from lora_adapters.train.training import checkpoints as files
+from lora_adapters.train.training.checkpoints import Position
+from lora_adapters.train.training.metadata import for_save
+from lora_adapters.train.training.optimizers import settle_weights, weights_to_keep
+from lora_adapters.train.training.setup import Run
+
+log = logging.getLogger(__name__)
+
+PATIENCE = (10, 60, 300)  # seconds between attempts at the last save
+
+_PRECISION = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def trained_adapter(run: Run, position: Position) -> Adapter:
+    """The adapter as it is now, with the metadata of a save at this position."""
+    epoch = position.epoch + (1 if position.batch else 0)
+    metadata = for_save(run.metadata, run.settings, position.step, epoch)
+    live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
+    return live.map(lambda one: LowRank(_copy(one.down), _copy(one.up), one.alpha))
+
+
+def save_at_step(run: Run, position: Position) -> None:
+    """A save between epochs, with its state if --save_state, and the removal of old ones."""
+    if _save(run, position, files.step_name(run.settings, position.step), run.settings.save_state):
+        _prune(lambda: files.prune_steps(run.settings, run.output, position.step))
+
+
+def save_at_epoch(run: Run, position: Position) -> None:
+    """The same at the end of an epoch."""
+    if _save(run, position, files.epoch_name(run.settings, position.epoch), run.settings.save_state):
+        _prune(lambda: files.prune_epochs(run.settings, run.output, position.epoch, run.save_every_n_epochs or 1))
+
+
+def save_interrupted(run: Run, position: Position) -> Path | None:
+    """A save where a signal stops the run, always with its state, whose folder is returned; None if that failed."""
+    name = files.step_name(run.settings, position.step)
+    _save(run, position, name, with_state=True)
+    folder = _state_folder(run, name)
+    return folder if folder.exists() else None
+
+
+def save_final(run: Run, position: Position) -> Adapter:
+    """The save at the end of the run. From here on the models have the weights that were saved.
+
+    A disk that is full is tried again for some minutes, since nothing else would keep what was trained.
+    """
+    settings = run.settings
+    with weights_to_keep(run.optimizer):
+        adapter = trained_adapter(run, position)
+    if run.accelerator.is_main_process:
+        _patiently(lambda: _write(run, adapter, files.final_name(settings)))
+        if settings.save_state or settings.save_state_on_train_end:
+            _patiently(lambda: _save_state(run, position, files.final_name(settings)))
+        if run.uploads is not None:
+            subsets = [loaded for loaded in run.data.pictures.subsets if not loaded.config.is_reg]
+            captions = [found.caption for loaded in subsets for found in loaded.pictures]
+            run.uploads.final(_file(run, files.final_name(settings)), captions, run.samples)
+    run.accelerator.wait_for_everyone()
+    settle_weights(run.optimizer)
+    return adapter
+
+
+def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:
+    """Save while training goes on, in the main process; returns whether all of it was written.
+
+    What fails is logged: a disk that is full now, or a share that is away, may be back at the next save.
+    """
+    written = False
+    if run.accelerator.is_main_process:
+        try:
+            with weights_to_keep(run.optimizer):
+                _write(run, trained_adapter(run, position), name)
+            if with_state:
+                _save_state(run, position, name)
+            written = True
+        except (OneLineError, OSError) as error:
+            log.error("step %d is not saved: %s", position.step, first_line(error))
+    run.accelerator.wait_for_everyone()
+    return written
+
+
+def _patiently(save: Callable[[], None]) -> None:
+    """Save, and try again as long as the disk is full; the last error is raised."""
+    for seconds in PATIENCE:
+        try:
+            return save()
+        except (OneLineError, OSError) as error:
+            if not _disk_is_full(error):
+                raise
+            log.error("%s; trying again in %d s: make room", first_line(error), seconds)
+            time.sleep(seconds)
+    return save()
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _prune(remove: Callable[[], None]) -> None:
+    try:
+        remove()
+    except OSError as error:
+        log.error("old saves cannot be removed: %s", first_line(error))
+
+
+def _write(run: Run, adapter: Adapter, name: str) -> None:
+    file = _file(run, name)
+    adapter.save(file, dtype=_PRECISION[run.settings.save_precision])
+    log.info("saved %s", file)
+    if run.uploads is not None:
+        run.uploads.file(file)
+
+
+def _file(run: Run, name: str) -> Path:
+    return run.output / f"{name}{files.ending(run.settings)}"
+
+
+def _state_folder(run: Run, name: str) -> Path:
+    return run.output / f"{name}-state"
+
+
+def _save_state(run: Run, position: Position, name: str) -> None:
+    folder = _state_folder(run, name)
+    files.save_state(folder, _state(run), position)
+    if run.uploads is not None:
+        run.uploads.state(folder)
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """All that later steps depend on. Data, noise, dropout and DyLoRA's ranks depend on seed and step alone."""
+    scaler = run.accelerator.scaler
+    return {
+        "weights": files.trainable_state(run.plain),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+
+
+def go_on_from(run: Run, folder: Path) -> Position:
+    """Put a saved state into the run and give back where it was saved."""
+    state, position = files.load_state(folder)
+    files.load_trainable_state(run.plain, state["weights"], folder)
+    try:
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.schedule.load_state_dict(state["schedule"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise TrainingError(
+            f"--resume {folder} was made with another optimizer or schedule ({first_line(error)})"
+        ) from None
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if position.seed != run.settings.seed:
+        log.warning("--resume %s was made with --seed %d: from here on the run is another one", folder, position.seed)
+    if position.batches_per_epoch != run.batches_per_epoch:
+        log.warning("%s was made with other data or devices: the epoch it stopped in starts anew", folder)
+        position.batch, position.batches_per_epoch = 0, run.batches_per_epoch
+    log.info("going on after step %d, in epoch %d", position.step, position.epoch + 1)
+    return position
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as it is now, on the CPU: training goes on in place."""
+    return weight.detach().to("cpu", copy=True)

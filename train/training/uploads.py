@@ -1,0 +1,110 @@
+"""What is saved, also on the Hugging Face Hub; and states to resume from there."""
+
+import argparse
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.storage.sources import is_repo_id
+from lora_adapters.hub.background import REPO_TYPES, BackgroundPush, FailedPush, download_state
+from lora_adapters.train.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 900.0  # seconds that the end of a run waits for pushes; by then each has been tried again several times
+_INTERRUPTED = 60.0  # and where the run ends with an error or Ctrl+C
+
+
+class Uploads:
+    """Pushes to --huggingface_repo_id, which is made (private unless asked otherwise) when training starts.
+
+    Every save goes there under its own name, beside training. The last one goes there once more as
+    `pytorch_lora_weights.safetensors`, the name that diffusers picks, with PEFT's folders and a model card.
+    """
+
+    def __init__(self, settings: argparse.Namespace):
+        self.settings = settings
+        self.is_model = (settings.huggingface_repo_type or "model") == "model"
+        try:
+            self.push = BackgroundPush(
+                settings.huggingface_repo_id,
+                repo_type=settings.huggingface_repo_type or "model",
+                private=settings.huggingface_repo_visibility != "public",
+                path_in_repo=settings.huggingface_path_in_repo or "",
+                token=settings.huggingface_token,
+            )
+        except AdapterError as error:
+            raise TrainingError(f"--huggingface_repo_id: {error}") from error
+
+    def file(self, path: Path) -> None:
+        """Push a saved file."""
+        self.push.file(path)
+
+    def state(self, folder: Path) -> None:
+        """Push a saved state, with --save_state_to_huggingface."""
+        if self.settings.save_state_to_huggingface:
+            self.push.folder(folder)
+
+    def final(self, path: Path, captions: Iterable[str], grid: Path | None) -> None:
+        """Push the last save, with a model card that shows `grid`, the last sample pictures. For models."""
+        if not self.is_model:
+            return
+        settings = self.settings
+        base = settings.pretrained_model_name_or_path
+        phrase = settings.metadata_trigger_phrase
+        self.push.adapter(
+            path,
+            f"Push {path.name} with its card",
+            base_model=base if is_repo_id(base) and not Path(base).exists() else None,
+            trigger_words=[phrase] if phrase else shared_words(captions),
+            description=settings.metadata_description,
+            license=settings.metadata_license,
+            tags=[tag.strip() for tag in (settings.metadata_tags or "").split(",") if tag.strip()],
+            grid=grid,
+        )
+
+    def finish(self, interrupted: bool = False) -> list[FailedPush]:
+        """Wait for pushes that are still under way; what failed is logged and given back, its files are on the disk."""
+        return self.push.close(_INTERRUPTED if interrupted else _PATIENCE)
+
+
+def shared_words(captions: Iterable[str]) -> list[str]:
+    """The parts (between commas) that every caption has, which are what calls an adapter up; at most three."""
+    parts = [[part.strip() for part in caption.split(",") if part.strip()] for caption in captions]
+    if len(parts) < 2:
+        return []
+    return [part for part in dict.fromkeys(parts[0]) if all(part in other for other in parts)][:3]
+
+
+def check_uploads(settings: argparse.Namespace) -> None:
+    """Raise TrainingError for upload options without a repository, or with values that do not exist."""
+    for name in ("repo_type", "path_in_repo", "repo_visibility"):
+        if getattr(settings, f"huggingface_{name}") and not settings.huggingface_repo_id:
+            raise TrainingError(f"--huggingface_{name} needs --huggingface_repo_id")
+    for name in ("save_state_to_huggingface", "async_upload"):
+        if getattr(settings, name) and not settings.huggingface_repo_id:
+            raise TrainingError(f"--{name} needs --huggingface_repo_id")
+    if settings.save_state_to_huggingface and not (settings.save_state or settings.save_state_on_train_end):
+        raise TrainingError("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
+    if settings.huggingface_repo_type not in (None, *REPO_TYPES):
+        raise TrainingError(f"--huggingface_repo_type {settings.huggingface_repo_type}: {', '.join(REPO_TYPES)}")
+    if settings.huggingface_repo_visibility not in (None, "public", "private"):
+        raise TrainingError(f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: public or private")
+    if settings.resume_from_huggingface and not settings.resume:
+        raise TrainingError("--resume_from_huggingface needs --resume=<user>/<repository>/<folder of the state>")
+
+
+def state_folder(settings: argparse.Namespace) -> Path:
+    """The folder that --resume names; with --resume_from_huggingface it is downloaded.
+
+    It is then written `user/repository/folder[:revision[:repo_type]]`.
+    """
+    if not settings.resume_from_huggingface:
+        return Path(settings.resume)
+    options: dict[str, Any] = {"token": settings.huggingface_token}
+    try:
+        return download_state(settings.resume, **options)
+    except AdapterError as error:
+        raise TrainingError(f"--resume: {error}") from error

@@ -1,0 +1,74 @@
+"""The held-out loss: the same pictures, noise and timesteps each time, so that its curve shows the adapter alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_adapters.train.data.dataset import TrainingData
+from lora_adapters.train.objective.step_loss import StepLoss
+from lora_adapters.train.training.samples import spread
+from lora_adapters.types.dylora.rank_control import dials, set_rank
+
+TIMESTEPS_A_SAMPLE = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A measurement: the step, the DyLoRA rank (None: no DyLoRA) and the mean loss over held-out pictures."""
+
+    step: int
+    rank: int | None
+    loss: float
+
+
+def fixed_timesteps(low: int, high: int, count: int = TIMESTEPS_A_SAMPLE) -> list[int]:
+    """The middles of `count` equal parts of low <= t < high."""
+    return [low + int((high - low) * (i + 0.5) / count) for i in range(count)]
+
+
+def held_out_losses(
+    step_loss: StepLoss,
+    data: TrainingData,
+    models: list[torch.nn.Module],
+    step: int,
+    accelerator: Any,
+    most: int | None,
+) -> list[HeldOut]:
+    """The held-out loss now, for DyLoRA at each of up to eight ranks; the pictures are shared among the processes.
+
+    `most` is the largest number of batches. The models must be in evaluation mode.
+    """
+    found = dials(models)
+    at = {id(dial): dial.rank for dial in found}
+    ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 8)) if found else [None]
+    try:
+        measured = []
+        for rank in ranks:
+            if rank is not None:
+                set_rank(models, rank)
+            measured.append(HeldOut(step, rank, mean_loss(step_loss, data, accelerator, most)))
+    finally:
+        for dial in found:
+            dial.set_rank(at[id(dial)])
+    return measured
+
+
+def mean_loss(step_loss: StepLoss, data: TrainingData, accelerator: Any, most: int | None) -> float:
+    """The mean of the held-out losses over all pictures of all processes, each with its weight."""
+    options = step_loss.options.noise
+    timesteps = fixed_timesteps(options.min_timestep, options.max_timestep)
+    measured: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+    world = accelerator.num_processes
+    for number, batch in enumerate(data.batches(0, rank=accelerator.process_index, world_size=world)):
+        if most is not None and number >= most:
+            break
+        with accelerator.autocast():
+            measured.append(step_loss.held_out(batch, timesteps))
+        weights.append(batch.loss_weights)
+    # A batch that does not divide among the processes carries weights; they also blank out fillers.
+    counts = (torch.cat(weights) > 0).double()
+    total = torch.stack([(torch.cat(measured).cpu().double() * counts).sum(), counts.sum()])
+    total = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").cpu()
+    return (total[0] / total[1]).item()
