@@ -179,7 +179,7 @@ def _into_one(args, dtype) -> None:
         raise AdapterError("--ema goes with --sd_model: LoRAs have no averaged weights")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     merged = weighted_sum(adapters, ratios)
-    exact, fits = merged.modules, {}
+    exact, fits = merged.modules, None
     if args.new_rank is not None:
         exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
     merged = merged.with_modules(exact).to(dtype or torch.float32)

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from lora_adapters.convert.portable import forbidden
 from lora_adapters.train.data.batches import Batch
-from lora_adapters.train.data.cache_files import text_identity
+from lora_adapters.train.data.cache_files import ModelKind, text_identity
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.errors import TrainingError
@@ -319,7 +319,7 @@ def cache(
     """Encode pictures and captions once where asked to; what is no longer needed then leaves the device."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     check_disk = not settings.skip_cache_check
-    kind = "sdxl" if models.kind == "sdxl" else "sd"
+    kind: ModelKind = "sdxl" if models.kind == "sdxl" else "sd"
     away = "cpu" if not settings.highvram else accelerator.device
     if settings.cache_latents or settings.cache_latents_to_disk:
         data.cache_latents(
