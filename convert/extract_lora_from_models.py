@@ -84,7 +84,7 @@ def _check_version(args) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.svd import as_written, reduce_modules, report, rules, with_rank_facts
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
@@ -88,14 +88,14 @@ def load_all(
     arguments = read_arguments(models)
     for what, listed in (("ratios", ratios), ("lbws", lbws)):
         if listed is not None and len(listed) != len(arguments):
-            raise AdapterError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
+            raise UsageError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
     adapters: dict[str, Adapter] = {}
     weights: list[float] = []
     for place, one in enumerate(arguments):
         if ratios is not None and one.unet is not None:
-            raise AdapterError(f"{one.source} has a weight behind it and one in --ratios: give one of them")
+            raise UsageError(f"{one.source} has a weight behind it and one in --ratios: give one of them")
         if lbws is not None and one.blocks is not None:
-            raise AdapterError(f"{one.source} has block weights behind it and in --lbws: give one of them")
+            raise UsageError(f"{one.source} has block weights behind it and in --lbws: give one of them")
         adapter, ratio = one.applied(load(one.source, skip_unknown=skip_unknown))
         if lbws is not None:
             adapter = weighted(adapter, parse(lbws[place]))
@@ -126,7 +126,7 @@ def program(argv: Sequence[str] | None) -> None:
         return
     for flag in ("new_rank", "new_conv_rank", "concat", "shuffle"):
         if getattr(args, flag) not in (None, False):
-            raise AdapterError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
+            raise UsageError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
     checkpoint = Checkpoint.open(args.sd_model)
     if not checkpoint.is_folder:
         output_file(args.save_to)
@@ -172,11 +172,11 @@ def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
 def _into_one(args, dtype) -> None:
     path = output_file(args.save_to)
     if args.v2 or (args.new_conv_rank is not None and args.new_rank is None):
-        raise AdapterError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
+        raise UsageError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
     if args.concat and args.new_rank is not None:
-        raise AdapterError("--concat keeps all ranks, --new_rank reduces them: give one of them")
+        raise UsageError("--concat keeps all ranks, --new_rank reduces them: give one of them")
     if args.ema != "keep":
-        raise AdapterError("--ema goes with --sd_model: LoRAs have no averaged weights")
+        raise UsageError("--ema goes with --sd_model: LoRAs have no averaged weights")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     merged = weighted_sum(adapters, ratios)
     exact, fits = merged.modules, None
@@ -193,7 +193,7 @@ def _into_one(args, dtype) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 
