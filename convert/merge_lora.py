@@ -34,6 +34,7 @@ from lora_adapters.convert.tools.command_line import (
     add_skip_unknown,
     dtype_of,
     output_file,
+    rank_option,
     report_left_out,
     run,
 )
@@ -59,8 +60,8 @@ def parser() -> Parser:
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
     add_dtype(made, "--precision", "of the result where save_precision is not given; sums are always made in float")
     add_dtype(made, "--save_precision", "of the result; by default tensors of a model keep theirs, a LoRA is float")
-    made.add_argument("--new_rank", type=int, help="reduce the sum to this rank (without sd_model)")
-    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument("--new_rank", type=rank_option, help="reduce the sum to this rank (without sd_model)")
+    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
     add_skip_unknown(made)
     made.add_argument(

@@ -28,6 +28,7 @@ from lora_adapters.convert.tools.command_line import (
     device_of,
     dtype_of,
     output_file,
+    rank_option,
     run,
 )
 from lora_adapters.convert.tools.inputs import load
@@ -38,8 +39,8 @@ def parser() -> Parser:
     made = Parser(prog="resize_lora.py", description="Give a LoRA a smaller rank.")
     made.add_argument("--model", required=True, help="the LoRA: a file, a PEFT folder or a Hub repository")
     made.add_argument("--save_to", required=True, help="the resulting file")
-    made.add_argument("--new_rank", type=int, help="rank of the result, or the largest (default: 4)")
-    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument("--new_rank", type=rank_option, help="rank of the result, or the largest (default: 4)")
+    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--dynamic_method", choices=DYNAMIC_METHODS, help="choose the rank of each module")
     made.add_argument("--dynamic_param", type=number, help="what the method compares with, such as 0.9")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")

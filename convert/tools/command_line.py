@@ -87,6 +87,17 @@ def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)
 
 
+def rank_option(text: str) -> int:
+    """The type of an option that takes a rank."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"rank {number} is none: ranks are 1 or more")
+    return number
+
+
 def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
     """An option to leave out what a model does not have."""
     parser.add_argument(

@@ -225,11 +225,12 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         (["svd-merge", "--save_to", out, "--models", lora, "--ratios", "nan"], "invalid number value: 'nan'"),
         (["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"], "unit 0"),
         (["convert", "--model", lora, "--save_to", out, "--format", "other"], "invalid choice"),
+        (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0"),
+        (["merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0 is none"),
     ):
         assert said in misused(capsys, *words)
     for words, said in (
         (["merge", "--save_to", out, "--models", lora, GOLDEN / "sdxl" / "lierla_xl.safetensors"], "SDXL"),
-        (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0"),
         (["svd-merge", "--save_to", out, "--models", lora, "--device", "nonsense"], "device nonsense"),
         (["svd-merge", "--save_to", out, "--models", lora, "--lbws", "[1,2]"], "2 block weights"),
         (["svd-merge", "--save_to", out, "--models", lora, "--lbws", "1,nan"], "block weights are a list of numbers"),
@@ -237,7 +238,6 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
             ["svd-merge", "--save_to", out, "--models", lora, "--lbws", 5000 * "["],
             "block weights are a list of numbers",
         ),
-        (["merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0 is none"),
         (["info", tmp_path / "none.safetensors"], "does not exist"),
     ):
         assert said in fails(capsys, *words)
