@@ -15,41 +15,24 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
+from lora_adapters.convert.tools.command_line import run
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
     from lora_adapters.train.generation.options import parser, refuse
-    from lora_adapters.train.quiet import quiet
 
-    quiet()
-    try:
-        settings = parser().parse_args(argv)
-        refuse(settings)
-        from lora_adapters.train.generation.run import generate
+    settings = parser().parse_args(argv)
+    refuse(settings)
+    from lora_adapters.train.generation.run import generate
 
-        generate(settings)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        return _failed(error)
-    except ValueError as error:
-        from lora_adapters.convert.errors import AdapterError
-        from lora_adapters.train.errors import TrainingError
-
-        if not isinstance(error, AdapterError | TrainingError):
-            raise
-        return _failed(error)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        return _failed("the device has too little memory: try --fp16, --batch_size 1 or smaller pictures")
-    except KeyboardInterrupt:
-        return _failed("interrupted; the pictures that are written are whole")
-    return 0
+    generate(settings)
 
 
-def _failed(error: BaseException | str) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 1
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program on command-line options; returns its exit status."""
+    advice = "try --fp16, --batch_size 1 or smaller pictures"
+    return run(program, argv, memory=advice, stopped="stopped; the pictures that are written are whole", traceback=True)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from tqdm import tqdm
 if __name__ == "__main__" and not __package__:  # run as a file: take this checkout's lora_adapters
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lora_adapters.convert.portable import tolerant_console
-from lora_adapters.train.resizing.plan import Job, ResizeError, plan
+from lora_adapters.convert.tools.command_line import Parser, run
+from lora_adapters.train.resizing.plan import Job, ResizeError, ResizeOptionError, plan
 from lora_adapters.train.resizing.process import Outcome, copy_if_older, process
 from lora_adapters.train.resizing.resize import INTERPOLATIONS, Size
 
@@ -86,10 +86,10 @@ def resize_images(
     """
     src, dst = Path(src), Path(dst)
     if interpolation not in INTERPOLATIONS:
-        raise ResizeError(f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
+        raise ResizeOptionError(f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
     for name, number in (("divisible_by", divisible_by), ("workers", 1 if workers is None else workers)):
         if number < 1:
-            raise ResizeError(f"{name} {number}: give 1 or more")
+            raise ResizeOptionError(f"{name} {number}: give 1 or more")
     suffix = ".png" if save_as_png else ".jpg"
     jobs, copies, folders = plan(src, dst, resolutions, suffix, copy_associated_files)
     work = partial(process, divisible_by=divisible_by, interpolation=interpolation)
@@ -128,13 +128,6 @@ def _run(work: partial[Outcome], jobs: Sequence[Job], workers: int | None) -> It
             raise ResizeError(message) from error
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises ResizeError for a wrong command line, so that every mistake ends in one line."""
-
-    def error(self, message: str):
-        raise ResizeError(message)
-
-
 def _resolutions(text: str) -> list[Size]:
     found = [re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", part.strip().lower()) for part in text.split(",")]
     pairs = [(int(match[1]), int(match[2])) for match in found if match]
@@ -144,7 +137,7 @@ def _resolutions(text: str) -> list[Size]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="resize_images_to_resolution.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -183,24 +176,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status is 1 after one line of error, and 0 if some pictures had to be skipped."""
-    tolerant_console()
-    try:
-        given = vars(_parser().parse_args(argv))
-        summary = resize_images(resolutions=given.pop("max_resolution"), progress=True, **given)
-    except (ResizeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr)
-        return 1
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    given = vars(_parser().parse_args(argv))
+    summary = resize_images(resolutions=given.pop("max_resolution"), progress=True, **given)
     for file, reason in summary.unreadable:
         print(f"warning: skipped {file}: {reason}", file=sys.stderr)
     for file, reason in summary.too_small:
         print(f"warning: left out a size of {file}: {reason}", file=sys.stderr)
     print(summary)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status, which is 0 even if some pictures had to be skipped."""
+    return run(program, argv, stopped="stopped; the same command continues from here", traceback=True)
 
 
 if __name__ == "__main__":

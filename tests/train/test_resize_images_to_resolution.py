@@ -272,8 +272,8 @@ def test_unreadable_pictures_are_skipped_and_named(src, dst, capsys):
     assert names(dst) == ["good+64x64.jpg", "good.png"]
 
 
-def one_error(capsys, *arguments: object) -> str:
-    assert run(*arguments) == 1
+def one_error(capsys, *arguments: object, status: int = 1) -> str:
+    assert run(*arguments) == status
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -292,11 +292,11 @@ def test_errors_are_one_line_and_leave_nothing_behind(src, dst, capsys):
     assert "is not a folder" in one_error(capsys, src, src / "a.png")
     assert "both source and destination" in one_error(capsys, src, src / ".." / "src")
     for wrong in ("512", "512x", "0x512", "-1x5", "512x512,", "axb", "5.5x5"):
-        assert "is not like 512x512,384x384" in one_error(capsys, src, dst, f"--max_resolution={wrong}")
-    assert "divisible_by 0" in one_error(capsys, src, dst, "--divisible_by", 0)
-    assert "invalid choice: 'mitchell'" in one_error(capsys, src, dst, "--interpolation", "mitchell")
-    assert "required" in one_error(capsys, src)
-    assert "unrecognized" in one_error(capsys, src, dst, "--max_res", "5x5")
+        assert "is not like 512x512,384x384" in one_error(capsys, src, dst, f"--max_resolution={wrong}", status=2)
+    assert "divisible_by 0" in one_error(capsys, src, dst, "--divisible_by", 0, status=2)
+    assert "invalid choice: 'mitchell'" in one_error(capsys, src, dst, "--interpolation", "mitchell", status=2)
+    assert "required" in one_error(capsys, src, status=2)
+    assert "unrecognized" in one_error(capsys, src, dst, "--max_res", "5x5", status=2)
     assert not dst.exists()
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.data.class_folders import class_folders
 from lora_adapters.train.data.schema import check_table, check_value, option, rules, show
-from lora_adapters.train.data_error import DataError
+from lora_adapters.train.data_error import DataError, DataOptionError
 from lora_adapters.train.options.values import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -148,11 +148,11 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
     if file:
         return _from_file(Path(file), given)
     if not folder:
-        raise DataError("nothing to train on: give --dataset_config or --train_data_dir")
+        raise DataOptionError("nothing to train on: give --dataset_config or --train_data_dir")
     subsets: list[dict[str, Any]]
     if arguments.get("in_json"):
         if arguments.get("reg_data_dir"):
-            raise DataError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
+            raise DataOptionError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
         subsets = [{"image_dir": folder, "metadata_file": arguments["in_json"]}]
     else:
         subsets = class_folders(Path(folder), "--train_data_dir", is_reg=False)

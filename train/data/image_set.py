@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lora_adapters.train.data.batches import Group
 from lora_adapters.train.data.buckets import Buckets, Placement, Size
@@ -13,7 +14,7 @@ from lora_adapters.train.seeding import python_random
 
 logger = logging.getLogger(__name__)
 # What varies a picture or a caption from one time to the next has no place in a measurement.
-STEADY = {
+STEADY: dict[str, Any] = {
     "shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0,
     "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, "flip_aug": False, "color_aug": False,
     "random_crop": False, "num_repeats": 1,

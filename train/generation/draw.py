@@ -84,7 +84,8 @@ class Drawer:
             yield batch
 
     def _key(self, request: PictureRequest) -> tuple[Any, ...]:
-        plain = replace(request, **dict.fromkeys(_OWN))
+        blank: dict[str, Any] = dict.fromkeys(_OWN)
+        plain = replace(request, **blank)
         return plain, request.start is None, self._windows(request)
 
     def _windows(self, request: PictureRequest) -> int:

@@ -14,7 +14,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.convert.tools.model_arguments import read_arguments
 from lora_adapters.kohya_options import MODULES
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.merging import Placed, fold, placed
 from lora_adapters.train.options.values import key_values
@@ -58,18 +58,18 @@ def networks(settings: argparse.Namespace) -> list[Network]:
     modules = settings.network_module or ["networks.lora"]
     modules = modules * count if len(modules) == 1 else modules
     if len(modules) != count:
-        raise TrainingError(f"{len(modules)} of --network_module for {count} of --network_weights: one each, or one")
+        raise OptionError(f"{len(modules)} of --network_module for {count} of --network_weights: one each, or one")
     for name in ("network_mul", "network_args"):
         if len(getattr(settings, name) or []) > count:
-            raise TrainingError(f"{len(getattr(settings, name))} of --{name} for {count} of --network_weights")
+            raise OptionError(f"{len(getattr(settings, name))} of --{name} for {count} of --network_weights")
     given = settings.network_mul or []
     twice = next((one.source for one in arguments[: len(given)] if one.unet is not None), None)
     if twice is not None:
-        raise TrainingError(f"{twice} has a weight behind it and one in --network_mul: give one of them")
+        raise OptionError(f"{twice} has a weight behind it and one in --network_mul: give one of them")
     args = [*(settings.network_args or []), *[""] * count][:count]
     first_n = settings.network_merge_n_models or 0
     if not 0 <= first_n <= count:
-        raise TrainingError(f"--network_merge_n_models {first_n}: there are {count} of --network_weights")
+        raise OptionError(f"--network_merge_n_models {first_n}: there are {count} of --network_weights")
     merged = count if settings.network_merge else first_n
     found = []
     for number, (argument, module, text) in enumerate(zip(arguments, modules, args, strict=True)):
@@ -89,30 +89,30 @@ def _refuse_without_weights(settings: argparse.Namespace) -> None:
     names = "network_module network_mul network_args network_merge network_merge_n_models network_pre_calc"
     for name in (*names.split(), "network_show_meta", "rank"):
         if getattr(settings, name) not in (None, False, []):
-            raise TrainingError(f"--{name} needs --network_weights: adapter files")
+            raise OptionError(f"--{name} needs --network_weights: adapter files")
 
 
 def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapter, int | None]:
     """The adapter, as a DyLoRA where --network_module says so and its file does not; and the rank of its arguments."""
     kind = MODULES.get(module)
     if kind is None:
-        raise TrainingError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
+        raise OptionError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
     args = key_values([part for part in text.split(";") if part.strip()], "network_args")
     # A DyLoRA's file that does not say so is kohya's, whose splitter keeps alpha.
     facts = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "dylora" else None)
     for key in args:
         if facts is None or key not in ("rank", "unit", "rank_scaling"):
             rule = "a DyLoRA takes rank=, unit= and rank_scaling=, others none: the file tells the rest"
-            raise TrainingError(f"--network_args {key}={args[key]} for {source}: {rule}")
+            raise OptionError(f"--network_args {key}={args[key]} for {source}: {rule}")
     if facts is None:
         return adapter, None
     numbers = {key: args[key] for key in ("rank", "unit") if key in args}
     for key, value in numbers.items():
         if not value.isdecimal() or int(value) < 1:
-            raise TrainingError(f"--network_args {key}={value} for {source}: give 1 or more")
+            raise OptionError(f"--network_args {key}={value} for {source}: give 1 or more")
     scaling = args.get("rank_scaling", facts.rank_scaling)
     if scaling not in RANK_SCALINGS:
-        raise TrainingError(f"--network_args rank_scaling={scaling}: {', '.join(RANK_SCALINGS)} are known")
+        raise OptionError(f"--network_args rank_scaling={scaling}: {', '.join(RANK_SCALINGS)} are known")
     dylora = replace(facts, unit=int(numbers.get("unit", facts.unit)), rank_scaling=scaling)
     return adapter.as_dylora(dylora), int(numbers["rank"]) if "rank" in numbers else None
 

@@ -3,7 +3,7 @@
 import argparse
 
 from lora_adapters.convert.parsing import number
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.models.schedulers import SAMPLERS
 from lora_adapters.train.options.parser import Parser, add_attention, add_model_source, adders
 
@@ -71,7 +71,7 @@ def refuse(options: argparse.Namespace) -> None:
     """Raise TrainingError for the first unsupported option that is given."""
     for name, reason in UNSUPPORTED.items():
         if getattr(options, name) is not None:
-            raise TrainingError(f"--{name}: {reason}")
+            raise OptionError(f"--{name}: {reason}")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:

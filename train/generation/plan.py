@@ -9,7 +9,7 @@ import torch
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import check_one_family
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.draw import start_picture
 from lora_adapters.train.generation.image_grid import font_of
 from lora_adapters.train.generation.networks import Network, networks, unmerged
@@ -66,32 +66,32 @@ def plan(settings: argparse.Namespace) -> Plan:
 
 def _check(settings: argparse.Namespace) -> None:
     if not settings.pretrained_model_name_or_path:
-        raise TrainingError("--ckpt is missing: a checkpoint file, a Diffusers folder or a hub id")
+        raise OptionError("--ckpt is missing: a checkpoint file, a Diffusers folder or a hub id")
     for group in _ONE_OF:
         if sum(bool(getattr(settings, name)) for name in group) > 1:
-            raise TrainingError(f"--{' and --'.join(group)} exclude each other: give one")
+            raise OptionError(f"--{' and --'.join(group)} exclude each other: give one")
     for name in ("images_per_prompt", "n_iter", "batch_size", "clip_skip", "max_embeddings_multiples"):
         value = getattr(settings, name)
         if value is not None and value < 1:
-            raise TrainingError(f"--{name} {value}: give 1 or more")
+            raise OptionError(f"--{name} {value}: give 1 or more")
     if settings.vae_batch_size is not None and not settings.vae_batch_size > 0:
-        raise TrainingError(f"--vae_batch_size {settings.vae_batch_size}: give more than 0")
+        raise OptionError(f"--vae_batch_size {settings.vae_batch_size}: give more than 0")
     if settings.seed is not None and not 0 <= settings.seed < 2**32:
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**32 - 1}")
+        raise OptionError(f"--seed {settings.seed}: seeds are 0 to {2**32 - 1}")
     for name in ("strength", "use_original_file_name"):
         value = getattr(settings, name)
         if value is not None and value is not False and not settings.image_path:
-            raise TrainingError(f"--{name} is for --image_path, which is not given")
+            raise OptionError(f"--{name} is for --image_path, which is not given")
     for name in ("sheet", "sheet_font"):
         if getattr(settings, name) and not settings.sweep:
-            raise TrainingError(f"--{name} is for --sweep, which is not given")
+            raise OptionError(f"--{name} is for --sweep, which is not given")
     if settings.sheet and Path(settings.sheet).suffix.lower() != ".png":
-        raise TrainingError(f"--sheet {settings.sheet}: its name must end in .png")
+        raise OptionError(f"--sheet {settings.sheet}: its name must end in .png")
     check_path(settings)
     if Path(settings.outdir).exists() and not Path(settings.outdir).is_dir():
         raise TrainingError(f"--outdir {settings.outdir} is not a folder")
     if settings.sdpa and (settings.xformers or settings.diffusers_xformers):
-        raise TrainingError("give one of --xformers and --sdpa")
+        raise OptionError("give one of --xformers and --sdpa")
     if settings.xformers or settings.diffusers_xformers:
         _check_xformers()
 
@@ -130,7 +130,7 @@ def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[s
             raise TrainingError(f"--from_file {settings.from_file} has no prompts")
         return lines
     if not starts:
-        raise TrainingError("there is nothing to draw: give --prompt or --from_file")
+        raise OptionError("there is nothing to draw: give --prompt or --from_file")
     found = []
     for start in starts:
         try:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -53,7 +54,7 @@ def prompts_in(text: str) -> tuple[str, str]:
     return _LORA.sub("", prompt).strip(), negative.strip()
 
 
-def save_options(text: str, suffix: str) -> dict[str, object]:
+def save_options(text: str, suffix: str) -> dict[str, Any]:
     """What Pillow's `save` takes to put the text into a picture: a PNG's chunk, else Exif's UserComment."""
     if suffix == ".png":
         info = PngInfo()

@@ -96,7 +96,8 @@ def _value(option: LineOption, letters: str, text: str, where: str) -> Any:
 
 def _number_at_start(option: LineOption, text: str) -> Any:
     """The number that a text begins with, for an option that takes one; None where there is none."""
-    pattern = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}.get(option.read)
+    patterns: dict[Callable[[str], Any], str] = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}
+    pattern = patterns.get(option.read)
     found = re.match(pattern, text) if pattern else None
     try:
         return option.read(found[0]) if found else None

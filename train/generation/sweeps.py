@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_adapters.convert.parsing import number
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.networks import Network, unmerged
 from lora_adapters.train.generation.prompt_lines import parse_line, whole
 from lora_adapters.train.generation.requests import OPTIONS, PictureRequest
@@ -59,7 +59,7 @@ def columns(sweep: Sequence[str], networks: Sequence[Network], settings: argpars
     for sampler in values.get("sampler", []):
         check_sampler(sampler, settings.zero_terminal_snr)
     if any(not 1 <= steps <= 1000 for steps in values.get("steps", [])):
-        raise TrainingError("--sweep steps: 1 to 1000 are possible")
+        raise OptionError("--sweep steps: 1 to 1000 are possible")
     made: list[Column] = []
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
@@ -97,9 +97,9 @@ def _pairs(sweep: Sequence[str]) -> list[tuple[str, str]]:
     for part in sweep:
         name, _, text = part.partition("=")
         if name not in _READ or not text:
-            raise TrainingError(f"--sweep {part}: it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}")
+            raise OptionError(f"--sweep {part}: it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}")
         if name in found:
-            raise TrainingError(f"--sweep: {name} stands twice")
+            raise OptionError(f"--sweep: {name} stands twice")
         found[name] = text
     return list(found.items())
 
@@ -108,4 +108,4 @@ def _values(name: str, text: str) -> list[Any]:
     try:
         return list(dict.fromkeys(_READ[name](part.strip()) for part in text.split(",")))
     except ValueError:
-        raise TrainingError(f"--sweep {name}={text}: it takes values with commas between them") from None
+        raise OptionError(f"--sweep {name}={text}: it takes values with commas between them") from None

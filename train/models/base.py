@@ -21,7 +21,7 @@ from lora_adapters.convert.portable import is_path
 from lora_adapters.convert.storage.hub_errors import HubError, hub_errors
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.plugin import dtype_option, pipelines_can_avoid_mmap
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.noise_schedule import (
     SD_BETAS,
     STEPS,
@@ -106,7 +106,7 @@ def check_path(settings: argparse.Namespace) -> None:
     """Raise TrainingError for a base model that cannot be there, without loading anything."""
     name = settings.pretrained_model_name_or_path
     if not name:
-        raise TrainingError(
+        raise OptionError(
             "--pretrained_model_name_or_path is missing: a checkpoint file, a Diffusers folder or a hub id"
         )
     path = Path(name)

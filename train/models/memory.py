@@ -6,7 +6,7 @@ import logging
 import torch
 
 from lora_adapters.plugin import checkpoint_activations
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def check_machine(settings: argparse.Namespace) -> None:
             log.warning("--%s has no effect beside --%s", name, chosen)
     for full, precision in ((settings.full_bf16, "bf16"), (settings.full_fp16, "fp16")):
         if full and settings.mixed_precision != precision:
-            raise TrainingError(f"--full_{precision} needs --mixed_precision {precision}")
+            raise OptionError(f"--full_{precision} needs --mixed_precision {precision}")
     if settings.full_fp16:
         log.warning(
             "--full_fp16: the adapter's weights, gradients and optimizer stay in fp32, where they do not underflow; "

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options import data, model, output, training
 from lora_adapters.train.options.config_file import file_options, write_config
 from lora_adapters.train.options.parser import Parser
@@ -45,7 +45,7 @@ def settings(**options: Any) -> argparse.Namespace:
     known = {action.dest: action for action in made._actions if action.dest != "help"}
     for name, value in options.items():
         if name not in known:
-            raise TrainingError(f"settings: there is no option {name!r}{did_you_mean(name, known)}")
+            raise OptionError(f"settings: there is no option {name!r}{did_you_mean(name, known)}")
         setattr(chosen, name, checked(known[name], value, "settings"))
     return chosen
 

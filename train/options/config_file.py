@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.convert.storage.atomic import replacing
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.values import checked, did_you_mean, key_values
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _without_the_guis(options: dict[str, Any], file: Path) -> dict[str, Any]:
 def write_config(options: argparse.Namespace, made: argparse.ArgumentParser) -> None:
     """Write the options that differ from the defaults to --config_file, which must not exist yet. No keys or tokens."""
     if not options.config_file:
-        raise TrainingError("--output_config needs --config_file: the file to write")
+        raise OptionError("--output_config needs --config_file: the file to write")
     file = config_path(options.config_file)
     if file.exists():
         raise TrainingError(f"--output_config: {file} exists already; name another --config_file or delete it")

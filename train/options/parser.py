@@ -5,18 +5,18 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_adapters.convert.tools import command_line
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 
 Add = Callable[..., Any]
 
 
 class Parser(command_line.Parser):
-    """Raises TrainingError for a wrong command line.
+    """Raises OptionError for a wrong command line.
 
     Abbreviations are refused: a mistyped option must not become another one.
     """
 
-    failure = TrainingError
+    failure = OptionError
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)

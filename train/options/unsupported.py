@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 
 _DEEPSPEED = "DeepSpeed is not supported: an adapter's optimizer is small; use several devices through accelerate"
 _FP8 = "float8 base weights are not supported; use --mixed_precision bf16"
@@ -24,4 +24,4 @@ def refuse(options: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """Raise TrainingError for the first unsupported option that has another value than its default."""
     for name, reason in UNSUPPORTED.items():
         if getattr(options, name) != defaults[name]:
-            raise TrainingError(f"--{name}: {reason}")
+            raise OptionError(f"--{name}: {reason}")

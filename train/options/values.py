@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_adapters.convert.suggestions import closest
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 
 # Other programs' names for options and for their values.
 RENAMED = {"batch_size": "train_batch_size", "lr_restart_cycles": "lr_scheduler_num_cycles", "lr": "learning_rate"}
@@ -37,13 +37,13 @@ def checked(action: argparse.Action, value: Any, source: object) -> Any:
         if value in (0, 1):  # kohya's GUI writes some switches so
             value = bool(value)
         if not isinstance(value, bool):
-            raise TrainingError(f"{source}: {name} is true or false, not {value!r}")
+            raise OptionError(f"{source}: {name} is true or false, not {value!r}")
     elif value is not None:
         value = _single(action, value, source)
     if action.choices is not None and value is not None and value not in action.choices:
         allowed = ", ".join(str(choice) for choice in action.choices if choice is not None)
         near = did_you_mean(str(value), (str(choice) for choice in action.choices))
-        raise TrainingError(f"{source}: {name} is one of {allowed}, not {value!r}{near}")
+        raise OptionError(f"{source}: {name} is one of {allowed}, not {value!r}{near}")
     return value
 
 
@@ -54,7 +54,7 @@ def _list(action: argparse.Action, value: Any, source: object) -> Any:
     try:
         return [action.type(one) if callable(action.type) else one for one in value]
     except (TypeError, ValueError):
-        raise TrainingError(f"{source}: {action.dest} cannot be {value!r}") from None
+        raise OptionError(f"{source}: {action.dest} cannot be {value!r}") from None
 
 
 def _single(action: argparse.Action, value: Any, source: object) -> Any:
@@ -62,7 +62,7 @@ def _single(action: argparse.Action, value: Any, source: object) -> Any:
     if isinstance(value, os.PathLike):
         value = str(value)
     if isinstance(value, bool | dict):
-        raise TrainingError(f"{source}: {name} cannot be {value!r}")
+        raise OptionError(f"{source}: {name} cannot be {value!r}")
     if name in ("resolution", "face_crop_aug_range") and isinstance(value, list | tuple):
         value = ",".join(str(one) for one in value)
     if action.type is int and isinstance(value, float) and value.is_integer():
@@ -71,7 +71,7 @@ def _single(action: argparse.Action, value: Any, source: object) -> Any:
     try:
         return action.type(str(value)) if callable(action.type) else str(value)
     except (ValueError, argparse.ArgumentTypeError):
-        raise TrainingError(f"{source}: {name} cannot be {value!r}") from None
+        raise OptionError(f"{source}: {name} cannot be {value!r}") from None
 
 
 def key_values(pairs: Sequence[str] | dict[str, Any] | None, option: str) -> dict[str, str]:
@@ -82,6 +82,6 @@ def key_values(pairs: Sequence[str] | dict[str, Any] | None, option: str) -> dic
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise TrainingError(f"--{option}: {pair!r} is not of the form key=value")
+            raise OptionError(f"--{option}: {pair!r} is not of the form key=value")
         found[key] = value
     return found

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_adapters.convert.errors import OneLineError
+from lora_adapters.convert.errors import OneLineError, UsageError
 from lora_adapters.train.resizing.resize import Size
 
 # Pillow alone cannot read the last three: better reported by name than taken for something that is not a picture.
@@ -19,6 +19,10 @@ NOT_ASSOCIATED = {".npz"}
 
 class ResizeError(OneLineError):
     """What was asked for cannot be done. The message says what, where, and what to do."""
+
+
+class ResizeOptionError(ResizeError, UsageError):
+    """An option that cannot be right, whatever the folders hold. The program exits with status 2."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def plan(
     suffix: ".png" or ".jpg", what the resized pictures are saved as. Raises ResizeError.
     """
     if not resolutions or any(side < 1 for pair in resolutions for side in pair):
-        raise ResizeError(f"resolutions {list(resolutions)}: give pairs of 1 or more")
+        raise ResizeOptionError(f"resolutions {list(resolutions)}: give pairs of 1 or more")
     if not src.is_dir():
         raise ResizeError(f"{src} is not a folder" if src.exists() else f"{src} does not exist")
     if dst.exists() and not dst.is_dir():

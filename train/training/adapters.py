@@ -19,7 +19,7 @@ from lora_adapters.injection import fitted, place
 from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.target_modules import RankRule, base_layers, covered
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.merging import fold, placed
 from lora_adapters.train.models.text_encoding import unread_layers
@@ -35,7 +35,7 @@ ADAPTER = "default"
 def options(settings: argparse.Namespace, architecture: str = "sd") -> NetworkOptions:
     """What --network_module, --network_dim, --network_alpha and --network_args ask for, on "sd" or "sdxl"."""
     if not settings.network_module:
-        raise TrainingError("--network_module is missing: networks.lora or networks.dylora")
+        raise OptionError("--network_module is missing: networks.lora or networks.dylora")
     args = key_values(settings.network_args, "network_args")
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, architecture)
@@ -47,16 +47,16 @@ def check_network(settings: argparse.Namespace, architecture: str | None) -> Non
     `architecture` is None where it is not known before the base model is loaded.
     """
     if settings.network_train_unet_only and settings.network_train_text_encoder_only:
-        raise TrainingError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+        raise OptionError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
     if settings.dim_from_weights and not settings.network_weights:
-        raise TrainingError("--dim_from_weights needs --network_weights")
+        raise OptionError("--dim_from_weights needs --network_weights")
     weights, multipliers = settings.base_weights or [], settings.base_weights_multiplier or []
     if multipliers and len(multipliers) > len(weights):
-        raise TrainingError(f"{len(multipliers)} of --base_weights_multiplier for {len(weights)} of --base_weights")
+        raise OptionError(f"{len(multipliers)} of --base_weights_multiplier for {len(weights)} of --base_weights")
     if settings.network_dropout is not None and not 0 <= settings.network_dropout < 1:
-        raise TrainingError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
+        raise OptionError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
-        raise TrainingError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
+        raise OptionError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
     args = key_values(settings.network_args, "network_args")
     for name, reason in without_effect(settings.network_module or "", args).items():
         log.warning("--network_args %s is ignored: %s", name, reason)

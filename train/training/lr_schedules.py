@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.training.optimizers import find_class, literals, uses_relative_step
 
 NAMES = (
@@ -26,10 +26,10 @@ def check_schedule(settings: argparse.Namespace) -> None:
         return
     if name.startswith("adafactor") or uses_relative_step(settings):
         if not uses_relative_step(settings):
-            raise TrainingError("--lr_scheduler adafactor is for --optimizer_type AdaFactor with relative_step")
+            raise OptionError("--lr_scheduler adafactor is for --optimizer_type AdaFactor with relative_step")
         return
     if name not in NAMES:
-        raise TrainingError(f"--lr_scheduler {name}: not one of {', '.join(NAMES)}")
+        raise OptionError(f"--lr_scheduler {name}: not one of {', '.join(NAMES)}")
     if name == "constant" and settings.lr_warmup_steps:
         raise TrainingError(
             "--lr_scheduler constant has no warm-up; use constant_with_warmup, or drop --lr_warmup_steps"

@@ -148,7 +148,8 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
         pixels, said = multiple_of_8(getattr(made, side), where)
         if said:
             leave_out(said)
-        made = replace(made, **{side: pixels})
+        sides: dict[str, Any] = {side: pixels}
+        made = replace(made, **sides)
     return replace(made, sample_steps=max(1, min(1000, made.sample_steps)))
 
 
@@ -194,11 +195,12 @@ def sample(
 def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: int, context: Any) -> Any:
     name = prompt.sample_sampler or settings.sample_sampler
     scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
-    pipe = models.pipeline(scheduler)
+    pipe: Any = models.pipeline(scheduler)  # type checkers see the placeholders that diffusers has without torch
     pipe.set_progress_bar_config(disable=True)
     seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed
     with context():
         wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
+        embeds: dict[str, torch.Tensor | None]
         embeds = {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
         if models.kind == "sdxl":
             embeds |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}

@@ -19,10 +19,10 @@ from accelerate.utils import broadcast_object_list
 
 from lora_adapters.convert.portable import forbidden
 from lora_adapters.train.data.batches import Batch
-from lora_adapters.train.data.cache_files import text_identity
+from lora_adapters.train.data.cache_files import ModelKind, text_identity
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import (
     BaseModels,
     architecture_on_disk,
@@ -156,7 +156,7 @@ def check(settings: argparse.Namespace) -> None:
     check_ranges(settings)
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
-        raise TrainingError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
+        raise OptionError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
 
 
 def check_ranges(settings: argparse.Namespace) -> None:
@@ -164,13 +164,13 @@ def check_ranges(settings: argparse.Namespace) -> None:
     for name in _COUNTS:
         value = getattr(settings, name)
         if value is not None and value < 1:
-            raise TrainingError(f"--{name} must be at least 1, not {value}")
+            raise OptionError(f"--{name} must be at least 1, not {value}")
     if settings.max_data_loader_n_workers < 0:
-        raise TrainingError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
+        raise OptionError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
     if settings.huber_c <= 0:
-        raise TrainingError(f"--huber_c must be above 0, not {settings.huber_c}")
+        raise OptionError(f"--huber_c must be above 0, not {settings.huber_c}")
     if settings.seed is not None and not 0 <= settings.seed < 2**64:
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}; one is drawn without --seed")
+        raise OptionError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}; one is drawn without --seed")
 
 
 def open_output(settings: argparse.Namespace) -> None:
@@ -244,13 +244,13 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     check(settings)
     accelerator = create_accelerator(settings)
     if not settings.output_dir and not settings.dry_run:
-        raise TrainingError("--output_dir is missing: the folder for what is saved")
+        raise OptionError("--output_dir is missing: the folder for what is saved")
     if accelerator.device.type == "cpu":
         torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
     settings.seed = decide_seed(settings)
     data = data or open_data(settings, settings.seed)
     if settings.masked_loss and not data.has_masks:
-        raise TrainingError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
+        raise OptionError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
     if accelerator.is_main_process and not settings.dry_run:
         open_output(settings)
     uploads = None
@@ -319,7 +319,7 @@ def cache(
     """Encode pictures and captions once where asked to; what is no longer needed then leaves the device."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     check_disk = not settings.skip_cache_check
-    kind = "sdxl" if models.kind == "sdxl" else "sd"
+    kind: ModelKind = "sdxl" if models.kind == "sdxl" else "sd"
     away = "cpu" if not settings.highvram else accelerator.device
     if settings.cache_latents or settings.cache_latents_to_disk:
         data.cache_latents(
@@ -334,7 +334,7 @@ def cache(
         models.vae.to(away)
     if settings.cache_text_encoder_outputs or settings.cache_text_encoder_outputs_to_disk:
         if denoiser.train_text:
-            raise TrainingError("--cache_text_encoder_outputs needs --network_train_unet_only")
+            raise OptionError("--cache_text_encoder_outputs needs --network_train_unet_only")
         first_width = models.text_encoders[0].config.hidden_size
 
         @torch.no_grad()
