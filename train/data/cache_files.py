@@ -1,7 +1,7 @@
 """Latents and text-encoder outputs on disk, beside the pictures, in files that kohya's scripts read and write too.
 
-`<stem>_<width>x<height>_sd.npz` or `_sdxl.npz` (size of the picture, four digits at least) holds an entry for each
-size of latents that the picture was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
+`<stem>_<width>x<height>_<family>.npz` (size of the image, four digits at least) holds an entry for each
+size of latents that the image was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
 suffix original_size, crop_ltrb and where needed latents_flipped and alpha_mask. Files of older versions have one entry,
 without a suffix. `<stem>_te_outputs.npz` holds text-encoder outputs. Keys of our own tell what an entry was made from
 (vae, interpolation, picture; caption, encoder); an entry without them is taken on trust. `checksum` ties them to the
@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from lora_adapters.train.data.buckets import Size
 from lora_adapters.train.data.config import VAE_FACTOR
 from lora_adapters.train.data_error import DataError
 
-ModelKind = Literal["sd", "sdxl"]
 _ENCODER = ("encoder.", "quant_conv.")
 TEXT_ENDING = "_te_outputs.npz"
 _OF_ENTRY = (
@@ -64,22 +63,29 @@ class LatentsWanted:
     interpolation: str = ""
 
 
-def latents_path(stem: str, size: Size, model: ModelKind) -> str:
-    """The file for the latents of the picture at `stem` (its path without suffix)."""
-    return f"{stem}_{size[0]:04d}x{size[1]:04d}_{model}.npz"
+@dataclass(frozen=True)
+class LatentFiles:
+    """How the files that hold a family's latents are named.
 
-
-def existing_latents(stem: str, wanted: LatentsWanted, model: ModelKind, *, check: bool) -> str | None:
-    """The usable file, or None. An SD model also takes the older name `<stem>.npz`.
-
-    Without `check` any file does that has latents of the bucket's size.
+    Args:
+        ending: what follows the size in a file's name, such as "_sd.npz".
+        unsized: the ending of older files, whose names have no size; None for a family without such files.
     """
-    old = [f"{stem}.npz"] if model == "sd" else []
-    for path in [*old, latents_path(stem, wanted.size, model)]:
-        trusted = not check and path not in old
-        if os.path.isfile(path) and (_has_latents(path, wanted.bucket) if trusted else latents_fit(path, wanted)):
-            return path
-    return None
+
+    ending: str
+    unsized: str | None = None
+
+    def path(self, stem: str, size: Size) -> str:
+        """The file for the latents of the image at `stem` (its path without suffix)."""
+        return f"{stem}_{size[0]:04d}x{size[1]:04d}{self.ending}"
+
+    def existing(self, stem: str, wanted: LatentsWanted, *, check: bool) -> str | None:
+        """The usable file, or None. Without `check` any file will do that has latents of the bucket's size."""
+        if self.unsized is not None and latents_fit(f"{stem}{self.unsized}", wanted):
+            return f"{stem}{self.unsized}"
+        path = self.path(stem, wanted.size)
+        usable = latents_fit(path, wanted) if check else _has_latents(path, wanted.bucket)
+        return path if usable else None
 
 
 def _has_latents(path: str, bucket: Size) -> bool:

@@ -13,10 +13,8 @@ from lora_adapters.train.data.buckets import Size
 from lora_adapters.train.data.cache_files import (
     TEXT_ENDING,
     CachedLatents,
+    LatentFiles,
     LatentsWanted,
-    ModelKind,
-    existing_latents,
-    latents_path,
     read_text,
     text_fits,
     vae_identity,
@@ -42,7 +40,7 @@ def encode_latents(
     to_disk: bool,
     batch_size: int,
     device: torch.device | str,
-    model: ModelKind,
+    files: LatentFiles,
     check: bool,
     rank: int,
     world_size: int,
@@ -57,10 +55,10 @@ def encode_latents(
     paths: list[str] = []
     if to_disk:
         stems = _stems(pictures.pictures)
-        paths = [latents_path(stem, want.size, model) for stem, want in zip(stems, wanted, strict=True)]
+        paths = [files.path(stem, want.size) for stem, want in zip(stems, wanted, strict=True)]
         _one_use_each([(path, want.bucket) for path, want in zip(paths, wanted, strict=True)], wanted)
         for number, want in enumerate(wanted):
-            cached[number] = existing_latents(stems[number], want, model, check=check)
+            cached[number] = files.existing(stems[number], want, check=check)
     numbers = [number for number, entry in enumerate(cached) if entry is None]
     if to_disk:
         numbers = _share(numbers, paths, [want.bucket for want in wanted], rank, world_size)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lora_adapters.train.data.batches import Batch
-from lora_adapters.train.data.cache_files import ModelKind
+from lora_adapters.train.data.cache_files import LatentFiles
 from lora_adapters.train.data.cache_fill import encode_latents, encode_text
 from lora_adapters.train.data.captions import varying_options
 from lora_adapters.train.data.config import DataConfig, SubsetConfig
@@ -100,11 +100,11 @@ class TrainingData:
     def cache_latents(
         self,
         vae: torch.nn.Module,
+        files: LatentFiles,
         *,
         to_disk: bool = False,
         batch_size: int = 1,
         device: torch.device | str = "cpu",
-        model: ModelKind = "sd",
         check: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -112,9 +112,10 @@ class TrainingData:
         """Encode every picture once, of the validation data too; batches then carry latents and no images.
 
         The VAE stays where the caller has put it: `device` is where it is. Each posterior is sampled once, from noise
-        that depends on the seed and the picture alone. to_disk: in .npz files beside the pictures (caches.py), kept
-        for later runs; with check=False one that exists is used unseen. Each of several processes then writes its
-        part: let all wait for each other before the first batch. In memory every process encodes everything.
+        that depends on the seed and the picture alone. files: how the family's files are named. to_disk: in .npz files
+        beside the pictures (cache_files.py), kept for later runs; with check=False one that exists is used unseen.
+        Each of several processes then writes its part: let all wait for each other before the first batch. In memory
+        every process encodes everything.
         Pictures that cannot be decoded are left out, with a warning that counts and names them: see `batches`.
         Raises DataError with color_aug or random_crop.
         """
@@ -124,7 +125,7 @@ class TrainingData:
                     raise DataError(f"cached latents exclude {name} (of {subset.name}): leave one of them out")
         for data in self._with_validation():
             data._reader.latents = encode_latents(
-                data.pictures, vae, self._reader.seed, to_disk, batch_size, device, model, check, rank, world_size
+                data.pictures, vae, self._reader.seed, to_disk, batch_size, device, files, check, rank, world_size
             )
             data._loader.restart()
 
@@ -141,10 +142,10 @@ class TrainingData:
     ) -> None:
         """Encode every caption once, of the validation data too; batches then carry `text`.
 
-        encode: captions to tensors of shape (captions, ...), the same names and shapes each time: hidden_state1,
-        hidden_state2 and pool2 for SDXL (so that kohya's scripts read the files), hidden_state for others. encoder: a
-        word on how they were made (model, clip_skip, length); a file that bears another is made anew. Processes and
-        check as in cache_latents. Raises DataError with options that vary captions.
+        encode: captions to tensors of shape (captions, ...), the same names and shapes each time: those of the family's
+        `to_cache`, so that kohya's scripts read the files. encoder: a word on how they were made (model, clip_skip,
+        length); a file that bears another is made anew. Processes and check as in
+        cache_latents. Raises DataError with options that vary captions.
         """
         for subset in self._subsets():
             varying = varying_options(subset)

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.networks import FoldedNetworks, LiveNetworks
 from lora_adapters.train.generation.requests import PictureRequest
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.family import SizeConditions
 from lora_adapters.train.models.schedulers import sampler
-from lora_adapters.train.models.text_encoding import Encoded, encode_tokens, tokenize, windows
+from lora_adapters.train.models.text_encoding import Encoded, windows
 from lora_adapters.train.resizing.resize import UnreadablePicture, on_white, read_picture
 
 _OWN = ("prompt", "negative_prompt", "seed", "start", "where", "file")  # what pictures of one batch may differ in
@@ -59,12 +59,8 @@ class Drawer:
     ):
         self.models, self.settings, self.device = models, settings, device
         self._working, self._multipliers = working, tuple(default_multipliers)
-        from_pictures: Any = (
-            StableDiffusionXLImg2ImgPipeline if models.kind == "sdxl" else StableDiffusionImg2ImgPipeline
-        )
-        own = {"add_watermarker": False} if models.kind == "sdxl" else {"requires_safety_checker": False}
         self._plain: Any = pipe
-        self._from_pictures: Any = from_pictures(**pipe.components, **own)
+        self._from_pictures: Any = models.image_to_image(pipe)
         for one in (self._plain, self._from_pictures):
             one.set_progress_bar_config(disable=True)
 
@@ -103,16 +99,13 @@ class Drawer:
         unwanted = self._encode([one.negative_prompt for one in batch], chunks)
         generators = [torch.Generator().manual_seed(one.seed) for one in batch]
         call: dict[str, Any] = {
-            "prompt_embeds": wanted.hidden,
-            "negative_prompt_embeds": unwanted.hidden,
+            **self.models.family.prompt_arguments(wanted, unwanted),
+            **self.models.family.size_arguments(_size_conditions(first, width, height)),
             "num_inference_steps": first.steps,
             "guidance_scale": first.scale,
             "generator": generators,
             "output_type": "latent",
         }
-        if self.models.kind == "sdxl":
-            call |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
-            call |= _sdxl_sizes(first, width, height)
         if first.start is None:
             call |= {"width": width, "height": height, "latents": self._noise(generators, width, height)}
         else:
@@ -121,11 +114,11 @@ class Drawer:
         return self._to_pictures(self._pipeline(first)(**call).images)
 
     def _noise(self, generators: list[torch.Generator], width: int, height: int) -> torch.Tensor:
-        """(n, 4, height/8, width/8): drawn in single precision, since some versions of torch draw others in half."""
-        factor = self._plain.vae_scale_factor
-        shape = (1, self.models.unet.config.in_channels, height // factor, width // factor)
+        """(n, channels, h, w), drawn in float32: some versions of torch draw other numbers in half precision."""
+        space = self.models.latent_space
+        shape = (1, space.channels, height // space.factor, width // space.factor)
         noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-        return noise.to(self.device, self.models.unet.dtype)
+        return noise.to(self.device, self.models.denoiser.dtype)
 
     def _pipeline(self, request: PictureRequest) -> Any:
         pipe = self._plain if request.start is None else self._from_pictures
@@ -137,21 +130,20 @@ class Drawer:
         return pipe
 
     def _encode(self, texts: list[str], chunks: int) -> Encoded:
-        tokens = [tokenize(one, texts, chunks, weighted=True) for one in self.models.tokenizers]
-        mode = self.settings.emb_normalize_mode
-        return encode_tokens(tokens, self.models.text_encoders, self.settings.clip_skip, keep_mean=mode)
+        tokens = self.models.tokenize(texts, chunks, weighted=True)
+        return self.models.encode(tokens, self.settings.clip_skip, keep_mean=self.settings.emb_normalize_mode)
 
     def _to_latents(self, pictures: list[Image.Image]) -> torch.Tensor:
-        """(n, 4, height/8, width/8), scaled, in the U-Net's precision: the means, nothing is drawn."""
+        """(n, channels, h, w), normalised, in the denoiser's precision: the means, nothing is drawn."""
         vae = self.models.vae
         pixels = torch.stack([torch.from_numpy(np.asarray(one).copy()) for one in pictures]).permute(0, 3, 1, 2)
         pixels = (pixels.to(self.device, vae.dtype) / 255) * 2 - 1
         means = [vae.encode(part).latent_dist.mean for part in pixels.split(self._vae_batch())]
-        return (torch.cat(means) * vae.config.scaling_factor).to(self.models.unet.dtype)
+        return self.models.latent_space.normalised(torch.cat(means)).to(self.models.denoiser.dtype)
 
     def _to_pictures(self, latents: torch.Tensor) -> list[Image.Image]:
         vae = self.models.vae
-        parts = (latents.to(vae.dtype) / vae.config.scaling_factor).split(self._vae_batch())
+        parts = self.models.latent_space.unnormalised(latents.to(vae.dtype)).split(self._vae_batch())
         pixels = torch.cat([vae.decode(part).sample for part in parts]).float()
         if not pixels.isfinite().all():
             raise TrainingError("the pictures came out as no numbers: try --no_half_vae, or --bf16 in place of --fp16")
@@ -165,16 +157,15 @@ class Drawer:
         return max(1, int(batch * asked) if asked < 1 else int(asked))
 
 
-def _sdxl_sizes(request: PictureRequest, width: int, height: int) -> dict[str, tuple[int, int]]:
-    """SDXL's conditioning; what is not given is the picture's own size, uncropped, for the negative prompt, too."""
-    own = (request.original_height or height, request.original_width or width)
-    negative = (request.negative_original_height or own[0], request.negative_original_width or own[1])
-    crop = (request.crop_top or 0, request.crop_left or 0)
-    return {
-        "original_size": own,
-        "negative_original_size": negative,
-        "crops_coords_top_left": crop,
-        "negative_crops_coords_top_left": crop,
-        "target_size": (height, width),
-        "negative_target_size": (height, width),
-    }
+def _size_conditions(request: PictureRequest, width: int, height: int) -> SizeConditions:
+    """The sizes of a request; those not given are the image's own, uncropped, also for the negative prompt."""
+    original = (request.original_height or height, request.original_width or width)
+    return SizeConditions(
+        original=original,
+        negative_original=(
+            request.negative_original_height or original[0],
+            request.negative_original_width or original[1],
+        ),
+        crop=(request.crop_top or 0, request.crop_left or 0),
+        target=(height, width),
+    )

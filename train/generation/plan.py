@@ -15,14 +15,16 @@ from lora_adapters.train.generation.image_grid import font_of
 from lora_adapters.train.generation.networks import Network, networks, unmerged
 from lora_adapters.train.generation.png_info import prompts_in, read_text
 from lora_adapters.train.generation.prompt_lines import numbered_lines, read_prompt_file
-from lora_adapters.train.generation.requests import PictureRequest, check_for_kind, requests
+from lora_adapters.train.generation.requests import PictureRequest, check_sizes, requests
 from lora_adapters.train.generation.sweeps import Column, check_lines, check_rank, columns
-from lora_adapters.train.models.base import architecture_on_disk, check_path
+from lora_adapters.train.models.base import check_fixed_clip_skip, check_path, family_on_disk
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.registry import KIND_FLAGS, family_of_adapter
 from lora_adapters.train.resizing.plan import PICTURE_SUFFIXES
 
 _ONE_OF = (
     ("prompt", "from_file"),
-    ("v1", "v2", "sdxl"),
+    tuple(KIND_FLAGS),
     ("fp16", "bf16"),
     ("network_merge", "network_merge_n_models"),
     ("network_merge", "network_pre_calc"),
@@ -49,10 +51,10 @@ def plan(settings: argparse.Namespace) -> Plan:
     wanted = requests(settings, lines, starts)
     found = networks(settings)
     check_one_family({one.source: one.adapter for one in found})
-    architecture = architecture_on_disk(settings)
-    if architecture is not None:
-        check_for_kind(wanted, "sdxl" if architecture == "sdxl" else "sd1")
-        _check_architecture(settings, found, architecture)
+    family = family_on_disk(settings)
+    if family is not None:
+        check_sizes(wanted, family)
+        _check_family(settings, found, family)
     live = unmerged(found)
     for request in wanted:
         _check_networks(request, live)
@@ -144,15 +146,13 @@ def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[s
     return found
 
 
-def _check_architecture(settings: argparse.Namespace, found: Sequence[Network], architecture: str) -> None:
-    names = {"sd": "SD1.x/SD2.x", "sdxl": "SDXL"}
+def _check_family(settings: argparse.Namespace, found: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
     for one in found:
-        if one.adapter.architecture != architecture:
-            raise AdapterError(f"{one.source} is for {names[one.adapter.architecture]}, but {model} is "
-                               f"{names[architecture]}")  # fmt: skip
-    if settings.clip_skip not in (None, 2) and architecture == "sdxl":
-        raise TrainingError(f"--clip_skip {settings.clip_skip}: SDXL was trained with 2, and takes no other here")
+        own = family_of_adapter(one.adapter)
+        if own is not family:
+            raise AdapterError(f"{one.source} is for {own.title}, but {model} is {family.title}")
+    check_fixed_clip_skip(family, settings.clip_skip)
 
 
 def _check_networks(request: PictureRequest, live: Sequence[Network]) -> None:

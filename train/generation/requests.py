@@ -14,6 +14,8 @@ from lora_adapters.convert.portable import forbidden, same_file_key
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.options import UNSUPPORTED_IN_LINES
 from lora_adapters.train.generation.prompt_lines import WHOLE, LineOption, multiple_of_8, parse_line, whole
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.schedulers import check_sampler
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,8 @@ class PictureRequest:
     """One picture. Sizes are in pixels; None is the model's own size, or the size of the picture begun with.
 
     where: the option or line that it comes from, for errors. multipliers: one for each adapter that is not merged, None
-    for their own. strength and start are of img2img. original_* and crop_* are SDXL's. file: its name, if given.
+    for their own. strength and start are of img2img. original_* and crop_* are conditions of SDXL. file: its
+    name, if given.
     """
 
     prompt: str
@@ -51,7 +54,7 @@ class PictureRequest:
     file: str | None = None
 
 
-_SDXL_ONLY = {
+_SIZES = {
     "original_width": "--ow",
     "original_height": "--oh",
     "negative_original_width": "--nw",
@@ -81,7 +84,7 @@ OPTIONS: dict[str, LineOption] = {
     "f": LineOption("file", str, "a file name"),
     "ss": LineOption("sampler", str, "a sampler"),
     "rank": LineOption("rank", whole, WHOLE),
-    **{flag.removeprefix("--"): LineOption(field, whole, WHOLE) for field, flag in _SDXL_ONLY.items()},
+    **{flag.removeprefix("--"): LineOption(field, whole, WHOLE) for field, flag in _SIZES.items()},
 }
 
 
@@ -94,7 +97,7 @@ def requests(
     line's number, for whatever is wrong with one.
     """
     tables = [(parse_line(line, OPTIONS, where, UNSUPPORTED_IN_LINES), where) for line, where in lines]
-    common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SDXL_ONLY)}
+    common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SIZES)}
     common |= _in_8s({"width": settings.W, "height": settings.H}, "--W, --H")
     tables = [({**table, **_in_8s(table, where)}, where) for table, where in tables]
     if starts:
@@ -197,11 +200,12 @@ def _check_files(made: Sequence[PictureRequest]) -> None:
         seen[key] = request
 
 
-def check_for_kind(made: Sequence[PictureRequest], kind: str) -> None:
-    """Raise TrainingError where SDXL's sizes are given for another kind of model."""
-    if kind == "sdxl":
+def check_sizes(made: Sequence[PictureRequest], family: TrainingFamily) -> None:
+    """Raise TrainingError where sizes are given that models of this family are not conditioned on."""
+    if family.has_sizes:
         return
+    titles = " and ".join(other.title for other in FAMILIES.values() if other.has_sizes)
     for request in made:
-        for field, flag in _SDXL_ONLY.items():
+        for field, flag in _SIZES.items():
             if getattr(request, field) is not None:
-                raise TrainingError(f"{request.where}: {flag} ({field}) is for SDXL, which the model is not")
+                raise TrainingError(f"{request.where}: {flag} ({field}) is for {titles}, which the model is not")

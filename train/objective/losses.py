@@ -27,6 +27,11 @@ class LossOptions:
     scale_v_pred_loss_like_noise_pred: bool = False
     v_pred_like_loss: float | None = None
 
+    @property
+    def objective(self) -> str:
+        """The name of the objective, see `objectives`."""
+        return "v_prediction" if self.v_prediction else "epsilon"
+
     @classmethod
     def of(cls, settings: argparse.Namespace, v_prediction: bool) -> "LossOptions":
         """Raises TrainingError for options that contradict the kind of prediction."""

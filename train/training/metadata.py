@@ -36,10 +36,12 @@ _ALWAYS = (
 
 def base_version(models: BaseModels) -> str:
     """kohya's name of the base model's kind."""
-    if models.kind == "sdxl":
-        return "sdxl_base_v1-0"
-    number = "sd_v2" if models.kind == "sd2" else "sd_v1"
-    return f"{number}_v" if models.v_prediction else number
+    return base_metadata(models)["ss_base_model_version"]
+
+
+def base_metadata(models: BaseModels) -> dict[str, Any]:
+    """kohya's entries that say which base model an adapter is for."""
+    return models.family.metadata(models.kind, models.v_prediction)
 
 
 def run_metadata(
@@ -74,13 +76,12 @@ def network_facts(settings: argparse.Namespace, models: BaseModels) -> dict[str,
     if settings.network_dropout is not None:
         args["dropout"] = str(settings.network_dropout)
     facts = {
-        "ss_v2": models.kind == "sd2",
-        "ss_base_model_version": base_version(models),
+        **base_metadata(models),
         "ss_network_module": settings.network_module,
         "ss_network_args": json.dumps(args),
     }
     if not settings.dim_from_weights:  # else Adapter.save says those of most of its modules
-        config = adapters.options(settings, models.architecture).config
+        config = adapters.options(settings, models.family).config
         facts |= {"ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
     return facts
 
@@ -134,7 +135,7 @@ def modelspec(settings: argparse.Namespace, models: BaseModels) -> dict[str, str
     if settings.min_timestep is not None or settings.max_timestep is not None:
         high = 1000 if settings.max_timestep is None else settings.max_timestep
         facts["modelspec.timestep_range"] = f"{settings.min_timestep or 0},{high}"
-    if settings.clip_skip is not None and models.kind != "sdxl":
+    if settings.clip_skip is not None and models.family.fixed_clip_skip is None:
         facts["modelspec.encoder_layer"] = str(settings.clip_skip)
     return facts
 

@@ -25,7 +25,7 @@ from lora_adapters.train.generation.prompt_lines import (
 )
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.schedulers import SAMPLERS, check_sampler, sampler
-from lora_adapters.train.models.text_encoding import Encoded, encode_tokens, tokenize
+from lora_adapters.train.models.text_encoding import Encoded
 from lora_adapters.types.dylora.rank_control import dials, set_rank
 
 log = logging.getLogger(__name__)
@@ -199,11 +199,8 @@ def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: 
     seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed
     with context():
         wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
-        embeds = {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
-        if models.kind == "sdxl":
-            embeds |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
         return pipe(
-            **embeds,
+            **models.family.prompt_arguments(wanted, unwanted),
             width=prompt.width,
             height=prompt.height,
             num_inference_steps=prompt.sample_steps,
@@ -214,8 +211,7 @@ def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: 
 
 def _encode(models: BaseModels, settings: argparse.Namespace, text: str) -> Encoded:
     chunks = (settings.max_token_length or 75) // 75
-    tokens = [tokenize(one, [text], chunks, settings.weighted_captions) for one in models.tokenizers]
-    return encode_tokens(tokens, models.text_encoders, settings.clip_skip)
+    return models.encode(models.tokenize([text], chunks, settings.weighted_captions), settings.clip_skip)
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:

@@ -25,13 +25,12 @@ from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.base import (
     BaseModels,
-    architecture_on_disk,
     check_clip_skip,
     check_path,
+    family_on_disk,
     load_base_models,
 )
 from lora_adapters.train.models.memory import apply_memory_options, check_machine, set_training, weight_type
-from lora_adapters.train.models.text_encoding import cacheable, tokenize
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
@@ -116,7 +115,7 @@ class Run:
             dial.set_step(part, self.settings.seed, samples, batch.total)
 
     def training_mode(self, training: bool = True) -> None:
-        text = any(name != "unet" for name in self.trained)
+        text = bool(adapters.text_components(self.trained))
         set_training(self.models, training, text)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
@@ -140,7 +139,7 @@ def check(settings: argparse.Namespace) -> None:
     refuse(settings, defaults)
     check_machine(settings)
     check_path(settings)
-    adapters.check_network(settings, architecture_on_disk(settings))
+    adapters.check_network(settings, family_on_disk(settings))
     optimizer_class(optimizer_name(settings))
     check_schedule(settings)
     check_samples(settings)
@@ -263,10 +262,10 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     check_samplers_fit(settings, models, prompts)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)
-    apply_memory_options(models, settings, trained_text=any(name != "unet" for name in trained))
+    train_text = bool(adapters.text_components(trained))
+    apply_memory_options(models, settings, train_text)
     adapters.merge_base_weights(settings, models)
     adapters.add(settings, models, trained)
-    train_text = any(name != "unet" for name in trained)
     plain = Denoiser(models, settings.clip_skip, train_text)
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
     chunks = (settings.max_token_length or 75) // 75
@@ -319,15 +318,14 @@ def cache(
     """Encode pictures and captions once where asked to; what is no longer needed then leaves the device."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     check_disk = not settings.skip_cache_check
-    kind = "sdxl" if models.kind == "sdxl" else "sd"
     away = "cpu" if not settings.highvram else accelerator.device
     if settings.cache_latents or settings.cache_latents_to_disk:
         data.cache_latents(
             models.vae,
+            models.family.latent_files,
             to_disk=settings.cache_latents_to_disk,
             batch_size=settings.vae_batch_size,
             device=accelerator.device,
-            model=kind,
             check=check_disk,
             **place,
         )
@@ -335,12 +333,12 @@ def cache(
     if settings.cache_text_encoder_outputs or settings.cache_text_encoder_outputs_to_disk:
         if denoiser.train_text:
             raise TrainingError("--cache_text_encoder_outputs needs --network_train_unet_only")
-        first_width = models.text_encoders[0].config.hidden_size
+        widths = [encoder.config.hidden_size for encoder in models.text_encoders]
 
         @torch.no_grad()
         def encode(captions: list[str]) -> dict[str, torch.Tensor]:
-            tokens = [tokenize(one, captions, options.chunks, options.weighted_captions) for one in models.tokenizers]
-            return {name: part.float().cpu() for name, part in cacheable(denoiser.encode(tokens), first_width).items()}
+            encoded = denoiser.encode(models.tokenize(captions, options.chunks, options.weighted_captions))
+            return {name: part.float().cpu() for name, part in models.family.to_cache(encoded, widths).items()}
 
         made, to_disk = "", settings.cache_text_encoder_outputs_to_disk
         if to_disk:  # reading all weights takes a while, and only files need to tell

@@ -10,7 +10,7 @@ from lora_adapters.train.data.batches import Batch
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.data_error import DataError
-from tests.train.drawn import data, folder, small_vae
+from tests.train.drawn import LATENT_FILES, data, folder, small_vae
 
 SIZES = [(64, 64), (90, 64), (64, 64), (64, 96), (70, 70), (128, 64), (64, 64)]
 LIVELY = {
@@ -122,7 +122,7 @@ def test_two_processes_together_see_what_one_sees_with_twice_the_batch(tmp_path)
 def test_cached_and_uncached_epochs_agree_in_everything_but_the_pixels(tmp_path):
     quiet = {"color_aug": False, "random_crop": False}
     plain, cached = lively(tmp_path, **quiet), lively(tmp_path, **quiet)
-    cached.cache_latents(small_vae())
+    cached.cache_latents(small_vae(), LATENT_FILES)
     for one, other in zip(plain.batches(1), cached.batches(1, workers=1), strict=True):
         other.images, one.latents, other.latents = one.images, None, None
         assert same(one, other)
@@ -179,7 +179,7 @@ def test_validation_is_apart_fixed_and_plain(tmp_path):
 
 def test_validation_is_cached_with_the_rest(tmp_path):
     training = data(folder(tmp_path / "p", [(64, 64)] * 4), validation_split=0.5)
-    training.cache_latents(small_vae())
+    training.cache_latents(small_vae(), LATENT_FILES)
     training.cache_text(lambda captions: {"hidden_state": torch.zeros(len(captions), 2)})
     (batch, _) = training.validation.batches(0)
     assert batch.latents.shape == (1, 4, 8, 8)
@@ -196,7 +196,7 @@ def test_alpha_masks(tmp_path, cached):
     training = data(images, file={"datasets": [{"batch_size": 2, "subsets": [subset]}]})
     assert training.has_masks
     if cached:
-        training.cache_latents(small_vae(), to_disk=True)
+        training.cache_latents(small_vae(), LATENT_FILES, to_disk=True)
     rows = set()
     for epoch in range(8):
         (batch,) = training.batches(epoch)
@@ -214,7 +214,7 @@ def test_masks_from_a_folder_and_ones_where_another_subset_has_none(tmp_path, ca
     subsets = [{"image_dir": str(images), "conditioning_data_dir": str(masks)}, {"image_dir": str(plain)}]
     training = data(images, file={"datasets": [{"batch_size": 2, "subsets": subsets}]})
     if cached:
-        training.cache_latents(small_vae())
+        training.cache_latents(small_vae(), LATENT_FILES)
     (batch,) = training.batches(0)
     assert sorted(batch.masks.mean((1, 2, 3)).tolist()) == pytest.approx([0.2, 1.0])
 
