@@ -30,9 +30,10 @@ if __name__ == "__main__" and not __package__:  # run as a file: take this check
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lora_adapters.convert.portable import tolerant_console
+from lora_adapters.train.interpolation import RESIZING
 from lora_adapters.train.resizing.plan import Job, ResizeError, plan
 from lora_adapters.train.resizing.process import Outcome, copy_if_older, process
-from lora_adapters.train.resizing.resize import INTERPOLATIONS, Size
+from lora_adapters.train.resizing.resize import Size
 
 DEFAULT_RESOLUTIONS: tuple[Size, ...] = ((512, 512), (384, 384), (256, 256), (128, 128))
 
@@ -76,7 +77,7 @@ def resize_images(
 
     resolutions: (width, height) pairs; only width · height and the name depend on them.
     divisible_by: crop the resized pictures from the centre, so that it divides both sides.
-    interpolation: a name in INTERPOLATIONS.
+    interpolation: a name in `interpolation.RESIZING`.
     save_as_png: PNG with transparency, instead of JPEG.
     copy_associated_files: give each resized picture a copy of the files that share the original's stem (captions).
     workers: processes; None for one per core. From a script, more than one needs `if __name__ == "__main__":`.
@@ -85,8 +86,8 @@ def resize_images(
     can be read; OSError if a file cannot be copied.
     """
     src, dst = Path(src), Path(dst)
-    if interpolation not in INTERPOLATIONS:
-        raise ResizeError(f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
+    if interpolation not in RESIZING:
+        raise ResizeError(f"interpolation {interpolation!r}: choose one of {', '.join(RESIZING)}")
     for name, number in (("divisible_by", divisible_by), ("workers", 1 if workers is None else workers)):
         if number < 1:
             raise ResizeError(f"{name} {number}: give 1 or more")
@@ -169,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--interpolation",
-        choices=list(INTERPOLATIONS),
+        choices=list(RESIZING),
         default="area",
         help="area, the default, is the exact mean; lanczos4 is Pillow's LANCZOS (a = 3); all but nearest antialias",
     )

@@ -8,19 +8,19 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.data.class_folders import class_folders
 from lora_adapters.train.data.schema import check_table, check_value, option, rules, show
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.interpolation import TRAINING
 from lora_adapters.train.options.values import did_you_mean
 
 logger = logging.getLogger(__name__)
 VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
 FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
 HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
-Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
 def read_size(value: Any) -> tuple[int, int]:
@@ -40,6 +40,12 @@ def _suffix(value: Any) -> str:
     if not isinstance(value, str) or not value.strip(".") or "/" in value or "\\" in value:
         raise ValueError('a file name ending, such as ".txt"')
     return value if value.startswith(".") else f".{value}"
+
+
+def _interpolation(value: Any) -> str:
+    if value not in TRAINING:
+        raise ValueError(f"one of {', '.join(TRAINING)}")
+    return value
 
 
 def _face_crop_not_supported(value: Any) -> None:
@@ -98,7 +104,7 @@ class SubsetConfig:
     color_aug: bool = option(False, "GDSC")
     random_crop: bool = option(False, "GDSC")
     face_crop_aug_range: None = option(None, "GDSC", read=_face_crop_not_supported)
-    resize_interpolation: Interpolation | None = option(None, "GDSC")  # noqa: RUF009 (immutable)
+    resize_interpolation: str | None = option(None, "GDSC", read=_interpolation)
     custom_attributes: dict | None = option(None, "GDS")  # noqa: RUF009 (immutable)
 
     @property

@@ -8,9 +8,9 @@ import datasets
 
 from lora_adapters.convert.parsing import one_line_end
 from lora_adapters.convert.portable import file_name
+from lora_adapters.train.data.candidates import Candidate
 from lora_adapters.train.data.config import SubsetConfig
 from lora_adapters.train.data.image_files import RowSource
-from lora_adapters.train.data.sources import Candidate
 from lora_adapters.train.data_error import DataError
 
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves

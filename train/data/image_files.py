@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,9 +11,9 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
+from lora_adapters.train.data.image_suffixes import TRAINED
 from lora_adapters.train.data_error import DataError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"})
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 TAIL = 64
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")  # chunks that some writers put EXIF or XMP into
@@ -69,7 +70,7 @@ Source = FileSource | RowSource
 
 def find_pictures(folder: Path) -> list[Path]:
     """The picture files that lie in `folder` itself, sorted by name; a suffix counts in either case."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in TRAINED and path.is_file())
 
 
 def size_if_whole(source: Source) -> tuple[int, int] | str:
@@ -106,10 +107,19 @@ def size_if_whole(source: Source) -> tuple[int, int] | str:
 def open_picture(source: Source) -> Image.Image:
     """The whole picture, decoded and turned upright. DataError names it where that fails."""
     try:
-        with source.stream() as stream, Image.open(stream) as picture:
-            return ImageOps.exif_transpose(picture)
+        with source.stream() as stream:
+            return read_upright(stream)
     except Exception as error:
         raise DataError(f"{source.name}: cannot be read as a picture ({error}); remove or repair it") from None
+
+
+def read_upright(file: BinaryIO | Path) -> Image.Image:
+    """The (first) image in a file, decoded and turned upright; Pillow's errors are of many kinds."""
+    with warnings.catch_warnings():
+        # Up to twice Pillow's limit is an ordinary large photograph; beyond it Pillow raises an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image)
 
 
 def _ends_properly(stream: BinaryIO, kind: str | None) -> bool:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_adapters.convert.parsing import json_value, one_line_end, read_text
+from lora_adapters.train.data.candidates import Candidate, existing_folder
 from lora_adapters.train.data.config import SubsetConfig
-from lora_adapters.train.data.image_files import SUFFIXES, FileSource
-from lora_adapters.train.data.sources import Candidate, existing_folder
+from lora_adapters.train.data.image_files import FileSource
+from lora_adapters.train.data.image_suffixes import TRAINED
 from lora_adapters.train.data_error import DataError
 
 
@@ -77,7 +78,7 @@ def _find(folder: Path, key: str) -> Path:
     if path.is_file():
         return path
     beside = (Path(name) for name in sorted(glob.glob(glob.escape(str(path)) + ".*")))
-    found = next((other for other in beside if other.suffix.lower() in SUFFIXES and other.stem == path.name), None)
+    found = next((other for other in beside if other.suffix.lower() in TRAINED and other.stem == path.name), None)
     if found is None and Path(key).is_file():
         return Path(key)  # as kohya's tools write it where they are told of a folder by a relative path
     return found or path

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lora_adapters.convert.parsing import json_value, read_text
 from lora_adapters.convert.storage.atomic import replacing
 from lora_adapters.train.data.buckets import Size
+from lora_adapters.train.data.candidates import Candidate, existing_folder
 from lora_adapters.train.data.config import SubsetConfig
 from lora_adapters.train.data.image_files import FileSource, Source, find_pictures, size_if_whole
 from lora_adapters.train.data_error import DataError
@@ -46,16 +47,6 @@ class SubsetPictures:
     def without_caption(self) -> int:
         """How many pictures have no caption."""
         return len(self.uncaptioned)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A picture that has not been opened yet; caption None where there is none."""
-
-    source: Source
-    caption: str | None
-    cache_stem: str | None
-    size: Size | None = None  # from an info cache
 
 
 def load_subset(subset: SubsetConfig) -> SubsetPictures:
@@ -109,14 +100,6 @@ def read_caption(path: Path, *, all_lines: bool) -> str | None:
         raise DataError(f"{path}: {error}") from None
     lines = [line.strip() for line in text.split("\n")]
     return "\n".join(line for line in lines if line) if all_lines else lines[0]
-
-
-def existing_folder(path: str) -> Path:
-    """`path` as a folder, or DataError."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise DataError(f"image_dir {path} {'is not a folder' if folder.exists() else 'does not exist'}")
-    return folder
 
 
 def _folder_candidates(subset: SubsetConfig) -> list[Candidate]:

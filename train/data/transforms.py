@@ -12,17 +12,8 @@ from lora_adapters.train.data.buckets import Placement, Size
 from lora_adapters.train.data.config import VAE_FACTOR, SubsetConfig
 from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.interpolation import resampling
 
-RESAMPLING = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "linear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "cubic": Image.Resampling.BICUBIC,
-    "area": Image.Resampling.BOX,
-    "box": Image.Resampling.BOX,
-}
 COLOR_SHARE, HUE_SHIFT, GAMMA = 0.33, 16.0, 0.05  # how often colours change; most degrees of hue, most of gamma
 
 
@@ -122,7 +113,7 @@ def _resize(picture: Image.Image, size: Size, interpolation: str | None) -> Imag
     if picture.size == size:
         return picture
     shrinks = picture.width > size[0] and picture.height > size[1]
-    return picture.resize(size, RESAMPLING[interpolation or ("area" if shrinks else "lanczos")])
+    return picture.resize(size, resampling(interpolation or ("area" if shrinks else "lanczos")))
 
 
 def _recolour(picture: Image.Image, hue: float, gamma: float) -> Image.Image:

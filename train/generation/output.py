@@ -10,9 +10,10 @@ from PIL import Image
 from lora_adapters import __version__
 from lora_adapters.convert.storage.files import replacing
 from lora_adapters.train.generation.networks import Network, unmerged
-from lora_adapters.train.generation.png_info import SAMPLER_NAMES, parameters, save_options, short_hash
+from lora_adapters.train.generation.png_info import parameters, save_options, short_hash
 from lora_adapters.train.generation.requests import PictureRequest
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.samplers import SAMPLERS
 
 
 class Album:
@@ -62,7 +63,7 @@ class Album:
         weights += [(one.name, weight) for one, weight in zip(live, own, strict=True)]
         facts: dict[str, object] = {
             "Steps": request.steps,
-            "Sampler": SAMPLER_NAMES[request.sampler.removeprefix("k_")],
+            "Sampler": SAMPLERS[request.sampler].title,
             "CFG scale": f"{request.scale:g}",
             "Seed": request.seed,
             "Size": f"{request.width}x{request.height}",

@@ -9,6 +9,7 @@ import torch
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import check_one_family
+from lora_adapters.train.data.image_suffixes import READ
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.draw import start_picture
 from lora_adapters.train.generation.image_grid import font_of
@@ -20,7 +21,6 @@ from lora_adapters.train.generation.sweeps import Column, check_lines, check_ran
 from lora_adapters.train.models.base import check_fixed_clip_skip, check_path, family_on_disk
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.registry import KIND_FLAGS, family_of_adapter
-from lora_adapters.train.resizing.plan import PICTURE_SUFFIXES
 
 _ONE_OF = (
     ("prompt", "from_file"),
@@ -116,7 +116,7 @@ def _starts(settings: argparse.Namespace) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise TrainingError(f"--image_path {path} does not exist")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in READ)
     if not found:
         raise TrainingError(f"--image_path {path} has no pictures")
     return found

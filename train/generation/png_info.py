@@ -12,19 +12,6 @@ KEY = "parameters"  # of the PNG's text chunk
 _EXIF, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
 _LORA = re.compile(r"\s*<lora:[^:>]+(:[^>]*)?>")
 _NEGATIVE = "Negative prompt: "
-SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpm_2_a": "DPM2 a",
-    "dpmsolver": "DPM-Solver 2M",
-    "dpmsolver++": "DPM++ 2M",
-    "dpmsingle": "DPM++ 2S",
-}
 
 
 def parameters(

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import forbidden, same_file_key
+from lora_adapters.train.data.image_suffixes import WRITTEN
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.options import UNSUPPORTED_IN_LINES
 from lora_adapters.train.generation.prompt_lines import WHOLE, LineOption, multiple_of_8, parse_line, whole
@@ -20,7 +21,6 @@ from lora_adapters.train.models.schedulers import check_sampler
 
 log = logging.getLogger(__name__)
 SEEDS = 2**32
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def _check_files(made: Sequence[PictureRequest]) -> None:
             raise TrainingError(f"{request.where}: --f {request.file} is outside --outdir")
         if why := forbidden(request.file):
             raise TrainingError(f"{request.where}: --f {request.file}: {why}")
-        if path.suffix.lower() not in ("", *PICTURE_ENDINGS):
-            raise TrainingError(f"{request.where}: --f {request.file}: {', '.join(PICTURE_ENDINGS)} can be written")
+        if path.suffix.lower() not in ("", *WRITTEN):
+            raise TrainingError(f"{request.where}: --f {request.file}: {', '.join(WRITTEN)} can be written")
         key = same_file_key(request.file)
         if key in seen:
             before = seen[key].where

@@ -13,7 +13,9 @@ from lora_adapters.train.models.sdxl import SDXL
 FAMILIES: dict[str, TrainingFamily] = {family.name: family for family in (SDXL, SD)}
 
 # By option of the command line: the kind that it declares.
-KIND_FLAGS: dict[str, str] = {flag: kind for family in FAMILIES.values() for flag, kind in family.flags.items()}
+KIND_FLAGS: dict[str, str] = {
+    flag: kind for family in reversed(FAMILIES.values()) for flag, kind in family.flags.items()
+}
 
 
 def family_of_kind(kind: str) -> TrainingFamily:

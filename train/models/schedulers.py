@@ -8,21 +8,8 @@ import diffusers
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.noise_schedule import STEPS, betas, ends_in_noise
+from lora_adapters.train.samplers import SAMPLERS
 
-_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
-}
-SAMPLERS = [*_CLASSES, "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"]
 _ZERO_SNR = "rescale_betas_zero_snr"
 
 
@@ -31,7 +18,7 @@ def check_sampler(name: str, zero_terminal_snr: bool = False) -> None:
     if name not in SAMPLERS:
         raise TrainingError(f"{name} is no sampler; {', '.join(SAMPLERS)} are")
     if zero_terminal_snr and not _takes_zero_snr(name):
-        able = ", ".join(one for one in _CLASSES if _takes_zero_snr(one))
+        able = ", ".join(known for known in SAMPLERS if not known.startswith("k_") and _takes_zero_snr(known))
         raise TrainingError(f"the sampler {name} cannot do --zero_terminal_snr; {able} can")
 
 
@@ -50,7 +37,7 @@ def sampler(
     base = base or {}
     zero_terminal_snr = zero_terminal_snr or ends_in_noise(base)
     check_sampler(name, zero_terminal_snr)
-    kind, own = _CLASSES[_plain(name)]
+    kind, own = SAMPLERS[name].scheduler, {**SAMPLERS[name].options}
     options = {**betas(base), "num_train_timesteps": STEPS}
     if base.get("timestep_spacing") == "trailing":  # models of few steps: any other spacing misses their steps
         own = {**own, "timestep_spacing": "trailing"}
@@ -61,10 +48,6 @@ def sampler(
     return getattr(diffusers, kind)(**options, prediction_type=prediction_type, **own)
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("k_")
-
-
 def _takes_zero_snr(name: str) -> bool:
-    kind = getattr(diffusers, _CLASSES[_plain(name)][0])
+    kind = getattr(diffusers, SAMPLERS[name].scheduler)
     return _ZERO_SNR in inspect.signature(kind.__init__).parameters

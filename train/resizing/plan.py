@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_adapters.convert.errors import OneLineError
+from lora_adapters.train.data.image_suffixes import READ
 from lora_adapters.train.resizing.resize import Size
 
-# Pillow alone cannot read the last three: better reported by name than taken for something that is not a picture.
-PICTURE_SUFFIXES = {
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
-    *(".heic", ".heif", ".jxl"),
-}
 # A latent cache belongs to a picture of one size, and must not be taken for that of another.
 NOT_ASSOCIATED = {".npz"}
 
@@ -63,10 +59,10 @@ def plan(
         raise ResizeError(f"{src} is both source and destination: give the smaller pictures a folder of their own")
     entries = sorted(entry for entry in src.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if not entry.is_dir()]
-    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-    others = [file for file in files if file.suffix.lower() not in PICTURE_SUFFIXES]
+    pictures = [file for file in files if file.suffix.lower() in READ]
+    others = [file for file in files if file.suffix.lower() not in READ]
     if not pictures:
-        raise ResizeError(f"{src} has no pictures ({' '.join(sorted(PICTURE_SUFFIXES))})")
+        raise ResizeError(f"{src} has no pictures ({' '.join(sorted(READ))})")
     by_stem: dict[str, list[Path]] = {}
     for file in others:
         if copy_associated and file.suffix.lower() not in NOT_ASSOCIATED:

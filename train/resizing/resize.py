@@ -1,25 +1,14 @@
 """One picture made smaller: read it upright and in 8 bits, shrink it to an area, crop it from the centre."""
 
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
-
-# Pillow's filters are stretched over the source area that a new pixel covers, so none of them but `nearest` aliases.
-# `lanczos4` is Pillow's LANCZOS, whose kernel has a = 3. Pillow's BOX takes a source pixel wholly or not at all;
-# `area` (None here) counts the covered part of it.
-INTERPOLATIONS: dict[str, Image.Resampling | None] = {
-    "area": None,
-    "cubic": Image.Resampling.BICUBIC,
-    "lanczos4": Image.Resampling.LANCZOS,
-    "linear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-}
+from lora_adapters.train.data.image_files import read_upright
+from lora_adapters.train.interpolation import resampling
 
 Size = tuple[int, int]
 
@@ -35,11 +24,7 @@ def read_picture(path: Path) -> Image.Image:
     in `info["icc_profile"]`, where nothing else is kept. Raises UnreadablePicture.
     """
     try:
-        with warnings.catch_warnings():
-            # Up to twice Pillow's limit is an ordinary large photograph; beyond it Pillow raises an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                picture = _eight_bit(ImageOps.exif_transpose(file))
+        picture = _eight_bit(read_upright(path))
     except UnreadablePicture:
         raise
     except UnidentifiedImageError as error:
@@ -93,13 +78,12 @@ def divisible_size(size: Size, divisible_by: int) -> Size:
 def resize(picture: Image.Image, size: Size, interpolation: str) -> Image.Image:
     """`picture` (RGB or RGBA) at `size`, which no side may exceed. Colours count by their opacity.
 
-    interpolation: a name in INTERPOLATIONS.
+    interpolation: a name in `interpolation.RESIZING`; "area" is the exact mean.
     """
-    method = INTERPOLATIONS[interpolation]
     if picture.size == size:
         return picture
-    if method is not None:
-        resized = picture.resize(size, method)
+    if interpolation != "area":
+        resized = picture.resize(size, resampling(interpolation))
     elif picture.mode == "RGBA":
         resized = _area(picture.convert("RGBa"), size).convert("RGBA")
     else:

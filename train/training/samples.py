@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 from lora_adapters.convert.parsing import json_value, number, toml_table
@@ -24,11 +25,14 @@ from lora_adapters.train.generation.prompt_lines import (
     whole,
 )
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.schedulers import SAMPLERS, check_sampler, sampler
+from lora_adapters.train.models.schedulers import check_sampler, sampler
 from lora_adapters.train.models.text_encoding import Encoded
+from lora_adapters.train.samplers import SAMPLERS
 from lora_adapters.types.dylora.rank_control import dials, set_rank
 
 log = logging.getLogger(__name__)
+
+_GAP = 4  # pixels between the images of a grid
 
 
 @dataclass(frozen=True)
@@ -215,14 +219,14 @@ def _encode(models: BaseModels, settings: argparse.Namespace, text: str) -> Enco
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Pictures in rows and columns of the size of the largest, 4 pixels apart."""
-    width = max(one.width for row in rows for one in row) + 4
-    height = max(one.height for row in rows for one in row) + 4
-    sheet = Image.new("RGB", (width * len(rows[0]) - 4, height * len(rows) - 4), "white")
-    for y, row in enumerate(rows):
-        for x, one in enumerate(row):
-            sheet.paste(one, (x * width, y * height))
-    return sheet
+    """Images in rows and columns of the size of the largest, 4 pixels apart."""
+    images = [image for row in rows for image in row]
+    cell = tuple(max(sides) + _GAP for sides in zip(*(image.size for image in images), strict=True))
+    cells = [Image.new("RGB", cell, "white") for _ in images]
+    for background, image in zip(cells, images, strict=True):
+        background.paste(image)
+    sheet = make_image_grid(cells, len(rows), len(rows[0]))
+    return sheet.crop((0, 0, sheet.width - _GAP, sheet.height - _GAP))
 
 
 def write_samples(image: Image.Image, settings: argparse.Namespace, name: str) -> Path:

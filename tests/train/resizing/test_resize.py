@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lora_adapters.train.interpolation import RESIZING
 from lora_adapters.train.resizing.resize import (
-    INTERPOLATIONS,
     UnreadablePicture,
     centre_crop,
     fitted_size,
@@ -64,7 +64,7 @@ def test_area_equals_the_mean_of_an_upscaled_picture():
     assert np.abs(got - expected).max() <= 0.5 + 1e-3
 
 
-@pytest.mark.parametrize("name", INTERPOLATIONS)
+@pytest.mark.parametrize("name", RESIZING)
 def test_every_interpolation_keeps_a_flat_colour_and_the_size(name):
     flat = Image.new("RGB", (97, 61), (200, 3, 77))
     small = resize(flat, (41, 23), name)
