@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw pictures with Stable Diffusion (1.x, 2.x, XL) and adapters, with kohya's gen_img options.
+"""Draw images with Stable Diffusion (1.x, 2.x, XL) and adapters, with kohya's gen_img options.
 
 usage: gen_img_diffusers.py --ckpt model --network_weights a.safetensors --network_mul 0.8 --prompt "a cat --n blurry"
        gen_img_diffusers.py --ckpt model --from_file prompts.txt --network_weights dylora.safetensors
@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
+    """Run the program on command-line options; returns its exit status. Errors are one line on stderr."""
     from lora_adapters.train.generation.options import parser, refuse
     from lora_adapters.train.quiet import quiet
 
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        return _failed("the device has too little memory: try --fp16, --batch_size 1 or smaller pictures")
+        return _failed("the device has too little memory: try --fp16, --batch_size 1 or smaller images")
     except KeyboardInterrupt:
-        return _failed("interrupted; the pictures that are written are whole")
+        return _failed("interrupted; the images that are written are whole")
     return 0
 
 

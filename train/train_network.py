@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
+    """Run the program on command-line options; returns its exit status. Errors are one line on stderr."""
     from lora_adapters.train.errors import TrainingError
     from lora_adapters.train.options.arguments import parse
     from lora_adapters.train.quiet import quiet
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings) -> int:
-    """Train; gives back how many saves did not reach the Hub."""
+    """Train. Returns how many saves did not reach the Hub."""
     from lora_adapters.train.training.trackers import start_console
 
     start_console(settings)

@@ -1,10 +1,10 @@
-"""Latents and text-encoder outputs on disk, beside the pictures, in files that kohya's scripts read and write too.
+"""Latents and text-encoder outputs on disk, beside the images, in files that kohya's scripts read and write too.
 
 `<stem>_<width>x<height>_<family>.npz` (size of the image, four digits at least) holds an entry for each
 size of latents that the image was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
 suffix original_size, crop_ltrb and where needed latents_flipped and alpha_mask. Files of older versions have one entry,
 without a suffix. `<stem>_te_outputs.npz` holds text-encoder outputs. Keys of our own tell what an entry was made from
-(vae, interpolation, picture; caption, encoder); an entry without them is taken on trust. `checksum` ties them to the
+(vae, interpolation, picture; caption, encoder); an entry without them is assumed valid. `checksum` ties them to the
 latents beside them: another program that writes an entry anew leaves our keys as they are.
 """
 
@@ -39,7 +39,7 @@ LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it ha
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """Unscaled float32 latents (c, height/8, width/8), the same of the mirrored picture, and a mask (height, width)."""
+    """Unscaled float32 latents (c, height/8, width/8), the same of the mirrored image, and a mask (height, width)."""
 
     latents: torch.Tensor
     flipped: torch.Tensor | None = None
@@ -50,7 +50,7 @@ class CachedLatents:
 class LatentsWanted:
     """What an entry of a latents file must hold to be used. Sizes are (width, height).
 
-    `modified` (ns) and `length` (bytes) are those of the picture's file, `interpolation` is resize_interpolation.
+    `modified` (ns) and `length` (bytes) are those of the image's file, `interpolation` is resize_interpolation.
     """
 
     size: Size
@@ -107,7 +107,7 @@ def _entry(file: Any, bucket: Size) -> str:
 
 
 def latents_fit(path: str, wanted: LatentsWanted) -> bool:
-    """Whether the file has such an entry: made from this picture as it is now, by this VAE, with all that is wanted."""
+    """Whether the file has such an entry: made from this image as it is now, by this VAE, with all that is wanted."""
     shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
     try:
         with opened(path) as file:
@@ -155,7 +155,7 @@ def read_latents(path: str, bucket: Size) -> CachedLatents:
 def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted, *, keep_all: bool = False) -> None:
     """Write the entry for a bucket into a latents file in one piece. Entries for other buckets stay.
 
-    An entry that does not say which picture it was made from goes where the file is older than the picture, unless
+    An entry that does not say which image it was made from goes where the file is older than the image, unless
     `keep_all`: in a file that is written now, nothing would show any more that it is outdated.
     """
     latents = cached.latents.float().numpy()
@@ -266,7 +266,7 @@ def vae_identity(vae: torch.nn.Module) -> str:
 def text_identity(encoders: Iterable[torch.nn.Module]) -> str:
     """The same of the text encoders: of all their weights, with what was merged into them."""
     return _identity(
-        (f"{i}.{name}", value) for i, one in enumerate(encoders) for name, value in one.state_dict().items()
+        (f"{i}.{name}", value) for i, encoder in enumerate(encoders) for name, value in encoder.state_dict().items()
     )
 
 
@@ -291,7 +291,7 @@ def _origin(caption: str, encoder: str) -> dict[str, str]:
 
 
 def _box_in_bucket(bucket: Size, size: Size) -> tuple[float, float, float, float]:
-    """crop_ltrb as other readers of the format expect it: the whole picture fitted into the bucket, centred.
+    """crop_ltrb as other readers of the format expect it: the whole image fitted into the bucket, centred.
 
     This is not what was cropped, which follows from both sizes and is computed where it is needed.
     """

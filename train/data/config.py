@@ -50,7 +50,7 @@ def _interpolation(value: Any) -> str:
 
 def _face_crop_not_supported(value: Any) -> None:
     if value is not None:
-        raise ValueError("left out (cropping around faces is not supported; crop the pictures beforehand)")
+        raise ValueError("left out (cropping around faces is not supported; crop the images beforehand)")
 
 
 def _multiplier_one(value: Any) -> float:
@@ -61,11 +61,11 @@ def _multiplier_one(value: Any) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetConfig:
-    """Pictures from one place and how they and their captions are varied.
+    """Images from one place and how they and their captions are varied.
 
-    One of `image_dir` alone (a folder of pictures with caption files), `metadata_file` (captions in one json or jsonl
+    One of `image_dir` alone (a folder of images with caption files), `metadata_file` (captions in one json or jsonl
     file; paths in it may be relative to `image_dir`) and `dataset_name` (a Hugging Face dataset: hub id, folder of
-    pictures or folder written by save_to_disk) says where the pictures are. Pictures shrink with resize_interpolation
+    images or folder written by save_to_disk) says where the images are. Images shrink with resize_interpolation
     "area" and grow with "lanczos" where none is given. custom_attributes go into the metadata of the saved file.
     """
 
@@ -236,12 +236,12 @@ def _tables(table: dict[str, Any], key: str, path: str, source: str) -> list[dic
 
 
 def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, source: str) -> None:
-    """Exactly one source of pictures, and no option that only another kind of source could obey."""
+    """Exactly one source of images, and no option that only another kind of source could obey."""
     if subset.dataset_name and (subset.image_dir or subset.metadata_file):
         other = "image_dir" if subset.image_dir else "metadata_file"
         raise DataError(f"{source}: {path} has both dataset_name and {other}")
     if not (subset.image_dir or subset.metadata_file or subset.dataset_name):
-        raise DataError(f"{source}: {path} names no pictures: give image_dir, metadata_file or dataset_name")
+        raise DataError(f"{source}: {path} names no images: give image_dir, metadata_file or dataset_name")
     if not subset.caption_separator:
         raise DataError(f"{source}: {path}.caption_separator must not be empty")
     if subset.alpha_mask and subset.conditioning_data_dir:

@@ -1,4 +1,4 @@
-"""All pictures and captions of a run, as batches that depend on the seed and the epoch alone.
+"""All images and captions of a run, as batches that depend on the seed and the epoch alone.
 
 Everything random (order, flips, crops, captions) is derived from (seed, epoch, number of the entry): global random
 state, workers, processes and the place where a run was resumed have no part in it.
@@ -14,7 +14,7 @@ from lora_adapters.train.data.cache_fill import encode_latents, encode_text
 from lora_adapters.train.data.captions import varying_options
 from lora_adapters.train.data.config import DataConfig, SubsetConfig
 from lora_adapters.train.data.epoch_loader import EpochLoader
-from lora_adapters.train.data.image_set import PictureSet, load_pictures
+from lora_adapters.train.data.image_set import ImageSet, load_images
 from lora_adapters.train.data.loader import BatchReader
 from lora_adapters.train.data.summary import kohya_metadata, summary_text
 from lora_adapters.train.data_error import DataError
@@ -23,10 +23,10 @@ Encode = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
 class TrainingData:
-    """The training pictures of `config`, with `validation` split off where it asks for that.
+    """The training images of `config`, with `validation` split off where it asks for that.
 
-    config: from load_data_config. seed: the run's. prior_loss_weight: the loss weight of regularisation pictures.
-    pictures: given, these are used in place of the config's. Opens every picture's header; raises DataError where there
+    config: from load_data_config. seed: the run's. prior_loss_weight: the loss weight of regularisation images.
+    images: given, these are used in place of the config's. Opens every image's header; raises DataError where there
     is nothing to train on.
     """
 
@@ -40,32 +40,32 @@ class TrainingData:
         prior_loss_weight: float = 1.0,
         persistent_workers: bool = False,
         pin_memory: bool = False,
-        pictures: PictureSet | None = None,
+        images: ImageSet | None = None,
     ) -> None:
         held_out = None
-        if pictures is None:
-            pictures, held_out = load_pictures(config, seed)
-        self.config, self.pictures, self.validation = config, pictures, None
-        self._reader = BatchReader(pictures, seed, prior_loss_weight)
+        if images is None:
+            images, held_out = load_images(config, seed)
+        self.config, self.images, self.validation = config, images, None
+        self._reader = BatchReader(images, seed, prior_loss_weight)
         self._loader = EpochLoader(self._reader, persistent_workers, pin_memory)
         if held_out is not None:
             self.validation = TrainingData(
-                config, seed=seed, persistent_workers=persistent_workers, pin_memory=pin_memory, pictures=held_out
+                config, seed=seed, persistent_workers=persistent_workers, pin_memory=pin_memory, images=held_out
             )
 
     @property
-    def num_pictures(self) -> int:
-        """Training pictures with repeats, as an epoch sees them, without regularisation pictures."""
-        return self.pictures.count(regularisation=False)
+    def num_images(self) -> int:
+        """Training images with repeats, as an epoch sees them, without regularisation images."""
+        return self.images.count(regularisation=False)
 
     @property
     def num_regularisation(self) -> int:
-        """Regularisation pictures as an epoch sees them, repeated to match the training pictures."""
-        return self.pictures.count(regularisation=True)
+        """Regularisation images as an epoch sees them, repeated to match the training images."""
+        return self.images.count(regularisation=True)
 
     @property
     def has_masks(self) -> bool:
-        """Whether any picture has a mask (alpha_mask or conditioning_data_dir), so that batches do."""
+        """Whether any image has a mask (alpha_mask or conditioning_data_dir), so that batches do."""
         return any(subset.alpha_mask or subset.conditioning_data_dir for subset in self._subsets())
 
     @property
@@ -90,7 +90,7 @@ class TrainingData:
 
         workers: loading processes. w processes with batch b get the batches of one process with batch w*b, each its
         part; where a bucket's last batch does not divide, loss_weights keep the gradients those of one process (see
-        batches.share). Validation data is the same in every epoch. A picture that cannot be decoded is replaced by
+        batches.share). Validation data is the same in every epoch. An image that cannot be decoded is replaced by
         another one of its bucket, and noted in `damaged`; DataError if none can be.
         """
         if self.needs_max_train_steps and self._reader.max_train_steps is None:
@@ -109,14 +109,14 @@ class TrainingData:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Encode every picture once, of the validation data too; batches then carry latents and no images.
+        """Encode every image once, of the validation data too; batches then carry latents and no images.
 
         The VAE stays where the caller has put it: `device` is where it is. Each posterior is sampled once, from noise
-        that depends on the seed and the picture alone. files: how the family's files are named. to_disk: in .npz files
-        beside the pictures (cache_files.py), kept for later runs; with check=False one that exists is used unseen.
+        that depends on the seed and the image alone. files: how the family's files are named. to_disk: in .npz files
+        beside the images (cache_files.py), kept for later runs; with check=False one that exists is used unseen.
         Each of several processes then writes its part: let all wait for each other before the first batch. In memory
         every process encodes everything.
-        Pictures that cannot be decoded are left out, with a warning that counts and names them: see `batches`.
+        Images that cannot be decoded are left out, with a warning that counts and names them: see `batches`.
         Raises DataError with color_aug or random_crop.
         """
         for subset in self._subsets():
@@ -125,7 +125,7 @@ class TrainingData:
                     raise DataError(f"cached latents exclude {name} (of {subset.name}): leave one of them out")
         for data in self._with_validation():
             data._reader.latents = encode_latents(
-                data.pictures, vae, self._reader.seed, to_disk, batch_size, device, files, check, rank, world_size
+                data.images, vae, self._reader.seed, to_disk, batch_size, device, files, check, rank, world_size
             )
             data._loader.restart()
 
@@ -152,9 +152,7 @@ class TrainingData:
             if varying:
                 raise DataError(f"cached text-encoder outputs exclude {varying[0]} (of {subset.name})")
         for data in self._with_validation():
-            data._reader.text = encode_text(
-                data.pictures, encode, to_disk, batch_size, encoder, check, rank, world_size
-            )
+            data._reader.text = encode_text(data.images, encode, to_disk, batch_size, encoder, check, rank, world_size)
             data._loader.restart()
 
     @property
@@ -169,14 +167,14 @@ class TrainingData:
 
     def summary(self) -> str:
         """Counts per subset, buckets and repeats, as lines of text."""
-        return summary_text(self.pictures, self.validation.pictures if self.validation else None)
+        return summary_text(self.images, self.validation.images if self.validation else None)
 
     def metadata(self, world_size: int = 1) -> dict[str, str]:
         """The ss_* metadata entries of a saved adapter that concern data, in kohya's form."""
-        return kohya_metadata(self.pictures, self.config, world_size)
+        return kohya_metadata(self.images, self.config, world_size)
 
     def _subsets(self) -> list[SubsetConfig]:
-        return [loaded.config for loaded in self.pictures.subsets]
+        return [loaded.config for loaded in self.images.subsets]
 
     def _with_validation(self) -> list["TrainingData"]:
         return [self, self.validation] if self.validation else [self]

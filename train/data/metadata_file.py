@@ -1,4 +1,4 @@
-"""Captions of many pictures in one file: json {path: {caption, tags}} or jsonl with image_path in each line."""
+"""Captions of many images in one file: json {path: {caption, tags}} or jsonl with image_path in each line."""
 
 import glob
 from pathlib import Path
@@ -13,9 +13,9 @@ from lora_adapters.train.data_error import DataError
 
 
 def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
-    """The pictures that `metadata_file` lists, in its order. Picture sizes written there are not needed.
+    """The images that `metadata_file` lists, in its order. Image sizes written there are not needed.
 
-    A path is absolute, relative to image_dir, or (without a suffix) the name of a picture in image_dir; where there is
+    A path is absolute, relative to image_dir, or (without a suffix) the name of an image in image_dir; where there is
     none, or no image_dir, it is relative to the working folder. Raises DataError where the file cannot be read.
     """
     file = Path(subset.metadata_file or "")
@@ -24,7 +24,7 @@ def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
 
 
 def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(path, entry) of every picture of a json or jsonl metadata file."""
+    """(path, entry) of every image of a json or jsonl metadata file."""
     try:
         text = read_text(file)
     except OSError as error:
@@ -44,7 +44,7 @@ def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
         raise DataError(f"metadata_file {file} must end in .json or .jsonl")
     table = _parse(text, str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        raise DataError(f"metadata_file {file} must hold a table from picture paths to tables")
+        raise DataError(f"metadata_file {file} must hold a table from image paths to tables")
     return list(table.items())
 
 

@@ -1,4 +1,4 @@
-"""A picture's settings as text, in the form that AUTOMATIC1111's web UI writes and reads."""
+"""An image's settings as text, in the form that AUTOMATIC1111's web UI writes and reads."""
 
 import hashlib
 import re
@@ -41,7 +41,7 @@ def prompts_in(text: str) -> tuple[str, str]:
 
 
 def save_options(text: str, suffix: str) -> dict[str, object]:
-    """What Pillow's `save` takes to put the text into a picture: a PNG's chunk, else Exif's UserComment."""
+    """What Pillow's `save` takes to put the text into an image: a PNG's chunk, else Exif's UserComment."""
     if suffix == ".png":
         info = PngInfo()
         info.add_text(KEY, text)
@@ -52,12 +52,12 @@ def save_options(text: str, suffix: str) -> dict[str, object]:
 
 
 def read_text(file: Path) -> str | None:
-    """The settings' text of a picture, or None where it has none."""
-    with Image.open(file) as picture:
-        text = picture.info.get(KEY)
+    """The settings' text of an image, or None where it has none."""
+    with Image.open(file) as image:
+        text = image.info.get(KEY)
         if isinstance(text, str):
             return text
-        comment = picture.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
+        comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):
         return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
     return None

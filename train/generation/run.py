@@ -1,4 +1,4 @@
-"""From options to pictures: the plan is made and checked, the model loaded, the pictures drawn and written."""
+"""From options to images: the plan is made and checked, the model loaded, the images drawn and written."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from lora_adapters.convert.tools.command_line import device_of
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.draw import Drawer, sized
 from lora_adapters.train.generation.image_grid import draw_sheet
-from lora_adapters.train.generation.networks import metadata, put_to_work, unmerged
+from lora_adapters.train.generation.networks import apply_networks, metadata, unmerged
 from lora_adapters.train.generation.output import Album, save
 from lora_adapters.train.generation.plan import Plan, plan
-from lora_adapters.train.generation.requests import PictureRequest, check_sizes
+from lora_adapters.train.generation.requests import ImageRequest, check_sizes
 from lora_adapters.train.models.base import (
     BaseModels,
     check_clip_skip,
@@ -39,15 +39,17 @@ def generate(settings: argparse.Namespace) -> list[Path]:
     check_sizes(made.requests, models.family)
     wanted = [sized(request, models.default_size) for request in made.requests]
     pipe = models.pipeline(sampler("ddim", models.prediction_type))
-    working = put_to_work(models, pipe, made.networks, settings.network_pre_calc)
-    drawer = Drawer(models, settings, device, pipe, working, [one.multiplier for one in unmerged(made.networks)])
+    working = apply_networks(models, pipe, made.networks, settings.network_pre_calc)
+    drawer = Drawer(
+        models, settings, device, pipe, working, [network.multiplier for network in unmerged(made.networks)]
+    )
     album = Album(settings, models, made.networks)
     if made.columns:
         written = [_sweep(drawer, album, wanted, made)]
     else:
-        pairs = tqdm(drawer.draw(wanted), "pictures", len(wanted), unit="picture", disable=None)
-        written = [album.add(request, picture) for request, picture in pairs]
-    print(f"{len(written)} picture{'s' if len(written) > 1 else ''} written: {_shown(written)}")
+        pairs = tqdm(drawer.draw(wanted), "images", len(wanted), unit="image", disable=None)
+        written = [album.add(request, image) for request, image in pairs]
+    print(f"{len(written)} image{'s' if len(written) > 1 else ''} written: {_shown(written)}")
     return written
 
 
@@ -86,18 +88,20 @@ def load(settings: argparse.Namespace, device: torch.device) -> BaseModels:
     return models
 
 
-def _sweep(drawer: Drawer, album: Album, wanted: Sequence[PictureRequest], made: Plan) -> Path:
+def _sweep(drawer: Drawer, album: Album, wanted: Sequence[ImageRequest], made: Plan) -> Path:
     """Draw every request with every column's settings, on one sheet."""
     total = len(wanted) * len(made.columns)
-    with tqdm(total=total, desc="pictures", unit="picture", disable=None) as bar:
+    with tqdm(total=total, desc="images", unit="image", disable=None) as bar:
         drawn: list[list[Any]] = []
         for column in made.columns:  # in this order, adapters change their settings as seldom as can be
             drawn.append([])
-            for _, picture in drawer.draw([column.of(request, made.networks) for request in wanted]):
-                drawn[-1].append(picture)
+            for _, image in drawer.draw([column.of(request, made.networks) for request in wanted]):
+                drawn[-1].append(image)
                 bar.update()
-    several = len({one.seed for one in wanted}) > 1 and len({one.prompt for one in wanted}) < len(wanted)
-    labels = [f"{one.prompt}\nseed {one.seed}" if several else one.prompt for one in wanted]
+    several = len({request.seed for request in wanted}) > 1 and len({request.prompt for request in wanted}) < len(
+        wanted
+    )
+    labels = [f"{request.prompt}\nseed {request.seed}" if several else request.prompt for request in wanted]
     rows = [(label, [column[row] for column in drawn]) for row, label in enumerate(labels)]
     sheet = draw_sheet(rows, [column.title for column in made.columns], album.settings.sheet_font)
     path = album.sheet_path()

@@ -1,4 +1,4 @@
-"""The loss of a training step: its shape, and the weights of timesteps, masks and pictures."""
+"""The loss of a training step: its shape, and the weights of timesteps, masks and images."""
 
 import argparse
 from dataclasses import dataclass

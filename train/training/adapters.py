@@ -22,7 +22,7 @@ from lora_adapters.target_modules import RankRule, base_layers, covered
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.family import TrainingFamily, full_path, is_text_encoder
-from lora_adapters.train.models.merging import fold, placed
+from lora_adapters.train.models.merging import match_to_model, merge_weights
 from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.text_encoding import unread_layers
 from lora_adapters.train.options.values import key_values
@@ -179,7 +179,7 @@ def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
         weight = multipliers[number] if number < len(multipliers) else 1.0
-        fold([(placed(models, load_source(settings, "base_weights", source)), weight)])
+        merge_weights([(match_to_model(models, load_source(settings, "base_weights", source)), weight)])
 
 
 def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
@@ -241,7 +241,7 @@ def _dylora(settings: argparse.Namespace, asked: LierLaConfig, start: Adapter) -
 def _place(trained: dict[str, Any], start: Adapter, dylora: DyLora | None, source: str) -> None:
     """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
     for component, model in trained.items():
-        modules = {name.path: one for name, one in start.modules.items() if name.component == component}
+        modules = {name.path: pair for name, pair in start.modules.items() if name.component == component}
         if modules:
             place(model, fitted(model, component, modules), ADAPTER, dylora)
     if not lora_layers(trained):

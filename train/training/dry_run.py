@@ -21,7 +21,7 @@ _CAPTIONS_SHOWN = 3  # of each subset
 
 
 def report(run: Run) -> str:
-    """Pictures, buckets and captions, steps, modules and parameters in each block, and the memory of weights."""
+    """Images, buckets and captions, steps, modules and parameters in each block, and the memory of weights."""
     settings, layers = run.settings, adapters.lora_layers(run.trained)
     parameters = sum(p.numel() for p in run.parameters)
     batch = settings.gradient_accumulation_steps * run.accelerator.num_processes
@@ -55,18 +55,18 @@ def by_block(run: Run) -> list[tuple[str, int, int]]:
 
 
 def captions(run: Run) -> list[tuple[str, str]]:
-    """(picture, caption) of the first pictures of each subset, with everything done to the caption that options ask."""
+    """(image, caption) of the first images of each subset, with everything done to the caption that options ask."""
     found: list[tuple[str, str]] = []
     shown: Counter[int] = Counter()
     seen: set[int] = set()
-    for entry, number in enumerate(run.data.pictures.entries):
-        picture = run.data.pictures.pictures[number]
-        if number not in seen and shown[id(picture.subset)] < _CAPTIONS_SHOWN:
+    for entry, number in enumerate(run.data.images.entries):
+        image = run.data.images.images[number]
+        if number not in seen and shown[id(image.subset)] < _CAPTIONS_SHOWN:
             seen.add(number)
-            shown[id(picture.subset)] += 1
+            shown[id(image.subset)] += 1
             rng = python_random(run.settings.seed, "caption", 0, entry)
-            caption = draw_caption(picture.found.caption, picture.subset, rng, Moment(0, 0, run.steps))
-            found.append((picture.found.source.name, caption))
+            caption = draw_caption(image.found.caption, image.subset, rng, Moment(0, 0, run.steps))
+            found.append((image.found.source.name, caption))
     return found
 
 

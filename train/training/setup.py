@@ -77,7 +77,7 @@ class Run:
     uploads: Uploads | None = None
     prompts: list[Prompt] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
-    samples: Path | None = None  # the sample pictures that were drawn last
+    samples: Path | None = None  # the sample images that were drawn last
 
     @property
     def batches_per_epoch(self) -> int:
@@ -226,7 +226,7 @@ def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
 
 
 def workers(settings: argparse.Namespace) -> int:
-    """Processes that read pictures: as asked for, but no more than there are cores."""
+    """Processes that read images: as asked for, but no more than there are cores."""
     return min(settings.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
@@ -315,7 +315,7 @@ def cache(
     accelerator: Accelerator,
     options: StepOptions,
 ) -> None:
-    """Encode pictures and captions once where asked to; what is no longer needed then leaves the device."""
+    """Encode images and captions once where asked to; what is no longer needed then leaves the device."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     check_disk = not settings.skip_cache_check
     away = "cpu" if not settings.highvram else accelerator.device

@@ -15,7 +15,7 @@ from lora_adapters.train.data.cache_files import (
     write_npz,
 )
 from lora_adapters.train.data.cache_files import write_latents as write
-from lora_adapters.train.data.transforms import centred, picture_tensor
+from lora_adapters.train.data.transforms import centred, image_tensor
 from lora_adapters.train.data_error import DataError
 from tests.train.drawn import LATENT_FILES, data, folder, picture, small_vae
 
@@ -175,14 +175,14 @@ def test_text_identity_is_of_every_weight():
 def test_cached_latents_are_samples_of_the_posterior(tmp_path, vae):
     training = data(folder(tmp_path / "p", [(64, 64)]), flip_aug=True)
     training.cache_latents(vae, LATENT_FILES)
-    placement = training.pictures.pictures[0].placement
+    placement = training.images.images[0].placement
     seen = {}
     for batch in collect(training, epochs=12):
         assert batch.images is None
         seen[batch.latents.flatten()[0].item()] = batch.latents
     assert len(seen) == 2  # as it is and mirrored
     for flip in (False, True):
-        pixels = picture_tensor(picture((64, 64)), placement, centred(placement, flip=flip))
+        pixels = image_tensor(picture((64, 64)), placement, centred(placement, flip=flip))
         posterior = vae.encode(pixels[None]).latent_dist
         noise = [((latents - posterior.mean) / posterior.std).detach() for latents in seen.values()]
         assert min(abs(part.std().item() - 1) + abs(part.mean().item()) for part in noise) < 0.2

@@ -33,7 +33,7 @@ def test_zero_terminal_snr_ends_in_pure_noise_or_is_refused() -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(TrainingError, match="fast is no sampler; ddim, pndm"):
+    with pytest.raises(TrainingError, match="unknown sampler fast; known are ddim, pndm"):
         check_sampler("fast")
 
 

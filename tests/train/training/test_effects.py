@@ -114,10 +114,10 @@ def test_xformers_is_put_on_unet_and_vae(basics) -> None:
     asked: list[str] = []
     parts = {
         name: SimpleNamespace(enable_xformers_memory_efficient_attention=lambda n=name: asked.append(n))
-        for name in ("unet", "vae")
+        for name in ("denoiser", "vae")
     }
     apply_memory_options(SimpleNamespace(**parts, text_encoders=[]), settings(xformers=True), trained_text=False)
-    assert asked == ["unet", "vae"]
+    assert asked == ["denoiser", "vae"]
 
 
 def test_two_equal_text_encoder_rates_are_one(basics) -> None:
