@@ -80,15 +80,23 @@ def resize_images(
 ) -> Summary:
     """Save the images of `src` in `dst`, as they are and at the area of each resolution.
 
-    resolutions: (width, height) pairs; only width · height and the name depend on them.
-    divisible_by: crop the resized images from the centre, so that it divides both sides.
-    interpolation: a name in `interpolation.RESIZING`.
-    save_as_png: PNG with transparency, instead of JPEG.
-    copy_associated_files: give each resized image a copy of the files that share the original's stem (captions).
-    workers: processes; None for one per core. From a script, more than one needs `if __name__ == "__main__":`.
+    Args:
+        src: the folder of images.
+        dst: the folder to write to, made if needed.
+        resolutions: (width, height) pairs in pixels; only width · height and the name depend on them.
+        divisible_by: crop the resized images from the centre, so that it divides both sides.
+        interpolation: a name in `interpolation.RESIZING`.
+        save_as_png: PNG with transparency, instead of JPEG.
+        copy_associated_files: give each resized image a copy of the files that share the original's stem (captions).
+        workers: processes; None for one per core. From a script, more than one needs `if __name__ == "__main__":`.
+        progress: show a progress bar on a terminal.
 
-    Raises ResizeError for a bad argument, a folder without images, two files with one target, or if not one image
-    can be read; OSError if a file cannot be copied.
+    Returns:
+        What was done.
+
+    Raises:
+        ResizeError: for a bad argument, a folder without images, two files with one target, or if no image can be read.
+        OSError: if a file cannot be copied.
     """
     src, dst = Path(src), Path(dst)
     if interpolation not in RESIZING:

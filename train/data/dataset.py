@@ -23,11 +23,18 @@ Encode = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
 class TrainingData:
-    """The training images of `config`, with `validation` split off where it asks for that.
+    """The training images of `config`, with `validation` split off if it asks for that.
 
-    config: from load_data_config. seed: the run's. prior_loss_weight: the loss weight of regularisation images.
-    images: given, these are used in place of the config's. Opens every image's header; raises DataError where there
-    is nothing to train on.
+    Args:
+        config: what `load_data_config` returns.
+        seed: the run's.
+        prior_loss_weight: the loss weight of regularisation images.
+        persistent_workers: whether loading processes stay alive between epochs.
+        pin_memory: whether batches are in page-locked memory.
+        images: used in place of the config's; without them the header of each image of the config is read.
+
+    Raises:
+        DataError: if there is nothing to train on.
     """
 
     validation: "TrainingData | None"
@@ -88,10 +95,20 @@ class TrainingData:
     ) -> Iterator[Batch]:
         """Process `rank`'s batches of `epoch` (from 0), from number `start` on; earlier ones are not loaded.
 
-        workers: loading processes. w processes with batch b get the batches of one process with batch w*b, each its
-        part; where a bucket's last batch does not divide, loss_weights keep the gradients those of one process (see
-        batches.share). Validation data is the same in every epoch. An image that cannot be decoded is replaced by
-        another one of its bucket, and noted in `damaged`; DataError if none can be.
+        w processes with batch b get the batches of one process with batch w*b, each its part; if a bucket's last batch
+        does not divide, loss_weights keep the gradients those of one process (see `batches.share`). Validation data is
+        the same in every epoch. An image that cannot be decoded is replaced by another one of its bucket, and noted in
+        `damaged`.
+
+        Args:
+            epoch: from 0.
+            start: the number of the first batch.
+            rank: this process's number.
+            world_size: how many processes train.
+            workers: loading processes of this process; 0 to load in this one.
+
+        Raises:
+            DataError: if no image of a bucket can be decoded.
         """
         if self.needs_max_train_steps and self._reader.max_train_steps is None:
             raise DataError("token_warmup_step below 1 is a share of max_train_steps: call set_schedule first")
@@ -111,13 +128,23 @@ class TrainingData:
     ) -> None:
         """Encode every image once, of the validation data too; batches then carry latents and no images.
 
-        The VAE stays where the caller has put it: `device` is where it is. Each posterior is sampled once, from noise
-        that depends on the seed and the image alone. files: how the family's files are named. to_disk: in .npz files
-        beside the images (cache_files.py), kept for later runs; with check=False one that exists is used unseen.
-        Each of several processes then writes its part: let all wait for each other before the first batch. In memory
-        every process encodes everything.
-        Images that cannot be decoded are left out, with a warning that counts and names them: see `batches`.
-        Raises DataError with color_aug or random_crop.
+        Each posterior is sampled once, from noise that depends on the seed and the image alone. Images that cannot be
+        decoded are left out, with a warning that counts and names them: see `batches`. On disk, each of several
+        processes writes its part: let all wait for each other before the first batch. In memory every process encodes
+        everything.
+
+        Args:
+            vae: the VAE, on `device` already.
+            files: how the family's files are named.
+            to_disk: whether latents are kept for later runs, in .npz files beside the images (`cache_files`).
+            batch_size: images to encode at once.
+            device: where the VAE is.
+            check: whether existing files are checked; otherwise they are used as they are.
+            rank: this process's number.
+            world_size: how many processes train.
+
+        Raises:
+            DataError: with color_aug or random_crop.
         """
         for subset in self._subsets():
             for name in ("color_aug", "random_crop"):
@@ -142,10 +169,16 @@ class TrainingData:
     ) -> None:
         """Encode every caption once, of the validation data too; batches then carry `text`.
 
-        encode: captions to tensors of shape (captions, ...), the same names and shapes each time: those of the family's
-        `to_cache`, so that kohya's scripts read the files. encoder: a word on how they were made (model, clip_skip,
-        length); a file that bears another is made anew. Processes and check as in
-        cache_latents. Raises DataError with options that vary captions.
+        Args:
+            encode: captions to tensors of shape (captions, ...), the same names and shapes each time: those of the
+                family's `to_cache`, so that kohya's scripts read the files.
+            to_disk: whether the outputs are kept for later runs, in .npz files beside the images.
+            batch_size: captions to encode at once.
+            encoder: how the outputs are made (model, clip_skip, length); files with another value are made anew.
+            check, rank, world_size: as in `cache_latents`.
+
+        Raises:
+            DataError: with options that vary captions.
         """
         for subset in self._subsets():
             varying = varying_options(subset)

@@ -1,4 +1,4 @@
-"""A sheet of images with a label for each row and each column."""
+"""A grid of images with a label for each row and each column."""
 
 from collections.abc import Sequence
 
@@ -23,9 +23,17 @@ def font_of(file: str | None, size: int) -> Font:
 def draw_sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str], font_file: str | None = None
 ) -> Image.Image:
-    """Rows of (label, images), one image for each title; each shown at a whole multiple of its size.
+    """A labelled grid: each image at a whole multiple of its size, in a cell of the size of the largest.
 
-    Cells have the size of the largest image; images below 128 pixels are enlarged, so that labels find room.
+    Images below 128 pixels are enlarged, so that there is room for the labels.
+
+    Args:
+        rows: (label, images) of each row, one image for each title.
+        titles: the columns' labels.
+        font_file: a TrueType or OpenType font; Pillow's own without it.
+
+    Returns:
+        The grid, in RGB.
     """
     images = [image for _, row in rows for image in row]
     factor = max(1, -(-SMALLEST // max(max(image.size) for image in images)))

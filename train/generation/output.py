@@ -61,7 +61,7 @@ class Album:
         own = request.multipliers or [network.multiplier for network in live]
         weights = [(network.name, network.multiplier) for network in self._networks if network.merged]
         weights += [(network.name, weight) for network, weight in zip(live, own, strict=True)]
-        facts: dict[str, object] = {
+        entries: dict[str, object] = {
             "Steps": request.steps,
             "Sampler": SAMPLERS[request.sampler].title,
             "CFG scale": f"{request.scale:g}",
@@ -70,29 +70,29 @@ class Album:
             **self._model,
         }
         if request.strength is not None:
-            facts["Denoising strength"] = f"{request.strength:g}"
+            entries["Denoising strength"] = f"{request.strength:g}"
         if self.settings.vae:
-            facts["VAE"] = Path(self.settings.vae).name
+            entries["VAE"] = Path(self.settings.vae).name
         if self.settings.clip_skip:
-            facts["Clip skip"] = self.settings.clip_skip
+            entries["Clip skip"] = self.settings.clip_skip
         hashes = {network.name: network.adapter.metadata["sshs_model_hash"][:12] for network in self._networks
                   if "sshs_model_hash" in network.adapter.metadata}  # fmt: skip
         if hashes:
-            facts["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
+            entries["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
         ranks = {network.name: network.rank if network.merged or request.rank is None else request.rank
                  for network in self._networks if network.adapter.dylora}  # fmt: skip
         if any(ranks.values()):
-            facts["Lora ranks"] = ", ".join(f"{name}: {rank}" for name, rank in ranks.items() if rank)
+            entries["Lora ranks"] = ", ".join(f"{name}: {rank}" for name, rank in ranks.items() if rank)
         sizes = {"Original size": (request.original_width, request.original_height),
                  "Negative original size": (request.negative_original_width, request.negative_original_height),
                  "Crop": (request.crop_left, request.crop_top)}  # fmt: skip
         for key, pair in sizes.items():
             if pair != (None, None):
-                facts[key] = "x".join("-" if side is None else str(side) for side in pair)
+                entries[key] = "x".join("-" if side is None else str(side) for side in pair)
         if sweep:
-            facts["Sweep"] = sweep
-        facts["Version"] = f"lora-adapters {__version__}"
-        return parameters(request.prompt, request.negative_prompt, weights, facts)
+            entries["Sweep"] = sweep
+        entries["Version"] = f"lora-adapters {__version__}"
+        return parameters(request.prompt, request.negative_prompt, weights, entries)
 
 
 def save(image: Image.Image, path: Path, text: str) -> None:

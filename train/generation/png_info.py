@@ -15,12 +15,12 @@ _NEGATIVE = "Negative prompt: "
 
 
 def parameters(
-    prompt: str, negative_prompt: str, adapters: Iterable[tuple[str, float]], facts: Mapping[str, object]
+    prompt: str, negative_prompt: str, adapters: Iterable[tuple[str, float]], entries: Mapping[str, object]
 ) -> str:
-    """The text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, and a line of the facts."""
+    """The text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, and a line of entries."""
     loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in adapters)
     lines = [prompt + loras, *([_NEGATIVE + negative_prompt] if negative_prompt else [])]
-    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in facts.items())])
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in entries.items())])
 
 
 def _quoted(value: str) -> str:

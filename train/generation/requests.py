@@ -93,8 +93,13 @@ def requests(
 ) -> list[ImageRequest]:
     """All images in the order in which they are drawn.
 
-    lines: (prompt line, where it stands). starts: images to begin with, taken in turn. Raises TrainingError, with the
-    line's number, for whatever is wrong with one.
+    Args:
+        settings: the options.
+        lines: (prompt line, its place for messages).
+        starts: images to begin with, taken in turn.
+
+    Raises:
+        TrainingError: with the line's number, for a line that cannot be drawn.
     """
     tables = [(parse_line(line, OPTIONS, where, UNSUPPORTED_IN_LINES), where) for line, where in lines]
     common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SIZES)}

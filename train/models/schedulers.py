@@ -29,10 +29,18 @@ def sampler(
     steps_offset: int | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Any:
-    """diffusers' scheduler of that name (see SAMPLERS), with the training schedule's betas.
+    """diffusers' scheduler for a sampler, with the betas of the training schedule.
 
-    steps_offset: in place of the sampler's own. base: the base model's scheduler config, whose betas, zero terminal SNR
-    and trailing timesteps are kept; without it they are Stable Diffusion's.
+    Args:
+        name: one of SAMPLERS.
+        prediction_type: epsilon or v_prediction.
+        zero_terminal_snr: whether sampling starts from pure noise.
+        steps_offset: in place of the sampler's own.
+        base: the base model's scheduler config, whose betas, zero terminal SNR and trailing timesteps are kept;
+            Stable Diffusion's without it.
+
+    Raises:
+        TrainingError: if the sampler is unknown, or cannot start from pure noise.
     """
     base = base or {}
     zero_terminal_snr = zero_terminal_snr or ends_in_noise(base)

@@ -252,9 +252,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         raise TrainingError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
     if accelerator.is_main_process and not settings.dry_run:
         open_output(settings)
-    uploads = None
-    if settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run:
-        uploads = Uploads(settings)  # a wrong name or token shows before anything is loaded or encoded
+    uploads = _uploads(settings, accelerator)
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_clip_skip(models, settings.clip_skip)
@@ -280,10 +278,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     schedule = create_schedule(settings, optimizer, steps)
     data.set_schedule(steps, settings.gradient_accumulation_steps)
     if not settings.dry_run:
-        plain.to(device)
-        models.vae.to(device)
-        if settings.no_half_vae and models.vae.dtype != torch.float32:
-            models.vae.to(torch.float32)
+        _to_device(settings, models, plain, device)
         cache(settings, models, plain, data, accelerator, options)
     noise_schedule = models.noise_schedule(settings.zero_terminal_snr)
     denoiser, optimizer = accelerator.prepare(plain, optimizer)
@@ -305,6 +300,19 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
         prompts=prompts,
         layers=list(adapters.lora_layers(trained).values()),
     )
+
+
+def _uploads(settings: argparse.Namespace, accelerator: Accelerator) -> Uploads | None:
+    """The main process's uploads: a wrong name or token shows before anything is loaded or encoded."""
+    wanted = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
+    return Uploads(settings) if wanted else None
+
+
+def _to_device(settings: argparse.Namespace, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:
+    denoiser.to(device)
+    models.vae.to(device)
+    if settings.no_half_vae and models.vae.dtype != torch.float32:
+        models.vae.to(torch.float32)
 
 
 def cache(
