@@ -193,13 +193,16 @@ def create_accelerator(settings: argparse.Namespace) -> Accelerator:
     ]
     if settings.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.ddp_timeout)))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         log_with=tracker_names(settings) or None,
         project_dir=settings.logging_dir,
         kwargs_handlers=handlers,
         dynamo_backend=settings.dynamo_backend if settings.torch_compile else None,
     )
+    if accelerator.device.type == "cpu":
+        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
+    return accelerator
 
 
 def decide_seed(settings: argparse.Namespace) -> int:
@@ -244,8 +247,6 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     accelerator = create_accelerator(settings)
     if not settings.output_dir and not settings.dry_run:
         raise TrainingError("--output_dir is missing: the folder for what is saved")
-    if accelerator.device.type == "cpu":
-        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
     settings.seed = decide_seed(settings)
     data = data or open_data(settings, settings.seed)
     if settings.masked_loss and not data.has_masks:
