@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw pictures with Stable Diffusion (1.x, 2.x, XL) and adapters, with kohya's gen_img options.
+"""Draw images with Stable Diffusion (1.x, 2.x, XL) and adapters, with kohya's gen_img options.
 
 usage: gen_img_diffusers.py --ckpt model --network_weights a.safetensors --network_mul 0.8 --prompt "a cat --n blurry"
        gen_img_diffusers.py --ckpt model --from_file prompts.txt --network_weights dylora.safetensors
@@ -31,8 +31,8 @@ def program(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on command-line options; returns its exit status."""
-    advice = "try --fp16, --batch_size 1 or smaller pictures"
-    return run(program, argv, memory=advice, stopped="stopped; the pictures that are written are whole", traceback=True)
+    advice = "try --fp16, --batch_size 1 or smaller images"
+    return run(program, argv, memory=advice, stopped="stopped; the images that are written are whole", traceback=True)
 
 
 if __name__ == "__main__":

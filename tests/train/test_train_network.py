@@ -178,7 +178,7 @@ def test_samples_and_logs_that_fail_stop_nothing(basics, tmp_path, monkeypatch, 
     monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: broken_log(self, {}, 0))
     assert main(command_line({**basics, **samples, "logging_dir": tmp_path / "log"})) == 0
     said = capsys.readouterr().err
-    assert "no sample pictures at step 2 (CUDA out of memory)" in said
+    assert "no sample images at step 2 (CUDA out of memory)" in said
     assert "nothing is logged from step 1 on (the tracker is away)" in said
     assert "the logs were not closed (the tracker is away)" in said
     assert logged == [1, 0]

@@ -1,4 +1,4 @@
-"""From the caption beside a picture to the text that is trained on this time."""
+"""From the caption beside an image to the text that is trained on this time."""
 
 import math
 import random

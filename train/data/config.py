@@ -8,19 +8,19 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.data.class_folders import class_folders
 from lora_adapters.train.data.schema import check_table, check_value, option, rules, show
 from lora_adapters.train.data_error import DataError, DataOptionError
+from lora_adapters.train.interpolation import TRAINING
 from lora_adapters.train.options.values import did_you_mean
 
 logger = logging.getLogger(__name__)
 VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
 FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
 HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
-Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
 def read_size(value: Any) -> tuple[int, int]:
@@ -42,9 +42,15 @@ def _suffix(value: Any) -> str:
     return value if value.startswith(".") else f".{value}"
 
 
+def _interpolation(value: Any) -> str:
+    if value not in TRAINING:
+        raise ValueError(f"one of {', '.join(TRAINING)}")
+    return value
+
+
 def _face_crop_not_supported(value: Any) -> None:
     if value is not None:
-        raise ValueError("left out (cropping around faces is not supported; crop the pictures beforehand)")
+        raise ValueError("left out (cropping around faces is not supported; crop the images beforehand)")
 
 
 def _multiplier_one(value: Any) -> float:
@@ -55,11 +61,11 @@ def _multiplier_one(value: Any) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetConfig:
-    """Pictures from one place and how they and their captions are varied.
+    """Images from one place and how they and their captions are varied.
 
-    One of `image_dir` alone (a folder of pictures with caption files), `metadata_file` (captions in one json or jsonl
+    One of `image_dir` alone (a folder of images with caption files), `metadata_file` (captions in one json or jsonl
     file; paths in it may be relative to `image_dir`) and `dataset_name` (a Hugging Face dataset: hub id, folder of
-    pictures or folder written by save_to_disk) says where the pictures are. Pictures shrink with resize_interpolation
+    images or folder written by save_to_disk) says where the images are. Images shrink with resize_interpolation
     "area" and grow with "lanczos" where none is given. custom_attributes go into the metadata of the saved file.
     """
 
@@ -98,7 +104,7 @@ class SubsetConfig:
     color_aug: bool = option(False, "GDSC")
     random_crop: bool = option(False, "GDSC")
     face_crop_aug_range: None = option(None, "GDSC", read=_face_crop_not_supported)
-    resize_interpolation: Interpolation | None = option(None, "GDSC")  # noqa: RUF009 (immutable)
+    resize_interpolation: str | None = option(None, "GDSC", read=_interpolation)
     custom_attributes: dict | None = option(None, "GDS")  # noqa: RUF009 (immutable)
 
     @property
@@ -230,12 +236,12 @@ def _tables(table: dict[str, Any], key: str, path: str, source: str) -> list[dic
 
 
 def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, source: str) -> None:
-    """Exactly one source of pictures, and no option that only another kind of source could obey."""
+    """Exactly one source of images, and no option that only another kind of source could obey."""
     if subset.dataset_name and (subset.image_dir or subset.metadata_file):
         other = "image_dir" if subset.image_dir else "metadata_file"
         raise DataError(f"{source}: {path} has both dataset_name and {other}")
     if not (subset.image_dir or subset.metadata_file or subset.dataset_name):
-        raise DataError(f"{source}: {path} names no pictures: give image_dir, metadata_file or dataset_name")
+        raise DataError(f"{source}: {path} names no images: give image_dir, metadata_file or dataset_name")
     if not subset.caption_separator:
         raise DataError(f"{source}: {path}.caption_separator must not be empty")
     if subset.alpha_mask and subset.conditioning_data_dir:

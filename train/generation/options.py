@@ -4,8 +4,8 @@ import argparse
 
 from lora_adapters.convert.parsing import number
 from lora_adapters.train.errors import OptionError
-from lora_adapters.train.models.schedulers import SAMPLERS
 from lora_adapters.train.options.parser import Parser, add_attention, add_model_source, adders
+from lora_adapters.train.samplers import SAMPLERS
 
 _CONTROL = "ControlNet is not supported: use diffusers' StableDiffusionControlNetPipeline with pipe.load_lora_weights"
 _HIGHRES = (
@@ -109,7 +109,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     option("--H", type=int, help="height in pixels")
     option("--steps", type=int, default=50, help="sampling steps (default 50)")
     option("--scale", type=number, default=7.5, help="guidance scale (default 7.5)")
-    option("--sampler", default="ddim", choices=SAMPLERS, help="sampler (default ddim)")
+    option("--sampler", default="ddim", choices=list(SAMPLERS), help="sampler (default ddim)")
     flag("--force_scheduler_zero_steps_offset", help="the sampler's steps_offset is 0")
     option("--batch_size", type=int, default=1, help="pictures at a time")
     option("--vae_batch_size", type=number, help="pictures at a time in the VAE; below 1, a part of --batch_size")

@@ -55,23 +55,23 @@ def apply_memory_options(models: BaseModels, settings: argparse.Namespace, train
     """
     chosen = attention(settings)
     if chosen == "xformers":
-        models.unet.enable_xformers_memory_efficient_attention()
+        models.denoiser.enable_xformers_memory_efficient_attention()
         models.vae.enable_xformers_memory_efficient_attention()
     elif chosen == "mem_eff_attn":
-        models.unet.set_attention_slice("auto")
+        models.denoiser.set_attention_slice("auto")
     elif chosen == "sdpa":
         from diffusers.models.attention_processor import AttnProcessor2_0
 
-        models.unet.set_attn_processor(AttnProcessor2_0())
+        models.denoiser.set_attn_processor(AttnProcessor2_0())
     if settings.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
+        models.denoiser.enable_gradient_checkpointing()
         for encoder in models.text_encoders if trained_text else ():
             checkpoint_activations(encoder)
 
 
 def set_training(models: BaseModels, training: bool, text: bool) -> None:
-    """Training mode for the U-Net, which gradients flow through in any case, and with `text` for text encoders."""
-    models.unet.train(training)
+    """Training mode for the denoiser, which gradients flow through in any case, and with `text` for text encoders."""
+    models.denoiser.train(training)
     for encoder in models.text_encoders:
         encoder.train(training and text)
 

@@ -3,6 +3,7 @@
 import argparse
 
 from lora_adapters.convert.parsing import number
+from lora_adapters.train.interpolation import TRAINING
 from lora_adapters.train.options.parser import adders
 
 
@@ -22,8 +23,7 @@ def add_dataset(group: argparse._ArgumentGroup) -> None:
     option("--max_bucket_reso", type=int, default=1024, help="longest side of a bucket")
     option("--bucket_reso_steps", type=int, default=64, help="sides are multiples of this")
     flag("--bucket_no_upscale", help="never enlarge a picture")
-    methods = ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
-    option("--resize_interpolation", choices=methods, help="how pictures are resized")
+    option("--resize_interpolation", choices=list(TRAINING), help="how pictures are resized")
     option("--validation_split", type=number, default=0.0, help="share of the pictures that is held out")
     option("--validation_seed", type=int, help="seed that chooses them (default: --seed)")
     option("--validate_every_n_steps", type=int, help="measure the held-out loss every n steps")

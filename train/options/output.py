@@ -3,25 +3,8 @@
 import argparse
 
 from lora_adapters.train.options.parser import adders
+from lora_adapters.train.samplers import SAMPLERS
 
-SAMPLERS = [
-    "ddim",
-    "pndm",
-    "lms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpm_2",
-    "dpm_2_a",
-    "dpmsolver",
-    "dpmsolver++",
-    "dpmsingle",
-    "k_lms",
-    "k_euler",
-    "k_euler_a",
-    "k_dpm_2",
-    "k_dpm_2_a",
-]
 METADATA = {
     "title": "title of the model (default: --output_name)",
     "author": "author",
@@ -73,7 +56,7 @@ def add_samples(group: argparse._ArgumentGroup) -> None:
     option("--sample_every_n_epochs", type=int, help="make sample pictures every n epochs; wins over steps; 0: none")
     flag("--sample_at_first", help="make sample pictures before training, too")
     option("--sample_prompts", help="file of prompts: txt, toml or json")
-    option("--sample_sampler", default="ddim", choices=SAMPLERS, help="sampler")
+    option("--sample_sampler", default="ddim", choices=list(SAMPLERS), help="sampler")
 
 
 def add_logging(group: argparse._ArgumentGroup) -> None:

@@ -1,4 +1,4 @@
-"""Where losses, learning rates and pictures are logged: TensorBoard and Weights & Biases, through accelerate."""
+"""Where losses, learning rates and images are logged: TensorBoard and Weights & Biases, through accelerate."""
 
 import argparse
 import importlib.util
@@ -82,7 +82,7 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Put a picture into every log."""
+    """Put an image into every log."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")

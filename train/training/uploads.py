@@ -48,7 +48,7 @@ class Uploads:
             self.push.folder(folder)
 
     def final(self, path: Path, captions: Iterable[str], grid: Path | None) -> None:
-        """Push the last save, with a model card that shows `grid`, the last sample pictures. For models."""
+        """Push the last save, with a model card that shows `grid`, the last sample images. For models."""
         if not self.is_model:
             return
         settings = self.settings
@@ -66,7 +66,7 @@ class Uploads:
         )
 
     def finish(self, interrupted: bool = False) -> list[FailedPush]:
-        """Wait for pushes that are still under way; what failed is logged and given back, its files are on the disk."""
+        """Wait for pushes that are still under way. Returns those that failed, logged; their files are on the disk."""
         return self.push.close(_INTERRUPTED if interrupted else _PATIENCE)
 
 

@@ -95,14 +95,14 @@ WRONG_USAGE = {
     "--ckpt {sd1} --prompt x --sweep steps=1,b": "--sweep steps=1,b: it takes values",
     "--ckpt {sd1} --prompt x --sweep steps=0": "--sweep steps: 1 to 1000",
     "--ckpt {sd1} --prompt x --sweep scale=inf": "--sweep scale=inf",
-    "--ckpt {sd1} --prompt x --sweep steps=1 steps=2": "steps stands twice",
+    "--ckpt {sd1} --prompt x --sweep steps=1 steps=2": "steps is given twice",
 }
 
 EARLY = {
     "--ckpt nowhere.safetensors --prompt x": "base model nowhere.safetensors does not exist",
     "--ckpt {files} --prompt x": "is not a Diffusers model",
     "--ckpt {sd1} --prompt x --steps 0": "--prompt: 0 steps; 1 to 1000 are possible",
-    "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/picture.png": "is no TrueType or OpenType font",
+    "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/picture.png": "is not a TrueType or OpenType font",
     "--ckpt {sd1} --prompt x --outdir {files}/picture.png": "is not a folder",
     "--ckpt {sd1} --prompt x --device cuda:99": "device cuda:99 cannot be used",
     "--ckpt {sd1} --prompt x --sampler pndm --zero_terminal_snr": "the sampler pndm cannot do --zero_terminal_snr",
@@ -110,8 +110,8 @@ EARLY = {
     "--ckpt {sdxl} --prompt x --clip_skip 1": "--clip_skip 1: SDXL was trained with 2",
     # pictures to begin with
     "--ckpt {sd1} --prompt x --image_path nowhere.png": "--image_path nowhere.png does not exist",
-    "--ckpt {sd1} --prompt x --image_path {files}/empty": "empty has no pictures",
-    "--ckpt {sd1} --prompt x --image_path {files}/broken.png": "broken.png: not in a picture format",
+    "--ckpt {sd1} --prompt x --image_path {files}/empty": "empty has no images",
+    "--ckpt {sd1} --prompt x --image_path {files}/broken.png": "broken.png: not in an image format",
     "--ckpt {sd1} --image_path {files}/picture.png": "picture.png holds no prompt: give --prompt",
     "--ckpt {sd1} --prompt x --image_path {files}/picture.png --strength 0": "strength 0.0 is not above 0",
     "--ckpt {sd1} --prompt x --image_path {files}/picture.png --strength 0.01": "strength 0.01 leaves none of 50",
@@ -130,7 +130,7 @@ EARLY = {
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --sweep weight=1": "no adapter to change",
     "--ckpt {sd1} --prompt x --network_weights {lora} --sweep rank=4": "no adapter that is not merged is a DyLoRA",
     "--ckpt {sd1} --prompt x --network_weights {dial} --sweep rank=4,5": "rank 5 is not one",
-    "--ckpt {sd1} --prompt x --sweep sampler=fast": "fast is no sampler",
+    "--ckpt {sd1} --prompt x --sweep sampler=fast": "unknown sampler fast",
 }
 
 
@@ -157,7 +157,7 @@ LINES = {
     "a --am 1": "--am has 1 for 0 adapters",
     "a --rank 4": "no adapter that is not merged is a DyLoRA",
     "a --ow 64": "--ow (original_width) is for SDXL",
-    "a --ss fast": "fast is no sampler",
+    "a --ss fast": "unknown sampler fast",
     "a --f ../up": "--f ../up is outside --outdir",
     "a --f /up": "is outside --outdir",
     "a --f up.gif": ".png, .jpg, .jpeg, .webp can be written",
@@ -192,7 +192,7 @@ def test_wrong_prompt_files(sd1, capsys, unloaded, tmp_path):
     options = ("--ckpt", sd1, "--from_file", tmp_path / "p.txt", "--sweep", "steps=1,2")
     assert "p.txt, line 2: it sets steps, and --sweep steps does, too" in error(capsys, *options)
     (tmp_path / "p.txt").write_text("a\nb --f b.png\n")
-    assert "p.txt, line 2: --f names a picture, but --sweep draws one sheet" in error(capsys, *options)
+    assert "p.txt, line 2: --f names an image, but --sweep draws one sheet" in error(capsys, *options)
 
 
 @pytest.mark.parametrize("name", generate_options.UNSUPPORTED)
@@ -207,7 +207,7 @@ def test_every_supported_option_is_read():
     folder = Path(generate_options.__file__).parents[1]
     names = (
         "generation/run generation/plan generation/draw generation/networks generation/requests "
-        "generation/output generation/sweeps models/base"
+        "generation/output generation/sweeps models/base models/loading models/sd models/sdxl"
     )
     code = "".join((folder / f"{name}.py").read_text() for name in names.split())
     made = generate_options.parser()
@@ -286,7 +286,7 @@ def test_pictures_that_are_no_numbers(sd1, capsys, tmp_path, monkeypatch):
         AutoencoderKL, "decode", lambda self, z: argparse.Namespace(sample=decode(self, z).sample * float("nan"))
     )
     message = error(capsys, "--ckpt", sd1, "--prompt", "x", "--steps", 1, "--outdir", tmp_path / "out")
-    assert "no numbers: try --no_half_vae" in message
+    assert "contains NaN: try --no_half_vae" in message
     assert not (tmp_path / "out").exists()
 
 
