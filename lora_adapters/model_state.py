@@ -42,7 +42,7 @@ class ModelState:
 
     configs: dict[str, Any] | None
     loaded: bool | None
-    layers: dict[nn.Module, _Layer]
+    layers: dict[Any, _Layer]
     trained: dict[nn.Parameter, bool]
     training: dict[nn.Module, bool]
 
