@@ -20,6 +20,7 @@ from . import hotswap as swapping
 from . import injection
 from .adapter import Adapter
 from .live_names import LiveNames
+from .model_state import ModelState
 
 logger = logging.getLogger(__name__)
 _HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -175,16 +176,15 @@ def _load(
             swapping.swap(models[component], modules, adapter_name, adapter.dylora)
         return
     _check_free({component: models[component] for component in fitted}, adapter_name)
-    before = {component: injection.active(models[component]) for component in fitted}
+    before = {component: ModelState.of(models[component]) for component in fitted}
     offloaded = pipe._optionally_disable_offloading(pipe)
     try:
         for component, modules in fitted.items():
             injection.place(models[component], modules, adapter_name, adapter.dylora, low_cpu_mem_usage)
             swapping.prepare(models[component], adapter_name)
     except BaseException:
-        for component in fitted:
-            injection.remove(models[component], adapter_name)
-            injection.activate(models[component], before[component])
+        for component, state in before.items():
+            state.restore(models[component])
         raise
     finally:
         _offload_again(pipe, *offloaded)
