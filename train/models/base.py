@@ -16,11 +16,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from lora_adapters.compat import dtype_option, pipelines_can_avoid_mmap
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.portable import is_path
 from lora_adapters.convert.storage.hub_errors import HubError, hub_errors
 from lora_adapters.convert.storage.sources import is_repo_id
-from lora_adapters.plugin import dtype_option, pipelines_can_avoid_mmap
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.noise_schedule import (
     SD_BETAS,
