@@ -28,6 +28,7 @@ from lora_adapters.convert.storage.files import read_tensors, replacing, save_pi
 from lora_adapters.convert.storage.sources import locate
 
 from .errors import AdapterError
+from .live import LiveAdapter
 
 FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def _is_sdxls_width(module: ModuleName, one: LowRank) -> bool:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter:
+class Adapter(LiveAdapter):
     """`{ModuleName(component, path): LowRank}` and the metadata of its file (all strings).
 
     The tensors of a loaded adapter are views of the memory-mapped file until they are used. Nothing changes an adapter:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from lora_adapters.compat import dtype_option, pipelines_can_avoid_mmap
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.storage.hub_errors import HubError, hub_errors
 from lora_adapters.convert.storage.sources import is_repo_id
-from lora_adapters.plugin import dtype_option, pipelines_can_avoid_mmap
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.registry import family_of_checkpoint
 

@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from lora_adapters.plugin import checkpoint_activations
+from lora_adapters.compat import checkpoint_activations
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
 
