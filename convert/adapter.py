@@ -344,14 +344,14 @@ class Adapter(LiveAdapter):
         """The best adapter of that rank for tuned - base, two models in files or Diffusers folders.
 
         conv_rank None is LoRA-LierLa. `options` are those of
-        `lora_adapters.convert.tools.extract.extract`: target_error,
-        min_diff, clamp_quantile, device, v_prediction. AdapterError where the models do not fit together or are the
+        `lora_adapters.convert.models.extraction.approximate_difference`: target_error, min_diff, clamp_quantile,
+        device, v_prediction. AdapterError where the models do not fit together or are the
         same.
         """
-        from lora_adapters.convert.tools.extract import extract
+        from lora_adapters.convert.models.extraction import approximate_difference
 
-        adapter = extract(base, tuned, rank, conv_rank, **options).adapter
-        return cls(adapter.modules, adapter.metadata)
+        found = approximate_difference(base, tuned, rank, conv_rank, **options)
+        return cls(found.modules, found.metadata)
 
     def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
         """Write the model (a file, or a Diffusers folder) to `out` with weight · ΔW added to its weights.
@@ -359,7 +359,7 @@ class Adapter(LiveAdapter):
         Tensors that are not adapted are copied bit for bit, the others keep their dtype. AdapterError where
         the adapter is for another model; `out` is then not written.
         """
-        from lora_adapters.convert.tools.merge import merge_into_model
+        from lora_adapters.convert.models.merging import merge_into_model
 
         return merge_into_model(model, out, [self], [weight])
 

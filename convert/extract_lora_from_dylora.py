@@ -17,8 +17,9 @@ if __name__ == "__main__":
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.files import all_or_none
-from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, output_file, progress, run
+from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, output_file, run
 from lora_adapters.convert.tools.inputs import load
 
 

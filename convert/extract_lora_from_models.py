@@ -15,13 +15,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.deltas.svd import as_written, report
+from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
-    device_of,
     dtype_of,
     output_file,
     rank_option,

@@ -19,13 +19,13 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.deltas.rank_choice import DYNAMIC_METHODS, dynamic
 from lora_adapters.convert.deltas.svd import Rules, as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.errors import UsageError
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
     add_skip_unknown,
-    device_of,
     dtype_of,
     output_file,
     rank_option,

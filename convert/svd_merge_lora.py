@@ -15,13 +15,13 @@ if __name__ == "__main__":
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.svd import as_written, reduce_modules, report, rules, with_rank_facts
+from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
     add_skip_unknown,
-    device_of,
     dtype_of,
     output_file,
     rank_option,

@@ -1,4 +1,4 @@
-"""What the command-line programs share: their one `main`, errors in one line, dtypes, progress bars."""
+"""What the command-line programs share: their one `main`, errors in one line, dtypes."""
 
 import argparse
 import logging
@@ -14,9 +14,8 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from tqdm import tqdm
 
-from lora_adapters.convert.errors import AdapterError, OneLineError, StoppedError, UsageError, first_line
+from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError, first_line
 from lora_adapters.convert.portable import tolerant_console
 from lora_adapters.convert.suggestions import closest
 
@@ -116,25 +115,6 @@ def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
 def dtype_of(*names: str | None) -> torch.dtype | None:
     """The dtype of the first name that is given; None where none is."""
     return next((DTYPES[name] for name in names if name is not None), None)
-
-
-def device_of(name: str | None, dtype: torch.dtype = torch.float64) -> torch.device:
-    """A device that is there and has numbers of `dtype`, the CPU by default; AdapterError for any other.
-
-    Apple's (mps) has no float64, in which the file tools compute.
-    """
-    try:
-        device = torch.device(name or "cpu")
-        torch.empty(0, device=device, dtype=dtype)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = first_line(error)
-        raise AdapterError(f"device {name} cannot be used ({reason})") from None
-    return device
-
-
-def progress(things: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The things, with a bar on a terminal where going through them takes more than a second."""
-    return tqdm(things, desc=what, total=total, delay=1, disable=None, leave=False)
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lora_adapters.convert.tools.command_line import device_of
+from lora_adapters.convert.devices import device_of
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.draw import Drawer, sized
 from lora_adapters.train.generation.image_grid import draw_sheet
