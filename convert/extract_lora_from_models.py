@@ -17,6 +17,7 @@ if __name__ == "__main__":
 from lora_adapters.convert.deltas.svd import as_written, report
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import FAMILIES, asked_by
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.tools.command_line import (
@@ -85,11 +86,12 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def _check_version(args) -> None:
-    wanted = {"sdxl": args.sdxl, "sd_v2": args.v2 or args.v_parameterization}
-    for start, asked in wanted.items():
-        version = Checkpoint.open(args.model_org).base_version if asked else start
-        if not version.startswith(start):
-            raise AdapterError(f"{args.model_org} is {version}, not {start} as the options say")
+    """AdapterError where the model is another one than a flag such as --v2 says."""
+    for option, start in {option: start for family in FAMILIES for option, start in family.options.items()}.items():
+        if getattr(args, option):
+            version = Checkpoint.open(args.model_org).base_version
+            if not asked_by(option, version):
+                raise AdapterError(f"{args.model_org} is {version}, not {start} as the options say")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ import torch
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.svd import as_written, reduce_modules, report, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError, UsageError
+from lora_adapters.convert.families.registry import is_v2
 from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
@@ -131,7 +132,7 @@ def program(argv: Sequence[str] | None) -> None:
     checkpoint = Checkpoint.open(args.sd_model)
     if not checkpoint.is_folder:
         output_file(args.save_to)
-    if args.v2 and not checkpoint.base_version.startswith("sd_v2"):
+    if args.v2 and not is_v2(checkpoint.base_version):
         raise AdapterError(f"{args.sd_model} is not SD2.x, as --v2 says, but {checkpoint.base_version}")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     if args.skip_unknown:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import may_be_sdxl
+from lora_adapters.convert.families.registry import BASE_VERSION, by_live_models
 
 from . import pipeline
 from .injection import dylora_in, taken, unwrapped
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "from_models", "from_pipeline", "push_to_hub", "to_pipeline"]
 A = TypeVar("A", bound=Adapter)
-
-
-def _of_sdxl(models: Mapping[str, Any]) -> bool:
-    """Whether the models are SDXL's: two text encoders, or a U-Net that is told the picture's size."""
-    config = getattr(models.get("unet"), "config", None)
-    return "text_encoder_2" in models or getattr(config, "addition_embed_type", None) == "text_time"
 
 
 def from_models(
@@ -43,8 +37,9 @@ def from_models(
         names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
         raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
     facts = dict(metadata or {})
-    if _of_sdxl(models) and may_be_sdxl(modules):  # which a few of its modules do not tell
-        facts.setdefault("ss_base_model_version", "sdxl_base_v1-0")
+    family = by_live_models(models, getattr(models.get("unet"), "config", None))
+    if family is not None and family.has(modules):  # which a few of its modules do not tell
+        facts.setdefault(BASE_VERSION, family.versions[0].value)
     adapter = adapter_type(modules, facts)
     return adapter if dylora is None else adapter.as_dylora(dylora)
 

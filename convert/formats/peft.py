@@ -11,7 +11,8 @@ import safetensors.torch
 
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, check_known, text_path
+from lora_adapters.convert.families.kohya_names import check_known
+from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, text_path
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing

@@ -11,11 +11,10 @@ from lora_adapters.convert.deltas.dense_svd import best_approximation
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.svd import Fit, Rules, clamp, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import OUTER, TEXT_PROJECTION, ModuleName
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.registry import BASE_VERSION, is_v2, role_of
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.checkpoint import Checkpoint
-
-_FAMILIES = {"sd_v1": "SD1.x", "sd_v2": "SD2.x", "sd_v2_v": "SD2.x", "sdxl_base_v1-0": "SDXL"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ def approximate_difference(
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
     _check_alike(first, second)
     chosen = rules(rank, conv_rank, target_error)
-    modules = [module for module in second.modules if _covered(module, conv_rank is not None)]
+    kind = "lierla" if conv_rank is None else "c3lier"
+    modules = [module for module in second.modules if second.family.covers(kind, module)]
     difference = partial(_difference, first, second, first.modules, second.modules)
     largest = _largest_differences(modules, difference)
     left_out = tuple(component for component, value in largest.items() if value <= min_diff)
@@ -68,21 +68,15 @@ def approximate_difference(
             pairs[module], fits[module] = one
     if not pairs:
         raise AdapterError(f"{base} and {tuned} have the same weights: there is nothing to extract")
-    version = first.base_version
-    version = "sd_v2_v" if v_prediction and version == "sd_v2" else version
-    facts = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
+    version = first.version
+    if v_prediction:
+        version = first.family.version(version.text_width, "v") or version
+    facts = {BASE_VERSION: version.value, "ss_v2": str(is_v2(version.value))}
     return Difference(pairs, with_rank_facts(pairs, facts), fits, largest, left_out)
 
 
-def _covered(module: ModuleName, c3lier: bool) -> bool:
-    """Whether LoRA-C3Lier, or LoRA-LierLa, has the module."""
-    if module.component != "unet":
-        return module.path != TEXT_PROJECTION
-    return ".attentions." in module.path or (c3lier and module.path not in OUTER)
-
-
 def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
-    families = [_FAMILIES[one.base_version] for one in (first, second)]
+    families = [one.version.title for one in (first, second)]
     if families[0] != families[1]:
         raise AdapterError(f"{first.path} is {families[0]}, but {second.path} is {families[1]}")
     for one, other in ((first, second), (second, first)):
@@ -109,7 +103,7 @@ def _largest_differences(
 ) -> dict[str, float]:
     largest: dict[str, float] = {}
     for module in modules:
-        if module.component != "unet":
+        if role_of(module.component) == "text_encoder":
             value = float(difference(module).abs().max())
             largest[module.component] = max(largest.get(module.component, 0.0), value)
     return largest

@@ -8,10 +8,10 @@ import torch
 
 from lora_adapters.convert.deltas.low_rank import LowRank, add_up
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.detection import check_one_family, family_of
+from lora_adapters.convert.families.detection import base_model_of, check_one_family
 from lora_adapters.convert.families.names import ModuleName, nearest
 from lora_adapters.convert.storage.checkpoint import Checkpoint, WeightsFile
-from lora_adapters.convert.storage.ema import twin, with_ema
+from lora_adapters.convert.storage.ema import has_twin, twin, with_ema
 from lora_adapters.convert.storage.single_file import is_single_file, write_single_file
 
 from .finite import check_finite
@@ -89,7 +89,7 @@ def merge_into_model(
     changes = {module: _adding(listed) for module, listed in parts.items()}
     checkpoint = with_ema(checkpoint, ema)
     if ema == "merge":
-        changes |= {twin(module): change for module, change in changes.items() if module.component == "unet"}
+        changes |= {twin(module): change for module, change in changes.items() if has_twin(module)}
     facts = {**(metadata or {})} if keep_metadata else None
     if checkpoint.is_folder and is_single_file(target):
         return write_single_file(checkpoint, target, changes, dtype, facts)
@@ -99,9 +99,11 @@ def merge_into_model(
 def _check_fits(
     checkpoint: Checkpoint, name: str, adapter: AdapterData, known: Mapping[ModuleName, WeightsFile]
 ) -> None:
-    family, model = family_of(adapter), "SDXL" if checkpoint.architecture == "sdxl" else "SD1.x or SD2.x"
-    if (family == "SDXL") != (checkpoint.architecture == "sdxl"):
-        raise AdapterError(f"{name} is for {family}, but {checkpoint.path} is {model}")
+    base = base_model_of(adapter.modules, adapter.metadata)
+    if base.family is not checkpoint.family:
+        raise AdapterError(
+            f"{name} is for {base.title}, but {checkpoint.path} is {' or '.join(checkpoint.family.titles)}"
+        )
     for module, one in adapter.modules.items():
         if module not in known:
             checkpoint.check_absent()

@@ -8,7 +8,8 @@ import torch
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import from_kohya
+from lora_adapters.convert.families.kohya_names import from_kohya
+from lora_adapters.convert.families.registry import titles
 from lora_adapters.convert.formats import kohya
 from lora_adapters.convert.models.finite import check_finite
 from lora_adapters.convert.storage.files import read_tensors
@@ -32,7 +33,7 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
         tensors, metadata = read_tensors(path)
         if skip_unknown:
             tensors, unknown = without_unknown(tensors, metadata)
-            report_left_out(str(path), unknown, "SD1.x, SD2.x and SDXL do not have")
+            report_left_out(str(path), unknown, f"{titles()} do not have")
         try:
             adapter, zeros = Adapter.from_tensors(tensors, metadata), zero_alphas(tensors)
         except AdapterError as error:
