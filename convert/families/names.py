@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownModuleError
 from lora_adapters.convert.suggestions import closest
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -205,7 +205,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
     """The module of a kohya name such as `lora_unet_mid_block_attentions_0_proj_in` (no tensor suffix).
 
-    lookup: asked where no SD1.x, SD2.x or SDXL module is called that; AdapterError where there is none.
+    lookup: asked where no SD1.x, SD2.x or SDXL module is called that; UnknownModuleError where there is none.
     """
     for prefix, component in PREFIXES.items():
         if name.startswith(prefix):
@@ -214,12 +214,12 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
             if path is None and lookup is not None:
                 path = lookup(component, flat)
             if path is None:
-                raise AdapterError(
+                raise UnknownModuleError(
                     f"unknown module {name:.120}{nearest(name, (prefix + known for known in table))}; "
                     "SD1.x, SD2.x and SDXL modules are known"
                 )
             return ModuleName(component, path)
-    raise AdapterError(f"unknown module {name:.120}: a kohya name begins with {', '.join(PREFIXES)}")
+    raise UnknownModuleError(f"unknown module {name:.120}: a kohya name begins with {', '.join(PREFIXES)}")
 
 
 def to_kohya(module: ModuleName, architecture: str) -> str:
@@ -234,14 +234,14 @@ def to_kohya(module: ModuleName, architecture: str) -> str:
 def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
     """The module under its own path, also where it is spelled in the original code's way (`input_blocks.4.1...`).
 
-    lookup: asked where SD1.x, SD2.x and SDXL have no such module; AdapterError where there is none.
+    lookup: asked where SD1.x, SD2.x and SDXL have no such module; UnknownModuleError where there is none.
     """
     table = _by_flat_name(module.component)
     path = table.get(module.path.replace(".", "_"))
     if path is None and lookup is not None:
         path = lookup(module.component, module.path)
     if path is None:
-        raise AdapterError(f"unknown module {module!s:.120}{nearest(module.path, table.values())}")
+        raise UnknownModuleError(f"unknown module {module!s:.120}{nearest(module.path, table.values())}")
     return module if path == module.path else ModuleName(module.component, path)
 
 
