@@ -26,6 +26,10 @@ class UnknownFormatError(AdapterError):
     """A source that may hold an adapter, but not one that this package reads (LoHa, DoRA, another model's)."""
 
 
+class UnknownModuleError(AdapterError):
+    """A name that no module of the models that are known has."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line: the first of its message, or its type's name where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

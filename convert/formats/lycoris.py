@@ -7,7 +7,7 @@ import torch
 
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownModuleError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import ModuleName, nearest
 from lora_adapters.convert.families.registry import FAMILIES
@@ -85,17 +85,17 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
         lookup: asked where SD1.x, SD2.x and SDXL have no such module.
 
     Raises:
-        AdapterError: nobody knows it; the nearest known name is in the message.
+        UnknownModuleError: nobody knows it; the nearest known name is in the message.
     """
     prefixes = _FLAT | _DOTTED
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
-        raise AdapterError(f"unknown module {name:.200}: a name begins with {', '.join(prefixes)}")
+        raise UnknownModuleError(f"unknown module {name:.200}: a name begins with {', '.join(prefixes)}")
     component, rest = prefixes[prefix], name.removeprefix(prefix)
     flat, table = rest.replace(".", "_"), _paths_by_flat_name(component)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
-        raise AdapterError(f"unknown module {name:.200}{nearest(flat, table)}")
+        raise UnknownModuleError(f"unknown module {name:.200}{nearest(flat, table)}")
     return ModuleName(component, path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownModuleError
 from lora_adapters.convert.families.kohya_names import from_kohya
 from lora_adapters.convert.families.registry import titles
 from lora_adapters.convert.formats import kohya
@@ -71,13 +71,14 @@ def without_unknown(
     for name, group in groups.items():
         try:
             Adapter.from_tensors(group, metadata)
-        except AdapterError as error:
-            if "unknown module" in str(error):
-                unknown.append(name)
-                if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
-                    return dict(tensors), []
-                continue
-        kept |= group  # what else is wrong with it is found when all of them are read
+        except UnknownModuleError:
+            unknown.append(name)
+            if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
+                return dict(tensors), []
+            continue
+        except AdapterError:
+            pass  # what else is wrong with it is found when all of them are read
+        kept |= group
     return kept, unknown
 
 
