@@ -104,9 +104,7 @@ def checking_blocks(stock: Function) -> Function:
 def _check_names(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            near = (
-                None if re.search(r"\d", str(name)) and _word(name) in map(_word, known) else closest(str(name), known)
-            )
+            near = None if _word(name) in map(_word, known) else closest(str(name), known)
             hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
             raise AdapterError(f"unknown {name!r} in {where}; {hint}")
 
