@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from lora_adapters.convert.families.names import block_index, text_path
+from lora_adapters.convert.families.names import text_path
+from lora_adapters.convert.families.registry import by_name
 from lora_adapters.train.data.cache_files import LatentFiles
 from lora_adapters.train.models.text_encoding import Encoded, Reading
 
@@ -118,7 +119,7 @@ class TrainingFamily(ABC):
 
     def block(self, path: str) -> int | None:
         """The number of the denoiser's block that a module is in, as presets of weights count; None outside of them."""
-        return block_index(path, self.name)
+        return by_name(self.name).blocks.index(path)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_adapters.convert.families.names import BLOCK_COUNT
+from lora_adapters.convert.families import registry
 from lora_adapters.train.models.latents import LatentSpace
 from lora_adapters.train.models.registry import FAMILIES, KIND_FLAGS, family_of_kind, known_titles
 from tests.train.drawn import small_vae
@@ -17,7 +17,7 @@ ELSEWHERE = sorted(path for path in TRAIN.rglob("*.py") if not FREE & set(path.r
 
 
 def test_families_have_the_names_that_they_have_in_files() -> None:
-    assert set(FAMILIES) == set(BLOCK_COUNT)
+    assert set(FAMILIES) == {family.name for family in registry.FAMILIES}
     assert all(FAMILIES[name].name == name for name in FAMILIES)
 
 
