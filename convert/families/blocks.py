@@ -9,7 +9,7 @@ BASE = "BASE"  # the label of the text encoders
 LAYER = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Blocks:
     """Blocks from the input to the output.
 

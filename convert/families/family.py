@@ -1,7 +1,7 @@
 """What a family of base models is, as data: the one place where names, blocks, coverage and metadata are told."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal, NamedTuple, Protocol
 
@@ -13,8 +13,7 @@ Kind = Literal["linear", "conv1x1", "conv3x3"]
 Role = Literal["denoiser", "text_encoder"]
 
 
-@dataclass(frozen=True)
-class Version:
+class Version(NamedTuple):
     """One version of a family's models.
 
     title, long_title: "SD1.x", "Stable Diffusion 1.x". value: kohya's ss_base_model_version. modelspec: the beginning
@@ -46,8 +45,7 @@ def _same(path: str) -> str:
     return path
 
 
-@dataclass(frozen=True)
-class Component:
+class Component(NamedTuple):
     """A part of the pipeline that adapters change.
 
     kohya: the prefix in kohya's files, without the underscore behind it. original: a path in diffusers -> the name in
@@ -62,8 +60,7 @@ class Component:
     kohya_original: bool = False
 
 
-@dataclass(frozen=True)
-class Coverage:
+class Coverage(NamedTuple):
     """What an adapter type adapts: parts of the model, the live classes that these are, convolutions above 1x1."""
 
     parts: tuple[str, ...]
@@ -71,8 +68,7 @@ class Coverage:
     large_convolutions: bool
 
 
-@dataclass(frozen=True)
-class Marks:
+class Marks(NamedTuple):
     """What only this family's models and files have.
 
     tensors: beginnings of names in an original checkpoint. components: folders of a Diffusers folder. keys: beginnings
@@ -83,7 +79,7 @@ class Marks:
     tensors: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
-    config: Mapping[str, str] = field(default_factory=dict)
+    config: tuple[tuple[str, str], ...] = ()
     kohya: tuple[str, ...] = ()
     width: Callable[[str, tuple[int, int]], bool] | None = None
 
@@ -102,7 +98,7 @@ class Layer(NamedTuple):
     kind: Kind
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ModelFamily:
     """A family of base models whose layers have the same names.
 
@@ -236,5 +232,5 @@ class ModelFamily:
         """Whether a live pipeline is of this family for sure, by its components and its denoiser's config."""
         marks = self.marks
         return any(name in components for name in marks.components) or any(
-            getattr(config, name, None) == value for name, value in marks.config.items()
+            getattr(config, name, None) == value for name, value in marks.config
         )

@@ -63,7 +63,7 @@ SDXL = ModelFamily(
         tensors=("conditioner.embedders.", f"{PREFIX}label_emb."),
         components=("text_encoder_2",),
         keys=("add_embedding.",),
-        config={"addition_embed_type": "text_time"},
+        config=(("addition_embed_type", "text_time"),),
         kohya=(
             *("lora_te1_", "lora_te2_"),
             *("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_"),

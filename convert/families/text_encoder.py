@@ -6,7 +6,7 @@ and v are one tensor and the projection is transposed.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .names import TEXT_PROJECTION
 from .tensor_slice import Share, TensorSlice
@@ -30,8 +30,7 @@ def layer_paths() -> Iterator[str]:
         yield from (f"{layer}.mlp.{part}" for part in ("fc1", "fc2"))
 
 
-@dataclass(frozen=True)
-class TextEncoder:
+class TextEncoder(NamedTuple):
     """A text encoder in original checkpoints.
 
     clip, open_clip: the beginnings of its tensors' names in either code, the first of each as it is written.

@@ -4,7 +4,7 @@ Source of the original names: CompVis/stable-diffusion and Stability-AI/generati
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .blocks import LAYER
 from .family import Coverage, Kind
@@ -55,8 +55,7 @@ def kind_of(path: str) -> Kind:
     return "conv3x3" if path.endswith((".conv1", ".conv2", ".conv")) or path in ("conv_in", "conv_out") else "linear"
 
 
-@dataclass(frozen=True)
-class UNet:
+class UNet(NamedTuple):
     """A U-Net with two layers a block.
 
     down_depths: how many transformer layers the attention of each down block has, 0 for a block without attention.
