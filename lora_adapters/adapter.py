@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import may_be_sdxl
+from lora_adapters.types.registry import metadata_of
 
 from . import pipeline
-from .injection import dylora_in, taken, unwrapped
+from .injection import extract_pairs, unwrapped
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -34,19 +35,18 @@ def from_models(
 ) -> A:
     """An adapter in live models; see `Adapter.from_models`."""
     models = {component: unwrapped(model) for component, model in models.items()}
-    modules, dylora = {}, None
+    modules, of_type = {}, dict[str, str]()
     for component, model in models.items():
         if adapter_name in getattr(model, "peft_config", {}):
-            modules.update(taken(model, component, adapter_name))
-            dylora = dylora or dylora_in(model, adapter_name)
+            modules.update(extract_pairs(model, component, adapter_name))
+            of_type = of_type or metadata_of(model.peft_config[adapter_name], metadata or {})
     if not modules:
         names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
         raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
     facts = dict(metadata or {})
     if _of_sdxl(models) and may_be_sdxl(modules):  # which a few of its modules do not tell
         facts.setdefault("ss_base_model_version", "sdxl_base_v1-0")
-    adapter = adapter_type(modules, facts)
-    return adapter if dylora is None else adapter.as_dylora(dylora)
+    return adapter_type(modules, {**facts, **of_type})
 
 
 def from_pipeline(

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_adapters.convert.families.names import sgm_path_in, text_path
-
-_ADDED = (".lora_A", ".lora_B", ".lora_embedding_", ".lora_dropout", ".lora_magnitude_vector", ".base_layer")
+from lora_adapters.types.layers import ADDED
 
 
 class LiveNames:
@@ -45,7 +44,7 @@ def _by_flat_name(model: Any, component: str) -> dict[str, str]:
     paths = [
         path
         for path, module in model.named_modules()
-        if path and not any(part in f".{path}" for part in _ADDED) and hasattr(module, "weight")
+        if path and not any(part in f".{path}" for part in ADDED) and hasattr(module, "weight")
     ]
     spelled = [(path.replace(".", "_"), path) for path in paths]
     if component == "unet":

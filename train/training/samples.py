@@ -26,7 +26,7 @@ from lora_adapters.train.generation.prompt_lines import (
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.schedulers import SAMPLERS, check_sampler, sampler
 from lora_adapters.train.models.text_encoding import Encoded, encode_tokens, tokenize
-from lora_adapters.types.dylora.rank_control import dials, set_rank
+from lora_adapters.types.dylora.rank_controller import controllers, set_rank
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def sample(
     `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
     """
     adapters = list(models.components.values())
-    found = dials(adapters)
+    found = controllers(adapters)
     at = {id(dial): dial.rank for dial in found}
     ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 4)) if found else [None]
     home = [next(module.parameters()).device for module in (models.vae, *models.text_encoders)]
