@@ -18,7 +18,7 @@ from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.merging import Placed, match_to_model, merge_weights
 from lora_adapters.train.options.values import key_values
-from lora_adapters.types.dylora.rank_control import set_rank
+from lora_adapters.types.dylora.rank_controller import set_rank
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapt
         raise OptionError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
     args = key_values([part for part in text.split(";") if part.strip()], "network_args")
     # A DyLoRA's file that does not say so is kohya's, whose splitter keeps alpha.
-    dylora = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "dylora" else None)
+    dylora = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "DyLora" else None)
     for key in args:
         if dylora is None or key not in ("rank", "unit", "rank_scaling"):
             rule = "a DyLoRA takes rank=, unit= and rank_scaling=, others none: the file tells the rest"

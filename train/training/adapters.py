@@ -3,19 +3,17 @@
 import argparse
 import copy
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft.tuners.lora import LoraLayer
 
 from lora_adapters.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.formats.metadata import DYLORA_FACTS, DyLora
 from lora_adapters.convert.storage.sources import locate
-from lora_adapters.injection import fitted, place
+from lora_adapters.injection import match_to_model as match_component
+from lora_adapters.injection import place
 from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.target_modules import RankRule, base_layers, covered
@@ -27,7 +25,9 @@ from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.text_encoding import unread_layers
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training.regularization import add_dropouts
-from lora_adapters.types.config import DyLoraConfig, LierLaConfig
+from lora_adapters.types.base import AdapterConfig
+from lora_adapters.types.layers import factors, has_adapter, is_factor
+from lora_adapters.types.registry import facts_for
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def text_components(trained: dict[str, Any]) -> dict[str, Any]:
     return {name: model for name, model in trained.items() if is_text_encoder(name)}
 
 
-def _has_modules(denoiser: Any, config: LierLaConfig) -> bool:
+def _has_modules(denoiser: Any, config: AdapterConfig) -> bool:
     layers = {path: layer for path, _, layer in base_layers(denoiser)}
     rule = RankRule(config, list(layers))
     return any(rule(path, layers[path]).rank for path in covered(denoiser, config.conv))
@@ -103,7 +103,7 @@ def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any
     asked = options(settings, models.family)
     start = load_source(settings, "network_weights", settings.network_weights) if settings.network_weights else None
     if start is not None and settings.dim_from_weights:
-        _place(trained, start, _dylora(settings, asked.config, start), settings.network_weights)
+        _place(trained, start, _facts(settings, asked.config, start), settings.network_weights)
     else:
         for model in trained.values():
             model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
@@ -111,7 +111,7 @@ def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any
             load_start(trained, start, settings.network_weights)
     for model in trained.values():
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+            parameter.requires_grad_(is_factor(name))
     cast_training_params(list(trained.values()), torch.bfloat16 if settings.full_bf16 else torch.float32)
     layers = lora_layers(trained).values()
     add_dropouts(layers, ADAPTER, settings.network_dropout, asked.rank_dropout, asked.module_dropout)
@@ -122,7 +122,7 @@ def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
     found = {}
     for component, model in trained.items():
         for path, module in model.named_modules():
-            if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            if has_adapter(module, ADAPTER):
                 found[ModuleName(component, full_path(component, path))] = module
     return found
 
@@ -139,7 +139,7 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
         if name not in layers:
             continue
         layer = layers[name]
-        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        down, up = (factor.weight for factor in factors(layer, ADAPTER))
         if low_rank.rank != down.shape[0]:
             raise TrainingError(
                 f"--network_weights {source}: {name} has rank {low_rank.rank}, not {down.shape[0]}; "
@@ -217,8 +217,8 @@ def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | 
     for layer in lora_layers(text_components(trained)).values():
         if id(layer) in unread:
             count += 1
-            for weights in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-                weights.requires_grad_(False)
+            for factor in factors(layer, ADAPTER):
+                factor.requires_grad_(False)
     return count
 
 
@@ -230,19 +230,16 @@ def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             parameter.requires_grad_(id(parameter) in chosen)
 
 
-def _dylora(settings: argparse.Namespace, asked: LierLaConfig, start: Adapter) -> DyLora | None:
-    """What --network_args say of a DyLoRA, and of what they do not say, the file."""
-    if not isinstance(asked, DyLoraConfig):
-        return None
-    given = set(DYLORA_FACTS) & set(key_values(settings.network_args, "network_args"))
-    return replace(start.dylora or asked.dylora, **{name: getattr(asked, name) for name in given})
+def _facts(settings: argparse.Namespace, asked: AdapterConfig, start: Adapter) -> dict[str, Any]:
+    """The type's own fields: what --network_args say, and of what they do not say, the file."""
+    return facts_for(asked, start.metadata, key_values(settings.network_args, "network_args"))
 
 
-def _place(trained: dict[str, Any], start: Adapter, dylora: DyLora | None, source: str) -> None:
+def _place(trained: dict[str, Any], start: Adapter, facts: dict[str, Any], source: str) -> None:
     """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
     for component, model in trained.items():
         modules = {name.path: pair for name, pair in start.modules.items() if name.component == component}
         if modules:
-            place(model, fitted(model, component, modules), ADAPTER, dylora)
+            place(model, match_component(model, component, modules), ADAPTER, facts)
     if not lora_layers(trained):
         raise TrainingError(f"--network_weights {source} has no module of {', '.join(trained)}")

@@ -17,6 +17,7 @@ from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.atomic import delete_folder, remove, replacing_folder, sync
 from lora_adapters.convert.storage.files import load_plain, save_pickle
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.types.layers import is_factor
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor]
 
 
 def _adapter_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    return {name: p for name, p in module.named_parameters() if is_factor(name)}
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -28,7 +28,7 @@ from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.schedulers import check_sampler, sampler
 from lora_adapters.train.models.text_encoding import Encoded
 from lora_adapters.train.samplers import SAMPLERS
-from lora_adapters.types.dylora.rank_control import dials, set_rank
+from lora_adapters.types.dylora.rank_controller import controllers, set_rank
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def sample(
     `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
     """
     adapters = list(models.components.values())
-    found = dials(adapters)
+    found = controllers(adapters)
     at = {id(dial): dial.rank for dial in found}
     ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 4)) if found else [None]
     home = [next(module.parameters()).device for module in (models.vae, *models.text_encoders)]

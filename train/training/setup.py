@@ -44,7 +44,7 @@ from lora_adapters.train.training.optimizers import create_optimizer, optimizer_
 from lora_adapters.train.training.samples import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
 from lora_adapters.train.training.trackers import check_trackers, tracker_names
 from lora_adapters.train.training.uploads import Uploads, check_uploads, state_folder
-from lora_adapters.types.dylora.rank_control import RankDial, dials
+from lora_adapters.types.dylora.rank_controller import RankController, controllers
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,9 @@ class Run:
         return [p for p in self.plain.parameters() if p.requires_grad]
 
     @functools.cached_property
-    def dials(self) -> list[RankDial]:
+    def dials(self) -> list[RankController]:
         """The trained DyLoRAs' dials, looked up once for the same reason."""
-        return dials(list(self.trained.values()))
+        return controllers(list(self.trained.values()))
 
     def tell_step(self, step: int, number: int, batch: Batch) -> None:
         """Say which batch of which step comes next, as `set_step` does: DyLoRA's ranks depend on these and the seed."""
