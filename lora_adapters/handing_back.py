@@ -95,7 +95,7 @@ def _lost(
         here.setdefault(_numbers(one.values, one.values.dtype), []).append(one)
         dtypes.add(one.values.dtype)
     for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
+        if key.endswith(".alpha") or ("." not in key and tensor.ndim == 0):  # a number that is no module's
             continue
         found = next((numbers for dtype in dtypes if (numbers := _numbers(tensor, dtype)) in here), None)
         if found is None:
