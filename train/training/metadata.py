@@ -10,25 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import lora_adapters
-from lora_adapters.train.data.config import read_size
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.options.output import METADATA
+from lora_adapters.train.options.data import read_size
+from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.optimizers import literals, optimizer_class, optimizer_name
 
-_SAME_NAME = (
-    "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm",
-    "gradient_checkpointing", "gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16",
-    "fp8_base", "fp8_base_unet", "lowram", "network_dropout", "scale_weight_norms", "clip_skip", "max_token_length",
-    "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale",
-    "multires_noise_iterations", "multires_noise_discount", "zero_terminal_snr", "ip_noise_gamma",
-    "ip_noise_gamma_random_strength", "min_snr_gamma", "loss_type", "huber_schedule", "huber_scale", "huber_c",
-    "prior_loss_weight", "output_name", "training_comment", "seed", "caption_dropout_rate",
-    "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "face_crop_aug_range", "validation_seed",
-    "validation_split", "validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps",
-    "resize_interpolation",
-)  # fmt: skip
 _ALWAYS = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
 )  # fmt: skip
@@ -46,7 +35,7 @@ def run_metadata(
     settings: argparse.Namespace, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
 ) -> dict[str, str]:
     """What is known when training starts. All values are text, as the file format has it."""
-    facts: dict[str, Any] = {f"ss_{name}": getattr(settings, name) for name in _SAME_NAME}
+    facts: dict[str, Any] = option_entries(settings, "ss_")
     facts |= {
         "ss_max_train_steps": steps,
         "ss_cache_latents": settings.cache_latents or settings.cache_latents_to_disk,
@@ -57,7 +46,6 @@ def run_metadata(
         "ss_num_reg_images": data.num_regularisation,
         "ss_num_validation_images": data.validation.num_pictures if data.validation else 0,
         "ss_num_batches_per_epoch": data.batches_per_epoch(world_size),
-        "ss_debiased_estimation": settings.debiased_estimation_loss,
         "ss_optimizer": described_optimizer(settings),
         **network_facts(settings, models),
         **model_facts(settings),
@@ -66,6 +54,12 @@ def run_metadata(
     facts["ss_lora_adapters_version"] = lora_adapters.__version__
     text = {key: str(value) for key, value in facts.items()}
     return {**text, **data.metadata(world_size), **modelspec(settings, models)}
+
+
+def option_entries(settings: argparse.Namespace, start: str) -> dict[str, Any]:
+    """Key -> value of the options that declare a metadata entry whose key begins with `start`."""
+    declared = {option.metadata: getattr(settings, name) for name, option in options_of(Settings).items()}
+    return {key: value for key, value in declared.items() if key is not None and key.startswith(start)}
 
 
 def network_facts(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
@@ -120,17 +114,15 @@ def file_hashes(file: Path) -> tuple[str, str]:
 
 def modelspec(settings: argparse.Namespace, models: BaseModels) -> dict[str, str]:
     """The modelspec.* entries that options decide; Adapter.save adds architecture, implementation and date."""
+    own = {key: value for key, value in option_entries(settings, "modelspec.").items() if value is not None}
     facts = {
+        **own,
         "modelspec.title": settings.metadata_title or settings.output_name or "last",
         "modelspec.prediction_type": "v" if models.v_prediction else "epsilon",
     }
     if settings.resolution:  # else Adapter.save says that of the base model
         width, height = read_size(settings.resolution)
         facts["modelspec.resolution"] = f"{width}x{height}"
-    for name in METADATA:
-        value = getattr(settings, f"metadata_{name}")
-        if value is not None and name != "title":
-            facts[f"modelspec.{name}"] = value
     if settings.min_timestep is not None or settings.max_timestep is not None:
         high = 1000 if settings.max_timestep is None else settings.max_timestep
         facts["modelspec.timestep_range"] = f"{settings.min_timestep or 0},{high}"

@@ -35,8 +35,8 @@ from lora_adapters.train.models.text_encoding import cacheable, tokenize
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
-from lora_adapters.train.options.arguments import parser
 from lora_adapters.train.options.inert import leave_out_inert
+from lora_adapters.train.options.settings import check_ranges
 from lora_adapters.train.options.unsupported import refuse
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.checkpoints import load_position
@@ -48,14 +48,6 @@ from lora_adapters.train.training.uploads import Uploads, check_uploads, state_f
 from lora_adapters.types.dylora.rank_control import RankDial, dials
 
 log = logging.getLogger(__name__)
-
-
-_COUNTS = (
-    "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "train_batch_size", "clip_skip",
-    "save_every_n_steps", "save_every_n_epochs", "sample_every_n_steps", "sample_every_n_epochs",
-    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "vae_batch_size",
-    "lr_scheduler_timescale",
-)  # fmt: skip
 
 
 @dataclass
@@ -135,9 +127,8 @@ def check(settings: argparse.Namespace) -> None:
 
     Values that change nothing are put back to their defaults, with a warning each.
     """
-    defaults = vars(parser().parse_args([]))
-    leave_out_inert(settings, defaults)
-    refuse(settings, defaults)
+    leave_out_inert(settings)
+    refuse(settings)
     check_machine(settings)
     check_path(settings)
     adapters.check_network(settings, architecture_on_disk(settings))
@@ -157,20 +148,6 @@ def check(settings: argparse.Namespace) -> None:
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
         raise TrainingError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
-
-
-def check_ranges(settings: argparse.Namespace) -> None:
-    """Raise TrainingError for a number that no run could be made with."""
-    for name in _COUNTS:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise TrainingError(f"--{name} must be at least 1, not {value}")
-    if settings.max_data_loader_n_workers < 0:
-        raise TrainingError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
-    if settings.huber_c <= 0:
-        raise TrainingError(f"--huber_c must be above 0, not {settings.huber_c}")
-    if settings.seed is not None and not 0 <= settings.seed < 2**64:
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}; one is drawn without --seed")
 
 
 def open_output(settings: argparse.Namespace) -> None:
@@ -214,11 +191,9 @@ def decide_seed(settings: argparse.Namespace) -> int:
 
 
 def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
-    """The data that the settings ask for. Options at their defaults count as not given."""
-    defaults = vars(parser().parse_args([]))
-    given = {name: None if value == defaults.get(name) else value for name, value in vars(settings).items()}
+    """The data that the settings ask for. An option that is not given is left to the dataset file or its default."""
     return TrainingData(
-        load_data_config(given),
+        load_data_config(settings.given_options()),
         seed=seed,
         prior_loss_weight=settings.prior_loss_weight,
         persistent_workers=settings.persistent_data_loader_workers and workers(settings) > 0,
