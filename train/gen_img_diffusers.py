@@ -17,13 +17,12 @@ if __name__ == "__main__":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
-    from lora_adapters.train.generation.options import parser, refuse
+    from lora_adapters.train.generation.options import parse
     from lora_adapters.train.quiet import quiet
 
     quiet()
     try:
-        settings = parser().parse_args(argv)
-        refuse(settings)
+        settings = parse(argv)
         from lora_adapters.train.generation.run import generate
 
         generate(settings)

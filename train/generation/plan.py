@@ -18,6 +18,7 @@ from lora_adapters.train.generation.prompt_lines import numbered_lines, read_pro
 from lora_adapters.train.generation.requests import PictureRequest, check_for_kind, requests
 from lora_adapters.train.generation.sweeps import Column, check_lines, check_rank, columns
 from lora_adapters.train.models.base import architecture_on_disk, check_path
+from lora_adapters.train.options.settings import check_ranges
 from lora_adapters.train.resizing.plan import PICTURE_SUFFIXES
 
 _ONE_OF = (
@@ -70,14 +71,7 @@ def _check(settings: argparse.Namespace) -> None:
     for group in _ONE_OF:
         if sum(bool(getattr(settings, name)) for name in group) > 1:
             raise TrainingError(f"--{' and --'.join(group)} exclude each other: give one")
-    for name in ("images_per_prompt", "n_iter", "batch_size", "clip_skip", "max_embeddings_multiples"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise TrainingError(f"--{name} {value}: give 1 or more")
-    if settings.vae_batch_size is not None and not settings.vae_batch_size > 0:
-        raise TrainingError(f"--vae_batch_size {settings.vae_batch_size}: give more than 0")
-    if settings.seed is not None and not 0 <= settings.seed < 2**32:
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**32 - 1}")
+    check_ranges(settings)
     for name in ("strength", "use_original_file_name"):
         value = getattr(settings, name)
         if value is not None and value is not False and not settings.image_path:

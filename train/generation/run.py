@@ -21,7 +21,7 @@ from lora_adapters.train.models.schedulers import sampler
 
 
 def generate(settings: argparse.Namespace) -> list[Path]:
-    """Draw what the options (`generate_options.parser`) say; the paths of what was written.
+    """Draw what the options (`generation.options.parse`) say; the paths of what was written.
 
     TrainingError or AdapterError for whatever cannot be done, before the model is loaded where it can be told by then.
     """
@@ -61,7 +61,7 @@ def load(settings: argparse.Namespace, device: torch.device) -> BaseModels:
     disable_progress_bar()
     disable_transformers_progress_bar()
     dtype = torch.float16 if settings.fp16 else torch.bfloat16 if settings.bf16 else torch.float32
-    models = load_base_models(argparse.Namespace(**vars(settings), lowram=False), dtype)
+    models = load_base_models(settings, dtype)
     for flag, kinds in (("v1", ("sd1",)), ("sdxl", ("sdxl",))):
         if getattr(settings, flag) and models.kind not in kinds:
             raise TrainingError(f"--{flag}: {models.name} is {models.kind}")

@@ -45,6 +45,7 @@ class Option:
         read: makes the value of what a dataset file has. Raises ValueError with what it must be.
         choices: the values that are allowed.
         metavar: name of the value in --help.
+        at_least_one: whether an option with several values needs one.
         at_least, at_most, above: limits of a number.
         range_error: replaces the usual message about a number outside of its limits.
         scope: tables of a dataset file that may contain the option (letters of TABLES); empty for none.
@@ -63,6 +64,7 @@ class Option:
     read: Callable[[Any], Any] | None = None
     choices: tuple[Any, ...] | None = None
     metavar: str | None = None
+    at_least_one: bool = False
     at_least: float | None = None
     at_most: float | None = None
     above: float | None = None

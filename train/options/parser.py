@@ -37,6 +37,11 @@ class Parser(command_line.Parser):
                 _add(group, known[name], defaults)
                 self._names.append(known[name].flag)
 
+    def add_refused(self, flag: str) -> None:
+        """Add an option, with or without values, that --help does not show: the program says why it is refused."""
+        self.add_argument(flag, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self._names.append(flag)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, after abbreviations are written out."""
         words: Sequence[str] = sys.argv[1:] if args is None else args
@@ -67,7 +72,7 @@ def _add(group: argparse._ArgumentGroup, option: Option, defaults: bool) -> None
     group.add_argument(
         option.flag,
         type=option.parse,
-        nargs="*" if option.many else None,
+        nargs=("+" if option.at_least_one else "*") if option.many else None,
         choices=option.choices,
         metavar=option.metavar,
         **shown,
