@@ -11,7 +11,10 @@ import torch
 from typing_extensions import Self
 
 from lora_adapters.convert.deltas.low_rank import LowRank, add_up, common_scale, rank_range, to_narrow
-from lora_adapters.convert.families.names import Lookup, ModuleName, architecture_of, may_be_sdxl
+from lora_adapters.convert.families.detection import family_of
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.names import Lookup, ModuleName
+from lora_adapters.convert.families.registry import BASE_VERSION, by_kohya_names
 from lora_adapters.convert.formats import cloneofsimo, diffusers, kohya, peft
 from lora_adapters.convert.formats.kinds import unread, without_bundled_embeddings
 from lora_adapters.convert.formats.metadata import (
@@ -28,6 +31,7 @@ from lora_adapters.convert.storage.files import read_tensors, replacing, save_pi
 from lora_adapters.convert.storage.sources import locate
 
 from .errors import AdapterError
+from .live import LiveAdapter
 
 FORMATS = ("kohya", "diffusers", "peft", "cloneofsimo")
 T = TypeVar("T")
@@ -38,19 +42,8 @@ def _most_common(values: Iterable[T]) -> T | None:
     return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
-def _is_sdxls_width(module: ModuleName, one: LowRank) -> bool:
-    """Whether a module that SD1.x and SD2.x have too is as wide as only SDXL's is."""
-    if module.component != "unet":
-        return False
-    if module.path.endswith((".attn2.to_k", ".attn2.to_v")):
-        return one.out_in[1] == 2048  # both text encoders' outputs, side by side
-    # The up blocks' own width, which their layers put out: SD's are 1280, 1280, 640, 320, SDXL's 1280, 640, 320.
-    wide = {"up_blocks.1": 640, "up_blocks.2": 320}.get(module.path[:11])
-    return wide == one.out_in[0] and module.path.endswith((".conv1", ".conv2", ".proj_in", ".to_q", ".to_out.0"))
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter:
+class Adapter(LiveAdapter):
     """`{ModuleName(component, path): LowRank}` and the metadata of its file (all strings).
 
     The tensors of a loaded adapter are views of the memory-mapped file until they are used. Nothing changes an adapter:
@@ -119,8 +112,9 @@ class Adapter:
             raise unread(tensors, f"these are weights of PEFT's, without the {peft.CONFIG} beside them")
         if kohya.is_mine(set(tensors)):
             modules = kohya.read(tensors, lookup)
-            if any(key.startswith(kohya.SDXL_NAMES) for key in tensors) and may_be_sdxl(modules):
-                metadata.setdefault("ss_base_model_version", "sdxl_base_v1-0")
+            family = by_kohya_names(tensors)
+            if family is not None and family.has(modules):
+                metadata.setdefault(BASE_VERSION, family.versions[0].value)
             return cls(modules, metadata)
         if cloneofsimo.is_mine(set(tensors)):
             return cls(cloneofsimo.read(tensors, metadata), cloneofsimo.other_metadata(metadata))
@@ -160,9 +154,9 @@ class Adapter:
             adapter = adapter.map(lambda one: one.with_alpha(float(one.rank)) if one.alpha else one)
         adapter = adapter.to(dtype, keep_alpha=without_alphas)
         if format in ("peft", "diffusers"):
-            from lora_adapters.convert.families.detection import in_own_shapes
+            from lora_adapters.convert.formats.projections import in_own_shapes
 
-            adapter = in_own_shapes(adapter)
+            adapter = adapter.with_modules(in_own_shapes(adapter.modules, adapter.metadata))
         if format == "peft":
             dylora = self.dylora
             tuner = {"type": "DyLora", **asdict(dylora)} if dylora else {}
@@ -189,13 +183,14 @@ class Adapter:
     # --- what it is ------------------------------------------------------------------------------------------------
 
     @property
+    def family(self) -> ModelFamily:
+        """The family of base models that it is for, told from the module names, the metadata and the widths."""
+        return family_of(self.modules, self.metadata)
+
+    @property
     def architecture(self) -> str:
-        """ "sd" (SD1.x, SD2.x) or "sdxl", told from the module names, the metadata and SDXL's widths."""
-        told = self.metadata.get("ss_base_model_version", "")
-        found = architecture_of(self.modules)
-        if found == "sd" and not told and may_be_sdxl(self.modules):
-            return "sdxl" if any(_is_sdxls_width(*item) for item in self.modules.items()) else "sd"
-        return "sdxl" if found == "sd" and told.startswith("sdxl") else found
+        """The name of its family: "sd" (SD1.x, SD2.x) or "sdxl"."""
+        return self.family.name
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -261,13 +256,11 @@ class Adapter:
     def __add__(self, other: "Adapter") -> Self:
         """The sum of both, exactly; ranks add up, modules of only one stay.
 
-        AdapterError where one is for SD1/2 and the other for SDXL, or where shapes differ (SD1 and SD2).
+        AdapterError where they are for different families, or where shapes differ (SD1 and SD2).
         """
-        if self.architecture != other.architecture:
-            names = {"sd": "SD1.x/SD2.x", "sdxl": "SDXL"}
-            raise AdapterError(
-                f"one adapter is for {names[self.architecture]}, the other for {names[other.architecture]}"
-            )
+        ours, theirs = self.family, other.family
+        if ours is not theirs:
+            raise AdapterError(f"one adapter is for {'/'.join(ours.titles)}, the other for {'/'.join(theirs.titles)}")
         modules = dict(self.modules)
         scale = common_scale([*self.modules.values(), *other.modules.values()])
         for module, one in other.modules.items():
@@ -343,14 +336,14 @@ class Adapter:
         """The best adapter of that rank for tuned - base, two models in files or Diffusers folders.
 
         conv_rank None is LoRA-LierLa. `options` are those of
-        `lora_adapters.convert.tools.extract.extract`: target_error,
-        min_diff, clamp_quantile, device, v_prediction. AdapterError where the models do not fit together or are the
+        `lora_adapters.convert.models.extraction.approximate_difference`: target_error, min_diff, clamp_quantile,
+        device, v_prediction. AdapterError where the models do not fit together or are the
         same.
         """
-        from lora_adapters.convert.tools.extract import extract
+        from lora_adapters.convert.models.extraction import approximate_difference
 
-        adapter = extract(base, tuned, rank, conv_rank, **options).adapter
-        return cls(adapter.modules, adapter.metadata)
+        found = approximate_difference(base, tuned, rank, conv_rank, **options)
+        return cls(found.modules, found.metadata)
 
     def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
         """Write the model (a file, or a Diffusers folder) to `out` with weight · ΔW added to its weights.
@@ -358,7 +351,7 @@ class Adapter:
         Tensors that are not adapted are copied bit for bit, the others keep their dtype. AdapterError where
         the adapter is for another model; `out` is then not written.
         """
-        from lora_adapters.convert.tools.merge import merge_into_model
+        from lora_adapters.convert.models.merging import merge_into_model
 
         return merge_into_model(model, out, [self], [weight])
 

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from lora_adapters.convert.adapter import FORMATS
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.formats import cloneofsimo
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
@@ -73,9 +73,9 @@ def program(argv: Sequence[str] | None) -> None:
     args = parser().parse_args(argv)
     path = Path(args.save_to).expanduser() if args.format == "peft" else output_file(args.save_to)
     if args.embeddings and args.format != "cloneofsimo":
-        raise AdapterError("--embeddings can only be put into cloneofsimo's format")
+        raise UsageError("--embeddings can only be put into cloneofsimo's format")
     if args.fold_alpha and args.format != "kohya":
-        raise AdapterError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
+        raise UsageError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
     source = locate(args.model)
     adapter = load(source, args.zero_alpha, args.skip_unknown)
     embeddings = read_embeddings(args.embeddings)
@@ -97,7 +97,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

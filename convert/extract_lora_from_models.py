@@ -15,10 +15,20 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.deltas.svd import as_written, report
+from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import FAMILIES, asked_by
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, device_of, dtype_of, output_file, refuse, run
+from lora_adapters.convert.tools.command_line import (
+    Parser,
+    add_dtype,
+    dtype_of,
+    output_file,
+    rank_option,
+    refuse,
+    run,
+)
 from lora_adapters.convert.tools.extract import extract
 
 
@@ -28,7 +38,7 @@ def parser() -> Parser:
     made.add_argument("--model_org", required=True, help="the original model: checkpoint file or Diffusers folder")
     made.add_argument("--model_tuned", required=True, help="the fine-tuned model: checkpoint file or Diffusers folder")
     made.add_argument("--save_to", required=True, help="the resulting file")
-    made.add_argument("--dim", type=int, help="rank of the LoRA (default: 4; with target_error: no limit)")
+    made.add_argument("--dim", type=rank_option, help="rank of the LoRA (default: 4; with target_error: no limit)")
     made.add_argument("--conv_dim", type=int, help="rank of convolutions above 1x1 (default: leave them out)")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, dim at most")
     made.add_argument("--min_diff", type=number, default=0.0, help="leave out text encoders that differ no more (0)")
@@ -76,15 +86,16 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def _check_version(args) -> None:
-    wanted = {"sdxl": args.sdxl, "sd_v2": args.v2 or args.v_parameterization}
-    for start, asked in wanted.items():
-        version = Checkpoint.open(args.model_org).base_version if asked else start
-        if not version.startswith(start):
-            raise AdapterError(f"{args.model_org} is {version}, not {start} as the options say")
+    """AdapterError where the model is another one than a flag such as --v2 says."""
+    for option, start in {option: start for family in FAMILIES for option, start in family.options.items()}.items():
+        if getattr(args, option):
+            version = Checkpoint.open(args.model_org).base_version
+            if not asked_by(option, version):
+                raise AdapterError(f"{args.model_org} is {version}, not {start} as the options say")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

@@ -20,8 +20,8 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import LowRank, rank_range
 from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.detection import family_of
-from lora_adapters.convert.families.names import OUTER, TEXT_PROJECTION
+from lora_adapters.convert.families.detection import base_model_of
+from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.formats import peft
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
@@ -67,10 +67,10 @@ def block_norms(adapter: Adapter) -> dict[str, float]:
 
 
 def _kind(adapter: Adapter) -> str:
-    unet = [module.path for module in adapter.modules if module.component == "unet"]
-    convolutions = any(".attentions." not in path and path not in OUTER for path in unet)
-    kind = "LoRA-C3Lier" if convolutions else "LoRA-LierLa"
-    if any(path in OUTER for path in unet) or any(module.path == TEXT_PROJECTION for module in adapter.modules):
+    family = by_name(adapter.architecture)
+    parts = {family.part(module) for module in adapter.modules}
+    kind = "LoRA-LierLa" if parts <= {*family.coverage["lierla"].parts, "outer"} else "LoRA-C3Lier"
+    if "outer" in parts:
         kind += " and layers outside of the blocks"
     return f"DyLoRA (unit {adapter.dylora.unit}), as {kind}" if adapter.dylora else kind
 
@@ -111,7 +111,7 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
     tensors = read_tensors(path)[0] if path.is_file() else {}
     return {
         "file": str(path),
-        "for": family_of(adapter),
+        "for": base_model_of(adapter.modules, adapter.metadata).title,
         "base": adapter.metadata.get("ss_base_model_version"),
         "type": _kind(adapter),
         "modules": dict(Counter(module.component for module in adapter.modules)),
@@ -200,7 +200,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

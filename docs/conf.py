@@ -14,7 +14,7 @@ import lora_adapters
 
 project = "lora-adapters"
 release = lora_adapters.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "pages/index"
 myst_heading_anchors = 3
 html_theme = "furo"
@@ -23,7 +23,6 @@ html_copy_source = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
-suppress_warnings = ["ref.python"]  # which of the two Adapters a type hint means: one is the other with more methods
 
 _SPECIAL = re.compile(r"([\\*|_])")
 
@@ -56,5 +55,5 @@ def _docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: 
 
 def setup(app: Any) -> None:
     """Register the reading of docstrings."""
-    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon reads Args, Returns, Raises
     app.connect("autodoc-process-signature", _signature)

@@ -19,7 +19,7 @@ from lora_adapters import plugin  # noqa: E402
 plugin.plug_in()
 
 _PUBLIC = {
-    "Adapter": "adapter",
+    "Adapter": "convert.adapter",
     "AdapterError": "convert.errors",
     "C3LierConfig": "types.config",
     "DyLoraConfig": "types.config",

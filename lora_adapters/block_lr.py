@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.parsing import number
 
 PRESETS: dict[str, Callable[[float], float]] = {
@@ -15,7 +16,6 @@ PRESETS: dict[str, Callable[[float], float]] = {
     "reverse_linear": lambda t: 1 - t,
     "zeros": lambda t: 0.0,
 }
-_SIDES = {"sd": (12, 1, 12), "sdxl": (9, 3, 9)}  # down, mid, up
 _PRESET = re.compile(rf"({'|'.join(PRESETS)})(?:\+(\d*\.?\d+))?")
 
 Weights = str | float | Sequence[float] | None
@@ -76,17 +76,16 @@ def block_lr_weights(
     >>> block_lr_weights(down="linear", mid=0.5, up=[1, 0])[10:16]
     [0.9090909090909091, 1.0, 0.5, 1.0, 0.0, 1.0]
     """
-    if architecture not in _SIDES:
-        raise AdapterError(f"unknown architecture {architecture!r}: sd (SD1.x, SD2.x) and sdxl are known")
-    counts = _SIDES[architecture]
+    blocks = by_name(architecture).blocks
     sides = [
         _side(name, given, count)
         for name, given, count in zip(
-            ("down_lr_weight", "mid_lr_weight", "up_lr_weight"), (down, mid, up), counts, strict=True
+            ("down_lr_weight", "mid_lr_weight", "up_lr_weight"), (down, mid, up), blocks.sides, strict=True
         )
     ]
     weights = [weight if weight > zero_threshold else 0.0 for side in sides for weight in side]
-    return weights if architecture == "sd" else [1.0, *weights, 1.0]
+    outer = [1.0] * blocks.outer
+    return [*outer, *weights, *outer]
 
 
 def without_zero_blocks(ranks: Sequence[int], weights: Sequence[float]) -> list[int]:

@@ -22,7 +22,8 @@ from lora_adapters.types.config import DyLoraConfig, LierLaConfig, restored
 from lora_adapters.types.dylora import rank_control
 from lora_adapters.types.dylora.rank_control import layers
 
-from . import injection, plugin
+from . import injection
+from .compat import rank_stabilized
 from .target_modules import RankAlpha
 
 # What the config of an adapter says of the model that it is in, and of layers that stay when weights are swapped.
@@ -89,7 +90,7 @@ def swap(model: Any, placed: Mapping[str, LowRank], adapter_name: str, facts: Dy
             continue
         weight = _weight(layer, adapter_name, stabilized)
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = one.rank, one.alpha
-        plugin.rank_stabilized(layer)[adapter_name] = False
+        rank_stabilized(layer)[adapter_name] = False
         _rescale(layer, adapter_name, weight * one.alpha / one.rank)
         prepared = _is_prepared(layer, adapter_name)
         _put(down, one.down, 0, prepared)
@@ -129,7 +130,7 @@ def _is_prepared(layer: Any, adapter_name: str) -> bool:
 def _weight(layer: Any, adapter_name: str, stabilized: bool) -> float:
     """What `set_adapters` multiplies the adapter with here; `stabilized` counts where PEFT (0.17) does not know."""
     rank, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
-    own = alpha / rank**0.5 if plugin.rank_stabilized(layer).get(adapter_name, stabilized) else alpha / rank
+    own = alpha / rank**0.5 if rank_stabilized(layer).get(adapter_name, stabilized) else alpha / rank
     return float(layer.scaling[adapter_name]) / own if own else 1.0
 
 

@@ -149,30 +149,9 @@ def unwrap(model: nn.Module, path: str, layer: LoraLayer) -> None:
     setattr(model.get_submodule(parent), name, layer.base_layer)
 
 
-def remove(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the model; with the last one, PEFT's layers go too."""
-    configs = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    take_out(model, adapter_name)
-    if not configs:
-        from diffusers.utils.peft_utils import recurse_remove_peft_layers
-
-        recurse_remove_peft_layers(model)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        model._hf_peft_config_loaded = False  # type: ignore[assignment]
-
-
 def active(model: nn.Module) -> list[str]:
     """The names of the active adapters."""
     return next((list(part.active_adapters) for part in model.modules() if isinstance(part, BaseTunerLayer)), [])
-
-
-def activate(model: nn.Module, names: list[str]) -> None:
-    """Make these adapters the active ones."""
-    for part in model.modules():
-        if isinstance(part, BaseTunerLayer):
-            part.set_adapter(names)
 
 
 def beyond_lora(layer: Any, adapter_name: str) -> str | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import BLOCK_COUNT, nearest
+from lora_adapters.convert.families.names import nearest
+from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.formats.metadata import DYLORA_FACTS
 from lora_adapters.convert.parsing import number
 from lora_adapters.types.config import C3LierConfig, DyLoraConfig, LierLaConfig
@@ -142,7 +143,7 @@ def network_options(
     network_args: Mapping[str, str] | None = None,
     architecture: str = "sd",
 ) -> NetworkOptions:
-    """The config and rates that kohya's options mean, for "sd" (SD1.x, SD2.x) or "sdxl".
+    """The config and rates that kohya's options mean, for a family of that name: "sd" (SD1.x, SD2.x) or "sdxl".
 
     Rank and alpha default to 4 and 1; an alpha of 0 is the rank, as in kohya's trainer. Where kohya's trainer
     ignores an option without a word (block_alphas or conv_block_dims alone) or fails on it (one number as a block
@@ -175,10 +176,10 @@ def network_options(
         down, mid, up = (given.get(name) for name in _LR_WEIGHTS)
         weights = block_lr_weights(architecture, down, mid, up, given.get("block_lr_zero_threshold", 0.0))
         if not all(weights):
-            dims = fields.get("block_dims") or [fields["r"]] * BLOCK_COUNT[architecture]
+            dims = fields.get("block_dims") or [fields["r"]] * by_name(architecture).blocks.count
             fields["block_dims"] = without_zero_blocks(dims, weights)
             conv = fields.get("conv_block_dims")
-            conv = conv or ([fields["conv_dim"]] * BLOCK_COUNT[architecture] if "conv_dim" in fields else None)
+            conv = conv or ([fields["conv_dim"]] * by_name(architecture).blocks.count if "conv_dim" in fields else None)
             if conv:
                 fields["conv_block_dims"] = without_zero_blocks(conv, weights)
     _ranks_for_zero_alphas(fields)

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lora_adapters.convert.families.names import sgm_path_in, text_path
+from lora_adapters.convert.families.names import text_path
+from lora_adapters.convert.families.registry import role_of
+from lora_adapters.convert.families.unet import original_name
 
 _ADDED = (".lora_A", ".lora_B", ".lora_embedding_", ".lora_dropout", ".lora_magnitude_vector", ".base_layer")
 
@@ -31,7 +33,7 @@ class LiveNames:
         if component not in self._tables:
             self._tables[component] = _by_flat_name(model, component)
         table, flat = self._tables[component], name.replace(".", "_")
-        if component == "unet":
+        if role_of(component) != "text_encoder":
             return table.get(flat, name)
         path = table.get(flat) or table.get(flat.removeprefix("text_model_"))
         return name if path is None else text_path(path)
@@ -48,7 +50,7 @@ def _by_flat_name(model: Any, component: str) -> dict[str, str]:
         if path and not any(part in f".{path}" for part in _ADDED) and hasattr(module, "weight")
     ]
     spelled = [(path.replace(".", "_"), path) for path in paths]
-    if component == "unet":
+    if role_of(component) == "denoiser":
         spelled += _original_names(model, paths)
     table: dict[str, str] = {}
     for flat, path in spelled:
@@ -63,5 +65,5 @@ def _original_names(model: Any, paths: list[str]) -> list[tuple[str, str]]:
         return []
     blocks = {path.split(".")[1] for path in paths if path.startswith("up_blocks.")}
     attended = {path.split(".")[1] for path in paths if path.startswith("up_blocks.") and ".attentions." in path}
-    named = ((sgm_path_in(path, blocks - attended, layers), path) for path in paths)
+    named = ((original_name(path, blocks - attended, layers), path) for path in paths)
     return [(name.replace(".", "_"), path) for name, path in named if name is not None]

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.registry import by_modules
 from lora_adapters.types.dylora.rank_control import layers
 
 from .injection import unwrapped
@@ -14,13 +15,12 @@ from .injection import unwrapped
 
 def _unet_blocks(paths: list[str], weights: Sequence[float]) -> dict[str, int]:
     """The block of each path; AdapterError where there are not as many weights as blocks."""
-    architecture = architecture_of(ModuleName("unet", path) for path in paths)
-    if len(weights) != BLOCK_COUNT[architecture]:
+    family = by_modules(ModuleName("unet", path) for path in paths)
+    if len(weights) != family.blocks.count:
         raise AdapterError(
-            f"block_lr_weights has {len(weights)} values, {architecture.upper()}'s U-Net has "
-            f"{BLOCK_COUNT[architecture]} blocks"
+            f"block_lr_weights has {len(weights)} values, {family.title}'s U-Net has {family.blocks.count} blocks"
         )
-    return {path: index for path in paths if (index := block_index(path, architecture)) is not None}
+    return {path: index for path in paths if (index := family.blocks.index(path)) is not None}
 
 
 def _first(*ratios: float | None) -> float | None:

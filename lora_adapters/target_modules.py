@@ -7,12 +7,15 @@ from typing import Any, Protocol
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import BLOCK_COUNT, ModuleName, architecture_of, block_index
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.registry import FAMILIES, by_modules, by_name
 from lora_adapters.convert.formats.diffusers import pattern_value
 
-LIERLA_CONTAINERS = frozenset({"Transformer2DModel"})
-C3LIER_CONTAINERS = LIERLA_CONTAINERS | {"ResnetBlock2D", "Downsample2D", "Upsample2D"}
-TEXT_CONTAINERS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})
+_CONTAINERS = {
+    kind: frozenset[str]().union(*(family.coverage[kind].containers for family in FAMILIES))
+    for kind in ("lierla", "c3lier")
+}
 
 
 class Ranks(Protocol):
@@ -52,7 +55,7 @@ def base_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             yield path, container, module
             return
         name = type(module).__name__
-        inner = name if name in C3LIER_CONTAINERS | TEXT_CONTAINERS else container
+        inner = name if name in _CONTAINERS["c3lier"] else container
         for child, submodule in module.named_children():
             yield from walk(submodule, f"{path}.{child}" if path else child, inner)
 
@@ -71,7 +74,7 @@ def covered(model: nn.Module, conv: bool) -> list[str]:
     MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. ValueError where the model
     has none of these.
     """
-    containers = (C3LIER_CONTAINERS if conv else LIERLA_CONTAINERS) | TEXT_CONTAINERS
+    containers = _CONTAINERS["c3lier" if conv else "lierla"]
     paths = [
         path for path, container, layer in base_layers(model) if container in containers and (conv or not is_kxk(layer))
     ]
@@ -87,10 +90,10 @@ def check_block_list(name: str, values: Sequence[float] | None, architecture: st
     """AdapterError where a list is not as long as the architecture has blocks (25; SDXL 23) or has a negative item."""
     if values is None:
         return
-    wanted = BLOCK_COUNT[architecture]
-    if len(values) != wanted:
-        kind = {"sd": "SD1.x and SD2.x", "sdxl": "SDXL"}[architecture]
-        raise AdapterError(f"{name} has {len(values)} values, {kind} has {wanted} blocks")
+    family = by_name(architecture)
+    if len(values) != family.blocks.count:
+        kind = " and ".join(family.titles)
+        raise AdapterError(f"{name} has {len(values)} values, {kind} has {family.blocks.count} blocks")
     if min(values) < 0:
         raise AdapterError(f"{name} has the negative value {min(values)}")
 
@@ -101,12 +104,12 @@ class RankRule:
     def __init__(self, ranks: Ranks, model_paths: Sequence[str]):
         self.ranks = ranks
         blocks = [path for path in model_paths if path.startswith(("down_blocks.", "mid_block.", "up_blocks."))]
-        self.architecture: str | None = None
+        self.family: ModelFamily | None = None
         lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
         if blocks and any(getattr(ranks, name) is not None for name in lists):
-            self.architecture = architecture_of(ModuleName("unet", path) for path in blocks)
+            self.family = by_modules(ModuleName("unet", path) for path in blocks)
             for name in lists:
-                check_block_list(name, getattr(ranks, name), self.architecture)
+                check_block_list(name, getattr(ranks, name), self.family.name)
 
     def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
         """The rank and alpha of the layer at `path`; block lists count in U-Nets only, as in kohya's trainer.
@@ -114,7 +117,7 @@ class RankRule:
         PEFT's own rank_pattern and alpha_pattern, which name single modules, win over all else.
         """
         ranks = self.ranks
-        block = block_index(path, self.architecture) if self.architecture else None
+        block = self.family.blocks.index(path) if self.family else None
         if is_kxk(layer):
             dims, alphas, rank, alpha = ranks.conv_block_dims, ranks.conv_block_alphas, ranks.conv_dim, ranks.conv_alpha
             if alpha is None:

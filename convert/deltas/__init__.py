@@ -1,7 +1,5 @@
 """The changes of one module's weight that adapters make: one file for each kind."""
 
-from lora_adapters.convert.formats.lycoris import read_modules
-
 from .base import Delta
 from .boft import BOFT
 from .dora import DoRA
@@ -29,5 +27,4 @@ __all__ = [
     "Tucker",
     "WithBias",
     "read_module",
-    "read_modules",
 ]

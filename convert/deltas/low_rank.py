@@ -105,11 +105,16 @@ class LowRank:
         """`up` as (out, rank) and `down` as (rank, in·height·width)."""
         return self.up.to(dtype).flatten(1), self.down.to(dtype).flatten(1)
 
-    def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def delta(
+        self, base_weight: torch.Tensor | torch.dtype | None = None, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         """ΔW in full, (out, in) or (out, in, height, width), computed in `dtype`.
 
-        The weight that it changes only tells the shape; AdapterError where it is for another.
+        The weight that it changes only tells the shape; AdapterError where it is for another. A dtype may be given
+        alone, as the first argument.
         """
+        if isinstance(base_weight, torch.dtype):
+            dtype, base_weight = base_weight, None
         change = self if base_weight is None else self.shaped_like(tuple(base_weight.shape))
         up, down = change.matrices(dtype)
         return (up @ down).mul_(self.scale).reshape(len(up), *change.down.shape[1:])

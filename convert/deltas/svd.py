@@ -14,7 +14,7 @@ import torch
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import COMPONENTS, ModuleName
-from lora_adapters.convert.tools.command_line import progress
+from lora_adapters.convert.progress import progress
 
 from .low_rank import LowRank
 from .orthonormal import gram_svd, orthonormal

@@ -1,52 +1,88 @@
-"""Which models an adapter is for: SD1.x, SD2.x or SDXL, and refusing to mix them."""
+"""Which models an adapter is for, and refusing to mix adapters for different ones."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from typing import NamedTuple, Protocol
 
-from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 
+from .family import ModelFamily, Version
 from .names import ModuleName
+from .registry import BASE_VERSION, FAMILIES, by_metadata, by_modules, version_named
 
-_WIDTHS = {768: "SD1.x", 1024: "SD2.x"}  # of the text encoder's output, which the U-Net's attn2 reads
-_VERSIONS = {"sd_v1": "SD1.x", "sd_v2": "SD2.x", "sd_v2_v": "SD2.x"}
-
-
-def family_of(adapter: Adapter) -> str:
-    """ "SD1.x", "SD2.x", "SDXL", or "SD" where neither widths nor metadata tell which."""
-    if adapter.architecture == "sdxl":
-        return "SDXL"
-    for module, one in adapter.modules.items():
-        if module.path.endswith(("attn2.to_k", "attn2.to_v", "self_attn.q_proj")) and one.out_in[1] in _WIDTHS:
-            return _WIDTHS[one.out_in[1]]
-    return _VERSIONS.get(adapter.metadata.get("ss_base_model_version", ""), "SD")
+# Layers whose input is as wide as the text encoder.
+_READ_TEXT = (
+    *("attn2.to_k", "attn2.to_v", "mlp.fc1"),
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+)
 
 
-def in_own_shapes(adapter: Adapter) -> Adapter:
-    """The adapter with proj_in and proj_out as its model has them: linear in SD2.x and SDXL, convolutions in SD1.x.
+class Sized(Protocol):
+    """The change of a module: all that is asked of it here is its size, (out, in)."""
 
-    kohya's trainer spells SD2's as convolutions, which stock diffusers and PEFT do not take. Where only the metadata
-    tells the family, they stay as they are: small models of any version have either.
+    @property
+    def out_in(self) -> tuple[int, int]: ...
+
+
+class AdapterData(Protocol):
+    """What is asked of an adapter here."""
+
+    @property
+    def modules(self) -> Mapping[ModuleName, Sized]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
+class BaseModel(NamedTuple):
+    """What an adapter is for: a family, and one of its versions where that can be told."""
+
+    family: ModelFamily
+    version: Version | None
+
+    @property
+    def title(self) -> str:
+        """The version's, else the family's: "SD1.x", "SD2.x", "SDXL", "SD"."""
+        return self.family.title if self.version is None else self.version.title
+
+
+def family_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> ModelFamily:
+    """The family that an adapter is for, by the names of its modules, its metadata and its widths.
+
+    AdapterError where no family has all of the modules.
     """
-    family = family_of(replace(adapter, metadata={})) if adapter.architecture == "sd" else "SDXL"
-    if family == "SD":
-        return adapter
-
-    def shaped(module: ModuleName, one: LowRank) -> LowRank:
-        if not module.path.endswith((".proj_in", ".proj_out")) or one.kernel != (1, 1):
-            return one
-        return one.shaped_like(one.out_in if family != "SD1.x" else (*one.out_in, 1, 1))
-
-    return adapter.with_modules({module: shaped(module, one) for module, one in adapter.modules.items()})
+    found = by_modules(modules)
+    if found is not FAMILIES[0]:
+        return found
+    if metadata.get(BASE_VERSION):
+        return by_metadata(metadata) or found
+    others = (family for family in FAMILIES[1:] if family.marks.width is not None and family.has(modules))
+    return next((family for family in others if _has_own_width(family, modules)), found)
 
 
-def check_one_family(adapters: Mapping[str, Adapter]) -> None:
+def _has_own_width(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> bool:
+    is_own, denoiser = family.marks.width, family.denoiser.name
+    return is_own is not None and any(
+        module.component == denoiser and is_own(module.path, change.out_in) for module, change in modules.items()
+    )
+
+
+def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> BaseModel:
+    """The family and, by the widths of the modules or else by the metadata, the version that an adapter is for."""
+    family = family_of(modules, metadata)
+    reading = (change.out_in[1] for module, change in modules.items() if module.path.endswith(_READ_TEXT))
+    by_width = next((version for width in reading if (version := family.version(width)) is not None), None)
+    if by_width is None and len(family.versions) == 1:
+        by_width = family.versions[0]
+    told = version_named(metadata.get(BASE_VERSION, ""))
+    return BaseModel(family, by_width or (told if told in family.versions else None))
+
+
+def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
     """AdapterError, with their names, where two adapters are for different models."""
-    families = {name: family_of(adapter) for name, adapter in adapters.items()}
-    sdxl = "SDXL" in families.values()  # then one that is SD1.x or SD2.x is a stranger, whichever of them it is
-    known = {name: family for name, family in families.items() if sdxl or family != "SD"}
+    models = {name: base_model_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
+    several = len({model.family.name for model in models.values()}) > 1  # then one of unknown version is a stranger too
+    known = {name: model.title for name, model in models.items() if several or model.version is not None}
     first = next(iter(known.items()), None)
-    for name, family in known.items():
-        if first is not None and family != first[1]:
-            raise AdapterError(f"{first[0]} is for {first[1]}, but {name} is for {family}: they cannot be combined")
+    for name, title in known.items():
+        if first is not None and title != first[1]:
+            raise AdapterError(f"{first[0]} is for {first[1]}, but {name} is for {title}: they cannot be combined")

@@ -18,13 +18,12 @@ from typing import Literal, NamedTuple
 
 from lora_adapters.convert.errors import AdapterError
 
-UNET = "model.diffusion_model."
+from .blocks import LAYER
+from .unet import PREFIX
+
 VAE = "first_stage_model."
-CLIP = {"sd": "cond_stage_model.transformer.", "sdxl": "conditioner.embedders.0.transformer."}
-OPEN_CLIP = {"sd": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
 
 _LAYERS = {"down": 2, "mid": 2, "up": 3}  # ResNets in a block of the original U-Net
-_BLOCK = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _UNET_OUTER = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -88,14 +87,14 @@ def _unknown(key: str, what: str) -> AdapterError:
 def unet_origins(keys: Collection[str]) -> dict[str, Origin]:
     """Original name -> tensor of a folder's U-Net. AdapterError for a U-Net of another build than SD's and SDXL's."""
     attended = {key.split(".")[1] for key in keys if key.startswith("up_blocks.") and ".attentions." in key}
-    return {f"{UNET}{_unet_name(key, attended)}": Origin((key,)) for key in keys}
+    return {f"{PREFIX}{_unet_name(key, attended)}": Origin((key,)) for key in keys}
 
 
 def _unet_name(key: str, attended: Collection[str]) -> str:
     module, _, end = key.rpartition(".")
     if module in _UNET_OUTER:
         return f"{_UNET_OUTER[module]}.{end}"
-    match = _BLOCK.fullmatch(key)
+    match = LAYER.fullmatch(key)
     if match is None:
         raise _unknown(key, "U-Net")
     half, block, kind, layer, rest = match.groups()
@@ -160,17 +159,17 @@ def _inner(key: str) -> str:
     return key.removeprefix("text_model.")
 
 
-def clip_origins(keys: Collection[str], architecture: str) -> dict[str, Origin]:
-    """Original name -> tensor of the text encoder of SD1.x, or of SDXL's first."""
-    return {f"{CLIP[architecture]}text_model.{_inner(key)}": Origin((key,)) for key in keys}
+def clip_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
+    """Original name -> tensor of a text encoder of CLIP's own code: that of SD1.x, SDXL's first."""
+    return {f"{prefix}text_model.{_inner(key)}": Origin((key,)) for key in keys}
 
 
-def open_clip_origins(keys: Collection[str], architecture: str) -> dict[str, Origin]:
-    """Original name -> tensors of the text encoder of SD2.x, or of SDXL's second.
+def open_clip_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
+    """Original name -> tensors of a text encoder of open_clip's: that of SD2.x, SDXL's second.
 
     AdapterError for one of another build.
     """
-    prefix, made = OPEN_CLIP[architecture], {}
+    made: dict[str, Origin] = {}
     for key in keys:
         inner = _inner(key)
         match = _OPEN_CLIP_BLOCK.fullmatch(inner)

@@ -15,7 +15,9 @@ import torch
 
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import TEXT_LAYERS, ModuleName, unet_paths
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.registry import by_name, of_format
+from lora_adapters.convert.families.text_encoder import LAYERS
 from lora_adapters.convert.parsing import json_value
 
 EMBEDDING = "<embed>"
@@ -52,7 +54,8 @@ def _walk_unet() -> Iterator[str]:
     block_parts += [f"transformer_blocks.0.attn1.{to}" for to in ("to_q", "to_k", "to_v", "to_out.0")]
     block_parts += ["transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"]
     block_parts += [f"transformer_blocks.0.attn2.{to}" for to in ("to_q", "to_k", "to_v", "to_out.0")] + ["proj_out"]
-    known = unet_paths("sd")
+    family = of_format("cloneofsimo")
+    known = family.paths(family.denoiser.name)
     for block in blocks:
         paths = [f"{block}.attentions.{n}.{part}" for n in range(3) for part in block_parts]
         for resnet in (f"{block}.resnets.{n}" for n in range(3)):
@@ -68,7 +71,7 @@ def _widens(resnet: str) -> bool:
 
 
 def _walk_text() -> Iterator[str]:
-    for layer in (f"text_model.encoder.layers.{n}" for n in range(TEXT_LAYERS)):
+    for layer in (f"text_model.encoder.layers.{n}" for n in range(LAYERS)):
         yield from (f"{layer}.self_attn.{part}_proj" for part in ("k", "v", "q", "out"))
         yield from (f"{layer}.mlp.{part}" for part in ("fc1", "fc2"))
 
@@ -168,8 +171,10 @@ def write(
     modules: Mapping[ModuleName, LowRank], architecture: str, embeddings: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata; alphas go into `up`. AdapterError for SDXL, and where layers are missing in between."""
-    if architecture != "sd":
-        raise AdapterError("cloneofsimo's format is for SD1.x and SD2.x; this adapter is for SDXL")
+    family = by_name(architecture)
+    if "cloneofsimo" not in family.formats:
+        wanted = " and ".join(of_format("cloneofsimo").titles)
+        raise AdapterError(f"cloneofsimo's format is for {wanted}; this adapter is for {family.title}")
     tensors = {token: tensor.contiguous() for token, tensor in embeddings.items()}
     metadata = dict.fromkeys(embeddings, EMBEDDING)
     for component in ("unet", "text_encoder"):

@@ -24,7 +24,8 @@ import torch
 
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, first_line
-from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, check_known, text_path
+from lora_adapters.convert.families.kohya_names import check_known
+from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, text_path
 from lora_adapters.convert.parsing import json_value
 
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args

@@ -12,8 +12,9 @@ import torch
 
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, first_line
-from lora_adapters.convert.families import names
+from lora_adapters.convert.families import kohya_names
 from lora_adapters.convert.families.names import Lookup, ModuleName
+from lora_adapters.convert.families.registry import by_name
 
 _TENSORS = {
     "lora_down.weight": "down",
@@ -24,16 +25,7 @@ _TENSORS = {
     "lora_B.weight": "up",
 }
 
-_STARTS = tuple(names.PREFIXES)
-
-# Spellings that kohya's format has for SDXL only: two text encoders, and the names of the original U-Net.
-SDXL_NAMES = (
-    "lora_te1_",
-    "lora_te2_",
-    "lora_unet_input_blocks_",
-    "lora_unet_middle_block_",
-    "lora_unet_output_blocks_",
-)
+_STARTS = tuple(kohya_names.PREFIXES)
 
 
 def is_mine(keys: set[str]) -> bool:
@@ -50,7 +42,7 @@ def read(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> d
     """The modules of kohya-format tensors.
 
     An alpha that is missing or 0 means the rank, as in kohya's network code. AdapterError for unknown names (see
-    `names.from_kohya`), lone halves and shapes that do not fit.
+    `kohya_names.from_kohya`), lone halves and shapes that do not fit.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -61,7 +53,7 @@ def read(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> d
         part[_TENSORS[kind]] = tensor
     modules: dict[ModuleName, LowRank] = {}
     for name, part in parts.items():
-        module = names.from_kohya(name, lookup)
+        module = kohya_names.from_kohya(name, lookup)
         for half, other in (("down", "up"), ("up", "down")):
             if half not in part:
                 raise AdapterError(f"{name} has no lora_{half}.weight beside its {other if other in part else 'alpha'}")
@@ -84,9 +76,9 @@ def write(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict[str,
     alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is
     beyond float32.
     """
-    tensors = {}
+    tensors, family = {}, by_name(architecture)
     for module, one in modules.items():
-        name = names.to_kohya(module, architecture)
+        name = family.kohya_name(module)
         alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
         if float(alpha) != one.alpha:
             alpha = torch.tensor(one.alpha, dtype=torch.float32)

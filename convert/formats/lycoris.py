@@ -7,9 +7,11 @@ import torch
 
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
-from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families import names
-from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.errors import AdapterError, UnknownModuleError
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.names import ModuleName, nearest
+from lora_adapters.convert.families.registry import FAMILIES
+from lora_adapters.convert.families.text_encoder import layer_paths
 from lora_adapters.convert.formats.metadata import network_args
 
 # The beginnings of names, and the components that they are of.
@@ -83,17 +85,17 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
         lookup: asked where SD1.x, SD2.x and SDXL have no such module.
 
     Raises:
-        AdapterError: nobody knows it; the nearest known name is in the message.
+        UnknownModuleError: nobody knows it; the nearest known name is in the message.
     """
     prefixes = _FLAT | _DOTTED
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
-        raise AdapterError(f"unknown module {name:.200}: a name begins with {', '.join(prefixes)}")
+        raise UnknownModuleError(f"unknown module {name:.200}: a name begins with {', '.join(prefixes)}")
     component, rest = prefixes[prefix], name.removeprefix(prefix)
     flat, table = rest.replace(".", "_"), _paths_by_flat_name(component)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
-        raise AdapterError(f"unknown module {name:.200}{names.nearest(flat, table)}")
+        raise UnknownModuleError(f"unknown module {name:.200}{nearest(flat, table)}")
     return ModuleName(component, path)
 
 
@@ -130,16 +132,17 @@ def read_modules(
 def _paths_by_flat_name(component: str) -> dict[str, str]:
     """The path of each module of SD1.x, SD2.x and SDXL, by its names with underscores for dots."""
     if component == "unet":
-        spelled = [pair for architecture in ("sd", "sdxl") for pair in _unet_names(architecture)]
+        spelled = [pair for family in FAMILIES for pair in _unet_names(family)]
     else:
         spelled = [pair for path in _text_encoder_paths(component) for pair in _text_encoder_names(path)]
     return {name.replace(".", "_"): path for name, path in spelled}
 
 
-def _unet_names(architecture: str) -> Iterator[tuple[str, str]]:
+def _unet_names(family: ModelFamily) -> Iterator[tuple[str, str]]:
     """(name, path) of each U-Net module: in diffusers and in the original code."""
-    for path in names.unet_paths(architecture):
-        original = names.sgm_path(path, architecture)
+    denoiser = family.denoiser
+    for path in family.paths(denoiser.name):
+        original = denoiser.original(path)
         yield from ((path, path), (original, path))
         for end, original_end, norm, original_norm in _NORMS:
             if path.endswith(end):
@@ -149,7 +152,7 @@ def _unet_names(architecture: str) -> Iterator[tuple[str, str]]:
 
 
 def _text_encoder_paths(component: str) -> Iterator[str]:
-    for path in names.text_encoder_paths():
+    for path in layer_paths():
         yield path
         yield from (path.removesuffix(end) + norm for end, _, norm, _ in _NORMS if path.endswith(end))
     yield "text_model.final_layer_norm"

@@ -15,15 +15,9 @@ import torch
 
 from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import BASE_VERSION, by_name, is_v2, version_named
 from lora_adapters.convert.parsing import json_value
 
-_MODELSPEC_ARCHITECTURE = {
-    "sd_v1": "stable-diffusion-v1",
-    "sd_v2": "stable-diffusion-v2-512",
-    "sd_v2_v": "stable-diffusion-v2-768-v",
-    "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
-}
-_RESOLUTION = {"sd_v1": "512x512", "sd_v2": "512x512", "sd_v2_v": "768x768", "sdxl_base_v1-0": "1024x1024"}
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -120,25 +114,24 @@ def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
 def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: float) -> dict[str, str]:
     """The metadata with everything that readers expect and that is not there yet; hashes are left out.
 
-    `architecture` is "sd" or "sdxl", `rank` and `alpha` are those of most modules.
+    `architecture` is the name of a family, `rank` and `alpha` are those of most modules.
     """
-    base = metadata.get("ss_base_model_version", "sdxl_base_v1-0" if architecture == "sdxl" else "sd_v1")
-    kind = _MODELSPEC_ARCHITECTURE.get(base, base)
+    family = by_name(architecture)
+    base = metadata.get(BASE_VERSION, family.versions[0].value)
+    version = version_named(base)
     defaults = {
-        "ss_v2": str(base.startswith("sd_v2")),
-        "ss_base_model_version": base,
+        "ss_v2": str(is_v2(base)),
+        BASE_VERSION: base,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(alpha)),
         "ss_network_args": "{}",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{kind}/lora",
-        "modelspec.implementation": (
-            "https://github.com/Stability-AI/generative-models" if architecture == "sdxl" else "diffusers"
-        ),
+        "modelspec.architecture": f"{base if version is None else version.modelspec}/lora",
+        "modelspec.implementation": family.implementation,
         "modelspec.title": metadata.get("ss_output_name", "LoRA"),
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
-        "modelspec.resolution": _RESOLUTION.get(base, "512x512"),
+        "modelspec.resolution": "512x512" if version is None else version.resolution,
         "modelspec.prediction_type": "v" if base.endswith("_v") else "epsilon",
     }
     kept = {key: value for key, value in metadata.items() if key not in _HASHES}

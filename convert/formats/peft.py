@@ -11,24 +11,20 @@ import safetensors.torch
 
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, check_known, text_path
+from lora_adapters.convert.families.kohya_names import check_known
+from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, text_path
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
+from lora_adapters.convert.storage.peft_folder import CONFIG, WEIGHTS, WEIGHTS_PICKLED
 
 from .diffusers import alpha_from_config, checked, lora_config
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
 
-CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
 _TEXT_LAYER = re.compile(r"\bencoder\.layers\.\d+\.(self_attn|mlp)\.")
 _WIDTH_OF_TEXT_ENCODER_2 = 1280
-
-
-def is_mine(folder: Path) -> bool:
-    """Whether the folder, or one of its component folders, holds a PEFT adapter."""
-    return any((folder / part / CONFIG).is_file() for part in ("", *COMPONENTS))
 
 
 def _live_path(module: ModuleName) -> str:

@@ -7,8 +7,8 @@ import torch
 
 from lora_adapters.convert.deltas.low_rank import finite
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.checkpoint_names import Place
 from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.tensor_slice import TensorSlice
 
 from .scaled_weights import dequantised, requantised
 
@@ -48,7 +48,7 @@ def cast(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def changed(
-    read: Callable[..., torch.Tensor], changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype
+    read: Callable[..., torch.Tensor], changes: list[tuple[TensorSlice, Change, ModuleName]], dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
     """read: as `tensor.to`, gives a new tensor of float32 or float64."""
     module = changes[0][2]

@@ -15,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 
 from lora_adapters.convert.errors import AdapterError, first_line
 from lora_adapters.convert.families.checkpoint_names import (
-    Place,
-    architecture_of_file,
-    places_in_component,
-    places_in_file,
+    family_of_file,
+    family_of_folder,
+    slices_in_component,
+    slices_in_file,
 )
+from lora_adapters.convert.families.family import ModelFamily, Version
 from lora_adapters.convert.families.names import COMPONENTS, ModuleName
+from lora_adapters.convert.families.tensor_slice import TensorSlice
 from lora_adapters.convert.parsing import json_value
 
 from .atomic import replacing_folder
@@ -39,7 +41,7 @@ class WeightsFile:
     path: Path
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     metadata: Mapping[str, str]
-    places: Mapping[ModuleName, Place] = field(repr=False)
+    places: Mapping[ModuleName, TensorSlice] = field(repr=False)
     shards: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False)  # the other files of its variant
 
     @cached_property
@@ -83,7 +85,7 @@ class WeightsFile:
 
     def planned(self, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None) -> dict[str, Planned]:
         """Its tensors as `write` would write them, each made only when its turn comes."""
-        by_key: dict[str, list[tuple[Place, Change, ModuleName]]] = {}
+        by_key: dict[str, list[tuple[TensorSlice, Change, ModuleName]]] = {}
         for module, place in self.places.items():
             if module in changes:
                 self.check(module)
@@ -97,7 +99,11 @@ class WeightsFile:
         return {key: one._replace(make=bound(whole.checked, one.make)) for key, one in planned.items()}
 
     def _planned(
-        self, key: str, tensor: torch.Tensor, changes: list[tuple[Place, Change, ModuleName]], dtype: torch.dtype | None
+        self,
+        key: str,
+        tensor: torch.Tensor,
+        changes: list[tuple[TensorSlice, Change, ModuleName]],
+        dtype: torch.dtype | None,
     ) -> dict[str, Planned]:
         """What becomes of one tensor; of a scaled weight also of its scale, of a scale nothing."""
         scales = self.neighbours.scales
@@ -142,27 +148,27 @@ class _Whole:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Stable Diffusion model on disk. `architecture` is "sd" or "sdxl"."""
+    """A base model on disk, and the family that it is of."""
 
     path: Path
-    architecture: str
+    family: ModelFamily
     files: tuple[WeightsFile, ...] = field(repr=False)
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
         """Open a checkpoint file (.safetensors, .ckpt) or a Diffusers folder.
 
-        AdapterError where it is missing, broken, or holds no U-Net of SD1.x, SD2.x or SDXL.
+        AdapterError where it is missing, broken, or holds no U-Net of a known family.
         """
         path = Path(source).expanduser()
         if path.is_dir():
             return cls._open_folder(path)
         tensors, metadata = read_tensors(path)
-        architecture = architecture_of_file(tensors)
-        if architecture is None:
+        family = family_of_file(tensors)
+        if family is None:
             raise AdapterError(f"{path} is no Stable Diffusion checkpoint: it has no model.diffusion_model tensors")
-        places = places_in_file(tensors, architecture)
-        return cls(path, architecture, (WeightsFile(path, tensors, metadata, places),))
+        places = slices_in_file(tensors, family)
+        return cls(path, family, (WeightsFile(path, tensors, metadata, places),))
 
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
@@ -172,19 +178,23 @@ class Checkpoint:
         if not listed["unet"]:
             raise AdapterError(f"{path / 'unet'} holds no weights (.safetensors or .bin)")
         opened = [(component, file, *read_tensors(file)) for component, files in listed.items() for file in files]
-        extra = any(key.startswith("add_embedding.") for component, _, tensors, _ in opened for key in tensors)
-        architecture = "sdxl" if extra or "text_encoder_2" in listed else "sd"
+        family = family_of_folder(listed, (key for _, _, tensors, _ in opened for key in tensors))
         files = tuple(
             WeightsFile(
                 file,
                 tensors,
                 metadata,
-                places_in_component(tensors, component, architecture),
+                slices_in_component(tensors, component, family),
                 tuple(other for part, shard, other, _ in opened if _same_set((part, shard), (component, file))),
             )
             for component, file, tensors, metadata in opened
         )
-        return cls(path, architecture, files)
+        return cls(path, family, files)
+
+    @property
+    def architecture(self) -> str:
+        """The name of its family."""
+        return self.family.name
 
     @property
     def is_folder(self) -> bool:
@@ -228,20 +238,21 @@ class Checkpoint:
         return place.of(weight if scale is None else dequantised(weight, file.tensors[scale], scale))
 
     @property
-    def base_version(self) -> str:
-        """kohya's ss_base_model_version: sd_v1, sd_v2 or sdxl_base_v1-0, and sd_v2_v where the folder says so."""
-        if self.architecture == "sdxl":
-            return "sdxl_base_v1-0"
-        queries = [module for module in self.modules if module.path.endswith("attn2.to_k")]
-        if not queries or self.weight(queries[0]).shape[1] != 1024:  # the width of SD2's text encoder
-            return "sd_v1"
+    def version(self) -> Version:
+        """The version of its family that it is of: by the width of the text, and by what a folder's scheduler says."""
+        reading = next((module for module in self.modules if module.path.endswith("attn2.to_k")), None)
+        width = None if reading is None else self.weight(reading).shape[1]
         try:
             scheduler = json_value(read_text(self.path / "scheduler" / "scheduler_config.json"))
         except (OSError, ValueError):
             scheduler = {}
-        if not isinstance(scheduler, dict):
-            scheduler = {}
-        return "sd_v2_v" if scheduler.get("prediction_type") == "v_prediction" else "sd_v2"
+        says_v = isinstance(scheduler, dict) and scheduler.get("prediction_type") == "v_prediction"
+        return self.family.version(width, "v" if says_v else "epsilon") or self.family.versions[0]
+
+    @property
+    def base_version(self) -> str:
+        """kohya's ss_base_model_version, such as sd_v1, or sd_v2_v where the folder says so."""
+        return self.version.value
 
     def write(
         self,

@@ -6,8 +6,9 @@ Most programs read the other tensors, and those are what an adapter is merged in
 from dataclasses import replace
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.checkpoint_names import Place
 from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.registry import role_of
+from lora_adapters.convert.families.tensor_slice import TensorSlice
 
 from .checkpoint import Checkpoint, WeightsFile
 
@@ -18,6 +19,11 @@ _START, _MODEL = "model_ema.", "model."
 def ema_keys(checkpoint: Checkpoint) -> list[str]:
     """The names of the averaged tensors in a checkpoint file."""
     return [key for file in checkpoint.files for key in file.tensors if key.startswith(_START)]
+
+
+def has_twin(module: ModuleName) -> bool:
+    """Whether a module can have averaged weights: those of the denoiser can."""
+    return role_of(module.component) == "denoiser"
 
 
 def twin(module: ModuleName) -> ModuleName:
@@ -48,6 +54,6 @@ def _with_places(file: WeightsFile) -> WeightsFile:
     twins = {}
     for module, place in file.places.items():
         key = _START + place.key.removeprefix(_MODEL).replace(".", "")
-        if module.component == "unet" and key in file.tensors:
-            twins[twin(module)] = Place(key)
+        if has_twin(module) and key in file.tensors:
+            twins[twin(module)] = TensorSlice(key)
     return replace(file, places={**file.places, **twins})

@@ -1,6 +1,7 @@
 """A Diffusers folder written as one checkpoint file in the original layout, which A1111 and ComfyUI open."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_adapters.convert.families.original_layout import (
     unet_origins,
     vae_origins,
 )
+from lora_adapters.convert.families.text_encoder import TextEncoder
 from lora_adapters.convert.parsing import json_value
 
 from .changed_weights import Change
@@ -25,7 +27,7 @@ from .weights_writing import Planned, write
 
 ENDINGS = (".safetensors", ".ckpt")
 Naming = Callable[[Collection[str]], dict[str, Origin]]  # a component's keys -> original names
-_SD2_WIDTH = 1024  # of the text encoder
+_OPEN_CLIP_WIDTH = 1024  # of the one in SD2.x; CLIP's has 768
 _UNSUPPORTED = ("image_encoder", "image_normalizer")  # weights that pictures depend on, without a place in the layout
 
 
@@ -81,17 +83,18 @@ def write_single_file(
 
 def _components(checkpoint: Checkpoint) -> list[tuple[str, Naming]]:
     """Each component that goes into the file, with what names its tensors."""
-    sdxl = checkpoint.architecture == "sdxl"
+    listed: list[tuple[str, Naming]] = [(checkpoint.family.denoiser.name, unet_origins), ("vae", vae_origins)]
+    for part in checkpoint.family.components:
+        if isinstance(part.layout, TextEncoder):
+            listed.append((part.name, _text_naming(checkpoint, part.name, part.layout)))
+    return listed
 
-    def clip(keys: Collection[str]) -> dict[str, Origin]:
-        return clip_origins(keys, checkpoint.architecture)
 
-    def open_clip(keys: Collection[str]) -> dict[str, Origin]:
-        return open_clip_origins(keys, checkpoint.architecture)
-
-    first = clip if sdxl or not _is_open_clip(checkpoint) else open_clip
-    listed: list[tuple[str, Naming]] = [("unet", unet_origins), ("vae", vae_origins), ("text_encoder", first)]
-    return [*listed, ("text_encoder_2", open_clip)] if sdxl else listed
+def _text_naming(checkpoint: Checkpoint, component: str, layout: TextEncoder) -> Naming:
+    """What names a text encoder's tensors, in the code that its weights are for where the family has both."""
+    if layout.open_clip and (not layout.clip or _is_open_clip(checkpoint, component)):
+        return partial(open_clip_origins, prefix=layout.open_clip[0])
+    return partial(clip_origins, prefix=layout.clip[0])
 
 
 def _main_files(checkpoint: Checkpoint, component: str) -> list[WeightsFile]:
@@ -112,19 +115,19 @@ def _main_files(checkpoint: Checkpoint, component: str) -> list[WeightsFile]:
     return [file for file in files if variant(file.path) == variants[0]]
 
 
-def _is_open_clip(checkpoint: Checkpoint) -> bool:
-    """Whether SD's text encoder is open_clip's, as in SD2.x: it has another activation, so the layout says which."""
-    config = _config(checkpoint.path / "text_encoder" / "config.json")
+def _is_open_clip(checkpoint: Checkpoint, component: str) -> bool:
+    """Whether a text encoder is open_clip's, as in SD2.x: it has another activation, so the layout says which."""
+    config = _config(checkpoint.path / component / "config.json")
     if "hidden_act" in config:
         return config["hidden_act"] == "gelu"
-    text = [module for module in checkpoint.modules if module.component == "text_encoder"]
-    return bool(text) and checkpoint.weight(text[0]).shape[1] == _SD2_WIDTH
+    text = [module for module in checkpoint.modules if module.component == component]
+    return bool(text) and checkpoint.weight(text[0]).shape[1] == _OPEN_CLIP_WIDTH
 
 
 def _prediction_marks(checkpoint: Checkpoint) -> dict[str, Planned]:
     """Empty tensors by which A1111 and ComfyUI know an SDXL model that predicts v, and one of zero terminal SNR."""
     scheduler = _config(checkpoint.path / "scheduler" / "scheduler_config.json")
-    if checkpoint.architecture != "sdxl" or scheduler.get("prediction_type") != "v_prediction":
+    if not checkpoint.family.marks_v_prediction or scheduler.get("prediction_type") != "v_prediction":
         return {}
     names = ["v_pred", *(["ztsnr"] if scheduler.get("rescale_betas_zero_snr") else [])]
     return {name: Planned.copy(torch.zeros(0)) for name in names}

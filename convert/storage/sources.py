@@ -6,8 +6,8 @@ from typing import Any
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import COMPONENTS
-from lora_adapters.convert.formats import peft as format_peft
 
+from . import peft_folder
 from .hub_errors import HubError, hub_errors, incomplete_snapshot, is_missing_there
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by itself
@@ -37,7 +37,7 @@ def _choose(names: list[str], place: str) -> str:
     if index is not None and len(names) > 1:
         raise AdapterError(f"{place} holds an adapter that is split into {len(names)} files ({index}): save it as one")
     if not names:
-        raise AdapterError(f"{place} holds no adapter (no {', '.join(_ENDINGS)} file and no {format_peft.CONFIG})")
+        raise AdapterError(f"{place} holds no adapter (no {', '.join(_ENDINGS)} file and no {peft_folder.CONFIG})")
     shown = [f"{name:.48}" for name in sorted(names)[:4]] + (["..."] if len(names) > 4 else [])
     raise SeveralFilesError(f"{place} holds {len(names)} weights files, name one with weight_name: {', '.join(shown)}")
 
@@ -67,7 +67,7 @@ def _in_folder(path: Path, weight_name: str | None) -> Path:
         return path / weight_name
     if (path / DIFFUSERS_NAME).is_file():
         return path / DIFFUSERS_NAME
-    if format_peft.is_mine(path):
+    if peft_folder.is_peft_folder(path):
         return path
     return path / _choose([entry.name for entry in path.iterdir() if entry.is_file()], str(path))
 
@@ -105,9 +105,9 @@ def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download:
     if start and not any(name.startswith(start) for name in files):
         raise AdapterError(f"{repo} has no folder {subfolder}")
     places = [f"{start}{part}/" if part else start for part in ("", *COMPONENTS)]
-    peft = [place for place in places if f"{place}{format_peft.CONFIG}" in files]
+    peft = [place for place in places if f"{place}{peft_folder.CONFIG}" in files]
     if peft:
-        wanted = (format_peft.CONFIG, format_peft.WEIGHTS, format_peft.WEIGHTS_PICKLED)
+        wanted = (peft_folder.CONFIG, peft_folder.WEIGHTS, peft_folder.WEIGHTS_PICKLED)
         patterns = [f"{place}{name}" for place in peft for name in wanted]
         with hub_errors(repo, revision):
             return Path(snapshot_download(repo, allow_patterns=patterns, **options)) / start

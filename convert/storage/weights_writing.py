@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.tools.command_line import progress
+from lora_adapters.convert.progress import progress
 
 from .atomic import aside, delete
 from .files import read_tensors, replacing, save_pickle

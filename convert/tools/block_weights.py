@@ -10,24 +10,14 @@ from typing import TypeVar
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import ModuleName, block_index
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.registry import FAMILIES, by_name
 from lora_adapters.convert.parsing import json_value, number
 
 AnAdapter = TypeVar("AnAdapter", bound=Adapter)
-BLOCKS = ("BASE", *(f"IN{n:02d}" for n in range(12)), "MID", *(f"OUT{n:02d}" for n in range(12)))
-_SDXL = ("BASE", *(f"IN{n:02d}" for n in range(9)), "MID", *(f"OUT{n:02d}" for n in range(9)))
-_ATTENTION = ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{n:02d}" for n in range(3, 12)))
-_ATTENTION_SDXL = ("BASE", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{n:02d}" for n in range(6)))
-_LISTS = {26: ("sd", BLOCKS), 17: ("sd", _ATTENTION), 20: ("sdxl", _SDXL), 12: ("sdxl", _ATTENTION_SDXL)}
-_PRESETS = {  # the blocks at 1; those that are not named here are at 0. Source: the extension's DEF_WEIGHT_PRESET
-    "INS": "BASE IN01 IN02 IN04",
-    "IND": "BASE IN05 IN07 IN08",
-    "INALL": "BASE IN01-IN08",
-    "MIDD": "BASE IN05-OUT06",
-    "OUTD": "BASE OUT03-OUT06",
-    "OUTS": "BASE OUT07-OUT11",
-    "OUTALL": "BASE OUT03-OUT11",
-}
+BLOCKS = FAMILIES[0].blocks.weight_lists[0]  # names of blocks are those of the family that has the most
+_LISTS = {len(blocks): (family, blocks) for family in FAMILIES for blocks in family.blocks.weight_lists}
+_PRESETS = {name: blocks for family in FAMILIES for name, blocks in family.blocks.presets.items()}
 _EVERYWHERE = {"NONE": 0.0, "ALL": 1.0, "ALL0.5": 0.5}
 
 
@@ -40,19 +30,8 @@ class BlockWeights(dict[str, float]):
 
 
 def block_name(module: ModuleName, architecture: str) -> str:
-    """The name of a module's block: its component, or IN, MID or OUT with its number in the U-Net ("sd", "sdxl").
-
-    "unet" for a module of the U-Net outside of the blocks.
-    """
-    if module.component != "unet":
-        return module.component
-    index = block_index(module.path, architecture)
-    if index is None:
-        return "unet"
-    first, middle = (0, (12,)) if architecture == "sd" else (1, (10, 11, 12))
-    if index in middle:
-        return "MID"
-    return f"IN{index - first:02d}" if index < middle[0] else f"OUT{index - 13:02d}"
+    """The label of a module's block in a family of that name; see `ModelFamily.block_label`."""
+    return by_name(architecture).block_label(module)
 
 
 def parse(text: str, rest: float = 1.0) -> BlockWeights:
@@ -84,9 +63,16 @@ def parse(text: str, rest: float = 1.0) -> BlockWeights:
 def listed(numbers: Sequence[float], rest: float = 1.0) -> BlockWeights:
     """Block weights from 12, 17, 20 or 26 numbers; see `parse`."""
     if len(numbers) not in _LISTS:
-        raise AdapterError(f"{len(numbers)} block weights: 17 or 26 are right for SD1.x/SD2.x, 12 or 20 for SDXL")
-    architecture, blocks = _LISTS[len(numbers)]
-    return BlockWeights(dict(zip(blocks, numbers, strict=True)), rest, architecture)
+        raise AdapterError(f"{len(numbers)} block weights: {_right_lengths()}")
+    family, blocks = _LISTS[len(numbers)]
+    return BlockWeights(dict(zip(blocks, numbers, strict=True)), rest, family.name)
+
+
+def _right_lengths() -> str:
+    """How many numbers are right for which models."""
+    lengths = {family: " or ".join(map(str, sorted(map(len, family.blocks.weight_lists)))) for family in FAMILIES}
+    first, *others = [(text, "/".join(family.titles)) for family, text in lengths.items()]
+    return ", ".join([f"{first[0]} are right for {first[1]}", *(f"{text} for {title}" for text, title in others)])
 
 
 def _named(text: str) -> BlockWeights | None:
@@ -127,8 +113,9 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
         count = next(count for count, (_, blocks) in _LISTS.items() if tuple(given) == blocks)
         raise AdapterError(f"{count} block weights are for {given.architecture}, the adapter is {adapter.architecture}")
 
+    family = by_name(adapter.architecture)
+
     def factor(module: ModuleName) -> float:
-        name = "BASE" if module.component != "unet" else block_name(module, adapter.architecture)
-        return given.get(name, given.rest)
+        return given.get(family.weight_label(module), given.rest)
 
     return adapter.with_modules({module: one.scaled(factor(module)) for module, one in adapter.modules.items()})

@@ -1,23 +1,13 @@
 """The adapter between two models: the best low-rank approximation of the difference of their weights."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.dense_svd import best_approximation
-from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.deltas.svd import Fit, Rules, clamp, rules, with_rank_facts
-from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import OUTER, TEXT_PROJECTION, ModuleName
-from lora_adapters.convert.storage.checkpoint import Checkpoint
-
-from .command_line import progress
-
-_FAMILIES = {"sd_v1": "SD1.x", "sd_v2": "SD2.x", "sd_v2_v": "SD2.x", "sdxl_base_v1-0": "SDXL"}
+from lora_adapters.convert.deltas.svd import Fit
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.models.extraction import approximate_difference
 
 
 @dataclass(frozen=True)
@@ -34,108 +24,19 @@ class Extraction:
 
 
 def extract(
-    base: str | Path,
-    tuned: str | Path,
-    rank: int | None,
-    conv_rank: int | None = None,
-    *,
-    target_error: float | None = None,
-    min_diff: float = 0.0,
-    clamp_quantile: float | None = None,
-    device: torch.device | str | None = None,
-    v_prediction: bool = False,
+    base: str | Path, tuned: str | Path, rank: int | None, conv_rank: int | None = None, **options: Any
 ) -> Extraction:
     """The best adapter for tuned - base.
 
-    conv_rank None covers what LoRA-LierLa does; a number also the ResNet blocks and samplers, as LoRA-C3Lier, with that
-    rank for convolutions above 1x1. target_error: the smallest ranks with this relative error instead, and not above
-    rank and conv_rank where these are given. A text encoder is left out where no number of it differs by more than
-    min_diff. AdapterError where the models do not fit together or are the same.
+    Args:
+        base: a model, as a file or a Diffusers folder.
+        tuned: the same model, changed.
+        rank: of linear layers and 1x1 convolutions.
+        conv_rank: of larger convolutions; see `approximate_difference`.
+        options: target_error, min_diff, clamp_quantile, device, v_prediction, all of `approximate_difference`.
+
+    Raises:
+        AdapterError: the models do not fit together or are the same.
     """
-    first, second = Checkpoint.open(base), Checkpoint.open(tuned)
-    _check_alike(first, second)
-    chosen = rules(rank, conv_rank, target_error)
-    modules = [module for module in second.modules if _covered(module, conv_rank is not None)]
-    difference = partial(_difference, first, second, first.modules, second.modules)
-    largest = _largest_differences(modules, difference)
-    left_out = tuple(component for component, value in largest.items() if value <= min_diff)
-    modules = [module for module in modules if module.component not in left_out]
-    pairs, fits = {}, {}
-    target = torch.device(device or "cpu")
-    for module in progress(modules, "extracting", len(modules)):
-        delta = difference(module)
-        one = _approximated(module, delta.to(target), chosen, rank, conv_rank, target_error, clamp_quantile)
-        if one is not None:
-            pairs[module], fits[module] = one
-    if not pairs:
-        raise AdapterError(f"{base} and {tuned} have the same weights: there is nothing to extract")
-    version = first.base_version
-    version = "sd_v2_v" if v_prediction and version == "sd_v2" else version
-    facts = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))}
-    return Extraction(Adapter(pairs, with_rank_facts(pairs, facts)), fits, largest, left_out)
-
-
-def _covered(module: ModuleName, c3lier: bool) -> bool:
-    """Whether LoRA-C3Lier, or LoRA-LierLa, has the module."""
-    if module.component != "unet":
-        return module.path != TEXT_PROJECTION
-    return ".attentions." in module.path or (c3lier and module.path not in OUTER)
-
-
-def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
-    families = [_FAMILIES[one.base_version] for one in (first, second)]
-    if families[0] != families[1]:
-        raise AdapterError(f"{first.path} is {families[0]}, but {second.path} is {families[1]}")
-    for one, other in ((first, second), (second, first)):
-        alone = one.modules.keys() - other.modules.keys()
-        if alone:
-            other.check_absent()
-            raise AdapterError(f"{min(alone)} is in {one.path}, but not in {other.path}")
-
-
-def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: ModuleName) -> torch.Tensor:
-    """tuned - base in float32; subtracted in float64 where a model is."""
-    old, new = first.read(module, ours[module]), second.read(module, theirs[module])
-    if old.numel() != new.numel() or old.shape[:2] != new.shape[:2]:
-        raise AdapterError(f"{module} is {list(old.shape)} in {first.path}, but {list(new.shape)} in {second.path}")
-    wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
-    delta = new.reshape(old.shape).to(wide, copy=True).sub_(old.to(wide)).to(torch.float32)
-    if not bool(torch.isfinite(delta.sum())):
-        raise AdapterError(f"{module} has NaN or infinite numbers in {first.path} or {second.path}")
-    return delta
-
-
-def _largest_differences(
-    modules: list[ModuleName], difference: Callable[[ModuleName], torch.Tensor]
-) -> dict[str, float]:
-    largest: dict[str, float] = {}
-    for module in modules:
-        if module.component != "unet":
-            value = float(difference(module).abs().max())
-            largest[module.component] = max(largest.get(module.component, 0.0), value)
-    return largest
-
-
-def _approximated(
-    module: ModuleName,
-    delta: torch.Tensor,
-    chosen: Rules,
-    rank: int | None,
-    conv_rank: int | None,
-    target_error: float | None,
-    clamp_quantile: float | None,
-) -> tuple[LowRank, Fit] | None:
-    """The pair and its fit; None where nothing differs."""
-    matrix = delta.reshape(len(delta), -1)
-    if not bool(matrix.any()):
-        return None
-    large = delta.ndim == 4 and delta.shape[2:] != (1, 1)
-    most = (conv_rank if large and conv_rank is not None else rank) if target_error is None else None
-    rule, direct = chosen.conv if large else chosen.linear, clamp_quantile is not None
-    up, down, fit = best_approximation(matrix, rule, most, direct)
-    if clamp_quantile is not None:
-        up, down = clamp(up, down, clamp_quantile)
-        fit = Fit(fit.total, float((matrix - up @ down).square().sum()))
-    count, extra = up.shape[1], (1,) * (delta.ndim - 2)
-    down = down.cpu().contiguous().reshape(count, *delta.shape[1:])
-    return LowRank(down, up.cpu().contiguous().reshape(*up.shape, *extra), float(count)), fit
+    found = approximate_difference(base, tuned, rank, conv_rank, **options)
+    return Extraction(Adapter(found.modules, found.metadata), found.fits, found.largest, found.left_out)

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import finite
-from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import from_kohya
+from lora_adapters.convert.errors import AdapterError, UnknownModuleError
+from lora_adapters.convert.families.kohya_names import from_kohya
+from lora_adapters.convert.families.registry import titles
 from lora_adapters.convert.formats import kohya
+from lora_adapters.convert.models.finite import check_finite
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 
@@ -32,7 +33,7 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
         tensors, metadata = read_tensors(path)
         if skip_unknown:
             tensors, unknown = without_unknown(tensors, metadata)
-            report_left_out(str(path), unknown, "SD1.x, SD2.x and SDXL do not have")
+            report_left_out(str(path), unknown, f"{titles()} do not have")
         try:
             adapter, zeros = Adapter.from_tensors(tensors, metadata), zero_alphas(tensors)
         except AdapterError as error:
@@ -42,7 +43,7 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
             f"{path}: the alpha of {zeros[0]} is 0, which is the rank to kohya's trainer and no effect to other "
             "programs: say what it is with `lora-adapters convert --zero_alpha rank` (or none)"
         )
-    check_finite(adapter, f"{path}: ")
+    check_finite(adapter.modules, f"{path}: ")
     if zeros and zero_alpha == "none":
         silent = {from_kohya(name) for name in zeros}
         pairs = {module: one.scaled(0.0) if module in silent else one for module, one in adapter.modules.items()}
@@ -70,13 +71,14 @@ def without_unknown(
     for name, group in groups.items():
         try:
             Adapter.from_tensors(group, metadata)
-        except AdapterError as error:
-            if "unknown module" in str(error):
-                unknown.append(name)
-                if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
-                    return dict(tensors), []
-                continue
-        kept |= group  # what else is wrong with it is found when all of them are read
+        except UnknownModuleError:
+            unknown.append(name)
+            if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
+                return dict(tensors), []
+            continue
+        except AdapterError:
+            pass  # what else is wrong with it is found when all of them are read
+        kept |= group
     return kept, unknown
 
 
@@ -86,11 +88,3 @@ def zero_alphas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         return []
     alphas = ((name, tensor) for name, tensor in tensors.items() if name.endswith(".alpha"))
     return [name.removesuffix(".alpha") for name, tensor in alphas if tensor.numel() == 1 and float(tensor) == 0]
-
-
-def check_finite(adapter: Adapter, where: str = "") -> None:
-    """AdapterError, with the module, where a number is NaN or infinite."""
-    for module, one in adapter.modules.items():
-        for half, factor in (("down", one.down), ("up", one.up)):
-            if not finite(factor):
-                raise AdapterError(f"{where}{module}: {half} has NaN or infinite numbers")

@@ -7,17 +7,13 @@ from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import rank_range
+from lora_adapters.convert.families import detection
+from lora_adapters.convert.families.registry import BASE_VERSION, version_named
 from lora_adapters.convert.formats.metadata import DYLORA_FACTS, network_args
 
 # A card with this line was written here and is written anew with each push; without it, it is somebody's own.
 MARK = "<!-- Written by lora-adapters. Take this line out, and later pushes leave this card as it is. -->"
 
-_FAMILY = {
-    "sd_v1": ("Stable Diffusion 1.x", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    "sd_v2": ("Stable Diffusion 2.x", "stabilityai/stable-diffusion-2-1-base"),
-    "sd_v2_v": ("Stable Diffusion 2.x, v-prediction", "stabilityai/stable-diffusion-2-1"),
-    "sdxl_base_v1-0": ("Stable Diffusion XL", "stabilityai/stable-diffusion-xl-base-1.0"),
-}
 _FACTS = {
     "ss_sd_model_name": "Base model",
     "ss_num_train_images": "Training pictures",
@@ -64,16 +60,10 @@ def family(adapter: Adapter) -> tuple[str, str]:
 
     The metadata says it; SD2.x is also told by the width of its text, 1024 where SD1.x has 768.
     """
-    told = adapter.metadata.get("ss_base_model_version", "")
-    if told in _FAMILY:
-        return _FAMILY[told]
-    if adapter.architecture == "sdxl":
-        return _FAMILY["sdxl_base_v1-0"]
-    wide = any(
-        one.out_in[1] == 1024 and (module.component == "text_encoder" or module.path.endswith("attn2.to_k"))
-        for module, one in adapter.modules.items()
-    )
-    return _FAMILY["sd_v2" if wide else "sd_v1"]
+    found = detection.base_model_of(adapter.modules, adapter.metadata)
+    told = version_named(adapter.metadata.get(BASE_VERSION, ""))
+    version = told or found.version or found.family.versions[0]
+    return version.long_title, version.repository
 
 
 def base_model_of(adapter: Adapter) -> str:
@@ -170,8 +160,7 @@ def model_card(
     trigger = ", ".join(trigger_words)
     pictures = [*samples, *([Sample(grid)] if grid and not samples else [])]
     widget = [{"text": one.prompt, "output": {"url": one.path}} for one in pictures]
-    model = "stable-diffusion-xl" if adapter.architecture == "sdxl" else "stable-diffusion"
-    own = ["text-to-image", model, "lora", "diffusers", "template:sd-lora", kind(adapter).lower()]
+    own = ["text-to-image", adapter.family.tag, "lora", "diffusers", "template:sd-lora", kind(adapter).lower()]
     data = ModelCardData(
         license=license,
         library_name="diffusers",

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert import Adapter, LowRank, ModuleName
-from lora_adapters.convert.families.checkpoint_names import places_in_file
+from lora_adapters.convert.families.checkpoint_names import slices_in_file
+from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.storage.weights_writing import Planned, stream
 from tests.convert.checkpoints import open_clip, original_unet_name
 from tests.train.single_files import vae_name
@@ -85,7 +86,7 @@ def make_checkpoint(path: Path, size: str, tuned: bool = False, dtype: torch.dty
         return path
     table = shapes(size)
     stand_ins = {name: torch.empty(shape, device="meta") for name, shape in table.items()}
-    adapted = {place.key for place in places_in_file(stand_ins, "sdxl" if size == "sdxl" else "sd").values()}
+    adapted = {place.key for place in slices_in_file(stand_ins, by_name("sdxl" if size == "sdxl" else "sd")).values()}
     planned = {
         name: Planned(dtype, shape, lambda n=name, s=shape: _weight(n, s, tuned and n in adapted).to(dtype))
         for name, shape in table.items()

@@ -13,7 +13,7 @@ from typing import Any
 from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.data.class_folders import class_folders
 from lora_adapters.train.data.schema import check_table, check_value, rules, show
-from lora_adapters.train.data_error import DataError
+from lora_adapters.train.data_error import DataError, DataOptionError
 from lora_adapters.train.options.data import (
     VAE_FACTOR,
     BucketFields,
@@ -37,26 +37,26 @@ def _multiplier_one(value: Any) -> float:
 
 @dataclass(kw_only=True)
 class SubsetConfig(CaptionFields, ImageFields):
-    """Pictures from one place and how they and their captions are varied.
+    """Images from one place and how they and their captions are varied.
 
-    One of `image_dir` alone (a folder of pictures with caption files), `metadata_file` (captions in one json or jsonl
+    One of `image_dir` alone (a folder of images with caption files), `metadata_file` (captions in one json or jsonl
     file; paths in it may be relative to `image_dir`) and `dataset_name` (a Hugging Face dataset: hub id, folder of
-    pictures or folder written by save_to_disk) says where the pictures are. Pictures shrink with resize_interpolation
+    images or folder written by save_to_disk) says where the images are. Images shrink with resize_interpolation
     "area" and grow with "lanczos" where none is given. custom_attributes go into the metadata of the saved file.
     """
 
-    image_dir: str | None = option(None, "folder of pictures", scope=SUBSET)
-    metadata_file: str | None = option(None, "json or jsonl file of pictures and captions", scope=SUBSET)
+    image_dir: str | None = option(None, "folder of images", scope=SUBSET)
+    metadata_file: str | None = option(None, "json or jsonl file of images and captions", scope=SUBSET)
     dataset_name: str | None = option(None, "Hugging Face dataset: hub id or folder", scope=SUBSET)
     dataset_config_name: str | None = option(None, "configuration of that dataset", scope=SUBSET)
     split: str = option("train", "split of that dataset", scope=SUBSET)
-    image_column: str = option("image", "its column of pictures", scope=SUBSET)
+    image_column: str = option("image", "its column of images", scope=SUBSET)
     caption_column: str | None = option(None, "its column of captions", unset="text, if there is one", scope=SUBSET)
     cache_dir: str | None = option(None, "folder for its latents and text-encoder outputs", scope=SUBSET)
-    is_reg: bool = option(False, "the pictures are regularisation pictures", scope=SUBSET)
-    class_tokens: str | None = option(None, "caption of pictures that have none", scope=ANYWHERE)
+    is_reg: bool = option(False, "the images are regularisation images", scope=SUBSET)
+    class_tokens: str | None = option(None, "caption of images that have none", scope=ANYWHERE)
     num_repeats: int = option(
-        1, "how often an epoch shows each picture; 0 leaves the subset out", scope=ANYWHERE, at_least=0
+        1, "how often an epoch shows each image; 0 leaves the subset out", scope=ANYWHERE, at_least=0
     )
     custom_attributes: dict[str, Any] | None = option(
         None, "any table, kept in the saved file's metadata", scope=ANYWHERE
@@ -72,8 +72,8 @@ class SubsetConfig(CaptionFields, ImageFields):
 class DatasetConfig(BucketFields):
     """Subsets that share a resolution, buckets and a batch size. Sizes are (width, height) in pixels."""
 
-    resolution: tuple[int, int] = option(None, "size of the pictures", scope=DATASET, read=read_size)
-    batch_size: int = option(1, "pictures a batch, in each process", scope=DATASET, at_least=1)
+    resolution: tuple[int, int] = option(None, "size of the images", scope=DATASET, read=read_size)
+    batch_size: int = option(1, "images a batch, in each process", scope=DATASET, at_least=1)
     min_bucket_reso: int = option(
         0, "shortest side; 0: 256, or half the resolution if that is smaller", scope=DATASET, at_least=VAE_FACTOR
     )
@@ -108,11 +108,11 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
     if file:
         return _from_file(Path(file), given)
     if not folder:
-        raise DataError("nothing to train on: give --dataset_config or --train_data_dir")
+        raise DataOptionError("nothing to train on: give --dataset_config or --train_data_dir")
     subsets: list[dict[str, Any]]
     if arguments.get("in_json"):
         if arguments.get("reg_data_dir"):
-            raise DataError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
+            raise DataOptionError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
         subsets = [{"image_dir": folder, "metadata_file": arguments["in_json"]}]
     else:
         subsets = class_folders(Path(folder), "--train_data_dir", is_reg=False)
@@ -188,12 +188,12 @@ def _tables(table: dict[str, Any], key: str, path: str, source: str) -> list[dic
 
 
 def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, source: str) -> None:
-    """Exactly one source of pictures, and no option that only another kind of source could obey."""
+    """Exactly one source of images, and no option that only another kind of source could obey."""
     if subset.dataset_name and (subset.image_dir or subset.metadata_file):
         other = "image_dir" if subset.image_dir else "metadata_file"
         raise DataError(f"{source}: {path} has both dataset_name and {other}")
     if not (subset.image_dir or subset.metadata_file or subset.dataset_name):
-        raise DataError(f"{source}: {path} names no pictures: give image_dir, metadata_file or dataset_name")
+        raise DataError(f"{source}: {path} names no images: give image_dir, metadata_file or dataset_name")
     if not subset.caption_separator:
         raise DataError(f"{source}: {path}.caption_separator must not be empty")
     if subset.alpha_mask and subset.conditioning_data_dir:

@@ -1,21 +1,19 @@
-"""The options of the picture program, under the names of kohya's gen_img; those it does not support, with reasons."""
+"""The options of the image program, under the names of kohya's gen_img; those it does not support, with reasons."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.models.schedulers import SAMPLERS
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.model import AttentionOptions, ModelSource
 from lora_adapters.train.options.option import option
 from lora_adapters.train.options.parser import Parser
 from lora_adapters.train.options.settings import Given, made
+from lora_adapters.train.samplers import SAMPLERS
 
 _CONTROL = "ControlNet is not supported: use diffusers' StableDiffusionControlNetPipeline with pipe.load_lora_weights"
-_HIGHRES = (
-    "highres fix is not supported: draw small, then give the picture to --image_path with --W, --H and --strength"
-)
+_HIGHRES = "highres fix is not supported: draw small, then give the image to --image_path with --W, --H and --strength"
 _SHRINK = "Deep Shrink is not supported"
 _GRADUAL = "Gradual Latent is not supported"
 _GUIDANCE = "guidance by CLIP or VGG16 is not supported"
@@ -87,22 +85,20 @@ class PromptOptions:
     title: ClassVar[str] = "what to draw"
     prompt: str | None = option(None, "prompt, with options behind it: a cat --n blurry --w 512 --h 768 --d 1,2")
     from_file: str | None = option(None, "file of prompts, one a line; blank lines and lines with # are left out")
-    images_per_prompt: int = option(1, "pictures for each prompt", **_COUNT)
+    images_per_prompt: int = option(1, "images for each prompt", **_COUNT)
     n_iter: int = option(1, "go through all prompts so many times", **_COUNT)
     shuffle_prompts: bool = option(False, "in another order each time")
     seed: int | None = option(
         None,
-        "seed of the pictures' seeds; of the picture itself where there is but one",
+        "seed of the images' seeds; of the image itself where there is but one",
         unset="drawn",
         at_least=0,
         at_most=MAX_SEED,
         range_error=f"seeds are 0 to {MAX_SEED}",
     )
-    iter_same_seed: bool = option(False, "the same seed for all prompts; a prompt's further pictures count on from it")
-    image_path: str | None = option(
-        None, "picture or folder of pictures to start from; without prompts, theirs are taken"
-    )
-    strength: float | None = option(None, "how much of such a picture is drawn anew, above 0, up to 1", unset="0.8")
+    iter_same_seed: bool = option(False, "the same seed for all prompts; a prompt's further images count on from it")
+    image_path: str | None = option(None, "image or folder of images to start from; without prompts, theirs are taken")
+    strength: float | None = option(None, "how much of such an image is drawn anew, above 0, up to 1", unset="0.8")
 
 
 @dataclass
@@ -114,12 +110,12 @@ class SamplingOptions:
     H: int | None = option(None, "height in pixels", unset="the size that the model was trained at")
     steps: int = option(50, "sampling steps")
     scale: float = option(7.5, "guidance scale")
-    sampler: str = option("ddim", "sampler", choices=SAMPLERS)
+    sampler: str = option("ddim", "sampler", choices=list(SAMPLERS))
     force_scheduler_zero_steps_offset: bool = option(False, "the sampler's steps_offset is 0")
-    batch_size: int = option(1, "pictures at a time", **_COUNT)
+    batch_size: int = option(1, "images at a time", **_COUNT)
     vae_batch_size: float | None = option(
         None,
-        "pictures at a time in the VAE; below 1, a part of --batch_size",
+        "images at a time in the VAE; below 1, a part of --batch_size",
         unset="--batch_size",
         above=0,
         range_error="give more than 0",
@@ -137,11 +133,9 @@ class SamplingOptions:
         choices=["original", "abs", "none"],
     )
     original_height: int | None = option(
-        None, "SDXL: height of the picture that it was cut from", unset="the height drawn"
+        None, "SDXL: height of the image that it was cut from", unset="the height drawn"
     )
-    original_width: int | None = option(
-        None, "SDXL: width of the picture that it was cut from", unset="the width drawn"
-    )
+    original_width: int | None = option(None, "SDXL: width of the image that it was cut from", unset="the width drawn")
     negative_original_height: int | None = option(
         None,
         "SDXL: the same height for the negative prompt",
@@ -183,9 +177,9 @@ class FileOptions:
     """Files that are written."""
 
     title: ClassVar[str] = "files"
-    outdir: str = option("outputs", "folder of the pictures")
+    outdir: str = option("outputs", "folder of the images")
     sequential_file_name: bool = option(False, "im_000001.png, im_000002.png, ...; without it, time, number and seed")
-    use_original_file_name: bool = option(False, "with --image_path: the name of that picture")
+    use_original_file_name: bool = option(False, "with --image_path: the name of that image")
 
 
 @dataclass
@@ -195,7 +189,7 @@ class SheetOptions:
     title: ClassVar[str] = "a sheet of settings"
     sweep: list[str] | None = option(
         None,
-        "draw one sheet instead of pictures, with a row for each prompt and a column for each setting: weight=0,0.5,1 "
+        "draw one sheet instead of images, with a row for each prompt and a column for each setting: weight=0,0.5,1 "
         "rank=4,8 steps= scale= sampler=",
         metavar="NAME=V,V,...",
         at_least_one=True,
@@ -206,12 +200,12 @@ class SheetOptions:
 
 @dataclass
 class GenerateSettings(BaseOptions, PromptOptions, SamplingOptions, AdapterOptions, FileOptions, SheetOptions, Given):
-    """The picture program's options: an attribute each."""
+    """The image program's options: an attribute each."""
 
 
 def parser(defaults: bool = True) -> argparse.ArgumentParser:
     """A parser of all options; without `defaults` its result has only what is on the command line."""
-    new = Parser(prog="gen_img_diffusers.py", description="Draw pictures with Stable Diffusion and adapters.")
+    new = Parser(prog="gen_img_diffusers.py", description="Draw images with Stable Diffusion and adapters.")
     new.add_options(GenerateSettings, defaults)
     for name in UNSUPPORTED:
         new.add_refused(f"--{name}")
@@ -219,9 +213,9 @@ def parser(defaults: bool = True) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> GenerateSettings:
-    """Options from `argv`, then the defaults. Raises TrainingError for the first unsupported option that is given."""
+    """Options from `argv`, then the defaults. Raises OptionError for the first unsupported option that is given."""
     line = vars(parser(defaults=False).parse_args(argv))
     for name, reason in UNSUPPORTED.items():
         if line.pop(name, None) is not None:
-            raise TrainingError(f"--{name}: {reason}")
+            raise OptionError(f"--{name}: {reason}")
     return made(GenerateSettings, line)

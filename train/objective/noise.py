@@ -1,6 +1,6 @@
-"""What a training step draws: timesteps and noise. Everything is a function of (seed, number of the sample).
+"""Timestep and noise sampling for a training step. Everything is a function of (seed, number of the sample).
 
-Each sample of the run has a generator of its own, on the CPU. So the n-th picture of a run meets the same noise
+Each sample of the run has its own generator on the CPU. So the n-th image of a run meets the same noise
 whatever the device, the batch size, the number of processes, and whether the run was stopped in between.
 """
 
@@ -45,7 +45,7 @@ class NoiseOptions:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator of its own for `key`."""
+    """A generator on the CPU for `key` alone."""
     return torch.Generator().manual_seed(derive(*key))
 
 

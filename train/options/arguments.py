@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.config_file import file_options, write_config
 from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.parser import Parser
@@ -23,12 +23,12 @@ def settings(**options: Any) -> Settings:
     """The defaults with `options` put in: what `train` takes when it is called from Python.
 
     Names and meanings are those of the command line, values are Python's (`network_args` may be a dict). Raises
-    TrainingError for a name that is not an option, or a value that is not among its choices.
+    OptionError for a name that is not an option, or a value that is not among its choices.
     """
     known = options_of(Settings)
     for name in options:
         if name not in known:
-            raise TrainingError(f"settings: there is no option {name!r}{did_you_mean(name, known)}")
+            raise OptionError(f"settings: there is no option {name!r}{did_you_mean(name, known)}")
     return made(Settings, {name: checked(known[name], value, "settings") for name, value in options.items()})
 
 

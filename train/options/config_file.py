@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.convert.storage.atomic import replacing
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.option import Option, options_of
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import checked, did_you_mean, key_values
@@ -98,7 +98,7 @@ def _without_the_guis(options: dict[str, Any], file: Path) -> dict[str, Any]:
 def write_config(settings: Settings) -> None:
     """Write the options that were given to --config_file, which must not exist yet. No keys or tokens."""
     if not settings.config_file:
-        raise TrainingError("--output_config needs --config_file: the file to write")
+        raise OptionError("--output_config needs --config_file: the file to write")
     file = config_path(settings.config_file)
     if file.exists():
         raise TrainingError(f"--output_config: {file} exists already; name another --config_file or delete it")

@@ -7,12 +7,12 @@ line's options inherit them, and so do the tables of a dataset file (train/data/
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lora_adapters.train.interpolation import TRAINING
 from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import ANYWHERE, DATASET, SUBSET, Inert, option
 
-_FACE_CROP = "cropping around faces is not supported; crop the pictures beforehand"
+_FACE_CROP = "cropping around faces is not supported; crop the images beforehand"
 VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
-INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
 def read_size(value: Any) -> tuple[int, int]:
@@ -43,11 +43,11 @@ def _face_crop_not_supported(value: Any) -> None:
 class BucketFields:
     """Sizes of images, for the command line and [[datasets]]."""
 
-    enable_bucket: bool = option(False, "sort pictures into buckets by aspect ratio", scope=DATASET)
+    enable_bucket: bool = option(False, "sort images into buckets by aspect ratio", scope=DATASET)
     bucket_reso_steps: int = option(64, "sides are multiples of this", scope=DATASET, at_least=VAE_FACTOR)
-    bucket_no_upscale: bool = option(False, "never enlarge a picture", scope=DATASET)
+    bucket_no_upscale: bool = option(False, "never enlarge an image", scope=DATASET)
     validation_split: float = option(
-        0.0, "share of the pictures that is held out", scope=DATASET, at_least=0, at_most=1, metadata=True
+        0.0, "share of the images that is held out", scope=DATASET, at_least=0, at_most=1, metadata=True
     )
     validation_seed: int | None = option(None, "seed that chooses them", unset="--seed", scope=DATASET, metadata=True)
 
@@ -56,9 +56,7 @@ class BucketFields:
 class CaptionFields:
     """How captions are found and varied, for the command line and [[datasets.subsets]]."""
 
-    caption_extension: str = option(
-        ".caption", "caption files beside the pictures end so", scope=ANYWHERE, read=_suffix
-    )
+    caption_extension: str = option(".caption", "caption files beside the images end so", scope=ANYWHERE, read=_suffix)
     caption_separator: str = option(",", "separator of tags", scope=ANYWHERE)
     shuffle_caption: bool = option(False, "shuffle the tags", scope=ANYWHERE)
     keep_tokens: int = option(0, "leave the first n tags in place", scope=ANYWHERE, at_least=0)
@@ -88,7 +86,7 @@ class CaptionFields:
 class ImageFields:
     """How images are varied, for the command line and [[datasets.subsets]]."""
 
-    flip_aug: bool = option(False, "flip half of the pictures", scope=ANYWHERE)
+    flip_aug: bool = option(False, "flip half of the images", scope=ANYWHERE)
     color_aug: bool = option(False, "vary the colours", scope=ANYWHERE)
     random_crop: bool = option(False, "crop at random places", scope=ANYWHERE)
     face_crop_aug_range: str | None = option(
@@ -101,15 +99,15 @@ class ImageFields:
     )
     resize_interpolation: str | None = option(
         None,
-        "how pictures are resized",
+        "how images are resized",
         unset="area to shrink, lanczos to enlarge",
-        choices=INTERPOLATIONS,
+        choices=TRAINING,
         scope=ANYWHERE,
         metadata=True,
     )
-    alpha_mask: bool = option(False, "take the pictures' alpha channels as masks", scope=SUBSET)
-    conditioning_data_dir: str | None = option(None, "folder of masks, named like the pictures", scope=SUBSET)
-    cache_info: bool = option(False, "keep the list of pictures and captions on disk", scope=ANYWHERE)
+    alpha_mask: bool = option(False, "take the images' alpha channels as masks", scope=SUBSET)
+    conditioning_data_dir: str | None = option(None, "folder of masks, named like the images", scope=SUBSET)
+    cache_info: bool = option(False, "keep the list of images and captions on disk", scope=ANYWHERE)
 
 
 @dataclass(kw_only=True)
@@ -117,11 +115,11 @@ class SourceOptions:
     """Which data."""
 
     dataset_config: str | None = option(None, "toml or json file that describes the data")
-    train_data_dir: str | None = option(None, "folder of `<repeats>_<class>` folders with pictures")
-    reg_data_dir: str | None = option(None, "the same for regularisation pictures")
-    in_json: str | None = option(None, "metadata file of pictures and captions")
+    train_data_dir: str | None = option(None, "folder of `<repeats>_<class>` folders with images")
+    reg_data_dir: str | None = option(None, "the same for regularisation images")
+    in_json: str | None = option(None, "metadata file of images and captions")
     dataset_repeats: int = option(
-        1, "how often an epoch shows each picture of --in_json", scope=ANYWHERE, toml_name="num_repeats", at_least=0
+        1, "how often an epoch shows each image of --in_json", scope=ANYWHERE, toml_name="num_repeats", at_least=0
     )
     dataset_class: str | None = option(
         None,
@@ -131,11 +129,11 @@ class SourceOptions:
     debug_dataset: bool = option(
         False,
         "show the dataset instead of training",
-        unsupported="showing pictures is not supported; use --dry_run for buckets, steps and captions",
+        unsupported="showing images is not supported; use --dry_run for buckets, steps and captions",
     )
-    resolution: str | None = option(None, "size of the pictures: 512, or width,height", scope=DATASET)
+    resolution: str | None = option(None, "size of the images: 512, or width,height", scope=DATASET)
     train_batch_size: int = option(
-        1, "pictures a batch, in each process", scope=DATASET, toml_name="batch_size", at_least=1
+        1, "images a batch, in each process", scope=DATASET, toml_name="batch_size", at_least=1
     )
 
 
@@ -171,15 +169,15 @@ class CaptionOptions(CaptionFields):
 class ImageOptions(ImageFields):
     """Images and what is kept of them."""
 
-    title: ClassVar[str] = "pictures and caches"
-    cache_latents: bool = option(False, "encode the pictures once, before training")
-    cache_latents_to_disk: bool = option(False, "keep the latents beside the pictures")
+    title: ClassVar[str] = "images and caches"
+    cache_latents: bool = option(False, "encode the images once, before training")
+    cache_latents_to_disk: bool = option(False, "keep the latents beside the images")
     vae_batch_size: int = option(
-        1, "pictures encoded at once", at_least=1, inert=(Inert(lambda value, _: value == 0, "0 is taken as 1"),)
+        1, "images encoded at once", at_least=1, inert=(Inert(lambda value, _: value == 0, "0 is taken as 1"),)
     )
     skip_cache_check: bool = option(False, "take caches on disk as they are")
     cache_text_encoder_outputs: bool = option(False, "encode the captions once (needs an untrained text encoder)")
-    cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the pictures")
+    cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the images")
 
 
 @dataclass(kw_only=True)

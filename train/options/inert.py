@@ -31,7 +31,7 @@ def leave_out_inert(settings: Settings) -> None:
 
 
 def _leave_out_samples(settings: Settings) -> None:
-    """The occasions for sample pictures where there are no prompts to draw them from."""
+    """The occasions for sample images where there are no prompts to draw them from."""
     wanted = [name for name in _SAMPLES if getattr(settings, name)]
     if wanted and not settings.sample_prompts:
         log.warning("--%s: no sample pictures are drawn without --sample_prompts, a file of prompts", wanted[0])

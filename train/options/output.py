@@ -1,29 +1,12 @@
-"""Options: saving, resuming, sample pictures, logging."""
+"""Options: saving, resuming, sample images, logging."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import Inert, option, options_of
+from lora_adapters.train.samplers import SAMPLERS
 
-SAMPLERS = [
-    "ddim",
-    "pndm",
-    "lms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpm_2",
-    "dpm_2_a",
-    "dpmsolver",
-    "dpmsolver++",
-    "dpmsingle",
-    "k_lms",
-    "k_euler",
-    "k_euler_a",
-    "k_dpm_2",
-    "k_dpm_2_a",
-]
 _LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -38,7 +21,7 @@ def _every(help: str) -> Any:
 
 
 def _samples(help: str) -> Any:
-    """An interval of sample pictures."""
+    """An interval of sample images."""
     case = Inert(lambda value, _: value <= 0, "{value} draws no sample pictures")
     return option(None, help, at_least=1, inert=(case,))
 
@@ -70,7 +53,7 @@ class SavingOptions:
     metadata_license: str | None = _modelspec("license", "licence")
     metadata_tags: str | None = _modelspec("tags", "tags, separated by commas")
     metadata_usage_hint: str | None = _modelspec("usage_hint", "how to use it")
-    metadata_thumbnail: str | None = _modelspec("thumbnail", "a picture, as a data URL")
+    metadata_thumbnail: str | None = _modelspec("thumbnail", "an image, as a data URL")
     metadata_merged_from: str | None = _modelspec("merged_from", "models that it was merged from")
     metadata_trigger_phrase: str | None = _modelspec("trigger_phrase", "trigger words")
     metadata_preprocessor: str | None = _modelspec("preprocessor", "preprocessor of its input")
@@ -91,15 +74,15 @@ class SavingOptions:
 
 @dataclass
 class SampleOptions:
-    """Sample pictures."""
+    """Sample images."""
 
-    title: ClassVar[str] = "sample pictures"
-    sample_every_n_steps: int | None = _samples("make sample pictures every n steps; 0: none")
-    sample_every_n_epochs: int | None = _samples("make sample pictures every n epochs; wins over steps; 0: none")
-    sample_at_first: bool = option(False, "make sample pictures before training, too")
+    title: ClassVar[str] = "sample images"
+    sample_every_n_steps: int | None = _samples("make sample images every n steps; 0: none")
+    sample_every_n_epochs: int | None = _samples("make sample images every n epochs; wins over steps; 0: none")
+    sample_at_first: bool = option(False, "make sample images before training, too")
     sample_prompts: str | None = option(None, "file of prompts: txt, toml or json")
     sample_sampler: str = option(
-        "ddim", "sampler", choices=SAMPLERS, unread=lambda settings: not settings.sample_prompts
+        "ddim", "sampler", choices=list(SAMPLERS), unread=lambda settings: not settings.sample_prompts
     )
 
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_adapters.convert.tools import command_line
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.option import Option, groups, options_of
 
 
 class Parser(command_line.Parser):
-    """Raises TrainingError for a wrong command line.
+    """Raises OptionError for a wrong command line.
 
     An option may be abbreviated to a prefix that no other option has, as argparse allows. A name that lacks only its
     last letter is refused: it is a typing error rather than an abbreviation.
     """
 
-    failure = TrainingError
+    failure = OptionError
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)

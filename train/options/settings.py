@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.data import DataOptions
 from lora_adapters.train.options.model import ModelOptions
 from lora_adapters.train.options.option import options_of
@@ -53,10 +53,10 @@ def made(kind: type[S], values: Mapping[str, Any]) -> S:
 
 
 def check_ranges(settings: Given) -> None:
-    """Raise TrainingError for the first number that is outside of its option's limits."""
+    """Raise OptionError for the first number that is outside of its option's limits."""
     for name, option in options_of(type(settings)).items():
         value = getattr(settings, name)
         if isinstance(value, int | float) and not isinstance(value, bool) and not option.allows(value):
             if option.range_error:
-                raise TrainingError(f"{option.flag} {value}: {option.range_error}")
-            raise TrainingError(f"{option.flag} must be {option.limits}, not {value}")
+                raise OptionError(f"{option.flag} {value}: {option.range_error}")
+            raise OptionError(f"{option.flag} must be {option.limits}, not {value}")

@@ -40,7 +40,7 @@ class StepOptions:
     max_train_epochs: int | None = option(None, "epochs; wins over --max_train_steps", at_least=1, inert=(ZERO,))
     gradient_accumulation_steps: int = option(1, "batches an optimizer step", at_least=1, metadata=True)
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0: not at all", metadata=True)
-    max_data_loader_n_workers: int = option(8, "processes that read pictures (at most one a core)", at_least=0)
+    max_data_loader_n_workers: int = option(8, "processes that read images (at most one a core)", at_least=0)
     persistent_data_loader_workers: bool = option(False, "keep these processes from epoch to epoch")
     initial_epoch: int | None = option(
         None,
@@ -56,7 +56,7 @@ class StepOptions:
     )
     skip_until_initial_step: bool = option(
         False,
-        "skip the pictures before the initial step",
+        "skip the images before the initial step",
         unsupported=_RESUME,
         inert=(Inert(lambda _, settings: _starts_at_first(settings), "there is no initial step to skip to"),),
     )
@@ -110,7 +110,7 @@ class LossOptions:
     """What is minimised, and the noise that is added to the latents."""
 
     title: ClassVar[str] = "loss and noise"
-    prior_loss_weight: float = option(1.0, "weight of the loss on regularisation pictures", metadata=True)
+    prior_loss_weight: float = option(1.0, "weight of the loss on regularisation images", metadata=True)
     min_snr_gamma: float | None = option(None, "min-SNR weighting of timesteps; 5 is usual", metadata=True)
     noise_offset: float | None = option(None, "strength of noise that is constant over a channel", metadata=True)
     noise_offset_random_strength: bool = option(False, "draw that strength between 0 and --noise_offset", metadata=True)
@@ -157,7 +157,7 @@ class LossOptions:
     debiased_estimation_loss: bool = option(
         False, "debiased estimation weighting of timesteps", metadata="ss_debiased_estimation"
     )
-    masked_loss: bool = option(False, "multiply the loss by the pictures' masks")
+    masked_loss: bool = option(False, "multiply the loss by the images' masks")
     weighted_captions: bool = option(False, "captions with weights: (word:1.3), (word), [word]")
 
 

@@ -1,6 +1,6 @@
 """Options that the parser knows and the program refuses: each declares its reason (`Option.unsupported`)."""
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.settings import Settings
 
@@ -10,7 +10,7 @@ UNSUPPORTED: dict[str, str] = {
 
 
 def refuse(settings: Settings) -> None:
-    """Raise TrainingError for the first unsupported option that has another value than its default."""
+    """Raise OptionError for the first unsupported option that has another value than its default."""
     for name, reason in UNSUPPORTED.items():
         if getattr(settings, name) != options_of(Settings)[name].default:
-            raise TrainingError(f"--{name}: {reason}")
+            raise OptionError(f"--{name}: {reason}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_adapters.convert.suggestions import closest
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.option import Option
 
 # Other programs' names for options and for their values.
@@ -24,7 +24,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def checked(option: Option, value: Any, source: object) -> Any:
-    """`value` as the command line would have given it for an option; TrainingError where it would not.
+    """`value` as the command line would have given it for an option; OptionError where it would not.
 
     Args:
         option: the option.
@@ -38,13 +38,13 @@ def checked(option: Option, value: Any, source: object) -> Any:
         if value in (0, 1):  # kohya's GUI writes some switches so
             value = bool(value)
         if not isinstance(value, bool):
-            raise TrainingError(f"{source}: {name} is true or false, not {value!r}")
+            raise OptionError(f"{source}: {name} is true or false, not {value!r}")
     elif value is not None:
         value = _single(option, value, source)
     if option.choices is not None and value is not None and value not in option.choices:
         allowed = ", ".join(str(choice) for choice in option.choices)
         near = did_you_mean(str(value), (str(choice) for choice in option.choices))
-        raise TrainingError(f"{source}: {name} is one of {allowed}, not {value!r}{near}")
+        raise OptionError(f"{source}: {name} is one of {allowed}, not {value!r}{near}")
     return value
 
 
@@ -55,7 +55,7 @@ def _list(option: Option, value: Any, source: object) -> Any:
     try:
         return [one if option.kind is str or option.parse is None else option.parse(one) for one in value]
     except (TypeError, ValueError):
-        raise TrainingError(f"{source}: {option.name} cannot be {value!r}") from None
+        raise OptionError(f"{source}: {option.name} cannot be {value!r}") from None
 
 
 def _single(option: Option, value: Any, source: object) -> Any:
@@ -63,7 +63,7 @@ def _single(option: Option, value: Any, source: object) -> Any:
     if isinstance(value, os.PathLike):
         value = str(value)
     if isinstance(value, bool | dict):
-        raise TrainingError(f"{source}: {name} cannot be {value!r}")
+        raise OptionError(f"{source}: {name} cannot be {value!r}")
     if name in ("resolution", "face_crop_aug_range") and isinstance(value, list | tuple):
         value = ",".join(str(one) for one in value)
     if option.kind is int and isinstance(value, float) and value.is_integer():
@@ -72,17 +72,17 @@ def _single(option: Option, value: Any, source: object) -> Any:
     try:
         return str(value) if option.parse is None else option.parse(str(value))
     except (ValueError, argparse.ArgumentTypeError):
-        raise TrainingError(f"{source}: {name} cannot be {value!r}") from None
+        raise OptionError(f"{source}: {name} cannot be {value!r}") from None
 
 
 def key_values(pairs: Sequence[str] | dict[str, Any] | None, option: str) -> dict[str, str]:
-    """`["conv_dim=4", ...]` as a dictionary of text; TrainingError names the option for an item without "="."""
+    """`["conv_dim=4", ...]` as a dictionary of text; OptionError names the option for an item without "="."""
     if isinstance(pairs, dict):
         return {key: str(value) for key, value in pairs.items()}
     found = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise TrainingError(f"--{option}: {pair!r} is not of the form key=value")
+            raise OptionError(f"--{option}: {pair!r} is not of the form key=value")
         found[key] = value
     return found

@@ -61,8 +61,8 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
     try:
         with replacing_folder(folder) as partial:  # a kill during the exchange: see remove_leftovers
             save_pickle(state, partial / _STATE)
-            facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
-            (partial / _POSITION).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            entries = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
+            (partial / _POSITION).write_text(json.dumps(entries, indent=1), encoding="utf-8")
             for name in (_STATE, _POSITION):
                 sync(partial / name)
     except OSError as error:
@@ -91,10 +91,10 @@ def load_position(folder: Path) -> Position:
         for name in (_POSITION, _STATE):
             if not (folder / name).is_file():
                 raise TrainingError(f"--resume {folder}: it is no saved state ({name} is missing)")
-        facts = json_value((folder / _POSITION).read_text(encoding="utf-8"))
+        entries = json_value((folder / _POSITION).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
-    known = {key: facts[key] for key in asdict(Position()) if key in facts} if isinstance(facts, dict) else {}
+    known = {key: entries[key] for key in asdict(Position()) if key in entries} if isinstance(entries, dict) else {}
     if "step" not in known or not all(
         type(value) is int and (value >= 0 or key == "seed") for key, value in known.items()
     ):

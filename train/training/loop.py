@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trained:
-    """What a training gives back.
+    """What `train` returns.
 
     adapter: what was saved last. models: the base model with the adapter on it, in evaluation mode. losses: of every
     optimizer step of this call. held_out: every measurement of the held-out loss. not_pushed: saves that did not reach
-    the Hub; they are on the disk. damaged: pictures that could not be used, with the reason, by name.
+    the Hub; they are on the disk. damaged: images that could not be used, with the reason, by name.
     """
 
     adapter: Adapter
@@ -53,7 +53,7 @@ def train(settings: argparse.Namespace, models: BaseModels | None = None, data: 
     """Train an adapter, save it under --output_dir, and give it back.
 
     settings: from `arguments.settings(...)` or `arguments.parse(argv)`. models: a base model that is loaded already;
-    the adapter stays on it. data: pictures that are opened already. Raises TrainingError, DataError or AdapterError,
+    the adapter stays on it. data: images that are opened already. Raises TrainingError, DataError or AdapterError,
     each with one line that says what to do.
     """
     run = prepare(settings, models, data)

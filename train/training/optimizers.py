@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.values import key_values
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def optimizer_name(settings: argparse.Namespace) -> str:
                getattr(settings, flag)]  # fmt: skip
     named = [settings.optimizer_type] if settings.optimizer_type else []
     if len(aliases + named) > 1:
-        raise TrainingError(f"more than one optimizer is asked for: {', '.join(named + aliases)}")
+        raise OptionError(f"more than one optimizer is asked for: {', '.join(named + aliases)}")
     return (named + aliases + ["AdamW"])[0]
 
 

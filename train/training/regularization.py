@@ -62,7 +62,7 @@ def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
             numbers, downs, ups = zip(*members[start : start + size], strict=True)
             own = _norms(torch.stack(downs).float(), torch.stack(ups).float()) * scale
             found += zip(numbers, own.unbind(), strict=True)
-    return torch.stack([norm for _, norm in sorted(found, key=lambda one: one[0])])
+    return torch.stack([norm for _, norm in sorted(found, key=lambda item: item[0])])
 
 
 @torch.no_grad()

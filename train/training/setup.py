@@ -22,16 +22,15 @@ from lora_adapters.train.data.batches import Batch
 from lora_adapters.train.data.cache_files import text_identity
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import (
     BaseModels,
-    architecture_on_disk,
     check_clip_skip,
     check_path,
+    family_on_disk,
     load_base_models,
 )
 from lora_adapters.train.models.memory import apply_memory_options, check_machine, set_training, weight_type
-from lora_adapters.train.models.text_encoding import cacheable, tokenize
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
@@ -70,7 +69,7 @@ class Run:
     uploads: Uploads | None = None
     prompts: list[Prompt] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
-    samples: Path | None = None  # the sample pictures that were drawn last
+    samples: Path | None = None  # the sample images that were drawn last
 
     @property
     def batches_per_epoch(self) -> int:
@@ -108,7 +107,7 @@ class Run:
             dial.set_step(part, self.settings.seed, samples, batch.total)
 
     def training_mode(self, training: bool = True) -> None:
-        text = any(name != "unet" for name in self.trained)
+        text = bool(adapters.text_components(self.trained))
         set_training(self.models, training, text)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
@@ -131,7 +130,7 @@ def check(settings: argparse.Namespace) -> None:
     refuse(settings)
     check_machine(settings)
     check_path(settings)
-    adapters.check_network(settings, architecture_on_disk(settings))
+    adapters.check_network(settings, family_on_disk(settings))
     optimizer_class(optimizer_name(settings))
     check_schedule(settings)
     check_samples(settings)
@@ -147,7 +146,7 @@ def check(settings: argparse.Namespace) -> None:
     check_ranges(settings)
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
-        raise TrainingError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
+        raise OptionError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
 
 
 def open_output(settings: argparse.Namespace) -> None:
@@ -171,13 +170,16 @@ def create_accelerator(settings: argparse.Namespace) -> Accelerator:
     ]
     if settings.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.ddp_timeout)))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         log_with=tracker_names(settings) or None,
         project_dir=settings.logging_dir,
         kwargs_handlers=handlers,
         dynamo_backend=settings.dynamo_backend if settings.torch_compile else None,
     )
+    if accelerator.device.type == "cpu":
+        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
+    return accelerator
 
 
 def decide_seed(settings: argparse.Namespace) -> int:
@@ -202,7 +204,7 @@ def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
 
 
 def workers(settings: argparse.Namespace) -> int:
-    """Processes that read pictures: as asked for, but no more than there are cores."""
+    """Processes that read images: as asked for, but no more than there are cores."""
     return min(settings.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
@@ -219,18 +221,14 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     check(settings)
     accelerator = create_accelerator(settings)
     if not settings.output_dir and not settings.dry_run:
-        raise TrainingError("--output_dir is missing: the folder for what is saved")
-    if accelerator.device.type == "cpu":
-        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
+        raise OptionError("--output_dir is missing: the folder for what is saved")
     settings.seed = decide_seed(settings)
     data = data or open_data(settings, settings.seed)
     if settings.masked_loss and not data.has_masks:
-        raise TrainingError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
+        raise OptionError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
     if accelerator.is_main_process and not settings.dry_run:
         open_output(settings)
-    uploads = None
-    if settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run:
-        uploads = Uploads(settings)  # a wrong name or token shows before anything is loaded or encoded
+    uploads = _uploads(settings, accelerator)
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_clip_skip(models, settings.clip_skip)
@@ -238,10 +236,10 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     check_samplers_fit(settings, models, prompts)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)
-    apply_memory_options(models, settings, trained_text=any(name != "unet" for name in trained))
+    train_text = bool(adapters.text_components(trained))
+    apply_memory_options(models, settings, train_text)
     adapters.merge_base_weights(settings, models)
     adapters.add(settings, models, trained)
-    train_text = any(name != "unet" for name in trained)
     plain = Denoiser(models, settings.clip_skip, train_text)
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
     chunks = (settings.max_token_length or 75) // 75
@@ -256,10 +254,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     schedule = create_schedule(settings, optimizer, steps)
     data.set_schedule(steps, settings.gradient_accumulation_steps)
     if not settings.dry_run:
-        plain.to(device)
-        models.vae.to(device)
-        if settings.no_half_vae and models.vae.dtype != torch.float32:
-            models.vae.to(torch.float32)
+        _to_device(settings, models, plain, device)
         cache(settings, models, plain, data, accelerator, options)
     noise_schedule = models.noise_schedule(settings.zero_terminal_snr)
     denoiser, optimizer = accelerator.prepare(plain, optimizer)
@@ -283,6 +278,19 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     )
 
 
+def _uploads(settings: argparse.Namespace, accelerator: Accelerator) -> Uploads | None:
+    """The main process's uploads: a wrong name or token shows before anything is loaded or encoded."""
+    wanted = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
+    return Uploads(settings) if wanted else None
+
+
+def _to_device(settings: argparse.Namespace, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:
+    denoiser.to(device)
+    models.vae.to(device)
+    if settings.no_half_vae and models.vae.dtype != torch.float32:
+        models.vae.to(torch.float32)
+
+
 def cache(
     settings: argparse.Namespace,
     models: BaseModels,
@@ -291,31 +299,30 @@ def cache(
     accelerator: Accelerator,
     options: StepOptions,
 ) -> None:
-    """Encode pictures and captions once where asked to; what is no longer needed then leaves the device."""
+    """Encode images and captions once where asked to; what is no longer needed then leaves the device."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     check_disk = not settings.skip_cache_check
-    kind = "sdxl" if models.kind == "sdxl" else "sd"
     away = "cpu" if not settings.highvram else accelerator.device
     if settings.cache_latents or settings.cache_latents_to_disk:
         data.cache_latents(
             models.vae,
+            models.family.latent_files,
             to_disk=settings.cache_latents_to_disk,
             batch_size=settings.vae_batch_size,
             device=accelerator.device,
-            model=kind,
             check=check_disk,
             **place,
         )
         models.vae.to(away)
     if settings.cache_text_encoder_outputs or settings.cache_text_encoder_outputs_to_disk:
         if denoiser.train_text:
-            raise TrainingError("--cache_text_encoder_outputs needs --network_train_unet_only")
-        first_width = models.text_encoders[0].config.hidden_size
+            raise OptionError("--cache_text_encoder_outputs needs --network_train_unet_only")
+        widths = [encoder.config.hidden_size for encoder in models.text_encoders]
 
         @torch.no_grad()
         def encode(captions: list[str]) -> dict[str, torch.Tensor]:
-            tokens = [tokenize(one, captions, options.chunks, options.weighted_captions) for one in models.tokenizers]
-            return {name: part.float().cpu() for name, part in cacheable(denoiser.encode(tokens), first_width).items()}
+            encoded = denoiser.encode(models.tokenize(captions, options.chunks, options.weighted_captions))
+            return {name: part.float().cpu() for name, part in models.family.to_cache(encoded, widths).items()}
 
         made, to_disk = "", settings.cache_text_encoder_outputs_to_disk
         if to_disk:  # reading all weights takes a while, and only files need to tell

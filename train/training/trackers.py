@@ -1,4 +1,4 @@
-"""Where losses, learning rates and pictures are logged: TensorBoard and Weights & Biases, through accelerate."""
+"""Where losses, learning rates and images are logged: TensorBoard and Weights & Biases, through accelerate."""
 
 import argparse
 import importlib.util
@@ -14,7 +14,7 @@ from PIL import Image
 
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.parsing import read_text, toml_table
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def check_trackers(settings: argparse.Namespace) -> None:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise TrainingError(f"--log_with {name} needs the package {name}: pip install {name}")
         if name == "tensorboard" and not settings.logging_dir:
-            raise TrainingError("--log_with tensorboard needs --logging_dir")
+            raise OptionError("--log_with tensorboard needs --logging_dir")
     names = tracker_names(settings)
     for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"):
         if getattr(settings, name) and not names:
@@ -82,7 +82,7 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Put a picture into every log."""
+    """Put an image into every log."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")

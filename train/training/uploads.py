@@ -9,7 +9,7 @@ from typing import Any
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.hub.background import REPO_TYPES, BackgroundPush, FailedPush, download_state
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Uploads:
             self.push.folder(folder)
 
     def final(self, path: Path, captions: Iterable[str], grid: Path | None) -> None:
-        """Push the last save, with a model card that shows `grid`, the last sample pictures. For models."""
+        """Push the last save, with a model card that shows `grid`, the last sample images. For models."""
         if not self.is_model:
             return
         settings = self.settings
@@ -66,7 +66,7 @@ class Uploads:
         )
 
     def finish(self, interrupted: bool = False) -> list[FailedPush]:
-        """Wait for pushes that are still under way; what failed is logged and given back, its files are on the disk."""
+        """Wait for pushes that are still under way. Returns those that failed, logged; their files are on the disk."""
         return self.push.close(_INTERRUPTED if interrupted else _PATIENCE)
 
 
@@ -82,18 +82,18 @@ def check_uploads(settings: argparse.Namespace) -> None:
     """Raise TrainingError for upload options without a repository, or with values that do not exist."""
     for name in ("repo_type", "path_in_repo", "repo_visibility"):
         if getattr(settings, f"huggingface_{name}") and not settings.huggingface_repo_id:
-            raise TrainingError(f"--huggingface_{name} needs --huggingface_repo_id")
+            raise OptionError(f"--huggingface_{name} needs --huggingface_repo_id")
     for name in ("save_state_to_huggingface", "async_upload"):
         if getattr(settings, name) and not settings.huggingface_repo_id:
-            raise TrainingError(f"--{name} needs --huggingface_repo_id")
+            raise OptionError(f"--{name} needs --huggingface_repo_id")
     if settings.save_state_to_huggingface and not (settings.save_state or settings.save_state_on_train_end):
-        raise TrainingError("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
+        raise OptionError("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
     if settings.huggingface_repo_type not in (None, *REPO_TYPES):
-        raise TrainingError(f"--huggingface_repo_type {settings.huggingface_repo_type}: {', '.join(REPO_TYPES)}")
+        raise OptionError(f"--huggingface_repo_type {settings.huggingface_repo_type}: {', '.join(REPO_TYPES)}")
     if settings.huggingface_repo_visibility not in (None, "public", "private"):
-        raise TrainingError(f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: public or private")
+        raise OptionError(f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: public or private")
     if settings.resume_from_huggingface and not settings.resume:
-        raise TrainingError("--resume_from_huggingface needs --resume=<user>/<repository>/<folder of the state>")
+        raise OptionError("--resume_from_huggingface needs --resume=<user>/<repository>/<folder of the state>")
 
 
 def state_folder(settings: argparse.Namespace) -> Path:

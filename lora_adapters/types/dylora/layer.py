@@ -65,7 +65,10 @@ class DyLoraVariant(LoraVariant):
         weight = layer.lora_A[adapter_name].weight
         self.full, self.length = layer.r[adapter_name], weight.shape[0] if width is None else width
         self.trailing = weight.ndim - 2  # a convolution's channels are not last
-        self.scaling = float(layer.scaling[adapter_name]) or 1.0
+        scaling = layer.scaling[adapter_name]
+        # A tensor, as layers have that are ready for hot-swapping, is multiplied in at each call: a number here that
+        # changes with the adapter would make a compiled model compile again.
+        self.scaling = 1.0 if isinstance(scaling, torch.Tensor) else float(scaling) or 1.0
 
     @torch.compiler.disable
     def refit(self, layer: Any, adapter_name: str, width: int) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lora_adapters.convert import Adapter, AdapterError, LowRank
 from lora_adapters.convert.deltas.rank_choice import by_error, dynamic
 from lora_adapters.convert.deltas.svd import reduce_modules, reduced, rules, total
-from lora_adapters.convert.families.names import block_index
+from lora_adapters.convert.families.sd import SD
 from lora_adapters.convert.tools.block_weights import parse, weighted
 from lora_adapters.convert.tools.merge import weighted_sum
 from tests.convert.checkpoints import GOLDEN
@@ -141,7 +141,7 @@ def test_block_weights(golden, count, changed):
     weights = [0.5, *(10.0 + block for block in changed)]
     assert len(weights) == count
     for module, one in weighted(adapter, weights).modules.items():
-        block = block_index(module.path, "sd") if module.component == "unet" else None
+        block = SD.blocks.index(module.path) if module.component == "unet" else None
         wanted = 0.5 if block is None else 10.0 + block if block in changed else 1.0
         assert one.alpha / adapter.modules[module].alpha == pytest.approx(wanted)
 

@@ -195,7 +195,7 @@ def test_precision_of_the_parts(sd1):
 
     def types(*flags):
         models = load(parse(["--ckpt", str(sd1), *flags]), torch.device("cpu"))
-        return [next(one.parameters()).dtype for one in (models.unet, models.text_encoders[0], models.vae)]
+        return [next(one.parameters()).dtype for one in (models.denoiser, models.text_encoders[0], models.vae)]
 
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
     assert types() == [single] * 3

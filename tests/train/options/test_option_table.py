@@ -1,4 +1,4 @@
-"""The README's table of options is complete, and every test that it names is there."""
+"""The documentation's table of options is complete, and every test that it names is there."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from lora_adapters.train.options.arguments import parser
 from lora_adapters.train.options.unsupported import UNSUPPORTED
 
 TESTS = Path(__file__).parents[2]
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs" / "pages" / "options.md"
 # Options of kohya's trainer that few use. What is refused must be among these; what is not works, but is not listed.
 RARE = {
     "tokenizer_cache_dir", "lowram", "highvram", "disable_mmap_load_safetensors", "mem_eff_attn", "full_fp16",
@@ -34,8 +34,8 @@ RARE = {
 
 def rows() -> list[tuple[list[str], list[str]]]:
     """(options, tests) of each row of the table."""
-    text = README.read_text(encoding="utf-8")
-    table = text[text.index("| option | test |") :].split("</details>")[0]
+    text = PAGE.read_text(encoding="utf-8")
+    table = text[text.index("| option | test |") :].split("\n\n")[0]
     lines = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     return [(re.findall(r"`([^`]+)`", line[1]), re.findall(r"`([^`]+)`", line[2])) for line in lines]
 

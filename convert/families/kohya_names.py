@@ -1,0 +1,59 @@
+"""kohya's flat module names.
+
+A kohya name is `<prefix>_<module path with underscores>`, with the prefix `lora_unet`, `lora_te` (one text encoder),
+`lora_te1` or `lora_te2` (two). Underscores stand for dots and for themselves, so names are looked up in tables of all
+modules of all families, never guessed. SDXL files carry the original code's U-Net names (`input_blocks_4_1_...`) or
+diffusers'; both are read, of SD1.x and SD2.x too. Paths here are diffusers' with `text_model.` kept in text encoders.
+"""
+
+from functools import cache
+
+from lora_adapters.convert.errors import UnknownModuleError
+
+from .names import Lookup, ModuleName, nearest
+from .registry import FAMILIES, titles
+
+PREFIXES = {
+    **{f"{part.kohya}_": part.name for family in FAMILIES for part in family.components},
+    "lycoris_": FAMILIES[0].denoiser.name,  # what LyCORIS' own wrapper writes, of the one model that it wraps
+}
+
+
+@cache
+def _by_flat_name(component: str) -> dict[str, str]:
+    spelled = (pair for family in FAMILIES for pair in family.spellings(component))
+    return {name.replace(".", "_"): path for name, path in spelled}
+
+
+def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
+    """The module of a kohya name such as `lora_unet_mid_block_attentions_0_proj_in` (no tensor suffix).
+
+    lookup: asked where no known family has a module of that name; AdapterError where there is none.
+    """
+    for prefix, component in PREFIXES.items():
+        if name.startswith(prefix):
+            table, flat = _by_flat_name(component), name.removeprefix(prefix)
+            path = table.get(flat)
+            if path is None and lookup is not None:
+                path = lookup(component, flat)
+            if path is None:
+                raise UnknownModuleError(
+                    f"unknown module {name:.120}{nearest(name, (prefix + known for known in table))}; "
+                    f"{titles()} modules are known"
+                )
+            return ModuleName(component, path)
+    raise UnknownModuleError(f"unknown module {name:.120}: a kohya name begins with {', '.join(PREFIXES)}")
+
+
+def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
+    """The module under its own path, also where it is spelled in the original code's way (`input_blocks.4.1...`).
+
+    lookup: asked where no known family has such a module; AdapterError where there is none.
+    """
+    table = _by_flat_name(module.component)
+    path = table.get(module.path.replace(".", "_"))
+    if path is None and lookup is not None:
+        path = lookup(module.component, module.path)
+    if path is None:
+        raise UnknownModuleError(f"unknown module {module!s:.120}{nearest(module.path, table.values())}")
+    return module if path == module.path else ModuleName(module.component, path)

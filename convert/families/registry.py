@@ -1,0 +1,91 @@
+"""The families that are known, and how each is found: by name, by metadata, by the names of modules or tensors."""
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+
+from lora_adapters.convert.errors import AdapterError
+
+from .family import ModelFamily, Role, Version
+from .names import ModuleName
+from .sd import SD
+from .sdxl import SDXL
+
+# In the order in which they are tried: the first one that fits is taken, and what fits none is taken for the first.
+FAMILIES = (SD, SDXL)
+BASE_VERSION = "ss_base_model_version"
+
+
+def titles(word: str = "and") -> str:
+    """The versions that are known, in words: "SD1.x, SD2.x and SDXL"."""
+    *first, last = [title for family in FAMILIES for title in family.titles]
+    return f"{', '.join(first)} {word} {last}"
+
+
+def by_name(name: str) -> ModelFamily:
+    """The family of that name; AdapterError where there is none."""
+    found = next((family for family in FAMILIES if family.name == name), None)
+    if found is None:
+        known = " and ".join(f"{family.name} ({', '.join(family.titles)})" for family in FAMILIES)
+        raise AdapterError(f"unknown architecture {name!r}: {known} are known")
+    return found
+
+
+def by_metadata(metadata: Mapping[str, str]) -> ModelFamily | None:
+    """The family that the metadata of a file names; None where they name none that is known."""
+    told = metadata.get(BASE_VERSION, "")
+    return next((family for family in FAMILIES if told.startswith(family.metadata)), None)
+
+
+def version_named(value: str) -> Version | None:
+    """The version with that ss_base_model_version; None where none has it."""
+    return next((version for family in FAMILIES for version in family.versions if version.value == value), None)
+
+
+def is_v2(value: str) -> bool:
+    """Whether an ss_base_model_version is one that kohya's --v2 asks for, so that ss_v2 is written as True."""
+    return asked_by("v2", value)
+
+
+def asked_by(option: str, value: str) -> bool:
+    """Whether an ss_base_model_version is one that a flag of kohya's (v2, v_parameterization, sdxl) asks for."""
+    return any(option in family.options and value.startswith(family.options[option]) for family in FAMILIES)
+
+
+def by_modules(modules: Iterable[ModuleName]) -> ModelFamily:
+    """The first family that has all of these modules; AdapterError where none has them all."""
+    modules = list(modules)
+    found = next((family for family in FAMILIES if family.has(modules)), None)
+    if found is not None:
+        return found
+    layers = sorted(module for module in modules if role_of(module.component) == "denoiser")
+    unknown = [module for module in layers if not any(family.has([module]) for family in FAMILIES)]
+    if unknown:
+        raise AdapterError(f"{unknown[0]!s:.120} is no module of {titles('or')}")
+    last = FAMILIES[-1]
+    strange = next(module for module in layers if not last.has([module]))
+    raise AdapterError(
+        f"modules of different architectures in one adapter: {strange} is not in {last.title}, others are"
+    )
+
+
+def by_kohya_names(names: Iterable[str]) -> ModelFamily | None:
+    """The family that alone has such names in kohya's files; None where no name is one family's alone."""
+    names = list(names)
+    return next((family for family in FAMILIES if any(name.startswith(family.marks.kohya) for name in names)), None)
+
+
+def by_live_models(components: Collection[str], config: object) -> ModelFamily | None:
+    """The family that alone has such components, or such a config of its denoiser; None where that tells none."""
+    return next((family for family in FAMILIES if family.is_told_by(components, config)), None)
+
+
+def of_format(name: str) -> ModelFamily:
+    """The first family whose adapters a format of files can hold."""
+    return next(family for family in FAMILIES if name in family.formats)
+
+
+@cache
+def role_of(component: str) -> Role | None:
+    """What a component of that name is; None where no family has one."""
+    parts = (family.component(component) for family in FAMILIES)
+    return next((part.role for part in parts if part is not None), None)

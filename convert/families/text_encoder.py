@@ -1,0 +1,67 @@
+"""The layers of CLIP text encoders: their paths in transformers, and their tensors in original checkpoints.
+
+Two codes have them: transformers' own (`text_model.encoder.layers.0...`) and open_clip's (`resblocks.0...`), where q, k
+and v are one tensor and the projection is transposed.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .names import TEXT_PROJECTION
+from .tensor_slice import Share, TensorSlice
+
+LAYERS = 32  # of the deepest one, SDXL's second; SD1.x uses 12 of them, SD2.x 23
+_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
+_OPEN_CLIP = {
+    "self_attn.q_proj": ("attn.in_proj_weight", Share(0, 1, 3)),
+    "self_attn.k_proj": ("attn.in_proj_weight", Share(1, 2, 3)),
+    "self_attn.v_proj": ("attn.in_proj_weight", Share(2, 3, 3)),
+    "self_attn.out_proj": ("attn.out_proj.weight", None),
+    "mlp.fc1": ("mlp.c_fc.weight", None),
+    "mlp.fc2": ("mlp.c_proj.weight", None),
+}
+
+
+def layer_paths() -> Iterator[str]:
+    """The paths in all layers of the deepest text encoder, layer by layer; no `text_projection`."""
+    for layer in (f"text_model.encoder.layers.{index}" for index in range(LAYERS)):
+        yield from (f"{layer}.self_attn.{part}_proj" for part in ("q", "k", "v", "out"))
+        yield from (f"{layer}.mlp.{part}" for part in ("fc1", "fc2"))
+
+
+class TextEncoder(NamedTuple):
+    """A text encoder in original checkpoints.
+
+    clip, open_clip: the beginnings of its tensors' names in either code, the first of each as it is written.
+    projection: whether it has a `text_projection`. unused_layer: the last one of open_clip's, which is in files though
+    the pipeline uses no output of it.
+    """
+
+    clip: tuple[str, ...] = ()
+    open_clip: tuple[str, ...] = ()
+    projection: bool = False
+    unused_layer: int | None = None
+
+    def paths(self) -> Iterator[str]:
+        """The path of each layer that an adapter can have."""
+        yield from layer_paths()
+        if self.projection:
+            yield TEXT_PROJECTION
+
+    def slices(self, path: str) -> tuple[TensorSlice, ...]:
+        """Where the weight of a layer can be in an original checkpoint."""
+        if path == TEXT_PROJECTION:
+            return tuple(TensorSlice(f"{start}text_projection", transposed=True) for start in self.open_clip)
+        inner = path.removeprefix("text_model.")
+        found = [TensorSlice(f"{start}{spelled}.weight") for start in self.clip for spelled in (path, inner)]
+        match = _LAYER.fullmatch(path)
+        assert match, path
+        part, rows = _OPEN_CLIP[match[2]]
+        found += [TensorSlice(f"{start}transformer.resblocks.{match[1]}.{part}", rows) for start in self.open_clip]
+        return tuple(found)
+
+    def is_unused(self, path: str, found: TensorSlice) -> bool:
+        """Whether a layer, found there, is the one that is in files only."""
+        in_open_clip = found.key.startswith(self.open_clip)
+        return in_open_clip and self.unused_layer is not None and f".layers.{self.unused_layer}." in path

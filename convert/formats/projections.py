@@ -1,0 +1,26 @@
+"""The attention's proj_in and proj_out as an adapter's own model has them: linear layers or 1x1 convolutions."""
+
+from collections.abc import Mapping
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.families.detection import base_model_of, family_of
+from lora_adapters.convert.families.names import ModuleName
+
+
+def in_own_shapes(modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str]) -> Mapping[ModuleName, LowRank]:
+    """The modules with their projections linear, as in SD2.x and SDXL, or as convolutions, as in SD1.x.
+
+    kohya's trainer spells SD2's as convolutions, which stock diffusers and PEFT do not take. Where only the metadata
+    tell the version, they stay as they are: small models of any version have either.
+    """
+    several = len(family_of(modules, metadata).versions) > 1
+    version = base_model_of(modules, {} if several else metadata).version
+    if version is None:
+        return modules
+
+    def shaped(module: ModuleName, pair: LowRank) -> LowRank:
+        if not module.path.endswith((".proj_in", ".proj_out")) or pair.kernel != (1, 1):
+            return pair
+        return pair.shaped_like(pair.out_in if version.projections == "linear" else (*pair.out_in, 1, 1))
+
+    return {module: shaped(module, pair) for module, pair in modules.items()}

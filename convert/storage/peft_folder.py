@@ -1,0 +1,12 @@
+"""The files of PEFT's folders: one folder, or one for each component, with a config and weights in it."""
+
+from pathlib import Path
+
+from lora_adapters.convert.families.names import COMPONENTS
+
+CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def is_peft_folder(folder: Path) -> bool:
+    """Whether the folder, or one of its component folders, holds a PEFT adapter."""
+    return any((folder / part / CONFIG).is_file() for part in ("", *COMPONENTS))
