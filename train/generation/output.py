@@ -13,6 +13,7 @@ from lora_adapters.train.generation.networks import Network, unmerged
 from lora_adapters.train.generation.png_info import parameters, save_options, short_hash
 from lora_adapters.train.generation.requests import ImageRequest
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.options.values import required
 from lora_adapters.train.samplers import SAMPLERS
 
 
@@ -24,7 +25,7 @@ class Album:
         self.folder = Path(settings.outdir)
         self._time = time.strftime("%Y%m%d%H%M%S")
         self._count = 0
-        file = Path(settings.pretrained_model_name_or_path)
+        file = Path(required(settings.pretrained_model_name_or_path, "--ckpt"))
         self._model = {"Model": file.stem if file.is_file() else file.name}
         if file.is_file():
             self._model = {"Model hash": short_hash(file), **self._model}

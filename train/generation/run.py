@@ -105,7 +105,7 @@ def _sweep(drawer: Drawer, album: Album, wanted: Sequence[ImageRequest], made: P
     rows = [(label, [column[row] for column in drawn]) for row, label in enumerate(labels)]
     sheet = draw_sheet(rows, [column.title for column in made.columns], album.settings.sheet_font)
     path = album.sheet_path()
-    save(sheet, path, album.text(wanted[0], " ".join(album.settings.sweep)))
+    save(sheet, path, album.text(wanted[0], " ".join(album.settings.sweep or [])))
     return path
 
 

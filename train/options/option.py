@@ -133,9 +133,13 @@ def option(
     return dataclasses.field(default=default, metadata={"option": made})
 
 
-@functools.cache
 def options_of(kind: type) -> Mapping[str, Option]:
     """Name -> Option of every field of the dataclass `kind` that was made with `option`."""
+    return _options_of(kind)
+
+
+@functools.cache
+def _options_of(kind: Any) -> Mapping[str, Option]:
     hints = typing.get_type_hints(kind)
     return types.MappingProxyType(
         {

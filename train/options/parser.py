@@ -71,7 +71,7 @@ def _add(group: argparse._ArgumentGroup, option: Option, defaults: bool) -> None
         return
     group.add_argument(
         option.flag,
-        type=option.parse,
+        type=option.parse or str,
         nargs=("+" if option.at_least_one else "*") if option.many else None,
         choices=option.choices,
         metavar=option.metavar,

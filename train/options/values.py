@@ -3,12 +3,13 @@
 import argparse
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_adapters.convert.suggestions import closest
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.option import Option
 
+T = TypeVar("T")
 # Other programs' names for options and for their values.
 RENAMED = {"batch_size": "train_batch_size", "lr_restart_cycles": "lr_scheduler_num_cycles", "lr": "learning_rate"}
 _ALIASES = {"save_precision": {"fp32": "float", "float32": "float"}}
@@ -73,6 +74,13 @@ def _single(option: Option, value: Any, source: object) -> Any:
         return str(value) if option.parse is None else option.parse(str(value))
     except (ValueError, argparse.ArgumentTypeError):
         raise OptionError(f"{source}: {name} cannot be {value!r}") from None
+
+
+def required(value: T | None, flag: str) -> T:
+    """`value`; OptionError where it is missing."""
+    if value is None:
+        raise OptionError(f"{flag} is missing")
+    return value
 
 
 def key_values(pairs: Sequence[str] | dict[str, Any] | None, option: str) -> dict[str, str]:

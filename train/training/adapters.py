@@ -101,14 +101,15 @@ def _has_modules(denoiser: Any, config: LierLaConfig) -> bool:
 def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
     asked = options(settings, models.family)
-    start = load_source(settings, "network_weights", settings.network_weights) if settings.network_weights else None
+    source = settings.network_weights or ""
+    start = load_source(settings, "network_weights", source) if source else None
     if start is not None and settings.dim_from_weights:
-        _place(trained, start, _dylora(settings, asked.config, start), settings.network_weights)
+        _place(trained, start, _dylora(settings, asked.config, start), source)
     else:
         for model in trained.values():
             model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
         if start is not None:
-            load_start(trained, start, settings.network_weights)
+            load_start(trained, start, source)
     for model in trained.values():
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
@@ -185,7 +186,7 @@ def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None
 def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
     """Parameter groups with params, lr and name. TrainingError where nothing is left to train."""
     encoders = list(text_components(trained).values())
-    text_rates = settings.text_encoder_lr or [None]
+    text_rates = settings.text_encoder_lr or []
     if len(text_rates) > max(1, len(encoders)) and len(set(text_rates)) > 1:
         raise TrainingError(f"{len(text_rates)} of --text_encoder_lr for {len(encoders)} text encoders")
     if len(set(text_rates)) == 1:
@@ -196,7 +197,7 @@ def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: 
         encoders,
         lr=settings.learning_rate,
         unet_lr=settings.unet_lr,
-        text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates,
+        text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates or None,
         block_lr_weights=asked.block_lr_weights,
         loraplus_lr_ratio=asked.loraplus_lr_ratio,
         loraplus_unet_lr_ratio=asked.loraplus_unet_lr_ratio,

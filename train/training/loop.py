@@ -82,7 +82,7 @@ def train_prepared(run: Run) -> Trained:
 def _train(run: Run, signals: StopSignals) -> Trained:
     accelerator, settings = run.accelerator, run.settings
     run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.steps, run.epochs)
-    position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
+    position = Position(batches_per_epoch=run.batches_per_epoch, seed=run.seed)
     if settings.resume:
         position = go_on_from(run, state_folder(settings))
     start_trackers(settings, accelerator)
@@ -136,7 +136,7 @@ def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSig
     """One optimizer step over a group of batches. The device is waited for once, at its end."""
     accelerator, settings = run.accelerator, run.settings
     # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
-    torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
+    torch.manual_seed(derive(run.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
         run.tell_step(step, number, batch)

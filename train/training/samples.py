@@ -27,6 +27,7 @@ from lora_adapters.train.generation.prompt_lines import (
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.schedulers import check_sampler, sampler
 from lora_adapters.train.models.text_encoding import Encoded
+from lora_adapters.train.options.values import required
 from lora_adapters.train.samplers import SAMPLERS
 from lora_adapters.types.dylora.rank_control import dials, set_rank
 
@@ -76,7 +77,7 @@ def check_samples(settings: argparse.Namespace) -> None:
             occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
             log.warning("--sample_prompts: no images will be drawn without %s", occasions)
         return
-    for prompt in read_prompts(Path(settings.sample_prompts), log.warning):
+    for prompt in read_prompts(Path(required(settings.sample_prompts, "--sample_prompts")), log.warning):
         check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
 
 
@@ -201,7 +202,7 @@ def _draw(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth:
     scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
     pipe: Any = models.pipeline(scheduler)  # type checkers see the placeholders that diffusers has without torch
     pipe.set_progress_bar_config(disable=True)
-    seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed
+    seed = (required(settings.seed, "--seed") + nth) % 2**64 if prompt.seed is None else prompt.seed
     with context():
         wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
         return pipe(
@@ -232,7 +233,7 @@ def grid(rows: list[list[Image.Image]]) -> Image.Image:
 
 def write_samples(image: Image.Image, settings: argparse.Namespace, name: str) -> Path:
     """Save it as <output_dir>/sample/<name>.png."""
-    file = Path(settings.output_dir) / "sample" / f"{name}.png"
+    file = Path(required(settings.output_dir, "--output_dir")) / "sample" / f"{name}.png"
     with replacing(file) as partial:
         image.save(partial, format="png")
     return file

@@ -37,6 +37,7 @@ from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOpti
 from lora_adapters.train.options.inert import leave_out_inert
 from lora_adapters.train.options.settings import check_ranges
 from lora_adapters.train.options.unsupported import refuse
+from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.checkpoints import load_position
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
@@ -81,7 +82,12 @@ class Run:
 
     @property
     def output(self) -> Path:
-        return Path(self.settings.output_dir)
+        return Path(required(self.settings.output_dir, "--output_dir"))
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random: --seed, or what was drawn for it."""
+        return required(self.settings.seed, "--seed")
 
     @property
     def save_every_n_epochs(self) -> int | None:
@@ -104,7 +110,7 @@ class Run:
         part = step * self.settings.gradient_accumulation_steps + number
         samples = range(batch.start, batch.start + len(batch.captions))
         for dial in self.dials:
-            dial.set_step(part, self.settings.seed, samples, batch.total)
+            dial.set_step(part, self.seed, samples, batch.total)
 
     def training_mode(self, training: bool = True) -> None:
         text = bool(adapters.text_components(self.trained))
@@ -151,7 +157,7 @@ def check(settings: argparse.Namespace) -> None:
 
 def open_output(settings: argparse.Namespace) -> None:
     """Make --output_dir. TrainingError where nothing could be saved in it, which would show after training only."""
-    folder = Path(settings.output_dir)
+    folder = Path(required(settings.output_dir, "--output_dir"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -232,7 +238,9 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_clip_skip(models, settings.clip_skip)
-    prompts = read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else []
+    prompts = (
+        read_prompts(Path(required(settings.sample_prompts, "--sample_prompts"))) if wants_samples(settings) else []
+    )
     check_samplers_fit(settings, models, prompts)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)

@@ -10,6 +10,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.hub.background import REPO_TYPES, BackgroundPush, FailedPush, download_state
 from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.values import required
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +28,11 @@ class Uploads:
     def __init__(self, settings: argparse.Namespace):
         self.settings = settings
         self.is_model = (settings.huggingface_repo_type or "model") == "model"
+        repo_type: Any = settings.huggingface_repo_type or "model"  # checked by check_uploads
         try:
             self.push = BackgroundPush(
-                settings.huggingface_repo_id,
-                repo_type=settings.huggingface_repo_type or "model",
+                required(settings.huggingface_repo_id, "--huggingface_repo_id"),
+                repo_type=repo_type,
                 private=settings.huggingface_repo_visibility != "public",
                 path_in_repo=settings.huggingface_path_in_repo or "",
                 token=settings.huggingface_token,
@@ -52,7 +54,7 @@ class Uploads:
         if not self.is_model:
             return
         settings = self.settings
-        base = settings.pretrained_model_name_or_path
+        base = settings.pretrained_model_name_or_path or ""
         phrase = settings.metadata_trigger_phrase
         self.push.adapter(
             path,
@@ -102,9 +104,9 @@ def state_folder(settings: argparse.Namespace) -> Path:
     It is then written `user/repository/folder[:revision[:repo_type]]`.
     """
     if not settings.resume_from_huggingface:
-        return Path(settings.resume)
+        return Path(required(settings.resume, "--resume"))
     options: dict[str, Any] = {"token": settings.huggingface_token}
     try:
-        return download_state(settings.resume, **options)
+        return download_state(required(settings.resume, "--resume"), **options)
     except AdapterError as error:
         raise TrainingError(f"--resume: {error}") from error
