@@ -20,10 +20,9 @@ from lora_adapters.convert.tools.command_line import run
 
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
-    from lora_adapters.train.generation.options import parser, refuse
+    from lora_adapters.train.generation.options import parse
 
-    settings = parser().parse_args(argv)
-    refuse(settings)
+    settings = parse(argv)
     from lora_adapters.train.generation.run import generate
 
     generate(settings)

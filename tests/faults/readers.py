@@ -230,7 +230,7 @@ def training(folder: Path) -> Iterator[Reader]:
     for kind in ("txt", "toml", "json"):
         path = folder / f"prompts.{kind}"
         yield Reader(path.name, path, lambda path=path: read_prompts(path))
-    options = generate_options.parser().parse_args([])
+    options = generate_options.parse([])
     drawn = folder / "drawn.txt"
     drawn.write_text(
         "a cat --w 64 --h 72 --s 9 --d 3 --l 2.5 --n bad --am 0.5,-1 --rank 4 --ss euler --f a.png\n# no\n"

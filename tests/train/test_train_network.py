@@ -210,7 +210,7 @@ def test_a_file_of_kohyas_gui_trains_and_what_has_no_effect_is_said(sd1, picture
     assert main(command_line({"config_file": gui, **places})) == 0
     said = caplog.text + capsys.readouterr().err
     for name in ("epoch", "noise_offset_type", "--wandb_run_name", "--sample_prompts"):
-        assert re.search(rf"{name}( is the GUI's own|: no pictures| has no effect)", said), name
+        assert re.search(rf"{name}( is the GUI's own|: no images| has no effect)", said), name
     metadata = Adapter.load(tmp_path / "out" / "last.safetensors").metadata
     args = {"conv_dim": "2", "conv_alpha": "1", "loraplus_lr_ratio": "4", "dropout": "0.0"}
     assert json.loads(metadata["ss_network_args"]) == args

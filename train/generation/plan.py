@@ -1,6 +1,5 @@
 """The plan of a run: what is to be drawn, with everything checked that can be before the model is loaded."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.draw import start_image
 from lora_adapters.train.generation.image_grid import font_of
 from lora_adapters.train.generation.networks import Network, networks, unmerged
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.png_info import prompts_in, read_text
 from lora_adapters.train.generation.prompt_lines import numbered_lines, read_prompt_file
 from lora_adapters.train.generation.requests import ImageRequest, check_sizes, requests
@@ -21,6 +21,7 @@ from lora_adapters.train.generation.sweeps import Column, check_lines, check_ran
 from lora_adapters.train.models.base import check_fixed_clip_skip, check_path, family_on_disk
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.registry import KIND_FLAGS, family_of_adapter
+from lora_adapters.train.options.settings import check_ranges
 
 _ONE_OF = (
     ("prompt", "from_file"),
@@ -43,7 +44,7 @@ class Plan:
     columns: list[Column]
 
 
-def plan(settings: argparse.Namespace) -> Plan:
+def plan(settings: GenerateSettings) -> Plan:
     """Everything that can be known, and can be wrong, without the model."""
     _check(settings)
     starts = _starts(settings)
@@ -66,20 +67,13 @@ def plan(settings: argparse.Namespace) -> Plan:
     return Plan(_filled(wanted, live), found, made)
 
 
-def _check(settings: argparse.Namespace) -> None:
+def _check(settings: GenerateSettings) -> None:
     if not settings.pretrained_model_name_or_path:
         raise OptionError("--ckpt is missing: a checkpoint file, a Diffusers folder or a hub id")
     for group in _ONE_OF:
         if sum(bool(getattr(settings, name)) for name in group) > 1:
             raise OptionError(f"--{' and --'.join(group)} exclude each other: give one")
-    for name in ("images_per_prompt", "n_iter", "batch_size", "clip_skip", "max_embeddings_multiples"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} {value}: give 1 or more")
-    if settings.vae_batch_size is not None and not settings.vae_batch_size > 0:
-        raise OptionError(f"--vae_batch_size {settings.vae_batch_size}: give more than 0")
-    if settings.seed is not None and not 0 <= settings.seed < 2**32:
-        raise OptionError(f"--seed {settings.seed}: seeds are 0 to {2**32 - 1}")
+    check_ranges(settings)
     for name in ("strength", "use_original_file_name"):
         value = getattr(settings, name)
         if value is not None and value is not False and not settings.image_path:
@@ -107,7 +101,7 @@ def _check_xformers() -> None:
         raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
 
 
-def _starts(settings: argparse.Namespace) -> list[Path]:
+def _starts(settings: GenerateSettings) -> list[Path]:
     """The images of --image_path, by name."""
     if not settings.image_path:
         return []
@@ -122,7 +116,7 @@ def _starts(settings: argparse.Namespace) -> list[Path]:
     return found
 
 
-def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[str, str]]:
+def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str, str]]:
     """Prompt lines, and where they stand: those given, or those in the images that are begun with."""
     if settings.prompt is not None:
         return [(settings.prompt, "--prompt")]
@@ -146,7 +140,7 @@ def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[s
     return found
 
 
-def _check_family(settings: argparse.Namespace, found: Sequence[Network], family: TrainingFamily) -> None:
+def _check_family(settings: GenerateSettings, found: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
     for network in found:
         own = family_of_adapter(network.adapter)

@@ -1,6 +1,5 @@
 """The network options put on the models: which adapter, on which of them, and from which weights."""
 
-import argparse
 import copy
 import logging
 from typing import Any
@@ -23,6 +22,7 @@ from lora_adapters.train.models.family import TrainingFamily, full_path, is_text
 from lora_adapters.train.models.merging import match_to_model, merge_weights
 from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.text_encoding import unread_layers
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training.regularization import add_dropouts
 from lora_adapters.types.base import AdapterConfig
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 ADAPTER = "default"
 
 
-def options(settings: argparse.Namespace, family: TrainingFamily) -> NetworkOptions:
+def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
     """What --network_module, --network_dim, --network_alpha and --network_args ask for, on a model of `family`."""
     if not settings.network_module:
         raise OptionError("--network_module is missing: networks.lora or networks.dylora")
@@ -43,7 +43,7 @@ def options(settings: argparse.Namespace, family: TrainingFamily) -> NetworkOpti
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
 
 
-def check_network(settings: argparse.Namespace, family: TrainingFamily | None) -> None:
+def check_network(settings: Settings, family: TrainingFamily | None) -> None:
     """Raise an error for network options that are wrong or contradict each other.
 
     `family` is None where it is not known before the base model is loaded: the options must suit one family then.
@@ -72,7 +72,7 @@ def check_network(settings: argparse.Namespace, family: TrainingFamily | None) -
     options(settings, last)
 
 
-def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
+def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]:
     """The models that get an adapter, by the name of their part in a pipeline.
 
     Without the denoiser where no block of it gets a module; TrainingError where nothing is left then.
@@ -98,17 +98,18 @@ def _has_modules(denoiser: Any, config: AdapterConfig) -> bool:
     return any(rule(path, layers[path]).rank for path in covered(denoiser, config.conv))
 
 
-def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:
+def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
     asked = options(settings, models.family)
-    start = load_source(settings, "network_weights", settings.network_weights) if settings.network_weights else None
+    source = settings.network_weights or ""
+    start = load_source(settings, "network_weights", source) if source else None
     if start is not None and settings.dim_from_weights:
-        _place(trained, start, _facts(settings, asked.config, start), settings.network_weights)
+        _place(trained, start, _facts(settings, asked.config, start), source)
     else:
         for model in trained.values():
             model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
         if start is not None:
-            load_start(trained, start, settings.network_weights)
+            load_start(trained, start, source)
     for model in trained.values():
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_factor(name))
@@ -157,7 +158,7 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
                     used, len(layers))  # fmt: skip
 
 
-def load_source(settings: argparse.Namespace, name: str, source: str) -> Adapter:
+def load_source(settings: Settings, name: str, source: str) -> Adapter:
     """The adapter that option `name` names: a file, a PEFT folder or a repository on the Hub. TrainingError if none."""
     try:
         return Adapter.load(locate(source, token=settings.huggingface_token))
@@ -166,7 +167,7 @@ def load_source(settings: argparse.Namespace, name: str, source: str) -> Adapter
         raise TrainingError(f"{where} {error}") from error
 
 
-def check_sources(settings: argparse.Namespace) -> None:
+def check_sources(settings: Settings) -> None:
     """Raise TrainingError where --network_weights or --base_weights cannot be read; repositories are downloaded."""
     for name, sources in (("network_weights", [settings.network_weights]), ("base_weights", settings.base_weights)):
         for source in sources or []:
@@ -174,7 +175,7 @@ def check_sources(settings: argparse.Namespace) -> None:
                 load_source(settings, name, source)
 
 
-def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None:
+def merge_base_weights(settings: Settings, models: BaseModels) -> None:
     """Add the changes of --base_weights, each times its multiplier (1 where there is none), to the base model."""
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
@@ -182,10 +183,10 @@ def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None
         merge_weights([(match_to_model(models, load_source(settings, "base_weights", source)), weight)])
 
 
-def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
+def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
     """Parameter groups with params, lr and name. TrainingError where nothing is left to train."""
     encoders = list(text_components(trained).values())
-    text_rates = settings.text_encoder_lr or [None]
+    text_rates = settings.text_encoder_lr or []
     if len(text_rates) > max(1, len(encoders)) and len(set(text_rates)) > 1:
         raise TrainingError(f"{len(text_rates)} of --text_encoder_lr for {len(encoders)} text encoders")
     if len(set(text_rates)) == 1:
@@ -196,7 +197,7 @@ def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: 
         encoders,
         lr=settings.learning_rate,
         unet_lr=settings.unet_lr,
-        text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates,
+        text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates or None,
         block_lr_weights=asked.block_lr_weights,
         loraplus_lr_ratio=asked.loraplus_lr_ratio,
         loraplus_unet_lr_ratio=asked.loraplus_unet_lr_ratio,
@@ -230,7 +231,7 @@ def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             parameter.requires_grad_(id(parameter) in chosen)
 
 
-def _facts(settings: argparse.Namespace, asked: AdapterConfig, start: Adapter) -> dict[str, Any]:
+def _facts(settings: Settings, asked: AdapterConfig, start: Adapter) -> dict[str, Any]:
     """The type's own fields: what --network_args say, and of what they do not say, the file."""
     return facts_for(asked, start.metadata, key_values(settings.network_args, "network_args"))
 

@@ -64,7 +64,7 @@ def captions(run: Run) -> list[tuple[str, str]]:
         if number not in seen and shown[id(image.subset)] < _CAPTIONS_SHOWN:
             seen.add(number)
             shown[id(image.subset)] += 1
-            rng = python_random(run.settings.seed, "caption", 0, entry)
+            rng = python_random(run.seed, "caption", 0, entry)
             caption = draw_caption(image.found.caption, image.subset, rng, Moment(0, 0, run.steps))
             found.append((image.found.source.name, caption))
     return found

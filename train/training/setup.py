@@ -1,6 +1,5 @@
 """Everything that a run consists of, set up from the settings: what the loop works on."""
 
-import argparse
 import contextlib
 import datetime
 import functools
@@ -34,9 +33,10 @@ from lora_adapters.train.models.memory import apply_memory_options, check_machin
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
-from lora_adapters.train.options.arguments import parser
 from lora_adapters.train.options.inert import leave_out_inert
+from lora_adapters.train.options.settings import Settings, check_ranges
 from lora_adapters.train.options.unsupported import refuse
+from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.checkpoints import load_position
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
@@ -49,19 +49,11 @@ from lora_adapters.types.dylora.rank_controller import RankController, controlle
 log = logging.getLogger(__name__)
 
 
-_COUNTS = (
-    "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "train_batch_size", "clip_skip",
-    "save_every_n_steps", "save_every_n_epochs", "sample_every_n_steps", "sample_every_n_epochs",
-    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "vae_batch_size",
-    "lr_scheduler_timescale",
-)  # fmt: skip
-
-
 @dataclass
 class Run:
     """A run that is ready to train. `denoiser` is wrapped by accelerate; `plain` is the module inside."""
 
-    settings: argparse.Namespace
+    settings: Settings
     accelerator: Accelerator
     models: BaseModels
     data: TrainingData
@@ -89,7 +81,12 @@ class Run:
 
     @property
     def output(self) -> Path:
-        return Path(self.settings.output_dir)
+        return Path(required(self.settings.output_dir, "--output_dir"))
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random: --seed, or what was drawn for it."""
+        return required(self.settings.seed, "--seed")
 
     @property
     def save_every_n_epochs(self) -> int | None:
@@ -112,7 +109,7 @@ class Run:
         part = step * self.settings.gradient_accumulation_steps + number
         samples = range(batch.start, batch.start + len(batch.captions))
         for dial in self.dials:
-            dial.set_step(part, self.settings.seed, samples, batch.total)
+            dial.set_step(part, self.seed, samples, batch.total)
 
     def training_mode(self, training: bool = True) -> None:
         text = bool(adapters.text_components(self.trained))
@@ -129,14 +126,13 @@ class Run:
         return torch.autograd.graph.save_on_cpu(pin_memory=self.accelerator.device.type == "cuda")
 
 
-def check(settings: argparse.Namespace) -> None:
+def check(settings: Settings) -> None:
     """Raise TrainingError for all that can be known to fail before anything is loaded.
 
     Values that change nothing are put back to their defaults, with a warning each.
     """
-    defaults = vars(parser().parse_args([]))
-    leave_out_inert(settings, defaults)
-    refuse(settings, defaults)
+    leave_out_inert(settings)
+    refuse(settings)
     check_machine(settings)
     check_path(settings)
     adapters.check_network(settings, family_on_disk(settings))
@@ -158,23 +154,9 @@ def check(settings: argparse.Namespace) -> None:
         raise OptionError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
 
 
-def check_ranges(settings: argparse.Namespace) -> None:
-    """Raise TrainingError for a number that no run could be made with."""
-    for name in _COUNTS:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} must be at least 1, not {value}")
-    if settings.max_data_loader_n_workers < 0:
-        raise OptionError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
-    if settings.huber_c <= 0:
-        raise OptionError(f"--huber_c must be above 0, not {settings.huber_c}")
-    if settings.seed is not None and not 0 <= settings.seed < 2**64:
-        raise OptionError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}; one is drawn without --seed")
-
-
-def open_output(settings: argparse.Namespace) -> None:
+def open_output(settings: Settings) -> None:
     """Make --output_dir. TrainingError where nothing could be saved in it, which would show after training only."""
-    folder = Path(settings.output_dir)
+    folder = Path(required(settings.output_dir, "--output_dir"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -183,7 +165,7 @@ def open_output(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--output_dir {folder} cannot be written to (permission denied)")
 
 
-def create_accelerator(settings: argparse.Namespace) -> Accelerator:
+def create_accelerator(settings: Settings) -> Accelerator:
     """accelerate's view of this machine and this process; an earlier run's precision is forgotten."""
     AcceleratorState._reset_state()
     handlers: list[Any] = [
@@ -205,7 +187,7 @@ def create_accelerator(settings: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def decide_seed(settings: argparse.Namespace) -> int:
+def decide_seed(settings: Settings) -> int:
     """--seed, or that of the run that goes on, or one that is drawn and the same in every process."""
     if settings.seed is not None:
         return settings.seed
@@ -215,12 +197,10 @@ def decide_seed(settings: argparse.Namespace) -> int:
     return broadcast_object_list(drawn)[0]
 
 
-def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
-    """The data that the settings ask for. Options at their defaults count as not given."""
-    defaults = vars(parser().parse_args([]))
-    given = {name: None if value == defaults.get(name) else value for name, value in vars(settings).items()}
+def open_data(settings: Settings, seed: int) -> TrainingData:
+    """The data that the settings ask for. An option that is not given is left to the dataset file or its default."""
     return TrainingData(
-        load_data_config(given),
+        load_data_config(settings.given_options()),
         seed=seed,
         prior_loss_weight=settings.prior_loss_weight,
         persistent_workers=settings.persistent_data_loader_workers and workers(settings) > 0,
@@ -228,12 +208,12 @@ def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
     )
 
 
-def workers(settings: argparse.Namespace) -> int:
+def workers(settings: Settings) -> int:
     """Processes that read images: as asked for, but no more than there are cores."""
     return min(settings.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
-def length(settings: argparse.Namespace, batches_per_epoch: int) -> tuple[int, int]:
+def length(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
     """(optimizer steps, epochs) of the run. The last batches of an epoch make a step of their own."""
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     if settings.max_train_epochs is not None:
@@ -241,7 +221,7 @@ def length(settings: argparse.Namespace, batches_per_epoch: int) -> tuple[int, i
     return settings.max_train_steps, math.ceil(settings.max_train_steps / steps_per_epoch)
 
 
-def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Run:
+def prepare(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Run:
     """Load, adapt and cache everything. Mistakes in options and data are found before the base model is loaded."""
     check(settings)
     accelerator = create_accelerator(settings)
@@ -257,7 +237,9 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_clip_skip(models, settings.clip_skip)
-    prompts = read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else []
+    prompts = (
+        read_prompts(Path(required(settings.sample_prompts, "--sample_prompts"))) if wants_samples(settings) else []
+    )
     check_samplers_fit(settings, models, prompts)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)
@@ -303,13 +285,13 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     )
 
 
-def _uploads(settings: argparse.Namespace, accelerator: Accelerator) -> Uploads | None:
+def _uploads(settings: Settings, accelerator: Accelerator) -> Uploads | None:
     """The main process's uploads: a wrong name or token shows before anything is loaded or encoded."""
     wanted = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
     return Uploads(settings) if wanted else None
 
 
-def _to_device(settings: argparse.Namespace, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:
+def _to_device(settings: Settings, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:
     denoiser.to(device)
     models.vae.to(device)
     if settings.no_half_vae and models.vae.dtype != torch.float32:
@@ -317,7 +299,7 @@ def _to_device(settings: argparse.Namespace, models: BaseModels, denoiser: Denoi
 
 
 def cache(
-    settings: argparse.Namespace,
+    settings: Settings,
     models: BaseModels,
     denoiser: Denoiser,
     data: TrainingData,

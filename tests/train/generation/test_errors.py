@@ -272,7 +272,7 @@ def test_xformers_is_switched_on(sd1, monkeypatch):
         name = "enable_xformers_memory_efficient_attention"
         monkeypatch.setattr(kind, name, lambda self, kind=kind: called.append(kind))
     for flag in ("--xformers", "--diffusers_xformers"):
-        settings = generate_options.parser().parse_args(["--ckpt", str(sd1), flag])
+        settings = generate_options.parse(["--ckpt", str(sd1), flag])
         run.load(settings, torch.device("cpu"))
     assert set(called) == {AutoencoderKL, UNet2DConditionModel}
     assert len(called) == 4

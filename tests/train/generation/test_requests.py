@@ -4,12 +4,12 @@ import pytest
 
 from lora_adapters.convert import portable
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.options import parser
+from lora_adapters.train.generation.options import parse
 from lora_adapters.train.generation.requests import ImageRequest, requests
 
 
 def made(lines: list[str], *options: object, starts=()) -> list[ImageRequest]:
-    settings = parser().parse_args([*map(str, options)])
+    settings = parse([*map(str, options)])
     return requests(settings, [(line, f"line {n}") for n, line in enumerate(lines, 1)], starts)
 
 
