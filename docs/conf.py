@@ -47,8 +47,11 @@ def _docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: 
     paragraphs = "\n".join(lines).split("\n\n")
     lines[:] = "\n\n".join(part if part.lstrip().startswith(">>>") else _text(part) for part in paragraphs).split("\n")
     if what == "class" and dataclasses.is_dataclass(thing):
+        # The fields that all adapter types have are shown where they are new: with the first type.
+        shown = [thing, *(base for base in thing.__bases__ if base.__name__ == "AdapterConfig")]
+        own = {name for cls in shown for name in inspect.get_annotations(cls)}
         for field in dataclasses.fields(thing):
-            if "help" in field.metadata and field.name in inspect.get_annotations(thing):
+            if "help" in field.metadata and field.name in own:
                 default = "" if field.default is dataclasses.MISSING else f" Default: {field.default!r}."
                 lines += ["", f":param {field.name}: {_text(field.metadata['help'] + default)}"]
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import BASE_VERSION, by_live_models
+from lora_adapters.types.registry import metadata_of
 
 from . import pipeline
-from .injection import dylora_in, taken, unwrapped
+from .injection import extract_pairs, unwrapped
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -28,11 +29,11 @@ def from_models(
 ) -> A:
     """An adapter in live models; see `Adapter.from_models`."""
     models = {component: unwrapped(model) for component, model in models.items()}
-    modules, dylora = {}, None
+    modules, of_type = {}, dict[str, str]()
     for component, model in models.items():
         if adapter_name in getattr(model, "peft_config", {}):
-            modules.update(taken(model, component, adapter_name))
-            dylora = dylora or dylora_in(model, adapter_name)
+            modules.update(extract_pairs(model, component, adapter_name))
+            of_type = of_type or metadata_of(model.peft_config[adapter_name], metadata or {})
     if not modules:
         names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
         raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
@@ -40,8 +41,7 @@ def from_models(
     family = by_live_models(models, getattr(models.get("unet"), "config", None))
     if family is not None and family.has(modules):  # which a few of its modules do not tell
         facts.setdefault(BASE_VERSION, family.versions[0].value)
-    adapter = adapter_type(modules, facts)
-    return adapter if dylora is None else adapter.as_dylora(dylora)
+    return adapter_type(modules, {**facts, **of_type})
 
 
 def from_pipeline(

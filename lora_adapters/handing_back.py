@@ -15,8 +15,8 @@ from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.diffusers import alpha_of
+from lora_adapters.types.layers import DOWN_HELD, HELD
 
-from .injection import HELD
 from .model_state import ModelState
 
 
@@ -74,8 +74,7 @@ def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]
                     continue
                 one = part[adapter_name]
                 values = [one] if isinstance(one, torch.Tensor) else list(one.parameters())
-                scaled = name in ("lora_A", "lora_embedding_A")
-                scale = float(layer.scaling[adapter_name]) if scaled else None
+                scale = float(layer.scaling[adapter_name]) if name in DOWN_HELD else None
                 yield from (_Held(tensor.detach(), component, path, scale, layer.r[adapter_name]) for tensor in values)
 
 
@@ -96,7 +95,7 @@ def _lost(
         here.setdefault(_numbers(one.values, one.values.dtype), []).append(one)
         dtypes.add(one.values.dtype)
     for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
+        if key.endswith(".alpha") or ("." not in key and tensor.ndim == 0):  # a number that is no module's
             continue
         found = next((numbers for dtype in dtypes if (numbers := _numbers(tensor, dtype)) in here), None)
         if found is None:

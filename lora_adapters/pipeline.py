@@ -16,6 +16,7 @@ from lora_adapters.convert.formats.diffusers import METADATA_KEY
 from lora_adapters.convert.formats.kinds import may_go_to_diffusers
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
+from lora_adapters.types.registry import facts_of_metadata
 
 from . import hotswap as swapping
 from . import injection
@@ -129,11 +130,11 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, LowRank]]:
-    """The adapter's pairs for each component that the pipeline has, fitted to it."""
+    """The adapter's pairs for each component that the pipeline has, matched to it."""
     models = adaptable_models(pipe)
     modules: dict[str, dict[str, LowRank]] = {}
-    for module, one in adapter.modules.items():
-        modules.setdefault(module.component, {})[module.path] = one
+    for module, pair in adapter.modules.items():
+        modules.setdefault(module.component, {})[module.path] = pair
     for component in [name for name in modules if name not in models]:
         if not hasattr(pipe, component):
             raise AdapterError(f"it adapts {component}, which a {type(pipe).__name__} does not have")
@@ -146,7 +147,7 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     missing: list[str] = []
     placed = {}
     for component, found in modules.items():
-        placed[component] = injection.fitted(models[component], component, found, None if strict else missing)
+        placed[component] = injection.match_to_model(models[component], component, found, None if strict else missing)
         if not placed[component]:
             raise AdapterError(
                 f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
@@ -172,22 +173,22 @@ def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
 def _load(
     pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, strict: bool, low_cpu_mem_usage: bool
 ) -> None:
-    fitted = _by_component(pipe, adapter, strict)
-    models = adaptable_models(pipe)
+    matched = _by_component(pipe, adapter, strict)
+    models, facts = adaptable_models(pipe), facts_of_metadata(adapter.metadata)
     adapter_name = adapter_name or default_name(pipe)
     if hotswap:
-        swapped = _everywhere(models, fitted, adapter_name)
-        for component, modules in {**fitted, **swapped}.items():
+        swapped = _everywhere(models, matched, adapter_name)
+        for component, modules in {**matched, **swapped}.items():
             swapping.check(models[component], component, modules, adapter_name)
         for component, modules in swapped.items():
-            swapping.swap(models[component], modules, adapter_name, adapter.dylora)
+            swapping.swap(models[component], modules, adapter_name, facts)
         return
-    _check_free({component: models[component] for component in fitted}, adapter_name)
-    before = {component: ModelState.of(models[component]) for component in fitted}
+    _check_free({component: models[component] for component in matched}, adapter_name)
+    before = {component: ModelState.of(models[component]) for component in matched}
     offloaded = pipe._optionally_disable_offloading(pipe)
     try:
-        for component, modules in fitted.items():
-            injection.place(models[component], modules, adapter_name, adapter.dylora, low_cpu_mem_usage)
+        for component, modules in matched.items():
+            injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage)
             swapping.prepare(models[component], adapter_name)
     except BaseException:
         for component, state in before.items():
@@ -198,11 +199,11 @@ def _load(
 
 
 def _everywhere(
-    models: Mapping[str, nn.Module], fitted: Mapping[str, dict[str, LowRank]], adapter_name: str
+    models: Mapping[str, nn.Module], matched: Mapping[str, dict[str, LowRank]], adapter_name: str
 ) -> dict[str, dict[str, LowRank]]:
     """The pairs for every component that has the adapter: none for one that the new adapter leaves alone."""
     here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
-    return {component: dict(fitted.get(component, {})) for component in here}
+    return {component: dict(matched.get(component, {})) for component in here}
 
 
 def _offload_again(pipe: Any, model_offload: bool, sequential_offload: bool, group_offload: bool) -> None:

@@ -361,3 +361,16 @@ def test_a_failure_in_the_text_encoder_leaves_everything_as_it_was(failure, how,
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert whole_state(pipe) == state
+
+
+def test_numbers_of_no_module_are_no_adapter(pipeline, caplog) -> None:
+    pipe = pipeline()
+    before, state = snapshot(pipe), whole_state(pipe)
+    with caplog.at_level(logging.WARNING):
+        pipe.load_lora_weights({"lora_foo": torch.tensor(2.0), "lora_bar": torch.tensor(3.0)})
+    assert "No LoRA keys associated to UNet2DConditionModel found" in caplog.text  # diffusers' own word
+    unchanged(pipe, before, {})
+    assert whole_state(pipe) == state
+    with pytest.raises(AdapterError, match="lora_foo is no key of"):
+        pipe.load_lora_weights({"lora_foo": torch.ones(2, 2)})
+    unchanged(pipe, before, {})

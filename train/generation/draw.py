@@ -1,6 +1,5 @@
 """Requests to images, in batches, through diffusers' pipelines."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from PIL import Image
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.networks import LiveNetworks, MergedNetworks
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.requests import ImageRequest
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.family import SizeConditions
@@ -51,7 +51,7 @@ class Drawer:
     def __init__(
         self,
         models: BaseModels,
-        settings: argparse.Namespace,
+        settings: GenerateSettings,
         device: torch.device,
         pipe: Any,
         working: LiveNetworks | MergedNetworks,

@@ -1,6 +1,5 @@
 """The adapters that images are generated with: read and checked before a model is loaded, then applied to it."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,11 @@ from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.convert.tools.model_arguments import read_arguments
 from lora_adapters.kohya_options import MODULES
 from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.merging import Placed, match_to_model, merge_weights
 from lora_adapters.train.options.values import key_values
-from lora_adapters.types.dylora.rank_control import set_rank
+from lora_adapters.types.dylora.rank_controller import set_rank
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Network:
             raise TrainingError(f"{self.source}: {error}") from None
 
 
-def networks(settings: argparse.Namespace) -> list[Network]:
+def networks(settings: GenerateSettings) -> list[Network]:
     """The adapters of --network_weights, read. TrainingError or AdapterError for whatever is wrong with them."""
     arguments = read_arguments(settings.network_weights or [])
     if not arguments:
@@ -85,7 +85,7 @@ def networks(settings: argparse.Namespace) -> list[Network]:
     return found
 
 
-def _refuse_without_weights(settings: argparse.Namespace) -> None:
+def _refuse_without_weights(settings: GenerateSettings) -> None:
     names = "network_module network_mul network_args network_merge network_merge_n_models network_pre_calc"
     for name in (*names.split(), "network_show_meta", "rank"):
         if getattr(settings, name) not in (None, False, []):
@@ -99,7 +99,7 @@ def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapt
         raise OptionError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
     args = key_values([part for part in text.split(";") if part.strip()], "network_args")
     # A DyLoRA's file that does not say so is kohya's, whose splitter keeps alpha.
-    dylora = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "dylora" else None)
+    dylora = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "DyLora" else None)
     for key in args:
         if dylora is None or key not in ("rank", "unit", "rank_scaling"):
             rule = "a DyLoRA takes rank=, unit= and rank_scaling=, others none: the file tells the rest"

@@ -1,6 +1,5 @@
 """Images' files: their names, and the settings that stand in them."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from PIL import Image
 from lora_adapters import __version__
 from lora_adapters.convert.storage.files import replacing
 from lora_adapters.train.generation.networks import Network, unmerged
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.png_info import parameters, save_options, short_hash
 from lora_adapters.train.generation.requests import ImageRequest
 from lora_adapters.train.models.base import BaseModels
@@ -20,7 +20,7 @@ from lora_adapters.train.samplers import SAMPLERS
 class Album:
     """Where a run's images go: names them, and writes each with its settings."""
 
-    def __init__(self, settings: argparse.Namespace, models: BaseModels, networks: Sequence[Network]):
+    def __init__(self, settings: GenerateSettings, models: BaseModels, networks: Sequence[Network]):
         self.settings, self._models, self._networks = settings, models, networks
         self.folder = Path(settings.outdir)
         self._time = time.strftime("%Y%m%d%H%M%S")

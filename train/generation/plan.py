@@ -1,6 +1,5 @@
 """The plan of a run: what is to be drawn, with everything checked that can be before the model is loaded."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.draw import start_image
 from lora_adapters.train.generation.image_grid import font_of
 from lora_adapters.train.generation.networks import Network, networks, unmerged
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.png_info import prompts_in, read_text
 from lora_adapters.train.generation.prompt_lines import numbered_lines, read_prompt_file
 from lora_adapters.train.generation.requests import ImageRequest, check_sizes, requests
@@ -44,7 +44,7 @@ class Plan:
     columns: list[Column]
 
 
-def plan(settings: argparse.Namespace) -> Plan:
+def plan(settings: GenerateSettings) -> Plan:
     """Everything that can be known, and can be wrong, without the model."""
     _check(settings)
     starts = _starts(settings)
@@ -67,7 +67,7 @@ def plan(settings: argparse.Namespace) -> Plan:
     return Plan(_filled(wanted, live), found, made)
 
 
-def _check(settings: argparse.Namespace) -> None:
+def _check(settings: GenerateSettings) -> None:
     if not settings.pretrained_model_name_or_path:
         raise OptionError("--ckpt is missing: a checkpoint file, a Diffusers folder or a hub id")
     for group in _ONE_OF:
@@ -101,7 +101,7 @@ def _check_xformers() -> None:
         raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
 
 
-def _starts(settings: argparse.Namespace) -> list[Path]:
+def _starts(settings: GenerateSettings) -> list[Path]:
     """The images of --image_path, by name."""
     if not settings.image_path:
         return []
@@ -116,7 +116,7 @@ def _starts(settings: argparse.Namespace) -> list[Path]:
     return found
 
 
-def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[str, str]]:
+def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str, str]]:
     """Prompt lines, and where they stand: those given, or those in the images that are begun with."""
     if settings.prompt is not None:
         return [(settings.prompt, "--prompt")]
@@ -140,7 +140,7 @@ def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[s
     return found
 
 
-def _check_family(settings: argparse.Namespace, found: Sequence[Network], family: TrainingFamily) -> None:
+def _check_family(settings: GenerateSettings, found: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
     for network in found:
         own = family_of_adapter(network.adapter)

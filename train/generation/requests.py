@@ -1,6 +1,5 @@
 """What is to be drawn: each image's prompt and settings, from the options and the prompt lines."""
 
-import argparse
 import logging
 import random
 import re
@@ -13,7 +12,7 @@ from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import forbidden, same_file_key
 from lora_adapters.train.data.image_suffixes import WRITTEN
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.options import UNSUPPORTED_IN_LINES
+from lora_adapters.train.generation.options import UNSUPPORTED_IN_LINES, GenerateSettings
 from lora_adapters.train.generation.prompt_lines import WHOLE, LineOption, multiple_of_8, parse_line, whole
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.registry import FAMILIES
@@ -89,7 +88,7 @@ OPTIONS: dict[str, LineOption] = {
 
 
 def requests(
-    settings: argparse.Namespace, lines: Sequence[tuple[str, str]], starts: Sequence[Path] = ()
+    settings: GenerateSettings, lines: Sequence[tuple[str, str]], starts: Sequence[Path] = ()
 ) -> list[ImageRequest]:
     """All images in the order in which they are drawn.
 
@@ -156,7 +155,7 @@ def _chosen(
     return [*first, *((first[-1] + n) % SEEDS for n in range(1, count - len(first) + 1))]
 
 
-def _check(request: ImageRequest, settings: argparse.Namespace) -> None:
+def _check(request: ImageRequest, settings: GenerateSettings) -> None:
     where = request.where
     if not request.prompt:
         raise TrainingError(f"{where}: there is no prompt")

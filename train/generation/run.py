@@ -1,6 +1,5 @@
 """From options to images: the plan is made and checked, the model loaded, the images drawn and written."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.draw import Drawer, sized
 from lora_adapters.train.generation.image_grid import draw_sheet
 from lora_adapters.train.generation.networks import apply_networks, metadata, unmerged
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.output import Album, save
 from lora_adapters.train.generation.plan import Plan, plan
 from lora_adapters.train.generation.requests import ImageRequest, check_sizes
@@ -26,7 +26,7 @@ from lora_adapters.train.models.base import (
 from lora_adapters.train.models.schedulers import sampler
 
 
-def generate(settings: argparse.Namespace) -> list[Path]:
+def generate(settings: GenerateSettings) -> list[Path]:
     """Draw what the options (`generation.options.parse`) say; the paths of what was written.
 
     TrainingError or AdapterError for whatever cannot be done, before the model is loaded where it can be told by then.
@@ -60,7 +60,7 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load(settings: argparse.Namespace, device: torch.device) -> BaseModels:
+def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
     """The model on the device, in the precision asked for. TrainingError where it is not what the options say."""
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar

@@ -1,6 +1,5 @@
 """Settings to compare: `weight=0,0.5,1 rank=4,8` as the columns of a sheet."""
 
-import argparse
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from typing import Any
 from lora_adapters.convert.parsing import number
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.networks import Network, unmerged
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.prompt_lines import parse_line, whole
 from lora_adapters.train.generation.requests import OPTIONS, ImageRequest
 from lora_adapters.train.models.schedulers import check_sampler
@@ -44,7 +44,7 @@ class Column:
         return replace(request, **changes)
 
 
-def columns(sweep: Sequence[str], networks: Sequence[Network], settings: argparse.Namespace) -> list[Column]:
+def columns(sweep: Sequence[str], networks: Sequence[Network], settings: GenerateSettings) -> list[Column]:
     """All combinations of the values, the first name changing slowest. Ranks at weight 0, where nothing is, are one.
 
     Raises TrainingError for a name or value that cannot be, or that the adapters do not have.

@@ -1,6 +1,5 @@
 """The base model from a folder, the Hub or a file: tokenizers, text encoders, VAE and denoiser."""
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from lora_adapters.train.models.registry import (
     family_of_pipeline,
 )
 from lora_adapters.train.models.text_encoding import Encoded, Tokens, encode_tokens, tokenize
+from lora_adapters.train.options.model import ModelSource
 from lora_adapters.train.options.values import required
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class BaseModels:
         return dict(zip(self.family.text_encoders, self.text_encoders, strict=True))
 
 
-def check_path(settings: argparse.Namespace) -> str:
+def check_path(settings: ModelSource) -> str:
     """The base model's name. Raises TrainingError if it cannot be there, without loading anything."""
     name = settings.pretrained_model_name_or_path
     if not name:
@@ -152,7 +152,7 @@ def check_path(settings: argparse.Namespace) -> str:
     return name
 
 
-def family_on_disk(settings: argparse.Namespace) -> TrainingFamily | None:
+def family_on_disk(settings: ModelSource) -> TrainingFamily | None:
     """The family of a diffusers folder or .safetensors file, which is not loaded; None where only loading shows it."""
     path = Path(required(settings.pretrained_model_name_or_path, "--pretrained_model_name_or_path"))
     index = path / "model_index.json"
@@ -167,7 +167,7 @@ def family_on_disk(settings: argparse.Namespace) -> TrainingFamily | None:
     return None
 
 
-def load_base_models(settings: argparse.Namespace, dtype: torch.dtype = torch.float32) -> BaseModels:
+def load_base_models(settings: ModelSource, dtype: torch.dtype = torch.float32) -> BaseModels:
     """Load what --pretrained_model_name_or_path and --vae name, frozen and in evaluation mode, in `dtype`."""
     name = check_path(settings)
     path = Path(name)
@@ -204,7 +204,7 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
     return BaseModels(kind, tokenizers, text_encoders, pipeline.vae, denoiser, prediction, name, schedule)
 
 
-def check_kind(models: BaseModels, settings: argparse.Namespace) -> None:
+def check_kind(models: BaseModels, settings: ModelSource) -> None:
     """Raise TrainingError where --v2 contradicts the model that was loaded."""
     if not settings.v2:
         return
@@ -223,7 +223,7 @@ def check_fixed_clip_skip(family: TrainingFamily, clip_skip: int | None) -> None
         )
 
 
-def check_declared_kind(models: BaseModels, settings: argparse.Namespace) -> None:
+def check_declared_kind(models: BaseModels, settings: ModelSource) -> None:
     """Raise TrainingError where an option (--v1, --v2, --sdxl) declares another kind of model than was loaded."""
     for flag, kind in KIND_FLAGS.items():
         if getattr(settings, flag) and models.kind != kind:

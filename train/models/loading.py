@@ -1,6 +1,5 @@
 """Loading a base model's pipeline from a diffusers folder, a repository on the Hub or a checkpoint file."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,18 @@ from lora_adapters.convert.storage.hub_errors import HubError, hub_errors
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.registry import family_of_checkpoint
+from lora_adapters.train.options.model import ModelSource
 
 _PIPELINE_PARTS_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 
 
-def load_pipeline(name: str, settings: argparse.Namespace, dtype: torch.dtype) -> Any:
+def load_pipeline(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
     """The pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError where it cannot be loaded."""
     path = Path(name)
     return _from_file(path, settings, dtype) if path.is_file() else _from_folder(name, settings, dtype)
 
 
-def _from_folder(name: str, settings: argparse.Namespace, dtype: torch.dtype) -> Any:
+def _from_folder(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
     if settings.disable_mmap_load_safetensors:
         if not pipelines_can_avoid_mmap():
@@ -82,7 +82,7 @@ def _unused_parts(name: str) -> dict[str, None]:
     return {part: None for part in _PIPELINE_PARTS_UNUSED if f'"{part}"' in text}
 
 
-def _from_file(path: Path, settings: argparse.Namespace, dtype: torch.dtype) -> Any:
+def _from_file(path: Path, settings: ModelSource, dtype: torch.dtype) -> Any:
     """A single file needs configs and a tokenizer: --model_config's, or those of the hub's original model."""
     family = family_of_checkpoint(checkpoint_keys(path))
     options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
@@ -126,7 +126,7 @@ def checkpoint_keys(path: Path) -> list[str]:
     return [str(key) for key in content.get("state_dict", content)]
 
 
-def load_vae(name: str, dtype: torch.dtype, settings: argparse.Namespace) -> AutoencoderKL:
+def load_vae(name: str, dtype: torch.dtype, settings: ModelSource) -> AutoencoderKL:
     """The VAE that --vae names: a checkpoint file, a VAE's folder or a whole model's."""
     path = Path(name)
     try:

@@ -1,6 +1,5 @@
 """Options that trade speed for memory, put on the models; and what needs a GPU, refused without one."""
 
-import argparse
 import logging
 
 import torch
@@ -8,18 +7,19 @@ import torch
 from lora_adapters.compat import checkpoint_activations
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
 
 ATTENTION = ("mem_eff_attn", "xformers", "sdpa")
 
 
-def attention(settings: argparse.Namespace) -> str | None:
+def attention(settings: Settings) -> str | None:
     """The attention that was asked for; of several, the one that kohya's trainer takes."""
     return next((name for name in ATTENTION if getattr(settings, name)), None)
 
 
-def check_machine(settings: argparse.Namespace) -> None:
+def check_machine(settings: Settings) -> None:
     """Raise TrainingError for options that this machine cannot carry out."""
     chosen = attention(settings)
     for name in ATTENTION:
@@ -48,7 +48,7 @@ def check_machine(settings: argparse.Namespace) -> None:
             raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
 
 
-def apply_memory_options(models: BaseModels, settings: argparse.Namespace, trained_text: bool) -> None:
+def apply_memory_options(models: BaseModels, settings: Settings, trained_text: bool) -> None:
     """Attention kernels and gradient checkpointing. Call it before adapters are added.
 
     Checkpointing acts on modules in training mode only; `set_training` sees to that.

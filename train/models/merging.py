@@ -8,7 +8,7 @@ import torch
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.injection import fitted
+from lora_adapters.injection import match_to_model as in_model
 from lora_adapters.train.models.base import BaseModels
 
 Placed = list[tuple[Any, LowRank]]  # a layer, and the change of its weight
@@ -22,7 +22,7 @@ def match_to_model(models: BaseModels, adapter: Adapter) -> Placed:
             raise AdapterError(f"it adapts {component}, which {models.name or 'the model'} does not have")
     for component, model in models.components.items():
         modules = {name.path: pair for name, pair in adapter.modules.items() if name.component == component}
-        found += [(model.get_submodule(path), pair) for path, pair in fitted(model, component, modules).items()]
+        found += [(model.get_submodule(path), pair) for path, pair in in_model(model, component, modules).items()]
     return found
 
 

@@ -1,6 +1,5 @@
 """The loss of a training step: its shape, and the weights of timesteps, masks and images."""
 
-import argparse
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.moving import moved
 from lora_adapters.train.objective.noise import huber_width, signal_to_noise, velocity_share
+from lora_adapters.train.options.settings import Settings
 
 _LARGEST_SNR = 1000.0  # near t=0 the SNR grows without bound; weights that grow with it stop here
 
@@ -33,7 +33,7 @@ class LossOptions:
         return "v_prediction" if self.v_prediction else "epsilon"
 
     @classmethod
-    def of(cls, settings: argparse.Namespace, v_prediction: bool) -> "LossOptions":
+    def of(cls, settings: Settings, v_prediction: bool) -> "LossOptions":
         """Raises TrainingError for options that contradict the kind of prediction."""
         if settings.v_pred_like_loss and v_prediction:
             raise TrainingError("--v_pred_like_loss is for models that predict noise; this one predicts v")

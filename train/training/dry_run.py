@@ -15,6 +15,7 @@ from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.optimizers import optimizer_name, state_bytes
 from lora_adapters.train.training.setup import Run
+from lora_adapters.types.layers import factors, width
 
 _MIB = 1024 * 1024
 _CAPTIONS_SHOWN = 3  # of each subset
@@ -39,7 +40,7 @@ def report(run: Run) -> str:
 
 
 def _ranks(layers: Mapping[ModuleName, Any]) -> str:
-    return rank_range(len(layer.lora_A[adapters.ADAPTER].weight) for layer in layers.values())
+    return rank_range(width(layer, adapters.ADAPTER) for layer in layers.values())
 
 
 def by_block(run: Run) -> list[tuple[str, int, int]]:
@@ -47,10 +48,9 @@ def by_block(run: Run) -> list[tuple[str, int, int]]:
     layers = adapters.lora_layers(run.trained)
     counts: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
     for name, layer in layers.items():
-        weights = (layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight)
         entry = counts[_place(name, run.models.family)]
         entry[0] += 1
-        entry[1] += sum(weight.numel() for weight in weights)
+        entry[1] += sum(factor.weight.numel() for factor in factors(layer, adapters.ADAPTER))
     return [(place, modules, numbers) for (_, place), (modules, numbers) in sorted(counts.items())]
 
 

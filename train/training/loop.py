@@ -1,6 +1,5 @@
 """The training loop: `train(settings)` is the whole program, for callers in Python as for the command line."""
 
-import argparse
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from lora_adapters.adapter import Adapter
 from lora_adapters.hub.background import FailedPush
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.seeding import derive
 from lora_adapters.train.stopping import Interrupted, StopSignals
 from lora_adapters.train.training import adapters
@@ -49,7 +49,7 @@ class Trained:
     damaged: dict[str, str] = field(default_factory=dict)
 
 
-def train(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
+def train(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
     """Train an adapter, save it under --output_dir, and give it back.
 
     settings: from `arguments.settings(...)` or `arguments.parse(argv)`. models: a base model that is loaded already;

@@ -1,11 +1,11 @@
 """Learning-rate schedules by name, from transformers, diffusers and PyTorch."""
 
-import argparse
 from typing import Any
 
 import torch
 
 from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.training.optimizers import find_class, literals, uses_relative_step
 
 NAMES = (
@@ -19,7 +19,7 @@ def as_steps(value: int | float, total: int) -> int:
     return int(value * total) if isinstance(value, float) and value < 1 else int(value)
 
 
-def check_schedule(settings: argparse.Namespace) -> None:
+def check_schedule(settings: Settings) -> None:
     """Raise TrainingError for a schedule that does not exist, or is contradicted by other options."""
     name = settings.lr_scheduler
     if settings.lr_scheduler_type:
@@ -36,7 +36,7 @@ def check_schedule(settings: argparse.Namespace) -> None:
         )
 
 
-def create_schedule(settings: argparse.Namespace, optimizer: torch.optim.Optimizer, total: int) -> Any:
+def create_schedule(settings: Settings, optimizer: torch.optim.Optimizer, total: int) -> Any:
     """The schedule over `total` optimizer steps; call its `step()` after each."""
     check_schedule(settings)
     arguments = literals(settings.lr_scheduler_args, "lr_scheduler_args")
@@ -54,9 +54,7 @@ def create_schedule(settings: argparse.Namespace, optimizer: torch.optim.Optimiz
     return _named(settings, optimizer, total, arguments)
 
 
-def _named(
-    settings: argparse.Namespace, optimizer: torch.optim.Optimizer, total: int, arguments: dict[str, Any]
-) -> Any:
+def _named(settings: Settings, optimizer: torch.optim.Optimizer, total: int, arguments: dict[str, Any]) -> Any:
     from diffusers.optimization import get_piecewise_constant_schedule
     from transformers import get_constant_schedule, get_constant_schedule_with_warmup, get_scheduler
 
@@ -77,7 +75,7 @@ def _named(
     return get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=own | arguments)
 
 
-def _schedule_options(settings: argparse.Namespace, decay: int) -> dict[str, dict[str, Any]]:
+def _schedule_options(settings: Settings, decay: int) -> dict[str, dict[str, Any]]:
     """The options of each schedule that has any, as arguments of transformers' functions."""
     lowest, cycles = settings.lr_scheduler_min_lr_ratio or 0.0, settings.lr_scheduler_num_cycles
     return {

@@ -1,6 +1,5 @@
 """The metadata of a saved adapter: how it was trained, in the entries that other programs read."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ def base_metadata(models: BaseModels) -> dict[str, Any]:
 
 
 def run_metadata(
-    settings: argparse.Namespace, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
+    settings: Settings, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
 ) -> dict[str, str]:
     """What is known when training starts. All values are text, as the file format has it."""
     entries: dict[str, Any] = option_entries(settings, "ss_")
@@ -58,13 +57,13 @@ def run_metadata(
     return {**text, **data.metadata(world_size), **modelspec(settings, models)}
 
 
-def option_entries(settings: argparse.Namespace, start: str) -> dict[str, Any]:
+def option_entries(settings: Settings, start: str) -> dict[str, Any]:
     """Key -> value of the options that declare a metadata entry whose key begins with `start`."""
     declared = {option.metadata: getattr(settings, name) for name, option in options_of(Settings).items()}
     return {key: value for key, value in declared.items() if key is not None and key.startswith(start)}
 
 
-def network_entries(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
+def network_entries(settings: Settings, models: BaseModels) -> dict[str, Any]:
     """The entries that every reader wants."""
     args = key_values(settings.network_args, "network_args")
     if settings.network_dropout is not None:
@@ -80,7 +79,7 @@ def network_entries(settings: argparse.Namespace, models: BaseModels) -> dict[st
     return entries
 
 
-def described_optimizer(settings: argparse.Namespace) -> str:
+def described_optimizer(settings: Settings) -> str:
     """`module.Class(key=value,...)`."""
     kind, defaults = optimizer_class(optimizer_name(settings))
     arguments = {**defaults, **literals(settings.optimizer_args, "optimizer_args")}
@@ -88,7 +87,7 @@ def described_optimizer(settings: argparse.Namespace) -> str:
     return f"{kind.__module__}.{kind.__name__}" + (f"({shown})" if shown else "")
 
 
-def model_entries(settings: argparse.Namespace) -> dict[str, str]:
+def model_entries(settings: Settings) -> dict[str, str]:
     """Names of the base model and the VAE, and of files also the hashes."""
     entries: dict[str, str] = {}
     for key, name in (("sd_model", settings.pretrained_model_name_or_path), ("vae", settings.vae)):
@@ -113,7 +112,7 @@ def file_hashes(file: Path) -> tuple[str, str]:
         return short, whole.hexdigest()
 
 
-def modelspec(settings: argparse.Namespace, models: BaseModels) -> dict[str, str]:
+def modelspec(settings: Settings, models: BaseModels) -> dict[str, str]:
     """The modelspec.* entries that options decide; Adapter.save adds architecture, implementation and date."""
     own = {key: value for key, value in option_entries(settings, "modelspec.").items() if value is not None}
     entries = {
@@ -132,7 +131,7 @@ def modelspec(settings: argparse.Namespace, models: BaseModels) -> dict[str, str
     return entries
 
 
-def for_save(metadata: dict[str, str], settings: argparse.Namespace, step: int, epoch: int) -> dict[str, str]:
+def for_save(metadata: dict[str, str], settings: Settings, step: int, epoch: int) -> dict[str, str]:
     """The metadata of a save at this step and epoch; with --no_metadata only what readers need."""
     now = {**metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
     if settings.no_metadata:

@@ -1,6 +1,5 @@
 """Sample images while training: prompts from a file, all in one image, with a row for each DyLoRA rank."""
 
-import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -27,9 +26,10 @@ from lora_adapters.train.generation.prompt_lines import (
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.schedulers import check_sampler, sampler
 from lora_adapters.train.models.text_encoding import Encoded
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import required
 from lora_adapters.train.samplers import SAMPLERS
-from lora_adapters.types.dylora.rank_control import dials, set_rank
+from lora_adapters.types.dylora.rank_controller import controllers, set_rank
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,13 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def wants_samples(settings: argparse.Namespace) -> bool:
+def wants_samples(settings: Settings) -> bool:
     """Whether there are prompts for sample images and an occasion to draw them."""
     occasion = settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first
     return bool(occasion and settings.sample_prompts)
 
 
-def check_samples(settings: argparse.Namespace) -> None:
+def check_samples(settings: Settings) -> None:
     """Raise TrainingError where the file of prompts cannot be read, or a sampler cannot draw them."""
     if not wants_samples(settings):
         if settings.sample_prompts:  # kohya's GUI always names a file
@@ -81,7 +81,7 @@ def check_samples(settings: argparse.Namespace) -> None:
         check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
 
 
-def check_samplers_fit(settings: argparse.Namespace, models: BaseModels, prompts: list[Prompt]) -> None:
+def check_samplers_fit(settings: Settings, models: BaseModels, prompts: list[Prompt]) -> None:
     """Raise TrainingError for a sampler that cannot draw with the base model's own noise schedule."""
     for prompt in prompts:
         name = prompt.sample_sampler or settings.sample_sampler
@@ -166,15 +166,13 @@ def spread(ranks: list[int], most: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample(
-    models: BaseModels, settings: argparse.Namespace, prompts: list[Prompt], device: Any, context: Any
-) -> Image.Image:
+def sample(models: BaseModels, settings: Settings, prompts: list[Prompt], device: Any, context: Any) -> Image.Image:
     """An image with a column for each prompt and, with DyLoRA, a labelled row for each of up to four ranks.
 
     `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
     """
     adapters = list(models.components.values())
-    found = dials(adapters)
+    found = controllers(adapters)
     at = {id(dial): dial.rank for dial in found}
     ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 4)) if found else [None]
     home = [next(module.parameters()).device for module in (models.vae, *models.text_encoders)]
@@ -197,7 +195,7 @@ def sample(
     return draw_sheet(list(zip(labels, rows, strict=True)), [prompt.prompt for prompt in prompts])
 
 
-def _draw(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: int, context: Any) -> Any:
+def _draw(models: BaseModels, settings: Settings, prompt: Prompt, nth: int, context: Any) -> Any:
     name = prompt.sample_sampler or settings.sample_sampler
     scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
     pipe: Any = models.pipeline(scheduler)  # type checkers see the placeholders that diffusers has without torch
@@ -215,7 +213,7 @@ def _draw(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth:
         ).images[0]
 
 
-def _encode(models: BaseModels, settings: argparse.Namespace, text: str) -> Encoded:
+def _encode(models: BaseModels, settings: Settings, text: str) -> Encoded:
     chunks = (settings.max_token_length or 75) // 75
     return models.encode(models.tokenize([text], chunks, settings.weighted_captions), settings.clip_skip)
 
@@ -231,7 +229,7 @@ def grid(rows: list[list[Image.Image]]) -> Image.Image:
     return sheet.crop((0, 0, sheet.width - _GAP, sheet.height - _GAP))
 
 
-def write_samples(image: Image.Image, settings: argparse.Namespace, name: str) -> Path:
+def write_samples(image: Image.Image, settings: Settings, name: str) -> Path:
     """Save it as <output_dir>/sample/<name>.png."""
     file = Path(required(settings.output_dir, "--output_dir")) / "sample" / f"{name}.png"
     with replacing(file) as partial:

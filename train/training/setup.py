@@ -1,6 +1,5 @@
 """Everything that a run consists of, set up from the settings: what the loop works on."""
 
-import argparse
 import contextlib
 import datetime
 import functools
@@ -35,7 +34,7 @@ from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
 from lora_adapters.train.options.inert import leave_out_inert
-from lora_adapters.train.options.settings import check_ranges
+from lora_adapters.train.options.settings import Settings, check_ranges
 from lora_adapters.train.options.unsupported import refuse
 from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
@@ -45,7 +44,7 @@ from lora_adapters.train.training.optimizers import create_optimizer, optimizer_
 from lora_adapters.train.training.samples import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
 from lora_adapters.train.training.trackers import check_trackers, tracker_names
 from lora_adapters.train.training.uploads import Uploads, check_uploads, state_folder
-from lora_adapters.types.dylora.rank_control import RankDial, dials
+from lora_adapters.types.dylora.rank_controller import RankController, controllers
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ log = logging.getLogger(__name__)
 class Run:
     """A run that is ready to train. `denoiser` is wrapped by accelerate; `plain` is the module inside."""
 
-    settings: argparse.Namespace
+    settings: Settings
     accelerator: Accelerator
     models: BaseModels
     data: TrainingData
@@ -101,9 +100,9 @@ class Run:
         return [p for p in self.plain.parameters() if p.requires_grad]
 
     @functools.cached_property
-    def dials(self) -> list[RankDial]:
+    def dials(self) -> list[RankController]:
         """The trained DyLoRAs' dials, looked up once for the same reason."""
-        return dials(list(self.trained.values()))
+        return controllers(list(self.trained.values()))
 
     def tell_step(self, step: int, number: int, batch: Batch) -> None:
         """Say which batch of which step comes next, as `set_step` does: DyLoRA's ranks depend on these and the seed."""
@@ -127,7 +126,7 @@ class Run:
         return torch.autograd.graph.save_on_cpu(pin_memory=self.accelerator.device.type == "cuda")
 
 
-def check(settings: argparse.Namespace) -> None:
+def check(settings: Settings) -> None:
     """Raise TrainingError for all that can be known to fail before anything is loaded.
 
     Values that change nothing are put back to their defaults, with a warning each.
@@ -155,7 +154,7 @@ def check(settings: argparse.Namespace) -> None:
         raise OptionError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
 
 
-def open_output(settings: argparse.Namespace) -> None:
+def open_output(settings: Settings) -> None:
     """Make --output_dir. TrainingError where nothing could be saved in it, which would show after training only."""
     folder = Path(required(settings.output_dir, "--output_dir"))
     try:
@@ -166,7 +165,7 @@ def open_output(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--output_dir {folder} cannot be written to (permission denied)")
 
 
-def create_accelerator(settings: argparse.Namespace) -> Accelerator:
+def create_accelerator(settings: Settings) -> Accelerator:
     """accelerate's view of this machine and this process; an earlier run's precision is forgotten."""
     AcceleratorState._reset_state()
     handlers: list[Any] = [
@@ -188,7 +187,7 @@ def create_accelerator(settings: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def decide_seed(settings: argparse.Namespace) -> int:
+def decide_seed(settings: Settings) -> int:
     """--seed, or that of the run that goes on, or one that is drawn and the same in every process."""
     if settings.seed is not None:
         return settings.seed
@@ -198,7 +197,7 @@ def decide_seed(settings: argparse.Namespace) -> int:
     return broadcast_object_list(drawn)[0]
 
 
-def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
+def open_data(settings: Settings, seed: int) -> TrainingData:
     """The data that the settings ask for. An option that is not given is left to the dataset file or its default."""
     return TrainingData(
         load_data_config(settings.given_options()),
@@ -209,12 +208,12 @@ def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
     )
 
 
-def workers(settings: argparse.Namespace) -> int:
+def workers(settings: Settings) -> int:
     """Processes that read images: as asked for, but no more than there are cores."""
     return min(settings.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
-def length(settings: argparse.Namespace, batches_per_epoch: int) -> tuple[int, int]:
+def length(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
     """(optimizer steps, epochs) of the run. The last batches of an epoch make a step of their own."""
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     if settings.max_train_epochs is not None:
@@ -222,7 +221,7 @@ def length(settings: argparse.Namespace, batches_per_epoch: int) -> tuple[int, i
     return settings.max_train_steps, math.ceil(settings.max_train_steps / steps_per_epoch)
 
 
-def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Run:
+def prepare(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Run:
     """Load, adapt and cache everything. Mistakes in options and data are found before the base model is loaded."""
     check(settings)
     accelerator = create_accelerator(settings)
@@ -286,13 +285,13 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     )
 
 
-def _uploads(settings: argparse.Namespace, accelerator: Accelerator) -> Uploads | None:
+def _uploads(settings: Settings, accelerator: Accelerator) -> Uploads | None:
     """The main process's uploads: a wrong name or token shows before anything is loaded or encoded."""
     wanted = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
     return Uploads(settings) if wanted else None
 
 
-def _to_device(settings: argparse.Namespace, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:
+def _to_device(settings: Settings, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:
     denoiser.to(device)
     models.vae.to(device)
     if settings.no_half_vae and models.vae.dtype != torch.float32:
@@ -300,7 +299,7 @@ def _to_device(settings: argparse.Namespace, models: BaseModels, denoiser: Denoi
 
 
 def cache(
-    settings: argparse.Namespace,
+    settings: Settings,
     models: BaseModels,
     denoiser: Denoiser,
     data: TrainingData,

@@ -1,6 +1,5 @@
 """Where losses, learning rates and images are logged: TensorBoard and Weights & Biases, through accelerate."""
 
-import argparse
 import importlib.util
 import logging
 import os
@@ -15,6 +14,7 @@ from PIL import Image
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 _SECRETS = ("wandb_api_key", "huggingface_token")
 
 
-def tracker_names(settings: argparse.Namespace) -> list[str]:
+def tracker_names(settings: Settings) -> list[str]:
     """The trackers to use: none without --logging_dir, unless it is Weights & Biases alone."""
     if settings.log_with == "all":
         return ["tensorboard", "wandb"]
@@ -31,7 +31,7 @@ def tracker_names(settings: argparse.Namespace) -> list[str]:
     return ["tensorboard"] if settings.logging_dir else []
 
 
-def check_trackers(settings: argparse.Namespace) -> None:
+def check_trackers(settings: Settings) -> None:
     """Raise TrainingError for a tracker that is not installed, or has no place to write to."""
     for name in tracker_names(settings):
         if importlib.util.find_spec(_PACKAGES[name]) is None:
@@ -49,7 +49,7 @@ def check_trackers(settings: argparse.Namespace) -> None:
         read_sections(Path(settings.log_tracker_config))
 
 
-def start_trackers(settings: argparse.Namespace, accelerator: Accelerator) -> None:
+def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
     """Open the logs: a folder of its own for each run, named by --log_prefix and the time."""
     names = tracker_names(settings)
     if not names:
@@ -102,7 +102,7 @@ def read_sections(file: Path) -> dict[str, Any]:
         raise TrainingError(f"--log_tracker_config {file} is not toml: {error}") from None
 
 
-def start_console(settings: argparse.Namespace) -> None:
+def start_console(settings: Settings) -> None:
     """Messages on the console, or in --console_log_file."""
     simple = settings.console_log_simple
     logging.basicConfig(

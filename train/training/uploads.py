@@ -1,6 +1,5 @@
 """What is saved, also on the Hugging Face Hub; and states to resume from there."""
 
-import argparse
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.hub.background import REPO_TYPES, BackgroundPush, FailedPush, download_state
 from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import required
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Uploads:
     `pytorch_lora_weights.safetensors`, the name that diffusers picks, with PEFT's folders and a model card.
     """
 
-    def __init__(self, settings: argparse.Namespace):
+    def __init__(self, settings: Settings):
         self.settings = settings
         self.is_model = (settings.huggingface_repo_type or "model") == "model"
         repo_type: Any = settings.huggingface_repo_type or "model"  # checked by check_uploads
@@ -80,7 +80,7 @@ def shared_words(captions: Iterable[str]) -> list[str]:
     return [part for part in dict.fromkeys(parts[0]) if all(part in other for other in parts)][:3]
 
 
-def check_uploads(settings: argparse.Namespace) -> None:
+def check_uploads(settings: Settings) -> None:
     """Raise TrainingError for upload options without a repository, or with values that do not exist."""
     for name in ("repo_type", "path_in_repo", "repo_visibility"):
         if getattr(settings, f"huggingface_{name}") and not settings.huggingface_repo_id:
@@ -98,7 +98,7 @@ def check_uploads(settings: argparse.Namespace) -> None:
         raise OptionError("--resume_from_huggingface needs --resume=<user>/<repository>/<folder of the state>")
 
 
-def state_folder(settings: argparse.Namespace) -> Path:
+def state_folder(settings: Settings) -> Path:
     """The folder that --resume names; with --resume_from_huggingface it is downloaded.
 
     It is then written `user/repository/folder[:revision[:repo_type]]`.

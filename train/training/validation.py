@@ -8,7 +8,7 @@ import torch
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.objective.step_loss import StepLoss
 from lora_adapters.train.training.samples import spread
-from lora_adapters.types.dylora.rank_control import dials, set_rank
+from lora_adapters.types.dylora.rank_controller import controllers, set_rank
 
 TIMESTEPS_A_SAMPLE = 4
 
@@ -39,7 +39,7 @@ def held_out_losses(
 
     `most` is the largest number of batches. The models must be in evaluation mode.
     """
-    found = dials(models)
+    found = controllers(models)
     at = {id(dial): dial.rank for dial in found}
     ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 8)) if found else [None]
     try:

@@ -5,7 +5,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from lora_adapters.kohya_options import _KINDS
+from lora_adapters.kohya_options import NETWORK_ARGS
 from lora_adapters.train.data.config import DatasetConfig, SubsetConfig
 from lora_adapters.train.data.schema import rules
 from lora_adapters.train.options.arguments import parser
@@ -47,7 +47,9 @@ def names_in(file: Path) -> set[str]:
 
 
 def test_every_option_that_users_expect_is_in_the_table() -> None:
-    known = set(vars(parser().parse_args([]))) | set(_KINDS) | set(rules(SubsetConfig)) | set(rules(DatasetConfig))
+    known = (
+        set(vars(parser().parse_args([]))) | set(NETWORK_ARGS) | set(rules(SubsetConfig)) | set(rules(DatasetConfig))
+    )
     listed = [name for options, _ in rows() for name in options]
     assert len(listed) == len(set(listed)), "an option stands in two rows"
     assert known - set(listed) == RARE
