@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lora_adapters.train.options.model import ZERO
-from lora_adapters.train.options.option import Inert, option, options_of
+from lora_adapters.train.options.option import Inert, option
 from lora_adapters.train.samplers import SAMPLERS
 
 _LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -115,11 +115,3 @@ class LoggingOptions:
 @dataclass
 class OutputOptions(SavingOptions, SampleOptions, LoggingOptions):
     """What is written, and where."""
-
-
-# The options metadata_NAME: NAME and their help.
-METADATA = {
-    name.removeprefix("metadata_"): made.help
-    for name, made in options_of(SavingOptions).items()
-    if name.startswith("metadata_")
-}

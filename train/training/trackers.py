@@ -14,12 +14,12 @@ from PIL import Image
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-_SECRETS = ("wandb_api_key", "huggingface_token")
 
 
 def tracker_names(settings: Settings) -> list[str]:
@@ -66,7 +66,8 @@ def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
         arguments.setdefault("wandb", {})["name"] = settings.wandb_run_name
     config = None
     if settings.log_config:
-        config = {key: _plain(value) for key, value in vars(settings).items() if key not in _SECRETS}
+        known = options_of(Settings)
+        config = {name: _plain(value) for name, value in vars(settings).items() if not known[name].secret}
     try:
         accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)
     except Exception as error:  # W&B's errors are of its own kinds: no connection, a wrong key, a missing login

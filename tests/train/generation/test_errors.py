@@ -14,6 +14,7 @@ from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main
 from lora_adapters.train.generation import options as generate_options
 from lora_adapters.train.generation import run
+from lora_adapters.train.options.option import options_of
 from tests.train.generating import adapter_for
 
 
@@ -298,3 +299,11 @@ def test_run_as_a_file(tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: base model nowhere.ckpt does not exist\n"
+
+
+def test_options_from_the_command_line():
+    options = generate_options.parse(["--ckpt=m", "--images_per_p", "3", "--scale=7.5"])
+    assert (options.pretrained_model_name_or_path, options.images_per_prompt, options.scale) == ("m", 3, 7.5)
+    assert options.given == {"pretrained_model_name_or_path", "images_per_prompt", "scale"}
+    said = " ".join(generate_options.parser().format_help().split())
+    assert said.count("(default: ") == len(options_of(generate_options.GenerateSettings))
