@@ -27,12 +27,13 @@ from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 
 from .errors import AdapterError
+from .live import LiveAdapter
 
 FORMATS = registry.NAMES
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter(Contents):
+class Adapter(Contents, LiveAdapter):
     """`{ModuleName(component, path): change}` and the metadata of its file (all strings).
 
     Changes are low-rank pairs (`LowRank`) or of other kinds (see `deltas.Delta`); `pairs()` are those of an adapter

@@ -29,7 +29,7 @@ from lora_adapters.convert.adapter import FORMATS, Adapter
 from lora_adapters.convert.deltas.reduction import reduce_modules
 from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import report, rules, with_rank_facts
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.formats import cloneofsimo
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
@@ -82,11 +82,11 @@ def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
 def _check_target(args: argparse.Namespace) -> None:
     """Check the options that say what is written; --to lora is kohya's format unless another is given."""
     if args.to is None and (args.rank is not None or args.conv_rank is not None):
-        raise AdapterError("--rank and --conv_rank go with --to lora (resize gives a LoRA another rank)")
+        raise UsageError("--rank and --conv_rank go with --to lora (resize gives a LoRA another rank)")
     if args.to is not None and args.rank is None:
-        raise AdapterError("--to lora needs --rank, the rank of the pairs that it makes")
+        raise UsageError("--to lora needs --rank, the rank of the pairs that it makes")
     if args.format is None and args.to is None:
-        raise AdapterError(f"--format is needed: {', '.join(FORMATS)}")
+        raise UsageError(f"--format is needed: {', '.join(FORMATS)}")
     args.format = args.format or "kohya"
 
 
@@ -122,9 +122,9 @@ def program(argv: Sequence[str] | None) -> None:
     _check_target(args)
     path = Path(args.save_to).expanduser() if args.format == "peft" else output_file(args.save_to)
     if args.embeddings and args.format != "cloneofsimo":
-        raise AdapterError("--embeddings can only be put into cloneofsimo's format")
+        raise UsageError("--embeddings can only be put into cloneofsimo's format")
     if args.fold_alpha and args.format != "kohya":
-        raise AdapterError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
+        raise UsageError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
     source = locate(args.model)
     adapter = load(source, args.zero_alpha, args.skip_unknown)
     if args.to == "lora":
@@ -148,7 +148,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

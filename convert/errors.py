@@ -12,8 +12,22 @@ class AdapterError(OneLineError):
     """An adapter, a model or a file cannot be used so. The message is fit to be shown to a user."""
 
 
+class UsageError(OneLineError):
+    """A command line that cannot be right, whatever its files hold: programs then exit with status 2."""
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal ended the program. `status` is the exit status that shells and batch systems know for it."""
+
+    status: int = 130
+
+
 class UnknownFormatError(AdapterError):
     """A source that may hold an adapter, but not one that this package reads (LoHa, DoRA, another model's)."""
+
+
+class UnknownModuleError(AdapterError):
+    """A name that no module of the models that are known has."""
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.files import all_or_none
@@ -45,7 +45,7 @@ def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
     try:
         return sorted({int(number) for number in asked.split(",")})
     except ValueError:
-        raise AdapterError(f"--ranks is a list of numbers such as 4,8, not {asked}") from None
+        raise UsageError(f"--ranks is a list of numbers such as 4,8, not {asked}") from None
 
 
 def program(argv: Sequence[str] | None) -> None:
@@ -55,7 +55,7 @@ def program(argv: Sequence[str] | None) -> None:
     adapter = load(args.model, skip_unknown=args.skip_unknown)
     dylora = adapter.dylora
     if args.unit is not None and args.unit < 1:
-        raise AdapterError(f"unit {args.unit} is none: it is 1 or more")
+        raise UsageError(f"unit {args.unit} is none: it is 1 or more")
     if dylora is None and args.unit is None:
         raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit")
     if dylora is None:
@@ -71,7 +71,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

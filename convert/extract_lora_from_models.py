@@ -20,7 +20,15 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import FAMILIES, asked_by
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, dtype_of, output_file, refuse, run
+from lora_adapters.convert.tools.command_line import (
+    Parser,
+    add_dtype,
+    dtype_of,
+    output_file,
+    rank_option,
+    refuse,
+    run,
+)
 from lora_adapters.convert.tools.extract import extract
 
 
@@ -30,7 +38,7 @@ def parser() -> Parser:
     made.add_argument("--model_org", required=True, help="the original model: checkpoint file or Diffusers folder")
     made.add_argument("--model_tuned", required=True, help="the fine-tuned model: checkpoint file or Diffusers folder")
     made.add_argument("--save_to", required=True, help="the resulting file")
-    made.add_argument("--dim", type=int, help="rank of the LoRA (default: 4; with target_error: no limit)")
+    made.add_argument("--dim", type=rank_option, help="rank of the LoRA (default: 4; with target_error: no limit)")
     made.add_argument("--conv_dim", type=int, help="rank of convolutions above 1x1 (default: leave them out)")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, dim at most")
     made.add_argument("--min_diff", type=number, default=0.0, help="leave out text encoders that differ no more (0)")
@@ -87,7 +95,7 @@ def _check_version(args) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

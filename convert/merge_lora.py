@@ -23,7 +23,7 @@ import torch
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.reduction import reduce_modules
 from lora_adapters.convert.deltas.svd import as_written, report, rules, with_rank_facts
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.families.registry import is_v2
 from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
 from lora_adapters.convert.parsing import number
@@ -36,6 +36,7 @@ from lora_adapters.convert.tools.command_line import (
     add_skip_unknown,
     dtype_of,
     output_file,
+    rank_option,
     report_left_out,
     run,
 )
@@ -61,8 +62,8 @@ def parser() -> Parser:
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
     add_dtype(made, "--precision", "of the result where save_precision is not given; sums are always made in float")
     add_dtype(made, "--save_precision", "of the result; by default tensors of a model keep theirs, a LoRA is float")
-    made.add_argument("--new_rank", type=int, help="reduce the sum to this rank (without sd_model)")
-    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument("--new_rank", type=rank_option, help="reduce the sum to this rank (without sd_model)")
+    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
     add_skip_unknown(made)
     made.add_argument(
@@ -90,14 +91,14 @@ def load_all(
     arguments = read_arguments(models)
     for what, listed in (("ratios", ratios), ("lbws", lbws)):
         if listed is not None and len(listed) != len(arguments):
-            raise AdapterError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
+            raise UsageError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
     adapters: dict[str, Adapter] = {}
     weights: list[float] = []
     for place, one in enumerate(arguments):
         if ratios is not None and one.unet is not None:
-            raise AdapterError(f"{one.source} has a weight behind it and one in --ratios: give one of them")
+            raise UsageError(f"{one.source} has a weight behind it and one in --ratios: give one of them")
         if lbws is not None and one.blocks is not None:
-            raise AdapterError(f"{one.source} has block weights behind it and in --lbws: give one of them")
+            raise UsageError(f"{one.source} has block weights behind it and in --lbws: give one of them")
         adapter, ratio = one.applied(load(one.source, skip_unknown=skip_unknown))
         if lbws is not None:
             adapter = weighted(adapter, parse(lbws[place]))
@@ -128,7 +129,7 @@ def program(argv: Sequence[str] | None) -> None:
         return
     for flag in ("new_rank", "new_conv_rank", "concat", "shuffle"):
         if getattr(args, flag) not in (None, False):
-            raise AdapterError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
+            raise UsageError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
     checkpoint = Checkpoint.open(args.sd_model)
     if not checkpoint.is_folder:
         output_file(args.save_to)
@@ -174,11 +175,11 @@ def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
 def _into_one(args, dtype) -> None:
     path = output_file(args.save_to)
     if args.v2 or (args.new_conv_rank is not None and args.new_rank is None):
-        raise AdapterError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
+        raise UsageError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
     if args.concat and args.new_rank is not None:
-        raise AdapterError("--concat keeps all ranks, --new_rank reduces them: give one of them")
+        raise UsageError("--concat keeps all ranks, --new_rank reduces them: give one of them")
     if args.ema != "keep":
-        raise AdapterError("--ema goes with --sd_model: LoRAs have no averaged weights")
+        raise UsageError("--ema goes with --sd_model: LoRAs have no averaged weights")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     if args.new_rank is None:
         merged = weighted_sum(adapters, ratios).to(dtype or torch.float32)
@@ -196,7 +197,7 @@ def _into_one(args, dtype) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

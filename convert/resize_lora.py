@@ -21,7 +21,7 @@ from lora_adapters.convert.deltas.rank_choice import DYNAMIC_METHODS, dynamic
 from lora_adapters.convert.deltas.reduction import reduce_modules
 from lora_adapters.convert.deltas.svd import Rules, as_written, report, rules, with_rank_facts
 from lora_adapters.convert.devices import device_of
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import UsageError
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import (
     Parser,
@@ -29,6 +29,7 @@ from lora_adapters.convert.tools.command_line import (
     add_skip_unknown,
     dtype_of,
     output_file,
+    rank_option,
     run,
 )
 from lora_adapters.convert.tools.inputs import load, weights_alone
@@ -39,8 +40,8 @@ def parser() -> Parser:
     made = Parser(prog="resize_lora.py", description="Give a LoRA a smaller rank.")
     made.add_argument("--model", required=True, help="the LoRA: a file, a PEFT folder or a Hub repository")
     made.add_argument("--save_to", required=True, help="the resulting file")
-    made.add_argument("--new_rank", type=int, help="rank of the result, or the largest (default: 4)")
-    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument("--new_rank", type=rank_option, help="rank of the result, or the largest (default: 4)")
+    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--dynamic_method", choices=DYNAMIC_METHODS, help="choose the rank of each module")
     made.add_argument("--dynamic_param", type=number, help="what the method compares with, such as 0.9")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
@@ -54,9 +55,9 @@ def parser() -> Parser:
 def chosen_rules(args) -> Rules:
     """The rules that the options ask for."""
     if (args.dynamic_method is None) != (args.dynamic_param is None):
-        raise AdapterError("--dynamic_method and --dynamic_param go together")
+        raise UsageError("--dynamic_method and --dynamic_param go together")
     if args.dynamic_method and args.target_error is not None:
-        raise AdapterError("--dynamic_method and --target_error are two ways to choose ranks: give one")
+        raise UsageError("--dynamic_method and --target_error are two ways to choose ranks: give one")
     if args.target_error is not None:
         return rules(args.new_rank, args.new_conv_rank, args.target_error)
     rank = 4 if args.new_rank is None else args.new_rank
@@ -90,7 +91,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

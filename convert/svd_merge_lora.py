@@ -25,6 +25,7 @@ from lora_adapters.convert.tools.command_line import (
     add_skip_unknown,
     dtype_of,
     output_file,
+    rank_option,
     run,
 )
 from lora_adapters.convert.tools.inputs import weights_alone
@@ -38,8 +39,10 @@ def parser() -> Parser:
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
     made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
-    made.add_argument("--new_rank", type=int, help="rank of the result (default: 4; with target_error: no limit)")
-    made.add_argument("--new_conv_rank", type=int, help="rank of convolutions above 1x1 (default: new_rank)")
+    made.add_argument(
+        "--new_rank", type=rank_option, help="rank of the result (default: 4; with target_error: no limit)"
+    )
+    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument(
         "--clamp_quantile",
@@ -74,7 +77,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; gives back its exit status."""
+    """Run the program; returns its exit status."""
     return run(program, argv)
 
 

@@ -14,7 +14,7 @@ import lora_adapters
 
 project = "lora-adapters"
 release = lora_adapters.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "pages/index"
 myst_heading_anchors = 3
 html_theme = "furo"
@@ -23,7 +23,6 @@ html_copy_source = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
-suppress_warnings = ["ref.python"]  # which of the two Adapters a type hint means: one is the other with more methods
 
 _SPECIAL = re.compile(r"([\\*|_])")
 
@@ -48,13 +47,16 @@ def _docstring(app: Any, what: str, name: str, thing: Any, options: Any, lines: 
     paragraphs = "\n".join(lines).split("\n\n")
     lines[:] = "\n\n".join(part if part.lstrip().startswith(">>>") else _text(part) for part in paragraphs).split("\n")
     if what == "class" and dataclasses.is_dataclass(thing):
+        # The fields that all adapter types have are shown where they are new: with the first type.
+        shown = [thing, *(base for base in thing.__bases__ if base.__name__ == "AdapterConfig")]
+        own = {name for cls in shown for name in inspect.get_annotations(cls)}
         for field in dataclasses.fields(thing):
-            if "help" in field.metadata and field.name in inspect.get_annotations(thing):
+            if "help" in field.metadata and field.name in own:
                 default = "" if field.default is dataclasses.MISSING else f" Default: {field.default!r}."
                 lines += ["", f":param {field.name}: {_text(field.metadata['help'] + default)}"]
 
 
 def setup(app: Any) -> None:
     """Register the reading of docstrings."""
-    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon reads Args, Returns, Raises
     app.connect("autodoc-process-signature", _signature)

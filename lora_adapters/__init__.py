@@ -14,25 +14,21 @@ _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "convert").is_dir() and (_checkout / "pyproject.toml").is_file() and str(_checkout) not in __path__:
     __path__.append(str(_checkout))
 
-from lora_adapters import plugin  # noqa: E402
+from lora_adapters import plugin, types  # noqa: E402
 
 plugin.plug_in()
 
 _PUBLIC = {
-    "Adapter": "adapter",
+    "Adapter": "convert.adapter",
     "AdapterError": "convert.errors",
-    "C3LierConfig": "types.config",
-    "DyLoraConfig": "types.config",
-    "LierLaConfig": "types.config",
     "LowRank": "convert.deltas.low_rank",
     "ModuleName": "convert.families.names",
     "block_lr_weights": "block_lr",
     "network_options": "kohya_options",
     "param_groups": "optimizer_groups",
-    "set_rank": "types.dylora.rank_control",
-    "set_step": "types.dylora.rank_control",
+    **{name: f"types.{module}" for name, module in types.PUBLIC.items()},
 }
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*sorted(_PUBLIC), "__version__"]
 
 
 def __getattr__(name: str) -> object:

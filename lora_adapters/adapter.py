@@ -1,74 +1,63 @@
-"""The adapter of `lora_adapters.convert`, with the ways into and out of live pipelines."""
+"""Adapters into and out of live models and to the Hub: what `Adapter`'s methods of these names do.
+
+`lora_adapters.convert.live` declares them; `lora_adapters.plugin` registers this module there.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_adapters.convert.adapter import Adapter as AdapterData
+from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import BASE_VERSION, by_live_models
+from lora_adapters.types.registry import metadata_of
+
+from . import pipeline
+from .injection import extract_pairs, unwrapped
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
+__all__ = ["Adapter", "from_models", "from_pipeline", "push_to_hub", "to_pipeline"]
+A = TypeVar("A", bound=Adapter)
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Adapter(AdapterData):
-    """`lora_adapters.convert.Adapter` that can also be put into a pipeline and taken out of one."""
 
-    @classmethod
-    def from_models(
-        cls, models: Mapping[str, Any], adapter_name: str = "default", metadata: Mapping[str, str] | None = None
-    ) -> "Adapter":
-        """The adapter of that name in the models, by component ("unet", "text_encoder", "text_encoder_2").
+def from_models(
+    adapter_type: type[A],
+    models: Mapping[str, Any],
+    adapter_name: str = "default",
+    metadata: Mapping[str, str] | None = None,
+) -> A:
+    """An adapter in live models; see `Adapter.from_models`."""
+    models = {component: unwrapped(model) for component, model in models.items()}
+    modules, of_type = {}, dict[str, str]()
+    for component, model in models.items():
+        if adapter_name in getattr(model, "peft_config", {}):
+            modules.update(extract_pairs(model, component, adapter_name))
+            of_type = of_type or metadata_of(model.peft_config[adapter_name], metadata or {})
+    if not modules:
+        names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
+        raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
+    facts = dict(metadata or {})
+    family = by_live_models(models, getattr(models.get("unet"), "config", None))
+    if family is not None and family.has(modules):  # which a few of its modules do not tell
+        facts.setdefault(BASE_VERSION, family.versions[0].value)
+    return adapter_type(modules, {**facts, **of_type})
 
-        The models may be wrapped by `peft.get_peft_model` or compiled. The tensors are those of the models, not copies.
-        AdapterError where no model has such an adapter, or where it is more than low-rank pairs (DoRA, lora_bias).
-        """
-        from .injection import dylora_in, taken, unwrapped
 
-        models = {component: unwrapped(model) for component, model in models.items()}
-        modules, dylora = {}, None
-        for component, model in models.items():
-            if adapter_name in getattr(model, "peft_config", {}):
-                modules.update(taken(model, component, adapter_name))
-                dylora = dylora or dylora_in(model, adapter_name)
-        if not modules:
-            names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
-            raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
-        facts = dict(metadata or {})
-        family = by_live_models(models, getattr(models.get("unet"), "config", None))
-        if family is not None and family.has(modules):  # which a few of its modules do not tell
-            facts.setdefault(BASE_VERSION, family.versions[0].value)
-        adapter = cls(modules, facts)
-        return adapter if dylora is None else adapter.as_dylora(dylora)
+def from_pipeline(
+    adapter_type: type[A], pipe: Any, adapter_name: str = "default", metadata: Mapping[str, str] | None = None
+) -> A:
+    """An adapter in a pipeline; see `Adapter.from_pipeline`."""
+    return from_models(adapter_type, pipeline.adaptable_models(pipe), adapter_name, metadata)
 
-    @classmethod
-    def from_pipeline(
-        cls, pipe: Any, adapter_name: str = "default", metadata: Mapping[str, str] | None = None
-    ) -> "Adapter":
-        """The adapter of that name in a pipeline, as `from_models` gives it."""
-        from .pipeline import _models
 
-        return cls.from_models(_models(pipe), adapter_name, metadata)
+def to_pipeline(adapter: Adapter, pipe: Any, adapter_name: str | None = None) -> None:
+    """Load an adapter into a pipeline; see `Adapter.to_pipeline`."""
+    pipeline.load_adapter(pipe, adapter, adapter_name)
 
-    def to_pipeline(self, pipe: Any, adapter_name: str | None = None) -> None:
-        """Load it into a pipeline, as `pipe.load_lora_weights` does with a file.
 
-        The name is default_0 and so on where none is given. AdapterError where it is for another model or
-        the name is taken; the pipeline is then as it was.
-        """
-        from .pipeline import load_adapter
+def push_to_hub(adapter: Adapter, repo_id: str, **options: Any) -> "CommitInfo":
+    """Push an adapter to the Hub; see `Adapter.push_to_hub`."""
+    from .hub import repository
 
-        load_adapter(pipe, self, adapter_name)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
-        """Push it to the Hub in one commit: for diffusers, kohya's programs and PEFT, with a model card.
-
-        options: private, revision, token, commit_message, create_pr, endpoint, and what the card shows: base_model,
-        trigger_words, description, license, samples ({prompt: picture}), grid (a picture), tags; dtype of the weights.
-        See `lora_adapters.hub.repository.push_to_hub`.
-        """
-        from lora_adapters.hub.repository import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
+    return repository.push_to_hub(adapter, repo_id, **options)

@@ -1,6 +1,7 @@
 """The weights of adapters as diffusers takes them: a scale of 0 for one call, and weights of single blocks."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -93,6 +94,8 @@ def checking_blocks(stock: Function) -> Function:
                 if isinstance(scales.get(part), dict):
                     blocks = [f"block_{number}" for number in range(len(there))]
                     _check_names(f"the weights of an adapter's {part}", scales[part], blocks)
+            for part, value in scales.items():
+                _check_numbers(part, value)
         return stock(scales, blocks_with_transformer, transformer_per_block, model, *args, **kwargs)
 
     return _maybe_expand_lora_scales_for_one_adapter
@@ -101,6 +104,23 @@ def checking_blocks(stock: Function) -> Function:
 def _check_names(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            near = closest(str(name), known)
+            near = None if _word(name) in map(_word, known) else closest(str(name), known)
             hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
             raise AdapterError(f"unknown {name!r} in {where}; {hint}")
+
+
+def _word(name: object) -> str:
+    """A name without its number: `block_9` is no slip of `block_1`."""
+    return re.sub(r"\d+", "", str(name))
+
+
+def _check_numbers(where: str, value: Any) -> None:
+    """AdapterError for a weight, or one in a list or in the table of a part's blocks, that is no number."""
+    if isinstance(value, dict) and where in ("down", "up"):
+        for block, one in value.items():
+            _check_numbers(f"{where}.{block}", one)
+    elif isinstance(value, list):
+        for one in value:
+            _check_numbers(where, one)
+    elif value is None or isinstance(value, (str, Mapping)):
+        raise AdapterError(f"the weight of an adapter's {where} is {value!r:.80}, which is no number")

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from lora_adapters import __version__
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; None takes those of this process.
 
     Returns:
-        The command's exit status; 2 for an unknown command.
+        The exit status: 0, 1 for a failure, 2 for wrong usage, 128 + the signal's number if one stopped a training.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -38,14 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lora-adapters {__version__}")
         return 0
-    if words[0] not in PROGRAMS:
-        from lora_adapters.convert.suggestions import closest  # imports torch
+    from lora_adapters.convert.tools import command_line  # imports torch
 
-        near = closest(words[0], PROGRAMS, cutoff=0.6)
-        hint = f"did you mean {near!r}?" if near else f"the commands are {', '.join(PROGRAMS)}"
-        print(f"error: unknown command {words[0]!r}: {hint}", file=sys.stderr)
-        return 2
-    return import_module(PROGRAMS[words[0]][0]).main(words[1:])
+    if words[0] not in PROGRAMS:
+        return command_line.run(_unknown, words)
+    with command_line.called_as(f"lora-adapters {words[0]}"):
+        return import_module(PROGRAMS[words[0]][0]).main(words[1:])
+
+
+def _unknown(words: Sequence[str] | None) -> NoReturn:
+    """The program that stands in for a command that there is not."""
+    from lora_adapters.convert.errors import UsageError
+    from lora_adapters.convert.suggestions import closest
+
+    command = words[0] if words else ""
+    near = closest(command, PROGRAMS, cutoff=0.6)
+    hint = f"did you mean {near!r}?" if near else f"the commands are {', '.join(PROGRAMS)}"
+    raise UsageError(f"unknown command {command!r}: {hint}")
 
 
 if __name__ == "__main__":

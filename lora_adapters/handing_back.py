@@ -8,7 +8,6 @@ is not in the layers, everything is undone, and the load is an error.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,53 +15,9 @@ from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.diffusers import alpha_of
+from lora_adapters.types.layers import DOWN_HELD, HELD
 
-from . import injection
-from .injection import HELD
-
-
-@dataclass(frozen=True)
-class State:
-    """What a model's adapters are; `of` and `restore` of all that a load may change, but for weights swapped in."""
-
-    configs: dict[str, Any] | None
-    active: list[str]
-    loaded: Any
-    wrapped: frozenset[str]
-
-    @classmethod
-    def of(cls, model: Any) -> "State":
-        """The state of a model now."""
-        configs = getattr(model, "peft_config", None)
-        loaded = getattr(model, "_hf_peft_config_loaded", False)
-        wrapped = frozenset(path for path, part in model.named_modules() if isinstance(part, LoraLayer))
-        return cls(None if configs is None else dict(configs), injection.active(model), loaded, wrapped)
-
-    def restore(self, model: Any) -> None:
-        """Take every adapter out that was not there, and make the same ones active."""
-        known = self.configs or {}
-        for name in _adapters_in(model) - known.keys():
-            injection.take_out(model, name)
-        for path, part in list(model.named_modules()):
-            if isinstance(part, LoraLayer) and path not in self.wrapped:  # emptied by the load that failed
-                injection.unwrap(model, path, part)
-        if self.configs is None:
-            if hasattr(model, "peft_config"):
-                del model.peft_config
-        else:
-            model.peft_config = dict(self.configs)
-        if self.active:
-            injection.activate(model, self.active)
-        model._hf_peft_config_loaded = self.loaded
-
-
-def _adapters_in(model: nn.Module) -> set[str]:
-    """The adapters of a model, by configs and layers: a load that failed may have made one without the other."""
-    names = set(getattr(model, "peft_config", None) or {})
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            names.update(name for held in HELD for name in getattr(module, held, ()))
-    return names
+from .model_state import ModelState
 
 
 def load(
@@ -78,7 +33,7 @@ def load(
     stock: what loads it under the name, which is free, into the models (by component). reason: why this package does
     not read it, the error where diffusers does not load it whole either; everything is then as it was before.
     """
-    before = {component: State.of(model) for component, model in models.items()}
+    before = {component: ModelState.of(model) for component, model in models.items()}
     try:
         try:
             stock()
@@ -119,8 +74,7 @@ def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]
                     continue
                 one = part[adapter_name]
                 values = [one] if isinstance(one, torch.Tensor) else list(one.parameters())
-                scaled = name in ("lora_A", "lora_embedding_A")
-                scale = float(layer.scaling[adapter_name]) if scaled else None
+                scale = float(layer.scaling[adapter_name]) if name in DOWN_HELD else None
                 yield from (_Held(tensor.detach(), component, path, scale, layer.r[adapter_name]) for tensor in values)
 
 
@@ -141,7 +95,7 @@ def _lost(
         here.setdefault(_numbers(one.values, one.values.dtype), []).append(one)
         dtypes.add(one.values.dtype)
     for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
+        if key.endswith(".alpha") or ("." not in key and tensor.ndim == 0):  # a number that is no module's
             continue
         found = next((numbers for dtype in dtypes if (numbers := _numbers(tensor, dtype)) in here), None)
         if found is None:

@@ -17,12 +17,12 @@ from peft import LoraConfig
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.diffusers import pattern_value
-from lora_adapters.convert.formats.metadata import DYLORA_FACTS, DyLora
-from lora_adapters.types.config import DyLoraConfig, LierLaConfig, restored
-from lora_adapters.types.dylora import rank_control
-from lora_adapters.types.dylora.rank_control import layers
+from lora_adapters.types import registry
+from lora_adapters.types.base import AdapterConfig, fields_beyond
+from lora_adapters.types.layers import factors, layers, width
 
-from . import injection, plugin
+from . import injection
+from .compat import rank_stabilized
 from .target_modules import RankAlpha
 
 # What the config of an adapter says of the model that it is in, and of layers that stay when weights are swapped.
@@ -45,12 +45,10 @@ def prepare(model: Any, adapter_name: str) -> None:
         raise AdapterError(f"its rank is {highest}: enable_lora_hotswap was called with target_rank={target}")
     prepare_model_for_compiled_hotswap(model, **options)
     model._prepare_lora_hotswap_kwargs = None
-    facts = injection.dylora_in(model, adapter_name)
-    if facts is not None:
-        rank_control.attach(model, adapter_name, facts)
+    registry.attach(model, adapter_name, model.peft_config[adapter_name])
 
 
-def check(model: Any, component: str, placed: Mapping[str, LowRank], adapter_name: str) -> None:
+def check(model: Any, component: str, matched: Mapping[str, LowRank], adapter_name: str) -> None:
     """AdapterError where these pairs cannot take the adapter's place; nothing is changed."""
     if adapter_name not in getattr(model, "peft_config", {}):
         raise AdapterError(
@@ -58,63 +56,67 @@ def check(model: Any, component: str, placed: Mapping[str, LowRank], adapter_nam
         )
     present = dict(layers(model, adapter_name))
     for path, layer in present.items():
-        if more := injection.beyond_lora(layer, adapter_name):
+        if more := registry.beyond_lora(layer, adapter_name):
             raise AdapterError(f"{component}.{path} has {more} in {adapter_name}, which a swap would leave behind")
-    for path, one in placed.items():
+    for path, pair in matched.items():
         layer = present.get(path)
         if layer is None:
             raise AdapterError(f"{component}.{path} is not adapted by {adapter_name}: only what is can be swapped")
-        room = layer.lora_A[adapter_name].weight.shape[0]
-        if _is_prepared(layer, adapter_name) and one.rank > room:
+        room = width(layer, adapter_name)
+        if _is_prepared(layer, adapter_name) and pair.rank > room:
             raise AdapterError(
-                f"{component}.{path} has rank {one.rank}, there is room for {room}: call "
-                f"enable_lora_hotswap(target_rank={one.rank}) before the first adapter is loaded"
+                f"{component}.{path} has rank {pair.rank}, there is room for {room}: call "
+                f"enable_lora_hotswap(target_rank={pair.rank}) before the first adapter is loaded"
             )
     if any(adapter_name in layer.merged_adapters for layer in present.values()):
         raise AdapterError(f"{adapter_name} is fused into the weights: unfuse it first")
 
 
 @torch.no_grad()
-def swap(model: Any, placed: Mapping[str, LowRank], adapter_name: str, facts: DyLora | None) -> None:
-    """Put the pairs (checked) where the adapter's are; its modules without a pair do nothing from then on.
+def swap(model: Any, matched: Mapping[str, LowRank], adapter_name: str, facts: Mapping[str, Any]) -> None:
+    """Put pairs where an adapter's are; its modules without a pair do nothing from then on.
 
     The weight that `set_adapters` has given to the adapter stays.
+
+    Args:
+        model: The model.
+        matched: The pairs, which `check` has let through.
+        adapter_name: The adapter's name in the model.
+        facts: The new adapter's type and the type's own fields, as `types.registry.facts_of_metadata` returns them.
     """
     stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
     for path, layer in layers(model, adapter_name):
-        one = placed.get(path)
-        down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        if one is None:
+        pair = matched.get(path)
+        down, up = factors(layer, adapter_name)
+        if pair is None:
             up.weight.zero_()
             continue
         weight = _weight(layer, adapter_name, stabilized)
-        layer.r[adapter_name], layer.lora_alpha[adapter_name] = one.rank, one.alpha
-        plugin.rank_stabilized(layer)[adapter_name] = False
-        _rescale(layer, adapter_name, weight * one.alpha / one.rank)
+        layer.r[adapter_name], layer.lora_alpha[adapter_name] = pair.rank, pair.alpha
+        rank_stabilized(layer)[adapter_name] = False
+        _rescale(layer, adapter_name, weight * pair.alpha / pair.rank)
         prepared = _is_prepared(layer, adapter_name)
-        _put(down, one.down, 0, prepared)
-        _put(up, one.up, 1, prepared)
+        _put(down, pair.down, 0, prepared)
+        _put(up, pair.up, 1, prepared)
     mine = {
         path: RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
         for path, layer in layers(model, adapter_name)
     }
-    _tell_config(model, adapter_name, injection.plain_config(mine, facts), facts)
-    if facts is None:
-        rank_control.detach(model, adapter_name)
-    else:
-        rank_control.attach(model, adapter_name, facts)
+    _update_config(model, adapter_name, registry.config_options(mine, facts))
+    registry.attach(model, adapter_name, model.peft_config[adapter_name])
 
 
-def _tell_config(model: Any, adapter_name: str, table: dict[str, Any], facts: DyLora | None) -> None:
+def _update_config(model: Any, adapter_name: str, options: dict[str, Any]) -> None:
     """Make the adapter's config that of its present weights; the same object where the type stays.
 
     A compiled model is compiled for the type of the config.
     """
-    before, after = model.peft_config[adapter_name], restored(LoraConfig(**table))
-    if isinstance(before, LierLaConfig) and isinstance(before, DyLoraConfig) == isinstance(after, DyLoraConfig):
-        before.decide({name: getattr(after, name) for name in table if name != "auto_mapping"})
+    before, after = model.peft_config[adapter_name], registry.restored(LoraConfig(**options))
+    same = registry.type_of(before).variant is registry.type_of(after).variant
+    if isinstance(before, AdapterConfig) and same:
+        before.decide({name: getattr(after, name) for name in options if name != "auto_mapping"})
         before.use_rslora = False
-        for name in () if facts is None else DYLORA_FACTS:
+        for name in fields_beyond(type(after), AdapterConfig):
             setattr(before, name, getattr(after, name))
         return
     for name in _OF_THE_MODEL:
@@ -129,7 +131,7 @@ def _is_prepared(layer: Any, adapter_name: str) -> bool:
 def _weight(layer: Any, adapter_name: str, stabilized: bool) -> float:
     """What `set_adapters` multiplies the adapter with here; `stabilized` counts where PEFT (0.17) does not know."""
     rank, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
-    own = alpha / rank**0.5 if plugin.rank_stabilized(layer).get(adapter_name, stabilized) else alpha / rank
+    own = alpha / rank**0.5 if rank_stabilized(layer).get(adapter_name, stabilized) else alpha / rank
     return float(layer.scaling[adapter_name]) / own if own else 1.0
 
 
@@ -154,7 +156,7 @@ def _put(part: Any, value: torch.Tensor, dim: int, prepared: bool) -> None:
 
 
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `peft.utils.hotswap.prepare_model_for_compiled_hotswap`: the dials follow their layers.
+    """Of `peft.utils.hotswap.prepare_model_for_compiled_hotswap`: the types follow their layers.
 
     The configs of this package's adapters keep their own ranks, which padding does not change. AdapterError, with
     nothing changed, where one has a rank above target_rank.
@@ -166,12 +168,12 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
         inner = injection.unwrapped(model)
         for name in getattr(inner, "peft_config", {}):
             highest = max((layer.r[name] for _, layer in layers(inner, name)), default=0)
-            if injection.is_ours(inner, name) and target_rank is not None and highest > target_rank:
+            if registry.is_ours(inner, name) and target_rank is not None and highest > target_rank:
                 raise AdapterError(f"adapter {name} has rank {highest}: give a target_rank of {highest} or more")
         given = config if isinstance(config, dict) else {"": config} if config else {}
-        theirs = {name: one for name, one in given.items() if not isinstance(one, LierLaConfig)}
+        theirs = {name: other for name, other in given.items() if not isinstance(other, AdapterConfig)}
         stock(model, target_rank=target_rank, config=theirs or None, **kwargs)
-        rank_control.refit(inner)
+        registry.refit(inner)
 
     return prepare_model_for_compiled_hotswap
 
@@ -179,20 +181,20 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
 def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Of `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers build.
 
-    Where the adapter in the model or the one that comes is of this package, the layers' ranks, the config and the dial
-    become the new adapter's too. AdapterError, with nothing changed, where it cannot be swapped.
+    Where the adapter in the model or the one that comes is of this package, the layers' ranks, the config and what
+    its type puts on the layers become the new adapter's too. AdapterError, with nothing changed, where that cannot be.
     """
 
     def hotswap_adapter_from_state_dict(
         model: Any, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any
     ) -> None:
-        inner, arriving = injection.unwrapped(model), restored(config)
-        if not (injection.is_ours(inner, adapter_name) or isinstance(arriving, LierLaConfig)):
+        inner, arriving = injection.unwrapped(model), registry.restored(config)
+        if not (registry.is_ours(inner, adapter_name) or isinstance(arriving, AdapterConfig)):
             stock(model, state_dict, adapter_name, config, *args, **kwargs)
             return
-        placed = injection.fitted(inner, "model", _pairs(state_dict, adapter_name, arriving))
-        check(inner, "model", placed, adapter_name)
-        swap(inner, placed, adapter_name, arriving.dylora if isinstance(arriving, DyLoraConfig) else None)
+        matched = injection.match_to_model(inner, "model", _pairs(state_dict, adapter_name, arriving))
+        check(inner, "model", matched, adapter_name)
+        swap(inner, matched, adapter_name, registry.facts_of_config(arriving))
 
     return hotswap_adapter_from_state_dict
 

@@ -1,7 +1,6 @@
 """Putting low-rank pairs into a live model, all or nothing, and taking them out again."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,15 +12,8 @@ from torch import nn
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
-from lora_adapters.convert.formats.diffusers import lora_config
-from lora_adapters.convert.formats.metadata import DyLora
-from lora_adapters.types.config import FACTS, DyLoraConfig, LierLaConfig
-from lora_adapters.types.dylora.rank_control import DyLoraVariant, layers
-
-from .target_modules import RankAlpha
-
-# What a layer of PEFT's keeps of its adapters, by their names.
-HELD = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+from lora_adapters.types.layers import HELD, layers, put, width
+from lora_adapters.types.registry import beyond_lora, config_options, delta_of
 
 
 def unwrapped(model: Any) -> Any:
@@ -58,17 +50,26 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (layer.out_features, layer.in_features)  # type: ignore[return-value]
 
 
-def fitted(
+def match_to_model(
     model: nn.Module, component: str, modules: Mapping[str, LowRank], missing: list[str] | None = None
 ) -> dict[str, LowRank]:
-    """The pairs by this model's own paths, in its own spelling of 1x1; nothing is changed in the model.
+    """Match the pairs of an adapter to the layers of a model, which is not changed.
 
-    missing: where the names of modules that the model lacks are added; None makes the first of them an AdapterError.
-    AdapterError too, which names the module and what was expected, where a shape differs; UnknownFormatError where the
-    layer is of a type that no low-rank pair of this package is for.
+    Args:
+        model: The model.
+        component: Its name in a pipeline, for errors.
+        modules: The pairs by the paths that files have.
+        missing: A list that gets the names of modules that the model lacks; None makes the first of them an error.
+
+    Returns:
+        The pairs by this model's own paths, in its own spelling of 1x1.
+
+    Raises:
+        AdapterError: A module is missing, or a shape differs; the message names the module and what was expected.
+        UnknownFormatError: A layer is of a type that no low-rank pair of this package is for.
     """
-    placed = {}
-    for path, one in modules.items():
+    matched = {}
+    for path, pair in modules.items():
         live = live_path(model, path)
         layer = _base_layer(model, live)
         if layer is None and missing is not None:
@@ -82,23 +83,10 @@ def fitted(
                 f"{component}.{live:.120} is a {type(layer).__name__}, no linear layer or 2D convolution"
             )
         try:
-            placed[live] = one.shaped_like(_weight_shape(layer))
+            matched[live] = pair.shaped_like(_weight_shape(layer))
         except AdapterError as error:
             raise AdapterError(f"{component}.{path} is {error}") from None
-    return placed
-
-
-def plain_config(modules: Mapping[str, LowRank | RankAlpha], dylora: DyLora | None) -> dict[str, Any]:
-    """Keyword arguments of the LoraConfig that gives each module its own rank and alpha, and its type back."""
-    table = lora_config(modules)
-    if dylora is None:
-        facts: dict[str, Any] = {"type": "LierLa"}
-    else:
-        unit, highest = dylora.unit, max(one.rank for one in modules.values())
-        facts = {"type": "DyLora", **asdict(dylora), "unit": unit if highest % unit == 0 else 1}
-        table["r"] = table["r"] if table["r"] % facts["unit"] == 0 else highest
-        table = {**lora_config(modules, rank=table["r"])}
-    return {**table, "auto_mapping": {FACTS: {**facts, "resolved": True}}}
+    return matched
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -108,25 +96,29 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def place(
     model: nn.Module,
-    placed: Mapping[str, LowRank],
+    matched: Mapping[str, LowRank],
     adapter_name: str,
-    dylora: DyLora | None = None,
+    facts: Mapping[str, Any],
     low_cpu_mem_usage: bool = True,
 ) -> None:
-    """Add the fitted pairs (see `fitted`) to the model as an adapter, in the model's dtype and on its device."""
-    config, dtype = LoraConfig(**plain_config(placed, dylora)), _dtype(model)
-    names = {f"{path}.lora_A.weight": one.down for path, one in placed.items()}  # of which PEFT takes the paths only
+    """Add pairs to a model as an adapter, in the model's dtype and on its device.
+
+    Args:
+        model: The model.
+        matched: The pairs, as `match_to_model` returns them.
+        adapter_name: The adapter's name, which is free in the model.
+        facts: Its type and the type's own fields, as `types.registry.facts_of_metadata` returns them.
+        low_cpu_mem_usage: Whether the layers are made without memory for their first weights.
+    """
+    config, dtype = LoraConfig(**config_options(matched, facts)), _dtype(model)
+    names = {f"{path}.lora_A.weight": pair.down for path, pair in matched.items()}  # of which PEFT takes the paths only
     inject_adapter_in_model(
         config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
     )
-    left = dict(placed)
+    left = dict(matched)
     for path, layer in layers(model, adapter_name):
-        one, device = left.pop(path), layer.get_base_layer().weight.device
-        up = one.up if one.alpha else torch.zeros_like(one.up)
-        for part, values in ((layer.lora_A[adapter_name], one.down), (layer.lora_B[adapter_name], up)):
-            # A copy, so that the model does not hang on a memory-mapped file.
-            values = values.to("cpu" if device.type == "meta" else device, dtype, copy=True).contiguous()
-            part.weight = nn.Parameter(values, part.weight.requires_grad)
+        device = layer.get_base_layer().weight.device
+        put(layer, adapter_name, left.pop(path), torch.device("cpu") if device.type == "meta" else device, dtype)
     if left:
         raise AdapterError(f"{next(iter(left))} found no place in the model")
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
@@ -149,40 +141,9 @@ def unwrap(model: nn.Module, path: str, layer: LoraLayer) -> None:
     setattr(model.get_submodule(parent), name, layer.base_layer)
 
 
-def remove(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the model; with the last one, PEFT's layers go too."""
-    configs = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    take_out(model, adapter_name)
-    if not configs:
-        from diffusers.utils.peft_utils import recurse_remove_peft_layers
-
-        recurse_remove_peft_layers(model)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        model._hf_peft_config_loaded = False  # type: ignore[assignment]
-
-
 def active(model: nn.Module) -> list[str]:
     """The names of the active adapters."""
     return next((list(part.active_adapters) for part in model.modules() if isinstance(part, BaseTunerLayer)), [])
-
-
-def activate(model: nn.Module, names: list[str]) -> None:
-    """Make these adapters the active ones."""
-    for part in model.modules():
-        if isinstance(part, BaseTunerLayer):
-            part.set_adapter(names)
-
-
-def beyond_lora(layer: Any, adapter_name: str) -> str | None:
-    """What the adapter does in the layer that no low-rank pair can hold; None where it is plain LoRA or DyLoRA."""
-    if adapter_name in layer.lora_magnitude_vector:
-        return "DoRA's magnitudes"
-    if getattr(layer.lora_B[adapter_name], "bias", None) is not None:
-        return "biases (lora_bias)"
-    variant = layer.lora_variant.get(adapter_name)
-    return None if variant is None or isinstance(variant, DyLoraVariant) else type(variant).__name__
 
 
 def is_plain(model: nn.Module, adapter_name: str) -> bool:
@@ -190,44 +151,38 @@ def is_plain(model: nn.Module, adapter_name: str) -> bool:
     return all(beyond_lora(layer, adapter_name) is None for _, layer in layers(model, adapter_name))
 
 
-def taken(model: Any, component: str, adapter_name: str) -> dict[ModuleName, LowRank]:
-    """The pairs of an adapter in the model, by the paths that files have; views of the live weights.
+def extract_pairs(model: Any, component: str, adapter_name: str) -> dict[ModuleName, LowRank]:
+    """The pairs of an adapter in a model, views of the live weights.
 
-    AdapterError where it is more than pairs (see `beyond_lora`).
+    Args:
+        model: The model, without wrappers (see `unwrapped`).
+        component: Its name in a pipeline.
+        adapter_name: The adapter's name in it.
+
+    Returns:
+        The pairs by the names that files have.
+
+    Raises:
+        AdapterError: The adapter is more than pairs (see `types.registry.beyond_lora`).
     """
-    config = model.peft_config[adapter_name]
-    found = {}
+    stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
+    pairs = {}
     for path, layer in layers(model, adapter_name):
         if more := beyond_lora(layer, adapter_name):
             raise AdapterError(f"adapter {adapter_name} is more than plain LoRA: {component}.{path} has {more}")
-        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
-        if getattr(config, "use_rslora", False):
-            alpha *= rank**0.5
-        # An adapter that is prepared to be swapped is padded with zeros; one that PEFT has combined may be narrower
-        # than the rank that its alpha belongs to.
-        held = min(rank, down.shape[0])
-        alpha *= held / rank
-        found[_named(component, path)] = LowRank(down.detach()[:held], up.detach()[:, :held], alpha)
-    return found
+        pairs[_named(component, path)] = delta_of(layer, adapter_name, stabilized)
+    return pairs
 
 
 def widths(model: Any, component: str, adapter_name: str) -> dict[ModuleName, int]:
     """How many components each module of the adapter has room for; more than its rank where it is padded."""
-    found = layers(model, adapter_name)
-    return {_named(component, path): layer.lora_A[adapter_name].weight.shape[0] for path, layer in found}
+    return {_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
 
 
 def _named(component: str, path: str) -> ModuleName:
-    return ModuleName(component, path if component == "unet" else text_path(path))
+    return ModuleName(component, text_path(path) if is_text_encoder(component) else path)
 
 
-def dylora_in(model: Any, adapter_name: str) -> DyLora | None:
-    """The DyLoRA facts of an adapter in the model, or None."""
-    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
-    return config.dylora if isinstance(config, DyLoraConfig) else None
-
-
-def is_ours(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter has one of this package's configs."""
-    return isinstance(getattr(model, "peft_config", {}).get(adapter_name), LierLaConfig)
+def is_text_encoder(component: str) -> bool:
+    """Whether a component of this name is a text encoder: "text_encoder", "text_encoder_2", ..."""
+    return component.startswith("text_encoder")

@@ -7,25 +7,17 @@ from typing import Any
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import nearest
-from lora_adapters.convert.families.registry import by_name
-from lora_adapters.convert.formats.metadata import DYLORA_FACTS
 from lora_adapters.convert.parsing import number
-from lora_adapters.types.config import C3LierConfig, DyLoraConfig, LierLaConfig
+from lora_adapters.types.adapter_type import AdapterType, NetworkArg
+from lora_adapters.types.base import DEFAULT_CONV_DIM, AdapterConfig
+from lora_adapters.types.registry import type_named, types
 
 from .block_lr import block_lr_weights, without_zero_blocks
 from .target_modules import check_block_list
 
 logger = logging.getLogger(__name__)
-MODULES = {
-    "networks.lora": "lora",
-    "network.lora": "lora",
-    "lora": "lora",
-    "lierla": "lora",
-    "c3lier": "c3lier",
-    "networks.dylora": "dylora",
-    "network.dylora": "dylora",
-    "dylora": "dylora",
-}
+# --network_module -> the type's name in files.
+MODULES = {name: kind.name for kind in types() for name in kind.network_modules}
 # What to take in place of modules that are not there.
 _INSTEAD = {
     "lycoris": "LyCORIS (LoHa, LoKr, ...) is not supported; for its algo=lora or locon give networks.lora, with "
@@ -42,7 +34,7 @@ _INSTEAD = {
 class NetworkOptions:
     """What kohya's network options say: the layers, and the learning rates and dropouts that go with them."""
 
-    config: LierLaConfig
+    config: AdapterConfig
     block_lr_weights: list[float] | None = None
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
@@ -55,60 +47,54 @@ def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(item.strip()) for item in text.split(",")]
 
 
-def _flag(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise ValueError
-    return text.lower() in ("true", "1")
-
-
-_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "conv_dim": (int, "a whole number"),
-    "conv_alpha": (number, "a number"),
-    "block_dims": (_list(int), "whole numbers with commas between them"),
-    "block_alphas": (_list(number), "numbers with commas between them"),
-    "conv_block_dims": (_list(int), "whole numbers with commas between them"),
-    "conv_block_alphas": (_list(number), "numbers with commas between them"),
-    "down_lr_weight": (str, "weights"),
-    "mid_lr_weight": (str, "weights"),
-    "up_lr_weight": (str, "weights"),
-    "block_lr_zero_threshold": (number, "a number"),
-    "unit": (int, "a whole number"),
-    "rank_scaling": (str, "a name"),
-    "rank_sampling": (str, "a name"),
-    "freeze_lower": (_flag, "True or False"),
-    "rank_dropout": (number, "a number"),
-    "module_dropout": (number, "a number"),
-    "loraplus_lr_ratio": (number, "a number"),
-    "loraplus_unet_lr_ratio": (number, "a number"),
-    "loraplus_text_encoder_lr_ratio": (number, "a number"),
+_COMMON = {
+    "conv_dim": NetworkArg(int, "a whole number"),
+    "conv_alpha": NetworkArg(number, "a number"),
+    "block_dims": NetworkArg(_list(int), "whole numbers with commas between them"),
+    "block_alphas": NetworkArg(_list(number), "numbers with commas between them"),
+    "conv_block_dims": NetworkArg(_list(int), "whole numbers with commas between them"),
+    "conv_block_alphas": NetworkArg(_list(number), "numbers with commas between them"),
+    "down_lr_weight": NetworkArg(str, "weights"),
+    "mid_lr_weight": NetworkArg(str, "weights"),
+    "up_lr_weight": NetworkArg(str, "weights"),
+    "block_lr_zero_threshold": NetworkArg(number, "a number"),
+    "rank_dropout": NetworkArg(number, "a number"),
+    "module_dropout": NetworkArg(number, "a number"),
+    "loraplus_lr_ratio": NetworkArg(number, "a number"),
+    "loraplus_unet_lr_ratio": NetworkArg(number, "a number"),
+    "loraplus_text_encoder_lr_ratio": NetworkArg(number, "a number"),
 }
+# --network_args of all types.
+NETWORK_ARGS = _COMMON | {name: arg for kind in types() for name, arg in kind.network_args.items()}
+_RANKS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 
 def without_effect(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
     """The network_args that change nothing, each with the reason: kohya's trainer ignores them without a word."""
-    dylora, found = MODULES.get(network_module) == "dylora", {}
+    kind, reasons = type_named(MODULES.get(network_module, "")), {}
     for key in network_args:
-        if key not in _KINDS:
-            found[key] = f"there is no such option{nearest(key, _KINDS)}"
-        elif key in DYLORA_FACTS and not dylora:
-            found[key] = "it is for DyLoRA: give network_module networks.dylora"
+        owner = next((other for other in types() if key in other.network_args), None)
+        if key not in NETWORK_ARGS:
+            reasons[key] = f"there is no such option{nearest(key, NETWORK_ARGS)}"
+        elif owner is not None and (kind is None or key not in kind.network_args):
+            reasons[key] = f"it is for {owner.title}: give network_module {owner.network_modules[0]}"
     if "block_lr_zero_threshold" in network_args and not any(name in network_args for name in _LR_WEIGHTS):
-        found["block_lr_zero_threshold"] = f"it goes with {', '.join(_LR_WEIGHTS)}"
-    return found
+        reasons["block_lr_zero_threshold"] = f"it goes with {', '.join(_LR_WEIGHTS)}"
+    return reasons
 
 
 def parse_network_args(args: Mapping[str, str]) -> dict[str, Any]:
     """The values of network_args in their own types; AdapterError names the option, its value and what it takes."""
     parsed = {}
     for key, text in args.items():
-        if key not in _KINDS:
-            raise AdapterError(f"unknown network_args option {key}{nearest(key, _KINDS)}")
-        kind, wanted = _KINDS[key]
+        if key not in NETWORK_ARGS:
+            raise AdapterError(f"unknown network_args option {key}{nearest(key, NETWORK_ARGS)}")
+        arg = NETWORK_ARGS[key]
         try:
-            parsed[key] = kind(str(text))
+            parsed[key] = arg.parse(str(text))
         except ValueError:
-            raise AdapterError(f"network_args {key}={text}: it takes {wanted}") from None
+            raise AdapterError(f"network_args {key}={text}: it takes {arg.takes}") from None
     return parsed
 
 
@@ -118,14 +104,36 @@ def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
         ("r", "lora_alpha", "block_dims", "block_alphas"),
         ("conv_dim", "conv_alpha", "conv_block_dims", "conv_block_alphas"),
     ):
-        rank, ranks = fields.get(dim, C3LierConfig.conv_dim), fields.get(dims)
+        rank, ranks = fields.get(dim, DEFAULT_CONV_DIM), fields.get(dims)
         if fields.get(alpha) == 0:
             fields[alpha] = rank
             if ranks and alphas not in fields:
                 fields[alphas] = [0.0] * len(ranks)  # each block its own rank, not that of the others
         if alphas in fields:
             own = ranks or [rank] * len(fields[alphas])
-            fields[alphas] = [one or float(of_block) for one, of_block in zip(fields[alphas], own, strict=True)]
+            fields[alphas] = [alpha or float(rank) for alpha, rank in zip(fields[alphas], own, strict=True)]
+
+
+def _block_weights(given: Mapping[str, Any], architecture: str) -> list[float] | None:
+    """The learning-rate weight of each block; None where none is given."""
+    if not any(name in given for name in _LR_WEIGHTS):
+        return None
+    down, mid, up = (given.get(name) for name in _LR_WEIGHTS)
+    return block_lr_weights(architecture, down, mid, up, given.get("block_lr_zero_threshold", 0.0))
+
+
+def _leave_out_zero_blocks(fields: dict[str, Any], weights: list[float]) -> None:
+    """Give blocks whose learning-rate weight is 0 the rank 0."""
+    fields["block_dims"] = without_zero_blocks(fields.get("block_dims") or [fields["r"]] * len(weights), weights)
+    conv = fields.get("conv_block_dims") or ([fields["conv_dim"]] * len(weights) if "conv_dim" in fields else None)
+    if conv:
+        fields["conv_block_dims"] = without_zero_blocks(conv, weights)
+
+
+def _kind_for(kind: AdapterType, fields: Mapping[str, Any]) -> AdapterType:
+    """The type of the config: another than --network_module's own where that says so for larger convolutions."""
+    conv = "conv_dim" in fields or "conv_block_dims" in fields
+    return (type_named(kind.with_conv) if conv and kind.with_conv else None) or kind
 
 
 def _unknown_module(name: str) -> AdapterError:
@@ -154,7 +162,7 @@ def network_options(
     >>> type(asked.config).__name__, asked.config.r, asked.config.conv_dim, asked.config.unit
     ('DyLoraConfig', 16, 8, 4)
     """
-    kind = MODULES.get(network_module)
+    kind = type_named(MODULES.get(network_module, ""))
     if kind is None:
         raise _unknown_module(network_module)
     asked = dict(network_args or {})
@@ -169,21 +177,11 @@ def network_options(
         raise AdapterError(f"network_dim is {network_dim}: a rank is at least 1")
     fields: dict[str, Any] = {"r": 4 if network_dim is None else network_dim}
     fields["lora_alpha"] = 1.0 if network_alpha is None else network_alpha
-    names = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-    fields |= {name: given[name] for name in (*names, *DYLORA_FACTS) if name in given}
-    weights = None
-    if any(name in given for name in _LR_WEIGHTS):
-        down, mid, up = (given.get(name) for name in _LR_WEIGHTS)
-        weights = block_lr_weights(architecture, down, mid, up, given.get("block_lr_zero_threshold", 0.0))
-        if not all(weights):
-            dims = fields.get("block_dims") or [fields["r"]] * by_name(architecture).blocks.count
-            fields["block_dims"] = without_zero_blocks(dims, weights)
-            conv = fields.get("conv_block_dims")
-            conv = conv or ([fields["conv_dim"]] * by_name(architecture).blocks.count if "conv_dim" in fields else None)
-            if conv:
-                fields["conv_block_dims"] = without_zero_blocks(conv, weights)
+    fields |= {name: given[name] for name in (*_RANKS, *kind.network_args) if name in given}
+    weights = _block_weights(given, architecture)
+    if weights is not None and not all(weights):
+        _leave_out_zero_blocks(fields, weights)
     _ranks_for_zero_alphas(fields)
-    conv_given = "conv_dim" in fields or "conv_block_dims" in fields
-    config_type = DyLoraConfig if kind == "dylora" else C3LierConfig if conv_given or kind == "c3lier" else LierLaConfig
+    config = _kind_for(kind, fields).config(**fields)
     rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("_dropout")}
-    return NetworkOptions(config_type(**fields), weights, **rest)
+    return NetworkOptions(config, weights, **rest)

@@ -11,8 +11,7 @@ from torch import nn
 from lora_adapters.convert.families.names import text_path
 from lora_adapters.convert.families.registry import role_of
 from lora_adapters.convert.families.unet import original_name
-
-_ADDED = (".lora_A", ".lora_B", ".lora_embedding_", ".lora_dropout", ".lora_magnitude_vector", ".base_layer")
+from lora_adapters.types.layers import ADDED
 
 
 class LiveNames:
@@ -47,7 +46,7 @@ def _by_flat_name(model: Any, component: str) -> dict[str, str]:
     paths = [
         path
         for path, module in model.named_modules()
-        if path and not any(part in f".{path}" for part in _ADDED) and hasattr(module, "weight")
+        if path and not any(part in f".{path}" for part in ADDED) and hasattr(module, "weight")
     ]
     spelled = [(path.replace(".", "_"), path) for path in paths]
     if role_of(component) == "denoiser":

@@ -8,7 +8,8 @@ from torch import nn
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import by_modules
-from lora_adapters.types.dylora.rank_control import layers
+from lora_adapters.types.layers import layers
+from lora_adapters.types.registry import parts_of
 
 from .injection import unwrapped
 
@@ -40,11 +41,9 @@ def _rates(
         group, rate = name, lr
         if weights is not None and path in blocks:
             group, rate = f"{name}_block{blocks[path]}", lr * weights[blocks[path]]
-        yield group, rate, layer.lora_A[adapter_name]
-        if adapter_name in layer.lora_magnitude_vector:
-            yield group, rate, layer.lora_magnitude_vector[adapter_name]
         plus = (group, rate) if ratio is None else (f"{group} plus", rate * ratio)
-        yield *plus, layer.lora_B[adapter_name]
+        for kind, part in parts_of(layer, adapter_name):
+            yield (*plus, part) if kind == "up" else (group, rate, part)
 
 
 def param_groups(

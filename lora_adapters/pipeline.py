@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.formats.diffusers import METADATA_KEY
 from lora_adapters.convert.formats.kinds import may_go_to_diffusers
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
+from lora_adapters.types.registry import facts_of_metadata
 
 from . import hotswap as swapping
 from . import injection
-from .adapter import Adapter
 from .live_names import LiveNames
+from .model_state import ModelState
 
 logger = logging.getLogger(__name__)
 _HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -42,7 +44,7 @@ def load(
     of adapters that this package does not read. options: diffusers' own. AdapterError, which names the source, where it
     cannot be loaded; the pipeline is then as it was before.
     """
-    names = LiveNames(_models(pipe))
+    names = LiveNames(adaptable_models(pipe))
     name, path = "the adapter", None
     if isinstance(source, Mapping):
         name = "the state dict"
@@ -92,7 +94,7 @@ def _hand_back(
     tensors, metadata = read_tensors(source) if isinstance(source, Path) else (dict(source), {})
     if hotswap or not may_go_to_diffusers(tensors):
         raise reason
-    models, adapter_name = _models(pipe), adapter_name or default_name(pipe)
+    models, adapter_name = adaptable_models(pipe), adapter_name or default_name(pipe)
     _check_free(models, adapter_name)
     given: dict[str, Any] = {
         key: value for key, value in options.items() if key not in (*_HUB, "weight_name", "subfolder")
@@ -110,22 +112,29 @@ def _hand_back(
 
 def default_name(pipe: Any) -> str:
     """`default_<n>`, the name that diffusers gives to its n-th adapter, free in every component."""
-    used = {name for part in _models(pipe).values() for name in getattr(part, "peft_config", {})}
+    used = {name for part in adaptable_models(pipe).values() for name in getattr(part, "peft_config", {})}
     return next(name for name in (f"default_{n}" for n in range(len(used) + 1)) if name not in used)
 
 
-def _models(pipe: Any) -> dict[str, nn.Module]:
-    loadable = getattr(pipe, "_lora_loadable_modules", ("unet", "text_encoder", "text_encoder_2"))
-    parts = {name: getattr(pipe, name, None) for name in loadable}
+def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's models that adapters go into, without wrappers, by component.
+
+    A pipeline says itself which these are; for one that does not, these are all its models.
+
+    Args:
+        pipe: A pipeline of diffusers.
+    """
+    names = getattr(pipe, "_lora_loadable_modules", None)
+    parts = pipe.components if names is None else {name: getattr(pipe, name, None) for name in names}
     return {name: injection.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, LowRank]]:
-    """The adapter's pairs for each component that the pipeline has, fitted to it."""
-    models = _models(pipe)
+    """The adapter's pairs for each component that the pipeline has, matched to it."""
+    models = adaptable_models(pipe)
     modules: dict[str, dict[str, LowRank]] = {}
-    for module, one in adapter.pairs().items():
-        modules.setdefault(module.component, {})[module.path] = one
+    for module, pair in adapter.pairs().items():
+        modules.setdefault(module.component, {})[module.path] = pair
     for component in [name for name in modules if name not in models]:
         if not hasattr(pipe, component):
             raise AdapterError(f"it adapts {component}, which a {type(pipe).__name__} does not have")
@@ -138,7 +147,7 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     missing: list[str] = []
     placed = {}
     for component, found in modules.items():
-        placed[component] = injection.fitted(models[component], component, found, None if strict else missing)
+        placed[component] = injection.match_to_model(models[component], component, found, None if strict else missing)
         if not placed[component]:
             raise AdapterError(
                 f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
@@ -164,38 +173,37 @@ def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
 def _load(
     pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, strict: bool, low_cpu_mem_usage: bool
 ) -> None:
-    fitted = _by_component(pipe, adapter, strict)
-    models = _models(pipe)
+    matched = _by_component(pipe, adapter, strict)
+    models, facts = adaptable_models(pipe), facts_of_metadata(adapter.metadata)
     adapter_name = adapter_name or default_name(pipe)
     if hotswap:
-        swapped = _everywhere(models, fitted, adapter_name)
-        for component, modules in {**fitted, **swapped}.items():
+        swapped = _everywhere(models, matched, adapter_name)
+        for component, modules in {**matched, **swapped}.items():
             swapping.check(models[component], component, modules, adapter_name)
         for component, modules in swapped.items():
-            swapping.swap(models[component], modules, adapter_name, adapter.dylora)
+            swapping.swap(models[component], modules, adapter_name, facts)
         return
-    _check_free({component: models[component] for component in fitted}, adapter_name)
-    before = {component: injection.active(models[component]) for component in fitted}
+    _check_free({component: models[component] for component in matched}, adapter_name)
+    before = {component: ModelState.of(models[component]) for component in matched}
     offloaded = pipe._optionally_disable_offloading(pipe)
     try:
-        for component, modules in fitted.items():
-            injection.place(models[component], modules, adapter_name, adapter.dylora, low_cpu_mem_usage)
+        for component, modules in matched.items():
+            injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage)
             swapping.prepare(models[component], adapter_name)
     except BaseException:
-        for component in fitted:
-            injection.remove(models[component], adapter_name)
-            injection.activate(models[component], before[component])
+        for component, state in before.items():
+            state.restore(models[component])
         raise
     finally:
         _offload_again(pipe, *offloaded)
 
 
 def _everywhere(
-    models: Mapping[str, nn.Module], fitted: Mapping[str, dict[str, LowRank]], adapter_name: str
+    models: Mapping[str, nn.Module], matched: Mapping[str, dict[str, LowRank]], adapter_name: str
 ) -> dict[str, dict[str, LowRank]]:
     """The pairs for every component that has the adapter: none for one that the new adapter leaves alone."""
     here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
-    return {component: dict(fitted.get(component, {})) for component in here}
+    return {component: dict(matched.get(component, {})) for component in here}
 
 
 def _offload_again(pipe: Any, model_offload: bool, sequential_offload: bool, group_offload: bool) -> None:
@@ -206,5 +214,5 @@ def _offload_again(pipe: Any, model_offload: bool, sequential_offload: bool, gro
     elif group_offload:
         from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
-        for part in _models(pipe).values():
+        for part in adaptable_models(pipe).values():
             _maybe_remove_and_reapply_group_offloading(part)

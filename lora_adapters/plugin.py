@@ -1,19 +1,18 @@
-"""Every place where this package touches peft and diffusers, and the checks that these are as expected.
+"""Every change that this package makes to peft and diffusers, and the checks that both are as expected.
 
-Nothing is imported here that is slow: the changes are made when peft or diffusers' pipelines are imported by anybody,
-before or after this package. What the versions name differently has one name here.
+Nothing slow is imported here: a change is made when somebody imports peft or diffusers' pipelines, before or after this
+package.
 """
 
 import functools
+import importlib
 import inspect
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 import wrapt
-from packaging.version import Version
 
-OLDEST = {"peft": "0.17.1", "diffusers": "0.35.2", "transformers": "4.57.1"}  # as in tests/noxfile.py
+from .compat import check_age, unfit
 
 
 def plug_in() -> None:
@@ -23,58 +22,12 @@ def plug_in() -> None:
     wrapt.register_post_import_hook(_into_diffusers, "diffusers.loaders.lora_pipeline")
     wrapt.register_post_import_hook(_into_scaling, "diffusers.utils.peft_utils")
     wrapt.register_post_import_hook(_into_block_weights, "diffusers.loaders.unet_loader_utils")
+    wrapt.register_post_import_hook(_into_adapters, "lora_adapters.convert.live")
 
 
-def unfit(package: str, what: str) -> ImportError:
-    """The one error of a version that does not fit."""
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        found = "none"
-    return ImportError(
-        f"lora_adapters needs {package} {OLDEST[package]} or newer, and one that it knows: {package} {found} {what}"
-    )
-
-
-def check_age(package: str) -> None:
-    """ImportError, which names the versions that fit, where the installed one is older than any that was tested."""
-    if Version(version(package)) < Version(OLDEST[package]):
-        raise unfit(package, "is too old")
-
-
-# --- names that differ between versions ----------------------------------------------------------------------------
-
-
-def dtype_option(dtype: Any) -> dict[str, Any]:
-    """The keyword by which diffusers' `from_pretrained` and `from_single_file` take the dtype of the weights.
-
-    A name that diffusers does not know is ignored by it, so it is not left to chance.
-    """
-    return {"dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype": dtype}
-
-
-def pipelines_can_avoid_mmap() -> bool:
-    """Whether a pipeline's `from_pretrained` knows `disable_mmap`; before, it is ignored."""
-    return Version(version("diffusers")) >= Version("0.37")
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Recompute a transformers model's activations in the backward pass, under the name that its version has."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # else frozen embeddings stop the gradient
-
-
-def rank_stabilized(layer: Any) -> dict[str, bool]:
-    """Which adapters of a PEFT layer have alpha/sqrt(r) as their scale when `set_adapters` sets it anew.
-
-    A layer of PEFT 0.17 does not know, and sets alpha/r: none.
-    """
-    return getattr(layer, "use_rslora", {})
-
-
-# --- the plug --------------------------------------------------------------------------------------------------------
+def _into_adapters(live: ModuleType) -> None:
+    """`Adapter`'s methods for live models and the Hub are those of `lora_adapters.adapter`, loaded when called."""
+    live.register(functools.partial(importlib.import_module, "lora_adapters.adapter"))
 
 
 def _into_peft(peft: ModuleType) -> None:

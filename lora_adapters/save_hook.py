@@ -20,7 +20,7 @@ from torch import nn
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.families.names import COMPONENTS, ModuleName
 from lora_adapters.convert.formats.diffusers import split_key
-from lora_adapters.types.dylora.layer import layers
+from lora_adapters.types import layers as lora_layers  # whole: it may be half loaded here
 
 logger = logging.getLogger(__name__)
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")  # as PEFT names it in files
@@ -77,12 +77,14 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def get_peft_model_state_dict(model: Any, *args: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
-        from .injection import is_ours, unwrapped
+        from lora_adapters.types.registry import is_ours
+
+        from .injection import unwrapped
 
         tensors, inner = stock(model, *args, adapter_name=adapter_name, **kwargs), unwrapped(model)
         if not is_ours(inner, adapter_name):
             return tensors
-        ranks = {path: layer.r[adapter_name] for path, layer in layers(inner, adapter_name)}
+        ranks = {path: layer.r[adapter_name] for path, layer in lora_layers.layers(inner, adapter_name)}
         cut = {}
         for key, tensor in tensors.items():
             match = _FACTOR.fullmatch(key)
@@ -132,9 +134,11 @@ def _equal(one: LowRank, given: Mapping[Any, torch.Tensor], module: ModuleName) 
 
 def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], dict[ModuleName, int]]]:
     """Config, pairs and widths (ranks with padding) of this package's adapters that are pairs alone, in live models."""
-    from .injection import is_ours, is_plain, taken, widths
+    from lora_adapters.types.registry import is_ours
+
+    from .injection import extract_pairs, is_plain, widths
 
     for model in list(_models):
         for name, config in getattr(model, "peft_config", {}).items():
             if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
-                yield config, taken(model, component, name), widths(model, component, name)
+                yield config, extract_pairs(model, component, name), widths(model, component, name)

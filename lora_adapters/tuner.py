@@ -13,10 +13,9 @@ from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
-from lora_adapters.types import (
-    config as configs,  # whole: `config` is half loaded when its import of peft is what loads this module
-)
-from lora_adapters.types.dylora import rank_control
+
+# Whole modules: each may be half loaded when its import of peft is what loads this one.
+from lora_adapters.types import base, layers, registry
 
 from . import save_hook
 from .target_modules import RankAlpha, RankRule, base_layers, covered
@@ -46,7 +45,7 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
     """Where the block fails, the adapter's name is free again, and the others are as they were."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = {layer: list(layer.active_adapters) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
-    before = {layer for _, layer in rank_control.layers(model, adapter_name)}
+    before = {layer for _, layer in layers.layers(model, adapter_name)}
     try:
         yield
     except Exception:
@@ -54,7 +53,7 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
             if isinstance(layer, BaseTunerLayer) and layer not in active:
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, layer.base_layer)  # type: ignore[attr-defined]
-        for _, layer in list(rank_control.layers(model, adapter_name)):
+        for _, layer in list(layers.layers(model, adapter_name)):
             if layer not in before:
                 layer.delete_adapter(adapter_name)
         for layer, names in active.items():
@@ -86,10 +85,10 @@ def plug_into(tuner: Any) -> None:
 
 def _injecting(stock: Method) -> Method:
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject as PEFT does, with this package's coverage and ranks; then make it a DyLoRA where it is one."""
-        rank_control.detach(model, adapter_name)  # what a deleted DyLoRA of this name may have left
-        config: Any = configs.restored(self.peft_config[adapter_name])
-        if not isinstance(config, configs.LierLaConfig):
+        """Inject as PEFT does, with this package's coverage and ranks; then the layers become its type's."""
+        registry.detach(model, adapter_name)  # what a deleted adapter of this name may have left
+        config: Any = registry.restored(self.peft_config[adapter_name])
+        if not isinstance(config, base.AdapterConfig):
             stock(self, model, adapter_name, *args, **kwargs)
             return
         config = self.peft_config[adapter_name] = config.for_model()
@@ -104,8 +103,7 @@ def _injecting(stock: Method) -> Method:
                 self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
                 stock(self, model, adapter_name, *args, **kwargs)
                 config.decide(_decided(inner, adapter_name, config), asked)
-                if isinstance(config, configs.DyLoraConfig):
-                    rank_control.attach(inner, adapter_name, config.dylora)
+                registry.attach(inner, adapter_name, config)
         except Exception:
             config.undecide(asked)
             raise
@@ -116,21 +114,21 @@ def _injecting(stock: Method) -> Method:
 
 def _decided(inner: Any, adapter_name: str, config: Any) -> dict[str, Any]:
     """Target modules, ranks and alphas by the layers that the adapter has got; AdapterError where these are none."""
-    found = {
+    decided = {
         path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
-        for path, layer in rank_control.layers(inner, adapter_name)
+        for path, layer in layers.layers(inner, adapter_name)
     }
-    if not found:
+    if not decided:
         raise AdapterError(f"adapter {adapter_name} would do nothing: no module has a rank above 0")
-    return patterns_of(found, config.r, config.lora_alpha)
+    return patterns_of(decided, config.r, config.lora_alpha)
 
 
 def _unloading(stock: Method) -> Method:
     def _unload_and_optionally_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's, and the dials of DyLoRAs leave the model with them: its layers are no adapters' any more."""
+        """Unload as PEFT does; what the adapters' types have put on the model leaves it too."""
         unloaded = stock(self, *args, **kwargs)
         for adapter_name in self.peft_config:
-            rank_control.detach(unloaded, adapter_name)
+            registry.detach(unloaded, adapter_name)
         return unloaded
 
     return _unload_and_optionally_merge
@@ -147,7 +145,7 @@ def _creating(stock: Method) -> Method:
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(lora_config, configs.LierLaConfig):
+        if isinstance(lora_config, base.AdapterConfig):
             path = current_key.removeprefix(_PEFT_MODEL_PREFIX)
             layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if isinstance(layer, (nn.Embedding, nn.MultiheadAttention)):
@@ -168,12 +166,12 @@ def _creating(stock: Method) -> Method:
 
 def _combining(stock: Method) -> Method:
     def add_weighted_adapter(self: Any, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """PEFT's combination of adapters into a new one, a plain LoRA. A DyLoRA counts as it is used at present."""
+        """PEFT's combination of adapters into a new one, a plain LoRA. Adapters count as they are used at present."""
         first: Any = self.peft_config.get(adapters[0]) if adapters else None
         try:
-            if isinstance(first, configs.DyLoraConfig):  # the new adapter's config is made from the first one's
-                self.peft_config[adapters[0]] = configs.as_plain(first)
-            with rank_control.cut_to_rank(self.model, adapters):
+            if first is not None:  # the new adapter's config is made from the first one's
+                self.peft_config[adapters[0]] = registry.type_of(first).plain(first)
+            with registry.as_used(self.model, adapters):
                 stock(self, adapters, *args, **kwargs)
         finally:
             if first is not None:

@@ -1,1 +1,1 @@
-"""Adapters being made: pictures and captions, the training loop, sampling, resuming."""
+"""Adapters being made: images and captions, the training loop, sampling, resuming."""

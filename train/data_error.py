@@ -1,7 +1,11 @@
-"""The one error that everything about pictures, captions and their configuration raises."""
+"""The errors that everything about images, captions and their configuration raises."""
 
-from lora_adapters.convert.errors import OneLineError
+from lora_adapters.convert.errors import OneLineError, UsageError
 
 
 class DataError(OneLineError):
-    """One line that says what is wrong, in which file, option or picture, and what to do."""
+    """One line that says what is wrong, in which file, option or image, and what to do."""
+
+
+class DataOptionError(DataError, UsageError):
+    """An option about data that cannot be right, whatever the data are. The program exits with status 2."""

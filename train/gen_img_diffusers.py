@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw pictures with Stable Diffusion (1.x, 2.x, XL) and adapters, with kohya's gen_img options.
+"""Draw images with Stable Diffusion (1.x, 2.x, XL) and adapters, with kohya's gen_img options.
 
 usage: gen_img_diffusers.py --ckpt model --network_weights a.safetensors --network_mul 0.8 --prompt "a cat --n blurry"
        gen_img_diffusers.py --ckpt model --from_file prompts.txt --network_weights dylora.safetensors
@@ -15,41 +15,23 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
+from lora_adapters.convert.tools.command_line import run
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    from lora_adapters.train.generation.options import parse
+
+    settings = parse(argv)
+    from lora_adapters.train.generation.run import generate
+
+    generate(settings)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program on command-line options; gives back its exit status. Errors are one line on stderr."""
-    from lora_adapters.train.generation.options import parser, refuse
-    from lora_adapters.train.quiet import quiet
-
-    quiet()
-    try:
-        settings = parser().parse_args(argv)
-        refuse(settings)
-        from lora_adapters.train.generation.run import generate
-
-        generate(settings)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        return _failed(error)
-    except ValueError as error:
-        from lora_adapters.convert.errors import AdapterError
-        from lora_adapters.train.errors import TrainingError
-
-        if not isinstance(error, AdapterError | TrainingError):
-            raise
-        return _failed(error)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        return _failed("the device has too little memory: try --fp16, --batch_size 1 or smaller pictures")
-    except KeyboardInterrupt:
-        return _failed("interrupted; the pictures that are written are whole")
-    return 0
-
-
-def _failed(error: BaseException | str) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 1
+    """Run the program on command-line options; returns its exit status."""
+    advice = "try --fp16, --batch_size 1 or smaller images"
+    return run(program, argv, memory=advice, stopped="stopped; the images that are written are whole", traceback=True)
 
 
 if __name__ == "__main__":

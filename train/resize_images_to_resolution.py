@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Add smaller copies of training pictures: each picture of a folder as it is, and at the area of each resolution.
+"""Add smaller copies of training images: each image of a folder as it is, and at the area of each resolution.
 
     python train/resize_images_to_resolution.py --max_resolution 512x512,384x384 --copy_associated_files photos smaller
 
 For photos/cat.JPG this writes smaller/cat.JPG (the file as it is), smaller/cat+512x512.jpg and smaller/cat+384x384.jpg:
-the name gives the resolution asked for, the picture keeps its own shape and has that area. Nothing is enlarged; a
-picture with less area is saved under the name at its own size. Every resolution is made from the original, upright.
+the name gives the resolution asked for, the image keeps its own shape and has that area. Nothing is enlarged; a
+image with less area is saved under the name at its own size. Every resolution is made from the original, upright.
 JPEG is saved at quality 100 with full colour resolution and transparent parts on white; PNG keeps transparency. Of
 several frames the first is taken. Other files are copied as they are; hidden files and subfolders are left alone.
 A second run does only what is missing, broken, older than its source, or was made with other settings.
@@ -29,19 +29,20 @@ from tqdm import tqdm
 if __name__ == "__main__" and not __package__:  # run as a file: take this checkout's lora_adapters
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lora_adapters.convert.portable import tolerant_console
-from lora_adapters.train.resizing.plan import Job, ResizeError, plan
+from lora_adapters.convert.tools.command_line import Parser, run
+from lora_adapters.train.interpolation import RESIZING
+from lora_adapters.train.resizing.plan import Job, ResizeError, ResizeOptionError, plan
 from lora_adapters.train.resizing.process import Outcome, copy_if_older, process
-from lora_adapters.train.resizing.resize import INTERPOLATIONS, Size
+from lora_adapters.train.resizing.resize import Size
 
 DEFAULT_RESOLUTIONS: tuple[Size, ...] = ((512, 512), (384, 384), (256, 256), (128, 128))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. Counts are of files; `unreadable` and `too_small` are (picture, reason)."""
+    """What a run did. Counts are of files; `unreadable` and `too_small` are (image, reason)."""
 
-    pictures: int
+    images: int
     resized: int
     kept: int
     copied: int
@@ -49,10 +50,15 @@ class Summary:
     too_small: tuple[tuple[Path, str], ...]
     folders: int
 
+    @property
+    def pictures(self) -> int:
+        """Deprecated: use `images`."""
+        return self.images
+
     def __str__(self) -> str:
-        always = {"pictures": self.pictures, "resized": self.resized, "already there": self.kept, "copied": self.copied}
+        always = {"images": self.images, "resized": self.resized, "already there": self.kept, "copied": self.copied}
         unusual = {
-            "pictures skipped": len(self.unreadable),
+            "images skipped": len(self.unreadable),
             "sizes left out": len(self.too_small),
             "subfolders left alone": self.folders,
         }
@@ -72,37 +78,45 @@ def resize_images(
     workers: int | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Save the pictures of `src` in `dst`, as they are and at the area of each resolution.
+    """Save the images of `src` in `dst`, as they are and at the area of each resolution.
 
-    resolutions: (width, height) pairs; only width · height and the name depend on them.
-    divisible_by: crop the resized pictures from the centre, so that it divides both sides.
-    interpolation: a name in INTERPOLATIONS.
-    save_as_png: PNG with transparency, instead of JPEG.
-    copy_associated_files: give each resized picture a copy of the files that share the original's stem (captions).
-    workers: processes; None for one per core. From a script, more than one needs `if __name__ == "__main__":`.
+    Args:
+        src: the folder of images.
+        dst: the folder to write to, made if needed.
+        resolutions: (width, height) pairs in pixels; only width · height and the name depend on them.
+        divisible_by: crop the resized images from the centre, so that it divides both sides.
+        interpolation: a name in `interpolation.RESIZING`.
+        save_as_png: PNG with transparency, instead of JPEG.
+        copy_associated_files: give each resized image a copy of the files that share the original's stem (captions).
+        workers: processes; None for one per core. From a script, more than one needs `if __name__ == "__main__":`.
+        progress: show a progress bar on a terminal.
 
-    Raises ResizeError for a bad argument, a folder without pictures, two files with one target, or if not one picture
-    can be read; OSError if a file cannot be copied.
+    Returns:
+        What was done.
+
+    Raises:
+        ResizeError: for a bad argument, a folder without images, two files with one target, or if no image can be read.
+        OSError: if a file cannot be copied.
     """
     src, dst = Path(src), Path(dst)
-    if interpolation not in INTERPOLATIONS:
-        raise ResizeError(f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
+    if interpolation not in RESIZING:
+        raise ResizeOptionError(f"interpolation {interpolation!r}: choose one of {', '.join(RESIZING)}")
     for name, number in (("divisible_by", divisible_by), ("workers", 1 if workers is None else workers)):
         if number < 1:
-            raise ResizeError(f"{name} {number}: give 1 or more")
+            raise ResizeOptionError(f"{name} {number}: give 1 or more")
     suffix = ".png" if save_as_png else ".jpg"
     jobs, copies, folders = plan(src, dst, resolutions, suffix, copy_associated_files)
     work = partial(process, divisible_by=divisible_by, interpolation=interpolation)
     # disable=None shows the bar on a terminal only.
-    bar = tqdm(_run(work, jobs, workers), "resize", len(jobs), unit="picture", disable=None if progress else True)
+    bar = tqdm(_run(work, jobs, workers), "resize", len(jobs), unit="image", disable=None if progress else True)
     outcomes = list(bar)
     sources = [job.original.source for job in jobs]
     unreadable = tuple((file, done.unreadable) for file, done in zip(sources, outcomes, strict=True) if done.unreadable)
     if len(unreadable) == len(jobs):
         file, reason = unreadable[0]
-        raise ResizeError(f"{src}: none of its {len(jobs)} pictures can be read; the first, {file.name}: {reason}")
+        raise ResizeError(f"{src}: none of its {len(jobs)} images can be read; the first, {file.name}: {reason}")
     return Summary(
-        pictures=len(jobs),
+        images=len(jobs),
         resized=sum(done.resized for done in outcomes),
         kept=sum(done.kept for done in outcomes),
         copied=sum(done.copied for done in outcomes) + sum(copy_if_older(copy) for copy in copies),
@@ -128,13 +142,6 @@ def _run(work: partial[Outcome], jobs: Sequence[Job], workers: int | None) -> It
             raise ResizeError(message) from error
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises ResizeError for a wrong command line, so that every mistake ends in one line."""
-
-    def error(self, message: str):
-        raise ResizeError(message)
-
-
 def _resolutions(text: str) -> list[Size]:
     found = [re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", part.strip().lower()) for part in text.split(",")]
     pairs = [(int(match[1]), int(match[2])) for match in found if match]
@@ -144,14 +151,14 @@ def _resolutions(text: str) -> list[Size]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="resize_images_to_resolution.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     default = ",".join(f"{width}x{height}" for width, height in DEFAULT_RESOLUTIONS)
-    parser.add_argument("src", type=Path, help="folder of pictures")
+    parser.add_argument("src", type=Path, help="folder of images")
     parser.add_argument("dst", type=Path, help="folder to write to, made if need be")
     parser.add_argument(
         "--max_resolution",
@@ -165,11 +172,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="crop resized pictures from the centre until N divides both sides (1)",
+        help="crop resized images from the centre until N divides both sides (1)",
     )
     parser.add_argument(
         "--interpolation",
-        choices=list(INTERPOLATIONS),
+        choices=list(RESIZING),
         default="area",
         help="area, the default, is the exact mean; lanczos4 is Pillow's LANCZOS (a = 3); all but nearest antialias",
     )
@@ -177,30 +184,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--copy_associated_files",
         action="store_true",
-        help="copy files with a picture's stem, like captions, under each resized picture's name (not .npz caches)",
+        help="copy files with an image's stem, like captions, under each resized image's name (not .npz caches)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one per core)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status is 1 after one line of error, and 0 if some pictures had to be skipped."""
-    tolerant_console()
-    try:
-        given = vars(_parser().parse_args(argv))
-        summary = resize_images(resolutions=given.pop("max_resolution"), progress=True, **given)
-    except (ResizeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr)
-        return 1
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    given = vars(_parser().parse_args(argv))
+    summary = resize_images(resolutions=given.pop("max_resolution"), progress=True, **given)
     for file, reason in summary.unreadable:
         print(f"warning: skipped {file}: {reason}", file=sys.stderr)
     for file, reason in summary.too_small:
         print(f"warning: left out a size of {file}: {reason}", file=sys.stderr)
     print(summary)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status, which is 0 even if some pictures had to be skipped."""
+    return run(program, argv, stopped="stopped; the same command continues from here", traceback=True)
 
 
 if __name__ == "__main__":

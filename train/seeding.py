@@ -13,7 +13,7 @@ def derive(*parts: int | str) -> int:
 
 
 def python_random(*parts: int | str) -> random.Random:
-    """A generator of its own for `parts`."""
+    """A generator for `parts` alone."""
     return random.Random(derive(*parts))
 
 

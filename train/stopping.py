@@ -9,23 +9,21 @@ from typing import Any
 
 import torch
 
+from lora_adapters.convert.errors import StoppedError
+
 # Ctrl-C, what batch systems and containers send before they kill, and a terminal that is closed (not on Windows).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 SAME = 5.0  # seconds
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(StoppedError):
     """A signal ended the run. `number` is the signal's, `resume_from` what --resume can be given, if anything."""
 
     def __init__(self, number: int, resume_from: str | None = None):
         super().__init__(number)
         self.number, self.resume_from = number, resume_from
-
-    @property
-    def status(self) -> int:
-        """The exit status that shells and batch systems know: 130, 143, 129."""
-        return 128 + self.number
+        self.status = 128 + number
 
     def __str__(self) -> str:
         name = signal.Signals(self.number).name

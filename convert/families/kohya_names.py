@@ -8,7 +8,7 @@ diffusers'; both are read, of SD1.x and SD2.x too. Paths here are diffusers' wit
 
 from functools import cache
 
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import UnknownModuleError
 
 from .names import Lookup, ModuleName, nearest
 from .registry import FAMILIES, titles
@@ -37,12 +37,12 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
             if path is None and lookup is not None:
                 path = lookup(component, flat)
             if path is None:
-                raise AdapterError(
+                raise UnknownModuleError(
                     f"unknown module {name:.120}{nearest(name, (prefix + known for known in table))}; "
                     f"{titles()} modules are known"
                 )
             return ModuleName(component, path)
-    raise AdapterError(f"unknown module {name:.120}: a kohya name begins with {', '.join(PREFIXES)}")
+    raise UnknownModuleError(f"unknown module {name:.120}: a kohya name begins with {', '.join(PREFIXES)}")
 
 
 def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
@@ -55,5 +55,5 @@ def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
     if path is None and lookup is not None:
         path = lookup(module.component, module.path)
     if path is None:
-        raise AdapterError(f"unknown module {module!s:.120}{nearest(module.path, table.values())}")
+        raise UnknownModuleError(f"unknown module {module!s:.120}{nearest(module.path, table.values())}")
     return module if path == module.path else ModuleName(module.component, path)

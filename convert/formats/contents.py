@@ -71,8 +71,9 @@ class Contents:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many modules are of each kind (LoRA, LoHa, DoRA, norm, ...), most common first."""
-        return dict(Counter(change.kind for change in self.modules.values()).most_common())
+        """How many modules are of each kind (LoRA, LoHa, DoRA, norm, ...), the most common first."""
+        counts = Counter(change.kind for change in self.modules.values())
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def dylora(self) -> DyLora | None:

@@ -14,7 +14,7 @@ import torch
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
-from lora_adapters.convert.errors import AdapterError, UnknownFormatError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.names import ModuleName, nearest
 from lora_adapters.convert.families.registry import FAMILIES, role_of
 
@@ -88,17 +88,17 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
         lookup: asked where SD1.x, SD2.x and SDXL have no such module.
 
     Raises:
-        AdapterError: nobody knows it; the nearest known name is in the message.
+        UnknownModuleError: nobody knows it; the nearest known name is in the message.
     """
     prefixes = _FLAT | _DOTTED
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
-        raise AdapterError(f"unknown module {name:.100}: a name begins with {', '.join(prefixes)}")
+        raise UnknownModuleError(f"unknown module {name:.100}: a name begins with {', '.join(prefixes)}")
     component, rest = prefixes[prefix], name.removeprefix(prefix)
     flat, table = rest.replace(".", "_"), _paths_by_flat_name(component)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
-        raise AdapterError(f"unknown module {name:.100}{nearest(flat, table)}")
+        raise UnknownModuleError(f"unknown module {name:.100}{nearest(flat, table)}")
     return ModuleName(component, path)
 
 
@@ -123,7 +123,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
         stored = _stored(tensors, metadata, lookup)
     except AdapterError as error:
         kind, key = kind_of(tensors) or (None, "")
-        raise UnknownFormatError(f"it is {kind.name if kind else NAME} ({key:.100}), but {error}") from None
+        raise UnknownFormatError(f"it is {kind.name if kind else NAME} ({key:.100}), but {error}") from error
     modules = {module: one.change for module, one in stored.items()}
     return Contents(modules, with_family(kohya_metadata(metadata), tensors, modules), stored=stored)
 

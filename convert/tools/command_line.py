@@ -1,16 +1,21 @@
-"""What the command-line programs of this folder share: errors in one line, dtypes."""
+"""What the command-line programs share: their one `main`, errors in one line, dtypes."""
 
 import argparse
+import logging
+import os
+import select
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from lora_adapters.convert.errors import AdapterError, OneLineError, first_line
+from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError, first_line
 from lora_adapters.convert.portable import tolerant_console
 from lora_adapters.convert.suggestions import closest
 
@@ -26,10 +31,31 @@ DTYPES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are raised as `failure`, so that they are shown as all others are."""
+_called_as: ContextVar[str | None] = ContextVar("called_as", default=None)
 
-    failure: type[OneLineError] = AdapterError
+
+@contextmanager
+def called_as(name: str) -> Iterator[None]:
+    """Within it, programs call themselves `name` in their help, instead of by their script's name."""
+    token = _called_as.set(name)
+    try:
+        yield
+    finally:
+        _called_as.reset(token)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are raised as `failure`, so that they are shown as all others are.
+
+    Args:
+        prog: The script's name; see `called_as`.
+        options: What argparse.ArgumentParser takes.
+    """
+
+    failure: type[UsageError] = UsageError
+
+    def __init__(self, *, prog: str, **options: Any):
+        super().__init__(prog=_called_as.get() or prog, **options)
 
     def error(self, message: str) -> NoReturn:
         raise self.failure(f"{message}{self._near(message)} (--help shows the options)")
@@ -47,7 +73,7 @@ class _Refused(argparse.Action):
     """An option of kohya's scripts that there is no use for here: giving it is an error that says why."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        raise AdapterError(f"{self.option_strings[0]} is not supported: {self.const}")
+        raise UsageError(f"{self.option_strings[0]} is not supported: {self.const}")
 
 
 def refuse(parser: argparse.ArgumentParser, flag: str, why: str) -> None:
@@ -58,6 +84,17 @@ def refuse(parser: argparse.ArgumentParser, flag: str, why: str) -> None:
 def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
     """An option for a dtype, under the names that kohya's scripts take; None where it is not given."""
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)
+
+
+def rank_option(text: str) -> int:
+    """The type of an option that takes a rank."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"rank {number} is none: ranks are 1 or more")
+    return number
 
 
 def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
@@ -90,10 +127,10 @@ def printable(text: str) -> str:
 
 
 def output_file(path: str) -> Path:
-    """The path of a weights file to write; AdapterError where its ending names no format for one."""
+    """The path of a weights file to write; UsageError if its ending names no format for one."""
     endings = (".safetensors", ".ckpt", ".pt", ".pth")
     if not path.endswith(endings):
-        raise AdapterError(f"{path} has no ending of a weights file: {', '.join(endings)} can be written")
+        raise UsageError(f"{path} has no ending of a weights file: {', '.join(endings)} can be written")
     return Path(path).expanduser()
 
 
@@ -118,32 +155,99 @@ def _stopping() -> dict[int, Any]:
     return before
 
 
-def run(program: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
-    """Run a program's body; gives back its exit status. What goes wrong is one line on stderr, and status 1."""
+def _quiet() -> None:
+    """Silence what libraries print when they are imported, which no user of these programs can act on.
 
+    Variables that the environment sets already are left as they are.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings if torchvision is not installed
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # else one about 4-bit layers, on CPUs
+
+
+def run(
+    program: Callable[[Sequence[str] | None], Any],
+    argv: Sequence[str] | None,
+    *,
+    memory: str = "use --device cpu",
+    stopped: str = "stopped; nothing was written",
+    traceback: bool = False,
+) -> int:
+    """Run a program's body; every `main` of this package is a call of this.
+
+    Args:
+        program: The body, which takes `argv`. What it raises is printed as one line on stderr.
+        argv: The words of the command line; None takes those of this process.
+        memory: What to do if the device has too little memory.
+        stopped: The message after Ctrl-C, SIGTERM and SIGHUP.
+        traceback: Let RuntimeErrors that are not about memory through, with their traceback.
+
+    Returns:
+        The exit status: 0; 1 for a failure; 2 for wrong usage; what a StoppedError has as its status.
+    """
+    _quiet()
     tolerant_console()
     before = _stopping()
     try:
         program(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
-    except AdapterError as error:
-        message = str(error)
-    except BrokenPipeError:  # whoever read the output has enough of it
-        return 1
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    except torch.OutOfMemoryError:
-        message = "the device has too little memory: use --device cpu"
-    except MemoryError:
-        message = "there is too little memory"
-    except RuntimeError as error:  # PyTorch's, its CPU allocator's among them
-        message = first_line(error)
-        if "DefaultCPUAllocator" in message or "not enough memory" in message:
-            message = "there is too little memory"
-    except KeyboardInterrupt:
-        message = "stopped; nothing was written"
+    except BrokenPipeError as error:
+        if _output_is_closed():
+            return 1
+        message, status = str(error), 1
+    except (Exception, KeyboardInterrupt) as error:
+        said = _said(error, memory, stopped, traceback)
+        if said is None:
+            raise
+        message, status = said, _status(error)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
-    return 1
+    return status
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, StoppedError):
+        return error.status
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _said(error: BaseException, memory: str, stopped: str, traceback: bool) -> str | None:
+    """The message for an error; None if it is a fault of the program, which needs its traceback."""
+    if isinstance(error, OneLineError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or stopped
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the device has too little memory: {memory}"
+    if isinstance(error, MemoryError):
+        return "there is too little memory"
+    if isinstance(error, RuntimeError):  # PyTorch's, its CPU allocator's among them
+        message = first_line(error)
+        if "DefaultCPUAllocator" in message or "not enough memory" in message:
+            return "there is too little memory"
+        return None if traceback else message
+    return None
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads stdout any more, as behind `| head`; what is left for it is then dropped."""
+    try:
+        sys.stdout.flush()
+        if not hasattr(select, "poll"):  # Windows
+            return False
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)  # errors are reported without being asked for
+        closed = any(event & select.POLLERR for _, event in output.poll(0))
+    except BrokenPipeError:
+        closed = True
+    except (OSError, ValueError):  # not a file of the system's
+        return False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+    return closed

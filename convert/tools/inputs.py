@@ -8,7 +8,7 @@ import torch
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.reduction import weights_only
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownModuleError
 from lora_adapters.convert.families.kohya_names import from_kohya
 from lora_adapters.convert.families.registry import titles
 from lora_adapters.convert.formats import kohya
@@ -85,7 +85,7 @@ def without_unknown(
         try:
             Adapter.from_tensors(group, metadata)
         except AdapterError as error:
-            if "unknown module" in str(error):
+            if isinstance(error, UnknownModuleError) or isinstance(error.__cause__, UnknownModuleError):
                 unknown.append(name)
                 if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
                     return dict(tensors), []

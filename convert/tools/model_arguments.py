@@ -5,6 +5,7 @@ a.safetensors          a.safetensors:0.8          a.safetensors:0.8:lbw=MIDD
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -48,7 +49,7 @@ class ModelArgument:
         return adapter.with_modules(pairs), 1.0
 
 
-def read_arguments(texts: list[str]) -> list[ModelArgument]:
+def read_arguments(texts: Sequence[str]) -> list[ModelArgument]:
     """The adapters that arguments name; one argument may hold several of A1111's tags.
 
     AdapterError, with the argument, where it cannot be read.

@@ -123,7 +123,7 @@ class BackgroundPush:
 
         content: what the card shows; see `lora_adapters.hub.repository.write_folder`. For repositories of models.
         """
-        from lora_adapters.adapter import Adapter
+        from lora_adapters.convert.adapter import Adapter
 
         from .repository import push_to_hub
 

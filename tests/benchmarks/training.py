@@ -225,7 +225,7 @@ def _in_turns(run: Any, latent: int, batch: int) -> tuple[list[float], list[floa
 
     def step() -> None:
         text = models.text_encoders[0](ids).last_hidden_state
-        torch.nn.functional.mse_loss(models.unet(noisy, times, text).sample, target).backward()
+        torch.nn.functional.mse_loss(models.denoiser(noisy, times, text).sample, target).backward()
         torch.nn.utils.clip_grad_norm_(run.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -255,7 +255,7 @@ def _models(options: argparse.Namespace, model: str) -> Any:
     models = load_base_models(options)
     if model != "tiny-sd":
         sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        models.unet = base_unet(model).eval()
+        models.denoiser = base_unet(model).eval()
         models.text_encoders = [CLIPTextModel(CLIPTextConfig(**sizes)).requires_grad_(False).eval()]
     return models
 

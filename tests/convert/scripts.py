@@ -29,9 +29,14 @@ def run(capsys, *words):
     return printed.out
 
 
-def fails(capsys, *words):
-    assert cli.main([str(word) for word in words]) == 1
+def fails(capsys, *words, status=1):
+    assert cli.main([str(word) for word in words]) == status
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     return said
+
+
+def misused(capsys, *words):
+    """The error of wrong usage."""
+    return fails(capsys, *words, status=2)

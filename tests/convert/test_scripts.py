@@ -15,7 +15,7 @@ from lora_adapters.convert import Adapter
 from lora_adapters.convert.formats.metadata import DyLora
 
 from .checkpoints import GOLDEN, original
-from .scripts import ROOT, SCRIPTS, SD15, delta_distance, fails, run
+from .scripts import ROOT, SCRIPTS, SD15, delta_distance, fails, misused, run
 
 
 @pytest.mark.parametrize("program", SCRIPTS)
@@ -142,7 +142,7 @@ def test_resize(tmp_path, capsys):
     assert Adapter.load(out).metadata["ss_network_dim"] == "Dynamic"
     said = run(capsys, "resize", "--model", source, "--save_to", out, "--target_error", 0.4)
     assert float(said.split("largest: ")[1].split()[0]) <= 0.4
-    assert "go together" in fails(capsys, "resize", "--model", source, "--save_to", out, "--dynamic_method", "sv_fro")
+    assert "go together" in misused(capsys, "resize", "--model", source, "--save_to", out, "--dynamic_method", "sv_fro")
 
 
 def cloneofsimo_file(path):
@@ -270,7 +270,7 @@ def test_kohyas_other_flags(tmp_path, capsys):
         ([*extract, "--load_precision", "fp16"], "--load_precision is not supported: models are read as they are"),
         ([*extract, "--load_tuned_model_to", "cuda"], "models stay on the disk"),
     ):
-        assert said in fails(capsys, *words)
+        assert said in misused(capsys, *words)
 
 
 def test_no_program_imports_a_slow_library(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lora_adapters.convert import Adapter
 
 from .checkpoints import GOLDEN, original
-from .scripts import SD15, fails, run
+from .scripts import SD15, fails, misused, run
 
 
 def hostile(path, kind):
@@ -222,8 +222,15 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         (["merge", "--save_to", out, "--models", lora, lora, "--ratios", "1"], "2 models, but 1 ratios"),
         (["merge", "--save_to", out, "--models", lora, "--ratios", "x"], "invalid number"),
         (["merge", "--save_to", tmp_path, "--models", lora], "ending"),
-        (["merge", "--save_to", out, "--models", lora, GOLDEN / "sdxl" / "lierla_xl.safetensors"], "SDXL"),
+        (["svd-merge", "--save_to", out, "--models", lora, "--ratios", "nan"], "invalid number value: 'nan'"),
+        (["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"], "unit 0"),
+        (["convert", "--model", lora, "--save_to", out, "--format", "other"], "invalid choice"),
         (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0"),
+        (["merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0 is none"),
+    ):
+        assert said in misused(capsys, *words)
+    for words, said in (
+        (["merge", "--save_to", out, "--models", lora, GOLDEN / "sdxl" / "lierla_xl.safetensors"], "SDXL"),
         (["svd-merge", "--save_to", out, "--models", lora, "--device", "nonsense"], "device nonsense"),
         (["svd-merge", "--save_to", out, "--models", lora, "--lbws", "[1,2]"], "2 block weights"),
         (["svd-merge", "--save_to", out, "--models", lora, "--lbws", "1,nan"], "block weights are a list of numbers"),
@@ -231,11 +238,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
             ["svd-merge", "--save_to", out, "--models", lora, "--lbws", 5000 * "["],
             "block weights are a list of numbers",
         ),
-        (["merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0 is none"),
-        (["svd-merge", "--save_to", out, "--models", lora, "--ratios", "nan"], "invalid number value: 'nan'"),
-        (["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"], "unit 0"),
         (["info", tmp_path / "none.safetensors"], "does not exist"),
-        (["convert", "--model", lora, "--save_to", out, "--format", "other"], "invalid choice"),
     ):
         assert said in fails(capsys, *words)
     assert not out.exists()

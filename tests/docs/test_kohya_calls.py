@@ -12,15 +12,15 @@ from tests.lora_adapters.conftest import expected, make_pipeline
 from tests.lora_adapters.golden_outputs import error, outputs
 from tests.lora_adapters.pipelines import add_to_weights
 
-from .blocks import PAGES, REPOSITORY
+from .blocks import PAGES
 
 FILE = GOLDEN / "sd15" / "c3lier.safetensors"
 OTHER = GOLDEN / "sd15" / "lierla.safetensors"
 ROW = re.compile(r"^\| (.*) \| (.*) \|$", re.MULTILINE)
 # The weight of adapter "a" that the pipeline works with after a row, or None where that is not the point.
 WEIGHTS = {
-    "create_network_from_weights(0.5": 0.5, "network, sd = create_network_from_weights(0.5": 0.5, "set_multiplier": 0.7,
-    "network.set_multiplier": 0.7, "merge_to(text": 1.0, "network.merge_to(te": 1.0, "network.backup_weights": 1.0,
+    "network, sd = create_network_from_weights(0.5": 0.5, "network.set_multiplier": 0.7,
+    "network.merge_to(te": 1.0, "network.backup_weights": 1.0,
     "create_network(1.0": None, "networks.dylora": None, "network.prepare": None, "network.save": None,
     "network = create_network_from_weights": 1.0, "network.apply_to(0.5)": 0.5, "network.unapply_to": 0.0,
     "network.merge_to(0.5)": 0.5, "network.restore_from": 1.0, "merge_lora_weights": 0.5,
@@ -29,12 +29,11 @@ WEIGHTS = {
 
 def rows():
     found = []
-    for page in (REPOSITORY / "README.md", PAGES / "generate.md"):
-        text = page.read_text(encoding="utf-8")
-        table = text[text.index("| kohya") :]
-        for left, right in ROW.findall(table[: table.index("\n\n", table.rindex("| kohya"))]):
-            if left.startswith("`") and "`" in right:
-                found.append(pytest.param(left, re.findall(r"`([^`]+)`", right), id=f"{page.stem} {left[1:40]}"))
+    text = (PAGES / "generate.md").read_text(encoding="utf-8")
+    table = text[text.index("| kohya") :]
+    for left, right in ROW.findall(table[: table.index("\n\n", table.rindex("| kohya"))]):
+        if left.startswith("`") and "`" in right:
+            found.append(pytest.param(left, re.findall(r"`([^`]+)`", right), id=left[1:40]))
     return found
 
 

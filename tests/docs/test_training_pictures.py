@@ -14,7 +14,7 @@ def test_the_command(clone):  # noqa: F811
     [block] = blocks(PAGE)
     said = run_shell(block.text)
     pictures = len([*(clone / "examples" / "pictures" / "delft" / "train").glob("*.png")])
-    assert f"pictures: {pictures}, resized: {2 * pictures}, already there: 0" in said
+    assert f"images: {pictures}, resized: {2 * pictures}, already there: 0" in said
     made = {file.name for file in (clone / "smaller").iterdir()}
     assert {"anchor.png", "anchor.txt", "anchor+48x48.jpg", "anchor+48x48.txt", "anchor+32x32.jpg"} <= made
 

@@ -28,7 +28,7 @@ from lora_adapters.train.data.cache_files import (
     write_text,
 )
 from lora_adapters.train.data.config import SubsetConfig, load_data_config
-from lora_adapters.train.data.image_files import FileSource, open_picture, size_if_whole
+from lora_adapters.train.data.image_files import FileSource, open_image, size_if_whole
 from lora_adapters.train.data.metadata_file import metadata_candidates
 from lora_adapters.train.data.sources import load_subset, read_caption
 from lora_adapters.train.data_error import DataError
@@ -197,7 +197,7 @@ def data(folder: Path) -> Iterator[Reader]:
     for kind in ("png", "jpg", "webp"):
         source = FileSource(str(folder / f"picture.{kind}"))
         Image.effect_noise((64, 48), 50).convert("RGB").save(source.path)
-        yield Reader(f"picture.{kind}", Path(source.path), lambda s=source: (size_if_whole(s), open_picture(s)))
+        yield Reader(f"picture.{kind}", Path(source.path), lambda s=source: (size_if_whole(s), open_image(s)))
     wanted = LatentsWanted((64, 48), (64, 48), True, True, "vae")
     latents, text = str(folder / "a_0064x0048_sd.npz"), str(folder / "a_te_outputs.npz")
     write_latents(latents, CachedLatents(torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.rand(48, 64)), wanted)
@@ -230,7 +230,7 @@ def training(folder: Path) -> Iterator[Reader]:
     for kind in ("txt", "toml", "json"):
         path = folder / f"prompts.{kind}"
         yield Reader(path.name, path, lambda path=path: read_prompts(path))
-    options = generate_options.parser().parse_args([])
+    options = generate_options.parse([])
     drawn = folder / "drawn.txt"
     drawn.write_text(
         "a cat --w 64 --h 72 --s 9 --d 3 --l 2.5 --n bad --am 0.5,-1 --rank 4 --ss euler --f a.png\n# no\n"

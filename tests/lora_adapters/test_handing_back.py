@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from lora_adapters import Adapter, AdapterError
-from lora_adapters.handing_back import State
+from lora_adapters import Adapter, AdapterError, injection
+from lora_adapters.model_state import ModelState
 
 from .conftest import GOLDEN
 
@@ -201,7 +201,7 @@ def test_a_name_in_use(pipeline, tmp_path) -> None:
 def test_the_state_of_a_model_comes_back(pipeline) -> None:
     pipe = pipeline()
     pipe.load_lora_weights(FIRST, adapter_name="first")
-    state, before, adapters = State.of(pipe.unet), snapshot(pipe), pipe.get_list_adapters()
+    state, before, adapters = ModelState.of(pipe.unet), snapshot(pipe), pipe.get_list_adapters()
     pipe.unet.add_adapter(LoraConfig(r=1, target_modules=["to_v", "conv1"]), "more")
     assert any("more" in key for key in snapshot(pipe))
     state.restore(pipe.unet)
@@ -296,4 +296,81 @@ def test_a_component_of_which_nothing_is_there_is_an_error(pipeline, tmp_path) -
     before = snapshot(pipe)
     with pytest.raises(AdapterError, match=r"flux\.safetensors: it is for another model: the unet has none of its 1"):
         pipe.load_lora_weights(tmp_path / "flux.safetensors")
+    unchanged(pipe, before, {})
+
+
+# --- what a failure leaves as it was ---------------------------------------------------------------------------------
+
+
+def whole_state(pipe) -> dict:
+    """Everything of the models that a load may change, not only their weights."""
+    found = {}
+    for name, model in models(pipe).items():
+        layers = {path: part for path, part in model.named_modules() if isinstance(part, LoraLayer)}
+        found[name] = {
+            "classes": {path: type(part) for path, part in model.named_modules()},
+            "training": {path: part.training for path, part in model.named_modules()},
+            "trained": {path: one.requires_grad for path, one in model.named_parameters()},
+            "active": {path: list(part.active_adapters) for path, part in layers.items()},
+            "fused": {path: list(part.merged_adapters) for path, part in layers.items()},
+            "scales": {path: dict(part.scaling) for path, part in layers.items()},
+            "disabled": {path: part.disable_adapters for path, part in layers.items()},
+            "configs": {name: id(config) for name, config in getattr(model, "peft_config", {}).items()},
+            "loaded": getattr(model, "_hf_peft_config_loaded", False),
+        }
+    return found
+
+
+def prepared(pipe, how):
+    """Two adapters in the pipeline, in one of the states that people have them in."""
+    if how == "trained":
+        for model in models(pipe).values():
+            model.requires_grad_(True).train()
+    if how in ("none", "trained"):
+        return
+    for name in ("first", "second"):
+        pipe.load_lora_weights(FIRST, adapter_name=name)
+    if how == "one active":
+        pipe.set_adapters(["second"], [0.5])
+    elif how == "disabled":
+        pipe.disable_lora()
+    elif how == "fused":
+        pipe.fuse_lora(adapter_names=["first"], lora_scale=0.7)
+    elif how == "one trained":
+        pipe.unet.set_adapter("first")
+
+
+@pytest.mark.parametrize("how", ["none", "trained", "one active", "disabled", "fused", "one trained"])
+@pytest.mark.parametrize("failure", ["ours", "diffusers'"])
+def test_a_failure_in_the_text_encoder_leaves_everything_as_it_was(failure, how, pipeline, tmp_path, monkeypatch):
+    pipe = pipeline()
+    tensors = strange_dora("a text encoder that fails", pipe, dora(pipe, tmp_path / "dora.safetensors"))
+    prepared(pipe, how)
+    before, state = snapshot(pipe), whole_state(pipe)
+    real = injection.inject_adapter_in_model
+
+    def failing(config, model, *args, **kwargs):
+        if model is pipe.text_encoder:
+            raise MemoryError
+        return real(config, model, *args, **kwargs)
+
+    monkeypatch.setattr(injection, "inject_adapter_in_model", failing)
+    with pytest.raises(MemoryError if failure == "ours" else AdapterError):
+        pipe.load_lora_weights(FIRST if failure == "ours" else tensors, adapter_name="new")
+    after = snapshot(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert whole_state(pipe) == state
+
+
+def test_numbers_of_no_module_are_no_adapter(pipeline, caplog) -> None:
+    pipe = pipeline()
+    before, state = snapshot(pipe), whole_state(pipe)
+    with caplog.at_level(logging.WARNING):
+        pipe.load_lora_weights({"lora_foo": torch.tensor(2.0), "lora_bar": torch.tensor(3.0)})
+    assert "No LoRA keys associated to UNet2DConditionModel found" in caplog.text  # diffusers' own word
+    unchanged(pipe, before, {})
+    assert whole_state(pipe) == state
+    with pytest.raises(AdapterError, match="lora_foo is no key of"):
+        pipe.load_lora_weights({"lora_foo": torch.ones(2, 2)})
     unchanged(pipe, before, {})

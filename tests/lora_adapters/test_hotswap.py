@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, LowRank, set_rank
 from lora_adapters.convert.formats.metadata import DyLora
-from lora_adapters.types.dylora.rank_control import dials
+from lora_adapters.types.dylora.rank_controller import controllers
 
 from .conftest import GOLDEN, expected
 from .golden_outputs import error, outputs
@@ -88,7 +88,7 @@ def test_dylora_in_and_out(pipeline) -> None:
         set_rank(pipe, 2)
     made().to_pipeline(pipe, "b")
     pipe.load_lora_weights(made(seed=5), adapter_name="a", hotswap=True)
-    assert not dials(pipe)
+    assert not controllers(pipe)
 
 
 def test_what_cannot_be_swapped_changes_nothing(pipeline) -> None:
@@ -187,7 +187,7 @@ def test_training_is_not_compiled_anew_for_each_rank() -> None:
         drawn = set()
         for _ in range(12):
             compiled(x).sum().backward()
-            drawn.update(dials(model)[0].now)
+            drawn.update(controllers(model)[0].now)
     assert len(drawn) > 3
 
 

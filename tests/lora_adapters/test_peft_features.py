@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_adapters import AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank
 from lora_adapters.convert.formats.metadata import DyLora
-from lora_adapters.types.dylora import rank_control as dylora_module
+from lora_adapters.types.dylora import rank_controller as dylora_module
 
 from .peft_models import MODELS, TARGETS, config, fill
 

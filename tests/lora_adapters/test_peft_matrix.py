@@ -7,7 +7,8 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 
 from lora_adapters import Adapter, AdapterError, DyLoraConfig, set_rank
-from lora_adapters.types.dylora.rank_control import dials, layers
+from lora_adapters.types.dylora.rank_controller import controllers
+from lora_adapters.types.layers import layers
 
 from .hub_server import TOKEN
 from .peft_models import CONFIGS, MODELS, Custom, changed_by_hand, config, fill
@@ -100,7 +101,7 @@ def test_several_adapters(name, kind, tmp_path) -> None:
         torch.testing.assert_close(run(call, peft_model), by_hand(a=0.5, b=-0.7, plain=0.25), rtol=1e-3, atol=1e-4)
         assert not isinstance(peft_model.peft_config[combination], DyLoraConfig)
     assert isinstance(peft_model.peft_config["a"], CONFIGS[kind][0])
-    assert len(dials(peft_model)) == (2 if kind == "dylora" else 0)
+    assert len(controllers(peft_model)) == (2 if kind == "dylora" else 0)
 
     peft_model.save_pretrained(tmp_path)
     other = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a", adapter_name="a")

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_adapters import Adapter, AdapterError, LierLaConfig, set_rank
-from lora_adapters.types.dylora.rank_control import dials
+from lora_adapters.types.dylora.rank_controller import controllers
 
 from .conftest import GOLDEN, expected
 from .golden_outputs import error, outputs
@@ -88,7 +88,7 @@ def test_several_adapters_add_up_and_can_be_fused_and_deleted(pipeline):
         set_rank(pipe, 4)
     pipe.unfuse_lora()
     pipe.delete_adapters("dylora")
-    assert not dials(pipe)
+    assert not controllers(pipe)
     pipe.set_adapters(["c3lier"])
     assert error(outputs(pipe, golden), wanted("sd15", "c3lier", "1.0"), base) < 1e-3
     pipe.disable_lora()

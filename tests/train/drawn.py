@@ -8,8 +8,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from lora_adapters.train.data.cache_files import LatentFiles
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
+
+LATENT_FILES = LatentFiles("_sd.npz", unsized=".npz")
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:

@@ -56,7 +56,7 @@ def test_original_and_every_resolution_are_saved(src, dst):
     with Image.open(dst / "tall+128x128.jpg") as picture:
         assert picture.format == "JPEG"
         assert np.abs(np.asarray(picture, int) - (200, 30, 60)).max() <= 2
-    assert (summary.pictures, summary.resized, summary.kept, summary.copied) == (1, 4, 0, 1)
+    assert (summary.images, summary.resized, summary.kept, summary.copied) == (1, 4, 0, 1)
 
 
 def test_pixels_come_from_the_right_place(src, dst):
@@ -158,7 +158,7 @@ def test_odd_names_and_extensions_in_any_case(src, dst):
 
 def test_hidden_files_and_subfolders_are_left_alone(src, dst, capsys):
     colour((90, 90)).save(src / "a.png")
-    (src / "._a.png").write_bytes(b"not a picture")
+    (src / "._a.png").write_bytes(b"not an image")
     (src / "folder.png").mkdir()
     assert run(src, dst, "--max_resolution", "64x64") == 0
     assert names(dst) == ["a+64x64.jpg", "a.png"]
@@ -266,14 +266,14 @@ def test_unreadable_pictures_are_skipped_and_named(src, dst, capsys):
     (src / "phone.HEIC").write_bytes(b"....ftypheic")
     assert run(src, dst, "--max_resolution", "64x64") == 0
     out, err = capsys.readouterr()
-    assert "pictures skipped: 2" in out
+    assert "images skipped: 2" in out
     assert "bad.jpg" in err
-    assert "phone.HEIC: not in a picture format that Pillow reads" in err
+    assert "phone.HEIC: not in an image format that Pillow reads" in err
     assert names(dst) == ["good+64x64.jpg", "good.png"]
 
 
-def one_error(capsys, *arguments: object) -> str:
-    assert run(*arguments) == 1
+def one_error(capsys, *arguments: object, status: int = 1) -> str:
+    assert run(*arguments) == status
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -282,21 +282,21 @@ def one_error(capsys, *arguments: object) -> str:
 
 
 def test_errors_are_one_line_and_leave_nothing_behind(src, dst, capsys):
-    assert "has no pictures" in one_error(capsys, src, dst)
+    assert "has no images" in one_error(capsys, src, dst)
     (src / "bad.png").touch()
     (src / "bad.txt").touch()
-    assert "none of its 1 pictures can be read; the first, bad.png" in one_error(capsys, src, dst)
+    assert "none of its 1 images can be read; the first, bad.png" in one_error(capsys, src, dst)
     colour((90, 90)).save(src / "a.png")
     assert "does not exist" in one_error(capsys, src / "absent", dst)
     assert "is not a folder" in one_error(capsys, src / "a.png", dst)
     assert "is not a folder" in one_error(capsys, src, src / "a.png")
     assert "both source and destination" in one_error(capsys, src, src / ".." / "src")
     for wrong in ("512", "512x", "0x512", "-1x5", "512x512,", "axb", "5.5x5"):
-        assert "is not like 512x512,384x384" in one_error(capsys, src, dst, f"--max_resolution={wrong}")
-    assert "divisible_by 0" in one_error(capsys, src, dst, "--divisible_by", 0)
-    assert "invalid choice: 'mitchell'" in one_error(capsys, src, dst, "--interpolation", "mitchell")
-    assert "required" in one_error(capsys, src)
-    assert "unrecognized" in one_error(capsys, src, dst, "--max_res", "5x5")
+        assert "is not like 512x512,384x384" in one_error(capsys, src, dst, f"--max_resolution={wrong}", status=2)
+    assert "divisible_by 0" in one_error(capsys, src, dst, "--divisible_by", 0, status=2)
+    assert "invalid choice: 'mitchell'" in one_error(capsys, src, dst, "--interpolation", "mitchell", status=2)
+    assert "required" in one_error(capsys, src, status=2)
+    assert "unrecognized" in one_error(capsys, src, dst, "--max_res", "5x5", status=2)
     assert not dst.exists()
 
 
@@ -346,8 +346,8 @@ def test_run_as_a_file_with_several_processes(src, dst):
     ]
     done = subprocess.run(command, cwd=src.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ("pictures: 5, resized: 4, already there: 0, copied: 4, pictures skipped: 1\n")
-    assert done.stderr == "warning: skipped src/bad.png: not in a picture format that Pillow reads\n"
+    assert done.stdout == ("images: 5, resized: 4, already there: 0, copied: 4, images skipped: 1\n")
+    assert done.stderr == "warning: skipped src/bad.png: not in an image format that Pillow reads\n"
     alone = resize_images(src, dst, [(64, 64)], save_as_png=True, workers=1)
     assert alone.resized == 4
     for name in names(dst):

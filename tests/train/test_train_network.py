@@ -1,4 +1,4 @@
-"""The program: its mistakes are one line on stderr and exit status 1, and nothing is left behind."""
+"""The program: its mistakes are one line on stderr and exit status 1 or 2, and nothing is left behind."""
 
 import json
 import re
@@ -16,81 +16,86 @@ from lora_adapters.train.training import saving
 from tests.train.training.test_resume import PROGRAM, command_line
 
 
-def fails(options: dict, capsys, monkeypatch) -> str:
+def fails(options: dict, capsys, monkeypatch, status: int = 1) -> str:
     """The error of a run that must end before the base model is loaded."""
 
     def loaded(*_, **__):
         raise AssertionError("the base model was loaded")
 
     monkeypatch.setattr("lora_adapters.train.training.setup.load_base_models", loaded)
-    assert main(command_line(options)) == 1
+    assert main(command_line(options)) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     return lines[-1]
 
 
+WRONG_USAGE = [
+    ({"full_bf16": True}, "needs --mixed_precision bf16"),
+    ({"full_fp16": True}, "needs --mixed_precision fp16"),
+    ({"deepspeed": True}, "DeepSpeed is not supported"),
+    ({"max_train_steps": 0}, "--max_train_steps must be at least 1"),
+    ({"vae_batch_size": -1}, "--vae_batch_size must be at least 1, not -1"),
+    ({"max_validation_steps": -1}, "--max_validation_steps must be at least 1, not -1"),
+    ({"lr_scheduler_timescale": -1}, "--lr_scheduler_timescale must be at least 1, not -1"),
+    ({"max_data_loader_n_workers": -1}, "--max_data_loader_n_workers must be at least 0, not -1"),
+    ({"huber_c": 0, "loss_type": "huber"}, "--huber_c must be above 0, not 0"),
+    ({"seed": 2**64}, "--seed 18446744073709551616: seeds are 0 to 18446744073709551615"),
+    ({"seed": -1}, "--seed -1: seeds are 0 to 18446744073709551615; one is drawn without --seed"),
+    ({"min_timestep": 900, "max_timestep": 100}, "--min_timestep 900 and --max_timestep 100"),
+    ({"lr_scheduler": "cosin"}, "not one of linear"),
+    ({"log_with": "tensorboard"}, "needs --logging_dir"),
+    ({"masked_loss": True}, "--masked_loss needs masks"),
+    ({"async_upload": True}, "needs --huggingface_repo_id"),
+    ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "leave nothing to train"),
+    ({"no_such_option": 1}, "unrecognized arguments: --no_such_option=1"),
+    ({"learning_rat": 1}, "unrecognized arguments: --learning_rat=1; did you mean --learning_rate?"),
+]
+BEFORE_THE_MODEL = [
+    ({"pretrained_model_name_or_path": "/nowhere/model"}, "/nowhere/model does not exist"),
+    ({"pretrained_model_name_or_path": "model.safetensors"}, "model.safetensors does not exist"),
+    (
+        {"network_module": "networks.loha"},
+        "network_module networks.loha: LoHa is not supported; networks.lora and networks.dylora are",
+    ),
+    ({"network_args": {"block_dims": "1,2"}}, "block_dims has 2 values"),
+    ({"network_module": "networks.dylora", "network_args": {"unit": "3"}}, "unit 3 does not divide"),
+    ({"mixed_precision": "fp16"}, "go on with --mixed_precision bf16"),
+    ({"xformers": True}, "go on with --sdpa"),
+    (
+        {"mixed_precision": "fp16", "xformers": True},
+        "fp16 and --xformers need a CUDA device; go on with --mixed_precision bf16 or no and --sdpa",
+    ),
+    ({"network_module": "lycoris.kohya"}, "for its algo=lora or locon give networks.lora, with conv_dim"),
+    ({"network_module": "networks.lora_fa"}, "LoRA-FA, which trains `up` alone, is not supported; give networks"),
+    ({"network_module": "networks.lroa"}, "networks.lroa; the nearest known name is networks.lora"),
+    ({"train_data_dir": "/nowhere/data"}, "/nowhere/data"),
+    ({"base_weights": "nowhere.safetensors"}, "--base_weights nowhere.safetensors does not exist"),
+    ({"network_weights": "owner/name"}, "--network_weights owner/name"),
+    ({"network_weights": __file__}, f"--network_weights {__file__}"),
+    ({"resume": str(Path(__file__).parent)}, "no saved state"),
+    ({"network_dim": 0}, "network_dim is 0: a rank is at least 1"),
+    ({"resume": "/nowhere/state"}, "--resume /nowhere/state does not exist"),
+    ({"network_weights": "nowhere.safetensors"}, "--network_weights nowhere.safetensors does not exist"),
+    ({"optimizer_type": "Nadda"}, "there is no Nadda"),
+]
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pretrained_model_name_or_path": "/nowhere/model"}, "/nowhere/model does not exist"),
-        ({"pretrained_model_name_or_path": "model.safetensors"}, "model.safetensors does not exist"),
-        (
-            {"network_module": "networks.loha"},
-            "network_module networks.loha: LoHa is not supported; networks.lora and networks.dylora are",
-        ),
-        ({"network_args": {"block_dims": "1,2"}}, "block_dims has 2 values"),
-        ({"network_module": "networks.dylora", "network_args": {"unit": "3"}}, "unit 3 does not divide"),
-        ({"mixed_precision": "fp16"}, "go on with --mixed_precision bf16"),
-        ({"xformers": True}, "go on with --sdpa"),
-        (
-            {"mixed_precision": "fp16", "xformers": True},
-            "fp16 and --xformers need a CUDA device; go on with --mixed_precision bf16 or no and --sdpa",
-        ),
-        ({"full_bf16": True}, "needs --mixed_precision bf16"),
-        ({"full_fp16": True}, "needs --mixed_precision fp16"),
-        ({"network_module": "lycoris.kohya"}, "for its algo=lora or locon give networks.lora, with conv_dim"),
-        ({"network_module": "networks.lora_fa"}, "LoRA-FA, which trains `up` alone, is not supported; give networks"),
-        ({"network_module": "networks.lroa"}, "networks.lroa; the nearest known name is networks.lora"),
-        ({"deepspeed": True}, "DeepSpeed is not supported"),
-        ({"train_data_dir": "/nowhere/data"}, "/nowhere/data"),
-        ({"max_train_steps": 0}, "--max_train_steps must be at least 1"),
-        ({"vae_batch_size": -1}, "--vae_batch_size must be at least 1, not -1"),
-        ({"max_validation_steps": -1}, "--max_validation_steps must be at least 1, not -1"),
-        ({"lr_scheduler_timescale": -1}, "--lr_scheduler_timescale must be at least 1, not -1"),
-        ({"max_data_loader_n_workers": -1}, "--max_data_loader_n_workers must be at least 0, not -1"),
-        ({"huber_c": 0, "loss_type": "huber"}, "--huber_c must be above 0, not 0"),
-        ({"seed": 2**64}, "--seed 18446744073709551616: seeds are 0 to 18446744073709551615"),
-        ({"seed": -1}, "--seed -1: seeds are 0 to 18446744073709551615; one is drawn without --seed"),
-        ({"base_weights": "nowhere.safetensors"}, "--base_weights nowhere.safetensors does not exist"),
-        ({"network_weights": "owner/name"}, "--network_weights owner/name"),
-        ({"network_weights": __file__}, f"--network_weights {__file__}"),
-        ({"resume": str(Path(__file__).parent)}, "no saved state"),
-        ({"network_dim": 0}, "network_dim is 0: a rank is at least 1"),
-        ({"min_timestep": 900, "max_timestep": 100}, "--min_timestep 900 and --max_timestep 100"),
-        ({"resume": "/nowhere/state"}, "--resume /nowhere/state does not exist"),
-        ({"network_weights": "nowhere.safetensors"}, "--network_weights nowhere.safetensors does not exist"),
-        ({"optimizer_type": "Nadda"}, "there is no Nadda"),
-        ({"lr_scheduler": "cosin"}, "not one of linear"),
-        ({"log_with": "tensorboard"}, "needs --logging_dir"),
-        ({"masked_loss": True}, "--masked_loss needs masks"),
-        ({"async_upload": True}, "needs --huggingface_repo_id"),
-        ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, "leave nothing to train"),
-        ({"no_such_option": 1}, "unrecognized arguments: --no_such_option=1"),
-        ({"learning_rat": 1}, "unrecognized arguments: --learning_rat=1; did you mean --learning_rate?"),
-    ],
+    ("changes", "message", "status"),
+    [*((*row, 2) for row in WRONG_USAGE), *((*row, 1) for row in BEFORE_THE_MODEL)],
 )
-def test_one_line_before_the_model_is_loaded(basics, tmp_path, capsys, monkeypatch, changes, message) -> None:
+def test_one_line_before_the_model_is_loaded(basics, tmp_path, capsys, monkeypatch, changes, message, status) -> None:
     if "log_with" in changes:
         pytest.importorskip("tensorboard")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert message in fails({**basics, **changes}, capsys, monkeypatch)
+    assert message in fails({**basics, **changes}, capsys, monkeypatch, status)
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_options(basics, capsys, monkeypatch) -> None:
     for name in ("pretrained_model_name_or_path", "network_module", "output_dir", "train_data_dir"):
         rest = {key: value for key, value in basics.items() if key != name}
-        assert f"--{name}" in fails(rest, capsys, monkeypatch)
+        assert f"--{name}" in fails(rest, capsys, monkeypatch, status=2)
 
 
 def test_empty_folder_and_broken_pictures(basics, pictures, tmp_path, capsys, monkeypatch) -> None:
@@ -173,7 +178,7 @@ def test_samples_and_logs_that_fail_stop_nothing(basics, tmp_path, monkeypatch, 
     monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: broken_log(self, {}, 0))
     assert main(command_line({**basics, **samples, "logging_dir": tmp_path / "log"})) == 0
     said = capsys.readouterr().err
-    assert "no sample pictures at step 2 (CUDA out of memory)" in said
+    assert "no sample images at step 2 (CUDA out of memory)" in said
     assert "nothing is logged from step 1 on (the tracker is away)" in said
     assert "the logs were not closed (the tracker is away)" in said
     assert logged == [1, 0]
@@ -205,7 +210,7 @@ def test_a_file_of_kohyas_gui_trains_and_what_has_no_effect_is_said(sd1, picture
     assert main(command_line({"config_file": gui, **places})) == 0
     said = caplog.text + capsys.readouterr().err
     for name in ("epoch", "noise_offset_type", "--wandb_run_name", "--sample_prompts"):
-        assert re.search(rf"{name}( is the GUI's own|: no pictures| has no effect)", said), name
+        assert re.search(rf"{name}( is the GUI's own|: no images| has no effect)", said), name
     metadata = Adapter.load(tmp_path / "out" / "last.safetensors").metadata
     args = {"conv_dim": "2", "conv_alpha": "1", "loraplus_lr_ratio": "4", "dropout": "0.0"}
     assert json.loads(metadata["ss_network_args"]) == args

@@ -1,6 +1,6 @@
-"""Which pictures make a batch, in which order, and how several processes share them.
+"""Which images make a batch, in which order, and how several processes share them.
 
-An entry is one use of one picture in an epoch; entries have numbers. Nothing here knows what a picture is.
+An entry is one use of one image in an epoch; entries have numbers. Nothing here knows what an image is.
 """
 
 import math
@@ -51,7 +51,7 @@ class Batch:
     sample_seeds: torch.Tensor  # (b,) int64
     start: int
     total: int
-    damaged: dict[str, str] = field(default_factory=dict)  # pictures that others stand in for: the reason, by name
+    damaged: dict[str, str] = field(default_factory=dict)  # images that others stand in for: the reason, by name
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory; the data loader calls it."""

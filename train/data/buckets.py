@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: which size each picture is trained at.
+"""Aspect-ratio buckets: which size each image is trained at.
 
-Sizes are (width, height) in pixels. Every picture of a bucket is scaled until it covers the bucket's size, and what
+Sizes are (width, height) in pixels. Every image of a bucket is scaled until it covers the bucket's size, and what
 stands over is cropped.
 """
 
@@ -14,7 +14,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Placement:
-    """A picture's way to its training size: scale to `resized`, then crop to `bucket`."""
+    """An image's way to its training size: scale to `resized`, then crop to `bucket`."""
 
     bucket: Size
     resized: Size
@@ -46,8 +46,8 @@ def bucket_sizes(resolution: Size, smallest: int, largest: int, steps: int) -> l
 class Buckets:
     """The sizes of one dataset.
 
-    Without `enable_bucket` there is one size, the resolution. With it, a picture goes to the size whose width / height
-    is nearest its own. With `bucket_no_upscale` a picture is never enlarged: it is scaled down to the area if larger,
+    Without `enable_bucket` there is one size, the resolution. With it, an image goes to the size whose width / height
+    is nearest its own. With `bucket_no_upscale` an image is never enlarged: it is scaled down to the area if larger,
     and its sides are cut to multiples of the steps, so that the size never exceeds the area; min_bucket_reso and
     max_bucket_reso then have no meaning.
     """
@@ -62,17 +62,17 @@ class Buckets:
         self.sizes = [self.resolution]
         if self.enabled:
             self.sizes = bucket_sizes(self.resolution, self.smallest, self.largest, self.steps)
-        self._placed: dict[Size, Placement] = {}  # most pictures of a set share a few sizes
+        self._placed: dict[Size, Placement] = {}  # most images of a set share a few sizes
 
     def place(self, size: Size) -> Placement:
-        """Where a picture of `size` goes."""
+        """Where an image of `size` goes."""
         if size not in self._placed:
             without = self.enabled and self.no_upscale
             self._placed[size] = self._place_without_enlarging(size) if without else self._place(size)
         return self._placed[size]
 
     def aspect_error(self, size: Size) -> float:
-        """How far the bucket's width / height is from the picture's."""
+        """How far the bucket's width / height is from the image's."""
         return abs(_aspect(self.place(size).bucket) - _aspect(size))
 
     def _place(self, size: Size) -> Placement:
@@ -86,7 +86,7 @@ class Buckets:
         # Round one side to the steps, so that only the other is cropped: the side that bends the aspect less.
         by_height = self._cut(cover(size, (self.steps, self._floor(height + 0.5))))
         by_width = self._cut(cover(size, (self._floor(width + 0.5), self.steps)))
-        within = [one for one in (by_height, by_width) if one.bucket[0] * one.bucket[1] <= self.area]
+        within = [placed for placed in (by_height, by_width) if placed.bucket[0] * placed.bucket[1] <= self.area]
         if not within:  # half a pixel was too much, with small steps
             bucket = self._cut((int(width), int(height))).bucket
             return Placement(bucket, cover(size, bucket))

@@ -1,10 +1,10 @@
-"""Latents and text-encoder outputs on disk, beside the pictures, in files that kohya's scripts read and write too.
+"""Latents and text-encoder outputs on disk, beside the images, in files that kohya's scripts read and write too.
 
-`<stem>_<width>x<height>_sd.npz` or `_sdxl.npz` (size of the picture, four digits at least) holds an entry for each
-size of latents that the picture was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
+`<stem>_<width>x<height>_<family>.npz` (size of the image, four digits at least) holds an entry for each
+size of latents that the image was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
 suffix original_size, crop_ltrb and where needed latents_flipped and alpha_mask. Files of older versions have one entry,
 without a suffix. `<stem>_te_outputs.npz` holds text-encoder outputs. Keys of our own tell what an entry was made from
-(vae, interpolation, picture; caption, encoder); an entry without them is taken on trust. `checksum` ties them to the
+(vae, interpolation, picture; caption, encoder); an entry without them is assumed valid. `checksum` ties them to the
 latents beside them: another program that writes an entry anew leaves our keys as they are.
 """
 
@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from lora_adapters.train.data.buckets import Size
 from lora_adapters.train.data.config import VAE_FACTOR
 from lora_adapters.train.data_error import DataError
 
-ModelKind = Literal["sd", "sdxl"]
 _ENCODER = ("encoder.", "quant_conv.")
 TEXT_ENDING = "_te_outputs.npz"
 _OF_ENTRY = (
@@ -40,7 +39,7 @@ LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it ha
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """Unscaled float32 latents (c, height/8, width/8), the same of the mirrored picture, and a mask (height, width)."""
+    """Unscaled float32 latents (c, height/8, width/8), the same of the mirrored image, and a mask (height, width)."""
 
     latents: torch.Tensor
     flipped: torch.Tensor | None = None
@@ -51,7 +50,7 @@ class CachedLatents:
 class LatentsWanted:
     """What an entry of a latents file must hold to be used. Sizes are (width, height).
 
-    `modified` (ns) and `length` (bytes) are those of the picture's file, `interpolation` is resize_interpolation.
+    `modified` (ns) and `length` (bytes) are those of the image's file, `interpolation` is resize_interpolation.
     """
 
     size: Size
@@ -64,22 +63,29 @@ class LatentsWanted:
     interpolation: str = ""
 
 
-def latents_path(stem: str, size: Size, model: ModelKind) -> str:
-    """The file for the latents of the picture at `stem` (its path without suffix)."""
-    return f"{stem}_{size[0]:04d}x{size[1]:04d}_{model}.npz"
+@dataclass(frozen=True)
+class LatentFiles:
+    """How the files that hold a family's latents are named.
 
-
-def existing_latents(stem: str, wanted: LatentsWanted, model: ModelKind, *, check: bool) -> str | None:
-    """The usable file, or None. An SD model also takes the older name `<stem>.npz`.
-
-    Without `check` any file does that has latents of the bucket's size.
+    Args:
+        ending: what follows the size in a file's name, such as "_sd.npz".
+        unsized: the ending of older files, whose names have no size; None for a family without such files.
     """
-    old = [f"{stem}.npz"] if model == "sd" else []
-    for path in [*old, latents_path(stem, wanted.size, model)]:
-        trusted = not check and path not in old
-        if os.path.isfile(path) and (_has_latents(path, wanted.bucket) if trusted else latents_fit(path, wanted)):
-            return path
-    return None
+
+    ending: str
+    unsized: str | None = None
+
+    def path(self, stem: str, size: Size) -> str:
+        """The file for the latents of the image at `stem` (its path without suffix)."""
+        return f"{stem}_{size[0]:04d}x{size[1]:04d}{self.ending}"
+
+    def existing(self, stem: str, wanted: LatentsWanted, *, check: bool) -> str | None:
+        """The usable file, or None. Without `check` any file will do that has latents of the bucket's size."""
+        if self.unsized is not None and latents_fit(f"{stem}{self.unsized}", wanted):
+            return f"{stem}{self.unsized}"
+        path = self.path(stem, wanted.size)
+        usable = latents_fit(path, wanted) if check else _has_latents(path, wanted.bucket)
+        return path if usable else None
 
 
 def _has_latents(path: str, bucket: Size) -> bool:
@@ -101,7 +107,7 @@ def _entry(file: Any, bucket: Size) -> str:
 
 
 def latents_fit(path: str, wanted: LatentsWanted) -> bool:
-    """Whether the file has such an entry: made from this picture as it is now, by this VAE, with all that is wanted."""
+    """Whether the file has such an entry: made from this image as it is now, by this VAE, with all that is wanted."""
     shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
     try:
         with opened(path) as file:
@@ -149,7 +155,7 @@ def read_latents(path: str, bucket: Size) -> CachedLatents:
 def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted, *, keep_all: bool = False) -> None:
     """Write the entry for a bucket into a latents file in one piece. Entries for other buckets stay.
 
-    An entry that does not say which picture it was made from goes where the file is older than the picture, unless
+    An entry that does not say which image it was made from goes where the file is older than the image, unless
     `keep_all`: in a file that is written now, nothing would show any more that it is outdated.
     """
     latents = cached.latents.float().numpy()
@@ -260,7 +266,7 @@ def vae_identity(vae: torch.nn.Module) -> str:
 def text_identity(encoders: Iterable[torch.nn.Module]) -> str:
     """The same of the text encoders: of all their weights, with what was merged into them."""
     return _identity(
-        (f"{i}.{name}", value) for i, one in enumerate(encoders) for name, value in one.state_dict().items()
+        (f"{i}.{name}", value) for i, encoder in enumerate(encoders) for name, value in encoder.state_dict().items()
     )
 
 
@@ -285,7 +291,7 @@ def _origin(caption: str, encoder: str) -> dict[str, str]:
 
 
 def _box_in_bucket(bucket: Size, size: Size) -> tuple[float, float, float, float]:
-    """crop_ltrb as other readers of the format expect it: the whole picture fitted into the bucket, centred.
+    """crop_ltrb as other readers of the format expect it: the whole image fitted into the bucket, centred.
 
     This is not what was cropped, which follows from both sizes and is computed where it is needed.
     """

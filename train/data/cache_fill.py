@@ -1,4 +1,4 @@
-"""Filling the caches: each picture through the VAE once, each caption through the text encoder once."""
+"""Filling the caches: each image through the VAE once, each caption through the text encoder once."""
 
 import logging
 from collections import defaultdict
@@ -13,10 +13,8 @@ from lora_adapters.train.data.buckets import Size
 from lora_adapters.train.data.cache_files import (
     TEXT_ENDING,
     CachedLatents,
+    LatentFiles,
     LatentsWanted,
-    ModelKind,
-    existing_latents,
-    latents_path,
     read_text,
     text_fits,
     vae_identity,
@@ -25,7 +23,7 @@ from lora_adapters.train.data.cache_files import (
 )
 from lora_adapters.train.data.captions import Moment, draw_caption
 from lora_adapters.train.data.config import VAE_FACTOR
-from lora_adapters.train.data.image_set import Picture, PictureSet
+from lora_adapters.train.data.image_set import ImageSet, TrainingImage
 from lora_adapters.train.data.loader import load_pixels
 from lora_adapters.train.data.transforms import centred
 from lora_adapters.train.data_error import DataError
@@ -36,31 +34,31 @@ NAMES_SHOWN = 5
 
 
 def encode_latents(
-    pictures: PictureSet,
+    images: ImageSet,
     vae: Any,
     seed: int,
     to_disk: bool,
     batch_size: int,
     device: torch.device | str,
-    model: ModelKind,
+    files: LatentFiles,
     check: bool,
     rank: int,
     world_size: int,
 ) -> list[CachedLatents | str | DataError]:
-    """The latents of every picture, the path of their file, or why there are none; see TrainingData.cache_latents."""
+    """The latents of every image, the path of their file, or why there are none; see TrainingData.cache_latents."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if factor != VAE_FACTOR:
         raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
     identity = vae_identity(vae)
-    wanted = [_latents_wanted(picture, identity) for picture in pictures.pictures]
+    wanted = [_latents_wanted(image, identity) for image in images.images]
     cached: list[CachedLatents | str | DataError | None] = [None] * len(wanted)
     paths: list[str] = []
     if to_disk:
-        stems = _stems(pictures.pictures)
-        paths = [latents_path(stem, want.size, model) for stem, want in zip(stems, wanted, strict=True)]
+        stems = _stems(images.images)
+        paths = [files.path(stem, want.size) for stem, want in zip(stems, wanted, strict=True)]
         _one_use_each([(path, want.bucket) for path, want in zip(paths, wanted, strict=True)], wanted)
         for number, want in enumerate(wanted):
-            cached[number] = existing_latents(stems[number], want, model, check=check)
+            cached[number] = files.existing(stems[number], want, check=check)
     numbers = [number for number, entry in enumerate(cached) if entry is None]
     if to_disk:
         numbers = _share(numbers, paths, [want.bucket for want in wanted], rank, world_size)
@@ -70,7 +68,7 @@ def encode_latents(
     bar = tqdm(total=sum(map(len, missing.values())), desc="caching latents", disable=rank != 0)
     for numbers in missing.values():
         for chunk in _chunks(numbers, batch_size):
-            made = _encode(vae, [pictures.pictures[number] for number in chunk], seed, device)
+            made = _encode(vae, [images.images[number] for number in chunk], seed, device)
             for number, latents in zip(chunk, made, strict=True):
                 if isinstance(latents, DataError):
                     cached[number] = latents
@@ -87,9 +85,9 @@ def encode_latents(
 def _share(
     numbers: Iterable[int], paths: Sequence[str], buckets: Sequence[Size], rank: int, world_size: int
 ) -> list[int]:
-    """Of the pictures to encode those that this process does: each entry of a file once, a file in one process.
+    """Of the images to encode those that this process does: each entry of a file once, a file in one process.
 
-    Pictures are shared out by their numbers, not by what is missing: another process may have begun to write.
+    Images are shared out by their numbers, not by what is missing: another process may have begun to write.
     """
     owner: dict[str, int] = {}
     for number, path in enumerate(paths):
@@ -99,7 +97,7 @@ def _share(
 
 
 def encode_text(
-    pictures: PictureSet,
+    images: ImageSet,
     encode: Callable[[list[str]], dict[str, torch.Tensor]],
     to_disk: bool,
     batch_size: int,
@@ -108,15 +106,13 @@ def encode_text(
     rank: int,
     world_size: int,
 ) -> list[dict[str, torch.Tensor] | str]:
-    """The text-encoder outputs of every picture's caption, or the path of their file; see TrainingData.cache_text."""
-    captions = [
-        draw_caption(picture.found.caption, picture.subset, python_random(0), Moment()) for picture in pictures.pictures
-    ]
+    """The text-encoder outputs of every image's caption, or the path of their file; see TrainingData.cache_text."""
+    captions = [draw_caption(image.found.caption, image.subset, python_random(0), Moment()) for image in images.images]
     if not to_disk:
         distinct = sorted(set(captions))
         outputs = dict(zip(distinct, _encode_captions(distinct, encode, batch_size, rank), strict=True))
         return [outputs[caption] for caption in captions]
-    paths = [stem + TEXT_ENDING for stem in _stems(pictures.pictures)]
+    paths = [stem + TEXT_ENDING for stem in _stems(images.images)]
     _one_use_each([(path,) for path in paths], captions)
     with torch.no_grad():
         shapes = {name: value.shape[1:] for name, value in encode([""]).items()}
@@ -131,11 +127,11 @@ def encode_text(
     return list(paths)
 
 
-def _latents_wanted(picture: Picture, identity: str) -> LatentsWanted:
-    found, subset = picture.found, picture.subset
+def _latents_wanted(image: TrainingImage, identity: str) -> LatentsWanted:
+    found, subset = image.found, image.subset
     return LatentsWanted(
         size=found.size,
-        bucket=picture.placement.bucket,
+        bucket=image.placement.bucket,
         flip=subset.flip_aug,
         alpha_mask=subset.alpha_mask,
         vae=identity,
@@ -145,12 +141,12 @@ def _latents_wanted(picture: Picture, identity: str) -> LatentsWanted:
     )
 
 
-def _stems(pictures: Sequence[Picture]) -> list[str]:
+def _stems(images: Sequence[TrainingImage]) -> list[str]:
     stems = []
-    for picture in pictures:
-        if picture.found.cache_stem is None:
-            raise DataError(f"{picture.subset.name}: caches on disk need a folder: give cache_dir in its subset")
-        stems.append(picture.found.cache_stem)
+    for image in images:
+        if image.found.cache_stem is None:
+            raise DataError(f"{image.subset.name}: caches on disk need a folder: give cache_dir in its subset")
+        stems.append(image.found.cache_stem)
     return stems
 
 
@@ -160,7 +156,7 @@ def _one_use_each(entries: Sequence[tuple[Any, ...]], uses: Sequence[Any]) -> No
     for entry, use in zip(entries, uses, strict=True):
         if first.setdefault(entry, use) != use:
             raise DataError(
-                f"{entry[0]} would hold two different caches (the same picture in two subsets, or two pictures of one "
+                f"{entry[0]} would hold two different caches (the same image in two subsets, or two images of one "
                 "name and different suffixes): cache in memory instead of on disk, or separate them"
             )
 
@@ -168,57 +164,55 @@ def _one_use_each(entries: Sequence[tuple[Any, ...]], uses: Sequence[Any]) -> No
 def _warn_of_damaged(reasons: list[str]) -> None:
     if reasons:
         names = "; ".join(reasons[:NAMES_SHOWN]) + ("; ..." if len(reasons) > NAMES_SHOWN else "")
-        logger.warning("%d pictures cannot be used, others are used in their place: %s", len(reasons), names)
+        logger.warning("%d images cannot be used, others are used in their place: %s", len(reasons), names)
 
 
 def _encode(
-    vae: Any, pictures: list[Picture], seed: int, device: torch.device | str
+    vae: Any, images: list[TrainingImage], seed: int, device: torch.device | str
 ) -> list[CachedLatents | DataError]:
-    """What becomes of each picture; one that is damaged does not keep the others of its batch from being encoded."""
+    """What becomes of each image; one that is damaged does not keep the others of its batch from being encoded."""
     loaded: list[tuple[torch.Tensor, torch.Tensor | None] | DataError] = []
-    for picture in pictures:
+    for image in images:
         try:
-            loaded.append(load_pixels(picture, centred(picture.placement)))
+            loaded.append(load_pixels(image, centred(image.placement)))
         except DataError as error:
             loaded.append(error)
-    whole = [one for one in loaded if not isinstance(one, DataError)]
-    kept = [picture for picture, one in zip(pictures, loaded, strict=True) if not isinstance(one, DataError)]
+    whole = [part for part in loaded if not isinstance(part, DataError)]
+    kept = [image for image, part in zip(images, loaded, strict=True) if not isinstance(part, DataError)]
     made = iter(_encode_whole(vae, kept, whole, seed, device) if whole else [])
-    return [one if isinstance(one, DataError) else next(made) for one in loaded]
+    return [part if isinstance(part, DataError) else next(made) for part in loaded]
 
 
 def _encode_whole(
     vae: Any,
-    pictures: list[Picture],
+    images: list[TrainingImage],
     loaded: list[tuple[torch.Tensor, torch.Tensor | None]],
     seed: int,
     device: torch.device | str,
 ) -> list[CachedLatents]:
-    pixels = torch.stack([image for image, _ in loaded])
-    plain = _sample_latents(vae, pixels, pictures, seed, device, "plain")
-    flipped: list[torch.Tensor | None] = [None] * len(pictures)
-    if any(picture.subset.flip_aug for picture in pictures):
-        mirrored = _sample_latents(vae, pixels.flip(-1), pictures, seed, device, "flipped")
-        flipped = [
-            latents if picture.subset.flip_aug else None for latents, picture in zip(mirrored, pictures, strict=True)
-        ]
-    masks = [mask if picture.subset.alpha_mask else None for (_, mask), picture in zip(loaded, pictures, strict=True)]
+    pixels = torch.stack([part for part, _ in loaded])
+    plain = _sample_latents(vae, pixels, images, seed, device, "plain")
+    flipped: list[torch.Tensor | None] = [None] * len(images)
+    if any(image.subset.flip_aug for image in images):
+        mirrored = _sample_latents(vae, pixels.flip(-1), images, seed, device, "flipped")
+        flipped = [latents if image.subset.flip_aug else None for latents, image in zip(mirrored, images, strict=True)]
+    masks = [mask if image.subset.alpha_mask else None for (_, mask), image in zip(loaded, images, strict=True)]
     return [CachedLatents(*parts) for parts in zip(plain, flipped, masks, strict=True)]
 
 
 @torch.no_grad()
 def _sample_latents(
-    vae: Any, pixels: torch.Tensor, pictures: list[Picture], seed: int, device: torch.device | str, kind: str
+    vae: Any, pixels: torch.Tensor, images: list[TrainingImage], seed: int, device: torch.device | str, kind: str
 ) -> list[torch.Tensor]:
     """One sample of each posterior, (c, height/8, width/8) float32 on the CPU."""
     posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
     means, spreads = posterior.mean.float().cpu(), posterior.std.float().cpu()
     samples = []
-    for picture, mean, spread in zip(pictures, means, spreads, strict=True):
-        latents = mean + spread * normal_noise(mean.shape, seed, "posterior", kind, picture.found.source.name)
+    for image, mean, spread in zip(images, means, spreads, strict=True):
+        latents = mean + spread * normal_noise(mean.shape, seed, "posterior", kind, image.found.source.name)
         if not torch.isfinite(latents).all():
             raise DataError(
-                f"{picture.found.source.name}: the VAE gives NaN in {vae.dtype}: run it in float32 (--no_half_vae)"
+                f"{image.found.source.name}: the VAE gives NaN in {vae.dtype}: run it in float32 (--no_half_vae)"
             )
         samples.append(latents)
     return samples

@@ -1,4 +1,4 @@
-"""From the caption beside a picture to the text that is trained on this time."""
+"""From the caption beside an image to the text that is trained on this time."""
 
 import math
 import random
@@ -67,14 +67,14 @@ def _expand(caption: str, rng: random.Random) -> str:
 def _arrange(caption: str, subset: SubsetConfig, rng: random.Random, moment: Moment) -> str:
     """The tags, kept ones in place; a caption that no option touches comes back as it is."""
     changes = subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0
-    separator = subset.keep_tokens_separator
-    separated = bool(separator) and separator in caption
+    separator = subset.keep_tokens_separator or ""
+    separated = separator != "" and separator in caption
     if not changes and not separated:
         return caption
     tail: list[str] = []
     if separated:
-        head_text, _, rest = caption.partition(separator or "")
-        flexible_text, _, tail_text = rest.partition(separator or "")
+        head_text, _, rest = caption.partition(separator)
+        flexible_text, _, tail_text = rest.partition(separator)
         head, flexible, tail = (_tags(text, subset) for text in (head_text, flexible_text, tail_text))
     else:
         tags = _tags(caption, subset)

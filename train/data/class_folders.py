@@ -1,4 +1,4 @@
-"""Folders that say how often and as what their pictures are trained: `10_sks dog` or `10` in a parent folder."""
+"""Folders that say how often and as what their images are trained: `10_sks dog` or `10` in a parent folder."""
 
 import logging
 import re

@@ -8,43 +8,25 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_adapters.convert.parsing import json_value, read_text, toml_table
 from lora_adapters.train.data.class_folders import class_folders
-from lora_adapters.train.data.schema import check_table, check_value, option, rules, show
-from lora_adapters.train.data_error import DataError
+from lora_adapters.train.data.schema import check_table, check_value, rules, show
+from lora_adapters.train.data_error import DataError, DataOptionError
+from lora_adapters.train.options.data import (
+    VAE_FACTOR,
+    BucketFields,
+    CaptionFields,
+    DataOptions,
+    ImageFields,
+    read_size,
+)
+from lora_adapters.train.options.option import ANYWHERE, DATASET, SUBSET, option
 from lora_adapters.train.options.values import did_you_mean
 
 logger = logging.getLogger(__name__)
-VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
-FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # where the command line differs
 HUB_ONLY = ("dataset_config_name", "split", "image_column", "caption_column", "cache_dir")
-Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
-
-
-def read_size(value: Any) -> tuple[int, int]:
-    """(width, height) from 512, "512", "512,768" or [512, 768]."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    whole = [part for part in parts if not isinstance(part, (bool, float))]
-    try:
-        numbers = [int(part) for part in whole]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) not in (1, 2) or len(numbers) != len(parts) or min(numbers) < VAE_FACTOR:
-        raise ValueError(f'a size of at least {VAE_FACTOR}: one integer, [width, height] or "width,height"')
-    return numbers[0], numbers[-1]
-
-
-def _suffix(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip(".") or "/" in value or "\\" in value:
-        raise ValueError('a file name ending, such as ".txt"')
-    return value if value.startswith(".") else f".{value}"
-
-
-def _face_crop_not_supported(value: Any) -> None:
-    if value is not None:
-        raise ValueError("left out (cropping around faces is not supported; crop the pictures beforehand)")
 
 
 def _multiplier_one(value: Any) -> float:
@@ -53,53 +35,32 @@ def _multiplier_one(value: Any) -> float:
     return 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubsetConfig:
-    """Pictures from one place and how they and their captions are varied.
+@dataclass(kw_only=True)
+class SubsetConfig(CaptionFields, ImageFields):
+    """Images from one place and how they and their captions are varied.
 
-    One of `image_dir` alone (a folder of pictures with caption files), `metadata_file` (captions in one json or jsonl
+    One of `image_dir` alone (a folder of images with caption files), `metadata_file` (captions in one json or jsonl
     file; paths in it may be relative to `image_dir`) and `dataset_name` (a Hugging Face dataset: hub id, folder of
-    pictures or folder written by save_to_disk) says where the pictures are. Pictures shrink with resize_interpolation
+    images or folder written by save_to_disk) says where the images are. Images shrink with resize_interpolation
     "area" and grow with "lanczos" where none is given. custom_attributes go into the metadata of the saved file.
     """
 
-    image_dir: str | None = option(None, "S")
-    metadata_file: str | None = option(None, "S")
-    dataset_name: str | None = option(None, "S")
-    dataset_config_name: str | None = option(None, "S")
-    split: str = option("train", "S")
-    image_column: str = option("image", "S")
-    caption_column: str | None = option(None, "S")  # None: "text", where the dataset has it
-    cache_dir: str | None = option(None, "S")  # where caches of a Hugging Face dataset go
-    is_reg: bool = option(False, "S")
-    conditioning_data_dir: str | None = option(None, "SC")
-    alpha_mask: bool = option(False, "SC")
-
-    class_tokens: str | None = option(None, "GDS")
-    caption_extension: str = option(".caption", "GDSC", read=_suffix)
-    cache_info: bool = option(False, "GDSC")
-    num_repeats: int = option(1, "GDSC", at_least=0)  # 0 leaves the subset out
-
-    shuffle_caption: bool = option(False, "GDSC")
-    keep_tokens: int = option(0, "GDSC", at_least=0)
-    keep_tokens_separator: str | None = option(None, "GDSC")
-    secondary_separator: str | None = option(None, "GDSC")
-    caption_separator: str = option(",", "GDSC")
-    enable_wildcard: bool = option(False, "GDSC")
-    caption_prefix: str | None = option(None, "GDSC")
-    caption_suffix: str | None = option(None, "GDSC")
-    caption_dropout_rate: float = option(0.0, "GDSC", at_least=0, at_most=1)
-    caption_dropout_every_n_epochs: int = option(0, "GDSC", at_least=0)
-    caption_tag_dropout_rate: float = option(0.0, "GDSC", at_least=0, at_most=1)
-    token_warmup_min: int = option(1, "GDSC", at_least=1)
-    token_warmup_step: float = option(0.0, "GDSC", at_least=0)  # below 1: a share of max_train_steps
-
-    flip_aug: bool = option(False, "GDSC")
-    color_aug: bool = option(False, "GDSC")
-    random_crop: bool = option(False, "GDSC")
-    face_crop_aug_range: None = option(None, "GDSC", read=_face_crop_not_supported)
-    resize_interpolation: Interpolation | None = option(None, "GDSC")  # noqa: RUF009 (immutable)
-    custom_attributes: dict | None = option(None, "GDS")  # noqa: RUF009 (immutable)
+    image_dir: str | None = option(None, "folder of images", scope=SUBSET)
+    metadata_file: str | None = option(None, "json or jsonl file of images and captions", scope=SUBSET)
+    dataset_name: str | None = option(None, "Hugging Face dataset: hub id or folder", scope=SUBSET)
+    dataset_config_name: str | None = option(None, "configuration of that dataset", scope=SUBSET)
+    split: str = option("train", "split of that dataset", scope=SUBSET)
+    image_column: str = option("image", "its column of images", scope=SUBSET)
+    caption_column: str | None = option(None, "its column of captions", unset="text, if there is one", scope=SUBSET)
+    cache_dir: str | None = option(None, "folder for its latents and text-encoder outputs", scope=SUBSET)
+    is_reg: bool = option(False, "the images are regularisation images", scope=SUBSET)
+    class_tokens: str | None = option(None, "caption of images that have none", scope=ANYWHERE)
+    num_repeats: int = option(
+        1, "how often an epoch shows each image; 0 leaves the subset out", scope=ANYWHERE, at_least=0
+    )
+    custom_attributes: dict[str, Any] | None = option(
+        None, "any table, kept in the saved file's metadata", scope=ANYWHERE
+    )
 
     @property
     def name(self) -> str:
@@ -107,20 +68,19 @@ class SubsetConfig:
         return self.dataset_name or self.metadata_file or self.image_dir or ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
+@dataclass(kw_only=True)
+class DatasetConfig(BucketFields):
     """Subsets that share a resolution, buckets and a batch size. Sizes are (width, height) in pixels."""
 
-    resolution: tuple[int, int] = option(None, "GDC", read=read_size)
-    batch_size: int = option(1, "GDC", at_least=1)
-    enable_bucket: bool = option(False, "GDC")
-    min_bucket_reso: int = option(0, "GDC", at_least=VAE_FACTOR)  # not given: 256, or half the resolution if smaller
-    max_bucket_reso: int = option(0, "GDC", at_least=VAE_FACTOR)  # not given: 1024, or the resolution if larger
-    bucket_reso_steps: int = option(64, "GDC", at_least=VAE_FACTOR)
-    bucket_no_upscale: bool = option(False, "GDC")
-    validation_split: float = option(0.0, "GDC", at_least=0, at_most=1)
-    validation_seed: int | None = option(None, "GDC")
-    network_multiplier: float = option(1.0, "GD", read=_multiplier_one)
+    resolution: tuple[int, int] = option(None, "size of the images", scope=DATASET, read=read_size)
+    batch_size: int = option(1, "images a batch, in each process", scope=DATASET, at_least=1)
+    min_bucket_reso: int = option(
+        0, "shortest side; 0: 256, or half the resolution if that is smaller", scope=DATASET, at_least=VAE_FACTOR
+    )
+    max_bucket_reso: int = option(
+        0, "longest side; 0: 1024, or the resolution if that is larger", scope=DATASET, at_least=VAE_FACTOR
+    )
+    network_multiplier: float = option(1.0, "weight of the adapter, 1 only", scope=DATASET, read=_multiplier_one)
     subsets: tuple[SubsetConfig, ...] = ()
 
 
@@ -137,8 +97,8 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
 
     `arguments` maps the training program's option names to values, as vars() of parsed arguments does; None means not
     given and names that do not concern data are left alone. Of use here: `dataset_config`, or `train_data_dir` with
-    `reg_data_dir` or with `in_json`, and every option of SubsetConfig and DatasetConfig that has
-    a C in its rule (two are spelled as in FLAGS). Raises DataError.
+    `reg_data_dir` or with `in_json`, and every option of DataOptions that a table of the file may contain. Raises
+    DataError.
     """
     given = _command_line(arguments)
     file, folder = arguments.get("dataset_config"), arguments.get("train_data_dir")
@@ -148,11 +108,11 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
     if file:
         return _from_file(Path(file), given)
     if not folder:
-        raise DataError("nothing to train on: give --dataset_config or --train_data_dir")
+        raise DataOptionError("nothing to train on: give --dataset_config or --train_data_dir")
     subsets: list[dict[str, Any]]
     if arguments.get("in_json"):
         if arguments.get("reg_data_dir"):
-            raise DataError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
+            raise DataOptionError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
         subsets = [{"image_dir": folder, "metadata_file": arguments["in_json"]}]
     else:
         subsets = class_folders(Path(folder), "--train_data_dir", is_reg=False)
@@ -164,15 +124,13 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
 def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The data options of a command line, checked; those left at None are not in it."""
     spelled = dict(arguments)
-    for name, flag in FLAGS.items():
-        spelled[name] = spelled.get(flag)
     if spelled.get("caption_extention") is not None:  # an old spelling that people's scripts still have
         spelled["caption_extension"] = spelled["caption_extention"]
-    given = {}
-    for kind in (SubsetConfig, DatasetConfig):
-        for name, (hint, rule) in rules(kind).items():
-            if "C" in rule.where and spelled.get(name) is not None:
-                given[name] = check_value(hint, rule, spelled[name], f"--{FLAGS.get(name, name)}")
+    known, given = rules(SubsetConfig) | rules(DatasetConfig), {}
+    for flag, declared in rules(DataOptions).items():
+        if spelled.get(flag) is not None:
+            name = declared.toml_name or flag
+            given[name] = check_value(known[name], spelled[flag], f"--{flag}")
     return given
 
 
@@ -230,12 +188,12 @@ def _tables(table: dict[str, Any], key: str, path: str, source: str) -> list[dic
 
 
 def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, source: str) -> None:
-    """Exactly one source of pictures, and no option that only another kind of source could obey."""
+    """Exactly one source of images, and no option that only another kind of source could obey."""
     if subset.dataset_name and (subset.image_dir or subset.metadata_file):
         other = "image_dir" if subset.image_dir else "metadata_file"
         raise DataError(f"{source}: {path} has both dataset_name and {other}")
     if not (subset.image_dir or subset.metadata_file or subset.dataset_name):
-        raise DataError(f"{source}: {path} names no pictures: give image_dir, metadata_file or dataset_name")
+        raise DataError(f"{source}: {path} names no images: give image_dir, metadata_file or dataset_name")
     if not subset.caption_separator:
         raise DataError(f"{source}: {path}.caption_separator must not be empty")
     if subset.alpha_mask and subset.conditioning_data_dir:

@@ -1,4 +1,4 @@
-"""All pictures and captions of a run, as batches that depend on the seed and the epoch alone.
+"""All images and captions of a run, as batches that depend on the seed and the epoch alone.
 
 Everything random (order, flips, crops, captions) is derived from (seed, epoch, number of the entry): global random
 state, workers, processes and the place where a run was resumed have no part in it.
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lora_adapters.train.data.batches import Batch
-from lora_adapters.train.data.cache_files import ModelKind
+from lora_adapters.train.data.cache_files import LatentFiles
 from lora_adapters.train.data.cache_fill import encode_latents, encode_text
 from lora_adapters.train.data.captions import varying_options
 from lora_adapters.train.data.config import DataConfig, SubsetConfig
 from lora_adapters.train.data.epoch_loader import EpochLoader
-from lora_adapters.train.data.image_set import PictureSet, load_pictures
+from lora_adapters.train.data.image_set import ImageSet, load_images
 from lora_adapters.train.data.loader import BatchReader
 from lora_adapters.train.data.summary import kohya_metadata, summary_text
 from lora_adapters.train.data_error import DataError
@@ -23,11 +23,18 @@ Encode = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
 class TrainingData:
-    """The training pictures of `config`, with `validation` split off where it asks for that.
+    """The training images of `config`, with `validation` split off if it asks for that.
 
-    config: from load_data_config. seed: the run's. prior_loss_weight: the loss weight of regularisation pictures.
-    pictures: given, these are used in place of the config's. Opens every picture's header; raises DataError where there
-    is nothing to train on.
+    Args:
+        config: what `load_data_config` returns.
+        seed: the run's.
+        prior_loss_weight: the loss weight of regularisation images.
+        persistent_workers: whether loading processes stay alive between epochs.
+        pin_memory: whether batches are in page-locked memory.
+        images: used in place of the config's; without them the header of each image of the config is read.
+
+    Raises:
+        DataError: if there is nothing to train on.
     """
 
     validation: "TrainingData | None"
@@ -40,32 +47,32 @@ class TrainingData:
         prior_loss_weight: float = 1.0,
         persistent_workers: bool = False,
         pin_memory: bool = False,
-        pictures: PictureSet | None = None,
+        images: ImageSet | None = None,
     ) -> None:
         held_out = None
-        if pictures is None:
-            pictures, held_out = load_pictures(config, seed)
-        self.config, self.pictures, self.validation = config, pictures, None
-        self._reader = BatchReader(pictures, seed, prior_loss_weight)
+        if images is None:
+            images, held_out = load_images(config, seed)
+        self.config, self.images, self.validation = config, images, None
+        self._reader = BatchReader(images, seed, prior_loss_weight)
         self._loader = EpochLoader(self._reader, persistent_workers, pin_memory)
         if held_out is not None:
             self.validation = TrainingData(
-                config, seed=seed, persistent_workers=persistent_workers, pin_memory=pin_memory, pictures=held_out
+                config, seed=seed, persistent_workers=persistent_workers, pin_memory=pin_memory, images=held_out
             )
 
     @property
-    def num_pictures(self) -> int:
-        """Training pictures with repeats, as an epoch sees them, without regularisation pictures."""
-        return self.pictures.count(regularisation=False)
+    def num_images(self) -> int:
+        """Training images with repeats, as an epoch sees them, without regularisation images."""
+        return self.images.count(regularisation=False)
 
     @property
     def num_regularisation(self) -> int:
-        """Regularisation pictures as an epoch sees them, repeated to match the training pictures."""
-        return self.pictures.count(regularisation=True)
+        """Regularisation images as an epoch sees them, repeated to match the training images."""
+        return self.images.count(regularisation=True)
 
     @property
     def has_masks(self) -> bool:
-        """Whether any picture has a mask (alpha_mask or conditioning_data_dir), so that batches do."""
+        """Whether any image has a mask (alpha_mask or conditioning_data_dir), so that batches do."""
         return any(subset.alpha_mask or subset.conditioning_data_dir for subset in self._subsets())
 
     @property
@@ -88,10 +95,20 @@ class TrainingData:
     ) -> Iterator[Batch]:
         """Process `rank`'s batches of `epoch` (from 0), from number `start` on; earlier ones are not loaded.
 
-        workers: loading processes. w processes with batch b get the batches of one process with batch w*b, each its
-        part; where a bucket's last batch does not divide, loss_weights keep the gradients those of one process (see
-        batches.share). Validation data is the same in every epoch. A picture that cannot be decoded is replaced by
-        another one of its bucket, and noted in `damaged`; DataError if none can be.
+        w processes with batch b get the batches of one process with batch w*b, each its part; if a bucket's last batch
+        does not divide, loss_weights keep the gradients those of one process (see `batches.share`). Validation data is
+        the same in every epoch. An image that cannot be decoded is replaced by another one of its bucket, and noted in
+        `damaged`.
+
+        Args:
+            epoch: from 0.
+            start: the number of the first batch.
+            rank: this process's number.
+            world_size: how many processes train.
+            workers: loading processes of this process; 0 to load in this one.
+
+        Raises:
+            DataError: if no image of a bucket can be decoded.
         """
         if self.needs_max_train_steps and self._reader.max_train_steps is None:
             raise DataError("token_warmup_step below 1 is a share of max_train_steps: call set_schedule first")
@@ -100,23 +117,34 @@ class TrainingData:
     def cache_latents(
         self,
         vae: torch.nn.Module,
+        files: LatentFiles,
         *,
         to_disk: bool = False,
         batch_size: int = 1,
         device: torch.device | str = "cpu",
-        model: ModelKind = "sd",
         check: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Encode every picture once, of the validation data too; batches then carry latents and no images.
+        """Encode every image once, of the validation data too; batches then carry latents and no images.
 
-        The VAE stays where the caller has put it: `device` is where it is. Each posterior is sampled once, from noise
-        that depends on the seed and the picture alone. to_disk: in .npz files beside the pictures (caches.py), kept
-        for later runs; with check=False one that exists is used unseen. Each of several processes then writes its
-        part: let all wait for each other before the first batch. In memory every process encodes everything.
-        Pictures that cannot be decoded are left out, with a warning that counts and names them: see `batches`.
-        Raises DataError with color_aug or random_crop.
+        Each posterior is sampled once, from noise that depends on the seed and the image alone. Images that cannot be
+        decoded are left out, with a warning that counts and names them: see `batches`. On disk, each of several
+        processes writes its part: let all wait for each other before the first batch. In memory every process encodes
+        everything.
+
+        Args:
+            vae: the VAE, on `device` already.
+            files: how the family's files are named.
+            to_disk: whether latents are kept for later runs, in .npz files beside the images (`cache_files`).
+            batch_size: images to encode at once.
+            device: where the VAE is.
+            check: whether existing files are checked; otherwise they are used as they are.
+            rank: this process's number.
+            world_size: how many processes train.
+
+        Raises:
+            DataError: with color_aug or random_crop.
         """
         for subset in self._subsets():
             for name in ("color_aug", "random_crop"):
@@ -124,7 +152,7 @@ class TrainingData:
                     raise DataError(f"cached latents exclude {name} (of {subset.name}): leave one of them out")
         for data in self._with_validation():
             data._reader.latents = encode_latents(
-                data.pictures, vae, self._reader.seed, to_disk, batch_size, device, model, check, rank, world_size
+                data.images, vae, self._reader.seed, to_disk, batch_size, device, files, check, rank, world_size
             )
             data._loader.restart()
 
@@ -141,19 +169,23 @@ class TrainingData:
     ) -> None:
         """Encode every caption once, of the validation data too; batches then carry `text`.
 
-        encode: captions to tensors of shape (captions, ...), the same names and shapes each time: hidden_state1,
-        hidden_state2 and pool2 for SDXL (so that kohya's scripts read the files), hidden_state for others. encoder: a
-        word on how they were made (model, clip_skip, length); a file that bears another is made anew. Processes and
-        check as in cache_latents. Raises DataError with options that vary captions.
+        Args:
+            encode: captions to tensors of shape (captions, ...), the same names and shapes each time: those of the
+                family's `to_cache`, so that kohya's scripts read the files.
+            to_disk: whether the outputs are kept for later runs, in .npz files beside the images.
+            batch_size: captions to encode at once.
+            encoder: how the outputs are made (model, clip_skip, length); files with another value are made anew.
+            check, rank, world_size: as in `cache_latents`.
+
+        Raises:
+            DataError: with options that vary captions.
         """
         for subset in self._subsets():
             varying = varying_options(subset)
             if varying:
                 raise DataError(f"cached text-encoder outputs exclude {varying[0]} (of {subset.name})")
         for data in self._with_validation():
-            data._reader.text = encode_text(
-                data.pictures, encode, to_disk, batch_size, encoder, check, rank, world_size
-            )
+            data._reader.text = encode_text(data.images, encode, to_disk, batch_size, encoder, check, rank, world_size)
             data._loader.restart()
 
     @property
@@ -168,14 +200,14 @@ class TrainingData:
 
     def summary(self) -> str:
         """Counts per subset, buckets and repeats, as lines of text."""
-        return summary_text(self.pictures, self.validation.pictures if self.validation else None)
+        return summary_text(self.images, self.validation.images if self.validation else None)
 
     def metadata(self, world_size: int = 1) -> dict[str, str]:
         """The ss_* metadata entries of a saved adapter that concern data, in kohya's form."""
-        return kohya_metadata(self.pictures, self.config, world_size)
+        return kohya_metadata(self.images, self.config, world_size)
 
     def _subsets(self) -> list[SubsetConfig]:
-        return [loaded.config for loaded in self.pictures.subsets]
+        return [loaded.config for loaded in self.images.subsets]
 
     def _with_validation(self) -> list["TrainingData"]:
         return [self, self.validation] if self.validation else [self]

@@ -1,27 +1,27 @@
-"""Grey pictures with more than 8 bits a pixel, as 8 bits."""
+"""Grey images with more than 8 bits a pixel, as 8 bits."""
 
 import numpy as np
 from PIL import Image
 
-_OVERSHOOT = 0.5  # how far beyond black and white resampling may have brought a floating-point picture
+_OVERSHOOT = 0.5  # how far beyond black and white resampling may have brought a floating-point image
 
 
-def is_deep(picture: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether it is 16-bit, 32-bit or floating-point grey: Pillow's own conversion would cut its values off."""
-    return picture.mode == "F" or picture.mode.startswith("I")
+    return image.mode == "F" or image.mode.startswith("I")
 
 
-def eight_bit_grey(picture: Image.Image) -> Image.Image:
-    """The picture in mode L.
+def eight_bit_grey(image: Image.Image) -> Image.Image:
+    """The image in mode L.
 
     Integers are 16-bit: 65535 is white. In floating point 1 is white, as other programs write it, and what is slightly
     beyond black and white is cut off. ValueError, with the reason, for values of another scale, whose white is unknown.
     """
-    values = np.asarray(picture).astype(np.float64)
+    values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds NaN or infinite values")
     low, high = values.min(), values.max()
-    if picture.mode == "F":
+    if image.mode == "F":
         if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
             raise ValueError(
                 f"its floating-point values are {low:g} to {high:g}, not 0 (black) to 1 (white); "

@@ -77,7 +77,7 @@ class EpochLoader:
         for name, reason in damaged.items():
             if name not in self.damaged:
                 self.damaged[name] = reason
-                logger.warning("another picture is used in place of %s", reason)
+                logger.warning("another image is used in place of %s", reason)
 
 
 class _Orders(Sampler):
@@ -93,7 +93,7 @@ class _Orders(Sampler):
         return len(self.orders)
 
 
-def _itself(batch: Batch | DataError) -> Batch | DataError:
+def _itself(batch: Any) -> Any:
     return batch
 
 

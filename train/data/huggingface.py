@@ -1,4 +1,4 @@
-"""Pictures and captions from a Hugging Face dataset: a hub id, a local folder of pictures, or a saved dataset."""
+"""Images and captions from a Hugging Face dataset: a hub id, a local folder of images, or a saved dataset."""
 
 import hashlib
 from pathlib import Path
@@ -8,9 +8,9 @@ import datasets
 
 from lora_adapters.convert.parsing import one_line_end
 from lora_adapters.convert.portable import file_name
+from lora_adapters.train.data.candidates import Candidate
 from lora_adapters.train.data.config import SubsetConfig
 from lora_adapters.train.data.image_files import RowSource
-from lora_adapters.train.data.sources import Candidate
 from lora_adapters.train.data_error import DataError
 
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
@@ -36,10 +36,10 @@ def hub_candidates(subset: SubsetConfig) -> list[Candidate]:
     # A changed dataset has another fingerprint, so that its caches do not meet those of the old rows.
     split = file_name(subset.split)  # such as train[:10%]
     stem = Path(subset.cache_dir) / f"{split}-{data._fingerprint[:8]}" if subset.cache_dir else None
-    pictures = data.select_columns([subset.image_column]).cast_column(subset.image_column, datasets.Image(decode=False))
+    images = data.select_columns([subset.image_column]).cast_column(subset.image_column, datasets.Image(decode=False))
     return [
         Candidate(
-            RowSource(pictures, subset.image_column, row, f"{name} row {row}"),
+            RowSource(images, subset.image_column, row, f"{name} row {row}"),
             caption,
             f"{stem}-{row:08d}" if stem else None,
         )
@@ -67,7 +67,7 @@ def _own_cache(folder: Path) -> str:
     """A cache of the library's for this folder as it is now.
 
     The library's own goes by the folder's last name where the folder lists configurations: another folder of that name,
-    or the same with other pictures, would give the old rows.
+    or the same with other images, would give the old rows.
     """
     listing = hashlib.sha256(str(folder.resolve()).encode())
     for file in sorted(folder.rglob("*")):

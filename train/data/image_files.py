@@ -1,8 +1,9 @@
-"""Where a picture's bytes come from, its size without decoding it, and whether it is whole."""
+"""Where an image's bytes come from, its size without decoding it, and whether it is whole."""
 
 import io
 import os
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,9 +11,9 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
+from lora_adapters.train.data.image_suffixes import TRAINED
 from lora_adapters.train.data_error import DataError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"})
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
 TAIL = 64
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")  # chunks that some writers put EXIF or XMP into
@@ -20,7 +21,7 @@ PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")  # chunks that some writers put EXIF or X
 
 @dataclass(frozen=True)
 class FileSource:
-    """A picture in a file."""
+    """An image in a file."""
 
     path: str
 
@@ -42,7 +43,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class RowSource:
-    """A picture in a row of a Hugging Face dataset whose image column is not decoded."""
+    """An image in a row of a Hugging Face dataset whose image column is not decoded."""
 
     dataset: Any
     column: str
@@ -52,7 +53,7 @@ class RowSource:
     def stream(self) -> BinaryIO:
         value = self.dataset[self.row][self.column]
         if value is None:
-            raise OSError("the row has no picture")
+            raise OSError("the row has no image")
         return io.BytesIO(value["bytes"]) if value["bytes"] is not None else open(value["path"], "rb")
 
     def modified(self) -> int:
@@ -67,13 +68,13 @@ class RowSource:
 Source = FileSource | RowSource
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """The picture files that lie in `folder` itself, sorted by name; a suffix counts in either case."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+def find_images(folder: Path) -> list[Path]:
+    """The image files that lie in `folder` itself, sorted by name; a suffix counts in either case."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in TRAINED and path.is_file())
 
 
 def size_if_whole(source: Source) -> tuple[int, int] | str:
-    """(width, height) as shown, with EXIF rotation; or why the picture cannot be read, in a few words.
+    """(width, height) as shown, with EXIF rotation; or why the image cannot be read, in a few words.
 
     Only the header is decoded, unless the file does not end as its format must or has more than 8 bits a pixel.
     """
@@ -82,34 +83,43 @@ def size_if_whole(source: Source) -> tuple[int, int] | str:
             if not stream.read(1):
                 return "empty file"
             stream.seek(0)
-            with Image.open(stream) as picture:
-                width, height = picture.size
-                if picture.format == "PNG":
+            with Image.open(stream) as image:
+                width, height = image.size
+                if image.format == "PNG":
                     whole, exif = _walk_png(stream)
                 else:
-                    whole, exif = _ends_properly(stream, picture.format), True
+                    whole, exif = _ends_properly(stream, image.format), True
                 if not whole:
                     stream.seek(0)
                     Image.open(stream).load()
-                if is_deep(picture):  # rare enough to be decoded now: not every scale of values can be used
+                if is_deep(image):  # rare enough to be decoded now: not every scale of values can be used
                     stream.seek(0)
                     eight_bit_grey(Image.open(stream))
                 # Pillow decodes a whole PNG in search of EXIF data, which few have.
-                sideways = exif and picture.getexif().get(ORIENTATION) in SIDEWAYS
+                sideways = exif and image.getexif().get(ORIENTATION) in SIDEWAYS
     except UnidentifiedImageError:
-        return "not a picture"
-    except Exception as error:  # a damaged picture makes Pillow's readers raise almost anything
+        return "not an image"
+    except Exception as error:  # a damaged image makes Pillow's readers raise almost anything
         return str(error) or type(error).__name__
     return (height, width) if sideways else (width, height)
 
 
-def open_picture(source: Source) -> Image.Image:
-    """The whole picture, decoded and turned upright. DataError names it where that fails."""
+def open_image(source: Source) -> Image.Image:
+    """The whole image, decoded and turned upright. DataError names it where that fails."""
     try:
-        with source.stream() as stream, Image.open(stream) as picture:
-            return ImageOps.exif_transpose(picture)
+        with source.stream() as stream:
+            return read_upright(stream)
     except Exception as error:
-        raise DataError(f"{source.name}: cannot be read as a picture ({error}); remove or repair it") from None
+        raise DataError(f"{source.name}: cannot be read as an image ({error}); remove or repair it") from None
+
+
+def read_upright(file: BinaryIO | Path) -> Image.Image:
+    """The (first) image in a file, decoded and turned upright; Pillow's errors are of many kinds."""
+    with warnings.catch_warnings():
+        # Up to twice Pillow's limit is an ordinary large photograph; beyond it Pillow raises an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image)
 
 
 def _ends_properly(stream: BinaryIO, kind: str | None) -> bool:

@@ -1,6 +1,6 @@
 """Loading batches: from entry numbers to tensors.
 
-A picture that turns out to be damaged when its turn comes is replaced by another one of its bucket, drawn from the
+An image that turns out to be damaged when its turn comes is replaced by another one of its bucket, drawn from the
 seed, the epoch and the entry alone: nothing depends on workers, processes or where a run was resumed.
 """
 
@@ -18,14 +18,14 @@ from lora_adapters.train.data.batches import Batch, Share, batch_count, plan_epo
 from lora_adapters.train.data.cache_files import CachedLatents, read_latents, read_text
 from lora_adapters.train.data.captions import Moment, draw_caption
 from lora_adapters.train.data.config import VAE_FACTOR
-from lora_adapters.train.data.image_files import FileSource, open_picture
-from lora_adapters.train.data.image_set import Picture, PictureSet
+from lora_adapters.train.data.image_files import FileSource, open_image
+from lora_adapters.train.data.image_set import ImageSet, TrainingImage
 from lora_adapters.train.data.transforms import (
     Variation,
     crop_as_seen,
+    image_tensor,
     latent_mask,
     mask_tensor,
-    picture_tensor,
     to_rgb,
     vary,
 )
@@ -61,22 +61,22 @@ class Sample:
 
 
 class BatchReader(Dataset):
-    """Makes batches from orders. Caches, once filled, are by picture: tensors, or the path of a file."""
+    """Makes batches from orders. Caches, once filled, are by image: tensors, or the path of a file."""
 
-    def __init__(self, pictures: PictureSet, seed: int, prior_loss_weight: float) -> None:
-        self.pictures, self.seed, self.prior_loss_weight = pictures, seed, prior_loss_weight
+    def __init__(self, images: ImageSet, seed: int, prior_loss_weight: float) -> None:
+        self.images, self.seed, self.prior_loss_weight = images, seed, prior_loss_weight
         self.max_train_steps: int | None = None
         self.accumulation = 1
         self.latents: list[CachedLatents | str | DataError] | None = None
         self.text: list[dict[str, torch.Tensor] | str] | None = None
 
     def batch_count(self, world_size: int) -> int:
-        return batch_count(self.pictures.groups, world_size)
+        return batch_count(self.images.groups, world_size)
 
     def orders(self, epoch: int, start: int, rank: int, world_size: int) -> list[Order]:
         """Process `rank`'s orders of an epoch from batch `start` on; data that is not shuffled has one epoch only."""
-        plan = plan_epoch(self.pictures.groups, self.seed, epoch, world_size, shuffle=self.pictures.shuffle)
-        epoch = epoch if self.pictures.shuffle else 0
+        plan = plan_epoch(self.images.groups, self.seed, epoch, world_size, shuffle=self.images.shuffle)
+        epoch = epoch if self.images.shuffle else 0
         first_step = epoch * math.ceil(len(plan) / self.accumulation)
         return [
             Order(epoch, first_step + number // self.accumulation, share(plan[number], rank, world_size))
@@ -112,9 +112,9 @@ class BatchReader(Dataset):
         )
 
     def _sample(self, entry: int, order: Order, damaged: dict[str, str]) -> Sample:
-        """The entry's picture or, where it is damaged, another of its bucket; a blank with weight 0 if there is none.
+        """The entry's image or, where it is damaged, another of its bucket; a blank with weight 0 if there is none.
 
-        Which ones were damaged is added to `damaged`, the reason by name. DataError if no picture can be read at all.
+        Which ones were damaged is added to `damaged`, the reason by name. DataError if no image can be read at all.
         """
         tried: set[int] = set()
         for number in self._choices(entry, order.epoch):
@@ -122,67 +122,67 @@ class BatchReader(Dataset):
                 try:
                     return self._load(entry, number, order)
                 except DataError as error:
-                    damaged[self.pictures.pictures[number].found.source.name] = str(error)
+                    damaged[self.images.images[number].found.source.name] = str(error)
             tried.add(number)
-        for number in range(len(self.pictures.pictures)):
+        for number in range(len(self.images.images)):
             try:
                 if number not in tried:
-                    return _blank(self._load(entry, number, order), self.pictures.pictures[min(tried)])
+                    return _blank(self._load(entry, number, order), self.images.images[min(tried)])
             except DataError:
                 continue
-        raise DataError(
-            f"none of the {len(self.pictures.pictures)} pictures can be read; {next(iter(damaged.values()))}"
-        )
+        raise DataError(f"none of the {len(self.images.images)} images can be read; {next(iter(damaged.values()))}")
 
     def _choices(self, entry: int, epoch: int) -> Iterator[int]:
-        """The entry's picture and, in random order, the others of its bucket: those of its kind first."""
-        yield self.pictures.entries[entry]
-        others = list(dict.fromkeys(self.pictures.entries[other] for other in self._members[entry]))
+        """The entry's image and, in random order, the others of its bucket: those of its kind first."""
+        yield self.images.entries[entry]
+        others = list(dict.fromkeys(self.images.entries[other] for other in self._members[entry]))
         python_random(self.seed, "in place of", epoch, entry).shuffle(others)
-        regularisation = self.pictures.pictures[self.pictures.entries[entry]].subset.is_reg
-        yield from sorted(others, key=lambda other: self.pictures.pictures[other].subset.is_reg != regularisation)
+        regularisation = self.images.images[self.images.entries[entry]].subset.is_reg
+        yield from sorted(others, key=lambda other: self.images.images[other].subset.is_reg != regularisation)
 
     @cached_property
     def _members(self) -> dict[int, Sequence[int]]:
         """The entries of each entry's group."""
-        return {entry: group.entries for group in self.pictures.groups for entry in group.entries}
+        return {entry: group.entries for group in self.images.groups for entry in group.entries}
 
     def _load(self, entry: int, number: int, order: Order) -> Sample:
-        """Picture `number` in the turn of `entry`."""
-        picture = self.pictures.pictures[number]
-        variation = vary(picture.placement, picture.subset, python_random(self.seed, "picture", order.epoch, entry))
-        image = latents = None
+        """Image `number` in the turn of `entry`."""
+        image = self.images.images[number]
+        variation = vary(image.placement, image.subset, python_random(self.seed, "picture", order.epoch, entry))
+        pixels = latents = None
         if self.latents is None:
-            image, mask = load_pixels(picture, variation)
+            pixels, mask = load_pixels(image, variation)
         else:
-            latents, mask = self._cached(number, picture, variation)
+            latents, mask = self._cached(number, image, variation)
         moment = Moment(order.epoch, order.step, self.max_train_steps or 0)
         rng = python_random(self.seed, "caption", order.epoch, entry)
         return Sample(
-            image,
+            pixels,
             latents,
             latent_mask(mask) if mask is not None else None,
-            crop_as_seen(picture.placement, variation),
-            picture.found.size[::-1],
-            picture.placement.bucket[::-1],
-            draw_caption(picture.found.caption, picture.subset, rng, moment),
+            crop_as_seen(image.placement, variation),
+            image.found.size[::-1],
+            image.placement.bucket[::-1],
+            draw_caption(image.found.caption, image.subset, rng, moment),
             self._text(number),
-            self.prior_loss_weight if picture.subset.is_reg else 1.0,
+            self.prior_loss_weight if image.subset.is_reg else 1.0,
         )
 
-    def _cached(self, number: int, picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _cached(
+        self, number: int, image: TrainingImage, variation: Variation
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(latents, mask (height, width) or None); a mask of its own file is not part of the cache."""
         assert self.latents is not None
         entry = self.latents[number]
         if isinstance(entry, DataError):
             raise entry
-        cached = read_latents(entry, picture.placement.bucket) if isinstance(entry, str) else entry
+        cached = read_latents(entry, image.placement.bucket) if isinstance(entry, str) else entry
         latents = cached.flipped if variation.flip else cached.latents
-        width, height = picture.placement.bucket
+        width, height = image.placement.bucket
         if latents is None or latents.shape[-2:] != (height // VAE_FACTOR, width // VAE_FACTOR):
             raise DataError(f"{entry}: not the latents of a {width}x{height} bucket; delete it, or check the caches")
-        mask = load_mask(picture, variation)
-        if picture.subset.alpha_mask:
+        mask = load_mask(image, variation)
+        if image.subset.alpha_mask:
             mask = cached.mask if cached.mask is not None else torch.ones(height, width)
             mask = mask.flip(-1) if variation.flip else mask
         return latents, mask
@@ -194,35 +194,35 @@ class BatchReader(Dataset):
         return read_text(entry) if isinstance(entry, str) else entry
 
 
-def load_pixels(picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """((3, height, width) in [-1, 1], mask (height, width) or None) of one use of a picture. DataError if damaged."""
+def load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """((3, height, width) in [-1, 1], mask (height, width) or None) of one use of an image. DataError if damaged."""
     try:
-        return _load_pixels(picture, variation)
+        return _load_pixels(image, variation)
     except DataError:
         raise
-    except Exception as error:  # converting a damaged or rare kind of picture may raise almost anything
-        raise DataError(f"{picture.found.source.name}: cannot be used ({first_line(error)})") from None
+    except Exception as error:  # converting a damaged or rare kind of image may raise almost anything
+        raise DataError(f"{image.found.source.name}: cannot be used ({first_line(error)})") from None
 
 
-def _load_pixels(picture: Picture, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
-    subset, placement, source = picture.subset, picture.placement, picture.found.source
-    opened = open_picture(source)
-    if opened.size != picture.found.size:
-        raise DataError(f"{source.name}: is {opened.size} and was {picture.found.size}; was it changed while training?")
+def _load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
+    subset, placement, source = image.subset, image.placement, image.found.source
+    opened = open_image(source)
+    if opened.size != image.found.size:
+        raise DataError(f"{source.name}: is {opened.size} and was {image.found.size}; was it changed while training?")
     rgb, alpha = to_rgb(opened, source.name, blend=not subset.alpha_mask)
-    mask = load_mask(picture, variation)
+    mask = load_mask(image, variation)
     if subset.alpha_mask:
         mask = mask_tensor(alpha or Image.new("L", rgb.size, 255), placement, variation)
-    return picture_tensor(rgb, placement, variation, subset.resize_interpolation), mask
+    return image_tensor(rgb, placement, variation, subset.resize_interpolation), mask
 
 
-def load_mask(picture: Picture, variation: Variation) -> torch.Tensor | None:
-    """(height, width) in [0, 1] from the picture's mask file, None where it has none."""
-    if picture.found.mask is None:
+def load_mask(image: TrainingImage, variation: Variation) -> torch.Tensor | None:
+    """(height, width) in [0, 1] from the image's mask file, None where it has none."""
+    if image.found.mask is None:
         return None
-    mask = open_picture(FileSource(picture.found.mask))
-    grey = to_rgb(mask, picture.found.mask, blend=False)[0].convert("L")
-    return mask_tensor(grey, picture.placement, variation)
+    mask = open_image(FileSource(image.found.mask))
+    grey = to_rgb(mask, image.found.mask, blend=False)[0].convert("L")
+    return mask_tensor(grey, image.placement, variation)
 
 
 def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -235,14 +235,14 @@ def _stack_text(outputs: list[dict[str, torch.Tensor] | None]) -> dict[str, torc
     return {name: torch.stack([output[name] for output in present]) for name in present[0]} if present else None
 
 
-def _blank(like: Sample, picture: Picture) -> Sample:
-    """A black picture in the bucket of `picture` that has no part in the loss; `like` gives what else a batch needs."""
-    height, width = size = picture.placement.bucket[::-1]
-    image = torch.zeros(3, height, width) if like.image is not None else None
+def _blank(like: Sample, image: TrainingImage) -> Sample:
+    """A black image in the bucket of `image` that has no part in the loss; `like` gives what else a batch needs."""
+    height, width = size = image.placement.bucket[::-1]
+    pixels = torch.zeros(3, height, width) if like.image is not None else None
     latents = None
     if like.latents is not None:
         latents = torch.zeros(len(like.latents), height // VAE_FACTOR, width // VAE_FACTOR)
-    return Sample(image, latents, None, (0, 0), size, size, like.caption, like.text, 0.0)
+    return Sample(pixels, latents, None, (0, 0), size, size, like.caption, like.text, 0.0)
 
 
 def _stack_masks(samples: list[Sample]) -> torch.Tensor | None:

@@ -1,20 +1,21 @@
-"""Captions of many pictures in one file: json {path: {caption, tags}} or jsonl with image_path in each line."""
+"""Captions of many images in one file: json {path: {caption, tags}} or jsonl with image_path in each line."""
 
 import glob
 from pathlib import Path
 from typing import Any
 
 from lora_adapters.convert.parsing import json_value, one_line_end, read_text
+from lora_adapters.train.data.candidates import Candidate, existing_folder
 from lora_adapters.train.data.config import SubsetConfig
-from lora_adapters.train.data.image_files import SUFFIXES, FileSource
-from lora_adapters.train.data.sources import Candidate, existing_folder
+from lora_adapters.train.data.image_files import FileSource
+from lora_adapters.train.data.image_suffixes import TRAINED
 from lora_adapters.train.data_error import DataError
 
 
 def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
-    """The pictures that `metadata_file` lists, in its order. Picture sizes written there are not needed.
+    """The images that `metadata_file` lists, in its order. Image sizes written there are not needed.
 
-    A path is absolute, relative to image_dir, or (without a suffix) the name of a picture in image_dir; where there is
+    A path is absolute, relative to image_dir, or (without a suffix) the name of an image in image_dir; where there is
     none, or no image_dir, it is relative to the working folder. Raises DataError where the file cannot be read.
     """
     file = Path(subset.metadata_file or "")
@@ -23,7 +24,7 @@ def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
 
 
 def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(path, entry) of every picture of a json or jsonl metadata file."""
+    """(path, entry) of every image of a json or jsonl metadata file."""
     try:
         text = read_text(file)
     except OSError as error:
@@ -43,7 +44,7 @@ def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
         raise DataError(f"metadata_file {file} must end in .json or .jsonl")
     table = _parse(text, str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        raise DataError(f"metadata_file {file} must hold a table from picture paths to tables")
+        raise DataError(f"metadata_file {file} must hold a table from image paths to tables")
     return list(table.items())
 
 
@@ -77,7 +78,7 @@ def _find(folder: Path, key: str) -> Path:
     if path.is_file():
         return path
     beside = (Path(name) for name in sorted(glob.glob(glob.escape(str(path)) + ".*")))
-    found = next((other for other in beside if other.suffix.lower() in SUFFIXES and other.stem == path.name), None)
+    found = next((other for other in beside if other.suffix.lower() in TRAINED and other.stem == path.name), None)
     if found is None and Path(key).is_file():
         return Path(key)  # as kohya's tools write it where they are told of a folder by a relative path
     return found or path

@@ -1,54 +1,23 @@
 """Tables of a toml or json file, or of a command line, checked against the fields of a dataclass.
 
-A field made with `option(...)` carries its limits and the tables that it may stand in; its annotation says the rest.
+A field made with `option(...)` has its limits and the tables that may contain it; its annotation says the rest.
 """
 
-import dataclasses
 import json
 import math
-import types
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.options.option import TABLES, Option, options_of
 from lora_adapters.train.options.values import did_you_mean
 
-PLACES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]", "C": "the command line"}
 TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a table"}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a value must be beyond its type, and where its option may stand (letters of PLACES)."""
-
-    where: str
-    at_least: float | None = None
-    at_most: float | None = None
-    read: Callable[[Any], Any] | None = None  # raises ValueError with "what it must be"
-
-
-def option(
-    default: Any,
-    where: str,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    read: Callable[[Any], Any] | None = None,
-) -> Any:
-    """A dataclass field with a Rule."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(where, at_least, at_most, read)})
-
-
-def rules(kind: type) -> dict[str, tuple[Any, Rule]]:
-    """Name -> (type, Rule) of every field of `kind` that was made with `option`."""
-    hints = typing.get_type_hints(kind)
-    return {
-        field.name: (hints[field.name], field.metadata["rule"])
-        for field in dataclasses.fields(kind)
-        if "rule" in field.metadata
-    }
+def rules(kind: type) -> dict[str, Option]:
+    """Name -> Option of every field of `kind` that a table may contain."""
+    return {name: option for name, option in options_of(kind).items() if option.scope}
 
 
 def check_table(
@@ -59,7 +28,7 @@ def check_table(
     Args:
         kinds: the dataclasses whose options may stand in this table.
         table: what the file has there.
-        place: where that is, one letter of PLACES.
+        place: where that is, one letter of TABLES.
         path: the table's name for messages.
         source: the file's name for messages.
         unknown: keys that are no options are left out and added to this list, each with the nearest name.
@@ -76,37 +45,35 @@ def check_table(
         if key not in known:
             unknown.append(f"{path}.{key}{did_you_mean(key, known)}")
             continue
-        hint, rule = known[key]
-        if place not in rule.where:
-            allowed = " or ".join(PLACES[letter] for letter in rule.where if letter != "C")
-            raise DataError(f"{where} cannot stand in {PLACES[place]}; it belongs in {allowed}")
-        values[key] = check_value(hint, rule, value, where)
+        option = known[key]
+        if place not in option.scope:
+            allowed = " or ".join(TABLES[letter] for letter in option.scope)
+            raise DataError(f"{where} cannot stand in {TABLES[place]}; it belongs in {allowed}")
+        values[key] = check_value(option, value, where)
     return values
 
 
-def check_value(hint: Any, rule: Rule, value: Any, where: str) -> Any:
-    """`value` as the type `hint` within `rule`; DataError says what `where` must be."""
-    if rule.read is not None:
+def check_value(option: Option, value: Any, where: str) -> Any:
+    """`value` as the option's type, within its limits; DataError says what `where` must be."""
+    if option.read is not None:
         try:
-            return rule.read(value)
+            return option.read(value)
         except ValueError as error:
             raise DataError(f"{where} must be {error}, not {show(value)}") from None
-    kind, choices = _plain_type(hint)
-    if choices:
-        if value not in choices:
-            raise DataError(f"{where} must be one of {', '.join(choices)}, not {show(value)}")
+    if option.choices:
+        if value not in option.choices:
+            raise DataError(f"{where} must be one of {', '.join(option.choices)}, not {show(value)}")
         return value
+    kind = option.kind
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     within = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if within and kind in (int, float):
-        within = (
-            math.isfinite(value)
-            and (rule.at_least is None or value >= rule.at_least)
-            and (rule.at_most is None or value <= rule.at_most)
-        )
+        within = math.isfinite(value) and option.allows(value)
     if not within:
-        raise DataError(f"{where} must be {TYPE_NAMES[kind]}{_limits(rule)}, not {show(value)}")
+        of = " of" if option.limits.startswith("at") else ""
+        limits = f"{of} {option.limits}" if option.limits else ""
+        raise DataError(f"{where} must be {TYPE_NAMES[kind]}{limits}, not {show(value)}")
     return value
 
 
@@ -114,20 +81,3 @@ def show(value: Any) -> str:
     """A value as the file spells it, cut to one short line."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _plain_type(hint: Any) -> tuple[type, tuple[str, ...]]:
-    """(type, choices) of an annotation such as int, str | None, Literal["a", "b"] | None."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is typing.Literal:
-        return str, typing.get_args(hint)
-    return typing.get_origin(hint) or hint, ()
-
-
-def _limits(rule: Rule) -> str:
-    if rule.at_least is not None and rule.at_most is not None:
-        return f" from {rule.at_least:g} to {rule.at_most:g}"
-    if rule.at_least is not None:
-        return f" of at least {rule.at_least:g}"
-    return f" of at most {rule.at_most:g}" if rule.at_most is not None else ""

@@ -1,4 +1,4 @@
-"""The pictures of a subset with their captions, from a folder, a metadata file or a Hugging Face dataset."""
+"""The images of a subset with their captions, from a folder, a metadata file or a Hugging Face dataset."""
 
 import json
 import logging
@@ -13,8 +13,9 @@ from tqdm import tqdm
 from lora_adapters.convert.parsing import json_value, read_text
 from lora_adapters.convert.storage.atomic import replacing
 from lora_adapters.train.data.buckets import Size
+from lora_adapters.train.data.candidates import Candidate, existing_folder
 from lora_adapters.train.data.config import SubsetConfig
-from lora_adapters.train.data.image_files import FileSource, Source, find_pictures, size_if_whole
+from lora_adapters.train.data.image_files import FileSource, Source, find_images, size_if_whole
 from lora_adapters.train.data_error import DataError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".tags")
 
 @dataclass(frozen=True)
 class Found:
-    """One readable picture: size as (width, height), caption as written, and where its caches and mask lie."""
+    """One readable image: size as (width, height), caption as written, and where its caches and mask lie."""
 
     source: Source
     size: Size
@@ -35,33 +36,23 @@ class Found:
 
 
 @dataclass
-class SubsetPictures:
+class SubsetImages:
     """What a subset holds, and what was left out of it."""
 
-    pictures: list[Found]
+    images: list[Found]
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
-    uncaptioned: list[str | None] = field(default_factory=list)  # cache stems of pictures without a caption
+    uncaptioned: list[str | None] = field(default_factory=list)  # cache stems of images without a caption
 
     @property
     def without_caption(self) -> int:
-        """How many pictures have no caption."""
+        """How many images have no caption."""
         return len(self.uncaptioned)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A picture that has not been opened yet; caption None where there is none."""
+def load_subset(subset: SubsetConfig) -> SubsetImages:
+    """Find, measure and caption the images of `subset`.
 
-    source: Source
-    caption: str | None
-    cache_stem: str | None
-    size: Size | None = None  # from an info cache
-
-
-def load_subset(subset: SubsetConfig) -> SubsetPictures:
-    """Find, measure and caption the pictures of `subset`.
-
-    Unreadable pictures are left out with a warning that counts and names them. Raises DataError where nothing is left,
+    Unreadable images are left out with a warning that counts and names them. Raises DataError where nothing is left,
     a folder is missing, a caption is not text or a mask is missing.
     """
     if subset.dataset_name:
@@ -75,9 +66,9 @@ def load_subset(subset: SubsetConfig) -> SubsetPictures:
     else:
         candidates = _folder_candidates(subset)
     if not candidates:
-        raise DataError(f"{subset.name}: no pictures found")
+        raise DataError(f"{subset.name}: no images found")
     sizes = _measure(candidates, subset.name)
-    found = SubsetPictures([])
+    found = SubsetImages([])
     for candidate, size in zip(candidates, sizes, strict=True):
         if isinstance(size, str):
             found.skipped.append((candidate.source.name, size))
@@ -85,14 +76,14 @@ def load_subset(subset: SubsetConfig) -> SubsetPictures:
         if candidate.caption is None:
             found.uncaptioned.append(candidate.cache_stem)
         caption = candidate.caption if candidate.caption is not None else subset.class_tokens or ""
-        found.pictures.append(Found(candidate.source, size, caption, candidate.cache_stem))
-    if not found.pictures:
+        found.images.append(Found(candidate.source, size, caption, candidate.cache_stem))
+    if not found.images:
         name, why = found.skipped[0]
-        raise DataError(f"{subset.name}: none of its {len(candidates)} pictures can be read (the first: {name}: {why})")
+        raise DataError(f"{subset.name}: none of its {len(candidates)} images can be read (the first: {name}: {why})")
     if subset.conditioning_data_dir:
-        found.pictures = _with_masks(found.pictures, subset.conditioning_data_dir)
+        found.images = _with_masks(found.images, subset.conditioning_data_dir)
     if subset.cache_info and subset.image_dir and not subset.metadata_file:
-        _write_info(Path(subset.image_dir), found.pictures, candidates)
+        _write_info(Path(subset.image_dir), found.images, candidates)
     _warn(subset, found)
     return found
 
@@ -111,19 +102,11 @@ def read_caption(path: Path, *, all_lines: bool) -> str | None:
     return "\n".join(line for line in lines if line) if all_lines else lines[0]
 
 
-def existing_folder(path: str) -> Path:
-    """`path` as a folder, or DataError."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise DataError(f"image_dir {path} {'is not a folder' if folder.exists() else 'does not exist'}")
-    return folder
-
-
 def _folder_candidates(subset: SubsetConfig) -> list[Candidate]:
     folder = existing_folder(subset.image_dir or "")
     cached = _read_info(folder) if subset.cache_info else {}
     candidates = []
-    for path in find_pictures(folder):
+    for path in find_images(folder):
         known = cached.get(path.name)
         fresh = known is not None and known["modified"] in (None, path.stat().st_mtime_ns)
         size = known["size"] if known and fresh else None
@@ -144,11 +127,11 @@ def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
             for key, entry in table.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        logger.warning("%s is damaged; reading the pictures anew", file)
+        logger.warning("%s is damaged; reading the images anew", file)
         return {}
 
 
-def _write_info(folder: Path, pictures: list[Found], candidates: list[Candidate]) -> None:
+def _write_info(folder: Path, images: list[Found], candidates: list[Candidate]) -> None:
     if all(candidate.size is not None for candidate in candidates):
         return
     table = {
@@ -157,7 +140,7 @@ def _write_info(folder: Path, pictures: list[Found], candidates: list[Candidate]
             "resolution": list(found.size),
             "modified": found.source.modified(),
         }
-        for found in pictures
+        for found in images
     }
     try:
         with replacing(folder / INFO_CACHE) as partial:
@@ -174,32 +157,32 @@ def _measure(candidates: list[Candidate], name: str) -> list[Size | str]:
     return [candidate.size if candidate.size is not None else next(measured) for candidate in candidates]
 
 
-def _with_masks(pictures: list[Found], mask_dir: str) -> list[Found]:
+def _with_masks(images: list[Found], mask_dir: str) -> list[Found]:
     folder = Path(mask_dir)
     if not folder.is_dir():
         raise DataError(f"conditioning_data_dir {mask_dir} is not a folder")
-    masks = {path.stem: str(path) for path in find_pictures(folder)}
-    missing = [found.source.name for found in pictures if Path(found.source.name).stem not in masks]
+    masks = {path.stem: str(path) for path in find_images(folder)}
+    missing = [found.source.name for found in images if Path(found.source.name).stem not in masks]
     if missing:
         raise DataError(f"conditioning_data_dir {mask_dir} has no mask for {_some(missing)}")
     return [
         Found(found.source, found.size, found.caption, found.cache_stem, masks[Path(found.source.name).stem])
-        for found in pictures
+        for found in images
     ]
 
 
-def _warn(subset: SubsetConfig, found: SubsetPictures) -> None:
+def _warn(subset: SubsetConfig, found: SubsetImages) -> None:
     if found.skipped:
         names = _some([f"{name} ({why})" for name, why in found.skipped])
-        logger.warning("%s: %d pictures cannot be read and are left out: %s", subset.name, len(found.skipped), names)
+        logger.warning("%s: %d images cannot be read and are left out: %s", subset.name, len(found.skipped), names)
     if found.without_caption:
         instead = f'the class "{subset.class_tokens}"' if subset.class_tokens else "an empty caption"
         count, beside = found.without_caption, "" if subset.metadata_file else _other_captions(subset, found)
-        logger.warning("%s: %d pictures have no caption; %s is used%s", subset.name, count, instead, beside)
+        logger.warning("%s: %d images have no caption; %s is used%s", subset.name, count, instead, beside)
 
 
-def _other_captions(subset: SubsetConfig, found: SubsetPictures) -> str:
-    """What to say of caption files of another ending beside pictures that have no caption."""
+def _other_captions(subset: SubsetConfig, found: SubsetImages) -> str:
+    """What to say of caption files of another ending beside images that have no caption."""
     stems = [stem for stem in found.uncaptioned if stem is not None and subset.image_dir]
     counts = {ending: sum(os.path.isfile(stem + ending) for stem in stems) for ending in CAPTION_ENDINGS}
     ending, count = max(counts.items(), key=lambda item: item[1])

@@ -7,10 +7,10 @@ from typing import Any
 
 from lora_adapters.train.data.buckets import Buckets
 from lora_adapters.train.data.config import DataConfig, DatasetConfig, SubsetConfig
-from lora_adapters.train.data.image_set import LoadedSubset, PictureSet
+from lora_adapters.train.data.image_set import ImageSet, LoadedSubset
 
 
-def summary_text(training: PictureSet, validation: PictureSet | None) -> str:
+def summary_text(training: ImageSet, validation: ImageSet | None) -> str:
     """Datasets with their subsets and buckets, then totals, a line each."""
     lines = []
     for number, dataset in enumerate(training.datasets):
@@ -19,78 +19,78 @@ def summary_text(training: PictureSet, validation: PictureSet | None) -> str:
             config = loaded.config
             kind = ", regularisation" if config.is_reg else ""
             lines.append(
-                f"  {config.name}{kind}: {len(loaded.pictures)} pictures, {config.num_repeats} repeats{_gaps(loaded)}"
+                f"  {config.name}{kind}: {len(loaded.images)} images, {config.num_repeats} repeats{_gaps(loaded)}"
             )
         for group, (owner, bucket) in zip(training.groups, training.group_buckets, strict=True):
             if owner == number:
                 lines.append(f"  {bucket[0]}x{bucket[1]}: {len(group.entries)}")
     held_out = len(validation.entries) if validation else 0
     counts = training.count(regularisation=False), training.count(regularisation=True)
-    lines.append(f"an epoch: {counts[0]} training pictures with repeats, {counts[1]} for regularisation")
-    lines.append(f"validation: {held_out} pictures")
+    lines.append(f"an epoch: {counts[0]} training images with repeats, {counts[1]} for regularisation")
+    lines.append(f"validation: {held_out} images")
     return "\n".join(lines)
 
 
-def kohya_metadata(pictures: PictureSet, config: DataConfig, world_size: int) -> dict[str, str]:
+def kohya_metadata(images: ImageSet, config: DataConfig, world_size: int) -> dict[str, str]:
     """The ss_* entries on data: those of a dataset file, or the flat ones of command-line folders; all text."""
     shared: dict[str, Any] = {
-        "ss_num_train_images": pictures.count(regularisation=False),
-        "ss_num_reg_images": pictures.count(regularisation=True),
+        "ss_num_train_images": images.count(regularisation=False),
+        "ss_num_reg_images": images.count(regularisation=True),
     }
     if config.file is not None:
-        entries = [_dataset_entry(pictures, number) for number in range(len(pictures.datasets))]
+        entries = [_dataset_entry(images, number) for number in range(len(images.datasets))]
         tags: dict[str, Any] = {}
-        for number in range(len(pictures.datasets)):
-            tags = tag_frequency(pictures, number) | tags
+        for number in range(len(images.datasets)):
+            tags = tag_frequency(images, number) | tags
         shared["ss_datasets"] = json.dumps(entries)
         shared["ss_tag_frequency"] = json.dumps(tags)
-        shared["ss_dataset_dirs"] = json.dumps(_folders(pictures.subsets, regularisation=False))
+        shared["ss_dataset_dirs"] = json.dumps(_folders(images.subsets, regularisation=False))
     else:
-        shared |= _flat(pictures, world_size)
+        shared |= _flat(images, world_size)
     return {name: str(value) for name, value in shared.items()}
 
 
-def tag_frequency(pictures: PictureSet, dataset: int) -> dict[str, dict[str, int]]:
+def tag_frequency(images: ImageSet, dataset: int) -> dict[str, dict[str, int]]:
     """Folder (or file, or dataset) name -> how often each comma-separated part of its captions stands there."""
     frequency: dict[str, Counter[str]] = {}
-    for loaded in (loaded for loaded in pictures.subsets if loaded.dataset == dataset):
+    for loaded in (loaded for loaded in images.subsets if loaded.dataset == dataset):
         counter = frequency.setdefault(_base_name(loaded.config), Counter())
-        for found in loaded.pictures:
+        for found in loaded.images:
             counter.update(tag.strip().lower() for tag in found.caption.split(",") if tag.strip())
     return {name: dict(counter) for name, counter in frequency.items()}
 
 
-def bucket_info(pictures: PictureSet, dataset: int) -> dict[str, Any] | None:
+def bucket_info(images: ImageSet, dataset: int) -> dict[str, Any] | None:
     """Buckets with their counts (with repeats) and the mean error in aspect; None without buckets."""
-    if not pictures.datasets[dataset].enable_bucket:
+    if not images.datasets[dataset].enable_bucket:
         return None
-    buckets = Buckets(pictures.datasets[dataset])
+    buckets = Buckets(images.datasets[dataset])
     mine = [
         (bucket, len(group.entries))
-        for group, (owner, bucket) in zip(pictures.groups, pictures.group_buckets, strict=True)
+        for group, (owner, bucket) in zip(images.groups, images.group_buckets, strict=True)
         if owner == dataset
     ]
-    errors = [buckets.aspect_error(picture.found.size) for picture in pictures.pictures if picture.dataset == dataset]
+    errors = [buckets.aspect_error(image.found.size) for image in images.images if image.dataset == dataset]
     return {
         "buckets": {index: {"resolution": bucket, "count": count} for index, (bucket, count) in enumerate(mine)},
         "mean_img_ar_error": sum(errors) / len(errors) if errors else 0,
     }
 
 
-def _dataset_entry(pictures: PictureSet, number: int) -> dict[str, Any]:
-    dataset, buckets = pictures.datasets[number], Buckets(pictures.datasets[number])
-    mine = [loaded for loaded in pictures.subsets if loaded.dataset == number]
+def _dataset_entry(images: ImageSet, number: int) -> dict[str, Any]:
+    dataset, buckets = images.datasets[number], Buckets(images.datasets[number])
+    mine = [loaded for loaded in images.subsets if loaded.dataset == number]
     return {
         "is_dreambooth": all(not loaded.config.metadata_file for loaded in mine),
         "batch_size_per_device": dataset.batch_size,
-        "num_train_images": pictures.dataset_count(number, regularisation=False),
-        "num_reg_images": pictures.dataset_count(number, regularisation=True),
+        "num_train_images": images.dataset_count(number, regularisation=False),
+        "num_reg_images": images.dataset_count(number, regularisation=True),
         "resolution": dataset.resolution,
         "enable_bucket": dataset.enable_bucket,
         "min_bucket_reso": buckets.smallest if dataset.enable_bucket else None,
         "max_bucket_reso": buckets.largest if dataset.enable_bucket else None,
-        "tag_frequency": tag_frequency(pictures, number),
-        "bucket_info": bucket_info(pictures, number),
+        "tag_frequency": tag_frequency(images, number),
+        "bucket_info": bucket_info(images, number),
         "subsets": [_subset_entry(loaded) for loaded in mine],
     }
 
@@ -102,7 +102,7 @@ def _subset_entry(loaded: LoadedSubset) -> dict[str, Any]:
         "keep_tokens_separator", "secondary_separator", "enable_wildcard", "caption_prefix", "caption_suffix",
         "resize_interpolation",
     )  # fmt: skip
-    entry: dict[str, Any] = {"img_count": len(loaded.pictures)} | {name: getattr(config, name) for name in names}
+    entry: dict[str, Any] = {"img_count": len(loaded.images)} | {name: getattr(config, name) for name in names}
     if config.image_dir:
         entry["image_dir"] = _last_part(config.image_dir)
     if config.metadata_file:
@@ -117,20 +117,20 @@ def _subset_entry(loaded: LoadedSubset) -> dict[str, Any]:
 
 
 def _folders(subsets: list[LoadedSubset], *, regularisation: bool) -> dict[str, dict[str, int]]:
-    """Name -> repeats and number of pictures; a name that occurs again gets a number."""
+    """Name -> repeats and number of images; a name that occurs again gets a number."""
     folders: dict[str, dict[str, int]] = {}
     for loaded in (loaded for loaded in subsets if loaded.config.is_reg == regularisation):
         base = name = _base_name(loaded.config)
         count = 2
         while name in folders:
             name, count = f"{base} ({count})", count + 1
-        folders[name] = {"n_repeats": loaded.config.num_repeats, "img_count": len(loaded.pictures)}
+        folders[name] = {"n_repeats": loaded.config.num_repeats, "img_count": len(loaded.images)}
     return folders
 
 
-def _flat(pictures: PictureSet, world_size: int) -> dict[str, Any]:
+def _flat(images: ImageSet, world_size: int) -> dict[str, Any]:
     """The entries of one dataset whose subsets have the options of one command line."""
-    dataset, subset, buckets = pictures.datasets[0], pictures.subsets[0].config, Buckets(pictures.datasets[0])
+    dataset, subset, buckets = images.datasets[0], images.subsets[0].config, Buckets(images.datasets[0])
     return {
         "ss_batch_size_per_device": dataset.batch_size,
         "ss_total_batch_size": dataset.batch_size * world_size,
@@ -144,10 +144,10 @@ def _flat(pictures: PictureSet, world_size: int) -> dict[str, Any]:
         "ss_min_bucket_reso": buckets.smallest if dataset.enable_bucket else None,
         "ss_max_bucket_reso": buckets.largest if dataset.enable_bucket else None,
         "ss_keep_tokens": subset.keep_tokens,
-        "ss_dataset_dirs": json.dumps(_folders(pictures.subsets, regularisation=False)),
-        "ss_reg_dataset_dirs": json.dumps(_folders(pictures.subsets, regularisation=True)),
-        "ss_tag_frequency": json.dumps(tag_frequency(pictures, 0)),
-        "ss_bucket_info": json.dumps(bucket_info(pictures, 0)),
+        "ss_dataset_dirs": json.dumps(_folders(images.subsets, regularisation=False)),
+        "ss_reg_dataset_dirs": json.dumps(_folders(images.subsets, regularisation=True)),
+        "ss_tag_frequency": json.dumps(tag_frequency(images, 0)),
+        "ss_bucket_info": json.dumps(bucket_info(images, 0)),
     }
 
 

@@ -1,4 +1,4 @@
-"""From a picture to the tensor that is trained on: colours, mask, scaling, cropping, flipping."""
+"""From an image to the tensor that is trained on: colours, mask, scaling, cropping, flipping."""
 
 import random
 from dataclasses import dataclass
@@ -12,23 +12,14 @@ from lora_adapters.train.data.buckets import Placement, Size
 from lora_adapters.train.data.config import VAE_FACTOR, SubsetConfig
 from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
 from lora_adapters.train.data_error import DataError
+from lora_adapters.train.interpolation import resampling
 
-RESAMPLING = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "linear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "cubic": Image.Resampling.BICUBIC,
-    "area": Image.Resampling.BOX,
-    "box": Image.Resampling.BOX,
-}
 COLOR_SHARE, HUE_SHIFT, GAMMA = 0.33, 16.0, 0.05  # how often colours change; most degrees of hue, most of gamma
 
 
 @dataclass(frozen=True)
 class Variation:
-    """How one use of a picture differs from another: the crop's (left, top) in the scaled picture, mirroring, colours.
+    """How one use of an image differs from another: the crop's (left, top) in the scaled image, mirroring, colours.
 
     colour: (shift of hue in degrees, change of the gamma exponent), or None.
     """
@@ -39,7 +30,7 @@ class Variation:
 
 
 def centred(placement: Placement, *, flip: bool = False) -> Variation:
-    """The middle of the picture, colours as they are."""
+    """The middle of the image, colours as they are."""
     left, top = [room // 2 for room in _spare(placement)]
     return Variation((left, top), flip)
 
@@ -55,25 +46,25 @@ def vary(placement: Placement, subset: SubsetConfig, rng: random.Random) -> Vari
 
 
 def crop_as_seen(placement: Placement, variation: Variation) -> tuple[int, int]:
-    """(top, left) of the training picture in the scaled one, which is mirrored first where the variation flips."""
+    """(top, left) of the training image in the scaled one, which is mirrored first where the variation flips."""
     left, top = variation.corner
     return top, _spare(placement)[0] - left if variation.flip else left
 
 
-def to_rgb(picture: Image.Image, name: str, *, blend: bool = True) -> tuple[Image.Image, Image.Image | None]:
-    """(RGB picture, alpha channel or None) of a picture of any mode.
+def to_rgb(image: Image.Image, name: str, *, blend: bool = True) -> tuple[Image.Image, Image.Image | None]:
+    """(RGB image, alpha channel or None) of an image of any mode.
 
     With `blend` transparency is laid onto white; without, the colours under it are kept, for use with the alpha as a
     mask. 16-bit and floating-point grey is scaled to 8 bit.
     """
-    if is_deep(picture):
+    if is_deep(image):
         try:
-            return eight_bit_grey(picture).convert("RGB"), None
+            return eight_bit_grey(image).convert("RGB"), None
         except ValueError as error:
             raise DataError(f"{name}: {error}") from None
-    if not picture.has_transparency_data:
-        return picture.convert("RGB"), None
-    rgba = picture.convert("RGBA")
+    if not image.has_transparency_data:
+        return image.convert("RGB"), None
+    rgba = image.convert("RGBA")
     alpha = rgba.getchannel("A")
     if not blend:
         return rgba.convert("RGB"), alpha
@@ -81,10 +72,10 @@ def to_rgb(picture: Image.Image, name: str, *, blend: bool = True) -> tuple[Imag
     return Image.alpha_composite(white, rgba).convert("RGB"), alpha
 
 
-def picture_tensor(
+def image_tensor(
     rgb: Image.Image, placement: Placement, variation: Variation, interpolation: str | None = None
 ) -> torch.Tensor:
-    """An RGB picture scaled, cropped, mirrored and recoloured: (3, height, width) in [-1, 1]."""
+    """An RGB image scaled, cropped, mirrored and recoloured: (3, height, width) in [-1, 1]."""
     rgb = _resize(rgb, placement.resized, interpolation).crop(_box(placement, variation))
     if variation.colour:
         rgb = _recolour(rgb, *variation.colour)
@@ -94,7 +85,7 @@ def picture_tensor(
 
 
 def mask_tensor(mask: Image.Image, placement: Placement, variation: Variation) -> torch.Tensor:
-    """A grey mask of any size, scaled and cropped as its picture is: (height, width) in [0, 1]."""
+    """A grey mask of any size, scaled and cropped as its image is: (height, width) in [0, 1]."""
     scaled = mask.resize(placement.resized, Image.Resampling.BOX).crop(_box(placement, variation))
     if variation.flip:
         scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -108,7 +99,7 @@ def latent_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _spare(placement: Placement) -> tuple[int, int]:
-    """How much wider and higher the scaled picture is than its bucket."""
+    """How much wider and higher the scaled image is than its bucket."""
     (width, height), (kept_width, kept_height) = placement.resized, placement.bucket
     return width - kept_width, height - kept_height
 
@@ -118,16 +109,16 @@ def _box(placement: Placement, variation: Variation) -> tuple[int, int, int, int
     return left, top, left + placement.bucket[0], top + placement.bucket[1]
 
 
-def _resize(picture: Image.Image, size: Size, interpolation: str | None) -> Image.Image:
-    if picture.size == size:
-        return picture
-    shrinks = picture.width > size[0] and picture.height > size[1]
-    return picture.resize(size, RESAMPLING[interpolation or ("area" if shrinks else "lanczos")])
+def _resize(image: Image.Image, size: Size, interpolation: str | None) -> Image.Image:
+    if image.size == size:
+        return image
+    shrinks = image.width > size[0] and image.height > size[1]
+    return image.resize(size, resampling(interpolation or ("area" if shrinks else "lanczos")))
 
 
-def _recolour(picture: Image.Image, hue: float, gamma: float) -> Image.Image:
+def _recolour(image: Image.Image, hue: float, gamma: float) -> Image.Image:
     shift = round(hue * 256 / 360)
-    bands = picture.convert("HSV").split()
+    bands = image.convert("HSV").split()
     turned = bands[0].point([(value + shift) % 256 for value in range(256)])
     curve = [round(255 * (value / 255) ** (1 + gamma)) for value in range(256)]
     return Image.merge("HSV", (turned, *bands[1:])).convert("RGB").point(curve * 3)

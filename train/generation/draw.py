@@ -1,47 +1,47 @@
-"""Requests to pictures, in batches, through diffusers' pipelines."""
+"""Requests to images, in batches, through diffusers' pipelines."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.networks import FoldedNetworks, LiveNetworks
-from lora_adapters.train.generation.requests import PictureRequest
+from lora_adapters.train.generation.networks import LiveNetworks, MergedNetworks
+from lora_adapters.train.generation.options import GenerateSettings
+from lora_adapters.train.generation.requests import ImageRequest
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.family import SizeConditions
 from lora_adapters.train.models.schedulers import sampler
-from lora_adapters.train.models.text_encoding import Encoded, encode_tokens, tokenize, windows
-from lora_adapters.train.resizing.resize import UnreadablePicture, on_white, read_picture
+from lora_adapters.train.models.text_encoding import Encoded, windows
+from lora_adapters.train.resizing.resize import UnreadableImage, on_white, read_image
 
-_OWN = ("prompt", "negative_prompt", "seed", "start", "where", "file")  # what pictures of one batch may differ in
+_OWN = ("prompt", "negative_prompt", "seed", "start", "where", "file")  # what images of one batch may differ in
 
 
-def start_picture(request: PictureRequest) -> Image.Image | None:
-    """The picture that img2img begins with, upright, on white, at the request's size; None for a plain request."""
+def start_image(request: ImageRequest) -> Image.Image | None:
+    """The image that img2img begins with, upright, on white, at the request's size; None for a plain request."""
     if request.start is None:
         return None
     try:
-        picture = on_white(read_picture(request.start)).convert("RGB")
-    except UnreadablePicture as error:
+        image = on_white(read_image(request.start)).convert("RGB")
+    except UnreadableImage as error:
         raise TrainingError(f"--image_path {request.start}: {error}") from None
-    if request.width is None or request.height is None or picture.size == (request.width, request.height):
-        return picture
-    return picture.resize((request.width, request.height), Image.Resampling.LANCZOS)
+    if request.width is None or request.height is None or image.size == (request.width, request.height):
+        return image
+    return image.resize((request.width, request.height), Image.Resampling.LANCZOS)
 
 
-def sized(request: PictureRequest, own: tuple[int, int]) -> PictureRequest:
-    """The request with a size: the one that it has, the nearest to that of its first picture, or the model's `own`."""
+def sized(request: ImageRequest, own: tuple[int, int]) -> ImageRequest:
+    """The request with a size: the one that it has, the nearest to that of its first image, or the model's `own`."""
     if request.start is None:
         return replace(request, width=request.width or own[0], height=request.height or own[1])
-    picture = start_picture(request)
-    if request.width is not None or picture is None:
+    image = start_image(request)
+    if request.width is not None or image is None:
         return request
-    width, height = (max(8, round(side / 8) * 8) for side in picture.size)
+    width, height = (max(8, round(side / 8) * 8) for side in image.size)
     return replace(request, width=width, height=height)
 
 
@@ -51,30 +51,26 @@ class Drawer:
     def __init__(
         self,
         models: BaseModels,
-        settings: argparse.Namespace,
+        settings: GenerateSettings,
         device: torch.device,
         pipe: Any,
-        working: LiveNetworks | FoldedNetworks,
+        working: LiveNetworks | MergedNetworks,
         default_multipliers: Sequence[float],
     ):
         self.models, self.settings, self.device = models, settings, device
         self._working, self._multipliers = working, tuple(default_multipliers)
-        from_pictures: Any = (
-            StableDiffusionXLImg2ImgPipeline if models.kind == "sdxl" else StableDiffusionImg2ImgPipeline
-        )
-        own = {"add_watermarker": False} if models.kind == "sdxl" else {"requires_safety_checker": False}
         self._plain: Any = pipe
-        self._from_pictures: Any = from_pictures(**pipe.components, **own)
-        for one in (self._plain, self._from_pictures):
-            one.set_progress_bar_config(disable=True)
+        self._image_to_image: Any = models.image_to_image(pipe)
+        for pipeline in (self._plain, self._image_to_image):
+            pipeline.set_progress_bar_config(disable=True)
 
-    def draw(self, requests: Sequence[PictureRequest]) -> Iterator[tuple[PictureRequest, Image.Image]]:
-        """Each request with its picture, in order. A picture is the same whatever else is in its batch."""
+    def draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[ImageRequest, Image.Image]]:
+        """Each request with its image, in order. An image is the same whatever else is in its batch."""
         for batch in self._batches(requests):
             yield from zip(batch, self._draw(batch), strict=True)
 
-    def _batches(self, requests: Sequence[PictureRequest]) -> Iterator[list[PictureRequest]]:
-        batch: list[PictureRequest] = []
+    def _batches(self, requests: Sequence[ImageRequest]) -> Iterator[list[ImageRequest]]:
+        batch: list[ImageRequest] = []
         for request in requests:
             if batch and (len(batch) == self.settings.batch_size or self._key(batch[0]) != self._key(request)):
                 yield batch
@@ -83,52 +79,50 @@ class Drawer:
         if batch:
             yield batch
 
-    def _key(self, request: PictureRequest) -> tuple[Any, ...]:
-        plain = replace(request, **dict.fromkeys(_OWN))
+    def _key(self, request: ImageRequest) -> tuple[Any, ...]:
+        blank: dict[str, Any] = dict.fromkeys(_OWN)
+        plain = replace(request, **blank)
         return plain, request.start is None, self._windows(request)
 
-    def _windows(self, request: PictureRequest) -> int:
+    def _windows(self, request: ImageRequest) -> int:
         """Windows of 75 tokens that its longer text needs, up to --max_embeddings_multiples."""
         texts = (request.prompt, request.negative_prompt)
-        needed = max(windows(one, text) for one in self.models.tokenizers for text in texts)
+        needed = max(windows(tokenizer, text) for tokenizer in self.models.tokenizers for text in texts)
         return min(needed, self.settings.max_embeddings_multiples or needed)
 
     @torch.no_grad()
-    def _draw(self, batch: list[PictureRequest]) -> list[Image.Image]:
+    def _draw(self, batch: list[ImageRequest]) -> list[Image.Image]:
         first = batch[0]
         width, height = first.width or 0, first.height or 0
         self._working.use(first.multipliers or self._multipliers, first.rank)
         chunks = self._windows(first)
-        wanted = self._encode([one.prompt for one in batch], chunks)
-        unwanted = self._encode([one.negative_prompt for one in batch], chunks)
-        generators = [torch.Generator().manual_seed(one.seed) for one in batch]
+        wanted = self._encode([request.prompt for request in batch], chunks)
+        unwanted = self._encode([request.negative_prompt for request in batch], chunks)
+        generators = [torch.Generator().manual_seed(request.seed) for request in batch]
         call: dict[str, Any] = {
-            "prompt_embeds": wanted.hidden,
-            "negative_prompt_embeds": unwanted.hidden,
+            **self.models.family.prompt_arguments(wanted, unwanted),
+            **self.models.family.size_arguments(_size_conditions(first, width, height)),
             "num_inference_steps": first.steps,
             "guidance_scale": first.scale,
             "generator": generators,
             "output_type": "latent",
         }
-        if self.models.kind == "sdxl":
-            call |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
-            call |= _sdxl_sizes(first, width, height)
         if first.start is None:
             call |= {"width": width, "height": height, "latents": self._noise(generators, width, height)}
         else:
-            pictures = [start_picture(one) for one in batch]
-            call |= {"image": self._to_latents([one for one in pictures if one]), "strength": first.strength}
-        return self._to_pictures(self._pipeline(first)(**call).images)
+            images = [start_image(request) for request in batch]
+            call |= {"image": self._to_latents([image for image in images if image]), "strength": first.strength}
+        return self._decoded(self._pipeline(first)(**call).images)
 
     def _noise(self, generators: list[torch.Generator], width: int, height: int) -> torch.Tensor:
-        """(n, 4, height/8, width/8): drawn in single precision, since some versions of torch draw others in half."""
-        factor = self._plain.vae_scale_factor
-        shape = (1, self.models.unet.config.in_channels, height // factor, width // factor)
-        noise = torch.cat([torch.randn(shape, generator=one) for one in generators])
-        return noise.to(self.device, self.models.unet.dtype)
+        """(n, channels, h, w), drawn in float32: some versions of torch draw other numbers in half precision."""
+        space = self.models.latent_space
+        shape = (1, space.channels, height // space.factor, width // space.factor)
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        return noise.to(self.device, self.models.denoiser.dtype)
 
-    def _pipeline(self, request: PictureRequest) -> Any:
-        pipe = self._plain if request.start is None else self._from_pictures
+    def _pipeline(self, request: ImageRequest) -> Any:
+        pipe = self._plain if request.start is None else self._image_to_image
         offset = 0 if self.settings.force_scheduler_zero_steps_offset else None
         # Set on the finished pipeline: its constructor changes the steps_offset of what it is given.
         zero = self.settings.zero_terminal_snr
@@ -137,26 +131,25 @@ class Drawer:
         return pipe
 
     def _encode(self, texts: list[str], chunks: int) -> Encoded:
-        tokens = [tokenize(one, texts, chunks, weighted=True) for one in self.models.tokenizers]
-        mode = self.settings.emb_normalize_mode
-        return encode_tokens(tokens, self.models.text_encoders, self.settings.clip_skip, keep_mean=mode)
+        tokens = self.models.tokenize(texts, chunks, weighted=True)
+        return self.models.encode(tokens, self.settings.clip_skip, keep_mean=self.settings.emb_normalize_mode)
 
-    def _to_latents(self, pictures: list[Image.Image]) -> torch.Tensor:
-        """(n, 4, height/8, width/8), scaled, in the U-Net's precision: the means, nothing is drawn."""
+    def _to_latents(self, images: list[Image.Image]) -> torch.Tensor:
+        """(n, channels, h, w), normalised, in the denoiser's precision: the means, nothing is drawn."""
         vae = self.models.vae
-        pixels = torch.stack([torch.from_numpy(np.asarray(one).copy()) for one in pictures]).permute(0, 3, 1, 2)
+        pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).permute(0, 3, 1, 2)
         pixels = (pixels.to(self.device, vae.dtype) / 255) * 2 - 1
         means = [vae.encode(part).latent_dist.mean for part in pixels.split(self._vae_batch())]
-        return (torch.cat(means) * vae.config.scaling_factor).to(self.models.unet.dtype)
+        return self.models.latent_space.normalised(torch.cat(means)).to(self.models.denoiser.dtype)
 
-    def _to_pictures(self, latents: torch.Tensor) -> list[Image.Image]:
+    def _decoded(self, latents: torch.Tensor) -> list[Image.Image]:
         vae = self.models.vae
-        parts = (latents.to(vae.dtype) / vae.config.scaling_factor).split(self._vae_batch())
+        parts = self.models.latent_space.unnormalised(latents.to(vae.dtype)).split(self._vae_batch())
         pixels = torch.cat([vae.decode(part).sample for part in parts]).float()
         if not pixels.isfinite().all():
-            raise TrainingError("the pictures came out as no numbers: try --no_half_vae, or --bf16 in place of --fp16")
+            raise TrainingError("the image contains NaN: try --no_half_vae, or --bf16 in place of --fp16")
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-        return [Image.fromarray(one.numpy()) for one in pixels]
+        return [Image.fromarray(image.numpy()) for image in pixels]
 
     def _vae_batch(self) -> int:
         asked, batch = self.settings.vae_batch_size, self.settings.batch_size
@@ -165,16 +158,15 @@ class Drawer:
         return max(1, int(batch * asked) if asked < 1 else int(asked))
 
 
-def _sdxl_sizes(request: PictureRequest, width: int, height: int) -> dict[str, tuple[int, int]]:
-    """SDXL's conditioning; what is not given is the picture's own size, uncropped, for the negative prompt, too."""
-    own = (request.original_height or height, request.original_width or width)
-    negative = (request.negative_original_height or own[0], request.negative_original_width or own[1])
-    crop = (request.crop_top or 0, request.crop_left or 0)
-    return {
-        "original_size": own,
-        "negative_original_size": negative,
-        "crops_coords_top_left": crop,
-        "negative_crops_coords_top_left": crop,
-        "target_size": (height, width),
-        "negative_target_size": (height, width),
-    }
+def _size_conditions(request: ImageRequest, width: int, height: int) -> SizeConditions:
+    """The sizes of a request; those not given are the image's own, uncropped, also for the negative prompt."""
+    original = (request.original_height or height, request.original_width or width)
+    return SizeConditions(
+        original=original,
+        negative_original=(
+            request.negative_original_height or original[0],
+            request.negative_original_width or original[1],
+        ),
+        crop=(request.crop_top or 0, request.crop_left or 0),
+        target=(height, width),
+    )

@@ -1,4 +1,4 @@
-"""A sheet of pictures with a label for each row and each column."""
+"""A grid of images with a label for each row and each column."""
 
 from collections.abc import Sequence
 
@@ -11,25 +11,33 @@ GAP, SMALLEST = 4, 128
 
 
 def font_of(file: str | None, size: int) -> Font:
-    """Pillow's own font (Latin letters only), or the one in `file`. TrainingError where that is none."""
+    """Pillow's own font (Latin letters only), or the one in `file`. TrainingError if that is not a font."""
     if file is None:
         return ImageFont.load_default(size)
     try:
         return ImageFont.truetype(file, size)
     except OSError as error:
-        raise TrainingError(f"--sheet_font {file} is no TrueType or OpenType font ({error})") from None
+        raise TrainingError(f"--sheet_font {file} is not a TrueType or OpenType font ({error})") from None
 
 
 def draw_sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str], font_file: str | None = None
 ) -> Image.Image:
-    """Rows of (label, pictures), one picture for each title; each shown at a whole multiple of its size.
+    """A labelled grid: each image at a whole multiple of its size, in a cell of the size of the largest.
 
-    Cells have the size of the largest picture; pictures below 128 pixels are enlarged, so that labels find room.
+    Images below 128 pixels are enlarged, so that there is room for the labels.
+
+    Args:
+        rows: (label, images) of each row, one image for each title.
+        titles: the columns' labels.
+        font_file: a TrueType or OpenType font; Pillow's own without it.
+
+    Returns:
+        The grid, in RGB.
     """
-    pictures = [one for _, row in rows for one in row]
-    factor = max(1, -(-SMALLEST // max(max(one.size) for one in pictures)))
-    width, height = (factor * max(sides) for sides in zip(*(one.size for one in pictures), strict=True))
+    images = [image for _, row in rows for image in row]
+    factor = max(1, -(-SMALLEST // max(max(image.size) for image in images)))
+    width, height = (factor * max(sides) for sides in zip(*(image.size for image in images), strict=True))
     font = font_of(font_file, max(14, min(width, height) // 16))
     margin = max(120, min(width, 420))
     labels = [wrapped(label, font, margin - 16) for label, _ in rows]
@@ -47,9 +55,9 @@ def draw_sheet(
         pen.multiline_text(
             (8, top + height / 2 if tall == height else top + tall / 2), text, "black", font, anchor="lm"
         )
-        for column, picture in enumerate(row):
-            size = (picture.width * factor, picture.height * factor)
-            shown = picture if factor == 1 else picture.resize(size, Image.Resampling.BICUBIC)
+        for column, image in enumerate(row):
+            size = (image.width * factor, image.height * factor)
+            shown = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
             sheet.paste(shown, (margin + column * (width + GAP), top))
         top += tall + GAP
     return sheet

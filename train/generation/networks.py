@@ -1,6 +1,5 @@
-"""The adapters that pictures are drawn with: from the options, checked before a model is loaded, and put to work."""
+"""The adapters that images are generated with: read and checked before a model is loaded, then applied to it."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,16 +13,17 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.convert.tools.model_arguments import read_arguments
 from lora_adapters.kohya_options import MODULES
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.merging import Placed, fold, placed
+from lora_adapters.train.models.merging import Placed, match_to_model, merge_weights
 from lora_adapters.train.options.values import key_values
-from lora_adapters.types.dylora.rank_control import set_rank
+from lora_adapters.types.dylora.rank_controller import set_rank
 
 
 @dataclass(frozen=True)
 class Network:
-    """One adapter file. rank: what a DyLoRA works at unless a picture says otherwise; None for all it has."""
+    """One adapter file. rank: what a DyLoRA works at unless an image says otherwise; None for all it has."""
 
     source: str
     adapter: Adapter
@@ -48,7 +48,7 @@ class Network:
             raise TrainingError(f"{self.source}: {error}") from None
 
 
-def networks(settings: argparse.Namespace) -> list[Network]:
+def networks(settings: GenerateSettings) -> list[Network]:
     """The adapters of --network_weights, read. TrainingError or AdapterError for whatever is wrong with them."""
     arguments = read_arguments(settings.network_weights or [])
     if not arguments:
@@ -58,18 +58,18 @@ def networks(settings: argparse.Namespace) -> list[Network]:
     modules = settings.network_module or ["networks.lora"]
     modules = modules * count if len(modules) == 1 else modules
     if len(modules) != count:
-        raise TrainingError(f"{len(modules)} of --network_module for {count} of --network_weights: one each, or one")
+        raise OptionError(f"{len(modules)} of --network_module for {count} of --network_weights: one each, or one")
     for name in ("network_mul", "network_args"):
         if len(getattr(settings, name) or []) > count:
-            raise TrainingError(f"{len(getattr(settings, name))} of --{name} for {count} of --network_weights")
+            raise OptionError(f"{len(getattr(settings, name))} of --{name} for {count} of --network_weights")
     given = settings.network_mul or []
-    twice = next((one.source for one in arguments[: len(given)] if one.unet is not None), None)
+    twice = next((argument.source for argument in arguments[: len(given)] if argument.unet is not None), None)
     if twice is not None:
-        raise TrainingError(f"{twice} has a weight behind it and one in --network_mul: give one of them")
+        raise OptionError(f"{twice} has a weight behind it and one in --network_mul: give one of them")
     args = [*(settings.network_args or []), *[""] * count][:count]
     first_n = settings.network_merge_n_models or 0
     if not 0 <= first_n <= count:
-        raise TrainingError(f"--network_merge_n_models {first_n}: there are {count} of --network_weights")
+        raise OptionError(f"--network_merge_n_models {first_n}: there are {count} of --network_weights")
     merged = count if settings.network_merge else first_n
     found = []
     for number, (argument, module, text) in enumerate(zip(arguments, modules, args, strict=True)):
@@ -80,46 +80,46 @@ def networks(settings: argparse.Namespace) -> list[Network]:
         own = rank if rank is not None else settings.rank if adapter.dylora is not None else None
         found.append(Network(source, adapter, multiplier, own, number < merged))
         found[-1].at(None)  # checks the rank
-    if settings.rank is not None and not any(one.adapter.dylora for one in found):
+    if settings.rank is not None and not any(network.adapter.dylora for network in found):
         raise TrainingError(f"--rank {settings.rank}: none of --network_weights is a DyLoRA, the others have one rank")
     return found
 
 
-def _refuse_without_weights(settings: argparse.Namespace) -> None:
+def _refuse_without_weights(settings: GenerateSettings) -> None:
     names = "network_module network_mul network_args network_merge network_merge_n_models network_pre_calc"
     for name in (*names.split(), "network_show_meta", "rank"):
         if getattr(settings, name) not in (None, False, []):
-            raise TrainingError(f"--{name} needs --network_weights: adapter files")
+            raise OptionError(f"--{name} needs --network_weights: adapter files")
 
 
 def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapter, int | None]:
     """The adapter, as a DyLoRA where --network_module says so and its file does not; and the rank of its arguments."""
     kind = MODULES.get(module)
     if kind is None:
-        raise TrainingError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
+        raise OptionError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
     args = key_values([part for part in text.split(";") if part.strip()], "network_args")
     # A DyLoRA's file that does not say so is kohya's, whose splitter keeps alpha.
-    facts = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "dylora" else None)
+    dylora = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "DyLora" else None)
     for key in args:
-        if facts is None or key not in ("rank", "unit", "rank_scaling"):
+        if dylora is None or key not in ("rank", "unit", "rank_scaling"):
             rule = "a DyLoRA takes rank=, unit= and rank_scaling=, others none: the file tells the rest"
-            raise TrainingError(f"--network_args {key}={args[key]} for {source}: {rule}")
-    if facts is None:
+            raise OptionError(f"--network_args {key}={args[key]} for {source}: {rule}")
+    if dylora is None:
         return adapter, None
     numbers = {key: args[key] for key in ("rank", "unit") if key in args}
     for key, value in numbers.items():
         if not value.isdecimal() or int(value) < 1:
-            raise TrainingError(f"--network_args {key}={value} for {source}: give 1 or more")
-    scaling = args.get("rank_scaling", facts.rank_scaling)
+            raise OptionError(f"--network_args {key}={value} for {source}: give 1 or more")
+    scaling = args.get("rank_scaling", dylora.rank_scaling)
     if scaling not in RANK_SCALINGS:
-        raise TrainingError(f"--network_args rank_scaling={scaling}: {', '.join(RANK_SCALINGS)} are known")
-    dylora = replace(facts, unit=int(numbers.get("unit", facts.unit)), rank_scaling=scaling)
+        raise OptionError(f"--network_args rank_scaling={scaling}: {', '.join(RANK_SCALINGS)} are known")
+    dylora = replace(dylora, unit=int(numbers.get("unit", dylora.unit)), rank_scaling=scaling)
     return adapter.as_dylora(dylora), int(numbers["rank"]) if "rank" in numbers else None
 
 
 def metadata(found: Sequence[Network]) -> str:
     """What --network_show_meta prints."""
-    return "\n".join(f"{one.source}: {json.dumps(dict(one.adapter.metadata), indent=2)}" for one in found)
+    return "\n".join(f"{network.source}: {json.dumps(dict(network.adapter.metadata), indent=2)}" for network in found)
 
 
 class LiveNetworks:
@@ -128,59 +128,59 @@ class LiveNetworks:
     def __init__(self, pipe: Any, found: Sequence[Network]):
         self._pipe, self._networks = pipe, found
         self._names = [f"network_{number}" for number in range(len(found))]
-        for name, one in zip(self._names, found, strict=True):
+        for name, network in zip(self._names, found, strict=True):
             try:
-                one.adapter.to_pipeline(pipe, name)
+                network.adapter.to_pipeline(pipe, name)
             except AdapterError as error:
-                raise AdapterError(f"{one.source}: {error}") from None
+                raise AdapterError(f"{network.source}: {error}") from None
 
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:
         """Work with these multipliers; `rank` is for the DyLoRAs, None for their own."""
         if not self._networks:
             return
         self._pipe.set_adapters(self._names, list(multipliers))
-        for name, one in zip(self._names, self._networks, strict=True):
-            if one.adapter.dylora is not None:
-                full = max(module.rank for module in one.adapter.pairs().values())
-                set_rank(self._pipe, next(r for r in (rank, one.rank, full) if r is not None), name)
+        for name, network in zip(self._names, self._networks, strict=True):
+            if network.adapter.dylora is not None:
+                full = max(module.rank for module in network.adapter.pairs().values())
+                set_rank(self._pipe, next(r for r in (rank, network.rank, full) if r is not None), name)
 
 
-class FoldedNetworks:
-    """Adapters added to the weights anew for each setting, from a copy of the weights as they were."""
+class MergedNetworks:
+    """Adapters merged into the weights anew for each setting, from a copy of the original weights."""
 
     def __init__(self, models: BaseModels, found: Sequence[Network]):
         self._networks = found
         self._models = models
         self._originals: dict[Any, Any] = {}
-        for one in found:
-            self._originals |= {layer: layer.weight.detach().clone() for layer, _ in _placed(models, one, None)}
+        for network in found:
+            self._originals |= {layer: layer.weight.detach().clone() for layer, _ in _placed(models, network, None)}
         self._now: tuple[tuple[float, ...], int | None] | None = None
 
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:
         """The same as `LiveNetworks.use`."""
         if self._now == (tuple(multipliers), rank):
             return
-        parts = [_placed(self._models, one, rank) for one in self._networks]
-        fold([*zip(parts, multipliers, strict=True)], self._originals)
+        parts = [_placed(self._models, network, rank) for network in self._networks]
+        merge_weights([*zip(parts, multipliers, strict=True)], self._originals)
         self._now = (tuple(multipliers), rank)
 
 
-def _placed(models: BaseModels, one: Network, rank: int | None) -> Placed:
+def _placed(models: BaseModels, network: Network, rank: int | None) -> Placed:
     try:
-        return placed(models, one.at(rank))
+        return match_to_model(models, network.at(rank))
     except AdapterError as error:
-        raise AdapterError(f"{one.source}: {error}") from None
+        raise AdapterError(f"{network.source}: {error}") from None
 
 
-def put_to_work(
+def apply_networks(
     models: BaseModels, pipe: Any, found: Sequence[Network], pre_calc: bool
-) -> LiveNetworks | FoldedNetworks:
-    """Merge what is to be merged for good; give back what the other adapters' multipliers are set on."""
-    fold([(_placed(models, one, None), one.multiplier) for one in found if one.merged])
+) -> LiveNetworks | MergedNetworks:
+    """Merge the adapters that stay merged; returns the object that the multipliers of the others are set on."""
+    merge_weights([(_placed(models, network, None), network.multiplier) for network in found if network.merged])
     live = unmerged(found)
-    return FoldedNetworks(models, live) if pre_calc else LiveNetworks(pipe, live)
+    return MergedNetworks(models, live) if pre_calc else LiveNetworks(pipe, live)
 
 
 def unmerged(found: Sequence[Network]) -> list[Network]:
     """The adapters whose multipliers and ranks can still be changed."""
-    return [one for one in found if not one.merged]
+    return [network for network in found if not network.merged]

@@ -1,22 +1,27 @@
-"""The options of the picture program, under the names of kohya's gen_img; those it does not support, with reasons."""
+"""The options of the image program, under the names of kohya's gen_img; those it does not support, with reasons."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from lora_adapters.convert.parsing import number
-from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.models.schedulers import SAMPLERS
-from lora_adapters.train.options.parser import Parser, add_attention, add_model_source, adders
+from lora_adapters.train.errors import OptionError
+from lora_adapters.train.options.model import AttentionOptions, ModelSource
+from lora_adapters.train.options.option import option
+from lora_adapters.train.options.parser import Parser
+from lora_adapters.train.options.settings import Given, made
+from lora_adapters.train.samplers import SAMPLERS
 
 _CONTROL = "ControlNet is not supported: use diffusers' StableDiffusionControlNetPipeline with pipe.load_lora_weights"
-_HIGHRES = (
-    "highres fix is not supported: draw small, then give the picture to --image_path with --W, --H and --strength"
-)
+_HIGHRES = "highres fix is not supported: draw small, then give the image to --image_path with --W, --H and --strength"
 _SHRINK = "Deep Shrink is not supported"
 _GRADUAL = "Gradual Latent is not supported"
 _GUIDANCE = "guidance by CLIP or VGG16 is not supported"
 _EMBEDDINGS = "embeddings are not supported: use pipe.load_textual_inversion of diffusers"
 _MASK = "masks (inpainting, regions) are not supported"
 _NOISE = "other starting noise is not supported"
+_COUNT: dict[str, Any] = {"at_least": 1, "range_error": "give 1 or more"}
+MAX_SEED = 2**32 - 1
 _NEGATIVE_SCALE = "a scale of its own for the negative prompt is not supported"
 
 UNSUPPORTED: dict[str, str] = {
@@ -53,102 +58,164 @@ UNSUPPORTED_IN_LINES: dict[str, str] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """All options with their defaults."""
-    made = Parser(prog="gen_img_diffusers.py", description="Draw pictures with Stable Diffusion and adapters.")
-    _add_model(made.add_argument_group("model"))
-    _add_prompts(made.add_argument_group("what to draw"))
-    _add_sampling(made.add_argument_group("how to draw it"))
-    _add_networks(made.add_argument_group("adapters"))
-    _add_files(made.add_argument_group("files"))
-    _add_sheet(made.add_argument_group("a sheet of settings"))
+@dataclass
+class BaseOptions(ModelSource, AttentionOptions):
+    """The model and how it computes."""
+
+    title: ClassVar[str] = "model"
+    pretrained_model_name_or_path: str | None = option(
+        None, "checkpoint file, Diffusers folder or hub id", flag="--ckpt"
+    )
+    lowram: bool = False  # no option here
+    v1: bool = option(False, "the model must be SD1.x (it is recognised without this)")
+    sdxl: bool = option(False, "the model must be SDXL (it is recognised without this)")
+    zero_terminal_snr: bool = option(False, "betas that end in pure noise")
+    no_half_vae: bool = option(False, "the VAE computes in fp32 (an SDXL VAE that asks for it does so in any case)")
+    fp16: bool = option(False, "compute in fp16")
+    bf16: bool = option(False, "compute in bf16")
+    diffusers_xformers: bool = option(False, "the same as --xformers")
+    opt_channels_last: bool = option(False, "weights of the U-Net and the VAE in channels-last order")
+    device: str | None = option(None, "cuda, cuda:1, mps, cpu", unset="the first of these that there is")
+
+
+@dataclass
+class PromptOptions:
+    """What to draw."""
+
+    title: ClassVar[str] = "what to draw"
+    prompt: str | None = option(None, "prompt, with options behind it: a cat --n blurry --w 512 --h 768 --d 1,2")
+    from_file: str | None = option(None, "file of prompts, one a line; blank lines and lines with # are left out")
+    images_per_prompt: int = option(1, "images for each prompt", **_COUNT)
+    n_iter: int = option(1, "go through all prompts so many times", **_COUNT)
+    shuffle_prompts: bool = option(False, "in another order each time")
+    seed: int | None = option(
+        None,
+        "seed of the images' seeds; of the image itself where there is but one",
+        unset="drawn",
+        at_least=0,
+        at_most=MAX_SEED,
+        range_error=f"seeds are 0 to {MAX_SEED}",
+    )
+    iter_same_seed: bool = option(False, "the same seed for all prompts; a prompt's further images count on from it")
+    image_path: str | None = option(None, "image or folder of images to start from; without prompts, theirs are taken")
+    strength: float | None = option(None, "how much of such an image is drawn anew, above 0, up to 1", unset="0.8")
+
+
+@dataclass
+class SamplingOptions:
+    """How to draw it."""
+
+    title: ClassVar[str] = "how to draw it"
+    W: int | None = option(None, "width in pixels", unset="the size that the model was trained at")
+    H: int | None = option(None, "height in pixels", unset="the size that the model was trained at")
+    steps: int = option(50, "sampling steps")
+    scale: float = option(7.5, "guidance scale")
+    sampler: str = option("ddim", "sampler", choices=list(SAMPLERS))
+    force_scheduler_zero_steps_offset: bool = option(False, "the sampler's steps_offset is 0")
+    batch_size: int = option(1, "images at a time", **_COUNT)
+    vae_batch_size: float | None = option(
+        None,
+        "images at a time in the VAE; below 1, a part of --batch_size",
+        unset="--batch_size",
+        above=0,
+        range_error="give more than 0",
+    )
+    clip_skip: int | None = option(
+        None, "take the text encoder's n-th layer from the end", unset="the last one; SDXL: always 2", **_COUNT
+    )
+    max_embeddings_multiples: int | None = option(
+        None, "longest prompt, in windows of 75 tokens", unset="no limit", **_COUNT
+    )
+    emb_normalize_mode: str = option(
+        "original",
+        "what words' weights leave as it was: the mean of the text's embedding, the mean of its absolute values, or "
+        "nothing",
+        choices=["original", "abs", "none"],
+    )
+    original_height: int | None = option(
+        None, "SDXL: height of the image that it was cut from", unset="the height drawn"
+    )
+    original_width: int | None = option(None, "SDXL: width of the image that it was cut from", unset="the width drawn")
+    negative_original_height: int | None = option(
+        None,
+        "SDXL: the same height for the negative prompt",
+        unset="--original_height",
+        flag="--original_height_negative",
+    )
+    negative_original_width: int | None = option(
+        None,
+        "SDXL: the same width for the negative prompt",
+        unset="--original_width",
+        flag="--original_width_negative",
+    )
+    crop_top: int | None = option(None, "SDXL: pixels cut off at the top", unset="0")
+    crop_left: int | None = option(None, "SDXL: pixels cut off at the left", unset="0")
+
+
+@dataclass
+class AdapterOptions:
+    """Adapters."""
+
+    title: ClassVar[str] = "adapters"
+    network_module: list[str] | None = option(
+        None, "networks.lora, networks.dylora; one for each file, or one for all", unset="what each file says"
+    )
+    network_weights: list[str] | None = option(None, "adapter files, folders or hub ids; FILE:0.8:lbw=MIDD too")
+    network_mul: list[float] | None = option(None, "their weights", unset="1 each")
+    network_args: list[str] | None = option(None, "for each DyLoRA: rank=, unit=, rank_scaling=", metavar="K=V;K=V")
+    network_merge: bool = option(False, "add all adapters to the model's weights")
+    network_merge_n_models: int | None = option(None, "add the first n to the model's weights")
+    network_pre_calc: bool = option(
+        False, "add adapters to the weights for each batch, from a copy of these: fastest, exact"
+    )
+    network_show_meta: bool = option(False, "print the files' metadata")
+    rank: int | None = option(None, "rank that DyLoRA adapters work at", unset="the full one")
+
+
+@dataclass
+class FileOptions:
+    """Files that are written."""
+
+    title: ClassVar[str] = "files"
+    outdir: str = option("outputs", "folder of the images")
+    sequential_file_name: bool = option(False, "im_000001.png, im_000002.png, ...; without it, time, number and seed")
+    use_original_file_name: bool = option(False, "with --image_path: the name of that image")
+
+
+@dataclass
+class SheetOptions:
+    """A sheet of settings."""
+
+    title: ClassVar[str] = "a sheet of settings"
+    sweep: list[str] | None = option(
+        None,
+        "draw one sheet instead of images, with a row for each prompt and a column for each setting: weight=0,0.5,1 "
+        "rank=4,8 steps= scale= sampler=",
+        metavar="NAME=V,V,...",
+        at_least_one=True,
+    )
+    sheet: str | None = option(None, "its file", unset="sweep_<time>.png in --outdir")
+    sheet_font: str | None = option(None, "TrueType font for its labels", unset="the built-in one, which is Latin only")
+
+
+@dataclass
+class GenerateSettings(BaseOptions, PromptOptions, SamplingOptions, AdapterOptions, FileOptions, SheetOptions, Given):
+    """The image program's options: an attribute each."""
+
+
+def parser(defaults: bool = True) -> argparse.ArgumentParser:
+    """A parser of all options; without `defaults` its result has only what is on the command line."""
+    new = Parser(prog="gen_img_diffusers.py", description="Draw images with Stable Diffusion and adapters.")
+    new.add_options(GenerateSettings, defaults)
     for name in UNSUPPORTED:
-        made.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
-    return made
+        new.add_refused(f"--{name}")
+    return new
 
 
-def refuse(options: argparse.Namespace) -> None:
-    """Raise TrainingError for the first unsupported option that is given."""
+def parse(argv: Sequence[str] | None = None) -> GenerateSettings:
+    """Options from `argv`, then the defaults. Raises OptionError for the first unsupported option that is given."""
+    line = vars(parser(defaults=False).parse_args(argv))
     for name, reason in UNSUPPORTED.items():
-        if getattr(options, name) is not None:
-            raise TrainingError(f"--{name}: {reason}")
-
-
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--ckpt", dest="pretrained_model_name_or_path", help="checkpoint file, Diffusers folder or hub id")
-    flag("--v1", help="the model must be SD1.x (it is recognised without this)")
-    flag("--sdxl", help="the model must be SDXL (it is recognised without this)")
-    flag("--zero_terminal_snr", help="betas that end in pure noise")
-    flag("--no_half_vae", help="the VAE computes in fp32 (an SDXL VAE that asks for it does so in any case)")
-    add_model_source(group)
-    flag("--fp16", help="compute in fp16")
-    flag("--bf16", help="compute in bf16")
-    add_attention(group)
-    flag("--diffusers_xformers", help="the same as --xformers")
-    flag("--opt_channels_last", help="weights of the U-Net and the VAE in channels-last order")
-    option("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that there is)")
-
-
-def _add_prompts(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--prompt", help="prompt, with options behind it: a cat --n blurry --w 512 --h 768 --d 1,2")
-    option("--from_file", help="file of prompts, one a line; blank lines and lines with # are left out")
-    option("--images_per_prompt", type=int, default=1, help="pictures for each prompt")
-    option("--n_iter", type=int, default=1, help="go through all prompts so many times")
-    flag("--shuffle_prompts", help="in another order each time")
-    option("--seed", type=int, help="seed of the pictures' seeds; of the picture itself where there is but one")
-    flag("--iter_same_seed", help="the same seed for all prompts; a prompt's further pictures count on from it")
-    option("--image_path", help="picture or folder of pictures to start from; without prompts, theirs are taken")
-    option("--strength", type=number, help="how much of such a picture is drawn anew, above 0, up to 1 (default 0.8)")
-
-
-def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--W", type=int, help="width in pixels (default: the size that the model was trained at)")
-    option("--H", type=int, help="height in pixels")
-    option("--steps", type=int, default=50, help="sampling steps (default 50)")
-    option("--scale", type=number, default=7.5, help="guidance scale (default 7.5)")
-    option("--sampler", default="ddim", choices=SAMPLERS, help="sampler (default ddim)")
-    flag("--force_scheduler_zero_steps_offset", help="the sampler's steps_offset is 0")
-    option("--batch_size", type=int, default=1, help="pictures at a time")
-    option("--vae_batch_size", type=number, help="pictures at a time in the VAE; below 1, a part of --batch_size")
-    option("--clip_skip", type=int, help="take the text encoder's n-th layer from the end (SDXL: always 2)")
-    option("--max_embeddings_multiples", type=int, help="longest prompt, in windows of 75 tokens (default: no limit)")
-    modes = ["original", "abs", "none"]
-    option("--emb_normalize_mode", default="original", choices=modes, help="what words' weights leave as it was: "
-           "the mean of the text's embedding, the mean of its absolute values, or nothing")  # fmt: skip
-    for name in ("original", "negative_original"):
-        kohyas = [f"--original_{side}" + ("_negative" if name[0] == "n" else "") for side in ("height", "width")]
-        for flags, side in zip(kohyas, ("height", "width"), strict=True):
-            option(flags, dest=f"{name}_{side}", type=int, help=f"SDXL: {side} of the picture that it was cut from")
-    option("--crop_top", type=int, help="SDXL: pixels cut off at the top")
-    option("--crop_left", type=int, help="SDXL: pixels cut off at the left")
-
-
-def _add_networks(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--network_module", nargs="*", help="networks.lora, networks.dylora; one for each file, or one for all")
-    option("--network_weights", nargs="*", help="adapter files, folders or hub ids; FILE:0.8:lbw=MIDD too")
-    option("--network_mul", type=number, nargs="*", help="their weights (default 1 each)")
-    option("--network_args", nargs="*", metavar="K=V;K=V", help="for each DyLoRA: rank=, unit=, rank_scaling=")
-    flag("--network_merge", help="add all adapters to the model's weights")
-    option("--network_merge_n_models", type=int, help="add the first n to the model's weights")
-    flag("--network_pre_calc", help="add adapters to the weights for each batch, from a copy of these: fastest, exact")
-    flag("--network_show_meta", help="print the files' metadata")
-    option("--rank", type=int, help="rank that DyLoRA adapters work at (default: the full one)")
-
-
-def _add_files(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--outdir", default="outputs", help="folder of the pictures (default outputs)")
-    flag("--sequential_file_name", help="im_000001.png, im_000002.png, ...; without it, time, number and seed")
-    flag("--use_original_file_name", help="with --image_path: the name of that picture")
-
-
-def _add_sheet(group: argparse._ArgumentGroup) -> None:
-    _, option = adders(group)
-    option("--sweep", nargs="+", metavar="NAME=V,V,...", help="draw one sheet instead of pictures, with a row for "
-           "each prompt and a column for each setting: weight=0,0.5,1 rank=4,8 steps= scale= sampler=")  # fmt: skip
-    option("--sheet", help="its file (default: sweep_<time>.png in --outdir)")
-    option("--sheet_font", help="TrueType font for its labels (the built-in one is Latin only)")
+        if line.pop(name, None) is not None:
+            raise OptionError(f"--{name}: {reason}")
+    return made(GenerateSettings, line)

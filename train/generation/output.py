@@ -1,6 +1,5 @@
-"""Pictures' files: their names, and the settings that stand in them."""
+"""Images' files: their names, and the settings that stand in them."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,32 +9,35 @@ from PIL import Image
 from lora_adapters import __version__
 from lora_adapters.convert.storage.files import replacing
 from lora_adapters.train.generation.networks import Network, unmerged
-from lora_adapters.train.generation.png_info import SAMPLER_NAMES, parameters, save_options, short_hash
-from lora_adapters.train.generation.requests import PictureRequest
+from lora_adapters.train.generation.options import GenerateSettings
+from lora_adapters.train.generation.png_info import parameters, save_options, short_hash
+from lora_adapters.train.generation.requests import ImageRequest
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.options.values import required
+from lora_adapters.train.samplers import SAMPLERS
 
 
 class Album:
-    """Where a run's pictures go: names them, and writes each with its settings."""
+    """Where a run's images go: names them, and writes each with its settings."""
 
-    def __init__(self, settings: argparse.Namespace, models: BaseModels, networks: Sequence[Network]):
+    def __init__(self, settings: GenerateSettings, models: BaseModels, networks: Sequence[Network]):
         self.settings, self._models, self._networks = settings, models, networks
         self.folder = Path(settings.outdir)
         self._time = time.strftime("%Y%m%d%H%M%S")
         self._count = 0
-        file = Path(settings.pretrained_model_name_or_path)
+        file = Path(required(settings.pretrained_model_name_or_path, "--ckpt"))
         self._model = {"Model": file.stem if file.is_file() else file.name}
         if file.is_file():
             self._model = {"Model hash": short_hash(file), **self._model}
 
-    def add(self, request: PictureRequest, picture: Image.Image) -> Path:
-        """Write a picture; its path."""
+    def add(self, request: ImageRequest, image: Image.Image) -> Path:
+        """Write an image; its path."""
         path = self._path(request)
         self._count += 1
-        save(picture, path, self.text(request))
+        save(image, path, self.text(request))
         return path
 
-    def _path(self, request: PictureRequest) -> Path:
+    def _path(self, request: ImageRequest) -> Path:
         if request.file is not None:
             path = self.folder / request.file
             return path if path.suffix else path.with_suffix(".png")
@@ -54,47 +56,47 @@ class Album:
         """Where a sheet goes."""
         return Path(self.settings.sheet) if self.settings.sheet else self._free(f"sweep_{self._time}")
 
-    def text(self, request: PictureRequest, sweep: str = "") -> str:
-        """The settings of a picture as text."""
+    def text(self, request: ImageRequest, sweep: str = "") -> str:
+        """The settings of an image as text."""
         live = unmerged(self._networks)
-        own = request.multipliers or [one.multiplier for one in live]
-        weights = [(one.name, one.multiplier) for one in self._networks if one.merged]
-        weights += [(one.name, weight) for one, weight in zip(live, own, strict=True)]
-        facts: dict[str, object] = {
+        own = request.multipliers or [network.multiplier for network in live]
+        weights = [(network.name, network.multiplier) for network in self._networks if network.merged]
+        weights += [(network.name, weight) for network, weight in zip(live, own, strict=True)]
+        entries: dict[str, object] = {
             "Steps": request.steps,
-            "Sampler": SAMPLER_NAMES[request.sampler.removeprefix("k_")],
+            "Sampler": SAMPLERS[request.sampler].title,
             "CFG scale": f"{request.scale:g}",
             "Seed": request.seed,
             "Size": f"{request.width}x{request.height}",
             **self._model,
         }
         if request.strength is not None:
-            facts["Denoising strength"] = f"{request.strength:g}"
+            entries["Denoising strength"] = f"{request.strength:g}"
         if self.settings.vae:
-            facts["VAE"] = Path(self.settings.vae).name
+            entries["VAE"] = Path(self.settings.vae).name
         if self.settings.clip_skip:
-            facts["Clip skip"] = self.settings.clip_skip
-        hashes = {one.name: one.adapter.metadata["sshs_model_hash"][:12] for one in self._networks
-                  if "sshs_model_hash" in one.adapter.metadata}  # fmt: skip
+            entries["Clip skip"] = self.settings.clip_skip
+        hashes = {network.name: network.adapter.metadata["sshs_model_hash"][:12] for network in self._networks
+                  if "sshs_model_hash" in network.adapter.metadata}  # fmt: skip
         if hashes:
-            facts["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
-        ranks = {one.name: one.rank if one.merged or request.rank is None else request.rank
-                 for one in self._networks if one.adapter.dylora}  # fmt: skip
+            entries["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
+        ranks = {network.name: network.rank if network.merged or request.rank is None else request.rank
+                 for network in self._networks if network.adapter.dylora}  # fmt: skip
         if any(ranks.values()):
-            facts["Lora ranks"] = ", ".join(f"{name}: {rank}" for name, rank in ranks.items() if rank)
+            entries["Lora ranks"] = ", ".join(f"{name}: {rank}" for name, rank in ranks.items() if rank)
         sizes = {"Original size": (request.original_width, request.original_height),
                  "Negative original size": (request.negative_original_width, request.negative_original_height),
                  "Crop": (request.crop_left, request.crop_top)}  # fmt: skip
         for key, pair in sizes.items():
             if pair != (None, None):
-                facts[key] = "x".join("-" if one is None else str(one) for one in pair)
+                entries[key] = "x".join("-" if side is None else str(side) for side in pair)
         if sweep:
-            facts["Sweep"] = sweep
-        facts["Version"] = f"lora-adapters {__version__}"
-        return parameters(request.prompt, request.negative_prompt, weights, facts)
+            entries["Sweep"] = sweep
+        entries["Version"] = f"lora-adapters {__version__}"
+        return parameters(request.prompt, request.negative_prompt, weights, entries)
 
 
-def save(picture: Image.Image, path: Path, text: str) -> None:
-    """Write the picture with its settings, whole or not at all."""
+def save(image: Image.Image, path: Path, text: str) -> None:
+    """Write the image with its settings, whole or not at all."""
     with replacing(path) as partial:
-        picture.save(partial, **save_options(text, path.suffix.lower()))
+        image.save(partial, **save_options(text, path.suffix.lower()))

@@ -1,6 +1,5 @@
-"""What is to be drawn, and everything about it that can be wrong without the model, told before that is loaded."""
+"""The plan of a run: what is to be drawn, with everything checked that can be before the model is loaded."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,20 +8,24 @@ import torch
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import check_one_family
-from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.draw import start_picture
+from lora_adapters.train.data.image_suffixes import READ
+from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.generation.draw import start_image
 from lora_adapters.train.generation.image_grid import font_of
 from lora_adapters.train.generation.networks import Network, networks, unmerged
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.png_info import prompts_in, read_text
 from lora_adapters.train.generation.prompt_lines import numbered_lines, read_prompt_file
-from lora_adapters.train.generation.requests import PictureRequest, check_for_kind, requests
+from lora_adapters.train.generation.requests import ImageRequest, check_sizes, requests
 from lora_adapters.train.generation.sweeps import Column, check_lines, check_rank, columns
-from lora_adapters.train.models.base import architecture_on_disk, check_path
-from lora_adapters.train.resizing.plan import PICTURE_SUFFIXES
+from lora_adapters.train.models.base import check_fixed_clip_skip, check_path, family_on_disk
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.registry import KIND_FLAGS, family_of_adapter
+from lora_adapters.train.options.settings import check_ranges
 
 _ONE_OF = (
     ("prompt", "from_file"),
-    ("v1", "v2", "sdxl"),
+    tuple(KIND_FLAGS),
     ("fp16", "bf16"),
     ("network_merge", "network_merge_n_models"),
     ("network_merge", "network_pre_calc"),
@@ -36,62 +39,55 @@ _ONE_OF = (
 class Plan:
     """What is to be drawn, with what. `columns` is empty unless a sheet is asked for."""
 
-    requests: list[PictureRequest]
+    requests: list[ImageRequest]
     networks: list[Network]
     columns: list[Column]
 
 
-def plan(settings: argparse.Namespace) -> Plan:
+def plan(settings: GenerateSettings) -> Plan:
     """Everything that can be known, and can be wrong, without the model."""
     _check(settings)
     starts = _starts(settings)
     lines = _lines(settings, starts)
     wanted = requests(settings, lines, starts)
     found = networks(settings)
-    check_one_family({one.source: one.adapter for one in found})
-    architecture = architecture_on_disk(settings)
-    if architecture is not None:
-        check_for_kind(wanted, "sdxl" if architecture == "sdxl" else "sd1")
-        _check_architecture(settings, found, architecture)
+    check_one_family({network.source: network.adapter for network in found})
+    family = family_on_disk(settings)
+    if family is not None:
+        check_sizes(wanted, family)
+        _check_family(settings, found, family)
     live = unmerged(found)
     for request in wanted:
         _check_networks(request, live)
     made = columns(settings.sweep, found, settings) if settings.sweep else []
     check_lines(lines, made)
-    for request in {one.start: one for one in wanted if one.start is not None}.values():
-        start_picture(request)
+    for request in {request.start: request for request in wanted if request.start is not None}.values():
+        start_image(request)
     font_of(settings.sheet_font, 14)
     return Plan(_filled(wanted, live), found, made)
 
 
-def _check(settings: argparse.Namespace) -> None:
+def _check(settings: GenerateSettings) -> None:
     if not settings.pretrained_model_name_or_path:
-        raise TrainingError("--ckpt is missing: a checkpoint file, a Diffusers folder or a hub id")
+        raise OptionError("--ckpt is missing: a checkpoint file, a Diffusers folder or a hub id")
     for group in _ONE_OF:
         if sum(bool(getattr(settings, name)) for name in group) > 1:
-            raise TrainingError(f"--{' and --'.join(group)} exclude each other: give one")
-    for name in ("images_per_prompt", "n_iter", "batch_size", "clip_skip", "max_embeddings_multiples"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise TrainingError(f"--{name} {value}: give 1 or more")
-    if settings.vae_batch_size is not None and not settings.vae_batch_size > 0:
-        raise TrainingError(f"--vae_batch_size {settings.vae_batch_size}: give more than 0")
-    if settings.seed is not None and not 0 <= settings.seed < 2**32:
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**32 - 1}")
+            raise OptionError(f"--{' and --'.join(group)} exclude each other: give one")
+    check_ranges(settings)
     for name in ("strength", "use_original_file_name"):
         value = getattr(settings, name)
         if value is not None and value is not False and not settings.image_path:
-            raise TrainingError(f"--{name} is for --image_path, which is not given")
+            raise OptionError(f"--{name} is for --image_path, which is not given")
     for name in ("sheet", "sheet_font"):
         if getattr(settings, name) and not settings.sweep:
-            raise TrainingError(f"--{name} is for --sweep, which is not given")
+            raise OptionError(f"--{name} is for --sweep, which is not given")
     if settings.sheet and Path(settings.sheet).suffix.lower() != ".png":
-        raise TrainingError(f"--sheet {settings.sheet}: its name must end in .png")
+        raise OptionError(f"--sheet {settings.sheet}: its name must end in .png")
     check_path(settings)
     if Path(settings.outdir).exists() and not Path(settings.outdir).is_dir():
         raise TrainingError(f"--outdir {settings.outdir} is not a folder")
     if settings.sdpa and (settings.xformers or settings.diffusers_xformers):
-        raise TrainingError("give one of --xformers and --sdpa")
+        raise OptionError("give one of --xformers and --sdpa")
     if settings.xformers or settings.diffusers_xformers:
         _check_xformers()
 
@@ -105,8 +101,8 @@ def _check_xformers() -> None:
         raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
 
 
-def _starts(settings: argparse.Namespace) -> list[Path]:
-    """The pictures of --image_path, by name."""
+def _starts(settings: GenerateSettings) -> list[Path]:
+    """The images of --image_path, by name."""
     if not settings.image_path:
         return []
     path = Path(settings.image_path)
@@ -114,14 +110,14 @@ def _starts(settings: argparse.Namespace) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise TrainingError(f"--image_path {path} does not exist")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in READ)
     if not found:
-        raise TrainingError(f"--image_path {path} has no pictures")
+        raise TrainingError(f"--image_path {path} has no images")
     return found
 
 
-def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[str, str]]:
-    """Prompt lines, and where they stand: those given, or those in the pictures that are begun with."""
+def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str, str]]:
+    """Prompt lines, and where they stand: those given, or those in the images that are begun with."""
     if settings.prompt is not None:
         return [(settings.prompt, "--prompt")]
     if settings.from_file:
@@ -130,13 +126,13 @@ def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[s
             raise TrainingError(f"--from_file {settings.from_file} has no prompts")
         return lines
     if not starts:
-        raise TrainingError("there is nothing to draw: give --prompt or --from_file")
+        raise OptionError("there is nothing to draw: give --prompt or --from_file")
     found = []
     for start in starts:
         try:
             text = read_text(start)
         except OSError as error:
-            raise TrainingError(f"--image_path {start} cannot be read as a picture ({error})") from None
+            raise TrainingError(f"--image_path {start} cannot be read as an image ({error})") from None
         if not text:
             raise TrainingError(f"{start} holds no prompt: give --prompt or --from_file")
         prompt, negative = prompts_in(text)
@@ -144,18 +140,16 @@ def _lines(settings: argparse.Namespace, starts: Sequence[Path]) -> list[tuple[s
     return found
 
 
-def _check_architecture(settings: argparse.Namespace, found: Sequence[Network], architecture: str) -> None:
-    names = {"sd": "SD1.x/SD2.x", "sdxl": "SDXL"}
+def _check_family(settings: GenerateSettings, found: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
-    for one in found:
-        if one.adapter.architecture != architecture:
-            raise AdapterError(f"{one.source} is for {names[one.adapter.architecture]}, but {model} is "
-                               f"{names[architecture]}")  # fmt: skip
-    if settings.clip_skip not in (None, 2) and architecture == "sdxl":
-        raise TrainingError(f"--clip_skip {settings.clip_skip}: SDXL was trained with 2, and takes no other here")
+    for network in found:
+        own = family_of_adapter(network.adapter)
+        if own is not family:
+            raise AdapterError(f"{network.source} is for {own.title}, but {model} is {family.title}")
+    check_fixed_clip_skip(family, settings.clip_skip)
 
 
-def _check_networks(request: PictureRequest, live: Sequence[Network]) -> None:
+def _check_networks(request: ImageRequest, live: Sequence[Network]) -> None:
     if request.multipliers is not None and len(request.multipliers) > len(live):
         many = len(request.multipliers)
         raise TrainingError(f"{request.where}: --am has {many} for {len(live)} adapters that are not merged")
@@ -166,10 +160,12 @@ def _check_networks(request: PictureRequest, live: Sequence[Network]) -> None:
             raise TrainingError(f"{request.where}: {error}") from None
 
 
-def _filled(wanted: Sequence[PictureRequest], live: Sequence[Network]) -> list[PictureRequest]:
-    """The last of --am stands for the adapters after it, too."""
-    return [
-        one if one.multipliers is None
-        else replace(one, multipliers=(*one.multipliers, *[one.multipliers[-1]] * (len(live) - len(one.multipliers))))
-        for one in wanted
-    ]  # fmt: skip
+def _filled(wanted: Sequence[ImageRequest], live: Sequence[Network]) -> list[ImageRequest]:
+    """Requests whose --am has a multiplier for every adapter: the last one is repeated."""
+    filled = []
+    for request in wanted:
+        own = request.multipliers
+        filled.append(
+            request if own is None else replace(request, multipliers=(*own, *[own[-1]] * (len(live) - len(own))))
+        )
+    return filled

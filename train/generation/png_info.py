@@ -1,9 +1,10 @@
-"""A picture's settings as text, in the form that AUTOMATIC1111's web UI writes and reads."""
+"""An image's settings as text, in the form that AUTOMATIC1111's web UI writes and reads."""
 
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -12,28 +13,15 @@ KEY = "parameters"  # of the PNG's text chunk
 _EXIF, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
 _LORA = re.compile(r"\s*<lora:[^:>]+(:[^>]*)?>")
 _NEGATIVE = "Negative prompt: "
-SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpm_2_a": "DPM2 a",
-    "dpmsolver": "DPM-Solver 2M",
-    "dpmsolver++": "DPM++ 2M",
-    "dpmsingle": "DPM++ 2S",
-}
 
 
 def parameters(
-    prompt: str, negative_prompt: str, adapters: Iterable[tuple[str, float]], facts: Mapping[str, object]
+    prompt: str, negative_prompt: str, adapters: Iterable[tuple[str, float]], entries: Mapping[str, object]
 ) -> str:
-    """The text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, and a line of the facts."""
+    """The text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, and a line of entries."""
     loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in adapters)
     lines = [prompt + loras, *([_NEGATIVE + negative_prompt] if negative_prompt else [])]
-    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in facts.items())])
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in entries.items())])
 
 
 def _quoted(value: str) -> str:
@@ -53,8 +41,8 @@ def prompts_in(text: str) -> tuple[str, str]:
     return _LORA.sub("", prompt).strip(), negative.strip()
 
 
-def save_options(text: str, suffix: str) -> dict[str, object]:
-    """What Pillow's `save` takes to put the text into a picture: a PNG's chunk, else Exif's UserComment."""
+def save_options(text: str, suffix: str) -> dict[str, Any]:
+    """What Pillow's `save` takes to put the text into an image: a PNG's chunk, else Exif's UserComment."""
     if suffix == ".png":
         info = PngInfo()
         info.add_text(KEY, text)
@@ -65,12 +53,12 @@ def save_options(text: str, suffix: str) -> dict[str, object]:
 
 
 def read_text(file: Path) -> str | None:
-    """The settings' text of a picture, or None where it has none."""
-    with Image.open(file) as picture:
-        text = picture.info.get(KEY)
+    """The settings' text of an image, or None where it has none."""
+    with Image.open(file) as image:
+        text = image.info.get(KEY)
         if isinstance(text, str):
             return text
-        comment = picture.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
+        comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT, b"")
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):
         return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
     return None

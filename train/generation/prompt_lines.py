@@ -1,4 +1,4 @@
-"""Prompts with options behind them, `a cat --w 512 --n bad`: the syntax that samples and pictures share."""
+"""Prompts with options behind them, `a cat --w 512 --n bad`: the syntax that samples and images share."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -70,8 +70,8 @@ def parse_line(
                 raise TrainingError(f"{where}: --{letters} in {line!r} is none of --{', --'.join(options)}")
             if option.field in table:
                 if leave_out is None:
-                    raise TrainingError(f"{where}: --{letters} stands twice")
-                leave_out(f"{where}: --{letters} stands twice; the last is taken")
+                    raise TrainingError(f"{where}: --{letters} is given twice")
+                leave_out(f"{where}: --{letters} is given twice; the last is used")
             table[option.field] = _value(option, letters, text, where)
         except TrainingError as error:
             if leave_out is None:
@@ -96,7 +96,8 @@ def _value(option: LineOption, letters: str, text: str, where: str) -> Any:
 
 def _number_at_start(option: LineOption, text: str) -> Any:
     """The number that a text begins with, for an option that takes one; None where there is none."""
-    pattern = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}.get(option.read)
+    patterns: dict[Callable[[str], Any], str] = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}
+    pattern = patterns.get(option.read)
     found = re.match(pattern, text) if pattern else None
     try:
         return option.read(found[0]) if found else None
@@ -105,7 +106,7 @@ def _number_at_start(option: LineOption, text: str) -> Any:
 
 
 def multiple_of_8(pixels: int, where: str) -> tuple[int, str]:
-    """A side of a picture rounded down to a multiple of 8 (at least 8), and what to say where that changes it."""
+    """A side of an image rounded down to a multiple of 8 (at least 8), and what to say where that changes it."""
     rounded = max(8, pixels - pixels % 8)
     if rounded == pixels:
         return pixels, ""

@@ -1,6 +1,5 @@
-"""What is to be drawn: each picture's prompt and settings, from the options and the prompt lines."""
+"""What is to be drawn: each image's prompt and settings, from the options and the prompt lines."""
 
-import argparse
 import logging
 import random
 import re
@@ -11,22 +10,25 @@ from typing import Any
 
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import forbidden, same_file_key
+from lora_adapters.train.data.image_suffixes import WRITTEN
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.options import UNSUPPORTED_IN_LINES
+from lora_adapters.train.generation.options import UNSUPPORTED_IN_LINES, GenerateSettings
 from lora_adapters.train.generation.prompt_lines import WHOLE, LineOption, multiple_of_8, parse_line, whole
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.schedulers import check_sampler
 
 log = logging.getLogger(__name__)
 SEEDS = 2**32
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
-class PictureRequest:
-    """One picture. Sizes are in pixels; None is the model's own size, or the size of the picture begun with.
+class ImageRequest:
+    """One image. Sizes are in pixels; None is the model's own size, or the size of the image begun with.
 
     where: the option or line that it comes from, for errors. multipliers: one for each adapter that is not merged, None
-    for their own. strength and start are of img2img. original_* and crop_* are SDXL's. file: its name, if given.
+    for their own. strength and start are of img2img. original_* and crop_* are conditions of SDXL. file: its
+    name, if given.
     """
 
     prompt: str
@@ -51,7 +53,7 @@ class PictureRequest:
     file: str | None = None
 
 
-_SDXL_ONLY = {
+_SIZES = {
     "original_width": "--ow",
     "original_height": "--oh",
     "negative_original_width": "--nw",
@@ -81,27 +83,32 @@ OPTIONS: dict[str, LineOption] = {
     "f": LineOption("file", str, "a file name"),
     "ss": LineOption("sampler", str, "a sampler"),
     "rank": LineOption("rank", whole, WHOLE),
-    **{flag.removeprefix("--"): LineOption(field, whole, WHOLE) for field, flag in _SDXL_ONLY.items()},
+    **{flag.removeprefix("--"): LineOption(field, whole, WHOLE) for field, flag in _SIZES.items()},
 }
 
 
 def requests(
-    settings: argparse.Namespace, lines: Sequence[tuple[str, str]], starts: Sequence[Path] = ()
-) -> list[PictureRequest]:
-    """All pictures in the order in which they are drawn.
+    settings: GenerateSettings, lines: Sequence[tuple[str, str]], starts: Sequence[Path] = ()
+) -> list[ImageRequest]:
+    """All images in the order in which they are drawn.
 
-    lines: (prompt line, where it stands). starts: pictures to begin with, taken in turn. Raises TrainingError, with the
-    line's number, for whatever is wrong with one.
+    Args:
+        settings: the options.
+        lines: (prompt line, its place for messages).
+        starts: images to begin with, taken in turn.
+
+    Raises:
+        TrainingError: with the line's number, for a line that cannot be drawn.
     """
     tables = [(parse_line(line, OPTIONS, where, UNSUPPORTED_IN_LINES), where) for line, where in lines]
-    common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SDXL_ONLY)}
+    common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SIZES)}
     common |= _in_8s({"width": settings.W, "height": settings.H}, "--W, --H")
     tables = [({**table, **_in_8s(table, where)}, where) for table, where in tables]
     if starts:
         common["strength"] = 0.8 if settings.strength is None else settings.strength
     single = len(tables) == settings.images_per_prompt == settings.n_iter == 1
     draw = random.Random(settings.seed)
-    made: list[PictureRequest] = []
+    made: list[ImageRequest] = []
     for _ in range(settings.n_iter):
         shared = draw.randrange(SEEDS) if settings.iter_same_seed else None
         if settings.shuffle_prompts:
@@ -114,7 +121,7 @@ def requests(
             for nth, seed in enumerate(_chosen(given, shared, draw, settings.images_per_prompt, where)):
                 file = _numbered(own["file"], nth) if "file" in own else None
                 start = starts[len(made) % len(starts)] if starts else None
-                made.append(PictureRequest(**{**own, "seed": seed, "where": where, "start": start, "file": file}))
+                made.append(ImageRequest(**{**own, "seed": seed, "where": where, "start": start, "file": file}))
                 _check(made[-1], settings)
     _check_files(made)
     return made
@@ -137,7 +144,7 @@ def _in_8s(sizes: Mapping[str, Any], where: str) -> dict[str, int | None]:
 def _chosen(
     given: Sequence[int] | None, shared: int | None, draw: random.Random, count: int, where: str
 ) -> Sequence[int]:
-    """The seeds of a prompt's pictures: those given and on from the last, else on from the shared one, else drawn."""
+    """The seeds of a prompt's images: those given and on from the last, else on from the shared one, else drawn."""
     if given is None and shared is None:
         return [draw.randrange(SEEDS) for _ in range(count)]
     first = [shared or 0] if given is None else list(given)
@@ -148,7 +155,7 @@ def _chosen(
     return [*first, *((first[-1] + n) % SEEDS for n in range(1, count - len(first) + 1))]
 
 
-def _check(request: PictureRequest, settings: argparse.Namespace) -> None:
+def _check(request: ImageRequest, settings: GenerateSettings) -> None:
     where = request.where
     if not request.prompt:
         raise TrainingError(f"{where}: there is no prompt")
@@ -157,7 +164,7 @@ def _check(request: PictureRequest, settings: argparse.Namespace) -> None:
     if not 1 <= request.steps <= 1000:
         raise TrainingError(f"{where}: {request.steps} steps; 1 to 1000 are possible")
     if request.start is not None and (request.width is None) != (request.height is None):
-        raise TrainingError(f"{where}: width and height of a picture to begin with belong together: give both")
+        raise TrainingError(f"{where}: width and height of an image to begin with belong together: give both")
     if request.strength is not None:
         if request.start is None:
             raise TrainingError(f"{where}: --t (strength) is for --image_path, which is not given")
@@ -178,8 +185,8 @@ def _numbered(name: str, nth: int) -> str:
     return str(path.with_name(f"{path.stem}-{nth + 1}{path.suffix}"))
 
 
-def _check_files(made: Sequence[PictureRequest]) -> None:
-    seen: dict[str, PictureRequest] = {}
+def _check_files(made: Sequence[ImageRequest]) -> None:
+    seen: dict[str, ImageRequest] = {}
     for request in made:
         if request.file is None:
             continue
@@ -188,8 +195,8 @@ def _check_files(made: Sequence[PictureRequest]) -> None:
             raise TrainingError(f"{request.where}: --f {request.file} is outside --outdir")
         if why := forbidden(request.file):
             raise TrainingError(f"{request.where}: --f {request.file}: {why}")
-        if path.suffix.lower() not in ("", *PICTURE_ENDINGS):
-            raise TrainingError(f"{request.where}: --f {request.file}: {', '.join(PICTURE_ENDINGS)} can be written")
+        if path.suffix.lower() not in ("", *WRITTEN):
+            raise TrainingError(f"{request.where}: --f {request.file}: {', '.join(WRITTEN)} can be written")
         key = same_file_key(request.file)
         if key in seen:
             before = seen[key].where
@@ -197,11 +204,12 @@ def _check_files(made: Sequence[PictureRequest]) -> None:
         seen[key] = request
 
 
-def check_for_kind(made: Sequence[PictureRequest], kind: str) -> None:
-    """Raise TrainingError where SDXL's sizes are given for another kind of model."""
-    if kind == "sdxl":
+def check_sizes(made: Sequence[ImageRequest], family: TrainingFamily) -> None:
+    """Raise TrainingError where sizes are given that models of this family are not conditioned on."""
+    if family.has_sizes:
         return
+    titles = " and ".join(other.title for other in FAMILIES.values() if other.has_sizes)
     for request in made:
-        for field, flag in _SDXL_ONLY.items():
+        for field, flag in _SIZES.items():
             if getattr(request, field) is not None:
-                raise TrainingError(f"{request.where}: {flag} ({field}) is for SDXL, which the model is not")
+                raise TrainingError(f"{request.where}: {flag} ({field}) is for {titles}, which the model is not")

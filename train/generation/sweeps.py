@@ -1,16 +1,16 @@
 """Settings to compare: `weight=0,0.5,1 rank=4,8` as the columns of a sheet."""
 
-import argparse
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_adapters.convert.parsing import number
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.networks import Network, unmerged
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.prompt_lines import parse_line, whole
-from lora_adapters.train.generation.requests import OPTIONS, PictureRequest
+from lora_adapters.train.generation.requests import OPTIONS, ImageRequest
 from lora_adapters.train.models.schedulers import check_sampler
 
 _READ: dict[str, Callable[[str], Any]] = {
@@ -35,16 +35,16 @@ class Column:
         return "\n".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in self.values.items())  # fmt: skip
 
-    def of(self, request: PictureRequest, networks: Sequence[Network]) -> PictureRequest:
+    def of(self, request: ImageRequest, networks: Sequence[Network]) -> ImageRequest:
         """The request with this column's settings. A weight is a factor on each adapter's own multiplier."""
         changes = {name: value for name, value in self.values.items() if name != "weight"}
         if "weight" in self.values:
-            own = tuple(one.multiplier * self.values["weight"] for one in unmerged(networks))
+            own = tuple(network.multiplier * self.values["weight"] for network in unmerged(networks))
             changes["multipliers"] = own
         return replace(request, **changes)
 
 
-def columns(sweep: Sequence[str], networks: Sequence[Network], settings: argparse.Namespace) -> list[Column]:
+def columns(sweep: Sequence[str], networks: Sequence[Network], settings: GenerateSettings) -> list[Column]:
     """All combinations of the values, the first name changing slowest. Ranks at weight 0, where nothing is, are one.
 
     Raises TrainingError for a name or value that cannot be, or that the adapters do not have.
@@ -59,7 +59,7 @@ def columns(sweep: Sequence[str], networks: Sequence[Network], settings: argpars
     for sampler in values.get("sampler", []):
         check_sampler(sampler, settings.zero_terminal_snr)
     if any(not 1 <= steps <= 1000 for steps in values.get("steps", [])):
-        raise TrainingError("--sweep steps: 1 to 1000 are possible")
+        raise OptionError("--sweep steps: 1 to 1000 are possible")
     made: list[Column] = []
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
@@ -72,11 +72,11 @@ def columns(sweep: Sequence[str], networks: Sequence[Network], settings: argpars
 
 def check_rank(rank: int, live: Sequence[Network], where: str) -> None:
     """Raise TrainingError where no adapter can work at that rank, or one of the DyLoRAs cannot."""
-    dials = [one for one in live if one.adapter.dylora]
-    if not dials:
+    dyloras = [network for network in live if network.adapter.dylora]
+    if not dyloras:
         raise TrainingError(f"{where}: rank {rank}: no adapter that is not merged is a DyLoRA; others have one rank")
-    for one in dials:
-        one.at(rank)
+    for network in dyloras:
+        network.at(rank)
 
 
 def check_lines(lines: Sequence[tuple[str, str]], made: Sequence[Column]) -> None:
@@ -87,7 +87,7 @@ def check_lines(lines: Sequence[tuple[str, str]], made: Sequence[Column]) -> Non
     for line, where in lines:
         for field in parse_line(line, OPTIONS, where):
             if field == "file":
-                raise TrainingError(f"{where}: --f names a picture, but --sweep draws one sheet (--sheet names it)")
+                raise TrainingError(f"{where}: --f names an image, but --sweep draws one sheet (--sheet names it)")
             if field in swept:
                 raise TrainingError(f"{where}: it sets {field}, and --sweep {swept[field]} does, too")
 
@@ -97,9 +97,9 @@ def _pairs(sweep: Sequence[str]) -> list[tuple[str, str]]:
     for part in sweep:
         name, _, text = part.partition("=")
         if name not in _READ or not text:
-            raise TrainingError(f"--sweep {part}: it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}")
+            raise OptionError(f"--sweep {part}: it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}")
         if name in found:
-            raise TrainingError(f"--sweep: {name} stands twice")
+            raise OptionError(f"--sweep: {name} is given twice")
         found[name] = text
     return list(found.items())
 
@@ -108,4 +108,4 @@ def _values(name: str, text: str) -> list[Any]:
     try:
         return list(dict.fromkeys(_READ[name](part.strip()) for part in text.split(",")))
     except ValueError:
-        raise TrainingError(f"--sweep {name}={text}: it takes values with commas between them") from None
+        raise OptionError(f"--sweep {name}={text}: it takes values with commas between them") from None

@@ -1,25 +1,25 @@
 """Options that trade speed for memory, put on the models; and what needs a GPU, refused without one."""
 
-import argparse
 import logging
 
 import torch
 
-from lora_adapters.plugin import checkpoint_activations
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.compat import checkpoint_activations
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
 
 ATTENTION = ("mem_eff_attn", "xformers", "sdpa")
 
 
-def attention(settings: argparse.Namespace) -> str | None:
+def attention(settings: Settings) -> str | None:
     """The attention that was asked for; of several, the one that kohya's trainer takes."""
     return next((name for name in ATTENTION if getattr(settings, name)), None)
 
 
-def check_machine(settings: argparse.Namespace) -> None:
+def check_machine(settings: Settings) -> None:
     """Raise TrainingError for options that this machine cannot carry out."""
     chosen = attention(settings)
     for name in ATTENTION:
@@ -27,7 +27,7 @@ def check_machine(settings: argparse.Namespace) -> None:
             log.warning("--%s has no effect beside --%s", name, chosen)
     for full, precision in ((settings.full_bf16, "bf16"), (settings.full_fp16, "fp16")):
         if full and settings.mixed_precision != precision:
-            raise TrainingError(f"--full_{precision} needs --mixed_precision {precision}")
+            raise OptionError(f"--full_{precision} needs --mixed_precision {precision}")
     if settings.full_fp16:
         log.warning(
             "--full_fp16: the adapter's weights, gradients and optimizer stay in fp32, where they do not underflow; "
@@ -48,30 +48,30 @@ def check_machine(settings: argparse.Namespace) -> None:
             raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
 
 
-def apply_memory_options(models: BaseModels, settings: argparse.Namespace, trained_text: bool) -> None:
+def apply_memory_options(models: BaseModels, settings: Settings, trained_text: bool) -> None:
     """Attention kernels and gradient checkpointing. Call it before adapters are added.
 
     Checkpointing acts on modules in training mode only; `set_training` sees to that.
     """
     chosen = attention(settings)
     if chosen == "xformers":
-        models.unet.enable_xformers_memory_efficient_attention()
+        models.denoiser.enable_xformers_memory_efficient_attention()
         models.vae.enable_xformers_memory_efficient_attention()
     elif chosen == "mem_eff_attn":
-        models.unet.set_attention_slice("auto")
+        models.denoiser.set_attention_slice("auto")
     elif chosen == "sdpa":
         from diffusers.models.attention_processor import AttnProcessor2_0
 
-        models.unet.set_attn_processor(AttnProcessor2_0())
+        models.denoiser.set_attn_processor(AttnProcessor2_0())
     if settings.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
+        models.denoiser.enable_gradient_checkpointing()
         for encoder in models.text_encoders if trained_text else ():
             checkpoint_activations(encoder)
 
 
 def set_training(models: BaseModels, training: bool, text: bool) -> None:
-    """Training mode for the U-Net, which gradients flow through in any case, and with `text` for text encoders."""
-    models.unet.train(training)
+    """Training mode for the denoiser, which gradients flow through in any case, and with `text` for text encoders."""
+    models.denoiser.train(training)
     for encoder in models.text_encoders:
         encoder.train(training and text)
 

@@ -8,30 +8,17 @@ import diffusers
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.noise_schedule import STEPS, betas, ends_in_noise
+from lora_adapters.train.samplers import SAMPLERS
 
-_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
-}
-SAMPLERS = [*_CLASSES, "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"]
 _ZERO_SNR = "rescale_betas_zero_snr"
 
 
 def check_sampler(name: str, zero_terminal_snr: bool = False) -> None:
     """Raise TrainingError for a name that is no sampler, or one that cannot start from pure noise."""
     if name not in SAMPLERS:
-        raise TrainingError(f"{name} is no sampler; {', '.join(SAMPLERS)} are")
+        raise TrainingError(f"unknown sampler {name}; known are {', '.join(SAMPLERS)}")
     if zero_terminal_snr and not _takes_zero_snr(name):
-        able = ", ".join(one for one in _CLASSES if _takes_zero_snr(one))
+        able = ", ".join(known for known in SAMPLERS if not known.startswith("k_") and _takes_zero_snr(known))
         raise TrainingError(f"the sampler {name} cannot do --zero_terminal_snr; {able} can")
 
 
@@ -42,15 +29,23 @@ def sampler(
     steps_offset: int | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Any:
-    """diffusers' scheduler of that name (see SAMPLERS), with the training schedule's betas.
+    """diffusers' scheduler for a sampler, with the betas of the training schedule.
 
-    steps_offset: in place of the sampler's own. base: the base model's scheduler config, whose betas, zero terminal SNR
-    and trailing timesteps are kept; without it they are Stable Diffusion's.
+    Args:
+        name: one of SAMPLERS.
+        prediction_type: epsilon or v_prediction.
+        zero_terminal_snr: whether sampling starts from pure noise.
+        steps_offset: in place of the sampler's own.
+        base: the base model's scheduler config, whose betas, zero terminal SNR and trailing timesteps are kept;
+            Stable Diffusion's without it.
+
+    Raises:
+        TrainingError: if the sampler is unknown, or cannot start from pure noise.
     """
     base = base or {}
     zero_terminal_snr = zero_terminal_snr or ends_in_noise(base)
     check_sampler(name, zero_terminal_snr)
-    kind, own = _CLASSES[_plain(name)]
+    kind, own = SAMPLERS[name].scheduler, {**SAMPLERS[name].options}
     options = {**betas(base), "num_train_timesteps": STEPS}
     if base.get("timestep_spacing") == "trailing":  # models of few steps: any other spacing misses their steps
         own = {**own, "timestep_spacing": "trailing"}
@@ -61,10 +56,6 @@ def sampler(
     return getattr(diffusers, kind)(**options, prediction_type=prediction_type, **own)
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("k_")
-
-
 def _takes_zero_snr(name: str) -> bool:
-    kind = getattr(diffusers, _CLASSES[_plain(name)][0])
+    kind = getattr(diffusers, SAMPLERS[name].scheduler)
     return _ZERO_SNR in inspect.signature(kind.__init__).parameters

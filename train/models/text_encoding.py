@@ -1,4 +1,4 @@
-"""Captions to what the U-Net reads: tokens, chunks of 75, weights of words, hidden states."""
+"""From captions to what the denoiser reads: tokens, chunks of 75, weights of words, hidden states."""
 
 import re
 from collections.abc import Sequence
@@ -11,12 +11,11 @@ from lora_adapters.train.moving import moved
 
 _PIECES = re.compile(r"\\[()\[\]\\]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 _ROUND, _SQUARE = 1.1, 1 / 1.1
-SDXL_LAYER = 2  # SDXL's U-Net reads the last layer but one of both text encoders
 
 
 @dataclass
 class Encoded:
-    """What the text encoders say: `hidden` (n, tokens, width), and for SDXL `pooled` (n, width)."""
+    """Text-encoder outputs: `hidden` (n, tokens, width), and `pooled` (n, width) for families that use it."""
 
     hidden: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -26,19 +25,24 @@ class Encoded:
         return Encoded(moved(self.hidden, device, dtype), pooled)
 
 
-def encoded_from(cached: dict[str, torch.Tensor]) -> Encoded:
-    """The outputs from a cache: hidden_state, or SDXL's hidden_state1, hidden_state2 and pool2."""
-    if "hidden_state" in cached:
-        return Encoded(cached["hidden_state"])
-    return Encoded(torch.cat([cached["hidden_state1"], cached["hidden_state2"]], dim=-1), cached["pool2"])
+@dataclass(frozen=True)
+class Reading:
+    """What a denoiser reads of one text encoder.
 
+    Args:
+        layer: the n-th hidden state from the end; None for the encoder's own output, which is normalised.
+        normalised: whether the final normalisation is applied to that hidden state.
+        pooled: whether the projection of the end token, which comes from the last layer, is read as well.
+    """
 
-def cacheable(encoded: Encoded, first_width: int) -> dict[str, torch.Tensor]:
-    """The reverse: `first_width` is the width of SDXL's first text encoder."""
-    if encoded.pooled is None:
-        return {"hidden_state": encoded.hidden}
-    first, second = encoded.hidden.split([first_width, encoded.hidden.shape[-1] - first_width], dim=-1)
-    return {"hidden_state1": first, "hidden_state2": second, "pool2": encoded.pooled}
+    layer: int | None = None
+    normalised: bool = True
+    pooled: bool = False
+
+    @property
+    def deepest(self) -> int:
+        """The last layer, counted from the end, that anything is computed from."""
+        return 1 if self.pooled else self.layer or 1
 
 
 @dataclass
@@ -131,51 +135,53 @@ def join_chunks(states: torch.Tensor) -> torch.Tensor:
 
 
 def encode_tokens(
-    tokens: list[Tokens], text_encoders: list, clip_skip: int | None = None, keep_mean: str = "none"
+    tokens: Sequence[Tokens], text_encoders: Sequence[Any], readings: Sequence[Reading], keep_mean: str = "none"
 ) -> Encoded:
-    """Hidden states for the U-Net from one text encoder (SD1, SD2) or two (SDXL).
+    """Encode tokens with each text encoder, and join what the denoiser reads of them.
 
-    One encoder: the last layer, or with clip_skip the n-th from the end under the final normalisation. Two encoders:
-    the last layer but one of each, side by side, without normalisation, and the second's projection of the end
-    token as `pooled` (of the first chunk); SDXL was trained so, hence clip_skip does not apply.
-    `keep_mean` is what the weights of words leave as it was: see `_weighted`.
+    Args:
+        tokens: those of each text encoder.
+        text_encoders: transformers' models.
+        readings: what is read of each text encoder, see `TrainingFamily.readings`.
+        keep_mean: what the weights of words leave as it was, see `_weighted`.
+
+    Returns:
+        The hidden states side by side, (n, tokens, total width), and the pooled output of the first window.
     """
     states, pooled = [], None
-    for own, encoder in zip(tokens, text_encoders, strict=True):
+    for own, encoder, reading in zip(tokens, text_encoders, readings, strict=True):
         n, chunks, length = own.ids.shape
         ids = moved(own.ids.view(-1, length), _device(encoder))
         output = encoder(ids, output_hidden_states=True)
-        if len(text_encoders) == 2:
-            hidden = output.hidden_states[-SDXL_LAYER]
-            if hasattr(output, "text_embeds"):
-                pooled = output.text_embeds.view(n, chunks, -1)[:, 0]
-        elif clip_skip:
-            layers = getattr(encoder, "text_model", encoder)
-            hidden = layers.final_layer_norm(output.hidden_states[-clip_skip])
-        else:
-            hidden = output.last_hidden_state
-        hidden = hidden.view(n, chunks, length, -1)
-        hidden = join_chunks(hidden)
+        hidden = _read(encoder, output, reading)
+        if reading.pooled:
+            pooled = output.text_embeds.view(n, chunks, -1)[:, 0]
+        hidden = join_chunks(hidden.view(n, chunks, length, -1))
         if own.weights is not None:
             hidden = _weighted(hidden, join_chunks(moved(own.weights, hidden).unsqueeze(-1)), keep_mean)
         states.append(hidden)
     return Encoded(torch.cat(states, dim=-1), pooled)
 
 
-def unread_layers(text_encoders: Sequence[Any], clip_skip: int | None = None) -> list[torch.nn.Module]:
-    """The text encoders' layers that `encode_tokens` computes nothing from: they never get a gradient.
+def _read(encoder: Any, output: Any, reading: Reading) -> torch.Tensor:
+    if reading.layer is None:
+        return output.last_hidden_state
+    hidden = output.hidden_states[-reading.layer]
+    return _layers(encoder).final_layer_norm(hidden) if reading.normalised else hidden
 
-    They are the layers above the one that is read. SDXL's second text encoder has none, since its pooled output comes
-    from the last layer.
-    """
+
+def unread_layers(text_encoders: Sequence[Any], readings: Sequence[Reading]) -> list[torch.nn.Module]:
+    """The text encoders' layers that `encode_tokens` computes nothing from: they never get a gradient."""
     unread: list[torch.nn.Module] = []
-    for encoder in text_encoders:
-        read = SDXL_LAYER if len(text_encoders) == 2 else clip_skip or 1
-        if len(text_encoders) == 2 and hasattr(encoder, "text_projection"):
-            read = 1
-        layers = getattr(encoder, "text_model", encoder).encoder.layers
-        unread += list(layers)[len(layers) - (read - 1) :]
+    for encoder, reading in zip(text_encoders, readings, strict=True):
+        layers = list(_layers(encoder).encoder.layers)
+        unread += layers[len(layers) - (reading.deepest - 1) :]
     return unread
+
+
+def _layers(encoder: Any) -> Any:
+    """The text model itself, which transformers may wrap."""
+    return getattr(encoder, "text_model", encoder)
 
 
 def _weighted(hidden: torch.Tensor, weights: torch.Tensor, keep_mean: str) -> torch.Tensor:

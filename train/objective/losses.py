@@ -1,6 +1,5 @@
-"""The loss of a training step: its shape, and the weights of timesteps, masks and pictures."""
+"""The loss of a training step: its shape, and the weights of timesteps, masks and images."""
 
-import argparse
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +8,14 @@ import torch.nn.functional as F
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.moving import moved
 from lora_adapters.train.objective.noise import huber_width, signal_to_noise, velocity_share
+from lora_adapters.train.options.settings import Settings
 
 _LARGEST_SNR = 1000.0  # near t=0 the SNR grows without bound; weights that grow with it stop here
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of the loss, named as on the command line; `v_prediction` is a fact of the base model."""
+    """The options of the loss, named as on the command line; `v_prediction` is the base model's."""
 
     v_prediction: bool = False
     loss_type: str = "l2"
@@ -27,8 +27,13 @@ class LossOptions:
     scale_v_pred_loss_like_noise_pred: bool = False
     v_pred_like_loss: float | None = None
 
+    @property
+    def objective(self) -> str:
+        """The name of the objective, see `objectives`."""
+        return "v_prediction" if self.v_prediction else "epsilon"
+
     @classmethod
-    def of(cls, settings: argparse.Namespace, v_prediction: bool) -> "LossOptions":
+    def of(cls, settings: Settings, v_prediction: bool) -> "LossOptions":
         """Raises TrainingError for options that contradict the kind of prediction."""
         if settings.v_pred_like_loss and v_prediction:
             raise TrainingError("--v_pred_like_loss is for models that predict noise; this one predicts v")
@@ -80,10 +85,18 @@ def loss_per_sample(
     loss_type: str = "l2",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Loss of each sample (n,), weighted by its timestep, in float32.
+    """The loss of each sample, weighted by its timestep.
 
-    `predicted`, `target` (n, channels, height, width); `mask` (n, 1 or none, h, w) in [0, 1], resized by area;
-    `timesteps` (n,) on the device of the `tables`.
+    Args:
+        predicted: (n, channels, height, width).
+        target: the same shape.
+        timesteps: (n,), on the device of the `tables`.
+        tables: see `TimestepTables`.
+        loss_type: l2, l1, huber or smooth_l1.
+        mask: (n, 1, h, w) or (n, h, w) in [0, 1], resized by area; None to count all pixels.
+
+    Returns:
+        (n,) in float32.
     """
     width = tables.widths[timesteps].view(-1, 1, 1, 1) if tables.widths is not None else None
     loss = elementwise(predicted.float(), target.float(), loss_type, width)

@@ -1,10 +1,9 @@
-"""What a training step draws: timesteps and noise. Everything is a function of (seed, number of the sample).
+"""Timestep and noise sampling for a training step. Everything is a function of (seed, number of the sample).
 
-Each sample of the run has a generator of its own, on the CPU. So the n-th picture of a run meets the same noise
+Each sample of the run has its own generator on the CPU. So the n-th image of a run meets the same noise
 whatever the device, the batch size, the number of processes, and whether the run was stopped in between.
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_adapters.train.moving import moved
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.seeding import derive
 
 
@@ -30,7 +30,7 @@ class NoiseOptions:
     ip_noise_gamma_random_strength: bool = False
 
     @classmethod
-    def of(cls, settings: argparse.Namespace) -> "NoiseOptions":
+    def of(cls, settings: Settings) -> "NoiseOptions":
         return cls(
             min_timestep=settings.min_timestep or 0,
             max_timestep=1000 if settings.max_timestep is None else settings.max_timestep,
@@ -45,7 +45,7 @@ class NoiseOptions:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator of its own for `key`."""
+    """A generator on the CPU for `key` alone."""
     return torch.Generator().manual_seed(derive(*key))
 
 

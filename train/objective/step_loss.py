@@ -6,18 +6,20 @@ from typing import Any
 import torch
 
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.text_encoding import Encoded, Tokens, encode_tokens, encoded_from, tokenize
+from lora_adapters.train.models.text_encoding import Encoded, Tokens, encode_tokens
 from lora_adapters.train.moving import moved
-from lora_adapters.train.objective.losses import LossOptions, TimestepTables, loss_per_sample
+from lora_adapters.train.objective.losses import LossOptions, loss_per_sample
 from lora_adapters.train.objective.noise import NoiseOptions, draw_noise, draw_timesteps, generator, perturbed
+from lora_adapters.train.objective.objectives import objective
 
 
 class Denoiser(torch.nn.Module):
-    """U-Net and text encoders as one module, so that mixed precision and several devices see one forward pass."""
+    """Denoiser and text encoders as one module, so that mixed precision and several devices see one forward pass."""
 
     def __init__(self, models: BaseModels, clip_skip: int | None, train_text: bool):
         super().__init__()
-        self.unet = models.unet
+        self.family = models.family
+        self.add_module(self.family.denoiser, models.denoiser)
         self.text_encoders = torch.nn.ModuleList(models.text_encoders)
         self.clip_skip, self.train_text = clip_skip, train_text
 
@@ -26,22 +28,26 @@ class Denoiser(torch.nn.Module):
         noisy: torch.Tensor,
         timesteps: torch.Tensor,
         text: Encoded | list[Tokens],
-        time_ids: torch.Tensor | None = None,
+        conditions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The U-Net's prediction (n, 4, h, w) for `noisy` (n, 4, h, w) at `timesteps` (n,).
+        """Predict from noised latents.
 
-        `text` is encoded already, or tokens for each text encoder; `time_ids` (n, 6) are SDXL's sizes and crops.
+        Args:
+            noisy: (n, channels, h, w).
+            timesteps: (n,).
+            text: the outputs of the text encoders, or tokens for each of them.
+            conditions: see `TrainingFamily.conditions`.
+
+        Returns:
+            The prediction, (n, channels, h, w).
         """
         encoded = text if isinstance(text, Encoded) else self.encode(text)
-        added = None
-        if time_ids is not None:
-            added = {"text_embeds": encoded.pooled, "time_ids": time_ids}
-        return self.unet(noisy, timesteps, encoded.hidden, added_cond_kwargs=added, return_dict=False)[0]
+        return self.family.predict(getattr(self, self.family.denoiser), noisy, timesteps, encoded, conditions)
 
     def encode(self, tokens: list[Tokens]) -> Encoded:
-        """What the text encoders say, with gradients only where they are trained."""
+        """The outputs of the text encoders, with gradients only where they are trained."""
         with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-            return encode_tokens(tokens, list(self.text_encoders), self.clip_skip)
+            return encode_tokens(tokens, list(self.text_encoders), self.family.readings(self.clip_skip))
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ class StepLoss:
 
     def __init__(self, models: BaseModels, denoiser: Any, schedule: Any, options: StepOptions, device: Any):
         self.models, self.denoiser, self.options, self.device = models, denoiser, options, device
-        self.schedule = schedule
-        self.tables = TimestepTables.of(schedule.alphas_cumprod, options.loss, device)
+        self.objective = objective(options.loss.objective, schedule)
+        self.tables = self.objective.tables(options.loss, device)
 
     def training(self, batch: Any) -> torch.Tensor:
         """The mean loss of a batch, for the backward pass. Each sample's own seed gives its timestep and noise."""
@@ -100,17 +106,19 @@ class StepLoss:
     ) -> torch.Tensor:
         noise = draw_noise(latents, generators, self.options.noise)
         timesteps = moved(timesteps, self.device)
-        noisy = self.schedule.add_noise(latents, perturbed(noise, generators, self.options.noise), timesteps)
+        noisy = self.objective.noised(latents, perturbed(noise, generators, self.options.noise), timesteps)
         # Measuring needs no word between processes, which the wrapper would have at every call.
         denoiser = self.denoiser if torch.is_grad_enabled() else self.denoiser_module
-        predicted = denoiser(noisy, timesteps, text, self.time_ids(batch))
-        wants_velocity = self.options.loss.v_prediction
-        target = self.schedule.get_velocity(latents, noise, timesteps) if wants_velocity else noise
+        conditions = self.models.family.conditions(batch)
+        if conditions is not None:
+            conditions = moved(conditions, self.device)
+        predicted = denoiser(noisy, timesteps, text, conditions)
+        target = self.objective.target(latents, noise, timesteps)
         return loss_per_sample(predicted, target, timesteps, self.tables, self.options.loss.loss_type, batch.masks)
 
     @torch.no_grad()
     def latents(self, batch: Any, generators: list[torch.Generator] | None) -> torch.Tensor:
-        """Scaled latents (n, 4, h, w) in float32: the cached ones, or the VAE's, drawn or (without generators) mean."""
+        """Normalised latents (n, channels, h, w) in float32: cached, or the VAE's, drawn or (no generators) mean."""
         if batch.latents is not None:
             found = moved(batch.latents, self.device, torch.float32)
         else:
@@ -120,19 +128,10 @@ class StepLoss:
             if generators is not None:
                 noise = torch.stack([torch.randn(found.shape[1:], generator=g) for g in generators])
                 found = found + posterior.std.float() * moved(noise, found)
-        return found * self.models.latent_scale
+        return self.models.latent_space.normalised(found)
 
     def text(self, batch: Any) -> Encoded | list[Tokens]:
         """The cached outputs of the text encoders, or tokens for them."""
         if batch.text is not None:
-            return encoded_from(batch.text).to(self.device)
-        options = self.options
-        weighted, chunks = options.weighted_captions, options.chunks
-        return [tokenize(one, list(batch.captions), chunks, weighted) for one in self.models.tokenizers]
-
-    def time_ids(self, batch: Any) -> torch.Tensor | None:
-        """SDXL's (n, 6): original height and width, crop top and left, target height and width."""
-        if self.models.kind != "sdxl":
-            return None
-        parts = [batch.original_sizes, batch.crop_top_lefts, batch.target_sizes]
-        return moved(torch.cat([torch.as_tensor(part).float() for part in parts], dim=1), self.device)
+            return self.models.family.from_cache(batch.text).to(self.device)
+        return self.models.tokenize(list(batch.captions), self.options.chunks, self.options.weighted_captions)

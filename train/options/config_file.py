@@ -1,15 +1,17 @@
 """The training program's --config_file: a toml file of options."""
 
-import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.convert.storage.atomic import replacing
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.option import Option, options_of
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import checked, did_you_mean, key_values
 
 log = logging.getLogger(__name__)
@@ -18,18 +20,7 @@ log = logging.getLogger(__name__)
 # LoRA+'s ratios it writes as options, which the trainer knows as network_args.
 _OF_THE_GUI = ("epoch", "noise_offset_type")
 _NETWORK_ARGS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-_NOT_WRITTEN = ("config_file", "output_config", "wandb_api_key", "huggingface_token")  # secrets among them
-
-# Options that nothing reads where this holds for the others: a value that does not exist harms nothing then.
-_UNUSED_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "dynamo_backend": lambda options: not options["torch_compile"],
-    "huber_schedule": lambda options: options["loss_type"] not in ("huber", "smooth_l1"),
-    "log_with": lambda options: not options["logging_dir"],
-    "sample_sampler": lambda options: not options["sample_prompts"],
-    "zero_stage": lambda options: not options["deepspeed"],
-    "offload_optimizer_device": lambda options: not options["deepspeed"],
-    "offload_param_device": lambda options: not options["deepspeed"],
-}
+_NOT_WRITTEN = ("config_file", "output_config")
 
 
 def config_path(name: str) -> Path:
@@ -37,37 +28,40 @@ def config_path(name: str) -> Path:
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
-def file_options(made: argparse.ArgumentParser, given: argparse.Namespace) -> dict[str, Any]:
-    """The options of `given.config_file` as the command line would have given them.
+def file_options(name: str, line: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a --config_file as the command line would have given them.
 
     What is no option is left out with one warning; so is a value that is wrong where nothing would read it. An empty
     text, and false for an option that takes a value, stand for "not given".
 
+    Args:
+        name: what --config_file says.
+        line: the options that are on the command line.
+
     Raises:
         TrainingError: where the file cannot be read, or a value that matters is wrong.
     """
-    file = config_path(given.config_file)
-    known = {action.dest: action for action in made._actions if action.dest != "help"}
+    file, known = config_path(name), options_of(Settings)
     options = _without_the_guis(read_config(file), file)
     unknown = [f"{name}{did_you_mean(name, known)}" for name in options if name not in known]
     if unknown:
         log.warning("%s: not options of this trainer, and ignored: %s", file, ", ".join(unknown))
     own = {name: value for name, value in options.items() if name in known and not _not_given(known[name], value)}
-    defaults = vars(made.parse_args([]))
-    on_the_line = {name: value for name, value in vars(given).items() if value != defaults[name]}
+    together = SimpleNamespace(**{**{name: option.default for name, option in known.items()}, **own, **line})
     values = {}
     for name, value in own.items():
+        unread = known[name].unread
         try:
             values[name] = checked(known[name], value, file)
         except TrainingError as error:
-            if name not in _UNUSED_WHERE or not _UNUSED_WHERE[name](defaults | own | on_the_line):
+            if unread is None or not unread(together):
                 raise
             log.warning("%s; it is not used in this run, and ignored", error)
     return values
 
 
-def _not_given(action: argparse.Action, value: Any) -> bool:
-    return value == "" or (value is False and action.nargs != 0)
+def _not_given(option: Option, value: Any) -> bool:
+    return value == "" or (value is False and not option.is_flag)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -101,18 +95,18 @@ def _without_the_guis(options: dict[str, Any], file: Path) -> dict[str, Any]:
     return {**kept, "network_args": [f"{key}={value}" for key, value in (args | moved).items()]} if moved else kept
 
 
-def write_config(options: argparse.Namespace, made: argparse.ArgumentParser) -> None:
-    """Write the options that differ from the defaults to --config_file, which must not exist yet. No keys or tokens."""
-    if not options.config_file:
-        raise TrainingError("--output_config needs --config_file: the file to write")
-    file = config_path(options.config_file)
+def write_config(settings: Settings) -> None:
+    """Write the options that were given to --config_file, which must not exist yet. No keys or tokens."""
+    if not settings.config_file:
+        raise OptionError("--output_config needs --config_file: the file to write")
+    file = config_path(settings.config_file)
     if file.exists():
         raise TrainingError(f"--output_config: {file} exists already; name another --config_file or delete it")
-    defaults = vars(made.parse_args([]))
+    known = options_of(Settings)
     lines = [
         f"{name} = {_toml(value)}"
-        for name, value in vars(options).items()
-        if value != defaults[name] and name not in _NOT_WRITTEN and value is not None
+        for name, value in settings.given_options().items()
+        if name not in _NOT_WRITTEN and not known[name].secret
     ]
     with replacing(file) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

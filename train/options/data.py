@@ -1,67 +1,185 @@
-"""Command-line options: pictures, captions, buckets, caches. They are the defaults under --dataset_config."""
+"""Options: images, captions, buckets, caches. They are the defaults under --dataset_config.
 
-import argparse
+What both the command line and a dataset file have is declared once, in the classes that end in Fields: the command
+line's options inherit them, and so do the tables of a dataset file (train/data/config.py).
+"""
 
-from lora_adapters.convert.parsing import number
-from lora_adapters.train.options.parser import adders
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from lora_adapters.train.interpolation import TRAINING
+from lora_adapters.train.options.model import ZERO
+from lora_adapters.train.options.option import ANYWHERE, DATASET, SUBSET, Inert, option
 
-def add_dataset(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--dataset_config", help="toml or json file that describes the data")
-    option("--train_data_dir", help="folder of `<repeats>_<class>` folders with pictures")
-    option("--reg_data_dir", help="the same for regularisation pictures")
-    option("--in_json", help="metadata file of pictures and captions")
-    option("--dataset_repeats", type=int, default=1, help="how often an epoch shows each picture of --in_json")
-    option("--dataset_class", help="dotted name of another dataset class")
-    flag("--debug_dataset", help="show the dataset instead of training")
-    option("--resolution", help="size of the pictures: 512, or width,height")
-    option("--train_batch_size", type=int, default=1, help="pictures a batch, in each process")
-    flag("--enable_bucket", help="sort pictures into buckets by aspect ratio")
-    option("--min_bucket_reso", type=int, default=256, help="shortest side of a bucket")
-    option("--max_bucket_reso", type=int, default=1024, help="longest side of a bucket")
-    option("--bucket_reso_steps", type=int, default=64, help="sides are multiples of this")
-    flag("--bucket_no_upscale", help="never enlarge a picture")
-    methods = ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"]
-    option("--resize_interpolation", choices=methods, help="how pictures are resized")
-    option("--validation_split", type=number, default=0.0, help="share of the pictures that is held out")
-    option("--validation_seed", type=int, help="seed that chooses them (default: --seed)")
-    option("--validate_every_n_steps", type=int, help="measure the held-out loss every n steps")
-    option("--validate_every_n_epochs", type=int, help="measure the held-out loss every n epochs (default: 1)")
-    option("--max_validation_steps", type=int, help="held-out batches to measure (default: all)")
+_FACE_CROP = "cropping around faces is not supported; crop the images beforehand"
+VAE_FACTOR = 8  # pixels per latent of every Stable Diffusion VAE
 
 
-def add_captions(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--caption_extension", default=".caption", help="caption files beside the pictures end so")
-    option("--caption_extention", help="the same, in an older spelling")
-    option("--caption_separator", default=",", help="separator of tags")
-    flag("--shuffle_caption", help="shuffle the tags")
-    option("--keep_tokens", type=int, default=0, help="leave the first n tags in place")
-    option("--keep_tokens_separator", default="", help="leave in place what stands before this separator")
-    option("--secondary_separator", help="separator within a tag: becomes --caption_separator after shuffling")
-    flag("--enable_wildcard", help="choose among {a|b}, and among the lines of a caption")
-    option("--caption_prefix", help="text before each caption")
-    option("--caption_suffix", help="text after each caption")
-    option("--caption_dropout_rate", type=number, default=0.0, help="share of captions that is left empty")
-    option("--caption_dropout_every_n_epochs", type=int, default=0, help="leave all captions empty every n epochs")
-    option("--caption_tag_dropout_rate", type=number, default=0.0, help="share of tags that is left out")
-    option("--token_warmup_min", type=int, default=1, help="tags at the start of the token warm-up")
-    option("--token_warmup_step", type=number, default=0, help="steps (or share) until all tags are used")
+def read_size(value: Any) -> tuple[int, int]:
+    """(width, height) from 512, "512", "512,768" or [512, 768]."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    whole = [part for part in parts if not isinstance(part, (bool, float))]
+    try:
+        numbers = [int(part) for part in whole]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2) or len(numbers) != len(parts) or min(numbers) < VAE_FACTOR:
+        raise ValueError(f'a size of at least {VAE_FACTOR}: one integer, [width, height] or "width,height"')
+    return numbers[0], numbers[-1]
 
 
-def add_pictures(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    flag("--flip_aug", help="flip half of the pictures")
-    flag("--color_aug", help="vary the colours")
-    flag("--random_crop", help="crop at random places")
-    option("--face_crop_aug_range", help="crop around faces, enlarged between two factors: 1.0,2.0")
-    flag("--alpha_mask", help="take the pictures' alpha channels as masks")
-    option("--conditioning_data_dir", help="folder of masks, named like the pictures")
-    flag("--cache_info", help="keep the list of pictures and captions on disk")
-    flag("--cache_latents", help="encode the pictures once, before training")
-    flag("--cache_latents_to_disk", help="keep the latents beside the pictures")
-    option("--vae_batch_size", type=int, default=1, help="pictures encoded at once")
-    flag("--skip_cache_check", help="take caches on disk as they are")
-    flag("--cache_text_encoder_outputs", help="encode the captions once (needs an untrained text encoder)")
-    flag("--cache_text_encoder_outputs_to_disk", help="keep them beside the pictures")
+def _suffix(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip(".") or "/" in value or "\\" in value:
+        raise ValueError('a file name ending, such as ".txt"')
+    return value if value.startswith(".") else f".{value}"
+
+
+def _face_crop_not_supported(value: Any) -> None:
+    if value is not None:
+        raise ValueError(f"left out ({_FACE_CROP})")
+
+
+@dataclass(kw_only=True)
+class BucketFields:
+    """Sizes of images, for the command line and [[datasets]]."""
+
+    enable_bucket: bool = option(False, "sort images into buckets by aspect ratio", scope=DATASET)
+    bucket_reso_steps: int = option(64, "sides are multiples of this", scope=DATASET, at_least=VAE_FACTOR)
+    bucket_no_upscale: bool = option(False, "never enlarge an image", scope=DATASET)
+    validation_split: float = option(
+        0.0, "share of the images that is held out", scope=DATASET, at_least=0, at_most=1, metadata=True
+    )
+    validation_seed: int | None = option(None, "seed that chooses them", unset="--seed", scope=DATASET, metadata=True)
+
+
+@dataclass(kw_only=True)
+class CaptionFields:
+    """How captions are found and varied, for the command line and [[datasets.subsets]]."""
+
+    caption_extension: str = option(".caption", "caption files beside the images end so", scope=ANYWHERE, read=_suffix)
+    caption_separator: str = option(",", "separator of tags", scope=ANYWHERE)
+    shuffle_caption: bool = option(False, "shuffle the tags", scope=ANYWHERE)
+    keep_tokens: int = option(0, "leave the first n tags in place", scope=ANYWHERE, at_least=0)
+    keep_tokens_separator: str | None = option("", "leave in place what stands before this separator", scope=ANYWHERE)
+    secondary_separator: str | None = option(
+        None, "separator within a tag: becomes --caption_separator after shuffling", scope=ANYWHERE
+    )
+    enable_wildcard: bool = option(False, "choose among {a|b}, and among the lines of a caption", scope=ANYWHERE)
+    caption_prefix: str | None = option(None, "text before each caption", scope=ANYWHERE)
+    caption_suffix: str | None = option(None, "text after each caption", scope=ANYWHERE)
+    caption_dropout_rate: float = option(
+        0.0, "share of captions that is left empty", scope=ANYWHERE, at_least=0, at_most=1, metadata=True
+    )
+    caption_dropout_every_n_epochs: int = option(
+        0, "leave all captions empty every n epochs", scope=ANYWHERE, at_least=0, metadata=True
+    )
+    caption_tag_dropout_rate: float = option(
+        0.0, "share of tags that is left out", scope=ANYWHERE, at_least=0, at_most=1, metadata=True
+    )
+    token_warmup_min: int = option(1, "tags at the start of the token warm-up", scope=ANYWHERE, at_least=1)
+    token_warmup_step: float = option(
+        0.0, "steps (below 1: share of the run) until all tags are used", scope=ANYWHERE, at_least=0
+    )
+
+
+@dataclass(kw_only=True)
+class ImageFields:
+    """How images are varied, for the command line and [[datasets.subsets]]."""
+
+    flip_aug: bool = option(False, "flip half of the images", scope=ANYWHERE)
+    color_aug: bool = option(False, "vary the colours", scope=ANYWHERE)
+    random_crop: bool = option(False, "crop at random places", scope=ANYWHERE)
+    face_crop_aug_range: str | None = option(
+        None,
+        "crop around faces, enlarged between two factors: 1.0,2.0",
+        scope=ANYWHERE,
+        read=_face_crop_not_supported,
+        unsupported=_FACE_CROP,
+        metadata=True,
+    )
+    resize_interpolation: str | None = option(
+        None,
+        "how images are resized",
+        unset="area to shrink, lanczos to enlarge",
+        choices=TRAINING,
+        scope=ANYWHERE,
+        metadata=True,
+    )
+    alpha_mask: bool = option(False, "take the images' alpha channels as masks", scope=SUBSET)
+    conditioning_data_dir: str | None = option(None, "folder of masks, named like the images", scope=SUBSET)
+    cache_info: bool = option(False, "keep the list of images and captions on disk", scope=ANYWHERE)
+
+
+@dataclass(kw_only=True)
+class SourceOptions:
+    """Which data."""
+
+    dataset_config: str | None = option(None, "toml or json file that describes the data")
+    train_data_dir: str | None = option(None, "folder of `<repeats>_<class>` folders with images")
+    reg_data_dir: str | None = option(None, "the same for regularisation images")
+    in_json: str | None = option(None, "metadata file of images and captions")
+    dataset_repeats: int = option(
+        1, "how often an epoch shows each image of --in_json", scope=ANYWHERE, toml_name="num_repeats", at_least=0
+    )
+    dataset_class: str | None = option(
+        None,
+        "dotted name of another dataset class",
+        unsupported="other dataset classes are not supported; describe the data in --dataset_config",
+    )
+    debug_dataset: bool = option(
+        False,
+        "show the dataset instead of training",
+        unsupported="showing images is not supported; use --dry_run for buckets, steps and captions",
+    )
+    resolution: str | None = option(None, "size of the images: 512, or width,height", scope=DATASET)
+    train_batch_size: int = option(
+        1, "images a batch, in each process", scope=DATASET, toml_name="batch_size", at_least=1
+    )
+
+
+@dataclass(kw_only=True)
+class DatasetOptions(BucketFields, SourceOptions):
+    """Which data, in which sizes and batches."""
+
+    title: ClassVar[str] = "data"
+    min_bucket_reso: int = option(256, "shortest side of a bucket", scope=DATASET, at_least=VAE_FACTOR)
+    max_bucket_reso: int = option(1024, "longest side of a bucket", scope=DATASET, at_least=VAE_FACTOR)
+    validate_every_n_steps: int | None = option(
+        None, "measure the held-out loss every n steps", at_least=1, inert=(ZERO,), metadata=True
+    )
+    validate_every_n_epochs: int | None = option(
+        None, "measure the held-out loss every n epochs", unset="1", at_least=1, inert=(ZERO,), metadata=True
+    )
+    max_validation_steps: int | None = option(
+        None, "held-out batches to measure", unset="all", at_least=1, inert=(ZERO,), metadata=True
+    )
+
+
+@dataclass(kw_only=True)
+class CaptionOptions(CaptionFields):
+    """Captions."""
+
+    title: ClassVar[str] = "captions"
+    caption_extention: str | None = option(
+        None, "--caption_extension in an older spelling", unset="--caption_extension"
+    )
+
+
+@dataclass(kw_only=True)
+class ImageOptions(ImageFields):
+    """Images and what is kept of them."""
+
+    title: ClassVar[str] = "images and caches"
+    cache_latents: bool = option(False, "encode the images once, before training")
+    cache_latents_to_disk: bool = option(False, "keep the latents beside the images")
+    vae_batch_size: int = option(
+        1, "images encoded at once", at_least=1, inert=(Inert(lambda value, _: value == 0, "0 is taken as 1"),)
+    )
+    skip_cache_check: bool = option(False, "take caches on disk as they are")
+    cache_text_encoder_outputs: bool = option(False, "encode the captions once (needs an untrained text encoder)")
+    cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the images")
+
+
+@dataclass(kw_only=True)
+class DataOptions(DatasetOptions, CaptionOptions, ImageOptions):
+    """What is learned from."""

@@ -1,66 +1,135 @@
-"""Command-line options: the base model, the machine, and the network."""
+"""Options: the base model, the machine, and the network."""
 
-import argparse
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from lora_adapters.convert.parsing import number
-from lora_adapters.train.options.parser import add_attention, add_model_source, adders
+from lora_adapters.train.options.option import Inert, option
 
-
-def add_model(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--pretrained_model_name_or_path", help="base model: checkpoint file, Diffusers folder or hub id")
-    add_model_source(group)
-    flag("--lowram", help="load the base model straight to the training device")
-    flag("--highvram", help="keep the VAE and frozen text encoders on the training device after caching")
+_DEEPSPEED = "DeepSpeed is not supported: an adapter's optimizer is small; use several devices through accelerate"
+_FP8 = "float8 base weights are not supported; use --mixed_precision bf16"
+_BACKENDS = "no eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm"
+MAX_SEED = 2**64 - 1
+ZERO = Inert(lambda value, _: value == 0, "0 is taken as not given")
 
 
-def add_machine(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    add_attention(group)
-    flag("--mem_eff_attn", help="attention in slices: slower, less memory")
-    option("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of the forward pass")
-    flag("--full_fp16", help="accepted; adapter and gradients stay in fp32; needs --mixed_precision fp16")
-    flag("--full_bf16", help="adapter and gradients in bf16; needs --mixed_precision bf16")
-    flag("--fp8_base", help="frozen weights in float8")
-    flag("--fp8_base_unet", help="frozen U-Net weights in float8")
-    flag("--no_half_vae", help="the VAE stays in fp32 under mixed precision")
-    flag("--gradient_checkpointing", help="compute activations again in the backward pass: slower, far less memory")
-    flag("--cpu_offload_checkpointing", help="keep activations in main memory until the backward pass")
-    flag("--torch_compile", help="compile the models")
-    backends = (
-        "no eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm"
+def _without_deepspeed(settings: Any) -> bool:
+    return not settings.deepspeed
+
+
+def _deepspeed(default: Any, help: str, **facts: Any) -> Any:
+    """An option of DeepSpeed's, which nothing reads without --deepspeed."""
+    case = Inert(lambda _, settings: _without_deepspeed(settings), "it has no effect without --deepspeed")
+    return option(default, f"DeepSpeed: {help}", unread=_without_deepspeed, inert=(case,), **facts)
+
+
+@dataclass
+class ModelSource:
+    """Where the parts of a base model are, and how they are read: for training and for drawing."""
+
+    pretrained_model_name_or_path: str | None = option(None, "base model: checkpoint file, Diffusers folder or hub id")
+    model_config: str | None = option(
+        None, "Diffusers folder or hub id with the configs and tokenizer for a checkpoint file"
     )
-    option(
-        "--dynamo_backend", default="inductor", choices=backends.split(), help="compiler for --torch_compile; no: none"
+    v2: bool = option(False, "the model is SD2.x; with this, --v_parameterization alone tells what it predicts")
+    v_parameterization: bool = option(False, "the model predicts v (SD2.x 768)")
+    vae: str | None = option(None, "another VAE: file, Diffusers folder or hub id", unset="the base model's")
+    tokenizer_cache_dir: str | None = option(
+        None, "folder in which configs and tokenizers from the hub are kept", unset="the Hub's cache"
     )
-    option("--seed", type=int, help="seed of everything random (default: drawn)")
-    option("--clip_skip", type=int, help="take the text encoder's n-th layer from the end")
-    option("--max_token_length", type=int, choices=[None, 75, 150, 225], help="tokens a caption (default 75)")
-    option("--ddp_timeout", type=int, help="minutes that processes wait for each other")
-    flag("--ddp_gradient_as_bucket_view", help="DistributedDataParallel's gradient_as_bucket_view")
-    flag("--ddp_static_graph", help="DistributedDataParallel's static_graph")
-    flag("--deepspeed", help="DeepSpeed")
-    option("--zero_stage", type=int, default=2, choices=[0, 1, 2, 3], help="DeepSpeed: ZeRO stage")
-    option("--offload_optimizer_device", choices=[None, "cpu", "nvme"], help="DeepSpeed")
-    option("--offload_optimizer_nvme_path", help="DeepSpeed")
-    option("--offload_param_device", choices=[None, "cpu", "nvme"], help="DeepSpeed")
-    option("--offload_param_nvme_path", help="DeepSpeed")
-    flag("--zero3_init_flag", help="DeepSpeed")
-    flag("--zero3_save_16bit_model", help="DeepSpeed")
-    flag("--fp16_master_weights_and_gradients", help="DeepSpeed")
+    disable_mmap_load_safetensors: bool = option(False, "read safetensors files whole instead of mapping them")
+    lowram: bool = option(False, "load the base model straight to the training device", metadata=True)
 
 
-def add_network(group: argparse._ArgumentGroup) -> None:
-    flag, option = adders(group)
-    option("--network_module", help="networks.lora or networks.dylora; lierla, c3lier, dylora")
-    option("--network_dim", type=int, help="rank (default 4)")
-    option("--network_alpha", type=number, default=1, help="alpha: the adapter is scaled by alpha/rank")
-    option("--network_dropout", type=number, help="dropout on the low-rank activations")
-    option("--network_args", nargs="*", metavar="KEY=VALUE", help="conv_dim=4 conv_alpha=1 unit=4 block_dims=... ...")
-    option("--network_weights", help="adapter file whose weights training starts from")
-    flag("--dim_from_weights", help="take ranks and alphas from --network_weights")
-    flag("--network_train_unet_only", help="no adapter on the text encoder")
-    flag("--network_train_text_encoder_only", help="no adapter on the U-Net")
-    option("--scale_weight_norms", type=number, help="largest norm of a module's delta")
-    option("--base_weights", nargs="*", help="adapter files merged into the base model before training")
-    option("--base_weights_multiplier", type=number, nargs="*", help="their weights (default 1 each)")
+@dataclass
+class AttentionOptions:
+    """How attention is computed: for training and for drawing."""
+
+    xformers: bool = option(False, "attention by xformers (CUDA)")
+    sdpa: bool = option(False, "attention by PyTorch's scaled_dot_product_attention (what is used anyway)")
+
+
+@dataclass
+class BaseModelOptions(ModelSource):
+    """The base model."""
+
+    title: ClassVar[str] = "base model"
+    highvram: bool = option(False, "keep the VAE and frozen text encoders on the training device after caching")
+
+
+@dataclass
+class MachineOptions(AttentionOptions):
+    """Precision, memory, devices."""
+
+    title: ClassVar[str] = "machine"
+    mem_eff_attn: bool = option(False, "attention in slices: slower, less memory")
+    mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "fp16", "bf16"], metadata=True)
+    full_fp16: bool = option(
+        False, "accepted; adapter and gradients stay in fp32; needs --mixed_precision fp16", metadata=True
+    )
+    full_bf16: bool = option(False, "adapter and gradients in bf16; needs --mixed_precision bf16", metadata=True)
+    fp8_base: bool = option(False, "frozen weights in float8", metadata=True, unsupported=_FP8)
+    fp8_base_unet: bool = option(False, "frozen U-Net weights in float8", metadata=True, unsupported=_FP8)
+    no_half_vae: bool = option(False, "the VAE stays in fp32 under mixed precision")
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: slower, far less memory", metadata=True
+    )
+    cpu_offload_checkpointing: bool = option(False, "keep activations in main memory until the backward pass")
+    torch_compile: bool = option(False, "compile the models")
+    dynamo_backend: str = option(
+        "inductor",
+        "compiler for --torch_compile; no: none",
+        choices=_BACKENDS.split(),
+        unread=lambda settings: not settings.torch_compile,
+    )
+    seed: int | None = option(
+        None,
+        "seed of everything random",
+        unset="drawn",
+        metadata=True,
+        at_least=0,
+        at_most=MAX_SEED,
+        range_error=f"seeds are 0 to {MAX_SEED}; one is drawn without --seed",
+    )
+    clip_skip: int | None = option(
+        None, "take the text encoder's n-th layer from the end", unset="the last one; SDXL: 2", metadata=True,
+        at_least=1, inert=(ZERO,),
+    )  # fmt: skip
+    max_token_length: int | None = option(None, "tokens a caption", unset="75", choices=[75, 150, 225], metadata=True)
+    ddp_timeout: int | None = option(None, "minutes that processes wait for each other", unset="PyTorch's")
+    ddp_gradient_as_bucket_view: bool = option(False, "DistributedDataParallel's gradient_as_bucket_view")
+    ddp_static_graph: bool = option(False, "DistributedDataParallel's static_graph")
+    deepspeed: bool = option(False, "train with DeepSpeed", unsupported=_DEEPSPEED)
+    zero_stage: int = _deepspeed(2, "ZeRO stage", choices=[0, 1, 2, 3])
+    offload_optimizer_device: str | None = _deepspeed(None, "where the optimizer is", choices=["cpu", "nvme"])
+    offload_optimizer_nvme_path: str | None = _deepspeed(None, "folder for the optimizer")
+    offload_param_device: str | None = _deepspeed(None, "where the weights are", choices=["cpu", "nvme"])
+    offload_param_nvme_path: str | None = _deepspeed(None, "folder for the weights")
+    zero3_init_flag: bool = _deepspeed(False, "zero.Init in stage 3")
+    zero3_save_16bit_model: bool = _deepspeed(False, "save in 16 bits in stage 3")
+    fp16_master_weights_and_gradients: bool = _deepspeed(False, "optimizer in fp16")
+
+
+@dataclass
+class NetworkOptions:
+    """The adapter."""
+
+    title: ClassVar[str] = "network"
+    network_module: str | None = option(None, "networks.lora or networks.dylora; lierla, c3lier, dylora")
+    network_dim: int | None = option(None, "rank", unset="4")
+    network_alpha: float = option(1, "alpha: the adapter is scaled by alpha/rank")
+    network_dropout: float | None = option(None, "dropout on the low-rank activations", metadata=True)
+    network_args: list[str] | dict[str, Any] | None = option(
+        None, "conv_dim=4 conv_alpha=1 unit=4 block_dims=... ...", metavar="KEY=VALUE"
+    )
+    network_weights: str | None = option(None, "adapter file whose weights training starts from")
+    dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
+    network_train_unet_only: bool = option(False, "no adapter on the text encoder")
+    network_train_text_encoder_only: bool = option(False, "no adapter on the U-Net")
+    scale_weight_norms: float | None = option(None, "largest norm of a module's delta", metadata=True)
+    base_weights: list[str] | None = option(None, "adapter files merged into the base model before training")
+    base_weights_multiplier: list[float] | None = option(None, "their weights", unset="1 each")
+
+
+@dataclass
+class ModelOptions(BaseModelOptions, MachineOptions, NetworkOptions):
+    """What is trained, and on what."""

@@ -1,49 +1,79 @@
-"""What the programs' option parsers share: their error, short ways to add options, and the options of a base model."""
+"""Command-line parsers that are made from dataclasses of options."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lora_adapters.convert.tools import command_line
-from lora_adapters.train.errors import TrainingError
-
-Add = Callable[..., Any]
+from lora_adapters.train.errors import OptionError
+from lora_adapters.train.options.option import Option, groups, options_of
 
 
 class Parser(command_line.Parser):
-    """Raises TrainingError for a wrong command line.
+    """Raises OptionError for a wrong command line.
 
-    Abbreviations are refused: a mistyped option must not become another one.
+    An option may be abbreviated to a prefix that no other option has, as argparse allows. A name that lacks only its
+    last letter is refused: it is a typing error rather than an abbreviation.
     """
 
-    failure = TrainingError
+    failure = OptionError
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+        self._names: list[str] = []
+
+    def add_options(self, kind: type, defaults: bool) -> None:
+        """Add all options of a dataclass, in its titled groups.
+
+        Args:
+            kind: the dataclass.
+            defaults: whether parsing gives the defaults of options that are not on the command line.
+        """
+        known = options_of(kind)
+        for title, names in groups(kind).items():
+            group = self.add_argument_group(title)
+            for name in names:
+                _add(group, known[name], defaults)
+                self._names.append(known[name].flag)
+
+    def add_refused(self, flag: str) -> None:
+        """Add an option, with or without values, that --help does not show: the program says why it is refused."""
+        self.add_argument(flag, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self._names.append(flag)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, after abbreviations are written out."""
+        words: Sequence[str] = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._in_full(word) for word in words], namespace)
+
+    def _in_full(self, word: str) -> str:
+        """The word with an abbreviated option written out; other words as they are."""
+        name, equals, value = word.partition("=")
+        if len(name) < 3 or not name.startswith("--") or name in self._names or " " in name:
+            return word
+        found = [known for known in self._names if known.startswith(name)]
+        if len(found) > 1:
+            self.error(f"ambiguous option: {name} could match {', '.join(found)}")
+        return f"{found[0]}{equals}{value}" if found and len(found[0]) - len(name) > 1 else word
 
 
-def adders(group: argparse._ArgumentGroup) -> tuple[Add, Add]:
-    """`add_argument` for a switch that is off, and for an option with a value."""
-
-    def flag(name: str, **kwargs: Any) -> None:
-        group.add_argument(name, action="store_true", **kwargs)
-
-    return flag, group.add_argument
-
-
-def add_model_source(group: argparse._ArgumentGroup) -> None:
-    """Where the parts of a base model are, and how they are read."""
-    flag, option = adders(group)
-    option("--model_config", help="Diffusers folder or hub id with the configs and tokenizer for a checkpoint file")
-    flag("--v2", help="the model is SD2.x; with this, --v_parameterization alone tells what it predicts")
-    flag("--v_parameterization", help="the model predicts v (SD2.x 768)")
-    option("--vae", help="another VAE: file, Diffusers folder or hub id")
-    option("--tokenizer_cache_dir", help="folder in which configs and tokenizers from the hub are kept")
-    flag("--disable_mmap_load_safetensors", help="read safetensors files whole instead of mapping them")
-
-
-def add_attention(group: argparse._ArgumentGroup) -> None:
-    """How attention is computed."""
-    flag, _ = adders(group)
-    flag("--xformers", help="attention by xformers (CUDA)")
-    flag("--sdpa", help="attention by PyTorch's scaled_dot_product_attention (what is used anyway)")
+def _add(group: argparse._ArgumentGroup, option: Option, defaults: bool) -> None:
+    """Add one option to a parser's group."""
+    note = "not supported; " if option.unsupported else ""
+    shown: dict[str, Any] = {
+        "dest": option.name,
+        "help": f"{option.help} ({note}default: {option.shown_default})".replace("%", "%%"),
+        "default": option.default if defaults else argparse.SUPPRESS,
+    }
+    if option.is_flag:
+        group.add_argument(option.flag, action="store_true", **shown)
+        return
+    group.add_argument(
+        option.flag,
+        type=option.parse or str,
+        nargs=("+" if option.at_least_one else "*") if option.many else None,
+        choices=option.choices,
+        metavar=option.metavar,
+        **shown,
+    )

@@ -1,27 +1,16 @@
-"""Options that the parser knows and the program refuses: each with its reason."""
+"""Options that the parser knows and the program refuses: each declares its reason (`Option.unsupported`)."""
 
-import argparse
-from typing import Any
+from lora_adapters.train.errors import OptionError
+from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.settings import Settings
 
-from lora_adapters.train.errors import TrainingError
-
-_DEEPSPEED = "DeepSpeed is not supported: an adapter's optimizer is small; use several devices through accelerate"
-_FP8 = "float8 base weights are not supported; use --mixed_precision bf16"
-_RESUME = "starting in the middle is not supported; use --resume with a saved state, which goes on exactly where it was"
 UNSUPPORTED: dict[str, str] = {
-    "deepspeed": _DEEPSPEED,
-    "fp8_base": _FP8,
-    "fp8_base_unet": _FP8,
-    "initial_epoch": _RESUME,
-    "initial_step": _RESUME,
-    "skip_until_initial_step": _RESUME,
-    "dataset_class": "other dataset classes are not supported; describe the data in --dataset_config",
-    "debug_dataset": "showing pictures is not supported; use --dry_run for buckets, steps and captions",
+    name: option.unsupported for name, option in options_of(Settings).items() if option.unsupported
 }
 
 
-def refuse(options: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """Raise TrainingError for the first unsupported option that has another value than its default."""
+def refuse(settings: Settings) -> None:
+    """Raise OptionError for the first unsupported option that has another value than its default."""
     for name, reason in UNSUPPORTED.items():
-        if getattr(options, name) != defaults[name]:
-            raise TrainingError(f"--{name}: {reason}")
+        if getattr(settings, name) != options_of(Settings)[name].default:
+            raise OptionError(f"--{name}: {reason}")

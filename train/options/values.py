@@ -3,11 +3,13 @@
 import argparse
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_adapters.convert.suggestions import closest
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError
+from lora_adapters.train.options.option import Option
 
+T = TypeVar("T")
 # Other programs' names for options and for their values.
 RENAMED = {"batch_size": "train_batch_size", "lr_restart_cycles": "lr_scheduler_num_cycles", "lr": "learning_rate"}
 _ALIASES = {"save_precision": {"fp32": "float", "float32": "float"}}
@@ -22,66 +24,73 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near}?)" if near else ""
 
 
-def checked(action: argparse.Action, value: Any, source: object) -> Any:
-    """`value` as the command line would have given it for an option; TrainingError where it would not.
+def checked(option: Option, value: Any, source: object) -> Any:
+    """`value` as the command line would have given it for an option; OptionError where it would not.
 
     Args:
-        action: the option in the parser.
+        option: the option.
         value: a value of Python's, TOML's or JSON's.
         source: where it comes from, for the error's message.
     """
-    name = action.dest
-    if action.nargs == "*":
-        value = _list(action, value, source)
-    elif action.nargs == 0:
+    name = option.name
+    if option.many:
+        value = _list(option, value, source)
+    elif option.is_flag:
         if value in (0, 1):  # kohya's GUI writes some switches so
             value = bool(value)
         if not isinstance(value, bool):
-            raise TrainingError(f"{source}: {name} is true or false, not {value!r}")
+            raise OptionError(f"{source}: {name} is true or false, not {value!r}")
     elif value is not None:
-        value = _single(action, value, source)
-    if action.choices is not None and value is not None and value not in action.choices:
-        allowed = ", ".join(str(choice) for choice in action.choices if choice is not None)
-        near = did_you_mean(str(value), (str(choice) for choice in action.choices))
-        raise TrainingError(f"{source}: {name} is one of {allowed}, not {value!r}{near}")
+        value = _single(option, value, source)
+    if option.choices is not None and value is not None and value not in option.choices:
+        allowed = ", ".join(str(choice) for choice in option.choices)
+        near = did_you_mean(str(value), (str(choice) for choice in option.choices))
+        raise OptionError(f"{source}: {name} is one of {allowed}, not {value!r}{near}")
     return value
 
 
-def _list(action: argparse.Action, value: Any, source: object) -> Any:
+def _list(option: Option, value: Any, source: object) -> Any:
     if value is None or isinstance(value, dict):
         return value
     value = list(value) if isinstance(value, list | tuple) else [value]
     try:
-        return [action.type(one) if callable(action.type) else one for one in value]
+        return [one if option.kind is str or option.parse is None else option.parse(one) for one in value]
     except (TypeError, ValueError):
-        raise TrainingError(f"{source}: {action.dest} cannot be {value!r}") from None
+        raise OptionError(f"{source}: {option.name} cannot be {value!r}") from None
 
 
-def _single(action: argparse.Action, value: Any, source: object) -> Any:
-    name = action.dest
+def _single(option: Option, value: Any, source: object) -> Any:
+    name = option.name
     if isinstance(value, os.PathLike):
         value = str(value)
     if isinstance(value, bool | dict):
-        raise TrainingError(f"{source}: {name} cannot be {value!r}")
+        raise OptionError(f"{source}: {name} cannot be {value!r}")
     if name in ("resolution", "face_crop_aug_range") and isinstance(value, list | tuple):
         value = ",".join(str(one) for one in value)
-    if action.type is int and isinstance(value, float) and value.is_integer():
+    if option.kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     value = _ALIASES.get(name, {}).get(value, value) if isinstance(value, str) else value
     try:
-        return action.type(str(value)) if callable(action.type) else str(value)
+        return str(value) if option.parse is None else option.parse(str(value))
     except (ValueError, argparse.ArgumentTypeError):
-        raise TrainingError(f"{source}: {name} cannot be {value!r}") from None
+        raise OptionError(f"{source}: {name} cannot be {value!r}") from None
+
+
+def required(value: T | None, flag: str) -> T:
+    """`value`; OptionError where it is missing."""
+    if value is None:
+        raise OptionError(f"{flag} is missing")
+    return value
 
 
 def key_values(pairs: Sequence[str] | dict[str, Any] | None, option: str) -> dict[str, str]:
-    """`["conv_dim=4", ...]` as a dictionary of text; TrainingError names the option for an item without "="."""
+    """`["conv_dim=4", ...]` as a dictionary of text; OptionError names the option for an item without "="."""
     if isinstance(pairs, dict):
         return {key: str(value) for key, value in pairs.items()}
     found = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise TrainingError(f"--{option}: {pair!r} is not of the form key=value")
+            raise OptionError(f"--{option}: {pair!r} is not of the form key=value")
         found[key] = value
     return found

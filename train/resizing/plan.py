@@ -1,24 +1,24 @@
-"""Which files a folder of pictures gives: decided, and checked for clashes, before anything is written."""
+"""Which files a folder of images gives: decided, and checked for clashes, before anything is written."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_adapters.convert.errors import OneLineError
+from lora_adapters.convert.errors import OneLineError, UsageError
+from lora_adapters.train.data.image_suffixes import READ
 from lora_adapters.train.resizing.resize import Size
 
-# Pillow alone cannot read the last three: better reported by name than taken for something that is not a picture.
-PICTURE_SUFFIXES = {
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
-    *(".heic", ".heif", ".jxl"),
-}
-# A latent cache belongs to a picture of one size, and must not be taken for that of another.
+# A latent cache belongs to an image of one size, and must not be taken for that of another.
 NOT_ASSOCIATED = {".npz"}
 
 
 class ResizeError(OneLineError):
     """What was asked for cannot be done. The message says what, where, and what to do."""
+
+
+class ResizeOptionError(ResizeError, UsageError):
+    """An option that cannot be right, whatever the folders hold. The program exits with status 2."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Version:
-    """One resized picture, and the associated files (captions) that go with it under its name."""
+    """One resized image, and the associated files (captions) that go with it under its name."""
 
     resolution: Size
     target: Path  # its suffix, .png or .jpg, is the format
@@ -40,7 +40,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything to be made from one picture."""
+    """Everything to be made from one image."""
 
     original: Copy
     versions: tuple[Version, ...]
@@ -49,37 +49,37 @@ class Job:
 def plan(
     src: Path, dst: Path, resolutions: Sequence[Size], suffix: str, copy_associated: bool
 ) -> tuple[list[Job], list[Copy], int]:
-    """A job for each picture of `src`, the other files to copy, and the number of subfolders.
+    """A job for each image of `src`, the other files to copy, and the number of subfolders.
 
-    suffix: ".png" or ".jpg", what the resized pictures are saved as. Raises ResizeError.
+    suffix: ".png" or ".jpg", what the resized images are saved as. Raises ResizeError.
     """
     if not resolutions or any(side < 1 for pair in resolutions for side in pair):
-        raise ResizeError(f"resolutions {list(resolutions)}: give pairs of 1 or more")
+        raise ResizeOptionError(f"resolutions {list(resolutions)}: give pairs of 1 or more")
     if not src.is_dir():
         raise ResizeError(f"{src} is not a folder" if src.exists() else f"{src} does not exist")
     if dst.exists() and not dst.is_dir():
         raise ResizeError(f"{dst} is not a folder")
     if dst.exists() and src.samefile(dst):
-        raise ResizeError(f"{src} is both source and destination: give the smaller pictures a folder of their own")
+        raise ResizeError(f"{src} is both source and destination: give the smaller images a folder of their own")
     entries = sorted(entry for entry in src.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if not entry.is_dir()]
-    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-    others = [file for file in files if file.suffix.lower() not in PICTURE_SUFFIXES]
-    if not pictures:
-        raise ResizeError(f"{src} has no pictures ({' '.join(sorted(PICTURE_SUFFIXES))})")
+    images = [file for file in files if file.suffix.lower() in READ]
+    others = [file for file in files if file.suffix.lower() not in READ]
+    if not images:
+        raise ResizeError(f"{src} has no images ({' '.join(sorted(READ))})")
     by_stem: dict[str, list[Path]] = {}
     for file in others:
         if copy_associated and file.suffix.lower() not in NOT_ASSOCIATED:
             by_stem.setdefault(file.stem, []).append(file)
 
-    def version(picture: Path, resolution: Size) -> Version:
-        stem = f"{picture.stem}+{resolution[0]}x{resolution[1]}"
-        associated = (Copy(file, dst / (stem + file.suffix)) for file in by_stem.get(picture.stem, []))
+    def version(image: Path, resolution: Size) -> Version:
+        stem = f"{image.stem}+{resolution[0]}x{resolution[1]}"
+        associated = (Copy(file, dst / (stem + file.suffix)) for file in by_stem.get(image.stem, []))
         return Version(resolution, dst / (stem + suffix), tuple(associated))
 
     jobs = [
-        Job(Copy(picture, dst / picture.name), tuple(version(picture, pair) for pair in dict.fromkeys(resolutions)))
-        for picture in pictures
+        Job(Copy(image, dst / image.name), tuple(version(image, pair) for pair in dict.fromkeys(resolutions)))
+        for image in images
     ]
     copies = [Copy(file, dst / file.name) for file in others]
     _refuse_shared_targets(jobs, copies)

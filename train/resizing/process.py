@@ -1,4 +1,4 @@
-"""All files that one source picture gives, written so that a broken-off run leaves none of them half-done."""
+"""All files that one source image gives, written so that a broken-off run leaves none of them half-done."""
 
 import os
 import shutil
@@ -11,19 +11,19 @@ from PIL.PngImagePlugin import PngInfo
 from lora_adapters.convert.storage.atomic import replacing
 from lora_adapters.train.resizing.plan import Copy, Job, ResizeError
 from lora_adapters.train.resizing.resize import (
-    UnreadablePicture,
+    UnreadableImage,
     centre_crop,
     divisible_size,
     fitted_size,
     on_white,
-    read_picture,
+    read_image,
     resize,
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one picture: files resized, found done, copied; `unreadable` and `too_small` are reasons."""
+    """What became of one image: files resized, found done, copied; `unreadable` and `too_small` are reasons."""
 
     resized: int = 0
     kept: int = 0
@@ -41,18 +41,18 @@ def process(job: Job, divisible_by: int, interpolation: str) -> Outcome:
     too_small = []
     if missing:
         try:
-            picture = read_picture(source)
-        except UnreadablePicture as error:
+            image = read_image(source)
+        except UnreadableImage as error:
             return Outcome(unreadable=str(error))
-        flat = on_white(picture) if any(version.target.suffix == ".jpg" for version in missing) else picture
+        flat = on_white(image) if any(version.target.suffix == ".jpg" for version in missing) else image
         for version in missing:
-            fitted = fitted_size(picture.size, version.resolution)
+            fitted = fitted_size(image.size, version.resolution)
             cropped = divisible_size(fitted, divisible_by)
             if 0 in cropped:
                 size, asked = ("x".join(map(str, pair)) for pair in (fitted, version.resolution))
                 too_small.append(f"{size} at {asked} is less than divisible_by {divisible_by}")
                 continue
-            base = flat if version.target.suffix == ".jpg" else picture
+            base = flat if version.target.suffix == ".jpg" else image
             _save(centre_crop(resize(base, fitted, interpolation), cropped), version.target, note, source)
             done.append(version)
     copies = [job.original, *(copy for version in done for copy in version.associated)]
@@ -74,25 +74,25 @@ def _is_done(target: Path, source: Path, note: str) -> bool:
     try:
         if target.stat().st_mtime_ns < source.stat().st_mtime_ns:
             return False
-        with Image.open(target) as picture:
-            picture.load()
-            found = picture.info.get("comment") or picture.info.get("Comment")
+        with Image.open(target) as image:
+            image.load()
+            found = image.info.get("comment") or image.info.get("Comment")
     except Exception:  # whatever is wrong with it, the answer is to make it again
         return False
     return found in (note, note.encode())
 
 
-def _save(picture: Image.Image, target: Path, note: str, source: Path) -> None:
-    profile = picture.info.get("icc_profile")
+def _save(image: Image.Image, target: Path, note: str, source: Path) -> None:
+    profile = image.info.get("icc_profile")
     try:
         with replacing(target) as temporary:
             if target.suffix == ".png":
                 text = PngInfo()
                 text.add_text("Comment", note)
-                picture.save(temporary, "PNG", pnginfo=text, icc_profile=profile)
+                image.save(temporary, "PNG", pnginfo=text, icc_profile=profile)
             else:
                 # Without subsampling=0 Pillow halves the colour resolution, even at quality 100.
-                picture.save(temporary, "JPEG", quality=100, subsampling=0, comment=note, icc_profile=profile)
+                image.save(temporary, "JPEG", quality=100, subsampling=0, comment=note, icc_profile=profile)
             # A camera's clock may be ahead of this one's.
             newest = max(temporary.stat().st_mtime_ns, source.stat().st_mtime_ns)
             os.utime(temporary, ns=(newest, newest))

@@ -1,77 +1,62 @@
-"""One picture made smaller: read it upright and in 8 bits, shrink it to an area, crop it from the centre."""
+"""One image made smaller: read it upright and in 8 bits, shrink it to an area, crop it from the centre."""
 
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
-
-# Pillow's filters are stretched over the source area that a new pixel covers, so none of them but `nearest` aliases.
-# `lanczos4` is Pillow's LANCZOS, whose kernel has a = 3. Pillow's BOX takes a source pixel wholly or not at all;
-# `area` (None here) counts the covered part of it.
-INTERPOLATIONS: dict[str, Image.Resampling | None] = {
-    "area": None,
-    "cubic": Image.Resampling.BICUBIC,
-    "lanczos4": Image.Resampling.LANCZOS,
-    "linear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-}
+from lora_adapters.train.data.image_files import read_upright
+from lora_adapters.train.interpolation import resampling
 
 Size = tuple[int, int]
 
 
-class UnreadablePicture(ValueError):
-    """A file with a picture's name that cannot be used as one; the message is the reason alone."""
+class UnreadableImage(ValueError):
+    """A file with an image's name that cannot be used as one; the message is the reason alone."""
 
 
-def read_picture(path: Path) -> Image.Image:
-    """The (first) picture in `path`, upright, in mode RGB, or RGBA if the file knows transparency.
+def read_image(path: Path) -> Image.Image:
+    """The (first) image in `path`, upright, in mode RGB, or RGBA if the file knows transparency.
 
     EXIF orientation is applied, 16-bit and floating-point greys are scaled to 8 bits, and an RGB colour profile stays
-    in `info["icc_profile"]`, where nothing else is kept. Raises UnreadablePicture.
+    in `info["icc_profile"]`, where nothing else is kept. Raises UnreadableImage.
     """
     try:
-        with warnings.catch_warnings():
-            # Up to twice Pillow's limit is an ordinary large photograph; beyond it Pillow raises an error.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                picture = _eight_bit(ImageOps.exif_transpose(file))
-    except UnreadablePicture:
+        image = _eight_bit(read_upright(path))
+    except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadablePicture("not in a picture format that Pillow reads") from error
+        raise UnreadableImage("not in an image format that Pillow reads") from error
     except OSError as error:
-        raise UnreadablePicture(error.strerror or str(error)) from error
+        raise UnreadableImage(error.strerror or str(error)) from error
     except Exception as error:  # broken files make Pillow's decoders raise almost anything
-        raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
-    profile = picture.info.get("icc_profile")
-    # A grey or CMYK profile says nothing about the RGB values made from such a picture.
-    picture.info = {"icc_profile": profile} if profile and profile[16:20] == b"RGB " else {}
-    return picture
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+    profile = image.info.get("icc_profile")
+    # A grey or CMYK profile says nothing about the RGB values made from such an image.
+    image.info = {"icc_profile": profile} if profile and profile[16:20] == b"RGB " else {}
+    return image
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    if is_deep(picture):
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if is_deep(image):
         try:
-            grey = eight_bit_grey(picture)
+            grey = eight_bit_grey(image)
         except ValueError as error:
-            raise UnreadablePicture(str(error)) from error
-        grey.info = picture.info
+            raise UnreadableImage(str(error)) from error
+        grey.info = image.info
         return grey.convert("RGB")
-    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """An RGBA picture laid on white, as RGB; any other unchanged."""
-    if picture.mode != "RGBA":
-        return picture
-    white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
-    flat.info = dict(picture.info)
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image laid on white, as RGB; any other unchanged."""
+    if image.mode != "RGBA":
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    flat = Image.alpha_composite(white, image).convert("RGB")
+    flat.info = dict(image.info)
     return flat
 
 
@@ -90,36 +75,35 @@ def divisible_size(size: Size, divisible_by: int) -> Size:
     return size[0] - size[0] % divisible_by, size[1] - size[1] % divisible_by
 
 
-def resize(picture: Image.Image, size: Size, interpolation: str) -> Image.Image:
-    """`picture` (RGB or RGBA) at `size`, which no side may exceed. Colours count by their opacity.
+def resize(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
+    """`image` (RGB or RGBA) at `size`, which no side may exceed. Colours count by their opacity.
 
-    interpolation: a name in INTERPOLATIONS.
+    interpolation: a name in `interpolation.RESIZING`; "area" is the exact mean.
     """
-    method = INTERPOLATIONS[interpolation]
-    if picture.size == size:
-        return picture
-    if method is not None:
-        resized = picture.resize(size, method)
-    elif picture.mode == "RGBA":
-        resized = _area(picture.convert("RGBa"), size).convert("RGBA")
+    if image.size == size:
+        return image
+    if interpolation != "area":
+        resized = image.resize(size, resampling(interpolation))
+    elif image.mode == "RGBA":
+        resized = _area(image.convert("RGBa"), size).convert("RGBA")
     else:
-        resized = _area(picture, size)
-    resized.info = dict(picture.info)
+        resized = _area(image, size)
+    resized.info = dict(image.info)
     return resized
 
 
-def centre_crop(picture: Image.Image, size: Size) -> Image.Image:
-    """The middle of `picture`; where the margin is odd, the larger part of it goes at the right and at the bottom."""
-    if picture.size == size:
-        return picture
-    left, top = (picture.width - size[0]) // 2, (picture.height - size[1]) // 2
-    return picture.crop((left, top, left + size[0], top + size[1]))
+def centre_crop(image: Image.Image, size: Size) -> Image.Image:
+    """The middle of `image`; where the margin is odd, the larger part of it goes at the right and at the bottom."""
+    if image.size == size:
+        return image
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
-def _area(picture: Image.Image, size: Size) -> Image.Image:
-    rows = _area_rows(np.asarray(picture), size[1])
+def _area(image: Image.Image, size: Size) -> Image.Image:
+    rows = _area_rows(np.asarray(image), size[1])
     pixels = _area_rows(np.ascontiguousarray(rows.swapaxes(0, 1)), size[0]).swapaxes(0, 1)
-    return Image.frombytes(picture.mode, size, np.rint(pixels).astype(np.uint8).tobytes())
+    return Image.frombytes(image.mode, size, np.rint(pixels).astype(np.uint8).tobytes())
 
 
 def _area_rows(pixels: np.ndarray, count: int) -> np.ndarray:

@@ -1,110 +1,118 @@
 """The network options put on the models: which adapter, on which of them, and from which weights."""
 
-import argparse
 import copy
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft.tuners.lora import LoraLayer
 
 from lora_adapters.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import ModuleName, text_path
-from lora_adapters.convert.formats.metadata import DYLORA_FACTS, DyLora
+from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.storage.sources import locate
-from lora_adapters.injection import fitted, place
+from lora_adapters.injection import match_to_model as match_component
+from lora_adapters.injection import place
 from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.target_modules import RankRule, base_layers, covered
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.merging import fold, placed
+from lora_adapters.train.models.family import TrainingFamily, full_path, is_text_encoder
+from lora_adapters.train.models.merging import match_to_model, merge_weights
+from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.text_encoding import unread_layers
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training.regularization import add_dropouts
-from lora_adapters.types.config import DyLoraConfig, LierLaConfig
+from lora_adapters.types.base import AdapterConfig
+from lora_adapters.types.layers import factors, has_adapter, is_factor
+from lora_adapters.types.registry import facts_for
 
 log = logging.getLogger(__name__)
 
 ADAPTER = "default"
 
 
-def options(settings: argparse.Namespace, architecture: str = "sd") -> NetworkOptions:
-    """What --network_module, --network_dim, --network_alpha and --network_args ask for, on "sd" or "sdxl"."""
+def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
+    """What --network_module, --network_dim, --network_alpha and --network_args ask for, on a model of `family`."""
     if not settings.network_module:
-        raise TrainingError("--network_module is missing: networks.lora or networks.dylora")
+        raise OptionError("--network_module is missing: networks.lora or networks.dylora")
     args = key_values(settings.network_args, "network_args")
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
-    return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, architecture)
+    return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
 
 
-def check_network(settings: argparse.Namespace, architecture: str | None) -> None:
+def check_network(settings: Settings, family: TrainingFamily | None) -> None:
     """Raise an error for network options that are wrong or contradict each other.
 
-    `architecture` is None where it is not known before the base model is loaded.
+    `family` is None where it is not known before the base model is loaded: the options must suit one family then.
     """
     if settings.network_train_unet_only and settings.network_train_text_encoder_only:
-        raise TrainingError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+        raise OptionError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
     if settings.dim_from_weights and not settings.network_weights:
-        raise TrainingError("--dim_from_weights needs --network_weights")
+        raise OptionError("--dim_from_weights needs --network_weights")
     weights, multipliers = settings.base_weights or [], settings.base_weights_multiplier or []
     if multipliers and len(multipliers) > len(weights):
-        raise TrainingError(f"{len(multipliers)} of --base_weights_multiplier for {len(weights)} of --base_weights")
+        raise OptionError(f"{len(multipliers)} of --base_weights_multiplier for {len(weights)} of --base_weights")
     if settings.network_dropout is not None and not 0 <= settings.network_dropout < 1:
-        raise TrainingError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
+        raise OptionError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
-        raise TrainingError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
+        raise OptionError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
     args = key_values(settings.network_args, "network_args")
     for name, reason in without_effect(settings.network_module or "", args).items():
         log.warning("--network_args %s is ignored: %s", name, reason)
-    try:
-        options(settings, architecture or "sd")
-    except AdapterError:
-        if architecture is not None:
-            raise
-        options(settings, "sdxl")
+    *others, last = [family] if family is not None else reversed(FAMILIES.values())
+    for possible in others:
+        try:
+            options(settings, possible)
+            return
+        except AdapterError:
+            continue
+    options(settings, last)
 
 
-def trained_components(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
+def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]:
     """The models that get an adapter, by the name of their part in a pipeline.
 
-    Without the U-Net where no block of it gets a module; TrainingError where nothing is left then.
+    Without the denoiser where no block of it gets a module; TrainingError where nothing is left then.
     """
     every = models.components
-    if not settings.dim_from_weights and not _has_modules(every["unet"], options(settings, models.architecture).config):
-        del every["unet"]
+    if not settings.dim_from_weights and not _has_modules(models.denoiser, options(settings, models.family).config):
+        del every[models.denoiser_name]
         if settings.network_train_unet_only:
             raise TrainingError("--network_train_unet_only: every block has rank or weight 0, nothing is left to train")
     if settings.network_train_unet_only:
-        return {"unet": every["unet"]}
-    if settings.network_train_text_encoder_only:
-        return {name: model for name, model in every.items() if name != "unet"}
-    return every
+        return {models.denoiser_name: models.denoiser}
+    return text_components(every) if settings.network_train_text_encoder_only else every
 
 
-def _has_modules(unet: Any, config: LierLaConfig) -> bool:
-    layers = {path: layer for path, _, layer in base_layers(unet)}
+def text_components(trained: dict[str, Any]) -> dict[str, Any]:
+    """The text encoders among the trained models."""
+    return {name: model for name, model in trained.items() if is_text_encoder(name)}
+
+
+def _has_modules(denoiser: Any, config: AdapterConfig) -> bool:
+    layers = {path: layer for path, _, layer in base_layers(denoiser)}
     rule = RankRule(config, list(layers))
-    return any(rule(path, layers[path]).rank for path in covered(unet, config.conv))
+    return any(rule(path, layers[path]).rank for path in covered(denoiser, config.conv))
 
 
-def add(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> None:
+def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
-    asked = options(settings, models.architecture)
-    start = load_source(settings, "network_weights", settings.network_weights) if settings.network_weights else None
+    asked = options(settings, models.family)
+    source = settings.network_weights or ""
+    start = load_source(settings, "network_weights", source) if source else None
     if start is not None and settings.dim_from_weights:
-        _place(trained, start, _dylora(settings, asked.config, start), settings.network_weights)
+        _place(trained, start, _facts(settings, asked.config, start), source)
     else:
         for model in trained.values():
             model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
         if start is not None:
-            load_start(trained, start, settings.network_weights)
+            load_start(trained, start, source)
     for model in trained.values():
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+            parameter.requires_grad_(is_factor(name))
     cast_training_params(list(trained.values()), torch.bfloat16 if settings.full_bf16 else torch.float32)
     layers = lora_layers(trained).values()
     add_dropouts(layers, ADAPTER, settings.network_dropout, asked.rank_dropout, asked.module_dropout)
@@ -115,8 +123,8 @@ def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
     found = {}
     for component, model in trained.items():
         for path, module in model.named_modules():
-            if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-                found[ModuleName(component, _full_path(component, path))] = module
+            if has_adapter(module, ADAPTER):
+                found[ModuleName(component, full_path(component, path))] = module
     return found
 
 
@@ -132,7 +140,7 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
         if name not in layers:
             continue
         layer = layers[name]
-        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        down, up = (factor.weight for factor in factors(layer, ADAPTER))
         if low_rank.rank != down.shape[0]:
             raise TrainingError(
                 f"--network_weights {source}: {name} has rank {low_rank.rank}, not {down.shape[0]}; "
@@ -150,7 +158,7 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
                     used, len(layers))  # fmt: skip
 
 
-def load_source(settings: argparse.Namespace, name: str, source: str) -> Adapter:
+def load_source(settings: Settings, name: str, source: str) -> Adapter:
     """The adapter that option `name` names: a file, a PEFT folder or a repository on the Hub. TrainingError if none."""
     try:
         return Adapter.load(locate(source, token=settings.huggingface_token))
@@ -159,7 +167,7 @@ def load_source(settings: argparse.Namespace, name: str, source: str) -> Adapter
         raise TrainingError(f"{where} {error}") from error
 
 
-def check_sources(settings: argparse.Namespace) -> None:
+def check_sources(settings: Settings) -> None:
     """Raise TrainingError where --network_weights or --base_weights cannot be read; repositories are downloaded."""
     for name, sources in (("network_weights", [settings.network_weights]), ("base_weights", settings.base_weights)):
         for source in sources or []:
@@ -167,29 +175,29 @@ def check_sources(settings: argparse.Namespace) -> None:
                 load_source(settings, name, source)
 
 
-def merge_base_weights(settings: argparse.Namespace, models: BaseModels) -> None:
+def merge_base_weights(settings: Settings, models: BaseModels) -> None:
     """Add the changes of --base_weights, each times its multiplier (1 where there is none), to the base model."""
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
         weight = multipliers[number] if number < len(multipliers) else 1.0
-        fold([(placed(models, load_source(settings, "base_weights", source)), weight)])
+        merge_weights([(match_to_model(models, load_source(settings, "base_weights", source)), weight)])
 
 
-def parameter_groups(settings: argparse.Namespace, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
+def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
     """Parameter groups with params, lr and name. TrainingError where nothing is left to train."""
-    encoders = [model for name, model in trained.items() if name != "unet"]
-    text_rates = settings.text_encoder_lr or [None]
+    encoders = list(text_components(trained).values())
+    text_rates = settings.text_encoder_lr or []
     if len(text_rates) > max(1, len(encoders)) and len(set(text_rates)) > 1:
         raise TrainingError(f"{len(text_rates)} of --text_encoder_lr for {len(encoders)} text encoders")
     if len(set(text_rates)) == 1:
         text_rates = text_rates[:1]  # kohya's GUI gives SD1.x, which has one text encoder, the same rate twice
-    asked = options(settings, models.architecture)
+    asked = options(settings, models.family)
     return param_groups(
-        trained.get("unet"),
+        trained.get(models.denoiser_name),
         encoders,
         lr=settings.learning_rate,
         unet_lr=settings.unet_lr,
-        text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates,
+        text_encoder_lr=text_rates[0] if len(text_rates) == 1 else text_rates or None,
         block_lr_weights=asked.block_lr_weights,
         loraplus_lr_ratio=asked.loraplus_lr_ratio,
         loraplus_unet_lr_ratio=asked.loraplus_unet_lr_ratio,
@@ -204,13 +212,14 @@ def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | 
     They are saved as they are, as kohya's trainer does. With several processes, a weight that is waited for and never
     gets a gradient would stop the run.
     """
-    unread = {id(part) for layer in unread_layers(models.text_encoders, clip_skip) for part in layer.modules()}
+    readings = models.family.readings(clip_skip)
+    unread = {id(part) for layer in unread_layers(models.text_encoders, readings) for part in layer.modules()}
     count = 0
-    for layer in lora_layers({name: model for name, model in trained.items() if name != "unet"}).values():
+    for layer in lora_layers(text_components(trained)).values():
         if id(layer) in unread:
             count += 1
-            for weights in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-                weights.requires_grad_(False)
+            for factor in factors(layer, ADAPTER):
+                factor.requires_grad_(False)
     return count
 
 
@@ -222,23 +231,16 @@ def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
             parameter.requires_grad_(id(parameter) in chosen)
 
 
-def _dylora(settings: argparse.Namespace, asked: LierLaConfig, start: Adapter) -> DyLora | None:
-    """What --network_args say of a DyLoRA, and of what they do not say, the file."""
-    if not isinstance(asked, DyLoraConfig):
-        return None
-    given = set(DYLORA_FACTS) & set(key_values(settings.network_args, "network_args"))
-    return replace(start.dylora or asked.dylora, **{name: getattr(asked, name) for name in given})
+def _facts(settings: Settings, asked: AdapterConfig, start: Adapter) -> dict[str, Any]:
+    """The type's own fields: what --network_args say, and of what they do not say, the file."""
+    return facts_for(asked, start.metadata, key_values(settings.network_args, "network_args"))
 
 
-def _place(trained: dict[str, Any], start: Adapter, dylora: DyLora | None, source: str) -> None:
+def _place(trained: dict[str, Any], start: Adapter, facts: dict[str, Any], source: str) -> None:
     """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
     for component, model in trained.items():
-        modules = {name.path: one for name, one in start.pairs().items() if name.component == component}
+        modules = {name.path: pair for name, pair in start.pairs().items() if name.component == component}
         if modules:
-            place(model, fitted(model, component, modules), ADAPTER, dylora)
+            place(model, match_component(model, component, modules), ADAPTER, facts)
     if not lora_layers(trained):
         raise TrainingError(f"--network_weights {source} has no module of {', '.join(trained)}")
-
-
-def _full_path(component: str, path: str) -> str:
-    return path if component == "unet" else text_path(path)

@@ -1,6 +1,5 @@
 """What a run leaves behind: adapter files, states to resume from, and the removal of old ones."""
 
-import argparse
 import contextlib
 import json
 import logging
@@ -17,6 +16,8 @@ from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.atomic import delete_folder, remove, replacing_folder, sync
 from lora_adapters.convert.storage.files import load_plain, save_pickle
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.options.settings import Settings
+from lora_adapters.types.layers import is_factor
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +36,19 @@ class Position:
     seed: int = 0
 
 
-def ending(settings: argparse.Namespace) -> str:
+def ending(settings: Settings) -> str:
     return f".{settings.save_model_as or 'safetensors'}"
 
 
-def step_name(settings: argparse.Namespace, step: int) -> str:
+def step_name(settings: Settings, step: int) -> str:
     return f"{settings.output_name or 'at'}-step{step:08d}"
 
 
-def epoch_name(settings: argparse.Namespace, epoch: int) -> str:
+def epoch_name(settings: Settings, epoch: int) -> str:
     return f"{settings.output_name or 'epoch'}-{epoch:06d}"
 
 
-def final_name(settings: argparse.Namespace) -> str:
+def final_name(settings: Settings) -> str:
     return settings.output_name or "last"
 
 
@@ -61,8 +62,8 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
     try:
         with replacing_folder(folder) as partial:  # a kill during the exchange: see remove_leftovers
             save_pickle(state, partial / _STATE)
-            facts = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
-            (partial / _POSITION).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            entries = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
+            (partial / _POSITION).write_text(json.dumps(entries, indent=1), encoding="utf-8")
             for name in (_STATE, _POSITION):
                 sync(partial / name)
     except OSError as error:
@@ -91,10 +92,10 @@ def load_position(folder: Path) -> Position:
         for name in (_POSITION, _STATE):
             if not (folder / name).is_file():
                 raise TrainingError(f"--resume {folder}: it is no saved state ({name} is missing)")
-        facts = json_value((folder / _POSITION).read_text(encoding="utf-8"))
+        entries = json_value((folder / _POSITION).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
-    known = {key: facts[key] for key in asdict(Position()) if key in facts} if isinstance(facts, dict) else {}
+    known = {key: entries[key] for key in asdict(Position()) if key in entries} if isinstance(entries, dict) else {}
     if "step" not in known or not all(
         type(value) is int and (value >= 0 or key == "seed") for key, value in known.items()
     ):
@@ -120,7 +121,7 @@ def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor]
 
 
 def _adapter_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    return {name: p for name, p in module.named_parameters() if is_factor(name)}
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -143,7 +144,7 @@ def _bring_back(folder: Path) -> None:
 # --- pruning ---------------------------------------------------------------------------------------------------------
 
 
-def prune_epochs(settings: argparse.Namespace, output: Path, epoch: int, every: int) -> None:
+def prune_epochs(settings: Settings, output: Path, epoch: int, every: int) -> None:
     """Delete epoch saves but the last --save_last_n_epochs (one in `every` epochs), and epoch states likewise."""
     keep = settings.save_last_n_epochs
     keep_state = keep if settings.save_last_n_epochs_state is None else settings.save_last_n_epochs_state
@@ -154,7 +155,7 @@ def prune_epochs(settings: argparse.Namespace, output: Path, epoch: int, every: 
         _remove(output, rf"{name}-(\d{{6}})-state", epoch - every * keep_state)
 
 
-def prune_steps(settings: argparse.Namespace, output: Path, step: int) -> None:
+def prune_steps(settings: Settings, output: Path, step: int) -> None:
     """Delete step saves older than --save_last_n_steps, and step states likewise."""
     keep = settings.save_last_n_steps
     keep_state = keep if settings.save_last_n_steps_state is None else settings.save_last_n_steps_state

@@ -1,5 +1,6 @@
 """What a run would do, in a few lines: --dry_run."""
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +8,21 @@ from typing import Any
 import torch
 
 from lora_adapters.convert.deltas.low_rank import rank_range
-from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.families.registry import FAMILIES, by_modules
 from lora_adapters.train.data.captions import Moment, draw_caption
+from lora_adapters.train.models.family import TrainingFamily, is_text_encoder
 from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.optimizers import optimizer_name, state_bytes
 from lora_adapters.train.training.setup import Run
+from lora_adapters.types.layers import factors, width
 
 _MIB = 1024 * 1024
 _CAPTIONS_SHOWN = 3  # of each subset
 
 
 def report(run: Run) -> str:
-    """Pictures, buckets and captions, steps, modules and parameters in each block, and the memory of weights."""
+    """Images, buckets and captions, steps, modules and parameters in each block, and the memory of weights."""
     settings, layers = run.settings, adapters.lora_layers(run.trained)
     parameters = sum(p.numel() for p in run.parameters)
     batch = settings.gradient_accumulation_steps * run.accelerator.num_processes
@@ -39,36 +40,33 @@ def report(run: Run) -> str:
 
 
 def _ranks(layers: Mapping[ModuleName, Any]) -> str:
-    return rank_range(len(layer.lora_A[adapters.ADAPTER].weight) for layer in layers.values())
+    return rank_range(width(layer, adapters.ADAPTER) for layer in layers.values())
 
 
 def by_block(run: Run) -> list[tuple[str, int, int]]:
-    """(place, modules, parameters) of each text encoder and each block of the U-Net, in order."""
+    """(place, modules, parameters) of each text encoder and each block of the denoiser, in order."""
     layers = adapters.lora_layers(run.trained)
-    unet = [name for name in layers if name.component == "unet"]
-    family = by_modules(unet) if unet else FAMILIES[0]
     counts: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
     for name, layer in layers.items():
-        weights = (layer.lora_A[adapters.ADAPTER].weight, layer.lora_B[adapters.ADAPTER].weight)
-        entry = counts[_place(name, family)]
+        entry = counts[_place(name, run.models.family)]
         entry[0] += 1
-        entry[1] += sum(weight.numel() for weight in weights)
+        entry[1] += sum(factor.weight.numel() for factor in factors(layer, adapters.ADAPTER))
     return [(place, modules, numbers) for (_, place), (modules, numbers) in sorted(counts.items())]
 
 
 def captions(run: Run) -> list[tuple[str, str]]:
-    """(picture, caption) of the first pictures of each subset, with everything done to the caption that options ask."""
+    """(image, caption) of the first images of each subset, with everything done to the caption that options ask."""
     found: list[tuple[str, str]] = []
     shown: Counter[int] = Counter()
     seen: set[int] = set()
-    for entry, number in enumerate(run.data.pictures.entries):
-        picture = run.data.pictures.pictures[number]
-        if number not in seen and shown[id(picture.subset)] < _CAPTIONS_SHOWN:
+    for entry, number in enumerate(run.data.images.entries):
+        image = run.data.images.images[number]
+        if number not in seen and shown[id(image.subset)] < _CAPTIONS_SHOWN:
             seen.add(number)
-            shown[id(picture.subset)] += 1
-            rng = python_random(run.settings.seed, "caption", 0, entry)
-            caption = draw_caption(picture.found.caption, picture.subset, rng, Moment(0, 0, run.steps))
-            found.append((picture.found.source.name, caption))
+            shown[id(image.subset)] += 1
+            rng = python_random(run.seed, "caption", 0, entry)
+            caption = draw_caption(image.found.caption, image.subset, rng, Moment(0, 0, run.steps))
+            found.append((image.found.source.name, caption))
     return found
 
 
@@ -76,7 +74,8 @@ def memory(run: Run) -> dict[str, int | None]:
     """Bytes of what is certain beforehand: weights of the base, the adapter with gradients, the optimizer's state."""
     trained = sum(p.numel() * p.element_size() for p in run.parameters)
     encoders = torch.nn.ModuleList(run.models.text_encoders)
-    parts = {"U-Net": run.models.unet, "text encoders": encoders, "VAE": run.models.vae}
+    denoiser = run.models.family.denoiser_title
+    parts = {denoiser: run.models.denoiser, "text encoders": encoders, "VAE": run.models.vae}
     found: dict[str, int | None] = {
         name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
         for name, part in parts.items()
@@ -89,8 +88,8 @@ def _shown(size: int | None) -> str:
     return "not known on this device" if size is None else f"{size / _MIB:,.1f} MiB"
 
 
-def _place(name: ModuleName, family: ModelFamily) -> tuple[int, str]:
-    if name.component != "unet":
+def _place(name: ModuleName, family: TrainingFamily) -> tuple[int, str]:
+    if is_text_encoder(name.component):
         return (-1, name.component)
-    block = family.blocks.index(name.path)
-    return (100, "other") if block is None else (block, f"unet block {block}")
+    block = family.block(name.path)
+    return (sys.maxsize, "other") if block is None else (block, f"{name.component} block {block}")

@@ -1,4 +1,4 @@
-"""Held-out losses and sample pictures at their due time."""
+"""Held-out losses and sample images at their due time."""
 
 import logging
 
@@ -18,24 +18,24 @@ _NAMES_SHOWN = 10
 
 
 def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) -> None:
-    """Measure the held-out loss, where pictures are held out, unless this step's is there already."""
+    """Measure the held-out loss, where images are held out, unless this step's is there already."""
     data = run.data.validation
-    if data is None or any(one.step == step for one in measured):
+    if data is None or any(measurement.step == step for measurement in measured):
         return
     run.training_mode(False)
     most = run.settings.max_validation_steps
     now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
     measured += now
-    progress.held_out(step, {_name(one): one.loss for one in now})
+    progress.held_out(step, {_name(measurement): measurement.loss for measurement in now})
 
 
 def show_samples(run: Run, position: Position) -> None:
-    """Draw the sample pictures, write them under --output_dir and into the logs. Where that fails training goes on."""
+    """Draw the sample images, write them under --output_dir and into the logs. Where that fails training goes on."""
     if run.accelerator.is_main_process:
         try:
             _draw(run, position)
         except Exception as error:  # too little memory, a full disk, a prompt that the pipeline does not take
-            log.error("no sample pictures at step %d (%s)", position.step, first_line(error))
+            log.error("no sample images at step %d (%s)", position.step, first_line(error))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     run.accelerator.wait_for_everyone()
@@ -53,9 +53,9 @@ def name_damaged(run: Run) -> dict[str, str]:
     found = dict(gather_object(list(run.data.damaged.items())))
     if found and run.accelerator.is_main_process:
         names = sorted(found)[:_NAMES_SHOWN] + (["..."] if len(found) > _NAMES_SHOWN else [])
-        log.warning("%d pictures could not be used, others were used in their place: %s", len(found), ", ".join(names))
+        log.warning("%d images could not be used, others were used in their place: %s", len(found), ", ".join(names))
     return found
 
 
-def _name(one: HeldOut) -> str:
-    return "loss/validation" if one.rank is None else f"loss/validation_rank{one.rank}"
+def _name(measurement: HeldOut) -> str:
+    return "loss/validation" if measurement.rank is None else f"loss/validation_rank{measurement.rank}"

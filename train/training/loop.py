@@ -1,6 +1,5 @@
 """The training loop: `train(settings)` is the whole program, for callers in Python as for the command line."""
 
-import argparse
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from lora_adapters.adapter import Adapter
 from lora_adapters.hub.background import FailedPush
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.seeding import derive
 from lora_adapters.train.stopping import Interrupted, StopSignals
 from lora_adapters.train.training import adapters
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trained:
-    """What a training gives back.
+    """What `train` returns.
 
     adapter: what was saved last. models: the base model with the adapter on it, in evaluation mode. losses: of every
     optimizer step of this call. held_out: every measurement of the held-out loss. not_pushed: saves that did not reach
-    the Hub; they are on the disk. damaged: pictures that could not be used, with the reason, by name.
+    the Hub; they are on the disk. damaged: images that could not be used, with the reason, by name.
     """
 
     adapter: Adapter
@@ -49,11 +49,11 @@ class Trained:
     damaged: dict[str, str] = field(default_factory=dict)
 
 
-def train(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
+def train(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
     """Train an adapter, save it under --output_dir, and give it back.
 
     settings: from `arguments.settings(...)` or `arguments.parse(argv)`. models: a base model that is loaded already;
-    the adapter stays on it. data: pictures that are opened already. Raises TrainingError, DataError or AdapterError,
+    the adapter stays on it. data: images that are opened already. Raises TrainingError, DataError or AdapterError,
     each with one line that says what to do.
     """
     run = prepare(settings, models, data)
@@ -82,7 +82,7 @@ def train_prepared(run: Run) -> Trained:
 def _train(run: Run, signals: StopSignals) -> Trained:
     accelerator, settings = run.accelerator, run.settings
     run.metadata = run_metadata(settings, run.models, run.data, accelerator.num_processes, run.steps, run.epochs)
-    position = Position(batches_per_epoch=run.batches_per_epoch, seed=settings.seed)
+    position = Position(batches_per_epoch=run.batches_per_epoch, seed=run.seed)
     if settings.resume:
         position = go_on_from(run, state_folder(settings))
     start_trackers(settings, accelerator)
@@ -136,7 +136,7 @@ def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSig
     """One optimizer step over a group of batches. The device is waited for once, at its end."""
     accelerator, settings = run.accelerator, run.settings
     # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
-    torch.manual_seed(derive(settings.seed, "step", step, accelerator.process_index))
+    torch.manual_seed(derive(run.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
         run.tell_step(step, number, batch)

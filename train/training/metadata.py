@@ -1,6 +1,5 @@
 """The metadata of a saved adapter: how it was trained, in the entries that other programs read."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -10,25 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lora_adapters
-from lora_adapters.train.data.config import read_size
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.options.output import METADATA
+from lora_adapters.train.options.data import read_size
+from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.optimizers import literals, optimizer_class, optimizer_name
 
-_SAME_NAME = (
-    "learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm",
-    "gradient_checkpointing", "gradient_accumulation_steps", "mixed_precision", "full_fp16", "full_bf16",
-    "fp8_base", "fp8_base_unet", "lowram", "network_dropout", "scale_weight_norms", "clip_skip", "max_token_length",
-    "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale",
-    "multires_noise_iterations", "multires_noise_discount", "zero_terminal_snr", "ip_noise_gamma",
-    "ip_noise_gamma_random_strength", "min_snr_gamma", "loss_type", "huber_schedule", "huber_scale", "huber_c",
-    "prior_loss_weight", "output_name", "training_comment", "seed", "caption_dropout_rate",
-    "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "face_crop_aug_range", "validation_seed",
-    "validation_split", "validate_every_n_epochs", "validate_every_n_steps", "max_validation_steps",
-    "resize_interpolation",
-)  # fmt: skip
 _ALWAYS = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
 )  # fmt: skip
@@ -36,56 +24,62 @@ _ALWAYS = (
 
 def base_version(models: BaseModels) -> str:
     """kohya's name of the base model's kind."""
-    if models.kind == "sdxl":
-        return "sdxl_base_v1-0"
-    number = "sd_v2" if models.kind == "sd2" else "sd_v1"
-    return f"{number}_v" if models.v_prediction else number
+    return base_metadata(models)["ss_base_model_version"]
+
+
+def base_metadata(models: BaseModels) -> dict[str, Any]:
+    """kohya's entries that say which base model an adapter is for."""
+    return models.family.metadata(models.kind, models.v_prediction)
 
 
 def run_metadata(
-    settings: argparse.Namespace, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
+    settings: Settings, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
 ) -> dict[str, str]:
     """What is known when training starts. All values are text, as the file format has it."""
-    facts: dict[str, Any] = {f"ss_{name}": getattr(settings, name) for name in _SAME_NAME}
-    facts |= {
+    entries: dict[str, Any] = option_entries(settings, "ss_")
+    entries |= {
         "ss_max_train_steps": steps,
         "ss_cache_latents": settings.cache_latents or settings.cache_latents_to_disk,
         "ss_session_id": uuid.uuid4().int & (2**32 - 1),
         "ss_training_started_at": time.time(),
         "ss_num_epochs": epochs,
-        "ss_num_train_images": data.num_pictures,
+        "ss_num_train_images": data.num_images,
         "ss_num_reg_images": data.num_regularisation,
-        "ss_num_validation_images": data.validation.num_pictures if data.validation else 0,
+        "ss_num_validation_images": data.validation.num_images if data.validation else 0,
         "ss_num_batches_per_epoch": data.batches_per_epoch(world_size),
-        "ss_debiased_estimation": settings.debiased_estimation_loss,
         "ss_optimizer": described_optimizer(settings),
-        **network_facts(settings, models),
-        **model_facts(settings),
+        **network_entries(settings, models),
+        **model_entries(settings),
     }
-    facts["ss_zero_terminal_snr"] = settings.zero_terminal_snr or models.zero_terminal_snr
-    facts["ss_lora_adapters_version"] = lora_adapters.__version__
-    text = {key: str(value) for key, value in facts.items()}
+    entries["ss_zero_terminal_snr"] = settings.zero_terminal_snr or models.zero_terminal_snr
+    entries["ss_lora_adapters_version"] = lora_adapters.__version__
+    text = {key: str(value) for key, value in entries.items()}
     return {**text, **data.metadata(world_size), **modelspec(settings, models)}
 
 
-def network_facts(settings: argparse.Namespace, models: BaseModels) -> dict[str, Any]:
+def option_entries(settings: Settings, start: str) -> dict[str, Any]:
+    """Key -> value of the options that declare a metadata entry whose key begins with `start`."""
+    declared = {option.metadata: getattr(settings, name) for name, option in options_of(Settings).items()}
+    return {key: value for key, value in declared.items() if key is not None and key.startswith(start)}
+
+
+def network_entries(settings: Settings, models: BaseModels) -> dict[str, Any]:
     """The entries that every reader wants."""
     args = key_values(settings.network_args, "network_args")
     if settings.network_dropout is not None:
         args["dropout"] = str(settings.network_dropout)
-    facts = {
-        "ss_v2": models.kind == "sd2",
-        "ss_base_model_version": base_version(models),
+    entries = {
+        **base_metadata(models),
         "ss_network_module": settings.network_module,
         "ss_network_args": json.dumps(args),
     }
     if not settings.dim_from_weights:  # else Adapter.save says those of most of its modules
-        config = adapters.options(settings, models.architecture).config
-        facts |= {"ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
-    return facts
+        config = adapters.options(settings, models.family).config
+        entries |= {"ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
+    return entries
 
 
-def described_optimizer(settings: argparse.Namespace) -> str:
+def described_optimizer(settings: Settings) -> str:
     """`module.Class(key=value,...)`."""
     kind, defaults = optimizer_class(optimizer_name(settings))
     arguments = {**defaults, **literals(settings.optimizer_args, "optimizer_args")}
@@ -93,17 +87,17 @@ def described_optimizer(settings: argparse.Namespace) -> str:
     return f"{kind.__module__}.{kind.__name__}" + (f"({shown})" if shown else "")
 
 
-def model_facts(settings: argparse.Namespace) -> dict[str, str]:
+def model_entries(settings: Settings) -> dict[str, str]:
     """Names of the base model and the VAE, and of files also the hashes."""
-    facts: dict[str, str] = {}
+    entries: dict[str, str] = {}
     for key, name in (("sd_model", settings.pretrained_model_name_or_path), ("vae", settings.vae)):
         if not name:
             continue
-        facts[f"ss_{key}_name"] = os.path.basename(name) or name
+        entries[f"ss_{key}_name"] = os.path.basename(name) or name
         if Path(name).is_file():
             old, new = file_hashes(Path(name))
-            facts |= {f"ss_{key}_hash": old, f"ss_new_{key}_hash": new}
-    return facts
+            entries |= {f"ss_{key}_hash": old, f"ss_new_{key}_hash": new}
+    return entries
 
 
 def file_hashes(file: Path) -> tuple[str, str]:
@@ -118,28 +112,26 @@ def file_hashes(file: Path) -> tuple[str, str]:
         return short, whole.hexdigest()
 
 
-def modelspec(settings: argparse.Namespace, models: BaseModels) -> dict[str, str]:
+def modelspec(settings: Settings, models: BaseModels) -> dict[str, str]:
     """The modelspec.* entries that options decide; Adapter.save adds architecture, implementation and date."""
-    facts = {
+    own = {key: value for key, value in option_entries(settings, "modelspec.").items() if value is not None}
+    entries = {
+        **own,
         "modelspec.title": settings.metadata_title or settings.output_name or "last",
         "modelspec.prediction_type": "v" if models.v_prediction else "epsilon",
     }
     if settings.resolution:  # else Adapter.save says that of the base model
         width, height = read_size(settings.resolution)
-        facts["modelspec.resolution"] = f"{width}x{height}"
-    for name in METADATA:
-        value = getattr(settings, f"metadata_{name}")
-        if value is not None and name != "title":
-            facts[f"modelspec.{name}"] = value
+        entries["modelspec.resolution"] = f"{width}x{height}"
     if settings.min_timestep is not None or settings.max_timestep is not None:
         high = 1000 if settings.max_timestep is None else settings.max_timestep
-        facts["modelspec.timestep_range"] = f"{settings.min_timestep or 0},{high}"
-    if settings.clip_skip is not None and models.kind != "sdxl":
-        facts["modelspec.encoder_layer"] = str(settings.clip_skip)
-    return facts
+        entries["modelspec.timestep_range"] = f"{settings.min_timestep or 0},{high}"
+    if settings.clip_skip is not None and models.family.fixed_clip_skip is None:
+        entries["modelspec.encoder_layer"] = str(settings.clip_skip)
+    return entries
 
 
-def for_save(metadata: dict[str, str], settings: argparse.Namespace, step: int, epoch: int) -> dict[str, str]:
+def for_save(metadata: dict[str, str], settings: Settings, step: int, epoch: int) -> dict[str, str]:
     """The metadata of a save at this step and epoch; with --no_metadata only what readers need."""
     now = {**metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
     if settings.no_metadata:

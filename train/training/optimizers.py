@@ -1,6 +1,5 @@
 """Optimizers by name: PyTorch's, and those of well-kept packages, imported only when asked for."""
 
-import argparse
 import ast
 import contextlib
 import importlib
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,13 @@ KINDS: dict[str, _Kind] = {
 }
 
 
-def optimizer_name(settings: argparse.Namespace) -> str:
+def optimizer_name(settings: Settings) -> str:
     """The optimizer that was asked for, with the old switches and the default taken in."""
     aliases = [name for flag, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")) if
                getattr(settings, flag)]  # fmt: skip
     named = [settings.optimizer_type] if settings.optimizer_type else []
     if len(aliases + named) > 1:
-        raise TrainingError(f"more than one optimizer is asked for: {', '.join(named + aliases)}")
+        raise OptionError(f"more than one optimizer is asked for: {', '.join(named + aliases)}")
     return (named + aliases + ["AdamW"])[0]
 
 
@@ -106,14 +106,14 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
         raise TrainingError(f"--optimizer_type {name}: this version of {kind.package} has no {kind.name}") from None
 
 
-def uses_relative_step(settings: argparse.Namespace) -> bool:
+def uses_relative_step(settings: Settings) -> bool:
     """Whether Adafactor is to find its own learning rate, as it does unless told otherwise."""
     if optimizer_name(settings).lower() != "adafactor":
         return False
     return bool(literals(settings.optimizer_args, "optimizer_args").get("relative_step", True))
 
 
-def create_optimizer(settings: argparse.Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def create_optimizer(settings: Settings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer over `groups`, each with params, lr and name.
 
     Raises TrainingError for an unknown name, a missing package, or arguments that the class does not take.
@@ -136,7 +136,7 @@ def create_optimizer(settings: argparse.Namespace, groups: list[dict[str, Any]])
         raise TrainingError(f"{name} does not take these arguments: {error}") from None
 
 
-def state_bytes(settings: argparse.Namespace, parameters: Iterable[torch.Tensor]) -> int | None:
+def state_bytes(settings: Settings, parameters: Iterable[torch.Tensor]) -> int | None:
     """Bytes that the optimizer keeps for `parameters`, measured in a step on one of each shape; None if it fails."""
     alike = Counter((parameter.shape, parameter.dtype, parameter.device) for parameter in parameters)
     copies = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype, device in alike]

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: one bar with loss, learning rate and speed, and the same in the logs."""
+"""Progress bar and metric logging: loss, learning rate and speed while a run trains."""
 
 import logging
 from collections import deque

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.types.layers import factors
 
 _STACKED = 2**24  # weights that are computed on together: 64 MiB
 
@@ -24,7 +25,7 @@ def add_dropouts(
         if value is not None and not 0 <= value < 1:
             raise TrainingError(f"{name} must be at least 0 and below 1, not {value}")
     for layer in layers:
-        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        down, up = factors(layer, adapter)
         if network:
             down.register_forward_hook(lambda own, _, out, p=network: F.dropout(out, p, own.training))
         if rank:
@@ -53,7 +54,7 @@ def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
     """
     alike: dict[Any, list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
     for number, layer in enumerate(layers):
-        down, up = (part[adapter].weight.flatten(1) for part in (layer.lora_A, layer.lora_B))
+        down, up = (factor.weight.flatten(1) for factor in factors(layer, adapter))
         alike[down.shape, up.shape, float(layer.scaling[adapter])].append((number, down, up))
     found: list[tuple[int, torch.Tensor]] = []
     for (down_shape, up_shape, scale), members in alike.items():
@@ -62,7 +63,7 @@ def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
             numbers, downs, ups = zip(*members[start : start + size], strict=True)
             own = _norms(torch.stack(downs).float(), torch.stack(ups).float()) * scale
             found += zip(numbers, own.unbind(), strict=True)
-    return torch.stack([norm for _, norm in sorted(found, key=lambda one: one[0])])
+    return torch.stack([norm for _, norm in sorted(found, key=lambda item: item[0])])
 
 
 @torch.no_grad()
@@ -70,10 +71,10 @@ def limit_norms(layers: Sequence[Any], adapter: str, largest: float) -> torch.Te
     """Scale down every change whose norm is above `largest`, evenly in both factors; returns how many were, ()."""
     found = norms(layers, adapter)
     above = found > largest
-    factors = torch.where(above, (largest / found).sqrt(), torch.ones_like(found))
-    for layer, factor in zip(layers, factors.unbind(), strict=True):
-        layer.lora_A[adapter].weight.mul_(factor)
-        layer.lora_B[adapter].weight.mul_(factor)
+    scales = torch.where(above, (largest / found).sqrt(), torch.ones_like(found))
+    for layer, scale in zip(layers, scales.unbind(), strict=True):
+        for factor in factors(layer, adapter):
+            factor.weight.mul_(scale)
     return above.sum()
 
 

@@ -1,6 +1,5 @@
-"""Sample pictures while training: prompts from a file, all in one picture, with a row for each DyLoRA rank."""
+"""Sample images while training: prompts from a file, all in one image, with a row for each DyLoRA rank."""
 
-import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 from lora_adapters.convert.parsing import json_value, number, toml_table
@@ -24,16 +24,21 @@ from lora_adapters.train.generation.prompt_lines import (
     whole,
 )
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.schedulers import SAMPLERS, check_sampler, sampler
-from lora_adapters.train.models.text_encoding import Encoded, encode_tokens, tokenize
-from lora_adapters.types.dylora.rank_control import dials, set_rank
+from lora_adapters.train.models.schedulers import check_sampler, sampler
+from lora_adapters.train.models.text_encoding import Encoded
+from lora_adapters.train.options.settings import Settings
+from lora_adapters.train.options.values import required
+from lora_adapters.train.samplers import SAMPLERS
+from lora_adapters.types.dylora.rank_controller import controllers, set_rank
 
 log = logging.getLogger(__name__)
+
+_GAP = 4  # pixels between the images of a grid
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample picture. `scale` is the guidance scale; without a seed, or with a negative one, the run's is used."""
+    """One sample image. `scale` is the guidance scale; without a seed, or with a negative one, the run's is used."""
 
     prompt: str
     negative_prompt: str = ""
@@ -59,24 +64,24 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def wants_samples(settings: argparse.Namespace) -> bool:
-    """Whether there are prompts for sample pictures and an occasion to draw them."""
+def wants_samples(settings: Settings) -> bool:
+    """Whether there are prompts for sample images and an occasion to draw them."""
     occasion = settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first
     return bool(occasion and settings.sample_prompts)
 
 
-def check_samples(settings: argparse.Namespace) -> None:
+def check_samples(settings: Settings) -> None:
     """Raise TrainingError where the file of prompts cannot be read, or a sampler cannot draw them."""
     if not wants_samples(settings):
         if settings.sample_prompts:  # kohya's GUI always names a file
             occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
-            log.warning("--sample_prompts: no pictures will be drawn without %s", occasions)
+            log.warning("--sample_prompts: no images will be drawn without %s", occasions)
         return
-    for prompt in read_prompts(Path(settings.sample_prompts), log.warning):
+    for prompt in read_prompts(Path(required(settings.sample_prompts, "--sample_prompts")), log.warning):
         check_sampler(prompt.sample_sampler or settings.sample_sampler, settings.zero_terminal_snr)
 
 
-def check_samplers_fit(settings: argparse.Namespace, models: BaseModels, prompts: list[Prompt]) -> None:
+def check_samplers_fit(settings: Settings, models: BaseModels, prompts: list[Prompt]) -> None:
     """Raise TrainingError for a sampler that cannot draw with the base model's own noise schedule."""
     for prompt in prompts:
         name = prompt.sample_sampler or settings.sample_sampler
@@ -122,7 +127,7 @@ def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> li
 def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
     if isinstance(entry, str):
         entry = parse_line(entry, _LETTERS, where, leave_out=leave_out)
-    names = [one.name for one in fields(Prompt)]
+    names = [field.name for field in fields(Prompt)]
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise TrainingError(f"{where}: {entry!r:.80} has no prompt")
     values: dict[str, Any] = {}
@@ -135,8 +140,8 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
         except (ValueError, TypeError, OverflowError):
             leave_out(f"{where}: {key} cannot be {value!r:.80}; left out")
     if values.get("sample_sampler") and values["sample_sampler"] not in SAMPLERS:
-        leave_out(f"{where}: {values['sample_sampler']} is no sampler, --sample_sampler is taken; "
-                  f"{', '.join(SAMPLERS)} are")  # fmt: skip
+        leave_out(f"{where}: unknown sampler {values['sample_sampler']}, --sample_sampler is used; "
+                  f"known are {', '.join(SAMPLERS)}")  # fmt: skip
         del values["sample_sampler"]
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < 2**64:
@@ -148,7 +153,8 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
         pixels, said = multiple_of_8(getattr(made, side), where)
         if said:
             leave_out(said)
-        made = replace(made, **{side: pixels})
+        sides: dict[str, Any] = {side: pixels}
+        made = replace(made, **sides)
     return replace(made, sample_steps=max(1, min(1000, made.sample_steps)))
 
 
@@ -160,15 +166,13 @@ def spread(ranks: list[int], most: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample(
-    models: BaseModels, settings: argparse.Namespace, prompts: list[Prompt], device: Any, context: Any
-) -> Image.Image:
-    """A picture with a column for each prompt and, with DyLoRA, a labelled row for each of up to four ranks.
+def sample(models: BaseModels, settings: Settings, prompts: list[Prompt], device: Any, context: Any) -> Image.Image:
+    """An image with a column for each prompt and, with DyLoRA, a labelled row for each of up to four ranks.
 
     `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
     """
     adapters = list(models.components.values())
-    found = dials(adapters)
+    found = controllers(adapters)
     at = {id(dial): dial.rank for dial in found}
     ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 4)) if found else [None]
     home = [next(module.parameters()).device for module in (models.vae, *models.text_encoders)]
@@ -179,7 +183,7 @@ def sample(
         for rank in ranks:
             if rank is not None:
                 set_rank(adapters, rank)
-            rows.append([_one(models, settings, one, nth, context) for nth, one in enumerate(prompts)])
+            rows.append([_draw(models, settings, prompt, nth, context) for nth, prompt in enumerate(prompts)])
     finally:
         for dial in found:
             dial.set_rank(at[id(dial)])
@@ -188,22 +192,19 @@ def sample(
     if not found:
         return grid(rows)
     labels = [f"rank {rank}" for rank in ranks]
-    return draw_sheet(list(zip(labels, rows, strict=True)), [one.prompt for one in prompts])
+    return draw_sheet(list(zip(labels, rows, strict=True)), [prompt.prompt for prompt in prompts])
 
 
-def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: int, context: Any) -> Any:
+def _draw(models: BaseModels, settings: Settings, prompt: Prompt, nth: int, context: Any) -> Any:
     name = prompt.sample_sampler or settings.sample_sampler
     scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
-    pipe = models.pipeline(scheduler)
+    pipe: Any = models.pipeline(scheduler)  # type checkers see the placeholders that diffusers has without torch
     pipe.set_progress_bar_config(disable=True)
-    seed = (settings.seed + nth) % 2**64 if prompt.seed is None else prompt.seed
+    seed = (required(settings.seed, "--seed") + nth) % 2**64 if prompt.seed is None else prompt.seed
     with context():
         wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
-        embeds = {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
-        if models.kind == "sdxl":
-            embeds |= {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
         return pipe(
-            **embeds,
+            **models.family.prompt_arguments(wanted, unwanted),
             width=prompt.width,
             height=prompt.height,
             num_inference_steps=prompt.sample_steps,
@@ -212,26 +213,25 @@ def _one(models: BaseModels, settings: argparse.Namespace, prompt: Prompt, nth: 
         ).images[0]
 
 
-def _encode(models: BaseModels, settings: argparse.Namespace, text: str) -> Encoded:
+def _encode(models: BaseModels, settings: Settings, text: str) -> Encoded:
     chunks = (settings.max_token_length or 75) // 75
-    tokens = [tokenize(one, [text], chunks, settings.weighted_captions) for one in models.tokenizers]
-    return encode_tokens(tokens, models.text_encoders, settings.clip_skip)
+    return models.encode(models.tokenize([text], chunks, settings.weighted_captions), settings.clip_skip)
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Pictures in rows and columns of the size of the largest, 4 pixels apart."""
-    width = max(one.width for row in rows for one in row) + 4
-    height = max(one.height for row in rows for one in row) + 4
-    sheet = Image.new("RGB", (width * len(rows[0]) - 4, height * len(rows) - 4), "white")
-    for y, row in enumerate(rows):
-        for x, one in enumerate(row):
-            sheet.paste(one, (x * width, y * height))
-    return sheet
+    """Images in rows and columns of the size of the largest, 4 pixels apart."""
+    images = [image for row in rows for image in row]
+    cell = tuple(max(sides) + _GAP for sides in zip(*(image.size for image in images), strict=True))
+    cells = [Image.new("RGB", cell, "white") for _ in images]
+    for background, image in zip(cells, images, strict=True):
+        background.paste(image)
+    sheet = make_image_grid(cells, len(rows), len(rows[0]))
+    return sheet.crop((0, 0, sheet.width - _GAP, sheet.height - _GAP))
 
 
-def write_samples(image: Image.Image, settings: argparse.Namespace, name: str) -> Path:
+def write_samples(image: Image.Image, settings: Settings, name: str) -> Path:
     """Save it as <output_dir>/sample/<name>.png."""
-    file = Path(settings.output_dir) / "sample" / f"{name}.png"
+    file = Path(required(settings.output_dir, "--output_dir")) / "sample" / f"{name}.png"
     with replacing(file) as partial:
         image.save(partial, format="png")
     return file

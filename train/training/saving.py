@@ -32,7 +32,7 @@ def trained_adapter(run: Run, position: Position) -> Adapter:
     epoch = position.epoch + (1 if position.batch else 0)
     metadata = for_save(run.metadata, run.settings, position.step, epoch)
     live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
-    return live.map(lambda one: LowRank(_copy(one.down), _copy(one.up), one.alpha))
+    return live.map(lambda pair: LowRank(_copy(pair.down), _copy(pair.up), pair.alpha))
 
 
 def save_at_step(run: Run, position: Position) -> None:
@@ -68,8 +68,8 @@ def save_final(run: Run, position: Position) -> Adapter:
         if settings.save_state or settings.save_state_on_train_end:
             _patiently(lambda: _save_state(run, position, files.final_name(settings)))
         if run.uploads is not None:
-            subsets = [loaded for loaded in run.data.pictures.subsets if not loaded.config.is_reg]
-            captions = [found.caption for loaded in subsets for found in loaded.pictures]
+            subsets = [loaded for loaded in run.data.images.subsets if not loaded.config.is_reg]
+            captions = [found.caption for loaded in subsets for found in loaded.images]
             run.uploads.final(_file(run, files.final_name(settings)), captions, run.samples)
     run.accelerator.wait_for_everyone()
     settle_weights(run.optimizer)
@@ -158,7 +158,7 @@ def _state(run: Run) -> dict[str, Any]:
 
 
 def go_on_from(run: Run, folder: Path) -> Position:
-    """Put a saved state into the run and give back where it was saved."""
+    """Resume from a state: load it into the run. Returns the position at which it was saved."""
     state, position = files.load_state(folder)
     files.load_trainable_state(run.plain, state["weights"], folder)
     try:

@@ -1,6 +1,5 @@
 """Everything that a run consists of, set up from the settings: what the loop works on."""
 
-import argparse
 import contextlib
 import datetime
 import functools
@@ -22,22 +21,22 @@ from lora_adapters.train.data.batches import Batch
 from lora_adapters.train.data.cache_files import text_identity
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import (
     BaseModels,
-    architecture_on_disk,
     check_clip_skip,
     check_path,
+    family_on_disk,
     load_base_models,
 )
 from lora_adapters.train.models.memory import apply_memory_options, check_machine, set_training, weight_type
-from lora_adapters.train.models.text_encoding import cacheable, tokenize
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
-from lora_adapters.train.options.arguments import parser
 from lora_adapters.train.options.inert import leave_out_inert
+from lora_adapters.train.options.settings import Settings, check_ranges
 from lora_adapters.train.options.unsupported import refuse
+from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.checkpoints import load_position
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
@@ -45,24 +44,16 @@ from lora_adapters.train.training.optimizers import create_optimizer, optimizer_
 from lora_adapters.train.training.samples import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
 from lora_adapters.train.training.trackers import check_trackers, tracker_names
 from lora_adapters.train.training.uploads import Uploads, check_uploads, state_folder
-from lora_adapters.types.dylora.rank_control import RankDial, dials
+from lora_adapters.types.dylora.rank_controller import RankController, controllers
 
 log = logging.getLogger(__name__)
-
-
-_COUNTS = (
-    "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "train_batch_size", "clip_skip",
-    "save_every_n_steps", "save_every_n_epochs", "sample_every_n_steps", "sample_every_n_epochs",
-    "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "vae_batch_size",
-    "lr_scheduler_timescale",
-)  # fmt: skip
 
 
 @dataclass
 class Run:
     """A run that is ready to train. `denoiser` is wrapped by accelerate; `plain` is the module inside."""
 
-    settings: argparse.Namespace
+    settings: Settings
     accelerator: Accelerator
     models: BaseModels
     data: TrainingData
@@ -78,7 +69,7 @@ class Run:
     uploads: Uploads | None = None
     prompts: list[Prompt] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
-    samples: Path | None = None  # the sample pictures that were drawn last
+    samples: Path | None = None  # the sample images that were drawn last
 
     @property
     def batches_per_epoch(self) -> int:
@@ -90,7 +81,12 @@ class Run:
 
     @property
     def output(self) -> Path:
-        return Path(self.settings.output_dir)
+        return Path(required(self.settings.output_dir, "--output_dir"))
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random: --seed, or what was drawn for it."""
+        return required(self.settings.seed, "--seed")
 
     @property
     def save_every_n_epochs(self) -> int | None:
@@ -104,19 +100,19 @@ class Run:
         return [p for p in self.plain.parameters() if p.requires_grad]
 
     @functools.cached_property
-    def dials(self) -> list[RankDial]:
+    def dials(self) -> list[RankController]:
         """The trained DyLoRAs' dials, looked up once for the same reason."""
-        return dials(list(self.trained.values()))
+        return controllers(list(self.trained.values()))
 
     def tell_step(self, step: int, number: int, batch: Batch) -> None:
         """Say which batch of which step comes next, as `set_step` does: DyLoRA's ranks depend on these and the seed."""
         part = step * self.settings.gradient_accumulation_steps + number
         samples = range(batch.start, batch.start + len(batch.captions))
         for dial in self.dials:
-            dial.set_step(part, self.settings.seed, samples, batch.total)
+            dial.set_step(part, self.seed, samples, batch.total)
 
     def training_mode(self, training: bool = True) -> None:
-        text = any(name != "unet" for name in self.trained)
+        text = bool(adapters.text_components(self.trained))
         set_training(self.models, training, text)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
@@ -130,17 +126,16 @@ class Run:
         return torch.autograd.graph.save_on_cpu(pin_memory=self.accelerator.device.type == "cuda")
 
 
-def check(settings: argparse.Namespace) -> None:
+def check(settings: Settings) -> None:
     """Raise TrainingError for all that can be known to fail before anything is loaded.
 
     Values that change nothing are put back to their defaults, with a warning each.
     """
-    defaults = vars(parser().parse_args([]))
-    leave_out_inert(settings, defaults)
-    refuse(settings, defaults)
+    leave_out_inert(settings)
+    refuse(settings)
     check_machine(settings)
     check_path(settings)
-    adapters.check_network(settings, architecture_on_disk(settings))
+    adapters.check_network(settings, family_on_disk(settings))
     optimizer_class(optimizer_name(settings))
     check_schedule(settings)
     check_samples(settings)
@@ -156,26 +151,12 @@ def check(settings: argparse.Namespace) -> None:
     check_ranges(settings)
     low, high = settings.min_timestep or 0, 1000 if settings.max_timestep is None else settings.max_timestep
     if not 0 <= low < high <= 1000:
-        raise TrainingError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
+        raise OptionError(f"--min_timestep {low} and --max_timestep {high} must be 0 <= min < max <= 1000")
 
 
-def check_ranges(settings: argparse.Namespace) -> None:
-    """Raise TrainingError for a number that no run could be made with."""
-    for name in _COUNTS:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise TrainingError(f"--{name} must be at least 1, not {value}")
-    if settings.max_data_loader_n_workers < 0:
-        raise TrainingError(f"--max_data_loader_n_workers must be at least 0, not {settings.max_data_loader_n_workers}")
-    if settings.huber_c <= 0:
-        raise TrainingError(f"--huber_c must be above 0, not {settings.huber_c}")
-    if settings.seed is not None and not 0 <= settings.seed < 2**64:
-        raise TrainingError(f"--seed {settings.seed}: seeds are 0 to {2**64 - 1}; one is drawn without --seed")
-
-
-def open_output(settings: argparse.Namespace) -> None:
+def open_output(settings: Settings) -> None:
     """Make --output_dir. TrainingError where nothing could be saved in it, which would show after training only."""
-    folder = Path(settings.output_dir)
+    folder = Path(required(settings.output_dir, "--output_dir"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -184,7 +165,7 @@ def open_output(settings: argparse.Namespace) -> None:
         raise TrainingError(f"--output_dir {folder} cannot be written to (permission denied)")
 
 
-def create_accelerator(settings: argparse.Namespace) -> Accelerator:
+def create_accelerator(settings: Settings) -> Accelerator:
     """accelerate's view of this machine and this process; an earlier run's precision is forgotten."""
     AcceleratorState._reset_state()
     handlers: list[Any] = [
@@ -194,16 +175,19 @@ def create_accelerator(settings: argparse.Namespace) -> Accelerator:
     ]
     if settings.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=settings.ddp_timeout)))
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         log_with=tracker_names(settings) or None,
         project_dir=settings.logging_dir,
         kwargs_handlers=handlers,
         dynamo_backend=settings.dynamo_backend if settings.torch_compile else None,
     )
+    if accelerator.device.type == "cpu":
+        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
+    return accelerator
 
 
-def decide_seed(settings: argparse.Namespace) -> int:
+def decide_seed(settings: Settings) -> int:
     """--seed, or that of the run that goes on, or one that is drawn and the same in every process."""
     if settings.seed is not None:
         return settings.seed
@@ -213,12 +197,10 @@ def decide_seed(settings: argparse.Namespace) -> int:
     return broadcast_object_list(drawn)[0]
 
 
-def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
-    """The data that the settings ask for. Options at their defaults count as not given."""
-    defaults = vars(parser().parse_args([]))
-    given = {name: None if value == defaults.get(name) else value for name, value in vars(settings).items()}
+def open_data(settings: Settings, seed: int) -> TrainingData:
+    """The data that the settings ask for. An option that is not given is left to the dataset file or its default."""
     return TrainingData(
-        load_data_config(given),
+        load_data_config(settings.given_options()),
         seed=seed,
         prior_loss_weight=settings.prior_loss_weight,
         persistent_workers=settings.persistent_data_loader_workers and workers(settings) > 0,
@@ -226,12 +208,12 @@ def open_data(settings: argparse.Namespace, seed: int) -> TrainingData:
     )
 
 
-def workers(settings: argparse.Namespace) -> int:
-    """Processes that read pictures: as asked for, but no more than there are cores."""
+def workers(settings: Settings) -> int:
+    """Processes that read images: as asked for, but no more than there are cores."""
     return min(settings.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
-def length(settings: argparse.Namespace, batches_per_epoch: int) -> tuple[int, int]:
+def length(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
     """(optimizer steps, epochs) of the run. The last batches of an epoch make a step of their own."""
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     if settings.max_train_epochs is not None:
@@ -239,34 +221,32 @@ def length(settings: argparse.Namespace, batches_per_epoch: int) -> tuple[int, i
     return settings.max_train_steps, math.ceil(settings.max_train_steps / steps_per_epoch)
 
 
-def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data: TrainingData | None = None) -> Run:
+def prepare(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Run:
     """Load, adapt and cache everything. Mistakes in options and data are found before the base model is loaded."""
     check(settings)
     accelerator = create_accelerator(settings)
     if not settings.output_dir and not settings.dry_run:
-        raise TrainingError("--output_dir is missing: the folder for what is saved")
-    if accelerator.device.type == "cpu":
-        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
+        raise OptionError("--output_dir is missing: the folder for what is saved")
     settings.seed = decide_seed(settings)
     data = data or open_data(settings, settings.seed)
     if settings.masked_loss and not data.has_masks:
-        raise TrainingError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
+        raise OptionError("--masked_loss needs masks: --alpha_mask, or --conditioning_data_dir with a folder of them")
     if accelerator.is_main_process and not settings.dry_run:
         open_output(settings)
-    uploads = None
-    if settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run:
-        uploads = Uploads(settings)  # a wrong name or token shows before anything is loaded or encoded
+    uploads = _uploads(settings, accelerator)
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_clip_skip(models, settings.clip_skip)
-    prompts = read_prompts(Path(settings.sample_prompts)) if wants_samples(settings) else []
+    prompts = (
+        read_prompts(Path(required(settings.sample_prompts, "--sample_prompts"))) if wants_samples(settings) else []
+    )
     check_samplers_fit(settings, models, prompts)
     torch.manual_seed(settings.seed)  # the start of `down` is random
     trained = adapters.trained_components(settings, models)
-    apply_memory_options(models, settings, trained_text=any(name != "unet" for name in trained))
+    train_text = bool(adapters.text_components(trained))
+    apply_memory_options(models, settings, train_text)
     adapters.merge_base_weights(settings, models)
     adapters.add(settings, models, trained)
-    train_text = any(name != "unet" for name in trained)
     plain = Denoiser(models, settings.clip_skip, train_text)
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
     chunks = (settings.max_token_length or 75) // 75
@@ -281,10 +261,7 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     schedule = create_schedule(settings, optimizer, steps)
     data.set_schedule(steps, settings.gradient_accumulation_steps)
     if not settings.dry_run:
-        plain.to(device)
-        models.vae.to(device)
-        if settings.no_half_vae and models.vae.dtype != torch.float32:
-            models.vae.to(torch.float32)
+        _to_device(settings, models, plain, device)
         cache(settings, models, plain, data, accelerator, options)
     noise_schedule = models.noise_schedule(settings.zero_terminal_snr)
     denoiser, optimizer = accelerator.prepare(plain, optimizer)
@@ -308,39 +285,51 @@ def prepare(settings: argparse.Namespace, models: BaseModels | None = None, data
     )
 
 
+def _uploads(settings: Settings, accelerator: Accelerator) -> Uploads | None:
+    """The main process's uploads: a wrong name or token shows before anything is loaded or encoded."""
+    wanted = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
+    return Uploads(settings) if wanted else None
+
+
+def _to_device(settings: Settings, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:
+    denoiser.to(device)
+    models.vae.to(device)
+    if settings.no_half_vae and models.vae.dtype != torch.float32:
+        models.vae.to(torch.float32)
+
+
 def cache(
-    settings: argparse.Namespace,
+    settings: Settings,
     models: BaseModels,
     denoiser: Denoiser,
     data: TrainingData,
     accelerator: Accelerator,
     options: StepOptions,
 ) -> None:
-    """Encode pictures and captions once where asked to; what is no longer needed then leaves the device."""
+    """Encode images and captions once where asked to; what is no longer needed then leaves the device."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     check_disk = not settings.skip_cache_check
-    kind = "sdxl" if models.kind == "sdxl" else "sd"
     away = "cpu" if not settings.highvram else accelerator.device
     if settings.cache_latents or settings.cache_latents_to_disk:
         data.cache_latents(
             models.vae,
+            models.family.latent_files,
             to_disk=settings.cache_latents_to_disk,
             batch_size=settings.vae_batch_size,
             device=accelerator.device,
-            model=kind,
             check=check_disk,
             **place,
         )
         models.vae.to(away)
     if settings.cache_text_encoder_outputs or settings.cache_text_encoder_outputs_to_disk:
         if denoiser.train_text:
-            raise TrainingError("--cache_text_encoder_outputs needs --network_train_unet_only")
-        first_width = models.text_encoders[0].config.hidden_size
+            raise OptionError("--cache_text_encoder_outputs needs --network_train_unet_only")
+        widths = [encoder.config.hidden_size for encoder in models.text_encoders]
 
         @torch.no_grad()
         def encode(captions: list[str]) -> dict[str, torch.Tensor]:
-            tokens = [tokenize(one, captions, options.chunks, options.weighted_captions) for one in models.tokenizers]
-            return {name: part.float().cpu() for name, part in cacheable(denoiser.encode(tokens), first_width).items()}
+            encoded = denoiser.encode(models.tokenize(captions, options.chunks, options.weighted_captions))
+            return {name: part.float().cpu() for name, part in models.family.to_cache(encoded, widths).items()}
 
         made, to_disk = "", settings.cache_text_encoder_outputs_to_disk
         if to_disk:  # reading all weights takes a while, and only files need to tell

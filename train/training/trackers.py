@@ -1,6 +1,5 @@
-"""Where losses, learning rates and pictures are logged: TensorBoard and Weights & Biases, through accelerate."""
+"""Where losses, learning rates and images are logged: TensorBoard and Weights & Biases, through accelerate."""
 
-import argparse
 import importlib.util
 import logging
 import os
@@ -14,15 +13,16 @@ from PIL import Image
 
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.parsing import read_text, toml_table
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-_SECRETS = ("wandb_api_key", "huggingface_token")
 
 
-def tracker_names(settings: argparse.Namespace) -> list[str]:
+def tracker_names(settings: Settings) -> list[str]:
     """The trackers to use: none without --logging_dir, unless it is Weights & Biases alone."""
     if settings.log_with == "all":
         return ["tensorboard", "wandb"]
@@ -31,13 +31,13 @@ def tracker_names(settings: argparse.Namespace) -> list[str]:
     return ["tensorboard"] if settings.logging_dir else []
 
 
-def check_trackers(settings: argparse.Namespace) -> None:
+def check_trackers(settings: Settings) -> None:
     """Raise TrainingError for a tracker that is not installed, or has no place to write to."""
     for name in tracker_names(settings):
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise TrainingError(f"--log_with {name} needs the package {name}: pip install {name}")
         if name == "tensorboard" and not settings.logging_dir:
-            raise TrainingError("--log_with tensorboard needs --logging_dir")
+            raise OptionError("--log_with tensorboard needs --logging_dir")
     names = tracker_names(settings)
     for name in ("log_prefix", "log_tracker_name", "log_tracker_config", "log_config"):
         if getattr(settings, name) and not names:
@@ -49,7 +49,7 @@ def check_trackers(settings: argparse.Namespace) -> None:
         read_sections(Path(settings.log_tracker_config))
 
 
-def start_trackers(settings: argparse.Namespace, accelerator: Accelerator) -> None:
+def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
     """Open the logs: a folder of its own for each run, named by --log_prefix and the time."""
     names = tracker_names(settings)
     if not names:
@@ -66,7 +66,8 @@ def start_trackers(settings: argparse.Namespace, accelerator: Accelerator) -> No
         arguments.setdefault("wandb", {})["name"] = settings.wandb_run_name
     config = None
     if settings.log_config:
-        config = {key: _plain(value) for key, value in vars(settings).items() if key not in _SECRETS}
+        known = options_of(Settings)
+        config = {name: _plain(value) for name, value in vars(settings).items() if not known[name].secret}
     try:
         accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)
     except Exception as error:  # W&B's errors are of its own kinds: no connection, a wrong key, a missing login
@@ -82,7 +83,7 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Put a picture into every log."""
+    """Put an image into every log."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
@@ -102,7 +103,7 @@ def read_sections(file: Path) -> dict[str, Any]:
         raise TrainingError(f"--log_tracker_config {file} is not toml: {error}") from None
 
 
-def start_console(settings: argparse.Namespace) -> None:
+def start_console(settings: Settings) -> None:
     """Messages on the console, or in --console_log_file."""
     simple = settings.console_log_simple
     logging.basicConfig(

@@ -1,6 +1,5 @@
 """What is saved, also on the Hugging Face Hub; and states to resume from there."""
 
-import argparse
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.hub.background import REPO_TYPES, BackgroundPush, FailedPush, download_state
-from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.options.settings import Settings
+from lora_adapters.train.options.values import required
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +25,14 @@ class Uploads:
     `pytorch_lora_weights.safetensors`, the name that diffusers picks, with PEFT's folders and a model card.
     """
 
-    def __init__(self, settings: argparse.Namespace):
+    def __init__(self, settings: Settings):
         self.settings = settings
         self.is_model = (settings.huggingface_repo_type or "model") == "model"
+        repo_type: Any = settings.huggingface_repo_type or "model"  # checked by check_uploads
         try:
             self.push = BackgroundPush(
-                settings.huggingface_repo_id,
-                repo_type=settings.huggingface_repo_type or "model",
+                required(settings.huggingface_repo_id, "--huggingface_repo_id"),
+                repo_type=repo_type,
                 private=settings.huggingface_repo_visibility != "public",
                 path_in_repo=settings.huggingface_path_in_repo or "",
                 token=settings.huggingface_token,
@@ -48,11 +50,11 @@ class Uploads:
             self.push.folder(folder)
 
     def final(self, path: Path, captions: Iterable[str], grid: Path | None) -> None:
-        """Push the last save, with a model card that shows `grid`, the last sample pictures. For models."""
+        """Push the last save, with a model card that shows `grid`, the last sample images. For models."""
         if not self.is_model:
             return
         settings = self.settings
-        base = settings.pretrained_model_name_or_path
+        base = settings.pretrained_model_name_or_path or ""
         phrase = settings.metadata_trigger_phrase
         self.push.adapter(
             path,
@@ -66,7 +68,7 @@ class Uploads:
         )
 
     def finish(self, interrupted: bool = False) -> list[FailedPush]:
-        """Wait for pushes that are still under way; what failed is logged and given back, its files are on the disk."""
+        """Wait for pushes that are still under way. Returns those that failed, logged; their files are on the disk."""
         return self.push.close(_INTERRUPTED if interrupted else _PATIENCE)
 
 
@@ -78,33 +80,33 @@ def shared_words(captions: Iterable[str]) -> list[str]:
     return [part for part in dict.fromkeys(parts[0]) if all(part in other for other in parts)][:3]
 
 
-def check_uploads(settings: argparse.Namespace) -> None:
+def check_uploads(settings: Settings) -> None:
     """Raise TrainingError for upload options without a repository, or with values that do not exist."""
     for name in ("repo_type", "path_in_repo", "repo_visibility"):
         if getattr(settings, f"huggingface_{name}") and not settings.huggingface_repo_id:
-            raise TrainingError(f"--huggingface_{name} needs --huggingface_repo_id")
+            raise OptionError(f"--huggingface_{name} needs --huggingface_repo_id")
     for name in ("save_state_to_huggingface", "async_upload"):
         if getattr(settings, name) and not settings.huggingface_repo_id:
-            raise TrainingError(f"--{name} needs --huggingface_repo_id")
+            raise OptionError(f"--{name} needs --huggingface_repo_id")
     if settings.save_state_to_huggingface and not (settings.save_state or settings.save_state_on_train_end):
-        raise TrainingError("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
+        raise OptionError("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
     if settings.huggingface_repo_type not in (None, *REPO_TYPES):
-        raise TrainingError(f"--huggingface_repo_type {settings.huggingface_repo_type}: {', '.join(REPO_TYPES)}")
+        raise OptionError(f"--huggingface_repo_type {settings.huggingface_repo_type}: {', '.join(REPO_TYPES)}")
     if settings.huggingface_repo_visibility not in (None, "public", "private"):
-        raise TrainingError(f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: public or private")
+        raise OptionError(f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: public or private")
     if settings.resume_from_huggingface and not settings.resume:
-        raise TrainingError("--resume_from_huggingface needs --resume=<user>/<repository>/<folder of the state>")
+        raise OptionError("--resume_from_huggingface needs --resume=<user>/<repository>/<folder of the state>")
 
 
-def state_folder(settings: argparse.Namespace) -> Path:
+def state_folder(settings: Settings) -> Path:
     """The folder that --resume names; with --resume_from_huggingface it is downloaded.
 
     It is then written `user/repository/folder[:revision[:repo_type]]`.
     """
     if not settings.resume_from_huggingface:
-        return Path(settings.resume)
+        return Path(required(settings.resume, "--resume"))
     options: dict[str, Any] = {"token": settings.huggingface_token}
     try:
-        return download_state(settings.resume, **options)
+        return download_state(required(settings.resume, "--resume"), **options)
     except AdapterError as error:
         raise TrainingError(f"--resume: {error}") from error

@@ -1,4 +1,4 @@
-"""The held-out loss: the same pictures, noise and timesteps each time, so that its curve shows the adapter alone."""
+"""The held-out loss: the same images, noise and timesteps each time, so that its curve shows the adapter alone."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.objective.step_loss import StepLoss
 from lora_adapters.train.training.samples import spread
-from lora_adapters.types.dylora.rank_control import dials, set_rank
+from lora_adapters.types.dylora.rank_controller import controllers, set_rank
 
 TIMESTEPS_A_SAMPLE = 4
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A measurement: the step, the DyLoRA rank (None: no DyLoRA) and the mean loss over held-out pictures."""
+    """A measurement: the step, the DyLoRA rank (None: no DyLoRA) and the mean loss over held-out images."""
 
     step: int
     rank: int | None
@@ -35,11 +35,11 @@ def held_out_losses(
     accelerator: Any,
     most: int | None,
 ) -> list[HeldOut]:
-    """The held-out loss now, for DyLoRA at each of up to eight ranks; the pictures are shared among the processes.
+    """The held-out loss now, for DyLoRA at each of up to eight ranks; the images are shared among the processes.
 
     `most` is the largest number of batches. The models must be in evaluation mode.
     """
-    found = dials(models)
+    found = controllers(models)
     at = {id(dial): dial.rank for dial in found}
     ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 8)) if found else [None]
     try:
@@ -55,7 +55,7 @@ def held_out_losses(
 
 
 def mean_loss(step_loss: StepLoss, data: TrainingData, accelerator: Any, most: int | None) -> float:
-    """The mean of the held-out losses over all pictures of all processes, each with its weight."""
+    """The mean of the held-out losses over all images of all processes, each with its weight."""
     options = step_loss.options.noise
     timesteps = fixed_timesteps(options.min_timestep, options.max_timestep)
     measured: list[torch.Tensor] = []

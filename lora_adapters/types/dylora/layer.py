@@ -1,25 +1,18 @@
-"""DyLoRA's layer arithmetic: a PEFT variant of a LoRA layer, gated by the rank dial of its model."""
+"""DyLoRA's layer arithmetic: a PEFT variant of a LoRA layer, gated by the rank controller of its model."""
 
 import inspect
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.types.layers import layers
 
 if TYPE_CHECKING:
-    from .rank_control import RankDial
-
-
-def layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every LoRA layer that has the adapter; the path is the adapted layer's own."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            yield path.replace(".base_layer", ""), module  # in a mixed model another adapter's layer may be around it
+    from .rank_controller import RankController
 
 
 def refuse_unfit(model: nn.Module, adapter_name: str) -> None:
@@ -54,30 +47,33 @@ class DyLoraVariant(LoraVariant):
     adapter is padded to be swapped for larger ones.
     """
 
-    def __init__(self, dial: "RankDial", layer: Any, adapter_name: str):
-        self.dial = dial
+    def __init__(self, controller: "RankController", layer: Any, adapter_name: str):
+        self.controller = controller
         self.fit(layer, adapter_name)
         self.gate = torch.zeros(1, 0)
-        dial.add(self)
+        controller.add(self)
 
     def fit(self, layer: Any, adapter_name: str, width: int | None = None) -> None:
         """Take over the layer's present rank, width (that of its weight, where none is given) and scaling."""
         weight = layer.lora_A[adapter_name].weight
         self.full, self.length = layer.r[adapter_name], weight.shape[0] if width is None else width
         self.trailing = weight.ndim - 2  # a convolution's channels are not last
-        self.scaling = float(layer.scaling[adapter_name]) or 1.0
+        scaling = layer.scaling[adapter_name]
+        # A tensor, as layers have that are ready for hot-swapping, is multiplied in at each call: a number here that
+        # changes with the adapter would make a compiled model compile again.
+        self.scaling = 1.0 if isinstance(scaling, torch.Tensor) else float(scaling) or 1.0
 
     @torch.compiler.disable
     def refit(self, layer: Any, adapter_name: str, width: int) -> None:
-        """Follow a layer whose factors have been padded by somebody who knows nothing of the dial."""
+        """Follow a layer whose factors have been padded without the controller's knowledge."""
         self.fit(layer, adapter_name, width)
-        self.dial.fill()
+        self.controller.fill()
 
     def values(self, rank: int) -> torch.Tensor:
         """The scale's factor for each component at that rank: (length,), with zeros from the rank on."""
         rank = min(rank, self.full)
         gate = torch.zeros(self.length)
-        gate[:rank] = self.dial.factor(rank, self.full)
+        gate[:rank] = self.controller.factor(rank, self.full)
         return gate
 
     def forward(  # type: ignore[override]
@@ -86,17 +82,18 @@ class DyLoraVariant(LoraVariant):
         """result + ΔW_b x; x is (..., in) for linear layers, (batch, in, height, width) for convolutions."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](x)
-        dial, start = self.dial, 0
-        if dial.dylora.freeze_lower and dial.drawn:
-            start = min(dial.now[0], self.full) - dial.dylora.unit
+        controller, start = self.controller, 0
+        if controller.dylora.freeze_lower and controller.drawn:
+            start = min(controller.now[0], self.full) - controller.dylora.unit
         hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
-        width = hidden.shape[-1 - self.trailing]  # not the weight's: that may be sharded, and whole only in its module
-        if width != self.length:
-            self.refit(module, active_adapter, width)
-        gate, scaling = self.gate if len(dial.now) == 1 else self._of_samples(hidden), module.scaling[active_adapter]
+        length = hidden.shape[-1 - self.trailing]  # not the weight's: that may be sharded, and whole only in its module
+        if length != self.length:
+            self.refit(module, active_adapter, length)
+        gate = self.gate if len(controller.now) == 1 else self._of_samples(hidden)
+        scaling = module.scaling[active_adapter]
         if isinstance(scaling, torch.Tensor) or scaling != self.scaling:  # the adapter's weight has been set since
             gate = gate * (scaling / self.scaling)
-        hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs it as it is now, and the dial turns
+        hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs its present values
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
 
     def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
@@ -118,8 +115,8 @@ class DyLoraVariant(LoraVariant):
 
     def _delta(self, module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         down, up = module.lora_A[adapter].weight.data, module.lora_B[adapter].weight.data
-        rank = min(self.dial.rank, self.full)
-        scale = float(module.scaling[adapter]) * self.dial.factor(rank, self.full)
+        rank = min(self.controller.rank, self.full)
+        scale = float(module.scaling[adapter]) * self.controller.factor(rank, self.full)
         delta = LowRank(down[:rank].flatten(1), up[:, :rank].flatten(1), scale * rank).delta()
         delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta.reshape(weight.shape)
         return delta.to(weight)

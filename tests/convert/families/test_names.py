@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from lora_adapters.convert import AdapterError, ModuleName
+from lora_adapters.convert import Adapter, AdapterError, ModuleName
+from lora_adapters.convert.errors import UnknownModuleError
 from lora_adapters.convert.families.kohya_names import check_known, from_kohya
 from lora_adapters.convert.families.registry import by_modules, by_name
+from lora_adapters.convert.formats.lycoris import resolve
 
 MODULES = Path(__file__).parents[2] / "golden" / "modules"
 
@@ -76,3 +79,26 @@ def test_the_size_conditioning_is_sdxls_alone():
 def test_sd1_in_the_names_of_the_original_code():
     for name, path in by_name("sd").spellings("unet"):
         assert from_kohya(f"lora_unet_{name.replace('.', '_')}") == ModuleName("unet", path)
+
+
+@pytest.mark.parametrize("half", ["lora_unet_control_in.lora_{}.weight", "unet.control_in.lora_{}.weight"])
+def test_a_name_that_no_model_has_is_an_error_of_its_own(half):
+    names = ("down", "up") if half.startswith("lora_") else ("A", "B")
+    tensors = {half.format(names[0]): torch.zeros(2, 8), half.format(names[1]): torch.zeros(8, 2)}
+    with pytest.raises(UnknownModuleError, match="unknown module"):
+        Adapter.from_tensors(tensors, {})
+
+
+def test_other_faults_of_a_known_module_are_no_unknown_module():
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{name}.lora_down.weight": torch.zeros(2, 8), f"{name}.lora_up.weight": torch.zeros(8, 3)}
+    with pytest.raises(AdapterError) as caught:
+        Adapter.from_tensors(tensors, {})
+    assert not isinstance(caught.value, UnknownModuleError)
+
+
+@pytest.mark.parametrize("read", [from_kohya, resolve])
+@pytest.mark.parametrize("name", ["lora_unet_control_in", "lora_other_control_in"])
+def test_every_lookup_raises_it(read, name):
+    with pytest.raises(UnknownModuleError):
+        read(name)

@@ -10,7 +10,7 @@ from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.tools.block_weights import BLOCKS, block_name, parse, weighted
 from lora_adapters.convert.tools.model_arguments import ModelArgument, read_arguments
 from tests.convert.checkpoints import GOLDEN
-from tests.convert.scripts import SD15, delta_distance, fails, run
+from tests.convert.scripts import SD15, delta_distance, misused, run
 
 C3LIER = SD15 / "c3lier.safetensors"
 # The extension's own table, of the 17 blocks that have attention.
@@ -167,9 +167,9 @@ def test_the_programs_read_them(tmp_path, capsys, monkeypatch):
     for module, one in Adapter.load(out).modules.items():
         ratio = 0.25 if module.component == "unet" else 0.5
         torch.testing.assert_close(one.delta(), a.modules[module].delta() * ratio)
-    said = fails(capsys, "merge", "--save_to", out, "--models", f"{C3LIER}:0.5", "--ratios", "1")
+    said = misused(capsys, "merge", "--save_to", out, "--models", f"{C3LIER}:0.5", "--ratios", "1")
     assert "--ratios" in said
-    said = fails(capsys, "svd-merge", "--save_to", out, "--models", f"{C3LIER}:lbw=MIDD", "--lbws", "ALL")
+    said = misused(capsys, "svd-merge", "--save_to", out, "--models", f"{C3LIER}:lbw=MIDD", "--lbws", "ALL")
     assert "--lbws" in said
     shown = run(capsys, "svd-merge", "--save_to", out, "--models", f"{C3LIER}:0.5", "--new_rank", "2")
     assert re.search(r"rank 2\b", shown)

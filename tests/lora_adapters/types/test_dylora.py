@@ -8,7 +8,8 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank, set_step
-from lora_adapters.types.dylora.rank_control import dials, layers
+from lora_adapters.types.dylora.rank_controller import controllers
+from lora_adapters.types.layers import layers
 from tests.lora_adapters.conftest import expected
 from tests.lora_adapters.golden_outputs import error, outputs
 
@@ -58,7 +59,7 @@ def test_ranks_are_the_same_in_the_whole_model_and_every_process(sampling, pipel
         set_step(models, step, seed=3)
         pipe.text_encoder(golden["input_ids"])
         pipe.unet(golden["latents"], 7, golden["context"])
-        (ranks,) = {tuple(dial.now) for dial in dials(models)}
+        (ranks,) = {tuple(dial.now) for dial in controllers(models)}
         drawn.append(ranks)
     count = len(golden["latents"])
     assert {len(ranks) for ranks in drawn} == ({1} if sampling == "uniform" else {count})
@@ -67,7 +68,7 @@ def test_ranks_are_the_same_in_the_whole_model_and_every_process(sampling, pipel
         again = copy.deepcopy(pipe.unet)
         set_step([again], step, 3, samples=range(count - 1, count), total=count)
         again(golden["latents"][-1:], 7, golden["context"][-1:])
-        assert dials(again)[0].now == [drawn[step][-1]]
+        assert controllers(again)[0].now == [drawn[step][-1]]
 
 
 def test_the_weight_of_an_adapter_counts_at_every_rank(pipeline):
@@ -101,7 +102,7 @@ def test_each_sample_is_computed_at_its_own_rank(kind, pipeline):
     for step in range(4):
         set_step(model, step)
         together = called(slice(None)).detach()
-        now = dials(model)[0].now
+        now = controllers(model)[0].now
         ranks.add(tuple(now))
         for row, rank in enumerate(now):
             model.eval()
@@ -115,7 +116,7 @@ def test_windows_of_a_caption_have_its_rank(pipeline):
     model = trained(pipeline()).text_encoder.train()
     set_step(model, 2, samples=range(2))
     model(expected("sd15")["input_ids"][:1].repeat(6, 1))
-    now = dials(model)[0].now
+    now = controllers(model)[0].now
     assert now == [now[0]] * 3 + [now[3]] * 3
     set_step(model, 2, samples=range(4))
     with pytest.raises(AdapterError, match="a batch of 6 came where one of 4 was announced"):
@@ -149,7 +150,7 @@ def test_gradients_are_the_same_with_checkpointing_and_stop_at_the_rank(pipeline
         again = gradients(pipe, step)
         assert plain.keys() == again.keys()
         assert all(torch.equal(plain[name], again[name]) for name in plain)
-        rank = max(dials(pipe.unet)[0].now)
+        rank = max(controllers(pipe.unet)[0].now)
         for name, gradient in plain.items():
             part = gradient[rank:] if "lora_A" in name else gradient[:, rank:]
             assert not part.any()
@@ -160,7 +161,7 @@ def test_freeze_lower_trains_the_last_unit_only(pipeline):
     pipe.unet.train()
     for step in range(4):
         found = gradients(pipe, step)
-        (rank,) = dials(pipe.unet)[0].now
+        (rank,) = controllers(pipe.unet)[0].now
         for name, gradient in found.items():
             rows = gradient if "lora_A" in name else gradient.transpose(0, 1)
             assert not rows[: rank - 2].any()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from lora_adapters import AdapterError, DyLoraConfig, set_rank, set_step
-from lora_adapters.types.dylora.rank_control import RankDial
+from lora_adapters.types.dylora.rank_controller import RankController
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny-sd"
 IDS = torch.arange(3 * 77).view(3, 77)
@@ -108,7 +108,7 @@ def test_copies_have_a_dial_of_their_own(again):
 
 def dials_of(model):
     hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
-    return [hook for hook in hooks if isinstance(getattr(hook, "__self__", hook), RankDial)]
+    return [hook for hook in hooks if isinstance(getattr(hook, "__self__", hook), RankController)]
 
 
 @pytest.mark.parametrize("way", ["delete_adapters", "unload"])

@@ -15,9 +15,9 @@ from lora_adapters.train.data.cache_files import (
     write_npz,
 )
 from lora_adapters.train.data.cache_files import write_latents as write
-from lora_adapters.train.data.transforms import centred, picture_tensor
+from lora_adapters.train.data.transforms import centred, image_tensor
 from lora_adapters.train.data_error import DataError
-from tests.train.drawn import data, folder, picture, small_vae
+from tests.train.drawn import LATENT_FILES, data, folder, picture, small_vae
 
 WANTED = LatentsWanted(size=(100, 50), bucket=(64, 32), flip=False, alpha_mask=False, vae="abc")
 
@@ -174,15 +174,15 @@ def test_text_identity_is_of_every_weight():
 
 def test_cached_latents_are_samples_of_the_posterior(tmp_path, vae):
     training = data(folder(tmp_path / "p", [(64, 64)]), flip_aug=True)
-    training.cache_latents(vae)
-    placement = training.pictures.pictures[0].placement
+    training.cache_latents(vae, LATENT_FILES)
+    placement = training.images.images[0].placement
     seen = {}
     for batch in collect(training, epochs=12):
         assert batch.images is None
         seen[batch.latents.flatten()[0].item()] = batch.latents
     assert len(seen) == 2  # as it is and mirrored
     for flip in (False, True):
-        pixels = picture_tensor(picture((64, 64)), placement, centred(placement, flip=flip))
+        pixels = image_tensor(picture((64, 64)), placement, centred(placement, flip=flip))
         posterior = vae.encode(pixels[None]).latent_dist
         noise = [((latents - posterior.mean) / posterior.std).detach() for latents in seen.values()]
         assert min(abs(part.std().item() - 1) + abs(part.mean().item()) for part in noise) < 0.2
@@ -192,8 +192,8 @@ def test_disk_memory_and_any_batch_size_give_the_same(tmp_path, vae):
     images = folder(tmp_path / "p", [(64, 64), (80, 64), (64, 64), (96, 96), (64, 100)])
     options = {"enable_bucket": True, "bucket_reso_steps": 8, "flip_aug": True, "batch_size": 2}
     in_memory, on_disk = data(images, **options), data(images, **options)
-    in_memory.cache_latents(vae)
-    on_disk.cache_latents(vae, to_disk=True, batch_size=3)
+    in_memory.cache_latents(vae, LATENT_FILES)
+    on_disk.cache_latents(vae, LATENT_FILES, to_disk=True, batch_size=3)
     assert (images / "1_0080x0064_sd.npz").exists()
     for one, other in zip(collect(in_memory, 2), collect(on_disk, 2, workers=1), strict=True):
         torch.testing.assert_close(one.latents, other.latents, atol=1e-4, rtol=1e-4)
@@ -223,22 +223,22 @@ def test_disk_caches_are_used_again_until_the_picture_changes(tmp_path, vae):
         if change:  # to another size, then written again at the same size
             picture(change, expected).save(images / "1.png")
         counting.count = 0
-        data(images).cache_latents(counting, to_disk=True)
+        data(images).cache_latents(counting, LATENT_FILES, to_disk=True)
         assert counting.count == expected
     counting.count = 0
-    data(images).cache_latents(counting, to_disk=True, check=False)
+    data(images).cache_latents(counting, LATENT_FILES, to_disk=True, check=False)
     assert counting.count == 0
 
 
 def test_disk_caches_are_made_anew_for_an_older_picture_and_another_interpolation(tmp_path, vae):
     images = folder(tmp_path / "p", [(96, 96)] * 2)
     counting = Counting(vae)
-    data(images).cache_latents(counting, to_disk=True)
+    data(images).cache_latents(counting, LATENT_FILES, to_disk=True)
     picture((96, 96), 5).save(images / "1.png")
     os.utime(images / "1.png", (1e9, 1e9))
     for options, expected in (({}, 1), ({"resize_interpolation": "nearest"}, 2), ({}, 2), ({}, 0)):
         counting.count = 0
-        data(images, **options).cache_latents(counting, to_disk=True)
+        data(images, **options).cache_latents(counting, LATENT_FILES, to_disk=True)
         assert counting.count == expected
 
 
@@ -247,18 +247,18 @@ def test_processes_share_the_encoding_to_disk(tmp_path, vae):
     counts = []
     for rank in (0, 1):
         counting = Counting(vae)
-        data(images, seed=1).cache_latents(counting, to_disk=True, rank=rank, world_size=2)
+        data(images, seed=1).cache_latents(counting, LATENT_FILES, to_disk=True, rank=rank, world_size=2)
         counts.append(counting.count)
     assert counts == [3, 2]  # though the second finds what the first has written
     counting = Counting(vae)
-    data(images).cache_latents(counting, to_disk=True)
+    data(images).cache_latents(counting, LATENT_FILES, to_disk=True)
     assert counting.count == 0
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])
 def test_latent_caches_exclude_what_varies_pictures(tmp_path, vae, name):
     with pytest.raises(DataError, match=f"cached latents exclude {name}"):
-        data(folder(tmp_path / "p", [(64, 64)]), **{name: True}).cache_latents(vae)
+        data(folder(tmp_path / "p", [(64, 64)]), **{name: True}).cache_latents(vae, LATENT_FILES)
 
 
 def test_one_entry_cannot_hold_two_caches(tmp_path, vae):
@@ -266,8 +266,8 @@ def test_one_entry_cannot_hold_two_caches(tmp_path, vae):
     subsets = [{"subsets": [{"image_dir": str(images), "flip_aug": flip}]} for flip in (False, True)]
     both = data(images, file={"datasets": [{"resolution": 64, **subset} for subset in subsets]})
     with pytest.raises(DataError, match="would hold two different caches"):
-        both.cache_latents(vae, to_disk=True)
-    both.cache_latents(vae)
+        both.cache_latents(vae, LATENT_FILES, to_disk=True)
+    both.cache_latents(vae, LATENT_FILES)
     assert len(collect(both)) == 2
 
 
@@ -279,12 +279,12 @@ def test_one_folder_at_several_resolutions_shares_its_files(tmp_path, vae, world
     file = {"datasets": [{"resolution": side, **subset} for side in (64, 32, 48, 32)]}
     kohyas(str(images / "2_0072x0064_sd.npz"), (8, 8))  # of another picture: made anew, or taken where unchecked
     in_memory = data(images, file=file)
-    in_memory.cache_latents(vae)
+    in_memory.cache_latents(vae, LATENT_FILES)
     counts = []
     for again in (False, True):
         for rank in range(world_size):
             counting, on_disk = Counting(vae), data(images, file=file)
-            on_disk.cache_latents(counting, to_disk=True, rank=rank, world_size=world_size, check=check)
+            on_disk.cache_latents(counting, LATENT_FILES, to_disk=True, rank=rank, world_size=world_size, check=check)
             counts.append((again, counting.count))
     assert sum(count for again, count in counts if not again) == (9 if check else 8)  # three sizes of three pictures
     assert sum(count for again, count in counts if again) == 0
@@ -354,12 +354,12 @@ def test_hugging_face_rows_need_a_folder_for_disk_caches(tmp_path, vae):
     (images / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
     subset = {"dataset_name": str(images)}
     with pytest.raises(DataError, match="give cache_dir in its subset"):
-        data(images, file={"datasets": [{"subsets": [subset]}]}).cache_latents(vae, to_disk=True)
+        data(images, file={"datasets": [{"subsets": [subset]}]}).cache_latents(vae, LATENT_FILES, to_disk=True)
     subset["cache_dir"] = str(tmp_path / "cache")
     training = data(images, file={"datasets": [{"subsets": [subset]}]})
-    training.cache_latents(vae, to_disk=True)
+    training.cache_latents(vae, LATENT_FILES, to_disk=True)
     assert len(list((tmp_path / "cache").glob("train-*-00000000_0064x0064_sd.npz"))) == 1
     assert collect(training)[0].latents.shape == (1, 4, 8, 8)
     subset["split"] = "train[:1]"  # a name that Windows does not take
-    data(images, file={"datasets": [{"subsets": [subset]}]}).cache_latents(vae, to_disk=True)
+    data(images, file={"datasets": [{"subsets": [subset]}]}).cache_latents(vae, LATENT_FILES, to_disk=True)
     assert len(list((tmp_path / "cache").glob("train[[]_1]-*-00000000_0064x0064_sd.npz"))) == 1

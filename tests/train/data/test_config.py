@@ -101,7 +101,7 @@ def test_subset_errors_name_file_key_and_remedy(tmp_path, line, message):
         ("[general]\nresolution = 64\n", "datasets is missing"),
         ("datasets = []", "datasets must be a list of at least one table"),
         ("[[datasets]]\nresolution = 64\n", r"datasets\[0\].subsets is missing"),
-        ("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n", "names no pictures"),
+        ("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n", "names no images"),
         (
             "general.resolution = 56\ngeneral.enable_bucket = true\n" + SUBSET,
             "bucket_reso_steps 64 is larger than the resol",

@@ -83,7 +83,7 @@ def test_another_picture_of_the_bucket_takes_its_place(folder, caplog) -> None:
     assert list(data.damaged) == [str(folder / "bad.png")]
     said = [record.getMessage() for record in caplog.records if "in place of" in record.getMessage()]
     assert len(said) == 1
-    assert "bad.png: cannot be read as a picture" in said[0]
+    assert "bad.png: cannot be read as an image" in said[0]
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
@@ -125,7 +125,7 @@ def test_nothing_that_can_be_read_is_an_error(folder) -> None:
     content = (folder / "bad.png").read_bytes()
     for path in folder.glob("*.png"):
         path.write_bytes(content)
-    with pytest.raises(DataError, match=r"none of the 7 pictures can be read; .*cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"none of the 7 images can be read; .*cannot be read as an image"):
         list(opened(folder).batches(0))
 
 
@@ -144,7 +144,7 @@ def test_while_caching(folder, basics, caplog, to_disk) -> None:
     caching = {"cache_latents_to_disk" if to_disk else "cache_latents": True, "vae_batch_size": 2}
     trained = train(settings(**options, **caching))
     assert len(trained.losses) == 3
-    assert "1 pictures cannot be used, others are used in their place" in caplog.text
+    assert "1 images cannot be used, others are used in their place" in caplog.text
     again = train(settings(**options, **caching))
     assert again.losses == trained.losses
 
@@ -155,7 +155,7 @@ def test_a_run_ends_with_their_names_and_resumes_exactly(folder, basics, tmp_pat
     options |= {"max_train_steps": 6, "save_every_n_steps": 2, "save_state": True, "output_name": "x"}
     whole = train(settings(**options))
     assert list(whole.damaged) == [str(folder / "bad.png")]
-    assert "1 pictures could not be used, others were used in their place: " in caplog.text
+    assert "1 images could not be used, others were used in their place: " in caplog.text
     state = tmp_path / "out" / "x-step00000002-state"
     resumed = train(settings(**options, resume=str(state)))
     assert resumed.losses == whole.losses[2:]

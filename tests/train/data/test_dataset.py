@@ -10,7 +10,7 @@ from lora_adapters.train.data.batches import Batch
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.data_error import DataError
-from tests.train.drawn import data, folder, small_vae
+from tests.train.drawn import LATENT_FILES, data, folder, small_vae
 
 SIZES = [(64, 64), (90, 64), (64, 64), (64, 96), (70, 70), (128, 64), (64, 64)]
 LIVELY = {
@@ -38,7 +38,7 @@ def test_shapes_and_ranges(tmp_path):
     training = lively(tmp_path)
     batches = list(training.batches(0))
     assert len(batches) == training.batches_per_epoch()
-    assert sum(len(batch.captions) for batch in batches) == training.num_pictures == 14
+    assert sum(len(batch.captions) for batch in batches) == training.num_images == 14
     for batch in batches:
         count, channels, height, width = batch.images.shape
         assert (channels, len(batch.captions), len(batch.loss_weights)) == (3, count, count)
@@ -92,8 +92,8 @@ def test_workers_and_starting_late_change_nothing(tmp_path, persistent):
 def test_starting_late_loads_nothing_before(tmp_path, monkeypatch):
     training = lively(tmp_path)
     opened = []
-    real = __import__("lora_adapters.train.data.loader", fromlist=["x"]).open_picture
-    monkeypatch.setattr("lora_adapters.train.data.loader.open_picture", lambda one: opened.append(one) or real(one))
+    real = __import__("lora_adapters.train.data.loader", fromlist=["x"]).open_image
+    monkeypatch.setattr("lora_adapters.train.data.loader.open_image", lambda one: opened.append(one) or real(one))
     last = list(training.batches(0, start=training.batches_per_epoch() - 1))
     assert len(opened) == len(last[0].captions)
 
@@ -122,7 +122,7 @@ def test_two_processes_together_see_what_one_sees_with_twice_the_batch(tmp_path)
 def test_cached_and_uncached_epochs_agree_in_everything_but_the_pixels(tmp_path):
     quiet = {"color_aug": False, "random_crop": False}
     plain, cached = lively(tmp_path, **quiet), lively(tmp_path, **quiet)
-    cached.cache_latents(small_vae())
+    cached.cache_latents(small_vae(), LATENT_FILES)
     for one, other in zip(plain.batches(1), cached.batches(1, workers=1), strict=True):
         other.images, one.latents, other.latents = one.images, None, None
         assert same(one, other)
@@ -147,7 +147,7 @@ def test_regularisation_pictures_match_the_training_pictures(tmp_path):
         "train_batch_size": 4,
     }
     training = TrainingData(load_data_config(line), seed=0, prior_loss_weight=0.25)
-    assert (training.num_pictures, training.num_regularisation) == (12, 12)
+    assert (training.num_images, training.num_regularisation) == (12, 12)
     weights = {caption: set() for caption in ("sks dog", "dog")}
     uses = dict.fromkeys(weights, 0)
     for batch in training.batches(0):
@@ -156,7 +156,7 @@ def test_regularisation_pictures_match_the_training_pictures(tmp_path):
             uses[caption] += 1
     assert weights == {"sks dog": {1.0}, "dog": {0.25}}
     assert uses == {"sks dog": 12, "dog": 12}
-    used = [training.pictures.entries.count(number) for number in range(4, 9)]
+    used = [training.images.entries.count(number) for number in range(4, 9)]
     assert used == [3, 3, 2, 2, 2]
 
 
@@ -165,21 +165,19 @@ def test_validation_is_apart_fixed_and_plain(tmp_path):
     training, other = lively(tmp_path, **options), data(tmp_path / "p", seed=99, **LIVELY | options)
     held_out = training.validation
     assert held_out is not None
-    names = [
-        {one.found.source.name for one in part.pictures.pictures} for part in (training, held_out, other.validation)
-    ]
+    names = [{one.found.source.name for one in part.images.images} for part in (training, held_out, other.validation)]
     assert names[0].isdisjoint(names[1])
     assert (len(names[0]), len(names[1])) == (5, 2)
     assert names[1] == names[2]
     assert equal(held_out.batches(0), held_out.batches(7, workers=1))
     assert all(c.startswith("so thing") and c.endswith(", a, b, c, d") for b in held_out.batches(0) for c in b.captions)
-    assert training.num_pictures == 10
+    assert training.num_images == 10
     assert lively(tmp_path).validation is None
 
 
 def test_validation_is_cached_with_the_rest(tmp_path):
     training = data(folder(tmp_path / "p", [(64, 64)] * 4), validation_split=0.5)
-    training.cache_latents(small_vae())
+    training.cache_latents(small_vae(), LATENT_FILES)
     training.cache_text(lambda captions: {"hidden_state": torch.zeros(len(captions), 2)})
     (batch, _) = training.validation.batches(0)
     assert batch.latents.shape == (1, 4, 8, 8)
@@ -196,7 +194,7 @@ def test_alpha_masks(tmp_path, cached):
     training = data(images, file={"datasets": [{"batch_size": 2, "subsets": [subset]}]})
     assert training.has_masks
     if cached:
-        training.cache_latents(small_vae(), to_disk=True)
+        training.cache_latents(small_vae(), LATENT_FILES, to_disk=True)
     rows = set()
     for epoch in range(8):
         (batch,) = training.batches(epoch)
@@ -214,7 +212,7 @@ def test_masks_from_a_folder_and_ones_where_another_subset_has_none(tmp_path, ca
     subsets = [{"image_dir": str(images), "conditioning_data_dir": str(masks)}, {"image_dir": str(plain)}]
     training = data(images, file={"datasets": [{"batch_size": 2, "subsets": subsets}]})
     if cached:
-        training.cache_latents(small_vae())
+        training.cache_latents(small_vae(), LATENT_FILES)
     (batch,) = training.batches(0)
     assert sorted(batch.masks.mean((1, 2, 3)).tolist()) == pytest.approx([0.2, 1.0])
 
@@ -235,7 +233,7 @@ def test_a_picture_that_breaks_while_training_is_named_in_one_line(tmp_path, wor
     images = folder(tmp_path / "p", [(64, 64)])
     training = data(images)
     (images / "0.png").write_bytes(b"gone")
-    with pytest.raises(DataError, match=r"0\.png: cannot be read as a picture") as error:
+    with pytest.raises(DataError, match=r"0\.png: cannot be read as an image") as error:
         list(training.batches(0, workers=workers))
     assert "\n" not in str(error.value)
 
@@ -245,22 +243,22 @@ def test_what_leaves_nothing_to_train_on(tmp_path, caplog):
     with pytest.raises(DataError, match="every subset has num_repeats 0"):
         data(images, num_repeats=0)
     only_reg = {"datasets": [{"subsets": [{"image_dir": str(images), "is_reg": True}]}]}
-    with pytest.raises(DataError, match="only regularisation pictures"):
+    with pytest.raises(DataError, match="only regularisation images"):
         data(images, file=only_reg)
-    with pytest.raises(DataError, match="validation_split leaves no picture"):
+    with pytest.raises(DataError, match="validation_split leaves no image"):
         data(images, validation_split=0.5)
     twice = {"datasets": [{"subsets": [{"image_dir": str(images)}] * 2}]}
-    assert data(images, file=twice).num_pictures == 1
+    assert data(images, file=twice).num_images == 1
     assert "is given twice in a dataset; the first is used" in caplog.text
 
 
 def test_summary_and_metadata_of_a_dataset_file(tmp_path):
     training = lively(tmp_path, validation_split=0.3)
     text = training.summary()
-    for part in ("64x64, buckets with sides 32 to 1024 in steps of 8, batch size 2", "5 pictures, 2 repeats"):
+    for part in ("64x64, buckets with sides 32 to 1024 in steps of 8, batch size 2", "5 images, 2 repeats"):
         assert part in text
-    assert "an epoch: 10 training pictures with repeats, 0 for regularisation" in text
-    assert "validation: 2 pictures" in text
+    assert "an epoch: 10 training images with repeats, 0 for regularisation" in text
+    assert "validation: 2 images" in text
     metadata = training.metadata()
     assert all(isinstance(value, str) for value in metadata.values())
     (entry,) = json.loads(metadata["ss_datasets"])

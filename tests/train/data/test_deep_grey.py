@@ -6,7 +6,7 @@ from PIL import Image
 
 from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
 from lora_adapters.train.data.image_files import FileSource, size_if_whole
-from lora_adapters.train.resizing.resize import read_picture
+from lora_adapters.train.resizing.resize import read_image
 
 GREYS = [0, 1, 64, 128, 254, 255]
 
@@ -29,7 +29,7 @@ def test_greys_of_a_file(tmp_path, values) -> None:
     Image.fromarray(values).save(file)
     assert np.asarray(eight_bit_grey(Image.open(file))).tolist() == [GREYS]
     assert size_if_whole(FileSource(str(file))) == (6, 1)
-    assert np.asarray(read_picture(file))[0].tolist() == [[grey] * 3 for grey in GREYS]
+    assert np.asarray(read_image(file))[0].tolist() == [[grey] * 3 for grey in GREYS]
 
 
 def test_a_little_beyond_black_and_white_is_cut_off() -> None:

@@ -7,14 +7,14 @@ from PIL import Image
 
 from lora_adapters.train.data.buckets import Placement
 from lora_adapters.train.data.config import SubsetConfig
-from lora_adapters.train.data.image_files import FileSource, find_pictures, open_picture, size_if_whole
+from lora_adapters.train.data.image_files import FileSource, find_images, open_image, size_if_whole
 from lora_adapters.train.data.transforms import (
     Variation,
     centred,
     crop_as_seen,
+    image_tensor,
     latent_mask,
     mask_tensor,
-    picture_tensor,
     to_rgb,
     vary,
 )
@@ -42,7 +42,7 @@ def test_other_modes_become_the_same_colour(tmp_path):
     assert to_rgb(red.convert("CMYK"), "x")[0].getpixel((1, 1)) == (255, 0, 0)
     assert to_rgb(Image.new("LA", (1, 1), (90, 255)), "x")[0].getpixel((0, 0)) == (90, 90, 90)
     Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
-    deep = open_picture(FileSource(str(tmp_path / "deep.png")))
+    deep = open_image(FileSource(str(tmp_path / "deep.png")))
     assert to_rgb(deep, "x")[0].getpixel((0, 0)) == (128, 128, 128)
     palette = Image.new("P", (1, 1))
     palette.putpalette([0, 0, 0])
@@ -63,7 +63,7 @@ def test_exif_rotation_counts_for_size_and_pixels(tmp_path, suffix):
     flat.save(file, exif=ROTATED, quality=95)
     source = FileSource(str(file))
     assert size_if_whole(source) == (16, 48)
-    upright = open_picture(source)
+    upright = open_image(source)
     assert upright.size == (16, 48)
     assert upright.getpixel((8, 4))[0] > 200  # the left half is now on top
     assert upright.getpixel((8, 44))[2] > 200
@@ -78,12 +78,12 @@ def test_damaged_files_are_told_from_whole_ones(tmp_path, suffix):
     content = file.read_bytes()
     file.write_bytes(content[: len(content) * 2 // 3])
     assert isinstance(size_if_whole(source), str)
-    with pytest.raises(DataError, match=f"p{suffix}: cannot be read as a picture"):
-        open_picture(source)
+    with pytest.raises(DataError, match=f"p{suffix}: cannot be read as an image"):
+        open_image(source)
     file.write_bytes(b"")
     assert size_if_whole(source) == "empty file"
     file.write_bytes(b"hello, world")
-    assert size_if_whole(source) == "not a picture"
+    assert size_if_whole(source) == "not an image"
 
 
 def test_a_jpeg_with_a_trailer_is_whole(tmp_path):
@@ -97,24 +97,24 @@ def test_pictures_are_found_in_either_case_and_in_order(tmp_path):
     for name in ("b.PNG", "a.jpeg", "a.txt", "c.webp", "a.npz"):
         (tmp_path / name).touch()
     (tmp_path / "d.png").mkdir()
-    assert [path.name for path in find_pictures(tmp_path)] == ["a.jpeg", "b.PNG", "c.webp"]
+    assert [path.name for path in find_images(tmp_path)] == ["a.jpeg", "b.PNG", "c.webp"]
 
 
 def test_values_run_from_minus_one_to_one_and_the_middle_is_cut_out():
     stripes = Image.new("RGB", (64, 32), "black")
     stripes.paste("white", (16, 0, 32, 32))
-    pixels = picture_tensor(stripes, WIDE, centred(WIDE))
+    pixels = image_tensor(stripes, WIDE, centred(WIDE))
     assert pixels.shape == (3, 32, 32)
     assert pixels[:, :, :16].eq(1).all()
     assert pixels[:, :, 16:].eq(-1).all()
-    mirrored = picture_tensor(stripes, WIDE, centred(WIDE, flip=True))
+    mirrored = image_tensor(stripes, WIDE, centred(WIDE, flip=True))
     assert torch.equal(mirrored, pixels.flip(-1))
 
 
 def test_scaling_keeps_the_mean_colour():
     big, placement = picture((200, 100), 3), Placement((32, 16), (32, 16))
     for method in (None, "area", "bilinear", "lanczos"):
-        small = picture_tensor(big, placement, centred(placement), method)
+        small = image_tensor(big, placement, centred(placement), method)
         assert small.shape == (3, 16, 32)
         assert small.mean().item() == pytest.approx(np.asarray(big).mean() / 127.5 - 1, abs=0.02)
 
@@ -126,8 +126,8 @@ def test_random_crop_stays_inside_and_is_reported_as_seen():
     assert crop_as_seen(WIDE, Variation((5, 0))) == (0, 5)
     assert crop_as_seen(WIDE, Variation((5, 0), flip=True)) == (0, 27)
     big = picture((64, 32))
-    seen = picture_tensor(big.transpose(Image.Transpose.FLIP_LEFT_RIGHT), WIDE, Variation((27, 0)))
-    assert torch.equal(picture_tensor(big, WIDE, Variation((5, 0), flip=True)), seen)
+    seen = image_tensor(big.transpose(Image.Transpose.FLIP_LEFT_RIGHT), WIDE, Variation((27, 0)))
+    assert torch.equal(image_tensor(big, WIDE, Variation((5, 0), flip=True)), seen)
 
 
 def test_flips_are_half_of_all_and_need_the_option():
@@ -139,11 +139,11 @@ def test_flips_are_half_of_all_and_need_the_option():
 def test_colours_move_a_little_a_third_of_the_time():
     drawn = [vary(WIDE, SubsetConfig(color_aug=True), random.Random(seed)).colour for seed in range(1000)]
     assert sum(colour is not None for colour in drawn) == pytest.approx(333, abs=60)
-    plain = picture_tensor(picture((64, 32)), WIDE, centred(WIDE))
-    moved = picture_tensor(picture((64, 32)), WIDE, Variation((16, 0), colour=(16.0, 0.05)))
+    plain = image_tensor(picture((64, 32)), WIDE, centred(WIDE))
+    moved = image_tensor(picture((64, 32)), WIDE, Variation((16, 0), colour=(16.0, 0.05)))
     assert 0.005 < (moved - plain).abs().mean() < 0.3
     grey = Image.new("RGB", (64, 32), (128, 128, 128))
-    gamma = picture_tensor(grey, WIDE, Variation((16, 0), colour=(0.0, 0.05)))
+    gamma = image_tensor(grey, WIDE, Variation((16, 0), colour=(0.0, 0.05)))
     assert gamma[0, 0, 0].item() == pytest.approx(2 * (128 / 255) ** 1.05 - 1, abs=0.005)
 
 

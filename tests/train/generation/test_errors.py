@@ -14,6 +14,7 @@ from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main
 from lora_adapters.train.generation import options as generate_options
 from lora_adapters.train.generation import run
+from lora_adapters.train.options.option import options_of
 from tests.train.generating import adapter_for
 
 
@@ -41,8 +42,8 @@ def unloaded(monkeypatch):
     monkeypatch.setattr(run, "load_base_models", load)
 
 
-def error(capsys, *options: object) -> str:
-    assert main([*map(str, options)]) == 1
+def error(capsys, *options: object, status: int = 1) -> str:
+    assert main([*map(str, options)]) == status
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -50,17 +51,14 @@ def error(capsys, *options: object) -> str:
     return err
 
 
-EARLY = {
+WRONG_USAGE = {
     "": "--ckpt is missing",
     "--ckpt {sd1}": "there is nothing to draw: give --prompt or --from_file",
-    "--ckpt nowhere.safetensors --prompt x": "base model nowhere.safetensors does not exist",
-    "--ckpt {files} --prompt x": "is not a Diffusers model",
     "--frames 3": "unrecognized arguments: --frames 3",
     "--ckpt {sd1} --prompt x --sampler fast": "invalid choice: 'fast'",
     "--ckpt {sd1} --prompt x --from_file y": "--prompt and --from_file exclude each other",
     "--ckpt {sd1} --prompt x --v1 --sdxl": "--v1 and --v2 and --sdxl exclude each other",
     "--ckpt {sd1} --prompt x --fp16 --bf16": "--fp16 and --bf16 exclude each other",
-    "--ckpt {sd1} --prompt x --steps 0": "--prompt: 0 steps; 1 to 1000 are possible",
     "--ckpt {sd1} --prompt x --images_per_prompt 0": "--images_per_prompt 0: give 1 or more",
     "--ckpt {sd1} --prompt x --batch_size -1": "--batch_size -1: give 1 or more",
     "--ckpt {sd1} --prompt x --n_iter 0": "--n_iter 0: give 1 or more",
@@ -77,7 +75,35 @@ EARLY = {
     "--ckpt {sd1} --prompt x --sheet a.png": "--sheet is for --sweep",
     "--ckpt {sd1} --prompt x --sheet_font a.ttf": "--sheet_font is for --sweep",
     "--ckpt {sd1} --prompt x --sweep steps=1 --sheet a.jpg": "must end in .png",
-    "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/picture.png": "is no TrueType or OpenType font",
+    "--ckpt {sd1} --prompt x --network_mul 0.5": "--network_mul needs --network_weights",
+    "--ckpt {sd1} --prompt x --network_module networks.lora": "--network_module needs --network_weights",
+    "--ckpt {sd1} --prompt x --network_merge": "--network_merge needs --network_weights",
+    "--ckpt {sd1} --prompt x --network_pre_calc": "--network_pre_calc needs --network_weights",
+    "--ckpt {sd1} --prompt x --rank 4": "--rank needs --network_weights",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_module networks.oft": "networks.oft is not supported",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_module a b": "2 of --network_module for 1",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul 1 2": "2 of --network_mul for 1",
+    "--ckpt {sd1} --prompt x --network_weights {lora}:0.5 --network_mul 1": "has a weight behind it and one in --netw",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul inf": "--network_mul: invalid number value: 'inf'",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_args conv_dim=4": "--network_args conv_dim=4 for",
+    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank": "'rank' is not of the form key=value",
+    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank=0": "rank=0 for",
+    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank_scaling=x": "rank_scaling=x: constant",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "there are 1 of --network_weights",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --network_merge_n_models 1": "exclude each other",
+    "--ckpt {sd1} --prompt x --sweep colour=red": "names are weight, rank, steps, scale, sampler",
+    "--ckpt {sd1} --prompt x --sweep steps": "--sweep steps: it takes NAME=VALUE",
+    "--ckpt {sd1} --prompt x --sweep steps=1,b": "--sweep steps=1,b: it takes values",
+    "--ckpt {sd1} --prompt x --sweep steps=0": "--sweep steps: 1 to 1000",
+    "--ckpt {sd1} --prompt x --sweep scale=inf": "--sweep scale=inf",
+    "--ckpt {sd1} --prompt x --sweep steps=1 steps=2": "steps is given twice",
+}
+
+EARLY = {
+    "--ckpt nowhere.safetensors --prompt x": "base model nowhere.safetensors does not exist",
+    "--ckpt {files} --prompt x": "is not a Diffusers model",
+    "--ckpt {sd1} --prompt x --steps 0": "--prompt: 0 steps; 1 to 1000 are possible",
+    "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/picture.png": "is not a TrueType or OpenType font",
     "--ckpt {sd1} --prompt x --outdir {files}/picture.png": "is not a folder",
     "--ckpt {sd1} --prompt x --device cuda:99": "device cuda:99 cannot be used",
     "--ckpt {sd1} --prompt x --sampler pndm --zero_terminal_snr": "the sampler pndm cannot do --zero_terminal_snr",
@@ -85,34 +111,18 @@ EARLY = {
     "--ckpt {sdxl} --prompt x --clip_skip 1": "--clip_skip 1: SDXL was trained with 2",
     # pictures to begin with
     "--ckpt {sd1} --prompt x --image_path nowhere.png": "--image_path nowhere.png does not exist",
-    "--ckpt {sd1} --prompt x --image_path {files}/empty": "empty has no pictures",
-    "--ckpt {sd1} --prompt x --image_path {files}/broken.png": "broken.png: not in a picture format",
+    "--ckpt {sd1} --prompt x --image_path {files}/empty": "empty has no images",
+    "--ckpt {sd1} --prompt x --image_path {files}/broken.png": "broken.png: not in an image format",
     "--ckpt {sd1} --image_path {files}/picture.png": "picture.png holds no prompt: give --prompt",
     "--ckpt {sd1} --prompt x --image_path {files}/picture.png --strength 0": "strength 0.0 is not above 0",
     "--ckpt {sd1} --prompt x --image_path {files}/picture.png --strength 0.01": "strength 0.01 leaves none of 50",
     "--ckpt {sd1} --prompt x --image_path {files}/picture.png --W 64": "belong together: give both",
     # adapters
-    "--ckpt {sd1} --prompt x --network_mul 0.5": "--network_mul needs --network_weights",
-    "--ckpt {sd1} --prompt x --network_module networks.lora": "--network_module needs --network_weights",
-    "--ckpt {sd1} --prompt x --network_merge": "--network_merge needs --network_weights",
-    "--ckpt {sd1} --prompt x --network_pre_calc": "--network_pre_calc needs --network_weights",
-    "--ckpt {sd1} --prompt x --rank 4": "--rank needs --network_weights",
     "--ckpt {sd1} --prompt x --network_weights nowhere.safetensors": "nowhere.safetensors does not exist",
     "--ckpt {sd1} --prompt x --network_weights {files}/broken.safetensors": "truncated or no safetensors file",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_module networks.oft": "networks.oft is not supported",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_module a b": "2 of --network_module for 1",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul 1 2": "2 of --network_mul for 1",
-    "--ckpt {sd1} --prompt x --network_weights {lora}:0.5 --network_mul 1": "has a weight behind it and one in --netw",
     "--ckpt {sd1} --prompt x --network_weights {lora}:1:lbw=IN99": "IN99 is no block or preset",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul inf": "--network_mul: invalid number value: 'inf'",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_args conv_dim=4": "--network_args conv_dim=4 for",
-    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank": "'rank' is not of the form key=value",
-    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank=0": "rank=0 for",
-    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank_scaling=x": "rank_scaling=x: constant",
     "--ckpt {sd1} --prompt x --network_weights {dial} --rank 5": "rank 5 is not one that this adapter can be cut to",
     "--ckpt {sd1} --prompt x --network_weights {lora} --rank 4": "none of --network_weights is a DyLoRA",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "there are 1 of --network_weights",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --network_merge_n_models 1": "exclude each other",
     "--ckpt {sd1} --prompt x --network_weights {xl}": "xl.safetensors is for SDXL, but",
     "--ckpt {sdxl} --prompt x --network_weights {lora}": "lora.safetensors is for SD1.x/SD2.x, but",
     "--ckpt owner/name --prompt x --network_weights {lora} {xl}": "cannot be combined",
@@ -121,22 +131,17 @@ EARLY = {
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --sweep weight=1": "no adapter to change",
     "--ckpt {sd1} --prompt x --network_weights {lora} --sweep rank=4": "no adapter that is not merged is a DyLoRA",
     "--ckpt {sd1} --prompt x --network_weights {dial} --sweep rank=4,5": "rank 5 is not one",
-    "--ckpt {sd1} --prompt x --sweep colour=red": "names are weight, rank, steps, scale, sampler",
-    "--ckpt {sd1} --prompt x --sweep steps": "--sweep steps: it takes NAME=VALUE",
-    "--ckpt {sd1} --prompt x --sweep steps=1,b": "--sweep steps=1,b: it takes values",
-    "--ckpt {sd1} --prompt x --sweep steps=0": "--sweep steps: 1 to 1000",
-    "--ckpt {sd1} --prompt x --sweep sampler=fast": "fast is no sampler",
-    "--ckpt {sd1} --prompt x --sweep scale=inf": "--sweep scale=inf",
-    "--ckpt {sd1} --prompt x --sweep steps=1 steps=2": "steps stands twice",
+    "--ckpt {sd1} --prompt x --sweep sampler=fast": "unknown sampler fast",
 }
 
 
-@pytest.mark.parametrize("options", EARLY)
+@pytest.mark.parametrize("options", [*WRONG_USAGE, *EARLY])
 def test_before_the_model_is_loaded(files, sd1, sdxl, capsys, unloaded, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     places = {name: files / f"{name}.safetensors" for name in ("lora", "dial", "xl")}
     given = [part.format(sd1=sd1, sdxl=sdxl, files=files, **places) for part in options.split()]
-    assert EARLY[options] in error(capsys, *given)
+    message, status = (WRONG_USAGE[options], 2) if options in WRONG_USAGE else (EARLY[options], 1)
+    assert message in error(capsys, *given, status=status)
     assert not [*tmp_path.iterdir()]
 
 
@@ -153,7 +158,7 @@ LINES = {
     "a --am 1": "--am has 1 for 0 adapters",
     "a --rank 4": "no adapter that is not merged is a DyLoRA",
     "a --ow 64": "--ow (original_width) is for SDXL",
-    "a --ss fast": "fast is no sampler",
+    "a --ss fast": "unknown sampler fast",
     "a --f ../up": "--f ../up is outside --outdir",
     "a --f /up": "is outside --outdir",
     "a --f up.gif": ".png, .jpg, .jpeg, .webp can be written",
@@ -188,14 +193,14 @@ def test_wrong_prompt_files(sd1, capsys, unloaded, tmp_path):
     options = ("--ckpt", sd1, "--from_file", tmp_path / "p.txt", "--sweep", "steps=1,2")
     assert "p.txt, line 2: it sets steps, and --sweep steps does, too" in error(capsys, *options)
     (tmp_path / "p.txt").write_text("a\nb --f b.png\n")
-    assert "p.txt, line 2: --f names a picture, but --sweep draws one sheet" in error(capsys, *options)
+    assert "p.txt, line 2: --f names an image, but --sweep draws one sheet" in error(capsys, *options)
 
 
 @pytest.mark.parametrize("name", generate_options.UNSUPPORTED)
 def test_unsupported_options_say_so(sd1, capsys, unloaded, name):
-    message = error(capsys, "--ckpt", sd1, "--prompt", "x", f"--{name}", "1")
+    message = error(capsys, "--ckpt", sd1, "--prompt", "x", f"--{name}", "1", status=2)
     assert message.startswith(f"error: --{name}: ")
-    assert error(capsys, "--ckpt", sd1, "--prompt", "x", f"--{name}") == message
+    assert error(capsys, "--ckpt", sd1, "--prompt", "x", f"--{name}", status=2) == message
 
 
 def test_every_supported_option_is_read():
@@ -203,7 +208,7 @@ def test_every_supported_option_is_read():
     folder = Path(generate_options.__file__).parents[1]
     names = (
         "generation/run generation/plan generation/draw generation/networks generation/requests "
-        "generation/output generation/sweeps models/base"
+        "generation/output generation/sweeps models/base models/loading models/sd models/sdxl"
     )
     code = "".join((folder / f"{name}.py").read_text() for name in names.split())
     made = generate_options.parser()
@@ -256,7 +261,8 @@ def test_xformers_needs_cuda(sd1, capsys, unloaded, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flag in ("--xformers", "--diffusers_xformers"):
         assert "--xformers needs a CUDA device" in error(capsys, "--ckpt", sd1, "--prompt", "x", flag)
-    assert "one of --xformers and --sdpa" in error(capsys, "--ckpt", sd1, "--prompt", "x", "--xformers", "--sdpa")
+    both = ("--ckpt", sd1, "--prompt", "x", "--xformers", "--sdpa")
+    assert "one of --xformers and --sdpa" in error(capsys, *both, status=2)
 
 
 def test_xformers_is_switched_on(sd1, monkeypatch):
@@ -267,7 +273,7 @@ def test_xformers_is_switched_on(sd1, monkeypatch):
         name = "enable_xformers_memory_efficient_attention"
         monkeypatch.setattr(kind, name, lambda self, kind=kind: called.append(kind))
     for flag in ("--xformers", "--diffusers_xformers"):
-        settings = generate_options.parser().parse_args(["--ckpt", str(sd1), flag])
+        settings = generate_options.parse(["--ckpt", str(sd1), flag])
         run.load(settings, torch.device("cpu"))
     assert set(called) == {AutoencoderKL, UNet2DConditionModel}
     assert len(called) == 4
@@ -281,7 +287,7 @@ def test_pictures_that_are_no_numbers(sd1, capsys, tmp_path, monkeypatch):
         AutoencoderKL, "decode", lambda self, z: argparse.Namespace(sample=decode(self, z).sample * float("nan"))
     )
     message = error(capsys, "--ckpt", sd1, "--prompt", "x", "--steps", 1, "--outdir", tmp_path / "out")
-    assert "no numbers: try --no_half_vae" in message
+    assert "contains NaN: try --no_half_vae" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -293,3 +299,11 @@ def test_run_as_a_file(tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: base model nowhere.ckpt does not exist\n"
+
+
+def test_options_from_the_command_line():
+    options = generate_options.parse(["--ckpt=m", "--images_per_p", "3", "--scale=7.5"])
+    assert (options.pretrained_model_name_or_path, options.images_per_prompt, options.scale) == ("m", 3, 7.5)
+    assert options.given == {"pretrained_model_name_or_path", "images_per_prompt", "scale"}
+    said = " ".join(generate_options.parser().format_help().split())
+    assert said.count("(default: ") == len(options_of(generate_options.GenerateSettings))

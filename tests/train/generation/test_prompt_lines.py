@@ -33,11 +33,11 @@ def test_a_line_is_a_prompt_and_its_options() -> None:
     ("line", "message"),
     [
         ("x --w", "here: --w has no value; it takes a whole number"),
-        ("x --n a --n b", "here: --n stands twice"),
+        ("x --n a --n b", "here: --n is given twice"),
         ("x --w 6.5", "here: --w 6.5: it takes a whole number"),
         ("x --w -64", "here: --w -64: it takes"),
         ("x --w64", "here: --w64 in 'x --w64' is none of --w, --n, --l"),
-        ("x --w 64 --w 64", "here: --w stands twice"),
+        ("x --w 64 --w 64", "here: --w is given twice"),
         ("x --q 1", "here: --q is not there for a reason"),
     ],
 )
@@ -58,7 +58,7 @@ def test_malformed_lines(line, message) -> None:
         (f"x --w {'9' * 5000}x", {}, f"here: --w {'9' * 5000}x: it takes a whole number; left out"),
         ("x --w -64", {}, "here: --w -64: it takes a whole number; left out"),
         ("x --w64 --l 1", {"scale": 1.0}, "here: --w64 in 'x --w64 --l 1' is none of --w, --n, --l; left out"),
-        ("x --w 1 --w 2", {"width": 2}, "here: --w stands twice; the last is taken"),
+        ("x --w 1 --w 2", {"width": 2}, "here: --w is given twice; the last is used"),
     ],
 )
 def test_parts_that_cannot_be_read_are_left_out_where_that_is_asked_for(line, table, said) -> None:

@@ -4,12 +4,12 @@ import pytest
 
 from lora_adapters.convert import portable
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.options import parser
-from lora_adapters.train.generation.requests import PictureRequest, requests
+from lora_adapters.train.generation.options import parse
+from lora_adapters.train.generation.requests import ImageRequest, requests
 
 
-def made(lines: list[str], *options: object, starts=()) -> list[PictureRequest]:
-    settings = parser().parse_args([*map(str, options)])
+def made(lines: list[str], *options: object, starts=()) -> list[ImageRequest]:
+    settings = parse([*map(str, options)])
     return requests(settings, [(line, f"line {n}") for n, line in enumerate(lines, 1)], starts)
 
 
@@ -21,7 +21,7 @@ def test_a_line_with_everything() -> None:
     line = ("a cat --w 64 --h 72 --s 9 --d 3 --l 2.5 --n bad --am 0.5,-1 --rank 4 --ss euler --f a.png "
             "--ow 1 --oh 2 --nw 3 --nh 4 --ct 5 --cl 6")  # fmt: skip
     assert made([line]) == [
-        PictureRequest(
+        ImageRequest(
             "a cat", "line 1", 3, 9, 2.5, "euler", "bad", 64, 72, None, None, (0.5, -1.0), 4, 1, 2, 3, 4, 5, 6, "a.png"
         )
     ]

@@ -190,12 +190,12 @@ def test_ways_to_compute_change_little(sd1, plain, tmp_path, flags):
 
 
 def test_precision_of_the_parts(sd1):
-    from lora_adapters.train.generation.options import parser
+    from lora_adapters.train.generation.options import parse
     from lora_adapters.train.generation.run import load
 
     def types(*flags):
-        models = load(parser().parse_args(["--ckpt", str(sd1), *flags]), torch.device("cpu"))
-        return [next(one.parameters()).dtype for one in (models.unet, models.text_encoders[0], models.vae)]
+        models = load(parse(["--ckpt", str(sd1), *flags]), torch.device("cpu"))
+        return [next(one.parameters()).dtype for one in (models.denoiser, models.text_encoders[0], models.vae)]
 
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
     assert types() == [single] * 3

@@ -5,16 +5,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.models.base import architecture_on_disk, check_path, load_base_models
+from lora_adapters.train.models.base import check_path, family_on_disk, load_base_models
+from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.options.arguments import settings
 from tests.train.single_files import checkpoint
 
 
 def test_sd1_folder(sd1) -> None:
     models = load_base_models(settings(pretrained_model_name_or_path=sd1))
-    assert (models.kind, models.architecture, models.prediction_type) == ("sd1", "sd", "epsilon")
+    assert (models.kind, models.family.name, models.prediction_type) == ("sd1", "sd", "epsilon")
     assert set(models.components) == {"unet", "text_encoder"}
-    assert not any(p.requires_grad for p in models.unet.parameters())
+    assert not any(p.requires_grad for p in models.denoiser.parameters())
     schedule = models.noise_schedule()
     assert float(schedule.alphas_cumprod[0]) == pytest.approx(1 - 0.00085)
     assert float(models.noise_schedule(zero_terminal_snr=True).alphas_cumprod[-1]) == pytest.approx(0, abs=1e-6)
@@ -22,7 +23,7 @@ def test_sd1_folder(sd1) -> None:
 
 def test_sdxl_folder(sdxl) -> None:
     models = load_base_models(settings(pretrained_model_name_or_path=sdxl))
-    assert (models.kind, models.architecture) == ("sdxl", "sdxl")
+    assert (models.kind, models.family.name) == ("sdxl", "sdxl")
     assert set(models.components) == {"unet", "text_encoder", "text_encoder_2"}
     with pytest.raises(TrainingError, match="is SDXL"):
         load_base_models(settings(pretrained_model_name_or_path=sdxl, v2=True))
@@ -45,11 +46,11 @@ def test_another_vae(sd1, sdxl) -> None:
         load_base_models(settings(pretrained_model_name_or_path=sd1, vae="/nowhere"))
 
 
-def test_architecture_is_told_without_loading(sd1, sdxl, tmp_path) -> None:
-    found = [architecture_on_disk(settings(pretrained_model_name_or_path=path)) for path in (sd1, sdxl, "a/hub-id")]
-    assert found == ["sd", "sdxl", None]
+def test_the_family_is_known_without_loading(sd1, sdxl, tmp_path) -> None:
+    found = [family_on_disk(settings(pretrained_model_name_or_path=path)) for path in (sd1, sdxl, "a/hub-id")]
+    assert found == [FAMILIES["sd"], FAMILIES["sdxl"], None]
     save_file({"conditioner.embedders.1.x": torch.zeros(1)}, tmp_path / "xl.safetensors")
-    assert architecture_on_disk(settings(pretrained_model_name_or_path=tmp_path / "xl.safetensors")) == "sdxl"
+    assert family_on_disk(settings(pretrained_model_name_or_path=tmp_path / "xl.safetensors")) is FAMILIES["sdxl"]
 
 
 def test_a_text_encoder_that_lacks_weights_is_not_filled_at_random(sd1, tmp_path) -> None:

@@ -62,11 +62,11 @@ def test_zero_terminal_snr_and_v_prediction(model, basics, tmp_path) -> None:
     path = model(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     options = settings(**{**basics, "pretrained_model_name_or_path": path, "min_snr_gamma": 5.0})
     run = prepare(options)
-    assert run.loss.schedule.alphas_cumprod[-1] == 0
+    assert run.loss.objective.schedule.alphas_cumprod[-1] == 0
     assert run.loss.options.loss.v_prediction
     assert run.loss.tables.weights[-1] == 0  # min(snr, gamma) / (snr + 1) at an SNR of 0
     asked = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
-    torch.testing.assert_close(run.loss.schedule.alphas_cumprod, DDPMScheduler(**asked).alphas_cumprod)
+    torch.testing.assert_close(run.loss.objective.schedule.alphas_cumprod, DDPMScheduler(**asked).alphas_cumprod)
     made = sampler("ddim", "v_prediction", base=run.models.schedule_config)
     assert (made.alphas_cumprod[-1], made.config.timestep_spacing) == (0, "trailing")
     assert train(options).adapter.metadata["ss_zero_terminal_snr"] == "True"

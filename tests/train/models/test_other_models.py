@@ -135,7 +135,7 @@ def test_v_prediction_is_read_from_a_folder_and_is_the_target(sd2, fake_batch) -
     models = load_base_models(settings(pretrained_model_name_or_path=sd2))
     assert (models.kind, models.v_prediction) == ("sd2", True)
     batch = fake_batch(1)
-    latents = batch.latents * models.latent_scale
+    latents = batch.latents * models.vae.config.scaling_factor
     noise = torch.randn(4, 8, 8, generator=generator("held out", 0, 500))[None]
     signal = models.noise_schedule().alphas_cumprod[500]
 

@@ -2,16 +2,21 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from lora_adapters.train.models.sd import SD
+from lora_adapters.train.models.sdxl import SDXL
 from lora_adapters.train.models.text_encoding import (
-    cacheable,
     encode_tokens,
-    encoded_from,
     join_chunks,
     tokenize,
     weighted_parts,
     windows,
 )
 from tests.train.conftest import text_config, tiny_tokenizer
+
+
+def encode(tokens, encoders, clip_skip=None, **options):
+    family = {1: SD, 2: SDXL}[len(encoders)]
+    return encode_tokens(tokens, encoders, family.readings(clip_skip), **options)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +79,16 @@ def test_joined_chunks_keep_first_start_and_last_end() -> None:
 def test_clip_skip_takes_an_earlier_layer_under_the_final_norm(tokenizer, encoder) -> None:
     tokens = tokenize(tokenizer, ["a red disc"])
     states = encoder(tokens.ids[0], output_hidden_states=True)
-    assert torch.equal(encode_tokens([tokens], [encoder]).hidden, states.last_hidden_state)
+    assert torch.equal(encode([tokens], [encoder]).hidden, states.last_hidden_state)
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
-    assert torch.equal(encode_tokens([tokens], [encoder], clip_skip=2).hidden, norm(states.hidden_states[-2]))
-    torch.testing.assert_close(encode_tokens([tokens], [encoder], clip_skip=1).hidden, states.last_hidden_state)
+    assert torch.equal(encode([tokens], [encoder], clip_skip=2).hidden, norm(states.hidden_states[-2]))
+    torch.testing.assert_close(encode([tokens], [encoder], clip_skip=1).hidden, states.last_hidden_state)
 
 
 @torch.no_grad()
 def test_weights_multiply_the_states_of_their_words(tokenizer, encoder) -> None:
-    plain = encode_tokens([tokenize(tokenizer, ["a red disc"])], [encoder]).hidden
-    weighted = encode_tokens([tokenize(tokenizer, ["a (red:1.5) disc"], weighted=True)], [encoder]).hidden
+    plain = encode([tokenize(tokenizer, ["a red disc"])], [encoder]).hidden
+    weighted = encode([tokenize(tokenizer, ["a (red:1.5) disc"], weighted=True)], [encoder]).hidden
     ratio = (weighted / plain)[0, :, 0]
     assert ratio[2].item() == pytest.approx(1.5)  # start, a, red
     torch.testing.assert_close(ratio[[0, 1, 3, 4, 50]], torch.ones(5))
@@ -94,11 +99,11 @@ def test_two_encoders_stand_side_by_side(tokenizer, encoder) -> None:
     torch.manual_seed(1)
     second = CLIPTextModelWithProjection(text_config(tokenizer, layers=3, projection_dim=32)).eval()
     tokens = tokenize(tokenizer, ["a red disc", "a blue square"])
-    found = encode_tokens([tokens, tokens], [encoder, second])
+    found = encode([tokens, tokens], [encoder, second])
     states = [one(tokens.ids[:, 0], output_hidden_states=True) for one in (encoder, second)]
     assert torch.equal(found.hidden, torch.cat([one.hidden_states[-2] for one in states], -1))
     assert torch.equal(found.pooled, states[1].text_embeds)
-    again = encoded_from(cacheable(found, 32))
+    again = SDXL.from_cache(SDXL.to_cache(found, [32, 32]))
     assert torch.equal(again.hidden, found.hidden)
     assert torch.equal(again.pooled, found.pooled)
 
@@ -109,9 +114,9 @@ def test_weights_leave_the_mean_as_it_was(tokenizer) -> None:
     encoder = CLIPTextModel(text_config(tokenizer)).eval()
     getattr(encoder, "text_model", encoder).final_layer_norm.bias.fill_(0.1)  # an untrained one has a mean of 0
     tokens = tokenize(tokenizer, ["a (red:1.5) disc", "a red disc"], chunks=2, weighted=True)
-    raw = encode_tokens([tokens], [encoder]).hidden
-    plain = encode_tokens([tokenize(tokenizer, ["a red disc"] * 2, chunks=2)], [encoder]).hidden
-    mean, size = (encode_tokens([tokens], [encoder], keep_mean=mode).hidden for mode in ("original", "abs"))
+    raw = encode([tokens], [encoder]).hidden
+    plain = encode([tokenize(tokenizer, ["a red disc"] * 2, chunks=2)], [encoder]).hidden
+    mean, size = (encode([tokens], [encoder], keep_mean=mode).hidden for mode in ("original", "abs"))
     torch.testing.assert_close(mean.mean((1, 2)), plain.mean((1, 2)))
     torch.testing.assert_close(size.abs().mean((1, 2)), plain.abs().mean((1, 2)))
     torch.testing.assert_close(mean, raw * (plain.mean((1, 2)) / raw.mean((1, 2)))[:, None, None])

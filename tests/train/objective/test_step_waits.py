@@ -7,6 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_adapters.train.models.latents import LatentSpace
+from lora_adapters.train.models.sd import SD
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import StepLoss, StepOptions
@@ -66,7 +68,7 @@ def test_the_loss_leaves_everything_on_the_device(fake_batch, loss_type) -> None
     )
     batch = fake_batch(2, masks=torch.ones(2, 1, 8, 8), text={"hidden_state": torch.ones(2, 77, 32)})
     schedule = DDPMScheduler(beta_schedule="scaled_linear")
-    models = SimpleNamespace(kind="sd1", latent_scale=0.18)
+    models = SimpleNamespace(family=SD, latent_space=LatentSpace(4, 8, 0.18))
 
     def denoiser(noisy, timesteps, text, time_ids):
         assert text.hidden.is_meta

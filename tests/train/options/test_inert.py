@@ -65,7 +65,7 @@ TAKEN = [
 @pytest.mark.parametrize(("options", "left", "message"), LEFT_OUT, ids=lambda value: str(value)[:50])
 def test_what_changes_nothing_is_left_out_with_a_warning(options, left, message, caplog) -> None:
     chosen = settings(**options)
-    leave_out_inert(chosen, DEFAULTS)
+    leave_out_inert(chosen)
     assert vars(chosen) == {**DEFAULTS, **left}
     assert message in caplog.text
     assert not wants_samples(chosen)
@@ -79,7 +79,7 @@ def test_a_run_begins_with_it(basics, options) -> None:
 @pytest.mark.parametrize("options", TAKEN, ids=lambda value: str(value)[:50])
 def test_it_is_taken_without_a_word(options, caplog) -> None:
     chosen = settings(**options)
-    leave_out_inert(chosen, DEFAULTS)
+    leave_out_inert(chosen)
     assert vars(chosen) == vars(settings(**options))
     assert not caplog.messages
 

@@ -1,18 +1,23 @@
-"""The README's table of options is complete, and every test that it names is there."""
+"""The documentation's tables of options are complete, and every test that they name is there."""
 
 import ast
+import importlib.util
 import re
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
-from lora_adapters.kohya_options import _KINDS
+from lora_adapters.kohya_options import NETWORK_ARGS
 from lora_adapters.train.data.config import DatasetConfig, SubsetConfig
 from lora_adapters.train.data.schema import rules
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.options.arguments import parser
+from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.unsupported import UNSUPPORTED
 
 TESTS = Path(__file__).parents[2]
-README = TESTS.parent / "README.md"
+PAGE = TESTS.parent / "docs" / "pages" / "options.md"
 # Options of kohya's trainer that few use. What is refused must be among these; what is not works, but is not listed.
 RARE = {
     "tokenizer_cache_dir", "lowram", "highvram", "disable_mmap_load_safetensors", "mem_eff_attn", "full_fp16",
@@ -32,12 +37,29 @@ RARE = {
 }  # fmt: skip
 
 
-def rows() -> list[tuple[list[str], list[str]]]:
-    """(options, tests) of each row of the table."""
-    text = README.read_text(encoding="utf-8")
-    table = text[text.index("| option | test |") :].split("</details>")[0]
-    lines = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
-    return [(re.findall(r"`([^`]+)`", line[1]), re.findall(r"`([^`]+)`", line[2])) for line in lines]
+def script() -> ModuleType:
+    """docs/options_page.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("options_page", TESTS.parent / "docs" / "options_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows() -> list[tuple[str, list[str]]]:
+    """(option, tests) of each row of the tables that names tests."""
+    lines = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    return [(line[0].strip("| `"), re.findall(r"`([^`]+)`", line[-1])) for line in lines if "::" in line[-1]]
+
+
+def test_the_page_is_written_from_the_options() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    page = script()
+    assert page.render(page.kept_tests(text)) == text, "run python docs/options_page.py"
+    shown = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    assert shown >= {option.flag.removeprefix("--") for option in options_of(GenerateSettings).values()}
+    assert shown >= set(options_of(Settings)) | set(rules(SubsetConfig)) | set(rules(DatasetConfig)) | set(NETWORK_ARGS)
 
 
 @cache
@@ -47,9 +69,11 @@ def names_in(file: Path) -> set[str]:
 
 
 def test_every_option_that_users_expect_is_in_the_table() -> None:
-    known = set(vars(parser().parse_args([]))) | set(_KINDS) | set(rules(SubsetConfig)) | set(rules(DatasetConfig))
-    listed = [name for options, _ in rows() for name in options]
-    assert len(listed) == len(set(listed)), "an option stands in two rows"
+    known = (
+        set(vars(parser().parse_args([]))) | set(NETWORK_ARGS) | set(rules(SubsetConfig)) | set(rules(DatasetConfig))
+    )
+    listed = [name for name, _ in rows()]
+    assert len(listed) == len(set(listed)), "an option has tests in two rows"
     assert known - set(listed) == RARE
     assert set(listed) <= known
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lora_adapters.train.interpolation import RESIZING
 from lora_adapters.train.resizing.resize import (
-    INTERPOLATIONS,
-    UnreadablePicture,
+    UnreadableImage,
     centre_crop,
     fitted_size,
     on_white,
-    read_picture,
+    read_image,
     resize,
 )
 
@@ -64,7 +64,7 @@ def test_area_equals_the_mean_of_an_upscaled_picture():
     assert np.abs(got - expected).max() <= 0.5 + 1e-3
 
 
-@pytest.mark.parametrize("name", INTERPOLATIONS)
+@pytest.mark.parametrize("name", RESIZING)
 def test_every_interpolation_keeps_a_flat_colour_and_the_size(name):
     flat = Image.new("RGB", (97, 61), (200, 3, 77))
     small = resize(flat, (41, 23), name)
@@ -137,13 +137,13 @@ def test_every_exif_orientation_comes_out_upright(tmp_path):
         exif[0x0112] = orientation
         file = tmp_path / f"{orientation}.png"
         Image.fromarray(np.ascontiguousarray(pixels)).save(file, exif=exif)
-        assert np.array_equal(np.asarray(read_picture(file)), upright), orientation
+        assert np.array_equal(np.asarray(read_image(file)), upright), orientation
 
 
 def test_modes_become_rgb_or_rgba(tmp_path):
     def read(picture: Image.Image, name: str = "picture.png", **options) -> Image.Image:
         picture.save(tmp_path / name, **options)
-        return read_picture(tmp_path / name)
+        return read_image(tmp_path / name)
 
     sixteen = read(Image.fromarray(np.full((1, 1), 0x80FF, np.uint16)))
     assert (sixteen.mode, sixteen.getpixel((0, 0))) == ("RGB", (128, 128, 128))
@@ -162,11 +162,11 @@ def test_modes_become_rgb_or_rgba(tmp_path):
 def test_only_an_rgb_profile_is_kept(tmp_path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png", icc_profile=srgb)
-    assert read_picture(tmp_path / "rgb.png").info == {"icc_profile": srgb}
-    assert resize(read_picture(tmp_path / "rgb.png"), (2, 2), "area").info == {"icc_profile": srgb}
+    assert read_image(tmp_path / "rgb.png").info == {"icc_profile": srgb}
+    assert resize(read_image(tmp_path / "rgb.png"), (2, 2), "area").info == {"icc_profile": srgb}
     grey = srgb[:16] + b"GRAY" + srgb[20:]
     Image.new("L", (4, 4)).save(tmp_path / "grey.png", icc_profile=grey)
-    assert read_picture(tmp_path / "grey.png").info == {}
+    assert read_image(tmp_path / "grey.png").info == {}
 
 
 def test_unreadable_pictures_say_why(tmp_path):
@@ -178,10 +178,10 @@ def test_unreadable_pictures_say_why(tmp_path):
     Image.new("F", (2, 2), 255.0).save(tmp_path / "float.tif")
     for name, reason in {
         "cut.jpg": "truncated",
-        "text.png": "not in a picture format",
-        "empty.png": "not in a picture format",
+        "text.png": "not in an image format",
+        "empty.png": "not in an image format",
         "float.tif": "values are 255 to 255, not 0",
         "absent.png": "No such file",
     }.items():
-        with pytest.raises(UnreadablePicture, match=reason):
-            read_picture(tmp_path / name)
+        with pytest.raises(UnreadableImage, match=reason):
+            read_image(tmp_path / name)

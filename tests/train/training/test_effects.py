@@ -21,9 +21,9 @@ from lora_adapters.types.dylora.rank_sampling import ranks_of_step
 
 def test_no_half_vae_keeps_the_vae_alone_in_fp32(basics) -> None:
     half = prepare(settings(**basics, mixed_precision="bf16"))
-    assert half.models.vae.dtype == half.models.unet.conv_in.weight.dtype == torch.bfloat16
+    assert half.models.vae.dtype == half.models.denoiser.conv_in.weight.dtype == torch.bfloat16
     whole = prepare(settings(**basics, mixed_precision="bf16", no_half_vae=True))
-    assert (whole.models.vae.dtype, whole.models.unet.conv_in.weight.dtype) == (torch.float32, torch.bfloat16)
+    assert (whole.models.vae.dtype, whole.models.denoiser.conv_in.weight.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_the_seed_decides_start_order_and_noise(basics) -> None:
@@ -114,10 +114,10 @@ def test_xformers_is_put_on_unet_and_vae(basics) -> None:
     asked: list[str] = []
     parts = {
         name: SimpleNamespace(enable_xformers_memory_efficient_attention=lambda n=name: asked.append(n))
-        for name in ("unet", "vae")
+        for name in ("denoiser", "vae")
     }
     apply_memory_options(SimpleNamespace(**parts, text_encoders=[]), settings(xformers=True), trained_text=False)
-    assert asked == ["unet", "vae"]
+    assert asked == ["denoiser", "vae"]
 
 
 def test_two_equal_text_encoder_rates_are_one(basics) -> None:

@@ -32,7 +32,7 @@ def test_training_learns_and_its_file_is_what_was_trained(basics, sd1, tmp_path)
     pipe.load_lora_weights(tmp_path / "out" / "x.safetensors")
     inputs = torch.ones(1, 4, 8, 8), 7, torch.ones(1, 77, 32)
     with torch.no_grad():
-        torch.testing.assert_close(pipe.unet(*inputs).sample, trained.models.unet(*inputs).sample)
+        torch.testing.assert_close(pipe.unet(*inputs).sample, trained.models.denoiser(*inputs).sample)
 
 
 def test_gradient_checkpointing_changes_nothing(basics) -> None:
@@ -119,7 +119,7 @@ def test_sdxl_with_cached_text(basics, sdxl) -> None:
 def test_mixed_precision_trains_weights_in_fp32(basics) -> None:
     trained = train(settings(**basics, mixed_precision="bf16"))
     assert {one.up.dtype for one in trained.adapter.modules.values()} == {torch.float32}
-    assert trained.models.unet.conv_in.weight.dtype == torch.bfloat16
+    assert trained.models.denoiser.conv_in.weight.dtype == torch.bfloat16
     full = train(settings(**basics, mixed_precision="bf16", full_bf16=True))
     assert {one.up.dtype for one in full.adapter.modules.values()} == {torch.bfloat16}
     assert trained.losses == pytest.approx(full.losses, rel=0.05)
@@ -192,5 +192,5 @@ def test_base_weights_are_part_of_the_base(basics, tmp_path) -> None:
     plain = train(settings(**zero))
     merged = train(settings(**zero, base_weights=[str(file)], base_weights_multiplier=[0.5]))
     name, one = next(item for item in Adapter.load(file).modules.items() if item[0].component == "unet")
-    weights = [trained.models.unet.get_submodule(name.path).base_layer.weight for trained in (plain, merged)]
+    weights = [trained.models.denoiser.get_submodule(name.path).base_layer.weight for trained in (plain, merged)]
     torch.testing.assert_close(weights[1] - weights[0], 0.5 * one.delta().view_as(weights[0]), atol=1e-6, rtol=1e-4)

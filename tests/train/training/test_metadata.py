@@ -7,9 +7,12 @@ import pytest
 from lora_adapters.convert import Adapter
 from lora_adapters.train.models.base import load_base_models
 from lora_adapters.train.options.arguments import settings
-from lora_adapters.train.options.output import METADATA
+from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.training.loop import train
 from lora_adapters.train.training.metadata import base_version, described_optimizer, file_hashes, modelspec
+
+METADATA = [name.removeprefix("metadata_") for name in options_of(Settings) if name.startswith("metadata_")]
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_wrong_prompt_files(tmp_path, name, text, message) -> None:
         ("p.txt", "x --w 65", {"width": 64}, "line 1: 65 pixels: sides are multiples of 8; 64 is drawn"),
         ("p.txt", f"x --d {2**64}", {}, f"line 1: seeds are 0 to {2**64 - 1}, not {2**64}; left out"),
         ("p.txt", "x --l nan", {}, "--l nan: it takes a number; left out"),
-        ("p.txt", "x --ss fast", {}, "fast is no sampler, --sample_sampler is taken"),
+        ("p.txt", "x --ss fast", {}, "unknown sampler fast, --sample_sampler is used"),
         ("p.json", '[{"prompt": "x", "scale": Infinity}]', {}, "scale cannot be inf; left out"),
         ("p.json", '[{"prompt": "x", "size": 1}]', {}, "size is none of"),
         ("p.json", '["x --w 64 --g 3"]', {"width": 64}, "p.json: --g in"),
@@ -94,7 +94,7 @@ def test_samples_need_prompts_and_an_occasion(tmp_path, caplog) -> None:
     with pytest.raises(TrainingError, match="cannot be read"):
         check_samples(settings(sample_every_n_steps=1, sample_prompts="nowhere.txt"))
     check_samples(settings(sample_prompts="nowhere.txt"))  # as kohya's GUI leaves it: said, and no error
-    assert "no pictures will be drawn without --sample_every_n_steps" in caplog.text
+    assert "no images will be drawn without --sample_every_n_steps" in caplog.text
 
 
 def test_a_sampler_that_cannot_start_from_pure_noise_is_refused_before_training(tmp_path) -> None:

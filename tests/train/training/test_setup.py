@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from lora_adapters.convert import portable
+from lora_adapters.train.data_error import DataError
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.memory import attention, check_machine
 from lora_adapters.train.options.arguments import settings
@@ -24,6 +25,13 @@ from lora_adapters.train.training.setup import decide_seed, length, prepare, wor
 )
 def test_steps_and_epochs(options, batches, expected) -> None:
     assert length(settings(**options), batches) == expected
+
+
+def test_an_option_that_is_given_at_its_default_counts(basics) -> None:
+    """The smallest bucket is half the resolution unless the option says 256."""
+    setup.open_data(settings(**basics, enable_bucket=True), seed=1)
+    with pytest.raises(DataError, match="min_bucket_reso 256 is larger than the resolution"):
+        setup.open_data(settings(**basics, enable_bucket=True, min_bucket_reso=256), seed=1)
 
 
 def test_seed_is_the_given_one_or_drawn() -> None:

@@ -181,8 +181,8 @@ def test_a_training_starts_from_a_repository(hub, basics, tmp_path) -> None:
         torch.testing.assert_close(second.adapter.modules[name].delta(), one.delta(), rtol=1e-3, atol=1e-7)
     merged = prepare(settings(**options, base_weights=["me/x"]))
     name = next(name for name in first.adapter.modules if name.component == "unet")
-    layer = merged.models.unet.get_submodule(name.path)
-    plain = prepare(settings(**options)).models.unet.get_submodule(name.path)
+    layer = merged.models.denoiser.get_submodule(name.path)
+    plain = prepare(settings(**options)).models.denoiser.get_submodule(name.path)
     delta = first.adapter.modules[name].delta()
     torch.testing.assert_close(layer.base_layer.weight, plain.base_layer.weight + delta.reshape(plain.weight.shape))
 

@@ -1,4 +1,4 @@
-"""The dial that says which rank a DyLoRA works at, and putting it on and taking it off."""
+"""The rank controller of a DyLoRA: which rank it works at; attaching and detaching it."""
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,12 +12,13 @@ from torch import nn
 from lora_adapters.convert.deltas.low_rank import RANK_SCALINGS
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.types.layers import factors, has_adapter, layers
 
-from .layer import DyLoraVariant, layers, refuse_unfit
+from .layer import DyLoraVariant, refuse_unfit
 from .rank_sampling import ranks_of_step
 
 
-class RankDial:
+class RankController:
     """The rank that one DyLoRA adapter works at in one model, shared by all of its layers.
 
     In training the ranks of step n's samples are a function of (seed, n) alone, the same in the U-Net and in the text
@@ -26,7 +27,7 @@ class RankDial:
     model was called for in between. In evaluation there is one, `rank`.
 
     The layers see the ranks as numbers in `gates`, a tensor (samples, components of all layers) that is changed in
-    place: a compiled model turns with the dial, without being compiled again.
+    place: a compiled model follows without being compiled again.
     """
 
     def __init__(self, adapter_name: str, highest: int, dylora: DyLora, seed: int = 0):
@@ -76,7 +77,7 @@ class RankDial:
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model: draws the ranks of this step, or goes back to that of evaluation."""
         if self.adapter_name not in getattr(model, "peft_config", ()) and not any(layers(model, self.adapter_name)):
-            detach(model, self.adapter_name)  # the adapter has been deleted by a library that knows nothing of its dial
+            detach(model, self.adapter_name)  # the adapter has been deleted by a library that knows no controllers
             return
         training = model.training and torch.is_grad_enabled()
         tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim > 1)
@@ -166,17 +167,17 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None]:
-    """In the block, the weights of the DyLoRAs among the adapters are what they do at their present rank."""
+    """In the block, the components of the DyLoRAs among the adapters that are above the current rank are zero."""
     whole = []
     for name in set(adapter_names):
         for _, layer in layers(model, name):
             variant = layer.lora_variant.get(name)
             if isinstance(variant, DyLoraVariant):
-                weight = layer.lora_A[name].weight
+                weight = factors(layer, name).down.weight
                 if variant.length != weight.shape[0]:
                     variant.refit(layer, name, weight.shape[0])
                 whole.append((weight, weight.data))
-                gate = variant.values(variant.dial.rank).to(weight)
+                gate = variant.values(variant.controller.rank).to(weight)
                 weight.data = weight.data * gate.view(-1, *[1] * (weight.ndim - 1))
     try:
         yield
@@ -188,35 +189,35 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
 def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
     """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training.
 
-    Where it is one already, its dial goes on with the layers' present ranks, at its highest. AdapterError where a layer
-    computes the adapter in a way of its own (see `refuse_unfit`); then nothing is changed.
+    Where it is one already, its controller stays, with the layers' present ranks, at its highest. AdapterError where a
+    layer computes the adapter in another way (see `refuse_unfit`); then nothing is changed.
     """
     refuse_unfit(model, adapter_name)
     mine = [layer for _, layer in layers(model, adapter_name)]
     highest = max(layer.r[adapter_name] for layer in mine)
     variants = [layer.lora_variant.get(adapter_name) for layer in mine]
     if variants and all(isinstance(one, DyLoraVariant) for one in variants):
-        dial = variants[0].dial  # type: ignore[union-attr]
+        controller = variants[0].controller  # type: ignore[union-attr]
         for layer, one in zip(mine, variants, strict=True):
             one.fit(layer, adapter_name)  # type: ignore[union-attr]
-        dial.highest, dial.dylora, dial.rank, dial.now = highest, dylora, highest, [highest]
-        dial.fill()
+        controller.highest, controller.dylora, controller.rank, controller.now = highest, dylora, highest, [highest]
+        controller.fill()
         return
-    dial = RankDial(adapter_name, highest, dylora)
+    controller = RankController(adapter_name, highest, dylora)
     detach(model, adapter_name)
     for layer in mine:
-        layer.lora_variant[adapter_name] = DyLoraVariant(dial, layer, adapter_name)
-    dial.fill()
-    model.register_forward_pre_hook(dial, with_kwargs=True)
-    model.register_forward_hook(dial.keep)
+        layer.lora_variant[adapter_name] = DyLoraVariant(controller, layer, adapter_name)
+    controller.fill()
+    model.register_forward_pre_hook(controller, with_kwargs=True)
+    model.register_forward_hook(controller.keep)
 
 
 def refit(model: nn.Module) -> None:
-    """Adjust the dials to the present widths and scalings of their layers; the ranks stay as they are."""
-    for dial in dials(model):
-        for _, layer in layers(model, dial.adapter_name):
-            layer.lora_variant[dial.adapter_name].fit(layer, dial.adapter_name)
-        dial.fill()
+    """Adjust the controllers to the present widths and scalings of their layers; the ranks stay as they are."""
+    for controller in controllers(model):
+        for _, layer in layers(model, controller.adapter_name):
+            layer.lora_variant[controller.adapter_name].fit(layer, controller.adapter_name)
+        controller.fill()
 
 
 def detach(model: nn.Module, adapter_name: str) -> None:
@@ -225,12 +226,12 @@ def detach(model: nn.Module, adapter_name: str) -> None:
         if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
             del layer.lora_variant[adapter_name]
     for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, RankDial) and hook.adapter_name == adapter_name:
+        if isinstance(hook, RankController) and hook.adapter_name == adapter_name:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
     for key, hook in list(model._forward_hooks.items()):
-        dial = getattr(hook, "__self__", None)
-        if isinstance(dial, RankDial) and dial.adapter_name == adapter_name:
+        controller = getattr(hook, "__self__", None)
+        if isinstance(controller, RankController) and controller.adapter_name == adapter_name:
             del model._forward_hooks[key]
 
 
@@ -245,15 +246,17 @@ def _models(target: Any) -> list[nn.Module]:
     raise TypeError(f"expected a pipeline, a model or a list of models, not {type(target).__name__}")
 
 
-def dials(target: Any, adapter_name: str | None = None) -> list[RankDial]:
-    """The dials in a pipeline, a model or a list of models, of one adapter or of all."""
+def controllers(target: Any, adapter_name: str | None = None) -> list[RankController]:
+    """The controllers in a pipeline, a model or a list of models, of one adapter or of all."""
     found = {}
     for model in _models(target):
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 for name, variant in module.lora_variant.items():
-                    if name in module.lora_A and isinstance(variant, DyLoraVariant) and adapter_name in (None, name):
-                        found[id(variant.dial)] = variant.dial
+                    if not (has_adapter(module, name) and isinstance(variant, DyLoraVariant)):
+                        continue
+                    if adapter_name in (None, name):
+                        found[id(variant.controller)] = variant.controller
     return list(found.values())
 
 
@@ -272,7 +275,7 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
     Traceback (most recent call last):
     lora_adapters.convert.errors.AdapterError: rank 5 is not one of adapter default's: 4, 8
     """
-    found = dials(target, adapter_name)
+    found = controllers(target, adapter_name)
     if not found:
         name = f"{adapter_name} is no DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
         raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
@@ -283,20 +286,20 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
                 for name in module.merged_adapters
             ):
                 raise AdapterError(f"{', '.join(module.merged_adapters)} is fused into the weights: unfuse it first")
-    highest = max(dial.highest for dial in found)
-    valid = sorted({one for dial in found for one in dial.ranks})
-    for dial in found:  # a text encoder's or a smaller adapter's dial stops at its own highest rank
-        if rank not in dial.ranks and not (rank in valid and rank > dial.highest and rank <= highest):
-            dial.set_rank(rank)  # raises
-    for dial in found:
-        dial.set_rank(min(rank, dial.highest))
+    highest = max(controller.highest for controller in found)
+    valid = sorted({one for controller in found for one in controller.ranks})
+    for controller in found:  # a text encoder's or a smaller adapter's controller stops at its own highest rank
+        if rank not in controller.ranks and not (rank in valid and rank > controller.highest and rank <= highest):
+            controller.set_rank(rank)  # raises
+    for controller in found:
+        controller.set_rank(min(rank, controller.highest))
 
 
 def set_step(target: Any, step: int, seed: int = 0, samples: range | None = None, total: int | None = None) -> None:
     """Say which training step comes next, so that DyLoRA draws the ranks of this step when the models are called.
 
-    Without it, each dial counts its model's training calls from 0, which is the same where every model is called once a
-    step. A training loop that resumes, or that calls a model several times a step, says it before each call.
+    Without it, each controller counts its model's training calls from 0, which is the same where every model is called
+    once a step. A training loop that resumes, or that calls a model several times a step, says it before each call.
 
     target: a pipeline, a model, or a list of models; step: optimizer steps done so far, from 0; seed: the run's;
     samples, total: in a data-parallel process, which samples of the batch of `total` it has. A model that is called
@@ -306,5 +309,5 @@ def set_step(target: Any, step: int, seed: int = 0, samples: range | None = None
         raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
     if samples is not None and not (len(samples) and min(samples) >= 0 and max(samples) < (total or max(samples) + 1)):
         raise AdapterError(f"samples {samples} are none of a batch of {total}: they are numbered from 0")
-    for dial in dials(target):
-        dial.set_step(step, seed, samples, total)
+    for controller in controllers(target):
+        controller.set_step(step, seed, samples, total)

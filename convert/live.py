@@ -1,0 +1,118 @@
+"""The ways of an adapter into and out of live models: declared here, done by a module that registers itself.
+
+`convert` knows no layers. `lora_adapters` registers the module that does, `lora_adapters.adapter`, which is loaded when
+one of these methods is called.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from typing_extensions import Self
+
+from .errors import AdapterError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+
+class LiveMethods(Protocol):
+    """What the registered module has: one function for each method of `LiveAdapter`, with the same arguments."""
+
+    def from_models(
+        self, adapter_type: Any, models: Mapping[str, Any], adapter_name: str, metadata: Mapping[str, str] | None
+    ) -> Any:
+        """See `LiveAdapter.from_models`; the result is of `adapter_type`."""
+
+    def from_pipeline(self, adapter_type: Any, pipe: Any, adapter_name: str, metadata: Mapping[str, str] | None) -> Any:
+        """See `LiveAdapter.from_pipeline`; the result is of `adapter_type`."""
+
+    def to_pipeline(self, adapter: Any, pipe: Any, adapter_name: str | None) -> None:
+        """See `LiveAdapter.to_pipeline`."""
+
+    def push_to_hub(self, adapter: Any, repo_id: str, **options: Any) -> "CommitInfo":
+        """See `LiveAdapter.push_to_hub`."""
+
+
+_load: Callable[[], Any] | None = None
+
+
+def register(load: Callable[[], Any]) -> None:
+    """Say how the module with the `LiveMethods` is loaded; the last one counts."""
+    global _load
+    _load = load
+
+
+def _live() -> LiveMethods:
+    if _load is None:
+        raise AdapterError("adapters in pipelines need the whole of lora_adapters, not lora_adapters.convert alone")
+    return _load()
+
+
+class LiveAdapter:
+    """The part of `Adapter` that speaks with live models and the Hub; it needs diffusers and PEFT when it is called."""
+
+    @classmethod
+    def from_models(
+        cls, models: Mapping[str, Any], adapter_name: str = "default", metadata: Mapping[str, str] | None = None
+    ) -> Self:
+        """Read an adapter out of live models.
+
+        Args:
+            models: The models by component ("unet", "text_encoder", "text_encoder_2"). They may be wrapped by
+                `peft.get_peft_model` or compiled.
+            adapter_name: The adapter's name in the models.
+            metadata: Entries for the metadata of the result.
+
+        Returns:
+            The adapter. Its tensors are those of the models, not copies.
+
+        Raises:
+            AdapterError: No model has such an adapter, or it is more than low-rank pairs (DoRA, lora_bias).
+        """
+        return _live().from_models(cls, models, adapter_name, metadata)
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, adapter_name: str = "default", metadata: Mapping[str, str] | None = None) -> Self:
+        """Read an adapter out of a pipeline.
+
+        Args:
+            pipe: The pipeline.
+            adapter_name: The adapter's name in the pipeline.
+            metadata: Entries for the metadata of the result.
+
+        Returns:
+            The adapter, as `from_models` returns it.
+
+        Raises:
+            AdapterError: As for `from_models`.
+        """
+        return _live().from_pipeline(cls, pipe, adapter_name, metadata)
+
+    def to_pipeline(self, pipe: Any, adapter_name: str | None = None) -> None:
+        """Load it into a pipeline, as `pipe.load_lora_weights` does with a file.
+
+        Args:
+            pipe: The pipeline.
+            adapter_name: The name it gets there; None takes the first free one of default_0, default_1, ...
+
+        Raises:
+            AdapterError: It is for another model, or the name is in use. The pipeline is then as it was.
+        """
+        _live().to_pipeline(self, pipe, adapter_name)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+        """Push it to the Hub in one commit: for diffusers, kohya's programs and PEFT, with a model card.
+
+        Args:
+            repo_id: The repository, owner/name.
+            **options: private, revision, token, commit_message, create_pr, endpoint, and what the card shows:
+                base_model, trigger_words, description, license, samples ({prompt: image}), grid (an image), tags; dtype
+                of the weights. See `lora_adapters.hub.repository.push_to_hub`.
+
+        Returns:
+            The Hub's description of the commit.
+
+        Raises:
+            AdapterError: Something cannot be read, written or pushed.
+        """
+        return _live().push_to_hub(self, repo_id, **options)

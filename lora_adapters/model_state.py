@@ -1,0 +1,92 @@
+"""What a load may change in a model besides its weights, noted before it, so that one that fails changes nothing."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from . import injection
+
+_LOADED = "_hf_peft_config_loaded"  # what diffusers and transformers ask for
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One of PEFT's layers: its active adapters and, where some are fused into its weight, these and the weight."""
+
+    active: list[str]
+    merged: list[str]
+    weight: torch.Tensor | None
+    caches: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Layer":
+        weight = layer.get_base_layer().weight.detach().clone() if layer.merged_adapters else None
+        caches = dict(getattr(layer, "_caches", {}))
+        return cls(list(layer.active_adapters), list(layer.merged_adapters), weight, caches)
+
+    def restore(self, layer: Any) -> None:
+        layer.set_adapter(self.active)
+        if self.weight is not None and layer.merged_adapters != self.merged:  # PEFT takes it out to add an adapter
+            layer.get_base_layer().weight.data = self.weight
+            layer.merged_adapters = list(self.merged)
+            layer._caches = dict(self.caches)
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model's adapters, which of them are active or fused, and what is trained; `restore` brings all of it back."""
+
+    configs: dict[str, Any] | None
+    loaded: bool | None
+    layers: dict[Any, _Layer]
+    trained: dict[nn.Parameter, bool]
+    training: dict[nn.Module, bool]
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelState":
+        """The state of a model now."""
+        configs = getattr(model, "peft_config", None)
+        return cls(
+            None if configs is None else dict(configs),
+            vars(model).get(_LOADED),
+            {part: _Layer.of(part) for part in model.modules() if isinstance(part, BaseTunerLayer)},
+            {parameter: parameter.requires_grad for parameter in model.parameters()},
+            {part: part.training for part in model.modules()},
+        )
+
+    def restore(self, model: Any) -> None:
+        """Take every adapter out that was not there, and make the rest what it was."""
+        known = self.configs or {}
+        for name in _adapters_in(model) - known.keys():
+            injection.take_out(model, name)
+        for path, part in list(model.named_modules()):
+            if isinstance(part, LoraLayer) and part not in self.layers:  # emptied by the load that failed
+                injection.unwrap(model, path, part)
+        if self.configs is None:
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+        else:
+            model.peft_config = dict(self.configs)
+        for layer, state in self.layers.items():
+            state.restore(layer)
+        for parameter, needed in self.trained.items():
+            parameter.requires_grad_(needed)
+        for part, was in self.training.items():
+            part.training = was
+        if self.loaded is None:
+            vars(model).pop(_LOADED, None)
+        else:
+            setattr(model, _LOADED, self.loaded)
+
+
+def _adapters_in(model: nn.Module) -> set[str]:
+    """The adapters of a model, by configs and layers: a load that failed may have made one without the other."""
+    names = set(getattr(model, "peft_config", None) or {})
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            names.update(name for held in injection.HELD for name in getattr(module, held, ()))
+    return names

@@ -1,0 +1,108 @@
+"""What the rest of the package asks an adapter type for."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.formats.diffusers import lora_config
+
+from . import layers
+
+if TYPE_CHECKING:
+    from .base import AdapterConfig
+
+
+class NetworkArg(NamedTuple):
+    """An option of kohya's --network_args: how its text is read, and what it takes, for the error where it does not."""
+
+    parse: Callable[[str], Any]
+    takes: str
+
+
+def flag(text: str) -> bool:
+    """True or False; ValueError for other text."""
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError(text)
+    return text.lower() in ("true", "1")
+
+
+class AdapterType:
+    """One type of adapter. The methods here are plain LoRA's; a type overrides those in which it differs.
+
+    Attributes:
+        name: The name in files, which is the config's class name without "Config".
+        title: The name in messages.
+        config: The class of its configs.
+        network_modules: Its names in kohya's --network_module, the usual one first.
+        network_args: Options of --network_args that only this type has; each is a field of the config.
+        with_conv: The name of the type that --network_module means where a rank for larger convolutions is given;
+            None: this one.
+        variant: The class by which PEFT computes its layers; None: as plain LoRA.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    config: "type[AdapterConfig]"
+    network_modules: ClassVar[tuple[str, ...]] = ()
+    network_args: ClassVar[Mapping[str, NetworkArg]] = {}
+    with_conv: ClassVar[str | None] = None
+    variant: ClassVar[type | None] = None
+
+    # --- in files ------------------------------------------------------------------------------------------------
+
+    def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+        """The type's own fields by kohya's metadata; None where it does not say that the adapter is of this type."""
+        return None
+
+    def metadata(self, config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
+        """Entries of kohya's metadata that say that an adapter of `config` is of this type."""
+        return {}
+
+    def config_options(self, modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a `LoraConfig` with the rank and alpha of each module, and the type's own fields.
+
+        Args:
+            modules: What has a rank and an alpha, by the module's path.
+            facts: The type's own fields.
+
+        Returns:
+            The options, with all of the type's own fields under "facts".
+        """
+        return {**lora_config(modules), "facts": dict(facts)}
+
+    # --- in models -----------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
+        """Make the LoRA layers of an adapter, which are in the model, compute what this type does."""
+
+    def detach(self, model: nn.Module, adapter_name: str) -> None:
+        """Make an adapter of this type plain LoRA again; nothing where it is of another type."""
+
+    def refit(self, model: nn.Module) -> None:
+        """Follow layers whose factors have been padded."""
+
+    def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
+        """The change of weight of an adapter in a layer, as a file has it; see `layers.low_rank`."""
+        return layers.low_rank(layer, adapter_name, stabilized)
+
+    def parts(self, layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+        """(kind, module) of everything of an adapter in a layer that may be trained.
+
+        The kind "up" is what LoRA+ has another learning rate for.
+        """
+        down, up = layers.factors(layer, adapter_name)
+        yield "down", down
+        if (magnitude := layers.magnitude(layer, adapter_name)) is not None:
+            yield "magnitude", magnitude
+        yield "up", up
+
+    def as_used(self, model: nn.Module, adapter_names: list[str]) -> AbstractContextManager[None]:
+        """A block in which the factors of adapters of this type are, as plain LoRA, what the layers compute now."""
+        return nullcontext()
+
+    def plain(self, config: Any) -> Any:
+        """The config of the plain LoRA that such factors are."""
+        return config

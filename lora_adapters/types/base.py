@@ -1,0 +1,143 @@
+"""The base of all adapter types' configs.
+
+They are `LoraConfig`s that need no target_modules, since they know which modules kohya's LoRA types adapt. Their
+PEFT type is LORA, and `to_dict` and `adapter_config.json` hold nothing that stock PEFT does not know: what is beyond
+LoRA is in `auto_mapping`, a free-form field, from which `registry.restored` makes the type again.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+
+from lora_adapters.convert.errors import AdapterError
+
+DEFAULT_CONV_DIM = 4
+FACTS = "lora_adapters"  # the key in auto_mapping
+_DECIDED = ("target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "resolved")  # filled in by a model
+# Variants of a LoRA layer that older releases of PEFT do not mark as such in their configs.
+_UNMARKED_VARIANTS = ("use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config")
+
+
+def check(condition: bool, message: str) -> None:
+    """AdapterError with the message unless the condition holds."""
+    if not condition:
+        raise AdapterError(message)
+
+
+@dataclass
+class AdapterConfig(LoraConfig):
+    """What the configs of all adapter types have: kohya's coverage, and ranks and alphas for each block.
+
+    A `LoraConfig` that needs no target_modules. The model that it is put into fills in what it has decided:
+    target_modules and the ranks and alphas of all modules.
+    """
+
+    covers_conv: ClassVar[bool] = False
+    _before: ClassVar[tuple[dict[str, Any], dict[str, Any]] | None] = None
+
+    r: int = field(default=4, metadata={"help": "Rank."})
+    lora_alpha: float = field(default=1, metadata={"help": "Alpha: the change of weight is alpha/rank · up · down."})  # type: ignore[assignment]
+    conv_dim: int | None = field(default=None, metadata={"help": "Rank of convolutions larger than 1x1."})
+    conv_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Alpha of convolutions larger than 1x1; None: 1, or lora_alpha where their rank is r."},
+    )
+    block_dims: list[int] | None = field(
+        default=None, metadata={"help": "Rank in each of the 25 blocks of the U-Net (SDXL: 23); 0 skips a block."}
+    )
+    block_alphas: list[float] | None = field(default=None, metadata={"help": "Alpha in each block."})
+    conv_block_dims: list[int] | None = field(default=None, metadata={"help": "As block_dims, for conv_dim."})
+    conv_block_alphas: list[float] | None = field(default=None, metadata={"help": "As block_alphas, for conv_alpha."})
+    resolved: bool = field(
+        default=False, metadata={"help": "Set once it is in a model: every rank and alpha stands in the patterns."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.r >= 1, f"r is {self.r}: a rank is at least 1")
+        check(self.conv_dim is None or self.conv_dim >= 1, f"conv_dim is {self.conv_dim}: a rank is at least 1")
+        for name in ("block_dims", "conv_block_dims"):
+            for value in getattr(self, name) or ():
+                check(isinstance(value, int) and value >= 0, f"{name} has the value {value}: ranks are whole, 0 skips")
+        self.check_options()
+
+    def check_options(self) -> None:
+        """AdapterError for options of `LoraConfig` that adapters of this type cannot have."""
+        check(
+            not self.target_parameters,
+            f"target_parameters: {type(self).__name__} is for linear layers and convolutions; take peft.LoraConfig",
+        )
+
+    def for_model(self) -> "AdapterConfig":
+        """The config to put into a model: this one, or a copy as it was asked for where a model has it already."""
+        if self._before is None:
+            return self
+        asked, decided = self._before
+        fresh = copy.copy(self)
+        fresh._before = None  # type: ignore[misc]
+        for name, value in asked.items():
+            if getattr(self, name) == decided[name]:  # else it has been set to something else since
+                setattr(fresh, name, copy.deepcopy(value))
+        return fresh
+
+    def asked(self) -> dict[str, Any]:
+        """The fields that a model fills in, as they are now."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in _DECIDED}
+
+    def decide(self, decided: Mapping[str, Any], asked: dict[str, Any] | None = None) -> None:
+        """Fill in what a model has decided; `asked` is what `asked()` gave before, None where it is known already."""
+        if asked is None:
+            asked = self._before[0] if self._before is not None else self.asked()
+        for name, value in decided.items():
+            setattr(self, name, set(value) if name == "target_modules" else value)
+        self.resolved = True
+        self._before = asked, self.asked()  # type: ignore[misc]
+
+    def undecide(self, asked: Mapping[str, Any]) -> None:
+        """Make it what it was before a model that could not take it."""
+        for name, value in asked.items():
+            setattr(self, name, value)
+        self._before = None  # type: ignore[misc]
+
+    @property
+    def conv(self) -> bool:
+        """Whether convolutions larger than 1x1, and everything else in ResNet blocks, are covered."""
+        return self.covers_conv or self.conv_dim is not None or self.conv_block_dims is not None
+
+    def facts(self) -> dict[str, Any]:
+        """The type and its own fields, as they stand in `auto_mapping`."""
+        return {
+            "type": type(self).__name__.removesuffix("Config"),
+            **{name: getattr(self, name) for name in fields_beyond(type(self), LoraConfig)},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The equal plain LoRA's config, with the type's own facts in `auto_mapping`."""
+        own = fields_beyond(type(self), LoraConfig)
+        plain = {key: value for key, value in super().to_dict().items() if key not in own}
+        return {**plain, "auto_mapping": {**(self.auto_mapping or {}), FACTS: self.facts()}}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json; PEFT's own `auto_mapping` entries and this type's facts both go into it."""
+        if kwargs.get("auto_mapping_dict") is not None:
+            kwargs["auto_mapping_dict"] = {**kwargs["auto_mapping_dict"], FACTS: self.facts()}
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def variants(config: LoraConfig) -> list[str]:
+    """The options of the config by which PEFT computes a layer in another way than plain LoRA (its LoRA variants)."""
+    known = {field.name: field.metadata for field in fields(LoraConfig)}
+    marked = [name for name, facts in known.items() if facts.get("is_lora_variant") or name in _UNMARKED_VARIANTS]
+    found = [name for name in marked if getattr(config, name)]
+    if config.init_lora_weights in known["init_lora_weights"].get("lora_variants", ()):
+        found.append(f"init_lora_weights={config.init_lora_weights!r}")
+    return found
+
+
+def fields_beyond(config: type, other: type) -> list[str]:
+    """Names of the fields of a config class that the other one does not have."""
+    known = {field.name for field in fields(other)}
+    return [field.name for field in fields(config) if field.name not in known]

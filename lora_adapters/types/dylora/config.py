@@ -1,0 +1,129 @@
+"""DyLoRA: one training, an adapter of every rank."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
+from lora_adapters.convert.formats.diffusers import lora_config
+from lora_adapters.convert.formats.metadata import (
+    DYLORA_FACTS,
+    DyLora,
+    dylora_metadata,
+    dylora_of,
+    network_args,
+)
+from lora_adapters.types.adapter_type import AdapterType, NetworkArg, flag
+from lora_adapters.types.base import check, variants
+from lora_adapters.types.lierla.config import LierLaConfig
+
+from . import rank_controller
+from .layer import DyLoraVariant
+
+
+@dataclass
+class DyLoraConfig(LierLaConfig):
+    """DyLoRA (arXiv:2210.07558): one training whose first b components are a good adapter of rank b, for every b.
+
+    In each training step a b, a multiple of `unit`, is drawn for each sample of the batch, the same in the whole model,
+    and only the first b components take part. Covers what LierLa does, or what C3Lier does where conv_dim (or
+    conv_block_dims) is given. A module whose rank is below b takes part in full.
+
+    rank_sampling "spread" needs the samples of a batch in the first dimension of what every layer reads, as it is in
+    U-Nets and text encoders; "uniform" draws one b for all samples, as the paper does, and needs nothing. freeze_lower
+    draws one b for all samples too.
+    """
+
+    unit: int = field(default=1, metadata={"help": "Ranks are trained in steps of this; it divides r and conv_dim."})
+    rank_scaling: str = field(
+        default=DyLora.rank_scaling,
+        metadata={"help": "Scale at rank b: constant is alpha/r, rank is alpha/b (the paper's), sqrt is between."},
+    )
+    freeze_lower: bool = field(
+        default=False, metadata={"help": "Train only the last `unit` of the b components in a step."}
+    )
+    rank_sampling: str = field(
+        default=DyLora.rank_sampling,
+        metadata={"help": "How b is drawn: uniform, one a step; spread, one a sample, low ranks and r more often."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
+        for name in ("r", "conv_dim"):
+            rank = getattr(self, name)
+            check(rank is None or rank % self.unit == 0, f"unit {self.unit} does not divide {name} {rank}")
+        for name, known in (("rank_scaling", RANK_SCALINGS), ("rank_sampling", RANK_SAMPLINGS)):
+            value = getattr(self, name)
+            check(value in known, f"{name} is {value!r}: it is one of {', '.join(known)}")
+
+    def check_options(self) -> None:
+        """As for LierLa; and AdapterError for whatever computes a LoRA's layers in another way than DyLoRA does."""
+        super().check_options()
+        check(not self.use_dora, "use_dora: a DyLoRA has no magnitudes that would be right at every rank")
+        check(not self.lora_bias, "lora_bias: a DyLoRA has no biases that would be right at every rank")
+        for option in variants(self):
+            check(False, f"{option}: it computes the layers in its own way, as a DyLoRA does; take one of the two")
+
+    @property
+    def dylora(self) -> DyLora:
+        """Its facts as they stand in kohya's metadata."""
+        return DyLora(**{name: getattr(self, name) for name in DYLORA_FACTS})
+
+
+class DyLoraType(AdapterType):
+    """LoRA whose components are gated by a rank controller."""
+
+    name, title, config = "DyLora", "DyLoRA", DyLoraConfig
+    network_modules = ("networks.dylora", "network.dylora", "dylora")
+    network_args: ClassVar = {
+        "unit": NetworkArg(int, "a whole number"),
+        "rank_scaling": NetworkArg(str, "a name"),
+        "rank_sampling": NetworkArg(str, "a name"),
+        "freeze_lower": NetworkArg(flag, "True or False"),
+    }
+    variant = DyLoraVariant
+
+    def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+        """unit, rank_scaling, freeze_lower and rank_sampling of a DyLoRA's file."""
+        dylora = dylora_of(metadata)
+        return None if dylora is None else asdict(dylora)
+
+    def metadata(self, config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
+        """ss_network_module and ss_network_args; other network args are kept."""
+        return dylora_metadata(config.dylora, network_args(metadata))
+
+    def config_options(self, modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """As for LoRA, with an r and a unit that fit each other: the unit of a file need not divide its ranks."""
+        highest = max(module.rank for module in modules.values())
+        unit = facts["unit"] if highest % facts["unit"] == 0 else 1
+        rank = lora_config(modules)["r"]
+        options = lora_config(modules, rank=rank if rank % unit == 0 else highest)
+        return {**options, "facts": {**facts, "unit": unit}}
+
+    def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
+        """The model draws ranks whenever it is called in training; see `rank_controller.attach`."""
+        rank_controller.attach(model, adapter_name, config.dylora)
+
+    def detach(self, model: nn.Module, adapter_name: str) -> None:
+        """See `rank_controller.detach`."""
+        rank_controller.detach(model, adapter_name)
+
+    def refit(self, model: nn.Module) -> None:
+        """See `rank_controller.refit`."""
+        rank_controller.refit(model)
+
+    def as_used(self, model: nn.Module, adapter_names: list[str]) -> AbstractContextManager[None]:
+        """A block in which components above the current rank are zero."""
+        return rank_controller.cut_to_rank(model, adapter_names)
+
+    def plain(self, config: Any) -> LierLaConfig:
+        """The same without what makes it a DyLoRA."""
+        kept = {part.name: getattr(config, part.name) for part in fields(LierLaConfig) if part.init}
+        return LierLaConfig(**kept)
+
+
+TYPE = DyLoraType()

@@ -1,0 +1,168 @@
+"""Finding the adapter type of a name, a config, a layer or a file's metadata."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+from torch import nn
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+
+# Whole modules: each may be half loaded when its import of peft is what loads this one.
+from . import REGISTERED, base, layers
+
+if TYPE_CHECKING:
+    from .adapter_type import AdapterType
+
+
+@cache
+def types() -> "tuple[AdapterType, ...]":
+    """All registered types, plain LoRA first."""
+    return tuple(import_module(f"{__package__}.{folder}.config").TYPE for folder in REGISTERED)
+
+
+def plain() -> "AdapterType":
+    """The type of an adapter that says nothing else."""
+    return types()[0]
+
+
+def type_named(name: str) -> "AdapterType | None":
+    """The type that has this name in files."""
+    return next((kind for kind in types() if kind.name == name), None)
+
+
+def type_of(config: Any) -> "AdapterType":
+    """The type of a config; plain LoRA's for configs of PEFT."""
+    by_config = {kind.config: kind for kind in types()}
+    return next((by_config[cls] for cls in type(config).__mro__ if cls in by_config), plain())
+
+
+def type_in(layer: Any, adapter_name: str) -> "AdapterType | None":
+    """The type by which an adapter is computed in a layer; None for LoRA variants of PEFT."""
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is None:
+        return plain()
+    return next((kind for kind in types() if kind.variant is not None and isinstance(variant, kind.variant)), None)
+
+
+def is_ours(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter has one of this package's configs."""
+    return isinstance(getattr(model, "peft_config", {}).get(adapter_name), base.AdapterConfig)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def restored(config: LoraConfig) -> LoraConfig:
+    """The config as its own type, where `auto_mapping` says that it is one of this package's; else as it is."""
+    facts = dict((config.auto_mapping or {}).get(base.FACTS) or {})
+    kind = type_named(facts.pop("type", ""))
+    if kind is None or isinstance(config, base.AdapterConfig):
+        return config
+    plain_fields = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+    known = {field.name for field in fields(kind.config)}
+    return kind.config(**{**plain_fields, **{name: value for name, value in facts.items() if name in known}})
+
+
+def facts_of_config(config: Any) -> dict[str, Any]:
+    """The type of a config and its values of the fields that only this type has; plain LoRA where there are none."""
+    kind = type_of(config)
+    facts = {name: getattr(config, name) for name in base.fields_beyond(kind.config, base.AdapterConfig)}
+    return {"type": kind.name if facts else plain().name, **facts}
+
+
+def facts_of_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The type that kohya's metadata says, and its own fields; plain LoRA where it says none."""
+    for kind in types():
+        if (facts := kind.facts_of(metadata)) is not None:
+            return {"type": kind.name, **facts}
+    return {"type": plain().name}
+
+
+def facts_for(config: Any, metadata: Mapping[str, str], given: Collection[str]) -> dict[str, Any]:
+    """The facts of a config's type: of the `given` fields those of the config, of the others those of the metadata."""
+    kind, own = type_of(config), facts_of_config(config)
+    of_file = kind.facts_of(metadata)
+    return own if of_file is None else {**own, **of_file, **{name: own[name] for name in own if name in given}}
+
+
+def metadata_of(config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Entries of kohya's metadata that say of which type an adapter of `config` is."""
+    return type_of(config).metadata(config, metadata)
+
+
+def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the `LoraConfig` that gives each module its own rank and alpha, and that `restored` makes a type of.
+
+    Args:
+        modules: What has a rank and an alpha, by the module's path.
+        facts: The type and its own fields, as `facts_of_metadata` returns them.
+    """
+    own = {name: value for name, value in facts.items() if name != "type"}
+    kind = type_named(facts["type"]) or plain()
+    options = kind.config_options(modules, own)
+    facts = {"type": kind.name, **options.pop("facts"), "resolved": True}
+    return {**options, "auto_mapping": {base.FACTS: facts}}
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def attach(model: nn.Module, adapter_name: str, config: Any) -> None:
+    """Make an adapter, whose LoRA layers are in the model, compute what its config's type does, and no other."""
+    kind = type_of(config)
+    for other in types():
+        if other is not kind:
+            other.detach(model, adapter_name)
+    kind.attach(model, adapter_name, config)
+
+
+def detach(model: nn.Module, adapter_name: str) -> None:
+    """Take what a type has put on the layers of an adapter off again."""
+    for kind in types():
+        kind.detach(model, adapter_name)
+
+
+def refit(model: nn.Module) -> None:
+    """Follow layers whose factors have been padded."""
+    for kind in types():
+        kind.refit(model)
+
+
+def delta_of(layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
+    """The change of weight of an adapter in a layer, as a file has it; views of the live weights where it can be.
+
+    Args:
+        layer: A LoRA layer that has the adapter.
+        adapter_name: The adapter's name.
+        stabilized: Whether its scale is alpha/sqrt(rank) (rsLoRA).
+    """
+    return (type_in(layer, adapter_name) or plain()).delta(layer, adapter_name, stabilized)
+
+
+def parts_of(layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    """(kind, module) of everything of an adapter in a layer that may be trained; see `AdapterType.parts`."""
+    return (type_in(layer, adapter_name) or plain()).parts(layer, adapter_name)
+
+
+def beyond_lora(layer: Any, adapter_name: str) -> str | None:
+    """What the adapter does in the layer that no low-rank pair can hold; None where pairs are all that it is."""
+    if layers.magnitude(layer, adapter_name) is not None:
+        return "DoRA's magnitudes"
+    if getattr(layers.factors(layer, adapter_name).up, "bias", None) is not None:
+        return "biases (lora_bias)"
+    known = type_in(layer, adapter_name) is not None
+    return None if known else type(layer.lora_variant[adapter_name]).__name__
+
+
+@contextmanager
+def as_used(model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
+    """In the block, the factors of the adapters are, as plain LoRA, what their layers compute now."""
+    with ExitStack() as stack:
+        for kind in types():
+            stack.enter_context(kind.as_used(model, adapter_names))
+        yield

@@ -1,0 +1,148 @@
+"""What training and image generation know of a family of base models: one class a family.
+
+The classes are in one module a family (`sd`, `sdxl`), and are found in `registry`. Their `name` is that of the same
+family in `lora_adapters.convert.families`. Nothing else in `lora_adapters.train` compares a family's name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lora_adapters.convert.families.names import text_path
+from lora_adapters.convert.families.registry import by_name
+from lora_adapters.train.data.cache_files import LatentFiles
+from lora_adapters.train.models.text_encoding import Encoded, Reading
+
+
+@dataclass(frozen=True)
+class SizeConditions:
+    """Sizes that some families' denoisers are conditioned on: (height, width) and (top, left) in pixels."""
+
+    original: tuple[int, int]
+    negative_original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+class TrainingFamily(ABC):
+    """One family of base models.
+
+    Attributes:
+        name: the family's name.
+        kinds: the versions that differ in what is saved in metadata, by `BaseModels.kind`, with their titles.
+        flags: options of the command line that declare a kind, by option.
+        denoiser: the denoiser's component in a pipeline, which is adapted.
+        denoiser_title: what the denoiser is called in messages.
+        tokenizers, text_encoders: components in a pipeline, in the order in which their outputs are used.
+        pipeline_class, image_to_image_class: diffusers' pipelines.
+        pipeline_options: arguments of `pipeline_class` beside its components.
+        image_to_image_options: the same of `image_to_image_class`.
+        checkpoint_options: arguments of `pipeline_class.from_single_file`.
+        latent_files: the names of the files that latents are cached in.
+        fixed_clip_skip: the text encoders' layer (from the end) that the family was trained with, where --clip_skip
+            has no effect; None where it has.
+        has_sizes: whether the denoiser is conditioned on `SizeConditions`.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[Mapping[str, str]]
+    flags: ClassVar[Mapping[str, str]] = {}
+    denoiser: ClassVar[str]
+    denoiser_title: ClassVar[str]
+    tokenizers: ClassVar[tuple[str, ...]]
+    text_encoders: ClassVar[tuple[str, ...]]
+    pipeline_class: ClassVar[Any]
+    image_to_image_class: ClassVar[Any]
+    pipeline_options: ClassVar[Mapping[str, Any]] = {}
+    image_to_image_options: ClassVar[Mapping[str, Any]] = {}
+    checkpoint_options: ClassVar[Mapping[str, Any]] = {}
+    latent_files: ClassVar[LatentFiles]
+    fixed_clip_skip: ClassVar[int | None] = None
+    has_sizes: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """The family in messages: the titles of all its kinds."""
+        return "/".join(self.kinds.values())
+
+    # --- which family it is -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def in_folder(self, index: Mapping[str, Any]) -> bool:
+        """Whether a diffusers folder with this model_index.json is of the family."""
+
+    @abstractmethod
+    def in_checkpoint(self, keys: Collection[str]) -> bool:
+        """Whether an original checkpoint with these keys is of the family."""
+
+    @abstractmethod
+    def kind_of(self, pipeline: Any) -> str | None:
+        """The kind of a loaded pipeline, None where it is of another family."""
+
+    def with_v2(self, kind: str, denoiser: Any) -> str | None:
+        """The kind under --v2, which declares SD2.x; None where that contradicts the model."""
+        return None
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def readings(self, clip_skip: int | None = None) -> tuple[Reading, ...]:
+        """What the denoiser reads of each text encoder."""
+
+    @abstractmethod
+    def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Text-encoder outputs under the names of kohya's cache files; `widths` are the text encoders'."""
+
+    @abstractmethod
+    def from_cache(self, cached: Mapping[str, torch.Tensor]) -> Encoded:
+        """The reverse."""
+
+    # --- the denoiser -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def conditions(self, batch: Any) -> torch.Tensor | None:
+        """What the denoiser of a training batch is conditioned on beside the text, on the CPU (n, ...)."""
+
+    @abstractmethod
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Encoded,
+        conditions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The prediction (n, channels, h, w) for `noisy` (n, channels, h, w) at `timesteps` (n,)."""
+
+    def block(self, path: str) -> int | None:
+        """The number of the denoiser's block that a module is in, as presets of weights count; None outside of them."""
+        return by_name(self.name).blocks.index(path)
+
+    # --- the pipeline -----------------------------------------------------------------------------------------------
+
+    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
+        """Encoded prompts as arguments of the pipelines' call."""
+        return {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
+
+    def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
+        """Sizes as arguments of the pipelines' call."""
+        return {}
+
+    # --- the saved file ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
+        """kohya's metadata entries that say which base model an adapter is for."""
+
+
+def is_text_encoder(component: str) -> bool:
+    """Whether a component of a pipeline is a text encoder."""
+    return component.startswith("text_encoder")
+
+
+def full_path(component: str, path: str) -> str:
+    """A module's path as adapters name it: with the `text_model.` that transformers may leave out."""
+    return text_path(path) if is_text_encoder(component) else path

@@ -1,0 +1,139 @@
+"""Loading a base model's pipeline from a diffusers folder, a repository on the Hub or a checkpoint file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from lora_adapters.compat import dtype_option, pipelines_can_avoid_mmap
+from lora_adapters.convert.errors import first_line
+from lora_adapters.convert.storage.hub_errors import HubError, hub_errors
+from lora_adapters.convert.storage.sources import is_repo_id
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.registry import family_of_checkpoint
+from lora_adapters.train.options.model import ModelSource
+
+_PIPELINE_PARTS_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+
+
+def load_pipeline(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
+    """The pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError where it cannot be loaded."""
+    path = Path(name)
+    return _from_file(path, settings, dtype) if path.is_file() else _from_folder(name, settings, dtype)
+
+
+def _from_folder(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
+    options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
+    if settings.disable_mmap_load_safetensors:
+        if not pipelines_can_avoid_mmap():
+            raise TrainingError("--disable_mmap_load_safetensors needs diffusers 0.37 or newer for a Diffusers folder")
+        options["disable_mmap"] = True
+    if settings.lowram and torch.cuda.is_available():
+        options["device_map"] = "cuda"
+    try:
+        encoders = _text_encoders(name, dtype, settings.tokenizer_cache_dir, options.get("device_map"))
+        return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name), **encoders)
+    except OSError as error:
+        here = "" if Path(name).exists() else "no such file or folder is here, and "
+        raise TrainingError(f"base model {name} cannot be loaded: {here}{_why(name, error)}") from error
+
+
+def _text_encoders(name: str, dtype: torch.dtype, cache: str | None, device_map: str | None) -> dict[str, Any]:
+    """The text encoders of a folder or repository, whole: what transformers does not find, it fills at random.
+
+    Versions of transformers name these weights differently, and not all read the others' files.
+    """
+    import transformers
+
+    index, loaded = DiffusionPipeline.load_config(name, cache_dir=cache), {}
+    for part in ("text_encoder", "text_encoder_2"):
+        library, kind = index.get(part) or (None, None)
+        if library == "transformers" and kind is not None:
+            model, found = getattr(transformers, kind).from_pretrained(
+                name, subfolder=part, dtype=dtype, cache_dir=cache, device_map=device_map, output_loading_info=True
+            )
+            if found["missing_keys"]:
+                raise TrainingError(
+                    f"base model {name}: its {part} lacks {min(found['missing_keys'])} for transformers "
+                    f"{transformers.__version__}; was it saved by another version? Load and save it with that one"
+                )
+            loaded[part] = model
+    return loaded
+
+
+def _why(name: str, error: OSError) -> str:
+    """What is wrong with a folder, or with a repository: diffusers' own message leaves the latter to a traceback."""
+    if not Path(name).exists() and is_repo_id(name):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            with hub_errors(name):
+                hf_hub_download(name, "model_index.json")
+        except HubError as hub:
+            return str(hub)
+    return first_line(error)
+
+
+def _unused_parts(name: str) -> dict[str, None]:
+    """Parts of the pipeline that training has no use for, to be left unloaded."""
+    index = Path(name) / "model_index.json"
+    text = index.read_text(encoding="utf-8") if index.exists() else ""
+    return {part: None for part in _PIPELINE_PARTS_UNUSED if f'"{part}"' in text}
+
+
+def _from_file(path: Path, settings: ModelSource, dtype: torch.dtype) -> Any:
+    """A single file needs configs and a tokenizer: --model_config's, or those of the hub's original model."""
+    family = family_of_checkpoint(checkpoint_keys(path))
+    options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
+    options |= family.checkpoint_options
+    if settings.model_config:
+        options["config"] = settings.model_config
+    if settings.disable_mmap_load_safetensors:
+        options["disable_mmap"] = True
+    try:
+        pipeline = family.pipeline_class.from_single_file(str(path), **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if settings.model_config:
+            raise TrainingError(f"{path} cannot be loaded with --model_config: {first_line(error)}") from error
+        raise TrainingError(
+            f"{path} cannot be loaded: {first_line(error)}; a checkpoint file holds neither configs nor a tokenizer: "
+            "without access to the hub, give --model_config=<Diffusers folder of the same kind of model>"
+        ) from error
+    for part, model in pipeline.components.items():
+        for name, parameter in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
+            if parameter.is_meta:
+                raise TrainingError(f"{path} lacks {name} of the {part}; is it whole, and is --model_config its kind?")
+    return pipeline
+
+
+def checkpoint_keys(path: Path) -> list[str]:
+    """The tensors' names in a checkpoint file. Pickled files are read without running what they contain."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        except SafetensorError as error:
+            raise TrainingError(f"{path} is not a safetensors file: {error}") from None
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # pickle's errors are of many kinds, and all mean the same here
+        raise TrainingError(
+            f"{path} cannot be read as plain weights ({first_line(error)}); use a .safetensors version of it"
+        ) from None
+    return [str(key) for key in content.get("state_dict", content)]
+
+
+def load_vae(name: str, dtype: torch.dtype, settings: ModelSource) -> AutoencoderKL:
+    """The VAE that --vae names: a checkpoint file, a VAE's folder or a whole model's."""
+    path = Path(name)
+    try:
+        if path.is_file():
+            config = {"config": settings.model_config, "subfolder": "vae"} if settings.model_config else {}
+            return AutoencoderKL.from_single_file(str(path), **dtype_option(dtype), **config)
+        whole_model = (path / "model_index.json").exists()
+        return AutoencoderKL.from_pretrained(name, **dtype_option(dtype), subfolder="vae" if whole_model else None)
+    except OSError as error:
+        raise TrainingError(f"--vae {name} cannot be loaded: {first_line(error)}") from error

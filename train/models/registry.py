@@ -1,0 +1,53 @@
+"""The families of base models that can be trained and drawn with, by name. A new one is a module and a line here."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.sd import SD
+from lora_adapters.train.models.sdxl import SDXL
+
+# In the order in which a model is tried: SD takes what has no mark of another family.
+FAMILIES: dict[str, TrainingFamily] = {family.name: family for family in (SDXL, SD)}
+
+# By option of the command line: the kind that it declares.
+KIND_FLAGS: dict[str, str] = {
+    flag: kind for family in reversed(FAMILIES.values()) for flag, kind in family.flags.items()
+}
+
+
+def family_of_kind(kind: str) -> TrainingFamily:
+    """The family that has this kind of base model (`BaseModels.kind`)."""
+    return next(family for family in FAMILIES.values() if kind in family.kinds)
+
+
+def family_of_folder(index: Mapping[str, Any]) -> TrainingFamily:
+    """The family of a diffusers folder with this model_index.json."""
+    return next(family for family in FAMILIES.values() if family.in_folder(index))
+
+
+def family_of_checkpoint(keys: Collection[str]) -> TrainingFamily:
+    """The family of an original checkpoint with these keys."""
+    return next(family for family in FAMILIES.values() if family.in_checkpoint(keys))
+
+
+def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
+    """The family and the kind of a loaded pipeline. TrainingError, which shows `name`, where it is of none."""
+    for family in FAMILIES.values():
+        kind = family.kind_of(pipeline)
+        if kind is not None:
+            return family, kind
+    *most, last = known_titles()
+    raise TrainingError(f"{name or 'the base model'} is a {type(pipeline).__name__}, not {', '.join(most)} or {last}")
+
+
+def family_of_adapter(adapter: Adapter) -> TrainingFamily:
+    """The family that an adapter is for."""
+    return FAMILIES[adapter.architecture]
+
+
+def known_titles() -> list[str]:
+    """The titles of all kinds of base models, the oldest first."""
+    return [title for family in reversed(FAMILIES.values()) for title in family.kinds.values()]

@@ -1,0 +1,62 @@
+"""What a denoiser is trained to predict, by the name that scheduler configs have for it.
+
+An objective noises latents, and makes the target and the tables of its losses. Another one, such as flow matching, is a
+class and a line in OBJECTIVES.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.objective.losses import LossOptions, TimestepTables
+
+
+class Objective(ABC):
+    """Latents, noise and targets are (n, channels, h, w), timesteps (n,)."""
+
+    @abstractmethod
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The latents with noise as of `timesteps`."""
+
+    @abstractmethod
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the denoiser is to predict from the noised latents."""
+
+    @abstractmethod
+    def tables(self, options: LossOptions, device: torch.device | str) -> TimestepTables:
+        """What the loss needs of each timestep."""
+
+
+class NoisePrediction(Objective):
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e under a DDPM schedule; the target is the noise e (arXiv 2006.11239)."""
+
+    def __init__(self, schedule: Any):
+        self.schedule = schedule
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.schedule.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return noise
+
+    def tables(self, options: LossOptions, device: torch.device | str) -> TimestepTables:
+        return TimestepTables.of(self.schedule.alphas_cumprod, options, device)
+
+
+class VelocityPrediction(NoisePrediction):
+    """The same x_t; the target is the velocity v = sqrt(a_t) e - sqrt(1 - a_t) x_0 (arXiv 2202.00512)."""
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.schedule.get_velocity(latents, noise, timesteps)
+
+
+OBJECTIVES: dict[str, type[NoisePrediction]] = {"epsilon": NoisePrediction, "v_prediction": VelocityPrediction}
+
+
+def objective(name: str, schedule: Any) -> Objective:
+    """The objective called `name`, under a base model's noise schedule. TrainingError where there is none."""
+    if name not in OBJECTIVES:
+        raise TrainingError(f"unknown training objective {name}: {', '.join(OBJECTIVES)} are known")
+    return OBJECTIVES[name](schedule)
