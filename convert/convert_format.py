@@ -5,8 +5,9 @@ usage: convert_format.py --model kohya.safetensors --save_to folder --format pef
        convert_format.py --model cloneofsimo.safetensors --save_to kohya.safetensors --format kohya
        convert_format.py --model loha.safetensors --save_to lora.safetensors --to lora --rank 16
 
---to lora makes the best low-rank pairs of the given rank of what is none (LoHa, LoKr, full differences), and tells the
-relative error; changes of norms and biases, which pairs cannot hold, are left out and listed.
+--to lora makes the best low-rank pairs of the given rank of what is none (LoHa, LoKr, full differences), and prints the
+relative error. Changes that depend on the model's weights (DoRA, GLoRA, (IA)3, OFT, BOFT) need --sd_model. Changes of
+norms and biases, which pairs cannot hold, are left out and listed.
 
 What --model is, is recognised. Textual-inversion embeddings in cloneofsimo's files are written beside the result, one
 file for each token (result.s1.safetensors for <s1>), as pipe.load_textual_inversion reads them; --embeddings puts such
@@ -16,7 +17,7 @@ files back into a file of cloneofsimo's format.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,7 +31,9 @@ from lora_adapters.convert.deltas.reduction import reduce_modules
 from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import report, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError, UsageError
+from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.formats import cloneofsimo
+from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, dtype_of, output_file, run
@@ -46,6 +49,9 @@ def parser() -> Parser:
     made.add_argument("--to", choices=("lora",), help="make low-rank pairs of other kinds of changes (needs --rank)")
     made.add_argument("--rank", type=int, help="rank of the pairs that --to lora makes; pairs of lower ranks stay")
     made.add_argument("--conv_rank", type=int, help="the same of convolutions above 1x1 (default: rank)")
+    made.add_argument(
+        "--sd_model", help="the model whose weights DoRA, GLoRA, (IA)3, OFT and BOFT change, for --to lora"
+    )
     made.add_argument("--fold_alpha", action="store_true", help="one alpha in all modules, for stock diffusers")
     made.add_argument("--zero_alpha", choices=ZERO_ALPHA, help="what an alpha of 0 is: the rank, or no effect (none)")
     made.add_argument("--embeddings", nargs="+", default=[], help="embedding files to put into cloneofsimo's format")
@@ -81,8 +87,8 @@ def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
 
 def _check_target(args: argparse.Namespace) -> None:
     """Check the options that say what is written; --to lora is kohya's format unless another is given."""
-    if args.to is None and (args.rank is not None or args.conv_rank is not None):
-        raise UsageError("--rank and --conv_rank go with --to lora (resize gives a LoRA another rank)")
+    if args.to is None and any(value is not None for value in (args.rank, args.conv_rank, args.sd_model)):
+        raise UsageError("--rank, --conv_rank and --sd_model go with --to lora (resize gives a LoRA another rank)")
     if args.to is not None and args.rank is None:
         raise UsageError("--to lora needs --rank, the rank of the pairs that it makes")
     if args.format is None and args.to is None:
@@ -90,13 +96,28 @@ def _check_target(args: argparse.Namespace) -> None:
     args.format = args.format or "kohya"
 
 
-def as_lora(adapter: Adapter, name: str, rank: int, conv_rank: int | None = None) -> Adapter:
+def _weights_in(model: str) -> Callable[[ModuleName], torch.Tensor]:
+    """What gives a module's weight in a model, one at a time."""
+    checkpoint = Checkpoint.open(model)
+    known = checkpoint.modules
+
+    def weight(module: ModuleName) -> torch.Tensor:
+        if module not in known:
+            raise AdapterError(f"{checkpoint.path} does not have it")
+        return checkpoint.read(module, known[module]).to(torch.float32)
+
+    return weight
+
+
+def as_lora(
+    adapter: Adapter, name: str, rank: int, conv_rank: int | None = None, sd_model: str | None = None
+) -> Adapter:
     """The adapter with the best pairs of these ranks for changes of other kinds; the relative error is printed.
 
     Pairs stay as they are where their rank is not higher.
 
     Raises:
-        AdapterError: a change depends on the model's weights.
+        AdapterError: a change depends on the model's weights, and there is no model or it is another one.
     """
     adapter = weights_alone(adapter, name)
     high, fixed = {}, {}
@@ -107,7 +128,10 @@ def as_lora(adapter: Adapter, name: str, rank: int, conv_rank: int | None = None
             fixed[module] = pair
         else:
             high[module] = change
-    made, fits = reduce_modules(high, rules(rank, conv_rank)) if high else ({}, {})
+    made, fits = ({}, {})
+    if high:
+        base_weight = None if sd_model is None else _weights_in(sd_model)
+        made, fits = reduce_modules(high, rules(rank, conv_rank), base_weight=base_weight)
     if fits:
         print(report(fits))
     modules = {module: fixed[module] if module in fixed else made[module] for module in adapter.modules}
@@ -128,7 +152,7 @@ def program(argv: Sequence[str] | None) -> None:
     source = locate(args.model)
     adapter = load(source, args.zero_alpha, args.skip_unknown)
     if args.to == "lora":
-        adapter = as_lora(adapter, args.model, args.rank, args.conv_rank)
+        adapter = as_lora(adapter, args.model, args.rank, args.conv_rank, args.sd_model)
     embeddings = read_embeddings(args.embeddings)
     if source.is_file():
         tensors, _ = read_tensors(source)

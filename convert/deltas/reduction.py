@@ -1,7 +1,7 @@
 """The best low-rank pairs for the changes of an adapter, of any kinds, one module at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ def reduce_modules(
     clamp_quantile: float | None = None,
     device: torch.device | None = None,
     keep_scale: bool = False,
+    base_weight: Callable[[ModuleName], torch.Tensor] | None = None,
 ) -> tuple[dict[ModuleName, LowRank], dict[ModuleName, Fit]]:
     """The best pair for the change of every module, and how well it fits.
 
@@ -38,6 +39,7 @@ def reduce_modules(
         clamp_quantile: see `svd.clamp`.
         device: where to compute; None for where the tensors are.
         keep_scale: keep alpha / rank of pairs instead of making it 1.
+        base_weight: gives a module's weight in the model, for changes that depend on it.
 
     Raises:
         AdapterError: numbers that are not finite, or a change that depends on the model's weight; with the module.
@@ -47,7 +49,7 @@ def reduce_modules(
         pair = as_pair(change)
         try:
             if pair is None:
-                results[module], fits[module] = approximated(module, change, rules, clamp_quantile, device)
+                results[module], fits[module] = approximated(module, change, rules, clamp_quantile, device, base_weight)
                 continue
             less, fits[module] = reduced(pair, rules.of(pair), clamp_quantile, device)
         except AdapterError as error:
@@ -62,9 +64,10 @@ def approximated(
     rules: Rules,
     clamp_quantile: float | None = None,
     device: torch.device | None = None,
+    base_weight: Callable[[ModuleName], torch.Tensor] | None = None,
 ) -> tuple[LowRank, Fit]:
     """The best pair for a change of any kind, alpha = rank, from ΔW in full; and how well it fits."""
-    dense = _dense(module, change)
+    dense = _dense(module, change, base_weight)
     matrix = dense.flatten(1).to(device)
     large = dense.ndim == 4 and dense.shape[2:] != (1, 1)
     if bool(matrix.any()):
@@ -81,14 +84,17 @@ def approximated(
     return LowRank(down, up, float(rank)), fit
 
 
-def _dense(module: ModuleName, change: Delta) -> torch.Tensor:
+def _dense(module: ModuleName, change: Delta, base_weight: Callable[[ModuleName], torch.Tensor] | None) -> torch.Tensor:
     """ΔW as a matrix or a kernel of two dimensions, all numbers finite."""
-    if change.needs_base:
+    if not change.needs_base:
+        dense = change.delta()
+    elif base_weight is not None:
+        dense = change.delta(base_weight(module))
+    else:
         raise AdapterError(
-            f"the change that {with_article(change.kind)} module makes depends on the model's weight, which is not "
-            "here: merge it into the model, and extract the difference"
+            f"the change that {with_article(change.kind)} module makes depends on the model's weight: "
+            "`lora-adapters convert --to lora --sd_model MODEL` makes a pair of it"
         )
-    dense = change.delta()
     if dense.ndim == 2 and kind_of(module) == "conv3x3" and dense.shape[1] % 9 == 0:
         dense = dense.reshape(len(dense), -1, 3, 3)  # kinds without Tucker cores have flat kernels
     if dense.ndim not in (2, 4):

@@ -230,11 +230,25 @@ def test_a_change_that_depends_on_the_weights_is_one_line(tmp_path, capsys):
         assert not out.exists()
 
 
+def test_convert_to_lora_with_the_models_weights(sd1, tmp_path, capsys):
+    (file, path), out = sd1, tmp_path / "out.safetensors"
+    said = run(capsys, "convert", "--model", path, "--save_to", out, "--to", "lora", "--rank", "64", "--sd_model", file)
+    assert "relative error" in said
+    adapter, made, model = Adapter.load(path), Adapter.load(out).pairs(), Checkpoint.open(file)
+    wanted = {module for module, one in adapter.modules.items() if one.changes_weight and one.kind != "norm"}
+    assert made.keys() == wanted
+    for module in wanted:
+        weight = model.weight(module)
+        change = adapter.modules[module].delta(weight)
+        assert float((made[module].delta(weight) - change).norm()) < 1e-4 * float(change.norm()), module
+
+
 def test_options_of_convert(linear, tmp_path, capsys):
     (_, path), out = linear, tmp_path / "out.safetensors"
     words = ("convert", "--model", path, "--save_to", out)
     assert "needs --rank" in fails(capsys, *words, "--to", "lora", status=2)
     assert "go with --to lora" in fails(capsys, *words, "--rank", "4", "--format", "kohya", status=2)
+    assert "go with --to lora" in fails(capsys, *words, "--sd_model", path, "--format", "kohya", status=2)
     assert "--format is needed" in fails(capsys, *words, status=2)
     assert "convert --to lora" in fails(capsys, *words, "--format", "kohya")
     run(capsys, *words, "--format", "lycoris")
