@@ -14,6 +14,7 @@ from lora_adapters.convert.progress import progress
 
 from .base import Delta, with_article
 from .dense_svd import best_approximation
+from .dora import DoRA
 from .full import Full, WithBias
 from .low_rank import LowRank
 from .norm import Norm
@@ -67,6 +68,8 @@ def approximated(
     base_weight: Callable[[ModuleName], torch.Tensor] | None = None,
 ) -> tuple[LowRank, Fit]:
     """The best pair for a change of any kind, alpha = rank, from ΔW in full; and how well it fits."""
+    if change.bias() is not None:
+        raise AdapterError("it changes the bias too, which a low-rank pair cannot hold")
     dense = _dense(module, change, base_weight)
     matrix = dense.flatten(1).to(device)
     large = dense.ndim == 4 and dense.shape[2:] != (1, 1)
@@ -118,11 +121,15 @@ def weights_only(modules: Mapping[ModuleName, Delta]) -> tuple[dict[ModuleName, 
 
 
 def _without_bias(change: Delta) -> Delta:
+    if change.bias() is None:
+        return change
     if isinstance(change, WithBias):
         return change.change
-    if isinstance(change, Full) and change.diff_b is not None:
+    if isinstance(change, DoRA):
+        return replace(change, change=_without_bias(change.change))
+    if isinstance(change, Full):
         return replace(change, diff_b=None)
-    if isinstance(change, Sum) and change.bias() is not None:
+    if isinstance(change, Sum):
         return Sum(tuple(_without_bias(part) for part in change.parts if part.changes_weight))
     return change
 

@@ -28,6 +28,7 @@ from .writing import bundled, write_file
 NAME = "lycoris"
 ONLY_PAIRS = False
 _RS_LORA = "rs_lora"  # of LyCORIS' network arguments
+_PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's names of tensors, which are not written here
 
 # The beginnings of names, and the components that they are of.
 _FLAT = {
@@ -125,7 +126,8 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
         kind, key = kind_of(tensors) or (None, "")
         raise UnknownFormatError(f"it is {kind.name if kind else NAME} ({key:.100}), but {error}") from error
     modules = {module: one.change for module, one in stored.items()}
-    return Contents(modules, with_family(kohya_metadata(metadata), tensors, modules), stored=stored)
+    own = {module: one for module, one in stored.items() if not any(end.startswith(_PEFTS) for end in one.tensors)}
+    return Contents(modules, with_family(kohya_metadata(metadata), tensors, modules), stored=own)
 
 
 def read_modules(

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.deltas import DoRA, Full, Hadamard, Norm, WithBias
+from lora_adapters.convert.deltas.reduction import weights_only
 from lora_adapters.convert.errors import UnknownFormatError
 from tests.convert.checkpoints import GOLDEN
 
@@ -138,7 +139,7 @@ def test_comfys_names_and_biases_beside_pairs():
     assert isinstance(change.change, LowRank)
 
 
-def test_diffusers_dora_has_the_alpha_of_its_metadata():
+def test_diffusers_dora_has_the_alpha_of_its_metadata(tmp_path):
     name = f"unet.{PATHS['to_q']}"
     tensors = {f"{name}.lora_A.weight": numbers(2, 6), f"{name}.lora_B.weight": numbers(6, 2)}
     tensors[f"{name}.lora_magnitude_vector"] = numbers(6)
@@ -149,6 +150,14 @@ def test_diffusers_dora_has_the_alpha_of_its_metadata():
     assert change.change.alpha == 6
     (change,) = Adapter.from_tensors(tensors).modules.values()
     assert change.change.alpha == 2
+    adapter = Adapter.from_tensors(tensors, {"lora_adapter_metadata": config})
+    file = adapter.save(tmp_path / "a.safetensors")
+    flat = "lora_unet_" + PATHS["to_q"].replace(".", "_")
+    assert set(load_file(file)) == {
+        f"{flat}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
+    }
+    (change,) = Adapter.load(file).modules.values()
+    assert change.change.alpha == 6
 
 
 # --- where only pairs will do ----------------------------------------------------------------------------------------
@@ -186,6 +195,24 @@ def test_a_sum_of_kinds_is_exact_and_lazy(tmp_path):
         total.save(tmp_path / "a.safetensors")
     (reduced,) = total.svd(6).pairs().values()
     torch.testing.assert_close(reduced.delta(), total.modules[module].delta(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_is_not_lost_in_silence():
+    module = ModuleName("unet", PATHS["proj_in"])
+    pair = LowRank(numbers(2, 6), numbers(6, 2), 1.0)
+    for change in (WithBias(pair, numbers(6)), Full(numbers(6, 6), numbers(6))):
+        with pytest.raises(AdapterError, match="proj_in: it changes the bias too"):
+            Adapter({module: change}).svd(2)
+        kept, left_out = weights_only({module: change})
+        assert left_out == [f"{module}.bias"]
+        assert kept[module].bias() is None
+        torch.testing.assert_close(kept[module].delta(), change.delta())
+    dora = DoRA(WithBias(pair, numbers(6)), 1 + numbers(6, 1).abs())
+    kept, left_out = weights_only({module: dora, ModuleName("unet", PATHS["norm"]): Norm(numbers(6))})
+    assert left_out == [f"{module}.bias", f"unet.{PATHS['norm']}"]
+    assert kept.keys() == {module}
+    weight = numbers(6, 6)
+    torch.testing.assert_close(kept[module].delta(weight), dora.delta(weight))
 
 
 # --- LyCORIS itself --------------------------------------------------------------------------------------------------
