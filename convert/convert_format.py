@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 
 from lora_adapters.convert.adapter import FORMATS, Adapter
+from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.reduction import reduce_modules
 from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import report, rules, with_rank_facts
@@ -128,11 +129,10 @@ def as_lora(
             fixed[module] = pair
         else:
             high[module] = change
-    made, fits = ({}, {})
+    made: dict[ModuleName, LowRank] = {}
     if high:
         base_weight = None if sd_model is None else _weights_in(sd_model)
         made, fits = reduce_modules(high, rules(rank, conv_rank), base_weight=base_weight)
-    if fits:
         print(report(fits))
     modules = {module: fixed[module] if module in fixed else made[module] for module in adapter.modules}
     if not high and not adapter.stored:
