@@ -73,6 +73,13 @@ def _loaded(path: Path) -> None:
     adapter.to(torch.float32).scale(0.5).with_common_alpha()
 
 
+def _loaded_of_other_kinds(path: Path) -> None:
+    """The same for adapters that are more than pairs, which are written as they were."""
+    adapter = Adapter.load(path)
+    as_text(facts(adapter, path))
+    adapter.save(path.with_name("again.safetensors"))
+
+
 def _convert(main: Callable[[list[str]], int], argv: list[str]) -> None:
     """A program, in this process. What it refuses is one line and status 1."""
     said, shown = io.StringIO(), io.StringIO()
@@ -113,14 +120,31 @@ def adapters(folder: Path) -> Iterator[Reader]:
     yield Reader("old.ckpt", folder / "old.ckpt", lambda: _loaded(folder / "old.ckpt"))
     from safetensors.torch import save_file
 
-    from lora_adapters.convert.formats.cloneofsimo import _walk, write
+    from lora_adapters.convert.formats.cloneofsimo import _walk, to_tensors
 
     g = torch.Generator().manual_seed(1)
     layers = {
         ModuleName("text_encoder", path): LowRank(torch.randn(2, 6, generator=g), torch.randn(5, 2, generator=g), 2.0)
         for path in _walk("text_encoder", ["CLIPAttention"])[:8]
     }
-    save_file(*(lambda pair: (pair[0], folder / "simo.safetensors", pair[1]))(write(layers, "sd", {})))
+    save_file(*(lambda pair: (pair[0], folder / "simo.safetensors", pair[1]))(to_tensors(layers, "sd", {})))
+    block = "lora_unet_mid_block_attentions_0_transformer_blocks_0"
+    kinds = {
+        f"{block}_attn1_to_q": {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 8)},
+        f"{block}_attn1_to_k": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4)},
+        f"{block}_attn1_to_v": {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2), "dora_scale": (1, 8)},
+        f"{block}_norm1": {"w_norm": (8,), "b_norm": (8,)},
+        f"{block}_attn2_to_q": {"diff": (8, 8), "diff_b": (8,)},
+    }
+    mixed = {
+        f"{name}.{end}": torch.randn(*shape, generator=g)
+        for name, parts in kinds.items()
+        for end, shape in parts.items()
+    }
+    mixed |= {f"{name}.alpha": torch.tensor(1.0) for name in list(kinds)[:3]}
+    whole = folder / "lycoris.safetensors"
+    save_file(mixed, whole)
+    yield Reader(whole.name, whole, lambda: _loaded_of_other_kinds(whole))
     yield Reader("simo.safetensors", folder / "simo.safetensors", lambda: _loaded(folder / "simo.safetensors"))
     metadata = {"unet.r": 2, "unet.lora_alpha": 2, "unet.rank_pattern": {}, "unet.alpha_pattern": {"^mid_block": 4}}
     tensors = {f"unet.mid_block.attentions.0.proj_in.lora_{h}.weight": torch.randn(2, 2) for h in "AB"}
