@@ -9,7 +9,7 @@ from torch import nn
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.families.registry import FAMILIES, by_modules, by_name
+from lora_adapters.convert.families.registry import FAMILIES, by_class, by_modules, by_name
 from lora_adapters.convert.formats.diffusers import pattern_value
 
 _CONTAINERS = {
@@ -68,19 +68,27 @@ def is_kxk(layer: nn.Module) -> bool:
 
 
 def covered(model: nn.Module, conv: bool) -> list[str]:
-    """Paths of the modules that kohya's LoRA adapts in a U-Net or CLIP text encoder.
+    """Paths of the modules that kohya's LoRA adapts in a U-Net, a diffusion transformer or a text encoder.
 
     LierLa takes the linear layers and 1x1 convolutions of the attention blocks and the text encoder's attention and
-    MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. ValueError where the model
-    has none of these.
+    MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. Of a transformer, both take
+    the linear layers of its blocks. ValueError where the model has none of these.
     """
+    family = by_class(model)
+    if family is not None:
+        parts = family.coverage["c3lier" if conv else "lierla"].parts
+        return [
+            path
+            for path, _, layer in base_layers(model)
+            if family.part_of(path) in parts and (conv or not is_kxk(layer))
+        ]
     containers = _CONTAINERS["c3lier" if conv else "lierla"]
     paths = [
         path for path, container, layer in base_layers(model) if container in containers and (conv or not is_kxk(layer))
     ]
     if not paths:
         raise AdapterError(
-            f"{type(model).__name__} has none of the blocks that LoRA for Stable Diffusion adapts "
+            f"{type(model).__name__} has none of the blocks that kohya's LoRA adapts "
             f"({', '.join(sorted(containers))}): give target_modules"
         )
     return paths
@@ -99,20 +107,20 @@ def check_block_list(name: str, values: Sequence[float] | None, architecture: st
 
 
 class RankRule:
-    """Rank and alpha of every module of one model by a config."""
+    """Rank and alpha of every module of one model by a config; `family` is that of a transformer, by its class."""
 
-    def __init__(self, ranks: Ranks, model_paths: Sequence[str]):
+    def __init__(self, ranks: Ranks, model_paths: Sequence[str], family: ModelFamily | None = None):
         self.ranks = ranks
         blocks = [path for path in model_paths if path.startswith(("down_blocks.", "mid_block.", "up_blocks."))]
         self.family: ModelFamily | None = None
         lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-        if blocks and any(getattr(ranks, name) is not None for name in lists):
-            self.family = by_modules(ModuleName("unet", path) for path in blocks)
+        if (blocks or family is not None) and any(getattr(ranks, name) is not None for name in lists):
+            self.family = family or by_modules(ModuleName("unet", path) for path in blocks)
             for name in lists:
                 check_block_list(name, getattr(ranks, name), self.family.name)
 
     def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
-        """The rank and alpha of the layer at `path`; block lists count in U-Nets only, as in kohya's trainer.
+        """The rank and alpha of the layer at `path`; block lists count in denoisers only, as in kohya's trainer.
 
         PEFT's own rank_pattern and alpha_pattern, which name single modules, win over all else.
         """

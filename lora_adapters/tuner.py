@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 
 # Whole modules: each may be half loaded when its import of peft is what loads this one.
@@ -100,7 +101,7 @@ def _injecting(stock: Method) -> Method:
                 if config.target_modules is None:
                     config.target_modules = set(covered(inner, config.conv))
                 paths = [path for path, _, _ in base_layers(inner)]
-                self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
+                self._rule = _Resolved(config) if config.resolved else RankRule(config, paths, by_class(inner))
                 stock(self, model, adapter_name, *args, **kwargs)
                 config.decide(_decided(inner, adapter_name, config), asked)
                 registry.attach(inner, adapter_name, config)
