@@ -81,13 +81,14 @@ class Run(Protocol):
 class StackBlocks:
     """The blocks of a transformer, stack by stack.
 
-    stacks: of the largest model. lists: the labels of lists of numbers other than the one of all blocks. behind: the
-    beginnings of the paths of what is behind the blocks.
+    stacks: of the largest model. lists: the labels of lists of numbers other than the one of all blocks. texts: the
+    labels of text encoders that have one of their own. behind: the beginnings of paths behind the blocks.
     Source of Flux.1's labels and list: the extension sd-webui-lora-block-weight.
     """
 
     stacks: tuple[Run, ...]
     lists: tuple[tuple[str, ...], ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
     behind: tuple[str, ...] = ("norm_out.", "proj_out", "all_final_layer.")
     presets: Mapping[str, str] = field(default_factory=dict)
 
@@ -115,6 +116,11 @@ class StackBlocks:
     def weight_lists(self) -> tuple[tuple[str, ...], ...]:
         """The labels that lists of block weights are for."""
         return (BASE, *(label for label in self.labels if label is not None)), *self.lists
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """All labels, from the text encoders to what is behind the blocks."""
+        return BASE, *self.texts.values(), "IN", *self.weight_lists[0][1:], "OUT"
 
     def index(self, path: str) -> int | None:
         """The index of the block of a module; None outside of the blocks that the largest model has."""

@@ -258,6 +258,10 @@ class ModelFamily:
         """As `block_label`, with BASE for the text encoders: what lists of block weights call it."""
         return self.block_label(module) if module.component == self.denoiser.name else BASE
 
+    def text_label(self, module: ModuleName) -> str | None:
+        """What lists of block weights call a text encoder that has a weight of its own in them (CLIP, T5)."""
+        return self.blocks.texts.get(module.component) if isinstance(self.blocks, StackBlocks) else None
+
     # --- versions --------------------------------------------------------------------------------------------------
 
     def version(self, text_width: int | None, prediction: str = "epsilon") -> Version | None:

@@ -98,7 +98,7 @@ FLUX = ModelFamily(
         ),
         Component("text_encoder_2", "text_encoder", "lora_te3", T5, others=("lora_te2_", *T5_NAMES)),
     ),
-    blocks=StackBlocks(_TRANSFORMER.stacks, lists=(_LIST,)),
+    blocks=StackBlocks(_TRANSFORMER.stacks, (_LIST,), {"text_encoder": "CLIP", "text_encoder_2": "T5"}),
     coverage=_TRANSFORMER.coverage(),
     part_of=_TRANSFORMER.part_of,
     kind_of=_TRANSFORMER.kind_of,

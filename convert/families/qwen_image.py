@@ -20,7 +20,7 @@ _TRANSFORMER = Transformer(
             "transformer_blocks",
             "transformer_blocks",
             60,
-            "T",
+            "B",
             {name: name for name in _BLOCK},
             outer=("img_mod.", "txt_mod."),
         ),
