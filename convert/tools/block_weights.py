@@ -154,7 +154,7 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
 
     def factor(module: ModuleName) -> float:
         labels = (family.weight_label(module), family.text_label(module))
-        return next((given[label] for label in labels if label in given), given.rest)
+        return next((given[label] for label in labels if label is not None and label in given), given.rest)
 
     factors = {module: factor(module) for module in adapter.modules}
     return adapter.with_modules(
