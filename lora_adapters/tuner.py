@@ -18,7 +18,7 @@ from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 from lora_adapters.types import base, layers, registry
 
 from . import save_hook
-from .target_modules import RankAlpha, RankRule, base_layers, covered
+from .target_modules import RankAlpha, RankRule, base_layers
 
 Method = Callable[..., Any]
 _PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into itself, under this name
@@ -98,7 +98,7 @@ def _injecting(stock: Method) -> Method:
             with _all_or_nothing(inner, adapter_name, self.peft_config):
                 config.check_options()  # again: they may have been set since it was made
                 if config.target_modules is None:
-                    config.target_modules = set(covered(inner, config.conv, config.preset))
+                    config.target_modules = set(registry.covered(inner, config))
                 paths = [path for path, _, _ in base_layers(inner)]
                 self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
                 stock(self, model, adapter_name, *args, **kwargs)
