@@ -74,7 +74,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if not isinstance(tensor, torch.Tensor):
             raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
         if not isinstance(name, str) or not _is_plain(tensor):
-            raise AdapterError(f"{file}: {name!s:.80} is no plain tensor under a name")
+            raise AdapterError(f"{file}: {name!s:.80} is not a plain tensor under a name")
     # Views that conjugate or negate what is stored have no bytes of their own; both calls give back all others.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
 
