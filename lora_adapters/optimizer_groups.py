@@ -93,7 +93,8 @@ def param_groups(
 
     Returns:
         Groups for any torch optimizer, each with "params", "lr" and "name": unet, unet_block<index>, unet_reg<index>,
-        text_encoder, text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left out.
+        text_encoder, text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left
+        out.
 
     Raises:
         AdapterError: There is nothing to train, the number of rates or weights does not fit, or a ratio is given and

@@ -3,7 +3,8 @@
 import pytest
 
 from lora_adapters.train.options.arguments import settings
-from lora_adapters.train.training.dry_run import captions, choices, memory, report
+from lora_adapters.train.training.dry_run import captions, memory, report
+from lora_adapters.train.training.module_choices import choices
 from lora_adapters.train.training.optimizers import state_bytes
 from lora_adapters.train.training.setup import prepare
 
