@@ -44,7 +44,11 @@ _NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="info.py", description="Show what LoRA files are.")
+    made = Parser(
+        prog="info.py",
+        description="Show what LoRA files are.",
+        examples=["model.safetensors"],
+    )
     made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
     made.add_argument("--json", action="store_true", help="one JSON list, for programs")
     made.add_argument("--plot", metavar="PNG", help="draw the norm of the change in each block (needs matplotlib)")

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.convert.storage.atomic import replacing
+from lora_adapters.convert.terminal import say
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.option import Option, options_of
 from lora_adapters.train.options.settings import Settings
@@ -110,7 +111,7 @@ def write_config(settings: Settings) -> None:
     ]
     with replacing(file) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"wrote {len(lines)} options to {file}")
+    say(f"wrote {len(lines)} options to {file}")
 
 
 def _toml(value: Any) -> str:
