@@ -98,7 +98,7 @@ def _injecting(stock: Method) -> Method:
             with _all_or_nothing(inner, adapter_name, self.peft_config):
                 config.check_options()  # again: they may have been set since it was made
                 if config.target_modules is None:
-                    config.target_modules = set(covered(inner, config.conv))
+                    config.target_modules = set(covered(inner, config.conv, config.preset))
                 paths = [path for path, _, _ in base_layers(inner)]
                 self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
                 stock(self, model, adapter_name, *args, **kwargs)

@@ -121,7 +121,7 @@ class NetworkOptions:
     network_alpha: float = option(1, "alpha: the adapter is scaled by alpha/rank")
     network_dropout: float | None = option(None, "dropout on the low-rank activations", metadata=True)
     network_args: list[str] | dict[str, Any] | None = option(
-        None, "conv_dim=4 conv_alpha=1 unit=4 block_dims=... ...", metavar="KEY=VALUE"
+        None, "conv_dim=4 conv_alpha=1 unit=4 block_dims=... preset=... ...", metavar="KEY=VALUE"
     )
     network_weights: str | None = option(None, "adapter file whose weights training starts from")
     dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")

@@ -14,6 +14,7 @@ from lora_adapters.convert.storage.sources import locate
 from lora_adapters.injection import match_to_model as match_component
 from lora_adapters.injection import place
 from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
+from lora_adapters.module_patterns import left_out, names_in, tally
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.target_modules import RankRule, base_layers, covered
 from lora_adapters.train.errors import OptionError, TrainingError
@@ -75,16 +76,23 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
 def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]:
     """The models that get an adapter, by the name of their part in a pipeline.
 
-    Without the denoiser where no block of it gets a module; TrainingError where nothing is left then.
+    Without those that get no module; TrainingError where nothing is left then.
     """
-    every = models.components
-    if not settings.dim_from_weights and not _has_modules(models.denoiser, options(settings, models.family).config):
-        del every[models.denoiser_name]
-        if settings.network_train_unet_only:
-            raise TrainingError("--network_train_unet_only: every block has rank or weight 0, nothing is left to train")
+    wanted = models.components
     if settings.network_train_unet_only:
-        return {models.denoiser_name: models.denoiser}
-    return text_components(every) if settings.network_train_text_encoder_only else every
+        wanted = {models.denoiser_name: models.denoiser}
+    elif settings.network_train_text_encoder_only:
+        wanted = text_components(wanted)
+    if settings.dim_from_weights:
+        return wanted
+    config = options(settings, models.family).config
+    trained = {name: model for name, model in wanted.items() if _has_modules(model, config)}
+    if not trained:
+        raise TrainingError(
+            f"nothing is left to train in {', '.join(wanted)}: every block has rank or weight 0, or preset, "
+            "include_patterns and exclude_patterns leave all modules out"
+        )
+    return trained
 
 
 def text_components(trained: dict[str, Any]) -> dict[str, Any]:
@@ -92,10 +100,41 @@ def text_components(trained: dict[str, Any]) -> dict[str, Any]:
     return {name: model for name, model in trained.items() if is_text_encoder(name)}
 
 
-def _has_modules(denoiser: Any, config: AdapterConfig) -> bool:
-    layers = {path: layer for path, _, layer in base_layers(denoiser)}
+def _has_modules(model: Any, config: AdapterConfig) -> bool:
+    layers = {path: layer for path, _, layer in base_layers(model)}
     rule = RankRule(config, list(layers))
-    return any(rule(path, layers[path]).rank for path in covered(denoiser, config.conv))
+    try:
+        paths = covered(model, config.conv, config.preset)
+    except AdapterError:  # a preset without modules in this model
+        if config.preset is None:
+            raise
+        return False
+    return any(rule(path, layers[path]).rank for path in paths)
+
+
+def pattern_choices(asked: NetworkOptions, trained: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """How many modules of the models each regular expression of --network_args decides, by the name of its option.
+
+    For exclude_patterns these are the modules that are left out, for the others those that get an adapter.
+    """
+    config, kept, gone = asked.config, list[tuple[str, ...]](), list[tuple[str, ...]]()
+    for model in trained.values():
+        paths = covered(model, config.conv, config.preset)
+        for names in map(names_in(paths), paths):
+            (gone if left_out(config.include_patterns, config.exclude_patterns, names) else kept).append(names)
+    choices = {
+        "include_patterns": tally(config.include_patterns or [], kept),
+        "exclude_patterns": tally(config.exclude_patterns or [], gone),
+        "network_reg_dims": tally(config.reg_dims or {}, kept),
+        "network_reg_lrs": tally(asked.reg_lrs or {}, kept),
+    }
+    return {option: counts for option, counts in choices.items() if counts}
+
+
+def _warn_of_idle_patterns(choices: dict[str, dict[str, int]]) -> None:
+    for option, counts in choices.items():
+        for pattern in (pattern for pattern, count in counts.items() if not count):
+            log.warning("network_args %s: %s matches no module, or only modules of patterns before it", option, pattern)
 
 
 def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None:
@@ -108,6 +147,7 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
     else:
         for model in trained.values():
             model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
+        _warn_of_idle_patterns(pattern_choices(asked, trained))
         if start is not None:
             load_start(trained, start, source)
     for model in trained.values():
@@ -202,6 +242,7 @@ def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, 
         loraplus_lr_ratio=asked.loraplus_lr_ratio,
         loraplus_unet_lr_ratio=asked.loraplus_unet_lr_ratio,
         loraplus_text_encoder_lr_ratio=asked.loraplus_text_encoder_lr_ratio,
+        reg_lrs=asked.reg_lrs,
         adapter_name=ADAPTER,
     )
 

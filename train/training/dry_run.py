@@ -16,6 +16,7 @@ from lora_adapters.train.training import adapters
 from lora_adapters.train.training.optimizers import optimizer_name, state_bytes
 from lora_adapters.train.training.setup import Run
 from lora_adapters.types.layers import factors, width
+from lora_adapters.types.registry import delta_of
 
 _MIB = 1024 * 1024
 _CAPTIONS_SHOWN = 3  # of each subset
@@ -33,10 +34,45 @@ def report(run: Run) -> str:
         f"steps: {run.steps} in {run.epochs} epochs of {run.steps_per_epoch}; {batch} batches a step",
         f"adapter: {settings.network_module}, rank {_ranks(layers)}, {len(layers)} modules, {parameters:,} parameters",
         *(f"  {place}: {count} modules, {numbers:,} parameters" for place, count, numbers in by_block(run)),
+        *choices(run),
+        "learning rates:",
+        *(f"  {group['name']}: {group['lr']:g}, {_size(group):,} parameters" for group in run.optimizer.param_groups),
         "memory for weights, gradients and optimizer (activations come on top):",
         *(f"  {name}: {_shown(size)}" for name, size in memory(run).items()),
     ]
     return "\n".join(lines)
+
+
+def choices(run: Run) -> list[str]:
+    """What preset, patterns and regular expressions in --network_args chose; with verbose=True, each module."""
+    if run.settings.dim_from_weights:
+        return []
+    asked = adapters.options(run.settings, run.models.family)
+    lines = [f"chosen by preset {asked.config.preset}"] if asked.config.preset else []
+    ranks, rates = asked.config.reg_dims or {}, asked.reg_lrs or {}
+    for option, counts in adapters.pattern_choices(asked, run.trained).items():
+        lines.append(f"{option}:")
+        for pattern, count in counts.items():
+            rank = f", rank {ranks[pattern]}" if option == "network_reg_dims" else ""
+            rate = f", learning rate {rates[pattern]:g}" if option == "network_reg_lrs" else ""
+            gone = " left out" if option == "exclude_patterns" else ""
+            lines.append(f"  {pattern}: {count} modules{gone}{rank}{rate}")
+    if asked.verbose:
+        lines += ["modules:", *(f"  {_described(name, layer)}" for name, layer in _layers(run).items())]
+    return lines
+
+
+def _described(name: ModuleName, layer: Any) -> str:
+    change = delta_of(layer, adapters.ADAPTER)
+    return f"{name}: {change.kind}, rank {change.rank}, alpha {change.alpha:g}"
+
+
+def _layers(run: Run) -> dict[ModuleName, Any]:
+    return adapters.lora_layers(run.trained)
+
+
+def _size(group: dict[str, Any]) -> int:
+    return sum(parameter.numel() for parameter in group["params"])
 
 
 def _ranks(layers: Mapping[ModuleName, Any]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_adapters.train.options.arguments import settings
-from lora_adapters.train.training.dry_run import captions, memory
+from lora_adapters.train.training.dry_run import captions, choices, memory, report
 from lora_adapters.train.training.optimizers import state_bytes
 from lora_adapters.train.training.setup import prepare
 
@@ -50,3 +50,28 @@ def test_captions_are_those_of_the_first_epoch(basics, pictures) -> None:
     shown = captions(run)
     assert [name.rpartition("/")[2] for name, _ in shown] == ["00.png", "01.png", "02.png"]
     assert all(caption in seen for _, caption in shown)
+
+
+def test_what_patterns_chose_is_shown(basics, caplog) -> None:
+    args = ["preset=unet-transformer-only", "exclude_patterns=['.*attn2.*']", "network_reg_dims=.*attn1.*=3,x=1"]
+    options = {**basics, "network_args": [*args, "network_reg_lrs=.*ff.*=0.5", "verbose=True"], "dry_run": True}
+    run = prepare(settings(**options))
+    assert list(run.trained) == ["unet"]
+    lines = choices(run)
+    assert lines[:8] == [
+        "chosen by preset unet-transformer-only",
+        "exclude_patterns:",
+        "  .*attn2.*: 64 modules left out",
+        "network_reg_dims:",
+        "  .*attn1.*: 64 modules, rank 3",
+        "  x: 0 modules, rank 1",
+        "network_reg_lrs:",
+        "  .*ff.*: 32 modules, learning rate 0.5",
+    ]
+    assert lines[8] == "modules:"
+    assert len(lines) == 9 + 16 * 8
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+    assert f"  {path}.attn1.to_q: LoRA, rank 3, alpha 1" in lines
+    assert f"  {path}.ff.net.2: LoRA, rank 2, alpha 1" in lines
+    assert "network_reg_dims: x matches no module" in caplog.text
+    assert "  unet_reg0: 0.5, " in report(run)
