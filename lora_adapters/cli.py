@@ -17,6 +17,7 @@ PROGRAMS = {
     "info": ("lora_adapters.convert.info", "show what a LoRA file is"),
     "train": ("lora_adapters.train.train_network", "train an adapter, with kohya's train_network.py options"),
     "generate": ("lora_adapters.train.gen_img_diffusers", "draw pictures with adapters, with kohya's gen_img options"),
+    "studio": ("lora_adapters.train.studio.program", "compare, inspect, train and convert in the browser"),
     "completion": ("lora_adapters.completion", "print a script that completes commands and options in a shell"),
     "resize-images": ("lora_adapters.train.resize_images_to_resolution", "resize a folder of training pictures"),
 }
