@@ -89,8 +89,9 @@ def param_groups(
         adapter_name: The adapter's name in the models.
 
     Returns:
-        Groups for any torch optimizer, each with "params", "lr" and "name": unet, unet_block<index>,
-        unet_reg<index>, text_encoder, text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left out.
+        Groups for any torch optimizer, each with "params", "lr" and "name": unet, unet_block<index>, unet_reg<index>,
+        text_encoder, text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left
+        out.
 
     Raises:
         AdapterError: There is nothing to train, or the number of rates or weights does not fit.
