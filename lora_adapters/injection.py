@@ -15,6 +15,8 @@ from lora_adapters.convert.families.names import ModuleName, nearest, text_path
 from lora_adapters.types.layers import HELD, layers, put, width
 from lora_adapters.types.registry import beyond_lora, config_options, delta_of
 
+from .tuner import inject_at
+
 
 def unwrapped(model: Any) -> Any:
     """The model inside of torch.compile's and PEFT's wrappers, which name everything in it anew."""
@@ -111,10 +113,11 @@ def place(
         low_cpu_mem_usage: Whether the layers are made without memory for their first weights.
     """
     config, dtype = LoraConfig(**config_options(matched, facts)), _dtype(model)
-    names = {f"{path}.lora_A.weight": pair.down for path, pair in matched.items()}  # of which PEFT takes the paths only
-    inject_adapter_in_model(
-        config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    if not inject_at(model, config, adapter_name, matched):
+        names = {f"{path}.lora_A.weight": pair.down for path, pair in matched.items()}  # PEFT takes the paths of these
+        inject_adapter_in_model(
+            config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
+        )
     left = dict(matched)
     for path, layer in layers(model, adapter_name):
         device = layer.get_base_layer().weight.device
