@@ -136,9 +136,10 @@ def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], 
     """Config, pairs and widths (ranks with padding) of this package's adapters that are pairs alone, in live models."""
     from lora_adapters.types.registry import is_ours
 
-    from .injection import extract_pairs, is_plain, widths
+    from .injection import extract_changes, is_plain, widths
 
     for model in list(_models):
         for name, config in getattr(model, "peft_config", {}).items():
             if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
-                yield config, extract_pairs(model, component, name), widths(model, component, name)
+                pairs: Any = extract_changes(model, component, name)
+                yield config, pairs, widths(model, component, name)

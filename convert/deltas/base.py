@@ -1,8 +1,8 @@
 """The change of one module's weight, whatever kind of adapter makes it."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -179,6 +179,26 @@ class TensorDelta:
                 f"{with_article(self.kind)} at weight {self.multiplier:g} cannot be written: "
                 "files of this kind have no place for a weight"
             )
+
+
+def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor], prefix: str = "") -> Any:
+    """The same change with other tensors, also in the changes that it is made of.
+
+    Args:
+        change: a delta.
+        take: gives the new tensor for the name of a field and its tensor; fields of an inner change are named
+            `<field>_<inner field>`, those of a sum's parts `parts_<number>_<field>`.
+    """
+    values: dict[str, Any] = {}
+    for item in fields(change):
+        value, name = getattr(change, item.name), f"{prefix}{item.name}"
+        if isinstance(value, torch.Tensor):
+            values[item.name] = take(name, value)
+        elif is_dataclass(value):
+            values[item.name] = with_tensors(value, take, f"{name}_")
+        elif isinstance(value, tuple):
+            values[item.name] = tuple(with_tensors(part, take, f"{name}_{at}_") for at, part in enumerate(value))
+    return replace(change, **values)
 
 
 def with_article(kind: str) -> str:

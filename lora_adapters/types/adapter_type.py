@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.formats.diffusers import lora_config
 
 from . import layers
@@ -84,7 +84,7 @@ class AdapterType:
     def refit(self, model: nn.Module) -> None:
         """Follow layers whose factors have been padded."""
 
-    def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
+    def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
         """The change of weight of an adapter in a layer, as a file has it; see `layers.low_rank`."""
         return layers.low_rank(layer, adapter_name, stabilized)
 

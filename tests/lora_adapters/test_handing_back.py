@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from lora_adapters import Adapter, AdapterError, injection
+from lora_adapters.convert.formats import registry
 from lora_adapters.model_state import ModelState
 
 from .conftest import GOLDEN
@@ -18,6 +19,12 @@ from .conftest import GOLDEN
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 QUERY, KEY = f"{ATTENTION}.to_q", f"{ATTENTION}.to_k"
 FIRST = GOLDEN / "sd15" / "lierla.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def dora_is_not_read(monkeypatch):
+    """DoRA stands for whatever diffusers reads and this package does not: its format is taken away here."""
+    monkeypatch.setattr(registry, "FORMATS", tuple(known for known in registry.FORMATS if known.NAME != "lycoris"))
 
 
 def models(pipe):
