@@ -22,13 +22,9 @@ logger = logging.getLogger(__name__)
 MODULES = {name: kind.name for kind in types() for name in kind.network_modules}
 # What to take in place of modules that are not there.
 _INSTEAD = {
-    "lycoris": "LyCORIS (LoHa, LoKr, ...) is not supported; for its algo=lora or locon give networks.lora, with "
-    "conv_dim and conv_alpha in network_args",
     "networks.lora_fa": "LoRA-FA, which trains `up` alone, is not supported; give networks.lora, which trains both and "
     "makes a file of the same kind",
-    "networks.oft": "OFT is not supported; networks.lora and networks.dylora are",
-    "networks.loha": "LoHa is not supported; networks.lora and networks.dylora are",
-    "networks.lokr": "LoKr is not supported; networks.lora and networks.dylora are",
+    "networks.oft": "kohya's OFT is not supported; give lycoris.kohya with algo=diag-oft in network_args",
 }
 
 
@@ -41,6 +37,7 @@ class NetworkOptions:
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
+    dropout: float | None = None
     rank_dropout: float | None = None
     module_dropout: float | None = None
     reg_lrs: dict[str, float] | None = None
@@ -89,6 +86,7 @@ _COMMON = {
     "mid_lr_weight": NetworkArg(str, "weights"),
     "up_lr_weight": NetworkArg(str, "weights"),
     "block_lr_zero_threshold": NetworkArg(number, "a number"),
+    "dropout": NetworkArg(number, "a number"),
     "rank_dropout": NetworkArg(number, "a number"),
     "module_dropout": NetworkArg(number, "a number"),
     "loraplus_lr_ratio": NetworkArg(number, "a number"),
@@ -108,12 +106,24 @@ _MODULES = ("preset", "include_patterns", "exclude_patterns")
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 
+# Options of LyCORIS that change nothing here.
+_IDLE = {
+    "bypass_mode": "it is another way to the same numbers",
+    "train_t5xxl": "no model here has a T5 text encoder",
+    "train_llm_adapter": "no model here has a language model's adapter",
+}
+
+
 def without_effect(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
     """The network_args that change nothing, each with the reason: kohya's trainer ignores them without a word."""
-    kind, reasons = type_named(MODULES.get(network_module, "")), {}
-    for key in network_args:
+    kind, reasons = type_named(MODULES.get(network_module, "")), dict[str, str]()
+    if kind is not None:
+        reasons |= kind.idle(network_module, network_args)
+    for key in network_args.keys() - reasons:
         owner = next((other for other in types() if key in other.network_args), None)
-        if key not in NETWORK_ARGS:
+        if key in _IDLE:
+            reasons[key] = _IDLE[key]
+        elif key not in NETWORK_ARGS:
             reasons[key] = f"there is no such option{nearest(key, NETWORK_ARGS)}"
         elif owner is not None and (kind is None or key not in kind.network_args):
             reasons[key] = f"it is for {owner.title}: give network_module {owner.network_modules[0]}"
@@ -220,12 +230,13 @@ def network_options(
     fields |= {name: given[name] for name in (*_RANKS, *_MODULES, *kind.network_args) if name in given}
     if "network_reg_dims" in given:
         fields["reg_dims"] = given["network_reg_dims"]
+    fields |= kind.fields(network_module, fields)
     weights = _block_weights(given, architecture)
     if weights is not None and not all(weights):
         _leave_out_zero_blocks(fields, weights)
     _ranks_for_zero_alphas(fields)
     config = _kind_for(kind, fields).config(**fields)
-    rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("_dropout")}
+    rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("dropout")}
     rest["reg_lrs"] = reg_lrs = given.get("network_reg_lrs")
     check_patterns("network_reg_lrs", reg_lrs)
     if any(rate < 0 for rate in (reg_lrs or {}).values()):

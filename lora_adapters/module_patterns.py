@@ -32,11 +32,12 @@ def names_in(paths: Collection[str]) -> Names:
     """The names of each module of a model whose layers have these paths."""
     blocks = [ModuleName("unet", path) for path in paths if path.startswith(_BLOCKS)]
     family = next((family for family in FAMILIES if family.has(blocks)), None) if blocks else None
+    known = frozenset() if family is None else family.paths("unet") | family.norms("unet")
 
     def names(path: str) -> tuple[str, ...]:
         if path.startswith(_TEXT):
             return path, text_path(path)
-        if family is None or path not in family.paths(family.denoiser.name):
+        if family is None or path not in known:
             return (path,)
         return tuple(dict.fromkeys((path, family.denoiser.original(path))))
 

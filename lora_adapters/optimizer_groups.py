@@ -45,7 +45,7 @@ def _rates(
     """
     found = list(layers(unwrapped(model), adapter_name))
     blocks = _unet_blocks([path for path, _ in found], weights) if weights is not None else {}
-    names, patterns = names_in([path for path, _ in found]), list(reg_lrs)
+    names, patterns, found_up = names_in([path for path, _ in found]), list(reg_lrs), False
     for path, layer in found:
         group, rate = name, lr
         if weights is not None and path in blocks:
@@ -54,7 +54,10 @@ def _rates(
             group, rate = f"{name}_reg{patterns.index(pattern)}", reg_lrs[pattern]
         plus = (group, rate) if ratio is None else (f"{group} plus", rate * ratio)
         for kind, part in parts_of(layer, adapter_name):
+            found_up |= kind == "up"
             yield (*plus, part) if kind == "up" else (group, rate, part)
+    if ratio is not None and found and not found_up:
+        raise AdapterError("LoRA+'s ratio: no module of the adapter has an `up`, or what takes its place")
 
 
 def param_groups(
@@ -94,7 +97,8 @@ def param_groups(
         out.
 
     Raises:
-        AdapterError: There is nothing to train, or the number of rates or weights does not fit.
+        AdapterError: There is nothing to train, the number of rates or weights does not fit, or a ratio is given and
+            no module has an `up` or what takes its place in other kinds of changes.
 
     >>> import torch
     >>> from lora_adapters import LierLaConfig

@@ -18,7 +18,7 @@ from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 from lora_adapters.types import base, layers, registry
 
 from . import grafting, save_hook
-from .target_modules import RankAlpha, RankRule, base_layers, covered
+from .target_modules import RankAlpha, RankRule, base_layers
 
 Method = Callable[..., Any]
 Rule = Callable[[str, Any], RankAlpha]
@@ -119,7 +119,7 @@ def _settle(
         with _all_or_nothing(inner, adapter_name, configs):
             config.check_options()  # again: they may have been set since it was made
             if config.target_modules is None:
-                config.target_modules = set(covered(inner, config.conv, config.preset))
+                config.target_modules = set(registry.covered(inner, config))
             if config.resolved:
                 rule: Rule = _Resolved(config)
             else:

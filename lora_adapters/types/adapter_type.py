@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.formats.diffusers import lora_config
+from lora_adapters.target_modules import covered
 
 from . import layers
 
@@ -73,7 +74,24 @@ class AdapterType:
         """
         return {**lora_config(modules), "facts": dict(facts)}
 
+    def fields(self, network_module: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of the config that a name of --network_module decides, or values in the place of those given.
+
+        Args:
+            network_module: One of `network_modules`.
+            given: The fields that the other network options say.
+        """
+        return {}
+
+    def idle(self, network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
+        """Options of this type that change nothing beside others of `network_args`, each with the reason."""
+        return {}
+
     # --- in models -----------------------------------------------------------------------------------------------
+
+    def covered(self, model: nn.Module, config: Any) -> list[str]:
+        """Paths of the layers that an adapter of `config` has without target_modules; see `target_modules.covered`."""
+        return covered(model, config.conv, config.preset)
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
         """Make the LoRA layers of an adapter, which are in the model, compute what this type does."""

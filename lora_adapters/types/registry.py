@@ -110,6 +110,11 @@ def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
     return {**options, "auto_mapping": {base.FACTS: facts}}
 
 
+def covered(model: nn.Module, config: Any) -> list[str]:
+    """Paths of the layers that an adapter of `config` has in a model; AdapterError where there are none."""
+    return type_of(config).covered(model, config)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lora_adapters.convert.deltas.base import alpha_in
 from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.train.data.captions import Moment, draw_caption
@@ -15,8 +16,7 @@ from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.optimizers import optimizer_name, state_bytes
 from lora_adapters.train.training.setup import Run
-from lora_adapters.types.layers import factors, width
-from lora_adapters.types.registry import delta_of
+from lora_adapters.types.registry import delta_of, parts_of
 
 _MIB = 1024 * 1024
 _CAPTIONS_SHOWN = 3  # of each subset
@@ -64,7 +64,9 @@ def choices(run: Run) -> list[str]:
 
 def _described(name: ModuleName, layer: Any) -> str:
     change = delta_of(layer, adapters.ADAPTER)
-    return f"{name}: {change.kind}, rank {change.rank}, alpha {change.alpha:g}"
+    alpha = alpha_in(change)
+    numbers = "" if change.rank is None else f", rank {change.rank}" + ("" if alpha is None else f", alpha {alpha:g}")
+    return f"{name}: {change.kind}{numbers}"
 
 
 def _layers(run: Run) -> dict[ModuleName, Any]:
@@ -76,7 +78,8 @@ def _size(group: dict[str, Any]) -> int:
 
 
 def _ranks(layers: Mapping[ModuleName, Any]) -> str:
-    return rank_range(width(layer, adapters.ADAPTER) for layer in layers.values())
+    ranks = (delta_of(layer, adapters.ADAPTER).rank for layer in layers.values())
+    return rank_range(rank for rank in ranks if rank is not None)
 
 
 def by_block(run: Run) -> list[tuple[str, int, int]]:
@@ -86,7 +89,8 @@ def by_block(run: Run) -> list[tuple[str, int, int]]:
     for name, layer in layers.items():
         entry = counts[_place(name, run.models.family)]
         entry[0] += 1
-        entry[1] += sum(factor.weight.numel() for factor in factors(layer, adapters.ADAPTER))
+        parts = (part for _, part in parts_of(layer, adapters.ADAPTER))
+        entry[1] += sum(parameter.numel() for part in parts for parameter in part.parameters())
     return [(place, modules, numbers) for (_, place), (modules, numbers) in sorted(counts.items())]
 
 

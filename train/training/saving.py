@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_adapters.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import with_tensors
 from lora_adapters.convert.errors import OneLineError, first_line
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.training import adapters
@@ -32,7 +32,7 @@ def trained_adapter(run: Run, position: Position) -> Adapter:
     epoch = position.epoch + (1 if position.batch else 0)
     metadata = for_save(run.metadata, run.settings, position.step, epoch)
     live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
-    return live.map(lambda pair: LowRank(_copy(pair.down), _copy(pair.up), pair.alpha))
+    return live.map(lambda change: with_tensors(change, lambda _, tensor: _copy(tensor)))
 
 
 def save_at_step(run: Run, position: Position) -> None:

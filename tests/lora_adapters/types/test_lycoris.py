@@ -118,7 +118,7 @@ def test_what_takes_part_in_the_gradient() -> None:
         f"0.lora_A.default.{name}" for name in ("change_down", "change_up", "magnitude")
     }
     ((_, found),) = layers(model, "default")
-    assert [kind for kind, _ in registry.parts_of(found, "default")] == ["change"]
+    assert [kind for kind, _ in registry.parts_of(found, "default")] == ["change", "up", "change"]
     change = registry.delta_of(found, "default")
     assert not change.magnitude.requires_grad
     assert replace(change, multiplier=2.0).kind == "DoRA"
