@@ -15,6 +15,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 # Where the parser of a command is, if not in the module that runs it.
 _PARSERS = {
     "train": "lora_adapters.train.options.arguments",
+    "init": "lora_adapters.train.preparing.options",
     "generate": "lora_adapters.train.generation.options",
     "resize-images": "lora_adapters.train.resizing.options",
 }

@@ -105,7 +105,7 @@ def write_config(settings: Settings) -> None:
         raise TrainingError(f"--output_config: {file} exists already; name another --config_file or delete it")
     known = options_of(Settings)
     lines = [
-        f"{name} = {_toml(value)}"
+        f"{name} = {toml_literal(value)}"
         for name, value in settings.given_options().items()
         if name not in _NOT_WRITTEN and not known[name].secret
     ]
@@ -114,6 +114,6 @@ def write_config(settings: Settings) -> None:
     say(f"wrote {len(lines)} options to {file}")
 
 
-def _toml(value: Any) -> str:
+def toml_literal(value: Any) -> str:
     """A toml literal. JSON's text, numbers, truth values and lists are toml's as well."""
     return json.dumps(value, ensure_ascii=False)
