@@ -53,6 +53,7 @@ def parser() -> Parser:
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_skip_unknown(made)
+    made.add_argument("--svd_lowrank_niter", type=int, help="kohya's, accepted: the SVD is exact without iterations")
     made.add_argument("--verbose", action="store_true", help="show the rank and the error of each module")
     add_dtype(made, "--save_precision", "of the result (default: float)")
     return made
