@@ -56,7 +56,7 @@ def parser() -> Parser:
     return made
 
 
-def block_place(block: str) -> tuple[int, str]:
+def _place(block: str) -> tuple[int, str]:
     """Where a block stands in tables: text encoders first, then the U-Net from its input to its output."""
     kinds = ("text_encoder", "IN", "MID", "OUT", "unet")
     return next(number for number, kind in enumerate(kinds) if block.startswith(kind)), block
@@ -66,7 +66,7 @@ def _ordered_blocks(adapter: Adapter) -> dict[str, list[Delta]]:
     blocks: dict[str, list[Delta]] = {}
     for module, one in adapter.modules.items():
         blocks.setdefault(block_name(module, adapter.architecture), []).append(one)
-    return {block: blocks[block] for block in sorted(blocks, key=block_place)}
+    return {block: blocks[block] for block in sorted(blocks, key=_place)}
 
 
 def block_norms(adapter: Adapter) -> dict[str, float]:
@@ -216,7 +216,7 @@ def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
     norms = {name: block_norms(adapter) for name, adapter in adapters.items()}
-    blocks = sorted({block for each in norms.values() for block in each}, key=block_place)
+    blocks = sorted({block for each in norms.values() for block in each}, key=_place)
     stems = [Path(name).stem for name in norms]
     width = 0.8 / len(norms)
     for number, (name, each) in enumerate(norms.items()):

@@ -23,7 +23,7 @@ def build(folders: Folders, model: list[str]) -> gr.Blocks:
         with gr.Row():
             bar = gr.HTML(lambda: job_bar(jobs), elem_id="job")
             stop = gr.Button("Stop", variant="stop", scale=0, min_width=90, size="md", elem_id="stop-job")
-            again = gr.Button("Refresh lists", scale=0, min_width=120, size="md", elem_id="refresh")
+            again = gr.Button("Refresh lists", scale=0, min_width=150, size="md", elem_id="refresh")
         with gr.Accordion("What it prints", open=False):
             log = gr.Textbox(lambda: job_log(jobs), lines=12, max_lines=24, show_label=False, autoscroll=True,
                              interactive=False, elem_id="log")  # fmt: skip
@@ -38,7 +38,7 @@ def build(folders: Folders, model: list[str]) -> gr.Blocks:
         stop.click(shown(lambda: gr.Info(jobs.stop()) and None), None, None, queue=False)
         occasions = [page.load, again.click, *(tab.select for tab in (compare, inspect, training, tools))]
         gr.on(occasions, lists.refreshed, None, lists.fields, show_progress="hidden")
-        page.load(train.names, None, train.shown_run, show_progress="hidden")
+        train.restore(page)
         _refresh(jobs, bar, log, train)
     return page
 

@@ -186,7 +186,9 @@ class Axis:
     @property
     def titles(self) -> list[str]:
         """A label for each value."""
-        return list(self.values) if self.name == "prompt" else [f"{self.name}\n{value}" for value in self.values]
+        kind, _, adapter = self.name.partition(" of ")
+        start = "" if kind == "prompt" else f"{kind} "
+        return [f"{start}{value}\n{adapter}".strip() for value in self.values]
 
 
 def cells(scene: Scene, across: Axis | None, down: Axis | None) -> list[list[Scene]]:

@@ -41,8 +41,9 @@ class CompareTab:
             with gr.Column(scale=5, min_width=380):
                 self._adapters()
                 self._picture()
+                self._block_sliders()
                 self._grid()
-            with gr.Column(scale=6, min_width=380):
+            with gr.Column(scale=6, min_width=380, elem_classes="stays"):
                 self._result()
         self._connect()
 
@@ -73,6 +74,8 @@ class CompareTab:
             self.weights.append(weight)
             self.ranks.append(rank)
             self.blocks.append(blocks)
+
+    def _block_sliders(self) -> None:
         with gr.Accordion("Blocks as sliders", open=False, elem_id="blocks-panel"):
             with gr.Row():
                 self.edited = gr.Dropdown([], label="of adapter", scale=2)
@@ -89,7 +92,7 @@ class CompareTab:
         with gr.Row():
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
             self.steps = gr.Slider(1, 150, 20, step=1, label="Steps", elem_id="steps")
-            self.scale = gr.Slider(1, 20, 7, step=0.5, label="Guidance scale", elem_id="scale")
+            self.scale = gr.Slider(1, 20, 7, step=0.5, label="Guidance", elem_id="scale")
         with gr.Row():
             self.sampler = gr.Dropdown(list(SAMPLERS), value="ddim", label="Sampler")
             self.width = gr.Number(0, label="Width", precision=0, minimum=0, maximum=_MOST_SIDE, info="0: the model's")
@@ -108,19 +111,23 @@ class CompareTab:
                     values = gr.Textbox(label="values", lines=1, max_lines=6, scale=2, elem_id=f"values-{place}")
                 axis.change(_hinted, axis, values, show_progress="hidden")
                 self.axes.append((axis, values))
-        with gr.Row():
-            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
-            self.stop = gr.Button("Stop", elem_id="stop-drawing", scale=1)
 
     def _result(self) -> None:
         self.image = gr.Image(
-            label="Picture", type="filepath", interactive=False, height=560, elem_id="picture", buttons=["download"]
+            label="Picture", type="filepath", interactive=False, height=460, elem_id="picture", buttons=["download"]
         )
+        with gr.Row():
+            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=4)
+            self.stop = gr.Button("Stop the grid", elem_id="stop-grid", scale=1, min_width=140)
         self.drawn = gr.State([])  # the rows of what is shown
         with gr.Tab("Command line"):
-            self.command = gr.Code(language="shell", label="draws the same", wrap_lines=True, elem_id="command")
+            self.command = gr.Code(
+                language="shell", label="draws the same", wrap_lines=True, max_lines=12, elem_id="command"
+            )
         with gr.Tab("Python"):
-            self.python = gr.Code(language="python", label="draws the same through diffusers", wrap_lines=True)
+            self.python = gr.Code(
+                language="python", label="draws the same through diffusers", wrap_lines=True, max_lines=12
+            )
         with gr.Tab("Merge into a file"):
             gr.Markdown("The adapters at the weights, ranks and blocks of the picture that is shown, as one file.")
             with gr.Row():

@@ -106,7 +106,11 @@ class Artist:
         if self._live is not None:
             self._live = None
             self._pipe.unload_lora_weights()
-        live = LiveNetworks(self._pipe, made.networks)
+        try:
+            live = LiveNetworks(self._pipe, made.networks)
+        except BaseException:
+            self._pipe.unload_lora_weights()  # those before the one that does not fit
+            raise
         self._live = (key, live)
         return live
 

@@ -1,14 +1,14 @@
 """What Inspect shows of an adapter: facts, modules, ranks and norms of blocks, tags, trigger words."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.base import alpha_in
 from lora_adapters.convert.formats.metadata import title_of
-from lora_adapters.convert.info import block_place, facts, read
+from lora_adapters.convert.info import facts, read
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.convert.storage.sources import locate
 
@@ -80,22 +80,14 @@ def module_rows(report: Report) -> list[Row]:
     return rows
 
 
-def bars(reports: Sequence[Report], what: str) -> list[Row]:
-    """(block, value, file) for a plot: the norm of the change in each block, or the largest rank in it."""
-    names = [report.name for report in reports]
-    labels = names if len(set(names)) == len(names) else [f"{name} ({n + 1})" for n, name in enumerate(names)]
+def bars(report: Report, what: str) -> list[Row]:
+    """(block, value) for a plot: the "norm" of the change in each block that has one, or the largest "rank" in it."""
     rows: list[Row] = []
-    for label, report in zip(labels, reports, strict=True):
-        for block in report.facts["blocks"]:
-            value = block["norm"] if what == "norm" else max(map(float, block["ranks"]), default=None)
-            if value is not None:
-                rows.append((block["block"], value, label))
+    for block in report.facts["blocks"]:
+        value = block["norm"] if what == "norm" else max(map(float, block["ranks"]), default=None)
+        if value is not None:
+            rows.append((block["block"], value))
     return rows
-
-
-def blocks_in_order(rows: Sequence[Row]) -> list[str]:
-    """The blocks of such rows from the text encoders to the output, each once."""
-    return sorted({row[0] for row in rows}, key=block_place)
 
 
 def tags(adapter_metadata: Mapping[str, str], most: int = 200) -> list[Row]:

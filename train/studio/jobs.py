@@ -149,6 +149,18 @@ class Jobs:
             return None
 
 
+def claim(file: Path) -> None:
+    """Say in the file that this process is the studio of its folder. StudioError where another one is, and runs."""
+    try:
+        pid, created = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # there was none yet
+        pid, created = 0, None
+    if pid != os.getpid() and created is not None and _created(pid) == created:
+        raise StudioError(f"another studio (process {pid}) works in {file.parent.parent}: give another --output")
+    with replacing(file) as partial:
+        partial.write_text(json.dumps([os.getpid(), _created(os.getpid())]), encoding="utf-8")
+
+
 def _created(pid: int) -> float | None:
     """When the process of that number began; None where there is none, or it has ended."""
     try:

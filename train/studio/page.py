@@ -21,6 +21,7 @@ CSS = """
 .job .bar div {background: var(--color-accent); border-radius: 4px; height: 8px}
 .job .said {color: var(--body-text-color-subdued); font-family: var(--font-mono); font-size: 0.85em}
 .blocks-of input[type=number] {width: 4.2em}
+.stays {position: sticky; top: 8px; align-self: flex-start}
 footer {display: none !important}
 """
 

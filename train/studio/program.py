@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_adapters.convert.errors import UsageError
-from lora_adapters.convert.parsing import read_text
 from lora_adapters.convert.tools.command_line import Parser, run
+from lora_adapters.train.studio.access import PASSWORD, USER, launch_options, password
+from lora_adapters.train.studio.jobs import claim
 from lora_adapters.train.studio.paths import Folders, StudioError
-
-PASSWORD = "LORA_ADAPTERS_STUDIO_PASSWORD"
-USER = "studio"
-_SHORTEST = 8  # characters of a password
 
 
 def parser() -> Parser:
@@ -38,27 +35,6 @@ def parser() -> Parser:
     made.add_argument("--password_file", help=f"file with the password of the user {USER!r}; {PASSWORD} in the "
                       "environment is another way")  # fmt: skip
     return made
-
-
-def password(args: Any) -> str | None:
-    """The password that is set, if any. UsageError where others are let in without one, or it is too short."""
-    if args.password_file:
-        try:
-            word = read_text(args.password_file).split("\n")[0].strip()
-        except OSError as error:
-            raise UsageError(f"--password_file {args.password_file} cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise UsageError(f"--password_file {args.password_file}: {error}") from None
-    else:
-        word = os.environ.get(PASSWORD, "")
-    if not word and not args.password_file:
-        for flag in ("listen", "share"):
-            if getattr(args, flag):
-                raise UsageError(f"--{flag} lets others in: set a password by --password_file, or {PASSWORD}")
-        return None
-    if len(word) < _SHORTEST:
-        raise UsageError(f"the password has {len(word)} characters, at least {_SHORTEST} are needed")
-    return word
 
 
 def folders(args: Any) -> Folders:
@@ -87,43 +63,13 @@ def model_words(args: Any) -> list[str]:
     return words + [f"--{name}" for name in ("fp16", "bf16") if getattr(args, name)]
 
 
-def launch_options(args: Any, word: str | None, made: Folders) -> dict[str, Any]:
-    """What Gradio is started with: who may come in, and which files the page may show."""
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    # A page of somebody else's whose name leads to this machine must not be able to use it.
-    only_here = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    return {
-        "server_name": "0.0.0.0" if args.listen else "127.0.0.1",
-        "server_port": args.port,
-        "share": args.share,
-        "auth": (USER, word) if word else None,
-        "allowed_paths": [str(made.output)],
-        "blocked_paths": [],
-        "max_file_size": "1kb",  # nothing is uploaded
-        "app_kwargs": {
-            "middleware": [] if args.listen or args.share else [only_here],
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
-        },
-        "footer_links": [],
-        "run_history": False,
-        "ssr_mode": False,
-        "mcp_server": False,
-        "strict_cors": True,
-        "quiet": True,
-        "prevent_thread_lock": True,
-    }
-
-
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
     if args.fp16 and args.bf16:
         raise UsageError("give one of --fp16 and --bf16")
     word, made = password(args), folders(args)
+    claim(made.private / "studio.json")
     os.environ["GRADIO_TEMP_DIR"] = str(made.private / "page")  # read by gradio while it builds the page
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
@@ -136,7 +82,9 @@ def program(argv: Sequence[str] | None) -> None:
     page = build(made, model_words(args))
     system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the net
     try:
-        _, address, public = page.launch(theme=gr.themes.Default(**system), css=CSS, **launch_options(args, word, made))
+        _, address, public = page.launch(
+            theme=gr.themes.Default(**system), css=CSS, **launch_options(args, word, made.output)
+        )
     except OSError as error:
         raise StudioError(f"the page cannot be opened: {error}") from None
     print(f"The studio is at {public or address} (Ctrl-C ends it; a job that runs goes on)", flush=True)

@@ -15,8 +15,8 @@ TYPES = {"LoRA": "lierla", "LoRA-C3Lier": "c3lier", "DyLoRA": "dylora"}
 PRECISIONS = ("no", "fp16", "bf16")
 LOG, SETTINGS, DATASET, PROMPTS = "log.txt", "run.json", "dataset.toml", "prompts.txt"
 _STEP = re.compile(r"training:[^|\r\n]*\|[^|\r\n]*\|\s*(\d+)/\d+ \[[^\]\r\n]*\bloss=([\d.]+)")
-_HELD_OUT = re.compile(r"step (\d+): held-out loss (.*)")
-_VALUE = re.compile(r"([\w/ .]*?)\s*([\d.]+)$")
+_HELD_OUT = re.compile(r"step (\d+): held-out loss (.+)")
+_VALUE = re.compile(r"(\w+) ([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Recipe:
             f"--mixed_precision={self.precision}",
             f"--seed={self.seed}",
             "--save_state_on_train_end",
+            "--console_log_simple",
         ]
         words += ["--gradient_checkpointing"] if self.checkpointing else []
         words += ["--cache_latents"] if self.cache_latents else []
@@ -214,7 +215,8 @@ def losses(log: str, most: int = 400) -> list[tuple[int, float, str]]:
 
 
 def _held_out_name(name: str) -> str:
-    return "held out" if name.strip() in ("", "loss") else f"held out, {name.strip()}"
+    rank = re.search(r"rank(\d+)$", name)
+    return f"held out, rank {rank[1]}" if rank else "held out"
 
 
 def samples(run: Path) -> list[Path]:

@@ -61,7 +61,7 @@ class TrainTab:
         with gr.Row():
             new["rank"] = gr.Number(16, label="Rank", precision=0, minimum=1, elem_id="rank")
             new["alpha"] = gr.Number(16, label="Alpha", minimum=0)
-            new["conv_rank"] = gr.Number(0, label="Rank of 3x3 convolutions", precision=0, minimum=0,
+            new["conv_rank"] = gr.Number(0, label="Rank of 3x3", precision=0, minimum=0,
                                          info="C3Lier, DyLoRA", elem_id="conv-rank")  # fmt: skip
             new["unit"] = gr.Number(4, label="Unit", precision=0, minimum=1, info="DyLoRA")
         with gr.Row():
@@ -122,6 +122,15 @@ class TrainTab:
         """The runs that there are, the newest chosen."""
         names = runs.runs(self._folders)
         return gr.Dropdown(choices=names, value=names[0] if names else None)
+
+    def restore(self, page: Any) -> None:
+        """When the page is opened: the newest run, and its settings."""
+        page.load(self.names, None, self.shown_run, show_progress="hidden").then(
+            lambda name: self._take(name) if name else [gr.skip()] * len(_NAMES),
+            self.shown_run,
+            [self.fields[name] for name in _NAMES],
+            show_progress="hidden",
+        )
 
     def follow(self, timer: Any) -> None:
         """Show the run as it is now, and whenever the timer ticks."""

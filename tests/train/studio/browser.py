@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ class Browser:
         options.binary_location = CHROMIUM
         for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
             options.add_argument(argument)
-        options.add_argument("--window-size=1400,1300")
+        options.add_argument("--window-size=1400,1500")
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
         self.driver.get(address)
         self.until(lambda: self.all("#prompt textarea"))
@@ -77,7 +78,7 @@ class Browser:
             except StaleElementReferenceException:
                 pass
             if time.monotonic() > end:
-                self.shot(Path("/tmp/studio-test-failed.png"))
+                self.shot(Path(os.environ.get("STUDIO_SHOTS", tempfile.gettempdir())) / "studio-failed.png")
                 raise AssertionError(f"not seen in {seconds} s: {what or condition}")
             time.sleep(0.2)
 
@@ -131,5 +132,8 @@ class Browser:
         return self.one("#job .job").text
 
     def shot(self, file: Path) -> None:
+        """A picture of the page from its top."""
+        self.driver.execute_script("window.scrollTo(0, 0)")
+        time.sleep(1)
         file.parent.mkdir(parents=True, exist_ok=True)
         self.driver.save_screenshot(str(file))

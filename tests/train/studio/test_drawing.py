@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from lora_adapters import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main as generate
 from lora_adapters.train.studio.compare import Axis, Scene, Slot, cells
@@ -78,6 +80,16 @@ def test_a_grid_has_the_pictures_of_its_cells(artist, files, sd1):
             left = sheet.shape[1] - (2 - column) * 132
             assert differ(sheet[top : top + 128, left : left + 128], cell) == 0
     assert "blocks of adapter 1: ALL, INS; rank of adapter 2: 1, 4" in Image.open(grid).info["parameters"]
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing_behind(artist, files, tmp_path):
+    module = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    wide = Adapter({module: LowRank(torch.ones(2, 1280), torch.ones(1280, 2), 2.0)}).save(tmp_path / "wide.safetensors")
+    alone = scene(files, slots=scene(files).slots[:1])
+    before = pixels(artist.draw(alone))
+    with pytest.raises(AdapterError, match=r"wide\.safetensors"):
+        artist.draw(scene(files, slots=(*alone.slots, Slot(str(wide)))))
+    assert differ(before, pixels(artist.draw(alone))) == 0
 
 
 def test_the_python_of_a_grid_draws_its_cells(artist, files, tmp_path, monkeypatch):
