@@ -21,6 +21,7 @@ from lora_adapters.types.lycoris.operations import LAYERS, NORMS, weight_shape
 from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of
 
 from .target_modules import RankAlpha
+from .tuner import inject_at
 
 
 def unwrapped(model: Any) -> Any:
@@ -138,10 +139,11 @@ def place(
     if any(not isinstance(change, LowRank) for change in matched.values()):
         facts = {"type": LYCORIS.name}
     config = LoraConfig(**config_options(ranks, facts))
-    names = {f"{path}.lora_A.weight": nothing for path in matched}  # of which PEFT takes the paths only
-    inject_adapter_in_model(
-        config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    if not inject_at(model, config, adapter_name, matched):
+        names = {f"{path}.lora_A.weight": nothing for path in matched}  # of which PEFT takes the paths only
+        inject_adapter_in_model(
+            config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
+        )
     left = dict(matched)
     for path, layer in layers(model, adapter_name):
         device, change = layer.get_base_layer().weight.device, left.pop(path)

@@ -70,10 +70,14 @@ def _into_hotswap(hotswap: ModuleType) -> None:
 
 
 def _into_scaling(peft_utils: ModuleType) -> None:
-    """A scale of 0 for one call leaves the weights of adapters as they were before it."""
-    from .adapter_weights import replace_everywhere, scaling, unscaling
+    """A scale of 0 for one call leaves the weights of adapters as they were before it; weights are set in one go."""
+    from .adapter_weights import activating, replace_everywhere, scaling, unscaling
 
-    for name, wrapper in (("scale_lora_layers", scaling), ("unscale_lora_layers", unscaling)):
+    for name, wrapper in (
+        ("scale_lora_layers", scaling),
+        ("unscale_lora_layers", unscaling),
+        ("set_weights_and_activate_adapters", activating),
+    ):
         if not hasattr(peft_utils, name):
             raise unfit("diffusers", f"lacks {name}")
         replace_everywhere(peft_utils, name, wrapper)

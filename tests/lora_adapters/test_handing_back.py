@@ -354,14 +354,17 @@ def test_a_failure_in_the_text_encoder_leaves_everything_as_it_was(failure, how,
     tensors = strange_dora("a text encoder that fails", pipe, dora(pipe, tmp_path / "dora.safetensors"))
     prepared(pipe, how)
     before, state = snapshot(pipe), whole_state(pipe)
-    real = injection.inject_adapter_in_model
 
-    def failing(config, model, *args, **kwargs):
-        if model is pipe.text_encoder:
-            raise MemoryError
-        return real(config, model, *args, **kwargs)
+    def failing(real):
+        def inject(*args, **kwargs):
+            if any(one is pipe.text_encoder for one in args):
+                raise MemoryError
+            return real(*args, **kwargs)
 
-    monkeypatch.setattr(injection, "inject_adapter_in_model", failing)
+        return inject
+
+    for name in ("inject_at", "inject_adapter_in_model"):
+        monkeypatch.setattr(injection, name, failing(getattr(injection, name)))
     with pytest.raises(MemoryError if failure == "ours" else AdapterError):
         pipe.load_lora_weights(FIRST if failure == "ours" else tensors, adapter_name="new")
     after = snapshot(pipe)

@@ -134,6 +134,10 @@ class LiveNetworks:
             except AdapterError as error:
                 raise AdapterError(f"{network.source}: {error}") from None
 
+    def follow(self, found: Sequence[Network]) -> None:
+        """Take the ranks of these, which are the same adapters."""
+        self._networks = found
+
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:
         """Work with these multipliers; `rank` is for the DyLoRAs, None for their own."""
         if not self._networks:

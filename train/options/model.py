@@ -19,7 +19,9 @@ def _without_deepspeed(settings: Any) -> bool:
 def _deepspeed(default: Any, help: str, **facts: Any) -> Any:
     """An option of DeepSpeed's, which nothing reads without --deepspeed."""
     case = Inert(lambda _, settings: _without_deepspeed(settings), "it has no effect without --deepspeed")
-    return option(default, f"DeepSpeed: {help}", unread=_without_deepspeed, inert=(case,), **facts)
+    return option(
+        default, f"DeepSpeed: {help}", unread=_without_deepspeed, inert=(case,), goes_with="deepspeed", **facts
+    )
 
 
 @dataclass

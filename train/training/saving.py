@@ -70,10 +70,15 @@ def save_final(run: Run, position: Position) -> Adapter:
         if run.uploads is not None:
             subsets = [loaded for loaded in run.data.images.subsets if not loaded.config.is_reg]
             captions = [found.caption for loaded in subsets for found in loaded.images]
-            run.uploads.final(_file(run, files.final_name(settings)), captions, run.samples)
+            run.uploads.final(final_file(run), captions, run.samples)
     run.accelerator.wait_for_everyone()
     settle_weights(run.optimizer)
     return adapter
+
+
+def final_file(run: Run) -> Path:
+    """Where the save at the end of the run is."""
+    return _file(run, files.final_name(run.settings))
 
 
 def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:
