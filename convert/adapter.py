@@ -167,7 +167,7 @@ class Adapter(Contents, LiveAdapter):
             AdapterError: The adapter has no modules, or the path cannot be written; a file that was there before is
                 unchanged.
         """
-        chosen = registry.by_name(format or ("kohya" if self._has_only_pairs else "lycoris"))
+        chosen = registry.by_name(format or ("kohya" if self.has_only_pairs else "lycoris"))
         if not self.modules:
             raise AdapterError(f"{path} is not written: the adapter has no modules")
         path = Path(path).expanduser()
@@ -178,7 +178,8 @@ class Adapter(Contents, LiveAdapter):
     # --- what it is ------------------------------------------------------------------------------------------------
 
     @property
-    def _has_only_pairs(self) -> bool:
+    def has_only_pairs(self) -> bool:
+        """Whether all of its changes are low-rank pairs, or are so in another form; see `pairs`."""
         return all(as_pair(change) is not None for change in self.modules.values())
 
     def __repr__(self) -> str:
