@@ -12,6 +12,7 @@ from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.low_rank import LowRank, common_scale, rank_range
 from lora_adapters.convert.deltas.sum import added, as_pair
+from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.formats import diffusers, peft, registry
 from lora_adapters.convert.formats.contents import Contents, WriteOptions, most_common
@@ -83,13 +84,20 @@ class Adapter(Contents, LiveAdapter):
         return cls.from_path(locate(source, weight_name=weight_name, subfolder=subfolder, **hub))
 
     @classmethod
-    def from_path(cls, path: Path, lookup: Lookup | None = None, only_pairs: bool = False) -> Self:
+    def from_path(
+        cls,
+        path: Path,
+        lookup: Lookup | None = None,
+        only_pairs: bool = False,
+        family: ModelFamily | None = None,
+    ) -> Self:
         """Read an adapter from a local file or PEFT folder.
 
         Args:
             path: The file or folder.
             lookup: As in `from_tensors`.
             only_pairs: As in `from_tensors`.
+            family: As in `from_tensors`.
 
         Returns:
             The adapter.
@@ -104,7 +112,7 @@ class Adapter(Contents, LiveAdapter):
             return cls._of(peft.read_folder(path, lookup))
         tensors, metadata = read_tensors(path)
         try:
-            return cls.from_tensors(tensors, metadata, lookup, only_pairs)
+            return cls.from_tensors(tensors, metadata, lookup, only_pairs, family)
         except AdapterError as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -115,6 +123,7 @@ class Adapter(Contents, LiveAdapter):
         metadata: Mapping[str, str] | None = None,
         lookup: Lookup | None = None,
         only_pairs: bool = False,
+        family: ModelFamily | None = None,
     ) -> Self:
         """Read an adapter from a state dict in kohya's, LyCORIS', cloneofsimo's or one of diffusers' formats.
 
@@ -124,6 +133,7 @@ class Adapter(Contents, LiveAdapter):
             lookup: Called with a component and a name that no known model has; returns the module's path. It finds
                 modules of a live model.
             only_pairs: Whether to refuse other kinds of change than low-rank pairs.
+            family: That of the live model; None takes the one that the tensors are for.
 
         Returns:
             The adapter.
@@ -132,7 +142,7 @@ class Adapter(Contents, LiveAdapter):
             UnknownFormatError: Another kind of adapter.
             AdapterError: Unknown keys or modules, one half of a pair without the other, or shapes that do not fit.
         """
-        return cls._of(registry.read(tensors, dict(metadata or {}), lookup, only_pairs))
+        return cls._of(registry.read(tensors, dict(metadata or {}), lookup, only_pairs, family))
 
     @classmethod
     def _of(cls, contents: Contents) -> Self:

@@ -93,22 +93,31 @@ def _into_block_weights(unet_loader_utils: ModuleType) -> None:
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:
-    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; diffusers gets other kinds.
+    """`load_lora_weights` of the known families' pipelines reads what this package knows; diffusers gets other kinds.
 
-    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none.
+    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none. Those of
+    SD and SDXL have to be there; those of other families are changed in versions of diffusers that have them.
     """
+    from lora_adapters.convert.families.registry import FAMILIES
+
     check_age("diffusers")
     check_age("transformers")
-    for name in ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"):
+    needed = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
+    others = dict.fromkeys(name for family in FAMILIES for name in family.marks.mixins)
+    for name in (*needed, *others):
         mixin = getattr(lora_pipeline, name, None)
         if mixin is None or not (hasattr(mixin, "load_lora_weights") and hasattr(mixin, "save_lora_weights")):
+            if name in others:
+                continue
             raise unfit("diffusers", f"lacks {name}.load_lora_weights or its save_lora_weights")
         if not hasattr(mixin.load_lora_weights, "stock"):
-            mixin.load_lora_weights = _loading(mixin.load_lora_weights)
+            mixin.load_lora_weights = _loading(mixin.load_lora_weights, only_known=name in others)
             mixin.save_lora_weights = classmethod(_saving(mixin.save_lora_weights.__func__))
 
 
-def _loading(stock: Any) -> Any:
+def _loading(stock: Any, only_known: bool = False) -> Any:
+    """only_known: whether pipelines of models that no family has are left to diffusers."""
+
     @functools.wraps(stock)
     def load_lora_weights(
         self: Any,
@@ -117,9 +126,12 @@ def _loading(stock: Any) -> Any:
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        from .pipeline import load
+        from .pipeline import is_known, load
 
         source, own = pretrained_model_name_or_path_or_dict, functools.partial(stock, self)
+        if only_known and not is_known(self):
+            own(source, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+            return
         load(self, source, own, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
 
     load_lora_weights.stock = stock  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, first_line
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, text_path
+from lora_adapters.convert.families.registry import role_of
 from lora_adapters.convert.parsing import json_value
 
 from .contents import Contents, WriteOptions
@@ -50,6 +51,7 @@ _COMPONENTS = {  # the beginnings of keys, and the component that each is of
 }
 # The beginnings of kohya's and LyCORIS' names, which are no paths, and of other models' components.
 _OTHERS = ("lora_", "lycoris_", "transformer.", "prior.", "decoder.", "text_encoder_3.", "text_encoders.")
+_OF_TRANSFORMERS = ("transformer.", "text_encoder_3.")  # components of models that `spelled` is for
 _PEFT_MODEL = "base_model.model."
 _NAMED_HALF = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight")
 _HALVES = {
@@ -80,7 +82,7 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
         return ModuleName(component, _path(component, match[1])), "down" if match[2] == "A" else "up"
     if match := _PROCESSOR.fullmatch(rest):
         attention, name, half = match.groups()
-        name = "to_out.0" if name == "to_out" and component == "unet" else name
+        name = "to_out.0" if name == "to_out" and role_of(component) == "denoiser" else name
         return ModuleName(component, _path(component, f"{attention}.{name}")), half
     for ending, half in _HALVES.items():
         if rest.endswith(ending):
@@ -90,7 +92,7 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
 
 def _path(component: str, path: str) -> str:
     """A path as the formats spell it, as the module's own: text encoders' layers had the U-Net's names once."""
-    if component == "unet":
+    if role_of(component) == "denoiser":
         return path
     head, dot, tail = text_path(path).rpartition(".")
     return f"{head}{dot}{_OLD_TEXT.get(tail, tail)}"
@@ -98,7 +100,7 @@ def _path(component: str, path: str) -> str:
 
 def matches(keys: Collection[str]) -> bool:
     """Whether every key is half of a low-rank pair in one of diffusers' formats."""
-    return bool(keys) and all(split_key(key) is not None for key in keys)
+    return bool(keys) and all(split_key(key) is not None and not key.startswith(_OF_TRANSFORMERS) for key in keys)
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:

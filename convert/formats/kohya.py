@@ -19,8 +19,9 @@ from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.families.registry import BASE_VERSION, by_kohya_names, by_name
 
 from .contents import Contents, WriteOptions
+from .fused import named_pairs
 from .metadata import hashes
-from .writing import bundled, write_file
+from .writing import apart, bundled, write_file
 
 NAME = "kohya"
 ONLY_PAIRS = True
@@ -64,7 +65,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     """Write a file in kohya's format."""
     family = contents.family
     contents = replace(contents, modules=cast_pairs(contents.pairs(), options.dtype))
-    tensors = {**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)}
+    tensors = apart({**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)})
     metadata = contents.full_metadata(options.modelspec)
     write_file(path, tensors, metadata | hashes(tensors, metadata))
 
@@ -107,14 +108,13 @@ def to_tensors(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict
     alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is
     beyond float32.
     """
-    tensors, family = {}, by_name(architecture)
-    for module, one in modules.items():
-        name = family.kohya_name(module)
+    tensors = {}
+    for name, one in named_pairs(modules, by_name(architecture)).items():
         alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
         if float(alpha) != one.alpha:
             alpha = torch.tensor(one.alpha, dtype=torch.float32)
         if math.isinf(float(alpha)):  # no dtype of 8 bits has an isinf of its own
-            raise AdapterError(f"{module}: alpha {one.alpha:g} is too large to be written")
+            raise AdapterError(f"{name}: alpha {one.alpha:g} is too large to be written")
         if alpha == 0:  # a literal 0 is read as "the rank" by trainers: no effect is written as a zero matrix
             one, alpha = replace(one, up=torch.zeros_like(one.up)), torch.tensor(float(one.rank), dtype=one.up.dtype)
         tensors[f"{name}.alpha"] = alpha

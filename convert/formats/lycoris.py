@@ -217,4 +217,5 @@ def _paths_by_flat_name(component: str) -> dict[str, str]:
     spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms=True)]
     if role_of(component) == "text_encoder":  # `text_model.` is left out by transformers 5
         spelled += [(name.removeprefix("text_model."), path) for name, path in spelled]
+    spelled.sort(key=lambda pair: pair[0] == pair[1])  # a path goes before another family's original name
     return {name.replace(".", "_"): path for name, path in spelled}
