@@ -14,10 +14,9 @@ from lora_adapters.types.adapter_type import AdapterType
 from lora_adapters.types.base import AdapterConfig
 from lora_adapters.types.layers import layers
 
-from .layer import DeltaVariant
+from .layer import DeltaVariant, held
 from .norm_layer import NormLayer
 from .operations import NORMS
-from .weights import DeltaWeights
 
 
 @dataclass
@@ -44,7 +43,7 @@ class LycorisType(AdapterType):
         for layer in model.modules():
             if not isinstance(layer, LoraLayer) or not isinstance(layer.lora_variant.get(adapter_name), DeltaVariant):
                 continue
-            if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], DeltaWeights):
+            if held(layer, adapter_name) is None:
                 del layer.lora_variant[adapter_name]
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
@@ -60,8 +59,8 @@ class LycorisType(AdapterType):
         """AdapterError where an adapter has a change that is no pair: factors alone cannot stand for it."""
         for name in adapter_names:
             for path, layer in layers(model, name):
-                if isinstance(layer.lora_variant.get(name), DeltaVariant):
-                    kind = layer.lora_A[name].change.kind
+                if (weights := held(layer, name)) is not None:
+                    kind = weights.change.kind
                     raise AdapterError(f"adapter {name} has a {kind} in {path}, which no low-rank pair stands for")
         yield
 
