@@ -216,16 +216,17 @@ def extract_changes(model: Any, component: str, adapter_name: str) -> dict[Modul
     for path, layer in layers(model, adapter_name):
         if more := beyond_deltas(layer, adapter_name):
             raise AdapterError(f"adapter {adapter_name} is more than plain LoRA: {component}.{path} has {more}")
-        changes[_named(component, path)] = delta_of(layer, adapter_name, stabilized)
+        changes[module_named(component, path)] = delta_of(layer, adapter_name, stabilized)
     return changes
 
 
 def widths(model: Any, component: str, adapter_name: str) -> dict[ModuleName, int]:
     """How many components each module of the adapter has room for; more than its rank where it is padded."""
-    return {_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
+    return {module_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
 
 
-def _named(component: str, path: str) -> ModuleName:
+def module_named(component: str, path: str) -> ModuleName:
+    """The name that files have for the module at a path of a model."""
     return ModuleName(component, text_path(path) if is_text_encoder(component) else path)
 
 

@@ -141,9 +141,12 @@ def _loading(stock: Any, only_known: bool = False) -> Any:
 def _saving(stock: Any) -> Any:
     @functools.wraps(stock)
     def save_lora_weights(cls: Any, *args: Any, **kwargs: Any) -> None:
+        from .save_changes import saved
         from .save_hook import completed
 
         bound = inspect.signature(stock).bind(cls, *args, **kwargs)
+        if saved(bound.arguments):
+            return
         bound.arguments.update(completed(bound.arguments))
         stock(*bound.args, **bound.kwargs)
 

@@ -24,9 +24,10 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_adapters.convert.deltas.base import scalar_of
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, text_path
 from lora_adapters.convert.families.registry import role_of
@@ -266,11 +267,9 @@ def read_modules(
                 raise AdapterError(f"{module} has only one half: its {half} matrix is missing")
         rank = pair["down"].shape[0] if pair["down"].ndim else 0
         try:
-            alpha = float(pair["alpha"].item()) if "alpha" in pair else 0.0
+            alpha = scalar_of("alpha", pair["alpha"]) if "alpha" in pair else 0.0
             alpha = alpha or alpha_from_config(configs[module.component], module.path, rank)
             modules[module] = LowRank(pair["down"], pair["up"], alpha)
-        except RuntimeError as error:  # an alpha of several numbers
-            raise AdapterError(f"{module}: {first_line(error)}") from None
         except AdapterError as error:
             raise type(error)(f"{module}: {error}") from None
     return modules

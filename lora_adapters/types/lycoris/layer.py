@@ -93,6 +93,14 @@ class DeltaVariant(LoraVariant):
             module.get_base_layer().bias.data.copy_(bias)
 
 
+def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
+    """What holds the adapter's change in a LoRA layer; None where the layer computes it from LoRA's factors."""
+    if adapter_name not in layer.lora_A:
+        return None
+    weights = layer.lora_A[adapter_name]
+    return weights if isinstance(weights, DeltaWeights) else None
+
+
 def hold(layer: Any, adapter_name: str, change: Delta) -> None:
     """Make an adapter be a change of any kind in a LoRA layer, in the place of its factors there.
 
