@@ -111,16 +111,34 @@ _IDLE = {
     "bypass_mode": "it is another way to the same numbers",
     "train_t5xxl": "no model here has a T5 text encoder",
     "train_llm_adapter": "no model here has a language model's adapter",
+    "rank_dropout_scale": "what rank_dropout leaves is always divided by its share",
+    "block_size": "it is for LyCORIS' DyLoRA; that of networks.dylora is unit",
 }
+
+
+_OLD_NAMES = {"use_cp": "use_tucker", "use_conv_cp": "use_tucker"}  # of LyCORIS
+
+
+def _renamed(network_args: Mapping[str, str]) -> dict[str, str]:
+    """The options under the names that they have now."""
+    return {_OLD_NAMES.get(name, name): value for name, value in network_args.items()}
 
 
 def without_effect(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
     """The network_args that change nothing, each with the reason: kohya's trainer ignores them without a word."""
+    given = {_OLD_NAMES.get(name, name): name for name in network_args}
+    reasons = _reasons(network_module, _renamed(network_args))
+    return {given[name]: reason for name, reason in reasons.items()}
+
+
+def _reasons(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
     kind, reasons = type_named(MODULES.get(network_module, "")), dict[str, str]()
     if kind is not None:
         reasons |= kind.idle(network_module, network_args)
-    for key in network_args.keys() - reasons:
+    for key in network_args:
         owner = next((other for other in types() if key in other.network_args), None)
+        if key in reasons:
+            continue
         if key in _IDLE:
             reasons[key] = _IDLE[key]
         elif key not in NETWORK_ARGS:
@@ -219,7 +237,7 @@ def network_options(
     for name, reason in without_effect(network_module, asked).items():
         logger.warning("network_args %s is ignored: %s", name, reason)
         del asked[name]
-    given = parse_network_args(asked)
+    given = parse_network_args(_renamed(asked))
     for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
         check_block_list(name, given.get(name), architecture)
 

@@ -116,7 +116,7 @@ class NetworkOptions:
     """The adapter."""
 
     title: ClassVar[str] = "network"
-    network_module: str | None = option(None, "networks.lora or networks.dylora; lierla, c3lier, dylora")
+    network_module: str | None = option(None, "networks.lora, dylora, loha or lokr; lycoris.kohya; c3lier")
     network_dim: int | None = option(None, "rank", unset="4")
     network_alpha: float = option(1, "alpha: the adapter is scaled by alpha/rank")
     network_dropout: float | None = option(None, "dropout on the low-rank activations", metadata=True)

@@ -17,7 +17,6 @@ from lora_adapters.convert.storage.sources import locate
 from lora_adapters.injection import match_to_model as match_component
 from lora_adapters.injection import place
 from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
-from lora_adapters.module_patterns import left_out, names_in, tally
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.target_modules import RankRule, base_layers
 from lora_adapters.train.errors import OptionError, TrainingError
@@ -28,6 +27,7 @@ from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.text_encoding import unread_layers
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
+from lora_adapters.train.training.pattern_counts import warn_of_idle_patterns
 from lora_adapters.train.training.regularization import add_dropouts, check_limits
 from lora_adapters.types.base import AdapterConfig
 from lora_adapters.types.layers import factors, has_adapter, is_factor
@@ -118,31 +118,6 @@ def _has_modules(model: Any, config: AdapterConfig) -> bool:
     return any(rule(path, model.get_submodule(path)).rank for path in paths)
 
 
-def pattern_choices(asked: NetworkOptions, trained: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """How many modules of the models each regular expression of --network_args decides, by the name of its option.
-
-    For exclude_patterns these are the modules that are left out, for the others those that get an adapter.
-    """
-    config, kept, gone = asked.config, list[tuple[str, ...]](), list[tuple[str, ...]]()
-    for model in trained.values():
-        paths = covered(model, config)
-        for names in map(names_in(paths), paths):
-            (gone if left_out(config.include_patterns, config.exclude_patterns, names) else kept).append(names)
-    choices = {
-        "include_patterns": tally(config.include_patterns or [], kept),
-        "exclude_patterns": tally(config.exclude_patterns or [], gone),
-        "network_reg_dims": tally(config.reg_dims or {}, kept),
-        "network_reg_lrs": tally(asked.reg_lrs or {}, kept),
-    }
-    return {option: counts for option, counts in choices.items() if counts}
-
-
-def _warn_of_idle_patterns(choices: dict[str, dict[str, int]]) -> None:
-    for option, counts in choices.items():
-        for pattern in (pattern for pattern, count in counts.items() if not count):
-            log.warning("network_args %s: %s matches no module, or only modules of patterns before it", option, pattern)
-
-
 def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None:
     """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
     asked = options(settings, models.family)
@@ -153,7 +128,7 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
     else:
         for model in trained.values():
             model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
-        _warn_of_idle_patterns(pattern_choices(asked, trained))
+        warn_of_idle_patterns(asked, trained)
         if start is not None:
             load_start(trained, start, source)
     for model in trained.values():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lora_adapters.convert.deltas.base import alpha_in
 from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.families.names import ModuleName
@@ -16,6 +15,7 @@ from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.activations import activation_bytes, largest_batch
 from lora_adapters.train.training.block_table import table
+from lora_adapters.train.training.module_choices import choices
 from lora_adapters.train.training.optimizers import optimizer_name, state_bytes
 from lora_adapters.train.training.setup import Run
 from lora_adapters.types.registry import delta_of
@@ -42,36 +42,6 @@ def report(run: Run) -> str:
         *_memory_lines(run),
     ]
     return "\n".join(lines)
-
-
-def choices(run: Run) -> list[str]:
-    """What preset, patterns and regular expressions in --network_args chose; with verbose=True, each module."""
-    if run.settings.dim_from_weights:
-        return []
-    asked = adapters.options(run.settings, run.models.family)
-    lines = [f"chosen by preset {asked.config.preset}"] if asked.config.preset else []
-    ranks, rates = asked.config.reg_dims or {}, asked.reg_lrs or {}
-    for option, counts in adapters.pattern_choices(asked, run.trained).items():
-        lines.append(f"{option}:")
-        for pattern, count in counts.items():
-            rank = f", rank {ranks[pattern]}" if option == "network_reg_dims" else ""
-            rate = f", learning rate {rates[pattern]:g}" if option == "network_reg_lrs" else ""
-            gone = " left out" if option == "exclude_patterns" else ""
-            lines.append(f"  {pattern}: {count} modules{gone}{rank}{rate}")
-    if asked.verbose:
-        lines += ["modules:", *(f"  {_described(name, layer)}" for name, layer in _layers(run).items())]
-    return lines
-
-
-def _described(name: ModuleName, layer: Any) -> str:
-    change = delta_of(layer, adapters.ADAPTER)
-    alpha = alpha_in(change)
-    numbers = "" if change.rank is None else f", rank {change.rank}" + ("" if alpha is None else f", alpha {alpha:g}")
-    return f"{name}: {change.kind}{numbers}"
-
-
-def _layers(run: Run) -> dict[ModuleName, Any]:
-    return adapters.lora_layers(run.trained)
 
 
 def _ranks(layers: Mapping[ModuleName, Any]) -> str:

@@ -122,12 +122,6 @@ def hold(layer: Any, adapter_name: str, change: Delta) -> None:
     layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = 1, 1.0, 1.0
 
 
-def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
-    """The change of an adapter in a LoRA layer that holds one; None where the adapter is a pair of PEFT's there."""
-    weights = layer.lora_A[adapter_name]
-    return weights if isinstance(weights, DeltaWeights) else None
-
-
 def _key(adapter_name: str) -> str:
     return f"{adapter_name}-before"
 

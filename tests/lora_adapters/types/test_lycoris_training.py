@@ -198,6 +198,11 @@ def test_network_modules(module) -> None:
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_an_old_name_of_an_option() -> None:
+    assert network_options("networks.loha", network_args={"use_cp": "True"}).config.use_tucker
+    assert without_effect("networks.lora", {"use_cp": "True"}).keys() == {"use_cp"}
+
+
 def test_options_without_effect_are_said() -> None:
     reasons = without_effect("networks.loha", {"factor": "4", "bypass_mode": "True", "rank_dropout": "0.1"})
     assert reasons == {"factor": "algo loha has no such option", "bypass_mode": "it is another way to the same numbers"}

@@ -10,7 +10,8 @@ from lora_adapters.convert.tools.block_weights import block_name
 from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training.activations import activation_bytes
 from lora_adapters.train.training.block_table import blocks
-from lora_adapters.train.training.dry_run import captions, choices, memory, report
+from lora_adapters.train.training.dry_run import captions, memory, report
+from lora_adapters.train.training.module_choices import choices
 from lora_adapters.train.training.optimizers import state_bytes
 from lora_adapters.train.training.setup import prepare
 

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lora_adapters.convert import Adapter
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.base import load_base_models
 from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.loop import train
@@ -59,6 +60,8 @@ def in_lycoris(file: Path, unet) -> torch.Tensor:
     from lycoris import kohya
 
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    # what it would train of the U-Net, before it looks at the file: with all classes, a U-Net of diffusers fails
+    kohya.LycorisNetworkKohya.apply_preset({"unet_target_module": ["Transformer2DModel"], "unet_target_name": []})
     network, weights = kohya.create_network_from_weights(1.0, str(file), None, None, unet)
     network.apply_to(None, unet, False, True)
     missing, _ = network.load_state_dict(weights, strict=False)
@@ -138,6 +141,20 @@ def test_metadata_and_keys_are_those_of_other_trainers(basics, tmp_path, save) -
         assert adapter.metadata["ss_network_module"] == "networks.lokr"
         assert json.loads(adapter.metadata["ss_network_args"]) == args
         assert (adapter.metadata["ss_network_dim"], adapter.metadata["ss_network_alpha"]) == ("2", "1")
+
+
+def test_base_weights_are_part_of_the_base(basics, tmp_path) -> None:
+    """Of any kind, biases too, at their multiplier."""
+    asked = {**basics, **LYCORIS, "output_name": "x", "learning_rate": 0.05, "network_train_unet_only": True,
+             "network_args": {"algo": "lokr", "dora_wd": True, "train_norm": True}}  # fmt: skip
+    trained = train(settings(**asked))
+    file = str(tmp_path / "out" / "x.safetensors")
+    for multiplier in (1.0, 0.5):
+        trained.models.denoiser.set_adapters(adapters.ADAPTER, multiplier)
+        expected = outputs(trained.models.denoiser.eval())
+        run = prepare(settings(**basics, base_weights=[file], base_weights_multiplier=[multiplier]))
+        before = outputs(load_base_models(run.settings).denoiser.eval())
+        assert difference(outputs(run.models.denoiser.eval()), expected, before) < 1e-3
 
 
 def test_training_starts_from_a_file(basics, tmp_path) -> None:
