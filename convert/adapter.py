@@ -1,7 +1,7 @@
 """The adapter: one small object that is read from files, does arithmetic, and is written to files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lora_adapters.convert.formats.metadata import (
     merged_facts,
     network_args,
 )
+from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 
@@ -337,6 +338,27 @@ class Adapter(Contents, LiveAdapter):
         from lora_adapters.convert.deltas.reduction import svd
 
         return svd(self, rank, conv_rank, target_error, device)
+
+    def sorted(self) -> Self:
+        """The same adapter as a DyLoRA: each module's components are those of its SVD, the largest first.
+
+        Cut to a rank (`truncate`) it is what `svd` gives for that rank, at once: any LoRA becomes one of every rank.
+        A DyLoRA keeps its unit; at every rank the scale is that of the full one ("constant"). Dtypes stay.
+
+        >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        >>> a = Adapter({to_q: LowRank(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]), alpha=2.0)})
+        >>> a.sorted().truncate(1).modules[to_q].delta().round(decimals=4).tolist()
+        [[0.0, 0.0], [0.0, 3.0]]
+        """
+        from lora_adapters.convert.deltas.svd import by_size
+
+        modules: dict[ModuleName, LowRank] = {}
+        for module, pair in progress(self.pairs().items(), "SVD", len(self.modules)):
+            try:
+                modules[module] = by_size(pair).to(pair.up.dtype)
+            except AdapterError as error:
+                raise AdapterError(f"{module}: {error}") from None
+        return self.with_modules(modules).as_dylora(replace(self.dylora or DyLora(), rank_scaling="constant"))
 
     def resize(self, rank: int, conv_rank: int | None = None, dynamic: tuple[str, float] | None = None) -> Self:
         """The best approximation at a rank, with alpha / rank of every module unchanged, as kohya's resize_lora does.

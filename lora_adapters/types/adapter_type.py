@@ -52,6 +52,10 @@ class AdapterType:
     with_conv: ClassVar[str | None] = None
     variant: ClassVar[type | None] = None
 
+    def training_args(self, args: Mapping[str, str]) -> dict[str, str]:
+        """The --network_args of a training, with those that differ from the config's defaults unless they are given."""
+        return dict(args)
+
     # --- in files ------------------------------------------------------------------------------------------------
 
     def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
