@@ -11,8 +11,8 @@ from lora_adapters.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.storage.sources import locate
+from lora_adapters.injection import add_adapter, place
 from lora_adapters.injection import match_to_model as match_component
-from lora_adapters.injection import place
 from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.target_modules import RankRule, base_layers, covered
@@ -107,7 +107,7 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
         _place(trained, start, _facts(settings, asked.config, start), source)
     else:
         for model in trained.values():
-            model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
+            add_adapter(model, copy.deepcopy(asked.config), ADAPTER)
         if start is not None:
             load_start(trained, start, source)
     for model in trained.values():
