@@ -1,6 +1,6 @@
 """The adapter: one small object that is read from files, does arithmetic, and is written to files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lora_adapters.convert.formats.metadata import (
     dylora_of,
     merged_facts,
     network_args,
+    sum_facts,
 )
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.files import read_tensors
@@ -272,6 +273,36 @@ class Adapter(Contents, LiveAdapter):
                 raise AdapterError(f"{module}: {error}") from None
         facts = merged_facts([self.metadata, other.metadata])
         return self.replaced(modules=modules, metadata={**self.plain_metadata(), **facts}, stored={})
+
+    @classmethod
+    def combine(
+        cls,
+        adapters: Sequence["Adapter"],
+        weights: Sequence[float],
+        method: str,
+        density: float,
+        *,
+        majority: str = "total",
+        seed: int = 0,
+    ) -> Self:
+        """Adapters put together by TIES, DARE or magnitude pruning, as PEFT's `add_weighted_adapter` does with "_svd".
+
+        method, density, majority and seed are those of `lora_adapters.convert.deltas.combined.Combination`. A sum
+        without pruning is `a.scale(0.7) + b.scale(0.3)`. The result can be merged into a model, exactly, and written
+        after `svd`: a pruned change has no low rank. AdapterError where the adapters are for different models.
+
+        >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        >>> a = Adapter({to_q: LowRank(torch.tensor([[3.0, 1.0]]), torch.ones(1, 1), alpha=1.0)})
+        >>> b = Adapter({to_q: LowRank(torch.tensor([[1.0, -4.0]]), torch.ones(1, 1), alpha=1.0)})
+        >>> Adapter.combine([a, b], [1.0, 1.0], "ties", 0.5).modules[to_q].delta().tolist()  # the largest of each
+        [[3.0, -4.0]]
+        """
+        from lora_adapters.convert.deltas.combined import Combination
+        from lora_adapters.convert.models.merging import combined_changes
+
+        named = {f"adapter {number}": adapter for number, adapter in enumerate(adapters, 1)}
+        modules = combined_changes(named, weights, Combination(method, density, majority, seed))
+        return cls(modules, sum_facts([adapter.metadata for adapter in adapters]))
 
     def truncate(self, rank: int) -> Self:
         """The first components of every module, at the scale that they were trained at.
