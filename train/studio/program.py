@@ -80,11 +80,11 @@ def program(argv: Sequence[str] | None) -> None:
     from lora_adapters.train.studio.page import CSS
 
     page = build(made, model_words(args))
-    system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the net
+    theme = gr.themes.Default(  # without fonts from the net
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     try:
-        _, address, public = page.launch(
-            theme=gr.themes.Default(**system), css=CSS, **launch_options(args, word, made.output)
-        )
+        _, address, public = page.launch(theme=theme, css=CSS, **launch_options(args, word, made.output))
     except OSError as error:
         raise StudioError(f"the page cannot be opened: {error}") from None
     print(f"The studio is at {public or address} (Ctrl-C ends it; a job that runs goes on)", flush=True)

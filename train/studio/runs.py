@@ -47,9 +47,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
-            raise StudioError(f"{self.type!r:.40} is no type of adapter: {', '.join(TYPES)} are")
+            raise StudioError(f"{self.type!r:.40} is not a type of adapter: {', '.join(TYPES)} are")
         if self.precision not in PRECISIONS:
-            raise StudioError(f"{self.precision!r:.40} is no precision: {', '.join(PRECISIONS)} are")
+            raise StudioError(f"{self.precision!r:.40} is not a precision: {', '.join(PRECISIONS)} are")
         if not self.name.strip():
             raise StudioError("give the adapter a name")
 

@@ -187,7 +187,6 @@ class TrainTab:
         recipe = self._recipe(values)
         words, run = runs.dry(recipe, self._folders)
         self._jobs.start(f"dry run of {recipe.name}", words, run / runs.LOG)
-        gr.Info("Its report is in What it prints, at the top")
 
     def _start(self, *values: Any) -> Any:
         recipe = self._recipe(values)
