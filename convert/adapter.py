@@ -66,8 +66,8 @@ class Adapter(Contents, LiveAdapter):
         return cls.from_path(locate(source, weight_name=weight_name, subfolder=subfolder, **hub))
 
     @classmethod
-    def from_path(cls, path: Path, lookup: Lookup | None = None, only_pairs: bool = False) -> Self:
-        """The adapter in a file or a PEFT folder; lookup and only_pairs as in `from_tensors`.
+    def from_path(cls, path: Path, lookup: Lookup | None = None) -> Self:
+        """The adapter in a file or a PEFT folder; lookup as in `from_tensors`.
 
         AdapterError with the path in it.
         """
@@ -78,7 +78,7 @@ class Adapter(Contents, LiveAdapter):
             return cls._of(peft.read_folder(path, lookup))
         tensors, metadata = read_tensors(path)
         try:
-            return cls.from_tensors(tensors, metadata, lookup, only_pairs)
+            return cls.from_tensors(tensors, metadata, lookup)
         except AdapterError as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -88,15 +88,14 @@ class Adapter(Contents, LiveAdapter):
         tensors: Mapping[str, torch.Tensor],
         metadata: Mapping[str, str] | None = None,
         lookup: Lookup | None = None,
-        only_pairs: bool = False,
     ) -> Self:
         """The adapter in a state dict of kohya's, LyCORIS', cloneofsimo's or one of diffusers' formats.
 
         The tensors are not copied. lookup (component, name -> path): finds modules that SD1.x, SD2.x and SDXL do not
-        have, in a live model. only_pairs: refuse other kinds than low-rank pairs. AdapterError for other keys, lone
+        have, in a live model. AdapterError for other keys, lone
         halves of pairs, unknown modules and shapes that do not fit; UnknownFormatError for other kinds of adapters.
         """
-        return cls._of(registry.read(tensors, dict(metadata or {}), lookup, only_pairs))
+        return cls._of(registry.read(tensors, dict(metadata or {}), lookup))
 
     @classmethod
     def _of(cls, contents: Contents) -> Self:

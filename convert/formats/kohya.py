@@ -24,7 +24,6 @@ from .metadata import hashes
 from .writing import bundled, write_file
 
 NAME = "kohya"
-ONLY_PAIRS = True
 
 _TENSORS = {
     "lora_down.weight": "down",

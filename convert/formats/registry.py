@@ -28,7 +28,6 @@ def read(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str],
     lookup: Lookup | None = None,
-    only_pairs: bool = False,
 ) -> Contents:
     """What a file with these tensors and metadata holds.
 
@@ -36,7 +35,6 @@ def read(
         tensors: as in the file; they are not copied.
         metadata: the file's.
         lookup: finds modules that no known family has, in a live model.
-        only_pairs: whether formats that hold other kinds than low-rank pairs are refused too.
 
     Raises:
         AdapterError: lone halves of pairs, unknown modules, shapes that do not fit.
@@ -46,7 +44,7 @@ def read(
     if not rest:
         raise AdapterError("there are no tensors in it")
     for known in FORMATS:
-        if known.matches(rest) and (known.ONLY_PAIRS or not only_pairs):
+        if known.matches(rest):
             return replace(known.read(rest, metadata, lookup), embeddings=embeddings)
     mine = kohya if any(kohya.matches({key}) for key in rest) else diffusers
     strange = next((key for key in rest if not mine.matches({key})), next(iter(rest)))
