@@ -77,19 +77,12 @@ class Adapter(Arithmetic, LiveAdapter):
         return cls.from_path(locate(source, weight_name=weight_name, subfolder=subfolder, **hub))
 
     @classmethod
-    def from_path(
-        cls,
-        path: Path,
-        lookup: Lookup | None = None,
-        only_pairs: bool = False,
-        family: ModelFamily | None = None,
-    ) -> Self:
+    def from_path(cls, path: Path, lookup: Lookup | None = None, family: ModelFamily | None = None) -> Self:
         """Read an adapter from a local file or PEFT folder.
 
         Args:
             path: The file or folder.
             lookup: As in `from_tensors`.
-            only_pairs: As in `from_tensors`.
             family: As in `from_tensors`.
 
         Returns:
@@ -105,7 +98,7 @@ class Adapter(Arithmetic, LiveAdapter):
             return cls._of(peft.read_folder(path, lookup))
         tensors, metadata = read_tensors(path)
         try:
-            return cls.from_tensors(tensors, metadata, lookup, only_pairs, family)
+            return cls.from_tensors(tensors, metadata, lookup, family)
         except AdapterError as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -115,7 +108,6 @@ class Adapter(Arithmetic, LiveAdapter):
         tensors: Mapping[str, torch.Tensor],
         metadata: Mapping[str, str] | None = None,
         lookup: Lookup | None = None,
-        only_pairs: bool = False,
         family: ModelFamily | None = None,
     ) -> Self:
         """Read an adapter from a state dict in kohya's, LyCORIS', cloneofsimo's or one of diffusers' formats.
@@ -125,7 +117,6 @@ class Adapter(Arithmetic, LiveAdapter):
             metadata: The metadata of its file, all strings.
             lookup: Called with a component and a name that no known model has; returns the module's path. It finds
                 modules of a live model.
-            only_pairs: Whether to refuse other kinds of change than low-rank pairs.
             family: That of the live model; None takes the one that the tensors are for.
 
         Returns:
@@ -135,7 +126,7 @@ class Adapter(Arithmetic, LiveAdapter):
             UnknownFormatError: Another kind of adapter.
             AdapterError: Unknown keys or modules, one half of a pair without the other, or shapes that do not fit.
         """
-        return cls._of(registry.read(tensors, dict(metadata or {}), lookup, only_pairs, family))
+        return cls._of(registry.read(tensors, dict(metadata or {}), lookup, family))
 
     @classmethod
     def _of(cls, contents: Contents) -> Self:
