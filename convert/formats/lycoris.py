@@ -94,7 +94,7 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
 
     Args:
         name: as `split_key` returns it.
-        lookup: asked where SD1.x, SD2.x and SDXL have no such module.
+        lookup: asked where no known family has such a module.
 
     Raises:
         UnknownModuleError: nobody knows it; the nearest known name is in the message.
