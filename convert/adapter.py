@@ -1,7 +1,7 @@
 """The adapter: one small object that is read from files, does arithmetic, and is written to files."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.low_rank import LowRank, common_scale, rank_range
 from lora_adapters.convert.deltas.sum import added, as_pair
+from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.formats import diffusers, peft, registry
 from lora_adapters.convert.formats.contents import Contents, WriteOptions, most_common
@@ -22,7 +23,9 @@ from lora_adapters.convert.formats.metadata import (
     dylora_of,
     merged_facts,
     network_args,
+    sum_facts,
 )
+from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 
@@ -83,13 +86,20 @@ class Adapter(Contents, LiveAdapter):
         return cls.from_path(locate(source, weight_name=weight_name, subfolder=subfolder, **hub))
 
     @classmethod
-    def from_path(cls, path: Path, lookup: Lookup | None = None, only_pairs: bool = False) -> Self:
+    def from_path(
+        cls,
+        path: Path,
+        lookup: Lookup | None = None,
+        only_pairs: bool = False,
+        family: ModelFamily | None = None,
+    ) -> Self:
         """Read an adapter from a local file or PEFT folder.
 
         Args:
             path: The file or folder.
             lookup: As in `from_tensors`.
             only_pairs: As in `from_tensors`.
+            family: As in `from_tensors`.
 
         Returns:
             The adapter.
@@ -104,7 +114,7 @@ class Adapter(Contents, LiveAdapter):
             return cls._of(peft.read_folder(path, lookup))
         tensors, metadata = read_tensors(path)
         try:
-            return cls.from_tensors(tensors, metadata, lookup, only_pairs)
+            return cls.from_tensors(tensors, metadata, lookup, only_pairs, family)
         except AdapterError as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -115,6 +125,7 @@ class Adapter(Contents, LiveAdapter):
         metadata: Mapping[str, str] | None = None,
         lookup: Lookup | None = None,
         only_pairs: bool = False,
+        family: ModelFamily | None = None,
     ) -> Self:
         """Read an adapter from a state dict in kohya's, LyCORIS', cloneofsimo's or one of diffusers' formats.
 
@@ -124,6 +135,7 @@ class Adapter(Contents, LiveAdapter):
             lookup: Called with a component and a name that no known model has; returns the module's path. It finds
                 modules of a live model.
             only_pairs: Whether to refuse other kinds of change than low-rank pairs.
+            family: That of the live model; None takes the one that the tensors are for.
 
         Returns:
             The adapter.
@@ -132,7 +144,7 @@ class Adapter(Contents, LiveAdapter):
             UnknownFormatError: Another kind of adapter.
             AdapterError: Unknown keys or modules, one half of a pair without the other, or shapes that do not fit.
         """
-        return cls._of(registry.read(tensors, dict(metadata or {}), lookup, only_pairs))
+        return cls._of(registry.read(tensors, dict(metadata or {}), lookup, only_pairs, family))
 
     @classmethod
     def _of(cls, contents: Contents) -> Self:
@@ -262,6 +274,36 @@ class Adapter(Contents, LiveAdapter):
         facts = merged_facts([self.metadata, other.metadata])
         return self.replaced(modules=modules, metadata={**self.plain_metadata(), **facts}, stored={})
 
+    @classmethod
+    def combine(
+        cls,
+        adapters: Sequence["Adapter"],
+        weights: Sequence[float],
+        method: str,
+        density: float,
+        *,
+        majority: str = "total",
+        seed: int = 0,
+    ) -> Self:
+        """Adapters put together by TIES, DARE or magnitude pruning, as PEFT's `add_weighted_adapter` does with "_svd".
+
+        method, density, majority and seed are those of `lora_adapters.convert.deltas.combined.Combination`. A sum
+        without pruning is `a.scale(0.7) + b.scale(0.3)`. The result can be merged into a model, exactly, and written
+        after `svd`: a pruned change has no low rank. AdapterError where the adapters are for different models.
+
+        >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        >>> a = Adapter({to_q: LowRank(torch.tensor([[3.0, 1.0]]), torch.ones(1, 1), alpha=1.0)})
+        >>> b = Adapter({to_q: LowRank(torch.tensor([[1.0, -4.0]]), torch.ones(1, 1), alpha=1.0)})
+        >>> Adapter.combine([a, b], [1.0, 1.0], "ties", 0.5).modules[to_q].delta().tolist()  # the largest of each
+        [[3.0, -4.0]]
+        """
+        from lora_adapters.convert.deltas.combined import Combination
+        from lora_adapters.convert.models.merging import combined_changes
+
+        named = {f"adapter {number}": adapter for number, adapter in enumerate(adapters, 1)}
+        modules = combined_changes(named, weights, Combination(method, density, majority, seed))
+        return cls(modules, sum_facts([adapter.metadata for adapter in adapters]))
+
     def truncate(self, rank: int) -> Self:
         """The first components of every module, at the scale that they were trained at.
 
@@ -327,6 +369,27 @@ class Adapter(Contents, LiveAdapter):
         from lora_adapters.convert.deltas.reduction import svd
 
         return svd(self, rank, conv_rank, target_error, device)
+
+    def sorted(self) -> Self:
+        """The same adapter as a DyLoRA: each module's components are those of its SVD, the largest first.
+
+        Cut to a rank (`truncate`) it is what `svd` gives for that rank, at once: any LoRA becomes one of every rank.
+        A DyLoRA keeps its unit; at every rank the scale is that of the full one ("constant"). Dtypes stay.
+
+        >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+        >>> a = Adapter({to_q: LowRank(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]), alpha=2.0)})
+        >>> a.sorted().truncate(1).modules[to_q].delta().round(decimals=4).tolist()
+        [[0.0, 0.0], [0.0, 3.0]]
+        """
+        from lora_adapters.convert.deltas.svd import by_size
+
+        modules: dict[ModuleName, LowRank] = {}
+        for module, pair in progress(self.pairs().items(), "SVD", len(self.modules)):
+            try:
+                modules[module] = by_size(pair).to(pair.up.dtype)
+            except AdapterError as error:
+                raise AdapterError(f"{module}: {error}") from None
+        return self.with_modules(modules).as_dylora(replace(self.dylora or DyLora(), rank_scaling="constant"))
 
     def resize(self, rank: int, conv_rank: int | None = None, dynamic: tuple[str, float] | None = None) -> Self:
         """The best approximation at a rank, with alpha / rank of every module unchanged, as kohya's resize_lora does.

@@ -50,13 +50,15 @@ class ModelState:
     def of(cls, model: Any) -> "ModelState":
         """The state of a model now."""
         configs = getattr(model, "peft_config", None)
-        return cls(
-            None if configs is None else dict(configs),
-            vars(model).get(_LOADED),
-            {part: _Layer.of(part) for part in model.modules() if isinstance(part, BaseTunerLayer)},
-            {parameter: parameter.requires_grad for parameter in model.parameters()},
-            {part: part.training for part in model.modules()},
-        )
+        state = cls(None if configs is None else dict(configs), vars(model).get(_LOADED), {}, {}, {})
+        for part in model.modules():
+            state.training[part] = part.training
+            for parameter in part._parameters.values():
+                if parameter is not None:
+                    state.trained[parameter] = parameter.requires_grad
+            if isinstance(part, BaseTunerLayer):
+                state.layers[part] = _Layer.of(part)
+        return state
 
     def restore(self, model: Any) -> None:
         """Take every adapter out that was not there, and make the rest what it was."""

@@ -70,10 +70,14 @@ def _into_hotswap(hotswap: ModuleType) -> None:
 
 
 def _into_scaling(peft_utils: ModuleType) -> None:
-    """A scale of 0 for one call leaves the weights of adapters as they were before it."""
-    from .adapter_weights import replace_everywhere, scaling, unscaling
+    """A scale of 0 for one call leaves the weights of adapters as they were before it; weights are set in one go."""
+    from .adapter_weights import activating, replace_everywhere, scaling, unscaling
 
-    for name, wrapper in (("scale_lora_layers", scaling), ("unscale_lora_layers", unscaling)):
+    for name, wrapper in (
+        ("scale_lora_layers", scaling),
+        ("unscale_lora_layers", unscaling),
+        ("set_weights_and_activate_adapters", activating),
+    ):
         if not hasattr(peft_utils, name):
             raise unfit("diffusers", f"lacks {name}")
         replace_everywhere(peft_utils, name, wrapper)
@@ -89,22 +93,31 @@ def _into_block_weights(unet_loader_utils: ModuleType) -> None:
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:
-    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; diffusers gets other kinds.
+    """`load_lora_weights` of the known families' pipelines reads what this package knows; diffusers gets other kinds.
 
-    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none.
+    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none. Those of
+    SD and SDXL have to be there; those of other families are changed in versions of diffusers that have them.
     """
+    from lora_adapters.convert.families.registry import FAMILIES
+
     check_age("diffusers")
     check_age("transformers")
-    for name in ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"):
+    needed = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
+    others = dict.fromkeys(name for family in FAMILIES for name in family.marks.mixins)
+    for name in (*needed, *others):
         mixin = getattr(lora_pipeline, name, None)
         if mixin is None or not (hasattr(mixin, "load_lora_weights") and hasattr(mixin, "save_lora_weights")):
+            if name in others:
+                continue
             raise unfit("diffusers", f"lacks {name}.load_lora_weights or its save_lora_weights")
         if not hasattr(mixin.load_lora_weights, "stock"):
-            mixin.load_lora_weights = _loading(mixin.load_lora_weights)
+            mixin.load_lora_weights = _loading(mixin.load_lora_weights, only_known=name in others)
             mixin.save_lora_weights = classmethod(_saving(mixin.save_lora_weights.__func__))
 
 
-def _loading(stock: Any) -> Any:
+def _loading(stock: Any, only_known: bool = False) -> Any:
+    """only_known: whether pipelines of models that no family has are left to diffusers."""
+
     @functools.wraps(stock)
     def load_lora_weights(
         self: Any,
@@ -113,9 +126,12 @@ def _loading(stock: Any) -> Any:
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        from .pipeline import load
+        from .pipeline import is_known, load
 
         source, own = pretrained_model_name_or_path_or_dict, functools.partial(stock, self)
+        if only_known and not is_known(self):
+            own(source, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+            return
         load(self, source, own, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
 
     load_lora_weights.stock = stock  # type: ignore[attr-defined]
@@ -125,9 +141,12 @@ def _loading(stock: Any) -> Any:
 def _saving(stock: Any) -> Any:
     @functools.wraps(stock)
     def save_lora_weights(cls: Any, *args: Any, **kwargs: Any) -> None:
+        from .save_changes import saved
         from .save_hook import completed
 
         bound = inspect.signature(stock).bind(cls, *args, **kwargs)
+        if saved(bound.arguments):
+            return
         bound.arguments.update(completed(bound.arguments))
         stock(*bound.args, **bound.kwargs)
 

@@ -54,7 +54,7 @@ KINDS = (
     _kind("a Control-LoRA", r"^lora_controlnet$"),
     _kind("an adapter for Stable Cascade", r"^(lora_)?prior_", other_model=True),
     _kind(
-        "an adapter for a model with transformers in the place of the U-Net (Flux, SD3, ...)",
+        "an adapter for a model with transformers in the place of the U-Net",
         r"^(lora_)?transformer[._]|\b(double|single|joint)_blocks[._]|_(double|single|joint)_blocks_"
         r"|^lora_te3_|^text_encoder_3\.|\bt5xxl\b",
         other_model=True,
@@ -82,7 +82,7 @@ def unread(keys: Iterable[str], otherwise: str) -> UnknownFormatError:
         return UnknownFormatError(otherwise)
     kind, key = found
     if kind.other_model:
-        return UnknownFormatError(f"it is {kind.name}, not for SD or SDXL ({key:.100})")
+        return UnknownFormatError(f"it is {kind.name}, of none that is known here ({key:.100})")
     return UnknownFormatError(f"it is {kind.name} ({key:.100}); only low-rank pairs are read (LoRA, LoCon, DyLoRA)")
 
 

@@ -61,14 +61,15 @@ def split_key(key: str) -> tuple[str, str]:
     Raises:
         AdapterError: it ends in no tensor of a known kind.
     """
-    if key.startswith(tuple(_FLAT)):
-        name, _, suffix = key.partition(".")
-        return name, suffix  # `read_module` says whether there is such a tensor
-    parts = key.split(".")
+    flat, parts = key.startswith(tuple(_FLAT)), key.split(".")
     for length in (2, 1):
         suffix = ".".join(parts[-length:])
         if len(parts) > length and suffix in SUFFIXES:
-            return ".".join(parts[:-length]), suffix
+            # Diffusers leaves dots in flat names when it converts magnitudes to kohya's names.
+            return ("_" if flat else ".").join(parts[:-length]), suffix
+    if flat:
+        name, _, suffix = key.partition(".")
+        return name, suffix  # `read_module` says that there is no such tensor
     raise AdapterError(f"{key:.200} ends in no tensor of a known kind of adapter")
 
 
@@ -217,4 +218,5 @@ def _paths_by_flat_name(component: str) -> dict[str, str]:
     spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms=True)]
     if role_of(component) == "text_encoder":  # `text_model.` is left out by transformers 5
         spelled += [(name.removeprefix("text_model."), path) for name, path in spelled]
+    spelled.sort(key=lambda pair: pair[0] == pair[1])  # a path goes before another family's original name
     return {name.replace(".", "_"): path for name, path in spelled}

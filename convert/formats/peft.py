@@ -16,6 +16,8 @@ from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, text_path
+from lora_adapters.convert.families.registry import role_of
+from lora_adapters.convert.families.spelling import may_be_of_transformer
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
@@ -26,6 +28,7 @@ from .diffusers import alpha_from_config, checked, lora_config
 from .kinds import unread, warn_of_embeddings
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
 from .projections import in_own_shapes
+from .writing import apart
 
 NAME = "peft"
 ONLY_PAIRS = True
@@ -91,8 +94,8 @@ def _read_component(
     for key, tensor in tensors.items():
         path, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
         if half not in ("A.weight", "B.weight"):
-            raise AdapterError(f"{folder}: {key} is not a half of a low-rank pair")
-        path = path if component == "unet" else text_path(path)
+            raise AdapterError(f"{folder}: {key} is not half of a low-rank pair")
+        path = path if role_of(component) == "denoiser" else text_path(path)
         try:
             module = check_known(ModuleName(component, path), lookup)
         except AdapterError as error:
@@ -123,7 +126,10 @@ def _component_of(folder: Path) -> str:
     tensors = _tensors(folder)
     text = {key: tensor for key, tensor in tensors.items() if _TEXT_LAYER.search(key)}
     if not text:
-        return "text_encoder_2" if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors) else "unet"
+        if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors):
+            return "text_encoder_2"
+        names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+        return "transformer" if may_be_of_transformer(names, {}) else "unet"
     reads = re.compile(r"\.(self_attn\.[qkv]_proj|mlp\.fc1)\.lora_A\.weight$")  # what these have is the model's width
     wide = any(reads.search(key) and tuple(one.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, one in text.items())
     return "text_encoder_2" if wide else "text_encoder"
@@ -182,9 +188,9 @@ def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mappin
         "bias": "none",
         "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
     }
-    tensors = {f"{PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
-    tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
+    tensors = {f"{PREFIX}{path}.lora_A.weight": one.down for path, one in mine.items()}
+    tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up for path, one in mine.items()}
     with replacing(folder / WEIGHTS, durable=True) as partial:
-        safetensors.torch.save_file(tensors, partial, {"format": "pt"})
+        safetensors.torch.save_file(apart(tensors), partial, {"format": "pt"})
     with replacing(folder / CONFIG) as partial:
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

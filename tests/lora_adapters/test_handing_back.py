@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from lora_adapters import Adapter, AdapterError, injection
+from lora_adapters.convert.formats import registry
 from lora_adapters.model_state import ModelState
 
 from .conftest import GOLDEN
@@ -18,6 +19,12 @@ from .conftest import GOLDEN
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 QUERY, KEY = f"{ATTENTION}.to_q", f"{ATTENTION}.to_k"
 FIRST = GOLDEN / "sd15" / "lierla.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def dora_is_not_read(monkeypatch):
+    """DoRA stands for whatever diffusers reads and this package does not: its format is taken away here."""
+    monkeypatch.setattr(registry, "FORMATS", tuple(known for known in registry.FORMATS if known.NAME != "lycoris"))
 
 
 def models(pipe):
@@ -347,14 +354,17 @@ def test_a_failure_in_the_text_encoder_leaves_everything_as_it_was(failure, how,
     tensors = strange_dora("a text encoder that fails", pipe, dora(pipe, tmp_path / "dora.safetensors"))
     prepared(pipe, how)
     before, state = snapshot(pipe), whole_state(pipe)
-    real = injection.inject_adapter_in_model
 
-    def failing(config, model, *args, **kwargs):
-        if model is pipe.text_encoder:
-            raise MemoryError
-        return real(config, model, *args, **kwargs)
+    def failing(real):
+        def inject(*args, **kwargs):
+            if any(one is pipe.text_encoder for one in args):
+                raise MemoryError
+            return real(*args, **kwargs)
 
-    monkeypatch.setattr(injection, "inject_adapter_in_model", failing)
+        return inject
+
+    for name in ("inject_at", "inject_adapter_in_model"):
+        monkeypatch.setattr(injection, name, failing(getattr(injection, name)))
     with pytest.raises(MemoryError if failure == "ours" else AdapterError):
         pipe.load_lora_weights(FIRST if failure == "ours" else tensors, adapter_name="new")
     after = snapshot(pipe)

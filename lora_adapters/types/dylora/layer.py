@@ -83,7 +83,7 @@ class DyLoraVariant(LoraVariant):
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](x)
         controller, start = self.controller, 0
-        if controller.dylora.freeze_lower and controller.drawn:
+        if controller.freezes_lower:
             start = min(controller.now[0], self.full) - controller.dylora.unit
         hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
         length = hidden.shape[-1 - self.trailing]  # not the weight's: that may be sharded, and whole only in its module
