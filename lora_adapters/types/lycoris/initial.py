@@ -188,7 +188,7 @@ def _lokr(layer: Any, rank: int, alpha: float, options: AlgorithmOptions) -> Del
     rows, columns = factorization(out, options.factor), factorization(into, options.factor)
     if options.unbalanced_factorization:
         rows = rows[1], rows[0]
-    parts: dict[str, torch.Tensor | None] = {"w1": None, "w2": None}
+    parts: dict[str, Any] = {"w1": None, "w2": None}
     whole = options.full_matrix
     if options.decompose_both and rank < max(rows[0], columns[0]) / 2 and not whole:
         parts |= {"w1_a": _kaiming(rows[0], rank), "w1_b": _kaiming(rank, columns[0])}

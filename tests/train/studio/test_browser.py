@@ -139,7 +139,7 @@ def train(browser, places, address):
     browser.click("#save-caption")
     caption = places / "pictures" / "delft" / "airplane.txt"
     browser.until(lambda: caption.read_text() == "a blue airplane\n")
-    browser.choose("machine", "SD1.x and SD2.x without a GPU")
+    browser.choose("machine", "and smaller models, without a GPU")
     browser.choose("purpose", "a way of drawing or photographing")
     browser.until(lambda: browser.value("train-steps") == "1600", "the values of the presets")
     browser.choose("type", "LoRA")
