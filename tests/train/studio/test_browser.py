@@ -139,6 +139,10 @@ def train(browser, places, address):
     browser.click("#save-caption")
     caption = places / "pictures" / "delft" / "airplane.txt"
     browser.until(lambda: caption.read_text() == "a blue airplane\n")
+    browser.choose("machine", "and smaller models, without a GPU")
+    browser.choose("purpose", "a way of drawing or photographing")
+    browser.until(lambda: browser.value("train-steps") == "1600", "the values of the presets")
+    browser.choose("type", "LoRA")
     for name, value in (("run-name", "mine"), ("rank", 4), ("train-steps", 10), ("rate", 0.001), ("resolution", 64),
                         ("sample-every", 5), ("sample-prompts", "a cat --w 64 --h 64 --s 2")):  # fmt: skip
         browser.fill(name, value)
