@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Split a DyLoRA into LoRA files, one for each of its ranks.
+"""Split a DyLoRA, or with --sort any LoRA, into LoRA files, one for each of its ranks.
 
 usage: extract_lora_from_dylora.py --model dylora.safetensors --save_to split.safetensors [--unit 4] [--ranks 4,8]
+                                   [--sort]
 
 Writes split-0004.safetensors, split-0008.safetensors, ... up to the full rank.
 """
@@ -35,6 +36,7 @@ def parser() -> Parser:
     made.add_argument("--save_to", required=True, help="name of the results; -0004 and so on is put before its ending")
     made.add_argument("--unit", type=int, help="distance of ranks (default: what the file says)")
     made.add_argument("--ranks", help="only these ranks, such as 4,8 (default: all, with the full one)")
+    made.add_argument("--sort", action="store_true", help="first sort the components by size (SVD): for any LoRA")
     add_skip_unknown(made)
     return made
 
@@ -58,11 +60,12 @@ def program(argv: Sequence[str] | None) -> None:
     args = parser().parse_args(argv)
     path = output_file(args.save_to)
     adapter = load(args.model, skip_unknown=args.skip_unknown)
+    adapter = adapter.sorted() if args.sort else adapter
     dylora = adapter.dylora
     if args.unit is not None and args.unit < 1:
         raise UsageError(f"--unit must be at least 1, got {args.unit}")
     if dylora is None and args.unit is None:
-        raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit")
+        raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit, or --sort")
     if dylora is None:
         dylora = DyLora(rank_scaling="rank")  # such a file can only be kohya's, cut as kohya's script does
     adapter = adapter.as_dylora(replace(dylora, unit=args.unit or dylora.unit))

@@ -25,6 +25,7 @@ from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of
+from lora_adapters.convert.families.registry import denoisers
 from lora_adapters.convert.formats import peft
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
@@ -57,9 +58,9 @@ def parser() -> Parser:
 
 
 def _place(block: str) -> tuple[int, str]:
-    """Where a block stands in tables: text encoders first, then the U-Net from its input to its output."""
-    kinds = ("text_encoder", "IN", "MID", "OUT", "unet")
-    return next(number for number, kind in enumerate(kinds) if block.startswith(kind)), block
+    """Where a block stands in tables: text encoders first, then the denoiser from its input to its output."""
+    kinds = ("text_encoder", "IN", "", "OUT", *denoisers())  # MID, and the blocks of transformers, are between the two
+    return next((number for number, kind in enumerate(kinds) if kind and block.startswith(kind)), 2), block
 
 
 def _ordered_blocks(adapter: Adapter) -> dict[str, list[Delta]]:
@@ -124,7 +125,7 @@ def _count(values: Sequence[Any]) -> dict[str, int]:
 
 
 def read(path: Path) -> tuple[Adapter, list[str]]:
-    """The adapter of a file or PEFT folder, and the file's modules that no model of SD1.x, SD2.x and SDXL has."""
+    """The adapter of a file or PEFT folder, and the file's modules that no known model has."""
     if path.is_dir() or (path.parent / peft.CONFIG).is_file():
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)

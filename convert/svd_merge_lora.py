@@ -20,6 +20,7 @@ from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.terminal import say
+from lora_adapters.convert.tools.combining import add_methods, combination_of, put_together
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
@@ -30,7 +31,6 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.inputs import weights_alone
-from lora_adapters.convert.tools.merge import weighted_sum
 from lora_adapters.convert.tools.summary import written
 
 
@@ -45,6 +45,7 @@ def parser() -> Parser:
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
     made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
+    add_methods(made)
     made.add_argument(
         "--new_rank", type=rank_option, help="rank of the result (default: 4; with target_error: no limit)"
     )
@@ -66,12 +67,12 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    path, device = output_file(args.save_to), device_of(args.device)
+    path, device, how = output_file(args.save_to), device_of(args.device), combination_of(args)
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
     chosen = rules(rank, args.new_conv_rank, args.target_error)
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     adapters = {name: weights_alone(adapter, name) for name, adapter in adapters.items()}
-    merged = weighted_sum(adapters, ratios)
+    merged = put_together(adapters, ratios, how)
     facts = merged_metadata(merged, adapters, args.no_metadata)
     del adapters  # the files need not stay in memory
     modules, fits = reduce_modules(merged.modules, chosen, args.clamp_quantile, device)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -170,6 +170,29 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype) -> Delta:
     return with_tensors(change, copied)
 
 
+def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:
+    """Add a new adapter to a model and make it the active one, as the `add_adapter` of diffusers' models does.
+
+    The `add_adapter` of transformers' text encoders does the same, but since transformers 5.24 it asks for PEFT 0.22,
+    and refuses older versions that could do it.
+
+    Args:
+        model: A U-Net, text encoder or any other model, trainable or not.
+        config: The adapter's configuration, one of this package's or of PEFT's.
+        adapter_name: Its name, which no adapter of the model has.
+
+    Raises:
+        AdapterError: The model has an adapter of that name, or no module that the configuration is for.
+    """
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise AdapterError(f"the model has an adapter {adapter_name} already: choose another name")
+    inject_adapter_in_model(config, model, adapter_name)
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(adapter_name)
+
+
 def take_out(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out of the model's layers and, where it was the only one of a layer, PEFT's layer with it."""
     for path, layer in list(model.named_modules()):
@@ -216,16 +239,17 @@ def extract_changes(model: Any, component: str, adapter_name: str) -> dict[Modul
     for path, layer in layers(model, adapter_name):
         if more := beyond_deltas(layer, adapter_name):
             raise AdapterError(f"adapter {adapter_name} is more than plain LoRA: {component}.{path} has {more}")
-        changes[_named(component, path)] = delta_of(layer, adapter_name, stabilized)
+        changes[module_named(component, path)] = delta_of(layer, adapter_name, stabilized)
     return changes
 
 
 def widths(model: Any, component: str, adapter_name: str) -> dict[ModuleName, int]:
     """How many components each module of the adapter has room for; more than its rank where it is padded."""
-    return {_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
+    return {module_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
 
 
-def _named(component: str, path: str) -> ModuleName:
+def module_named(component: str, path: str) -> ModuleName:
+    """The name that files have for the module at a path of a model."""
     return ModuleName(component, text_path(path) if is_text_encoder(component) else path)
 
 

@@ -212,6 +212,12 @@ def _unknown_module(name: str) -> AdapterError:
     )  # fmt: skip
 
 
+def training_args(network_module: str, args: Mapping[str, str]) -> dict[str, str]:
+    """The network_args of a training, with those that a module's type has other defaults for than its config."""
+    kind = type_named(MODULES.get(network_module, ""))
+    return dict(args) if kind is None else kind.training_args(args)
+
+
 def network_options(
     network_module: str = "networks.lora",
     network_dim: int | None = None,

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import METADATA_KEY
 from lora_adapters.convert.formats.kinds import may_go_to_diffusers
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.types.registry import facts_of_metadata
 
+from . import handing_back, injection
 from . import hotswap as swapping
-from . import injection
 from .live_names import LiveNames
 from .model_state import ModelState
 
@@ -60,6 +62,10 @@ def load(
         except UnknownFormatError as error:
             if isinstance(source, Adapter) or (path is not None and path.is_dir()):
                 raise
+            if is_known(pipe):
+                own = functools.partial(stock, source, adapter_name=adapter_name, hotswap=hotswap, **options)
+                handing_back.leave(adaptable_models(pipe), own, error)
+                return
             _hand_back(pipe, stock, path or source, adapter_name, hotswap, error, options)
     except AdapterError as error:
         said = str(error)
@@ -76,8 +82,8 @@ def load_adapter(pipe: Any, adapter: Adapter, adapter_name: str | None = None) -
 
 def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapter:
     if isinstance(source, Path):
-        return Adapter.from_path(source, names)
-    return Adapter.from_tensors(dict(source), None, names)
+        return Adapter.from_path(source, names, family=names.family)
+    return Adapter.from_tensors(dict(source), None, names, family=names.family)
 
 
 def _hand_back(
@@ -90,8 +96,6 @@ def _hand_back(
     options: Mapping[str, Any],
 ) -> None:
     """Let diffusers load what this package does not read, where it may do so whole; else the reason is the error."""
-    from . import handing_back
-
     tensors, metadata = read_tensors(source) if isinstance(source, Path) else (dict(source), {})
     if hotswap or not may_go_to_diffusers(tensors):
         raise reason
@@ -120,14 +124,41 @@ def default_name(pipe: Any) -> str:
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's models that adapters go into, without wrappers, by component.
 
-    A pipeline says itself which these are; for one that does not, these are all its models.
+    A pipeline says itself which these are; for one that does not, these are all its models. Of a known transformer's,
+    these are the text encoders too that files have parts for (T5).
 
     Args:
         pipe: A pipeline of diffusers.
     """
     names = getattr(pipe, "_lora_loadable_modules", None)
+    family = _family(pipe)
+    if names is not None and family is not None:
+        names = dict.fromkeys([*names, *(part.name for part in family.components)])
     parts = pipe.components if names is None else {name: getattr(pipe, name, None) for name in names}
     return {name: injection.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def _family(pipe: Any) -> ModelFamily | None:
+    return by_class(injection.unwrapped(getattr(pipe, "transformer", None)))
+
+
+def is_known(pipe: Any) -> bool:
+    """Whether the pipeline's transformer is one of a known family.
+
+    Args:
+        pipe: A pipeline of diffusers.
+    """
+    return _family(pipe) is not None
+
+
+def _list_as_loadable(pipe: Any, components: Iterable[str]) -> None:
+    """Have the pipeline's own methods (set_adapters, unload_lora_weights, ...) look into these components too."""
+    listed = getattr(pipe, "_lora_loadable_modules", None)
+    if listed is None:
+        return
+    new = [component for component in components if component not in listed]
+    if new:
+        pipe._lora_loadable_modules = [*listed, *new]
 
 
 def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, Delta]]:
@@ -148,7 +179,12 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     missing: list[str] = []
     placed = {}
     for component, found in modules.items():
-        placed[component] = injection.match_to_model(models[component], component, found, None if strict else missing)
+        try:
+            placed[component] = injection.match_to_model(
+                models[component], component, found, None if strict else missing
+            )
+        except AdapterError as error:  # diffusers makes the layers of some of these models wider
+            raise UnknownFormatError(str(error)) if is_known(pipe) and not strict else error from None
         if not placed[component]:
             raise AdapterError(
                 f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
@@ -197,6 +233,7 @@ def _load(
         raise
     finally:
         _offload_again(pipe, *offloaded)
+    _list_as_loadable(pipe, matched)
 
 
 def _everywhere(

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 
 # Whole modules: each may be half loaded when its import of peft is what loads this one.
@@ -123,7 +124,7 @@ def _settle(
             if config.resolved:
                 rule: Rule = _Resolved(config)
             else:
-                rule = RankRule(config, [path for path, _, _ in base_layers(inner)])
+                rule = RankRule(config, [path for path, _, _ in base_layers(inner)], by_class(inner))
             inject(rule)
             config.decide(_decided(inner, adapter_name, config), asked)
             registry.type_of(config).attach(inner, adapter_name, config)  # what others put there is off already

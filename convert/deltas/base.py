@@ -249,10 +249,10 @@ def check_suffixes(kind: str, tensors: Tensors, required: Iterable[str], optiona
 
 
 def scalar_of(name: str, tensor: torch.Tensor) -> float:
-    """The number in a tensor of one element; AdapterError for more, none, NaN and infinity."""
-    if tensor.numel() != 1:
+    """The number in a tensor, also where it stands there several times; AdapterError for others, NaN and infinity."""
+    if tensor.numel() == 0 or bool((tensor != tensor.flatten()[0]).any() and not tensor.isnan().any()):
         raise AdapterError(f"{name} has the shape {list(tensor.shape)}, expected one number")
-    value = float(tensor)
+    value = float(tensor.flatten()[0])
     if not math.isfinite(value):
         raise AdapterError(f"{name} is {value}")
     return value

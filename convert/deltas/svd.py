@@ -88,6 +88,22 @@ def decompose_dense(
     return u.double(), values.double(), vh.double()
 
 
+def by_size(one: LowRank) -> LowRank:
+    """The same change with the components of its SVD, the largest first, shared evenly by both factors.
+
+    up = U·√Σ and down = √Σ·Vᵀ (float64), with the alpha that it has: its first b components at the scale alpha/rank are
+    the best approximation of rank b. Components that it does not need, as its rank is lower, get an `up` of zeros and
+    keep a `down`, so that they can still learn. The signs are those with which the largest number of each column of
+    `up` is positive.
+    """
+    u, values, vh = decompose(LowRank(one.down.cpu(), one.up.cpu(), float(one.rank)))  # at the scale 1
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    up, down = one.up.detach().cpu().double().flatten(1), one.down.detach().cpu().double().flatten(1)
+    up, down = torch.zeros_like(up), down.clone()
+    up[:, : len(values)], down[: len(values)] = u * signs * values.sqrt(), (values.sqrt() * signs).T * vh
+    return LowRank(down.reshape(one.down.shape), up.reshape(one.up.shape), one.alpha)
+
+
 def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Both factors cut to ± the quantile of their values taken together (with their signs), as kohya's tools do."""
     if not 0 < quantile <= 1:

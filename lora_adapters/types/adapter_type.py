@@ -41,7 +41,9 @@ class AdapterType:
         network_args: Options of --network_args that only this type has; each is a field of the config.
         with_conv: The name of the type that --network_module means where a rank for larger convolutions is given;
             None: this one.
-        variant: The class by which PEFT computes its layers; None: as plain LoRA.
+        variant: The class by which PEFT computes its layers; None: as plain LoRA. With a method `gate_of_all(layer,
+            adapter_name)` it is stacked with others, as plain LoRA is: what its components are multiplied with between
+            down and up, (components,), or None where there is more to a call.
     """
 
     name: ClassVar[str]
@@ -51,6 +53,10 @@ class AdapterType:
     network_args: ClassVar[Mapping[str, NetworkArg]] = {}
     with_conv: ClassVar[str | None] = None
     variant: ClassVar[type | None] = None
+
+    def training_args(self, args: Mapping[str, str]) -> dict[str, str]:
+        """The --network_args of a training, with those that differ from the config's defaults unless they are given."""
+        return dict(args)
 
     # --- in files ------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ def build(folders: Folders, model: list[str]) -> gr.Blocks:
             bar = gr.HTML(lambda: job_bar(jobs), elem_id="job")
             stop = gr.Button("Stop", variant="stop", scale=0, min_width=90, size="md", elem_id="stop-job")
             again = gr.Button("Refresh lists", scale=0, min_width=150, size="md", elem_id="refresh")
-        with gr.Accordion("What it prints", open=False):
+        with gr.Accordion("What it prints", open=False) as prints:
             log = gr.Textbox(lambda: job_log(jobs), lines=12, max_lines=24, show_label=False, autoscroll=True,
                              interactive=False, elem_id="log")  # fmt: skip
         with gr.Tab("Compare") as compare:
@@ -39,6 +39,7 @@ def build(folders: Folders, model: list[str]) -> gr.Blocks:
         occasions = [page.load, again.click, *(tab.select for tab in (compare, inspect, training, tools))]
         gr.on(occasions, lists.refreshed, None, lists.fields, show_progress="hidden")
         train.restore(page)
+        train.dry.click(lambda: gr.Accordion(open=True), None, prints, show_progress="hidden")
         _refresh(jobs, bar, log, train)
     return page
 

@@ -1,7 +1,7 @@
 """What Compare shows, as data: a picture's settings, grids over two of them, the same as commands and as Python."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,9 @@ _HINTS = {
     "rank": "4, 8, 16",
     "blocks": "ALL; INS; MIDD; OUTD (presets, names of blocks, or numbers, with ; between them)",
 }
+_READ: dict[str, Callable[[str], Any]] = {
+    "prompt": str, "seed": int, "steps": int, "scale": number, "weight": number, "rank": int, "blocks": str,
+}  # fmt: skip
 
 
 def hint(axis: str | None) -> str:
@@ -166,22 +169,22 @@ class Axis:
 
     def applied(self, scene: Scene, value: str) -> Scene:
         """The scene with this value. StudioError where it cannot be."""
-        kind, _, rest = self.name.partition(" of adapter ")
+        kind, _, adapter = self.name.partition(" of adapter ")
+        place = int(adapter or 0) - 1
+        if place >= len(scene.slots):
+            raise StudioError(f"{self.name}: there are {len(scene.slots)} adapters")
         try:
-            if not rest:
-                read = {"prompt": str, "seed": int, "steps": int, "scale": number}[kind]
-                return replace(scene, **{kind: read(value)})
-            place = int(rest) - 1
-            if place >= len(scene.slots):
-                raise StudioError(f"{self.name}: there are {len(scene.slots)} adapters")
-            changes: dict[str, Any] = {"weight": number, "rank": int, "blocks": str}
-            slot = replace(scene.slots[place], **{kind: changes[kind](value)})
+            read: Any = _READ[kind](value)
             if kind == "blocks":
-                parse(value, rest=0.0)
-        except (ValueError, AdapterError) as error:
-            said = str(error) if isinstance(error, AdapterError | StudioError) else f"such as {hint(self.name)}"
-            raise StudioError(f"{self.name}: {value!r:.60} cannot be: {said}") from None
-        return replace(scene, slots=(*scene.slots[:place], slot, *scene.slots[place + 1 :]))
+                parse(read, rest=0.0)
+        except AdapterError as error:
+            raise StudioError(f"{self.name}: {error}") from None
+        except ValueError:
+            raise StudioError(f"{self.name} is {value!r:.60}: give values such as {hint(self.name)}") from None
+        if not adapter:
+            return replace(scene, **{kind: read})
+        slots = [replace(slot, **{kind: read}) if n == place else slot for n, slot in enumerate(scene.slots)]
+        return replace(scene, slots=tuple(slots))
 
     @property
     def titles(self) -> list[str]:

@@ -70,7 +70,7 @@ def resize(
 def convert(folders: Folders, adapter: str, form: str, rank: float | None, name: str, precision: str) -> list[str]:
     """An adapter in another format; with a rank, as low-rank pairs whatever it is."""
     if form not in FORMATS:
-        raise StudioError(f"{form!r:.40} is no format: {', '.join(FORMATS)} are")
+        raise StudioError(f"{form!r:.40} is not a format: {', '.join(FORMATS)} are")
     target = folders.new(name, "" if form in _FOLDERS else ".safetensors")
     words = ["convert", f"--model={folders.adapter(adapter)}", f"--save_to={target}", f"--format={form}"]
     words += ["--to=lora", f"--rank={_rank(rank)}", f"--sd_model={folders.model}"] if rank else []
@@ -98,7 +98,7 @@ def _precision(precision: str) -> list[str]:
     if precision == OWN:
         return []
     if precision not in PRECISIONS:
-        raise StudioError(f"{precision!r:.40} is no precision: {', '.join(PRECISIONS)} are")
+        raise StudioError(f"{precision!r:.40} is not a precision: {', '.join(PRECISIONS)} are")
     return [f"--save_precision={precision}"]
 
 

@@ -59,7 +59,7 @@ class Folders:
         """A path to write, in the output folder. StudioError for a name that is none, or is taken already."""
         name = name.strip().removesuffix(ending)
         if not name or name != file_name(name) or name.startswith((".", "-")):
-            raise StudioError(f"{name!r:.80} is no name of a file: give letters, digits, dots and dashes")
+            raise StudioError(f"{name!r:.80} is not a file name: give letters, digits, dots and dashes")
         path = _below(self.output / folder / f"{name}{ending}", (self.output,))
         if path.exists():
             raise StudioError(f"{path.relative_to(self.output.resolve())} exists already: choose another name")
@@ -91,7 +91,7 @@ def _below(path: str | Path, roots: Sequence[Path]) -> Path:
     try:
         found = Path(path).resolve()
     except (OSError, ValueError, RuntimeError):  # a NUL in a name, a circle of links
-        raise StudioError(f"{str(path)!r:.120} is no path") from None
+        raise StudioError(f"{str(path)!r:.120} is not a path") from None
     if not any(found.is_relative_to(root.resolve()) for root in roots):
         where = ", ".join(map(str, roots)) or "none was named"
         raise StudioError(f"{path!s:.200} is outside of the folders that the studio was started with ({where})")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_adapters.convert.errors import UsageError
-from lora_adapters.convert.tools.command_line import Parser, run
+from lora_adapters.convert.tools.command_line import run
+from lora_adapters.convert.tools.parser import Parser
 from lora_adapters.train.studio.access import PASSWORD, USER, launch_options, password
 from lora_adapters.train.studio.jobs import claim
 from lora_adapters.train.studio.paths import Folders, StudioError
@@ -15,14 +16,18 @@ from lora_adapters.train.studio.paths import Folders, StudioError
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="studio", description="A page in the browser to compare, inspect, train and convert adapters.")
+    made = Parser(
+        prog="studio",
+        description="A page in the browser to compare, inspect, train and convert adapters.",
+        examples=["--model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapters loras --pictures photos"],
+    )
     made.add_argument(
         "--model", required=True, help="base model: a Diffusers folder, checkpoint file or Hub repository"
     )
-    made.add_argument("--adapters", nargs="+", default=[], metavar="FOLDER", help="folders of adapters to choose from")
-    made.add_argument("--pictures", nargs="+", default=[], metavar="FOLDER", help="folders of training pictures, whose "
+    made.add_argument("--adapters", nargs="+", metavar="FOLDER", help="folders of adapters to choose from")
+    made.add_argument("--pictures", nargs="+", metavar="FOLDER", help="folders of training pictures, whose "
                       "captions may be edited")  # fmt: skip
-    made.add_argument("--output", default="studio", metavar="FOLDER", help="folder of all that is made (studio)")
+    made.add_argument("--output", default="studio", metavar="FOLDER", help="folder of all that is made")
     made.add_argument(
         "--model_config", help="Diffusers folder or Hub repository with the configs for a checkpoint file"
     )
@@ -40,7 +45,7 @@ def parser() -> Parser:
 def folders(args: Any) -> Folders:
     """The folders of the options. UsageError where one is missing."""
     for flag in ("adapters", "pictures"):
-        for name in getattr(args, flag):
+        for name in getattr(args, flag) or ():
             if not Path(name).expanduser().is_dir():
                 raise UsageError(f"--{flag} {name} is not a folder")
     output = Path(args.output).expanduser()
@@ -49,8 +54,8 @@ def folders(args: Any) -> Folders:
     made = Folders(
         args.model,
         output.absolute(),
-        tuple(Path(name).expanduser().absolute() for name in args.adapters),
-        tuple(Path(name).expanduser().absolute() for name in args.pictures),
+        tuple(Path(name).expanduser().absolute() for name in args.adapters or ()),
+        tuple(Path(name).expanduser().absolute() for name in args.pictures or ()),
     )
     made.private.mkdir(parents=True, exist_ok=True)
     return made
@@ -80,11 +85,11 @@ def program(argv: Sequence[str] | None) -> None:
     from lora_adapters.train.studio.page import CSS
 
     page = build(made, model_words(args))
-    system = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the net
+    theme = gr.themes.Default(  # without fonts from the net
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     try:
-        _, address, public = page.launch(
-            theme=gr.themes.Default(**system), css=CSS, **launch_options(args, word, made.output)
-        )
+        _, address, public = page.launch(theme=theme, css=CSS, **launch_options(args, word, made.output))
     except OSError as error:
         raise StudioError(f"the page cannot be opened: {error}") from None
     print(f"The studio is at {public or address} (Ctrl-C ends it; a job that runs goes on)", flush=True)

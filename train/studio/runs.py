@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_adapters.convert.storage.atomic import replacing
+from lora_adapters.train.studio import presets
 from lora_adapters.train.studio.paths import Folders, StudioError
 from lora_adapters.train.studio.pictures import caption_ending
 
-TYPES = {"LoRA": "lierla", "LoRA-C3Lier": "c3lier", "DyLoRA": "dylora"}
+TYPES = {"LoRA": "lierla", "LoRA-C3Lier": "c3lier", "DyLoRA": "dylora", "LoHa": "loha", "LoKr": "lokr"}
 PRECISIONS = ("no", "fp16", "bf16")
 LOG, SETTINGS, DATASET, PROMPTS = "log.txt", "run.json", "dataset.toml", "prompts.txt"
 _STEP = re.compile(r"training:[^|\r\n]*\|[^|\r\n]*\|\s*(\d+)/\d+ \[[^\]\r\n]*\bloss=([\d.]+)")
@@ -21,7 +22,11 @@ _VALUE = re.compile(r"(\w+) ([\d.]+)")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training. pictures: their folder. Sizes in pixels; 0 for the intervals is never."""
+    """The settings of a training.
+
+    pictures: their folder. resolution: in pixels. save_every, sample_every: steps, 0 for never. machine, purpose:
+    names of presets, whose options without a field here are given to the trainer, too; empty for none.
+    """
 
     name: str
     pictures: str
@@ -44,12 +49,14 @@ class Recipe:
     sample_every: int = 0
     prompts: str = ""
     seed: int = 0
+    machine: str = ""
+    purpose: str = ""
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
-            raise StudioError(f"{self.type!r:.40} is no type of adapter: {', '.join(TYPES)} are")
+            raise StudioError(f"{self.type!r:.40} is not a type of adapter: {', '.join(TYPES)} are")
         if self.precision not in PRECISIONS:
-            raise StudioError(f"{self.precision!r:.40} is no precision: {', '.join(PRECISIONS)} are")
+            raise StudioError(f"{self.precision!r:.40} is not a precision: {', '.join(PRECISIONS)} are")
         if not self.name.strip():
             raise StudioError("give the adapter a name")
 
@@ -82,6 +89,7 @@ class Recipe:
         words += ["--gradient_checkpointing"] if self.checkpointing else []
         words += ["--cache_latents"] if self.cache_latents else []
         words += [f"--save_every_n_steps={self.save_every}"] if self.save_every else []
+        words += presets.words(self.machine, self.purpose)
         if self.sample_every and self.prompts.strip():
             words += [f"--sample_prompts={run / PROMPTS}", f"--sample_every_n_steps={self.sample_every}"]
         return words

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 import pandas
 
-from lora_adapters.train.studio import runs
+from lora_adapters.train.studio import presets, runs
 from lora_adapters.train.studio.jobs import Jobs
 from lora_adapters.train.studio.page import Lists, shown
 from lora_adapters.train.studio.paths import Folders, StudioError
@@ -16,7 +16,7 @@ from lora_adapters.train.studio.runs import Recipe
 _NAMES = (
     "name", "pictures", "type", "rank", "alpha", "conv_rank", "unit", "class_tokens", "resolution", "batch", "repeats",
     "steps", "learning_rate", "held_out", "precision", "checkpointing", "cache_latents", "save_every", "sample_every",
-    "prompts", "seed",
+    "prompts", "seed", "machine", "purpose",
 )  # fmt: skip
 
 
@@ -54,9 +54,16 @@ class TrainTab:
 
     def _settings(self) -> None:
         new = self.fields
+        machines, purposes = presets.choices()
+        with gr.Row():
+            for name, listed, label in (("machine", machines, "the machine"), ("purpose", purposes, "what is learned")):
+                new[name] = gr.Dropdown([("-", ""), *listed], value="", label=f"Preset for {label}", elem_id=name)
+        with gr.Accordion("What the presets say, and why", open=False):
+            self.reasons = gr.Dataframe(headers=["option", "value", "why", "source"], datatype="str", wrap=True,
+                                        interactive=False, show_label=False, elem_id="reasons")  # fmt: skip
         with gr.Row():
             new["name"] = gr.Textbox(label="Name of the adapter", elem_id="run-name")
-            new["type"] = gr.Dropdown(list(runs.TYPES), value="LoRA", label="Type")
+            new["type"] = gr.Dropdown(list(runs.TYPES), value="LoRA", label="Type", elem_id="type")
             new["class_tokens"] = gr.Textbox(label="Caption where there is none")
         with gr.Row():
             new["rank"] = gr.Number(16, label="Rank", precision=0, minimum=1, elem_id="rank")
@@ -112,6 +119,9 @@ class TrainTab:
         folder.change(show, folder, [self.gallery, self.listed, self.picture, self.caption])
         self.gallery.select(shown(self._select), [folder, self.listed], [self.picture, self.caption], **hidden)
         self.save.click(shown(self._save), [folder, self.picture, self.caption], self.gallery, **hidden)
+        for choice in (self.fields["machine"], self.fields["purpose"]):
+            choice.input(shown(self._preset), [self.fields["machine"], self.fields["purpose"]],
+                         [self.reasons, *fields], **hidden)  # fmt: skip
         self.dry.click(shown(self._dry), fields, None)
         self.start.click(shown(self._start), fields, self.shown_run)
         self.stop.click(shown(lambda: gr.Info(self._jobs.stop()) and None), None, None, queue=False)
@@ -183,11 +193,16 @@ class TrainTab:
             raise StudioError("choose a folder of pictures (the studio finds those below --pictures)")
         return runs.recipe_of(given, _NAMES)
 
+    def _preset(self, machine: str, purpose: str) -> list[Any]:
+        """What the presets say, and the fields that they fill."""
+        rows = [list(row) for row in presets.reasons(machine, purpose)] or [[""] * 4]
+        filled = presets.values(machine, purpose)
+        return [rows, *(filled.get(name, gr.skip()) for name in _NAMES)]
+
     def _dry(self, *values: Any) -> None:
         recipe = self._recipe(values)
         words, run = runs.dry(recipe, self._folders)
         self._jobs.start(f"dry run of {recipe.name}", words, run / runs.LOG)
-        gr.Info("Its report is in What it prints, at the top")
 
     def _start(self, *values: Any) -> Any:
         recipe = self._recipe(values)

@@ -14,9 +14,9 @@ from lora_adapters.convert.deltas.with_scalar import WithScalar
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.storage.sources import locate
+from lora_adapters.injection import add_adapter, place
 from lora_adapters.injection import match_to_model as match_component
-from lora_adapters.injection import place
-from lora_adapters.kohya_options import NetworkOptions, network_options, without_effect
+from lora_adapters.kohya_options import NetworkOptions, network_options, training_args, without_effect
 from lora_adapters.optimizer_groups import param_groups
 from lora_adapters.target_modules import RankRule, base_layers
 from lora_adapters.train.errors import OptionError, TrainingError
@@ -48,6 +48,7 @@ def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
         raise OptionError("--network_module is missing: networks.lora, networks.dylora, networks.loha, ...")
     args = key_values(settings.network_args, "network_args")
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
+    args = training_args(settings.network_module, args)
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
 
 
@@ -127,7 +128,7 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
         _place(trained, start, _facts(settings, asked.config, start), source)
     else:
         for model in trained.values():
-            model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
+            add_adapter(model, copy.deepcopy(asked.config), ADAPTER)
         warn_of_idle_patterns(asked, trained)
         if start is not None:
             load_start(trained, start, source)

@@ -20,10 +20,9 @@ from lora_adapters.types.base import AdapterConfig, check
 from lora_adapters.types.layers import layers
 
 from .initial import OPTIONS, AlgorithmOptions, initial_change
-from .layer import DeltaVariant, hold
+from .layer import DeltaVariant, held, hold
 from .norm_layer import NormLayer
 from .operations import NORMS
-from .weights import DeltaWeights
 
 _ALGO_OF = {"networks.loha": "loha", "networks.lokr": "lokr", "loha": "loha", "lokr": "lokr"}
 _OPTIONS = tuple(option.name for option in fields(AlgorithmOptions) if option.name not in ("algo", "train_on_input"))
@@ -146,7 +145,7 @@ class LycorisType(AdapterType):
         for layer in model.modules():
             if not isinstance(layer, LoraLayer) or not isinstance(layer.lora_variant.get(adapter_name), DeltaVariant):
                 continue
-            if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], DeltaWeights):
+            if held(layer, adapter_name) is None:
                 del layer.lora_variant[adapter_name]
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
@@ -171,8 +170,8 @@ class LycorisType(AdapterType):
         """AdapterError where an adapter has a change that is no pair: factors alone cannot stand for it."""
         for name in adapter_names:
             for path, layer in layers(model, name):
-                if isinstance(layer.lora_variant.get(name), DeltaVariant):
-                    kind = layer.lora_A[name].change.kind
+                if (weights := held(layer, name)) is not None:
+                    kind = weights.change.kind
                     raise AdapterError(f"adapter {name} has a {kind} in {path}, which no low-rank pair stands for")
         yield
 

@@ -93,6 +93,14 @@ class DeltaVariant(LoraVariant):
             module.get_base_layer().bias.data.copy_(bias)
 
 
+def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
+    """What holds the adapter's change in a LoRA layer; None where the layer computes it from LoRA's factors."""
+    if adapter_name not in layer.lora_A:
+        return None
+    weights = layer.lora_A[adapter_name]
+    return weights if isinstance(weights, DeltaWeights) else None
+
+
 def hold(layer: Any, adapter_name: str, change: Delta) -> None:
     """Make an adapter be a change of any kind in a LoRA layer, in the place of its factors there.
 
@@ -112,12 +120,6 @@ def hold(layer: Any, adapter_name: str, change: Delta) -> None:
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = weights, nn.Identity()
     layer.lora_variant[adapter_name] = DeltaVariant()
     layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = 1, 1.0, 1.0
-
-
-def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
-    """The change of an adapter in a LoRA layer that holds one; None where the adapter is a pair of PEFT's there."""
-    weights = layer.lora_A[adapter_name]
-    return weights if isinstance(weights, DeltaWeights) else None
 
 
 def _key(adapter_name: str) -> str:

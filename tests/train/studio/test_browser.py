@@ -59,7 +59,27 @@ def test_from_sliders_to_a_merged_file(places):
         outside(address)
 
 
+@pytest.mark.slow
+def test_a_password_is_asked_for(places):
+    file = places / "password"
+    file.write_text("a long password")
+    with studio("--model", MODEL, "--output", places / "output", "--password_file", file) as address:
+        assert urllib.request.urlopen(address).status == 200  # the page on which it is typed
+        for path in ("config", "gradio_api/info", f"gradio_api/file={places / 'output' / '.studio' / 'studio.json'}"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{address}{path}")
+            assert refused.value.code == 401
+        cookies = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with pytest.raises(urllib.error.HTTPError):
+            cookies.open(f"{address}login", data=b"username=studio&password=another")
+        cookies.open(f"{address}login", data=b"username=studio&password=a+long+password")
+        assert cookies.open(f"{address}config").status == 200
+
+
 def compare(browser, places, keys):
+    browser.click("#draw")
+    browser.until(lambda: "there is no prompt" in browser.one("body").text, "an error in one line")
+    shot(browser, "error")
     browser.fill("prompt", "a penguin")
     browser.fill("steps", 4)
     browser.choose("adapters", "tiles.safetensors")
@@ -119,11 +139,17 @@ def train(browser, places, address):
     browser.click("#save-caption")
     caption = places / "pictures" / "delft" / "airplane.txt"
     browser.until(lambda: caption.read_text() == "a blue airplane\n")
+    browser.choose("machine", "and smaller models, without a GPU")
+    browser.choose("purpose", "a way of drawing or photographing")
+    browser.until(lambda: browser.value("train-steps") == "1600", "the values of the presets")
+    browser.choose("type", "LoRA")
     for name, value in (("run-name", "mine"), ("rank", 4), ("train-steps", 10), ("rate", 0.001), ("resolution", 64),
                         ("sample-every", 5), ("sample-prompts", "a cat --w 64 --h 64 --s 2")):  # fmt: skip
         browser.fill(name, value)
     browser.click("#dry-run")
     browser.until(lambda: "Done: dry run of mine" in browser.job(), "a dry run")
+    browser.until(lambda: "an epoch: 24 training images" in browser.value("log"), "its report")
+    shot(browser, "dry-run")
     browser.click("#start")
     browser.until(lambda: "Running: training mine" in browser.job(), "a training")
     browser.driver.get(address)  # closing the page loses nothing

@@ -48,7 +48,7 @@ def test_block_weights_as_sliders():
         assert set(compare.block_values(preset, "sd")) <= {0.0, 1.0}
     with pytest.raises(StudioError, match="for sdxl"):
         compare.block_values(compare.block_text([0.5] * 20), "sd")
-    with pytest.raises(AdapterError, match="no block or preset"):
+    with pytest.raises(AdapterError, match="not a block or preset"):
         compare.block_values("IN99", "sd")
 
 
@@ -71,10 +71,10 @@ def test_a_grid_over_any_two():
     ("name", "text", "said"),
     [
         ("seed", "", "give its values, such as 1, 2, 3"),
-        ("seed", "1, x", "'x' cannot be"),
-        ("weight of adapter 1", "nan", "'nan' cannot be"),
-        ("weight of adapter 3", "1", "there are 2 adapters"),
-        ("blocks of adapter 1", "IN77", "IN77 is no block"),
+        ("seed", "1, x", "seed is 'x': give values such as 1, 2, 3"),
+        ("weight of adapter 1", "nan", "weight of adapter 1 is 'nan'"),
+        ("weight of adapter 3", "1", "weight of adapter 3: there are 2 adapters"),
+        ("blocks of adapter 1", "IN77", "IN77 is not a block"),
         ("seed", ",".join(map(str, range(101))), "101 pictures"),
     ],
 )

@@ -74,7 +74,7 @@ def test_what_a_form_cannot_have(folders, ab):
         tools.svd_merge(folders, [], "", 4, None, "x", tools.OWN)
     with pytest.raises(StudioError, match="a rank is a whole number"):
         tools.resize(folders, ab[0], 1.5, None, None, "x", tools.OWN)
-    with pytest.raises(StudioError, match="is no format"):
+    with pytest.raises(StudioError, match="is not a format"):
         tools.convert(folders, ab[0], "onnx", None, "x", tools.OWN)
-    with pytest.raises(StudioError, match="is no precision"):
+    with pytest.raises(StudioError, match="is not a precision"):
         tools.convert(folders, ab[0], "kohya", None, "x", "int8")

@@ -46,7 +46,7 @@ def test_what_is_outside_is_refused(folders, tmp_path, name):
     os.symlink(tmp_path / "outside" / "c.safetensors", tmp_path / "adapters" / "link.safetensors")
     path = str(tmp_path / "adapters" / name) if name else ""
     for taken in (folders.adapter, folders.base_model, folders.pictures_in):
-        with pytest.raises(StudioError, match=r"outside of the folders|is no path"):
+        with pytest.raises(StudioError, match=r"outside of the folders|is not a path"):
             taken(path)
 
 
@@ -59,7 +59,7 @@ def test_a_local_folder_is_no_repository(folders, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "..", "../x", ".hidden", "--output_config", "a:b", "con", "x\ny"])
 def test_names_that_are_none_are_refused(folders, name):
-    with pytest.raises(StudioError, match="is no name of a file"):
+    with pytest.raises(StudioError, match="is not a file name"):
         folders.new(name)
 
 

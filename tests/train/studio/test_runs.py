@@ -72,11 +72,11 @@ def test_a_dry_run_leaves_no_run(folders, recipe):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"name": "../x"}, "is no name of a file"),
+        ({"name": "../x"}, "is not a file name"),
         ({"name": " "}, "give the adapter a name"),
         ({"pictures": "/etc"}, "outside of the folders"),
-        ({"type": "--x"}, "is no type of adapter"),
-        ({"precision": "fp8"}, "is no precision"),
+        ({"type": "--x"}, "is not a type of adapter"),
+        ({"precision": "fp8"}, "is not a precision"),
         ({"rank": None}, "rank is empty"),
         ({"steps": 2.5}, "steps is a whole number"),
     ],
