@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from lora_adapters import Adapter, AdapterError, LowRank, ModuleName
+from lora_adapters.convert.deltas.hadamard import Hadamard
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main as generate
 from lora_adapters.train.studio.compare import Axis, Scene, Slot, cells
@@ -99,3 +100,20 @@ def test_the_python_of_a_grid_draws_its_cells(artist, files, tmp_path, monkeypat
     exec(artist.code(rows), {})
     for number, picture in enumerate(drawn, start=1):
         assert differ(picture, pixels(tmp_path / f"picture-{number:03d}.png")) <= 1
+
+
+def test_other_kinds_of_adapters_come_and_go(artist, files, sd1, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    modules = {}
+    for module, pair in Adapter.load(files[0]).modules.items():
+        out, into = pair.up.shape[0], pair.down.shape[1]
+        parts = [torch.randn(*size, generator=draw) for size in ((out, 2), (2, into), (out, 2), (2, into))]
+        modules[module] = Hadamard(*parts, alpha=2.0)
+    loha = Adapter(modules).save(tmp_path / "loha.safetensors")
+    alone = scene(files, slots=scene(files).slots[1:])
+    before = pixels(artist.draw(alone))
+    wanted = scene(files, slots=(Slot(str(loha), 0.3, blocks="MIDD"), *alone.slots))
+    drawn = pixels(artist.draw(wanted))
+    assert differ(drawn, generated(wanted, sd1, tmp_path / "program")) == 0
+    assert differ(drawn, before) > 8
+    assert differ(before, pixels(artist.draw(alone))) == 0
