@@ -40,12 +40,17 @@ _TRAINING = (
 )  # fmt: skip
 
 
+_LYCORIS_HASH = "0x"  # how LyCORIS' hashes begin; others are bare hexadecimal digits
 _NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="info.py", description="Show what LoRA files are.")
+    made = Parser(
+        prog="info.py",
+        description="Show what LoRA files are.",
+        examples=["model.safetensors"],
+    )
     made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
     made.add_argument("--json", action="store_true", help="one JSON list, for programs")
     made.add_argument("--plot", metavar="PNG", help="draw the norm of the change in each block (needs matplotlib)")
@@ -93,9 +98,12 @@ def _kind(adapter: Adapter) -> str:
 
 
 def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
-    """Whether the file's bytes have the SHA-256 that its metadata declare; None if they declare none."""
+    """Whether the file's bytes have the SHA-256 that its metadata declare; None if they declare none, or LyCORIS' own.
+
+    LyCORIS hashes tensors in the order in which it trained them, which is not their order in the file.
+    """
     declared = metadata.get("sshs_model_hash")
-    if declared is None or not is_safetensors(file):
+    if declared is None or declared.startswith(_LYCORIS_HASH) or not is_safetensors(file):
         return None
     digest = hashlib.sha256()
     with file.open("rb") as opened:
@@ -103,6 +111,13 @@ def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
         while piece := opened.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest() == declared
+
+
+def _hash_state(path: Path, metadata: Mapping[str, str]) -> str:
+    hashed = hash_is_right(path, metadata) if path.is_file() else None
+    if hashed is None and metadata.get("sshs_model_hash", "").startswith(_LYCORIS_HASH):
+        return "lycoris"
+    return {True: "right", False: "wrong", None: "none"}[hashed]
 
 
 def _count(values: Sequence[Any]) -> dict[str, int]:
@@ -121,9 +136,6 @@ def read(path: Path) -> tuple[Adapter, list[str]]:
 def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str, Any]:
     """What there is to say about an adapter, fit for JSON. unknown: modules of its file that are not in it."""
     parts = _tensors(adapter)
-    hashed = None
-    if path.is_file():
-        hashed = hash_is_right(path, adapter.metadata)
     norms = block_norms(adapter)
     tensors = read_tensors(path)[0] if path.is_file() else {}
     return {
@@ -138,7 +150,7 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
         "dtypes": sorted({str(part.dtype).removeprefix("torch.") for part in parts}),
         "parameters": sum(part.numel() for part in parts),
         "zero_alphas": len(zero_alphas(tensors)),  # read as the rank
-        "hash": {True: "right", False: "wrong", None: "none"}[hashed],
+        "hash": _hash_state(path, adapter.metadata),
         "blocks": [
             {
                 "block": block,
@@ -173,10 +185,11 @@ def _shown(counts: Mapping[str, int]) -> str:
 def as_text(about: Mapping[str, Any]) -> str:
     """The facts as a few lines and a table."""
     modules = ", ".join(f"{count} in {component}" for component, count in about["modules"].items())
+    hashed = "LyCORIS' own, not of the file's bytes" if about["hash"] == "lycoris" else about["hash"]
     lines = [
         about["file"],
         f"  {about['type']} for {about['for']} ({about['base'] or 'base not told'}), rank {about['rank']}, {modules}",
-        f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {about['hash']}",
+        f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {hashed}",
         f"  {'block':<16}{'modules':>8}{'norm':>10}  rank / alpha",
     ]
     for row in about["blocks"]:

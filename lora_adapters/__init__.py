@@ -23,9 +23,11 @@ _PUBLIC = {
     "AdapterError": "convert.errors",
     "LowRank": "convert.deltas.low_rank",
     "ModuleName": "convert.families.names",
+    "add_adapter": "injection",
     "block_lr_weights": "block_lr",
     "network_options": "kohya_options",
     "param_groups": "optimizer_groups",
+    "sort_components": "sorting",
     **{name: f"types.{module}" for name, module in types.PUBLIC.items()},
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]

@@ -12,7 +12,7 @@ from lora_adapters.convert.families.registry import BASE_VERSION, by_class, by_l
 from lora_adapters.types.registry import metadata_of
 
 from . import pipeline
-from .injection import extract_pairs, unwrapped
+from .injection import extract_changes, unwrapped
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -32,7 +32,7 @@ def from_models(
     modules, of_type = {}, dict[str, str]()
     for component, model in models.items():
         if adapter_name in getattr(model, "peft_config", {}):
-            modules.update(extract_pairs(model, component, adapter_name))
+            modules.update(extract_changes(model, component, adapter_name))
             of_type = of_type or metadata_of(model.peft_config[adapter_name], metadata or {})
     if not modules:
         names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})

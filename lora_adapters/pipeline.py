@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.registry import by_class
@@ -81,8 +82,8 @@ def load_adapter(pipe: Any, adapter: Adapter, adapter_name: str | None = None) -
 
 def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapter:
     if isinstance(source, Path):
-        return Adapter.from_path(source, names, only_pairs=True, family=names.family)
-    return Adapter.from_tensors(dict(source), None, names, only_pairs=True, family=names.family)
+        return Adapter.from_path(source, names, family=names.family)
+    return Adapter.from_tensors(dict(source), None, names, family=names.family)
 
 
 def _hand_back(
@@ -160,12 +161,12 @@ def _list_as_loadable(pipe: Any, components: Iterable[str]) -> None:
         pipe._lora_loadable_modules = [*listed, *new]
 
 
-def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, LowRank]]:
-    """The adapter's pairs for each component that the pipeline has, matched to it."""
+def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, Delta]]:
+    """The adapter's changes for each component that the pipeline has, matched to it."""
     models = adaptable_models(pipe)
-    modules: dict[str, dict[str, LowRank]] = {}
-    for module, pair in adapter.pairs().items():
-        modules.setdefault(module.component, {})[module.path] = pair
+    modules: dict[str, dict[str, Delta]] = {}
+    for module, change in adapter.modules.items():
+        modules.setdefault(module.component, {})[module.path] = as_pair(change) or change
     for component in [name for name in modules if name not in models]:
         if not hasattr(pipe, component):
             raise AdapterError(f"it adapts {component}, which a {type(pipe).__name__} does not have")
@@ -236,9 +237,9 @@ def _load(
 
 
 def _everywhere(
-    models: Mapping[str, nn.Module], matched: Mapping[str, dict[str, LowRank]], adapter_name: str
-) -> dict[str, dict[str, LowRank]]:
-    """The pairs for every component that has the adapter: none for one that the new adapter leaves alone."""
+    models: Mapping[str, nn.Module], matched: Mapping[str, dict[str, Delta]], adapter_name: str
+) -> dict[str, dict[str, Delta]]:
+    """The changes for every component that has the adapter: none for one that the new adapter leaves alone."""
     here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     return {component: dict(matched.get(component, {})) for component in here}
 

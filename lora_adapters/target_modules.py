@@ -12,6 +12,9 @@ from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import FAMILIES, by_class, by_modules, by_name
 from lora_adapters.convert.formats.diffusers import pattern_value
 
+from .module_patterns import first_match, left_out, names_in
+from .presets import chosen, find_preset
+
 _CONTAINERS = {
     kind: frozenset[str]().union(*(family.coverage[kind].containers for family in FAMILIES))
     for kind in ("lierla", "c3lier")
@@ -29,6 +32,10 @@ class Ranks(Protocol):
     block_alphas: list[float] | None
     conv_block_dims: list[int] | None
     conv_block_alphas: list[float] | None
+    include_patterns: list[str] | None
+    exclude_patterns: list[str] | None
+    reg_dims: dict[str, int] | None
+    reg_alphas: dict[str, float] | None
     rank_pattern: dict[Any, Any] | None  # as PEFT declares them
     alpha_pattern: dict[Any, Any] | None
 
@@ -67,13 +74,18 @@ def is_kxk(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != (1, 1)
 
 
-def covered(model: nn.Module, conv: bool) -> list[str]:
-    """Paths of the modules that kohya's LoRA adapts in a U-Net, a diffusion transformer or a text encoder.
+def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str]:
+    """Paths of the modules that kohya's LoRA adapts in a denoiser or text encoder, or those of a preset.
 
     LierLa takes the linear layers and 1x1 convolutions of the attention blocks and the text encoder's attention and
     MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. Of a transformer, both take
-    the linear layers of its blocks. ValueError where the model has none of these.
+    the linear layers of its blocks. AdapterError where the model has none of these.
     """
+    if preset is not None:
+        paths = [layer.path for layer in chosen(model, find_preset(preset))]
+        if not paths:
+            raise AdapterError(f"{type(model).__name__} has none of the modules of preset {preset}")
+        return paths
     family = by_class(model)
     if family is not None:
         parts = family.coverage["c3lier" if conv else "lierla"].parts
@@ -111,6 +123,7 @@ class RankRule:
 
     def __init__(self, ranks: Ranks, model_paths: Sequence[str], family: ModelFamily | None = None):
         self.ranks = ranks
+        self.names = names_in(model_paths)
         blocks = [path for path in model_paths if path.startswith(("down_blocks.", "mid_block.", "up_blocks."))]
         self.family: ModelFamily | None = None
         lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
@@ -122,9 +135,12 @@ class RankRule:
     def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
         """The rank and alpha of the layer at `path`; block lists count in denoisers only, as in kohya's trainer.
 
-        PEFT's own rank_pattern and alpha_pattern, which name single modules, win over all else.
+        A pattern of reg_dims wins over these. PEFT's own rank_pattern and alpha_pattern, which name single modules,
+        win over all ranks.
         """
-        ranks = self.ranks
+        ranks, names = self.ranks, self.names(path)
+        if left_out(ranks.include_patterns, ranks.exclude_patterns, names):
+            return RankAlpha(0, 0)
         block = self.family.blocks.index(path) if self.family else None
         if is_kxk(layer):
             dims, alphas, rank, alpha = ranks.conv_block_dims, ranks.conv_block_alphas, ranks.conv_dim, ranks.conv_alpha
@@ -136,6 +152,9 @@ class RankRule:
         if block is not None:
             rank = dims[block] if dims is not None else rank
             alpha = alphas[block] if alphas is not None else alpha
+        pattern = first_match(ranks.reg_dims or (), names)
+        if ranks.reg_dims and pattern is not None:
+            rank, alpha = ranks.reg_dims[pattern], (ranks.reg_alphas or {}).get(pattern, ranks.lora_alpha)
         return RankAlpha(
             pattern_value(ranks.rank_pattern or {}, path, rank),  # type: ignore[arg-type]
             pattern_value(ranks.alpha_pattern or {}, path, alpha),

@@ -14,14 +14,14 @@ _NONE = 1e-6  # a largest singular value below this is a module without any chan
 def fixed(rank: int) -> RankRule:
     """This many, or all where there are fewer."""
     if rank < 1:
-        raise AdapterError(f"rank {rank} is none: ranks are 1 or more")
+        raise AdapterError(f"rank must be at least 1, got {rank}")
     return lambda values: min(rank, len(values))
 
 
 def by_error(target: float, most: int | None = None) -> RankRule:
     """The fewest whose relative error (Frobenius norm of what is missing, by that of all) is at most `target`."""
     if not 0 <= target < 1:
-        raise AdapterError(f"target_error {target:g} is no relative error: it lies between 0 and 1")
+        raise AdapterError(f"target_error must be at least 0 and below 1, got {target:g}")
     if most is not None:
         fixed(most)
 
@@ -38,8 +38,8 @@ def by_error(target: float, most: int | None = None) -> RankRule:
 def dynamic(method: str, parameter: float, most: int) -> RankRule:
     """The rules of kohya's resize_lora: sv_ratio, sv_cumulative and sv_fro, of at most `most`.
 
-    sv_ratio keeps values above the largest by `parameter`; sv_cumulative this share of their sum; sv_fro this share of
-    the Frobenius norm. All keep one more than that, as kohya's do.
+    sv_ratio keeps values above the largest by `parameter`; sv_cumulative the fewest with this share of their sum,
+    sv_fro with this share of the Frobenius norm. (kohya's kept one more before v0.11.)
     """
     if method not in DYNAMIC_METHODS:
         raise AdapterError(f"unknown dynamic method {method}: {', '.join(DYNAMIC_METHODS)} are known")
@@ -59,6 +59,6 @@ def dynamic(method: str, parameter: float, most: int) -> RankRule:
             power = 1 if method == "sv_cumulative" else 2
             shares = (values**power).cumsum(0)
             count = int(torch.searchsorted(shares / shares[-1], parameter**power)) + 1
-        return min(max(1, min(count, len(values) - 1)) + 1, most, len(values))
+        return min(max(count, 1), most, len(values))
 
     return choose

@@ -32,7 +32,7 @@ class Sum:
 
     @property
     def rank(self) -> None:
-        """None: it is no product of factors."""
+        """None: it is not a product of factors."""
 
     @property
     def out_in(self) -> tuple[int, int] | None:
@@ -54,10 +54,8 @@ class Sum:
         changes = (part.delta(base_weight, dtype) for part in self.parts)
         total = next(changes)
         for change in changes:
-            if len(change) != len(total) or change.numel() != total.numel():
-                raise AdapterError(f"one is for a weight of {list(total.shape)}, the other of {list(change.shape)}")
-            wider = change.shape if change.ndim > total.ndim else total.shape  # a kernel may be flattened
-            total = total.reshape(wider).add_(change.reshape(wider))
+            total, change = of_one_shape([total, change])
+            total.add_(change)
         return total
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
@@ -86,6 +84,15 @@ class Sum:
         raise AdapterError(f"a sum of {self.kind} cannot be written: reduce it to a rank (--new_rank)")
 
 
+def of_one_shape(changes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Changes of one weight in the shape of the one with the most dimensions: a kernel may be flattened in some."""
+    first = max(changes, key=lambda change: change.ndim)
+    for change in changes:
+        if len(change) != len(first) or change.numel() != first.numel():
+            raise AdapterError(f"one is for a weight of {list(first.shape)}, the other of {list(change.shape)}")
+    return [change.reshape(first.shape) for change in changes]
+
+
 def as_pair(change: Delta) -> LowRank | None:
     """The change as one low-rank pair, exactly; None where it is of a kind that is none."""
     if isinstance(change, Tucker) and change.mid.ndim == 4:
@@ -100,7 +107,7 @@ def pair_of(change: Delta) -> LowRank:
         what = with_article(change.kind)
         what = f"{what} with a bias" if change.kind == "LoRA" and change.bias() is not None else what
         raise AdapterError(
-            f"{what} is no low-rank pair (LoRA, LoCon, DyLoRA), which is needed here: "
+            f"{what} is not a low-rank pair (LoRA, LoCon, DyLoRA), which is needed here: "
             "`lora-adapters convert --to lora --rank N` makes pairs of it"
         )
     return pair

@@ -72,7 +72,7 @@ def by_modules(modules: Iterable[ModuleName]) -> ModelFamily:
     layers = sorted(module for module in modules if role_of(module.component) == "denoiser")
     unknown = [module for module in layers if not any(family.has([module]) for family in FAMILIES)]
     if unknown:
-        raise AdapterError(f"{unknown[0]!s:.120} is no module of {titles('or')}")
+        raise AdapterError(f"{unknown[0]!s:.120} is not a module of {titles('or')}")
     denoiser = layers[0].component if layers else FAMILIES[0].denoiser.name
     alike = [family for family in reversed(FAMILIES) if family.denoiser.name == denoiser]
     most = max(alike, key=lambda family: sum(family.has([module]) for module in modules))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lora_adapters.convert.deltas.base import scalar_of
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, first_line
@@ -24,7 +25,6 @@ from .metadata import hashes
 from .writing import apart, bundled, write_file
 
 NAME = "kohya"
-ONLY_PAIRS = True
 
 _TENSORS = {
     "lora_down.weight": "down",
@@ -39,7 +39,7 @@ _STARTS = tuple(kohya_names.PREFIXES)
 
 
 def matches(keys: Collection[str]) -> bool:
-    """Whether every key is kohya's and none belongs to a method that is no plain low-rank pair (DoRA, LoHa, LoKr)."""
+    """Whether every key is kohya's and all are of low-rank pairs, not of DoRA, LoHa or LoKr."""
     return bool(keys) and all(key.startswith(_STARTS) and key.partition(".")[2] in _TENSORS for key in keys)
 
 
@@ -93,9 +93,9 @@ def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = No
             raise AdapterError(f"{name} and another name stand for the same module {module}")
         try:
             down = _tucker(part["down"], part["mid"]) if "mid" in part else part["down"]
-            alpha = float(part["alpha"].item()) if "alpha" in part else 0.0
+            alpha = scalar_of("alpha", part["alpha"]) if "alpha" in part else 0.0
             modules[module] = LowRank(down, part["up"], alpha or float(down.shape[0]))
-        except (RuntimeError, IndexError) as error:  # a torn alpha, or a lora_mid of another shape
+        except (RuntimeError, IndexError) as error:  # a lora_mid of another shape
             raise AdapterError(f"{name}: {first_line(error)}") from None
         except AdapterError as error:
             raise type(error)(f"{name}: {error}") from None

@@ -166,6 +166,12 @@ def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()
     return {key: text for key, text in found.items() if text}
 
 
+def sum_facts(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of a sum: the first one's base model, and `merged_facts` of all."""
+    base = {key: sources[0][key] for key in ("ss_v2", "ss_base_model_version") if key in sources[0]}
+    return {**base, **merged_facts(sources)}
+
+
 def title_of(source: str) -> str:
     """The name of a weights file without its ending, of a folder, or of a repository."""
     path = Path(source).expanduser()

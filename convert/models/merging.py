@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.combined import Combination, combined
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.sum import added
 from lora_adapters.convert.errors import AdapterError
@@ -33,7 +34,15 @@ class AdapterData(Protocol):
 
 
 def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> dict[ModuleName, list[Delta]]:
-    """The weighted changes of each module; none of one that a weight of 0 switches off and that is not linear in it.
+    """The weighted changes of each module; see `with_weights`."""
+    parts = with_weights(adapters, weights)
+    return {module: [one.scaled(weight) for one, weight in listed] for module, listed in parts.items()}
+
+
+def with_weights(
+    adapters: Mapping[str, AdapterData], weights: Sequence[float]
+) -> dict[ModuleName, list[tuple[Delta, float]]]:
+    """The changes of each module and their weights; none that a weight of 0 switches off and that is not linear in it.
 
     Args:
         adapters: by the names that errors shall show.
@@ -47,13 +56,24 @@ def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> d
     if len(weights) != len(adapters):
         raise AdapterError(f"{len(weights)} ratios for {len(adapters)} adapters: one for each is needed")
     check_one_family(adapters)
-    parts: dict[ModuleName, list[Delta]] = {}
+    parts: dict[ModuleName, list[tuple[Delta, float]]] = {}
     for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
         check_finite(adapter.modules, f"{name}: ")
         for module, one in adapter.modules.items():
             if weight or not one.needs_base:  # a DoRA's change at 0 is what its magnitude does not scale
-                parts.setdefault(module, []).append(one.scaled(weight))
+                parts.setdefault(module, []).append((one, weight))
     return parts
+
+
+def combined_changes(
+    adapters: Mapping[str, AdapterData], weights: Sequence[float], combination: Combination
+) -> dict[ModuleName, Delta]:
+    """The changes of adapters, put together by TIES, DARE or magnitude pruning; Args and Raises as of `with_weights`.
+
+    Weights are applied after pruning and the election of signs, as in PEFT. A change of one alone is pruned too.
+    """
+    parts = with_weights(adapters, weights)
+    return {module: combined(str(module), listed, combination) for module, listed in parts.items()}
 
 
 def _adding(parts: Sequence[Delta]) -> Change:

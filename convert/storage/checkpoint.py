@@ -182,8 +182,8 @@ class Checkpoint:
         family = family_of_file(tensors)
         if family is None:
             raise AdapterError(
-                f"{path} is no checkpoint of {titles('or')}: it has neither model.diffusion_model tensors nor those of "
-                "one of these transformers"
+                f"{path} is not a checkpoint of {titles('or')}: it has neither model.diffusion_model tensors nor those "
+                "of one of these transformers"
             )
         places, others = slices_in_file(tensors, family), other_slices_in_file(tensors, family)
         return cls(path, family, (WeightsFile(path, tensors, metadata, places, others=others),))
@@ -192,7 +192,7 @@ class Checkpoint:
     def _open_folder(cls, path: Path) -> "Checkpoint":
         denoiser = next((name for name in denoisers() if (path / name).is_dir()), None)
         if denoiser is None:
-            raise AdapterError(f"{path} is no Diffusers folder: it has no folder {' or '.join(denoisers())}")
+            raise AdapterError(f"{path} is not a Diffusers folder: it has no folder {' or '.join(denoisers())}")
         listed = {component: weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
         if not listed[denoiser]:
             raise AdapterError(f"{path / denoiser} holds no weights (.safetensors or .bin)")

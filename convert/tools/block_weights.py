@@ -137,7 +137,7 @@ def _block(name: str) -> str:
     if not any(full in order for order in _ORDERS):
         letters = sorted({label[0] for order in _ORDERS[1:] for label in order if label[1:].isdigit()})
         raise AdapterError(
-            f"block weights: {name:.40} is no block or preset: there are BASE, IN00 to IN11, MID, OUT00 to OUT11, "
+            f"block weights: {name:.40} is not a block or preset: there are BASE, IN00 to IN11, MID, OUT00 to OUT11, "
             f"{', '.join(f'{letter}00' for letter in letters)} and so on of transformers, "
             f"{', '.join([*_EVERYWHERE, *_PRESETS])}"
         )
