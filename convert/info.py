@@ -125,7 +125,7 @@ def _count(values: Sequence[Any]) -> dict[str, int]:
 
 
 def read(path: Path) -> tuple[Adapter, list[str]]:
-    """The adapter of a file or PEFT folder, and the file's modules that no model of SD1.x, SD2.x and SDXL has."""
+    """The adapter of a file or PEFT folder, and the file's modules that no known model has."""
     if path.is_dir() or (path.parent / peft.CONFIG).is_file():
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)

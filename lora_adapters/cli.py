@@ -11,6 +11,7 @@ PROGRAMS = {
     "merge": ("lora_adapters.convert.merge_lora", "merge LoRAs into a model, or several LoRAs into one"),
     "svd-merge": ("lora_adapters.convert.svd_merge_lora", "merge LoRAs into one of a given rank"),
     "extract": ("lora_adapters.convert.extract_lora_from_models", "extract the LoRA between two models"),
+    "average": ("lora_adapters.convert.average_lora", "average LoRAs, such as the saves of a training"),
     "split": ("lora_adapters.convert.extract_lora_from_dylora", "split a DyLoRA into one LoRA for each rank"),
     "resize": ("lora_adapters.convert.resize_lora", "give a LoRA a smaller rank"),
     "convert": ("lora_adapters.convert.convert_format", "write a LoRA in another format"),

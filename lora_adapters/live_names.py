@@ -1,4 +1,4 @@
-"""Modules by the names that files have for them, in live models: for what is in no table of SD1.x, SD2.x and SDXL.
+"""Modules by the names that files have for them, in live models: for what is in no table of the families.
 
 AnimateDiff's motion modules, the refiner's and the x4 upscaler's blocks, text-to-video's temporal layers, T5's layers.
 """

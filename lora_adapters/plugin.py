@@ -22,6 +22,8 @@ def plug_in() -> None:
     wrapt.register_post_import_hook(_into_diffusers, "diffusers.loaders.lora_pipeline")
     wrapt.register_post_import_hook(_into_scaling, "diffusers.utils.peft_utils")
     wrapt.register_post_import_hook(_into_block_weights, "diffusers.loaders.unet_loader_utils")
+    wrapt.register_post_import_hook(_into_fusing, "diffusers.loaders.lora_base")
+    wrapt.register_post_import_hook(_into_models, "diffusers.loaders.peft")
     wrapt.register_post_import_hook(_into_adapters, "lora_adapters.convert.live")
 
 
@@ -49,10 +51,49 @@ def _into_peft(peft: ModuleType) -> None:
 
     plug_into(LoraModel)
     plug_into(MixedModel)
+    _into_layers()
     stock = peft_model.get_peft_model_state_dict  # what PEFT's models save with; elsewhere it is as it was
     if not hasattr(stock, "stock"):
         peft_model.get_peft_model_state_dict = functools.wraps(stock)(cutting(stock))
         peft_model.get_peft_model_state_dict.stock = stock  # type: ignore[attr-defined]
+
+
+def _into_layers() -> None:
+    """PEFT's layers compute several active adapters as one, and give the model's own weights back as they were."""
+    from peft.tuners.lora import layer
+
+    from .fusing import merging, unmerging
+    from .stacking import stacked
+
+    for kind in (layer.Linear, layer._ConvNd):
+        for name, wrapper in (("forward", stacked), ("merge", merging), ("unmerge", unmerging)):
+            _wrap(kind, name, wrapper)
+
+
+def _wrap(home: Any, name: str, wrapper: Any) -> None:
+    """Put a wrapped method in the place of a class's, once."""
+    stock = getattr(home, name)
+    if not hasattr(stock, "stock"):
+        ours: Any = functools.wraps(stock)(wrapper(stock))
+        ours.stock = stock
+        setattr(home, name, ours)
+
+
+def _into_fusing(lora_base: ModuleType) -> None:
+    """`fuse_lora` of pipelines and models keeps what it overwrites, for `unfuse_lora`."""
+    from .adapter_weights import replace_everywhere
+    from .fusing import fusing, fusing_pipelines
+
+    if hasattr(lora_base, "fuse_text_encoder_lora"):
+        replace_everywhere(lora_base, "fuse_text_encoder_lora", fusing)
+    _wrap(lora_base.LoraBaseMixin, "fuse_lora", fusing_pipelines)
+
+
+def _into_models(peft: ModuleType) -> None:
+    """See `_into_fusing`."""
+    from .fusing import fusing
+
+    _wrap(peft.PeftAdapterMixin, "fuse_lora", fusing)
 
 
 def _into_hotswap(hotswap: ModuleType) -> None:

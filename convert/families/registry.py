@@ -23,7 +23,7 @@ BASE_VERSION = "ss_base_model_version"
 
 
 def titles(word: str = "and") -> str:
-    """The versions that are known, in words: "SD1.x, SD2.x and SDXL"."""
+    """The versions that are known, in words: "SD1.x, SD2.x, SDXL, ... and Qwen-Image"."""
     *first, last = [title for family in FAMILIES for title in family.titles]
     return f"{', '.join(first)} {word} {last}"
 

@@ -205,7 +205,7 @@ T5 = Encoder(
     ),
     (_COMFY_T5,),
 )
-T5_NAMES = (_COMFY_T5, "t5xxl.")
+T5_NAMES = (_COMFY_T5, "t5xxl.", "t5.")
 LANGUAGE_MODEL = Encoder(
     "layers.{}",
     (

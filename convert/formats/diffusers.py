@@ -39,7 +39,6 @@ from .projections import in_own_shapes
 from .writing import bundled, write_file
 
 NAME = "diffusers"
-ONLY_PAIRS = True
 METADATA_KEY = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _COMPONENTS = {  # the beginnings of keys, and the component that each is of

@@ -25,7 +25,6 @@ from .metadata import hashes
 from .writing import apart, bundled, write_file
 
 NAME = "kohya"
-ONLY_PAIRS = True
 
 _TENSORS = {
     "lora_down.weight": "down",

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 import torch
 
 from lora_adapters.convert.deltas.base import Delta
-from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
 from lora_adapters.convert.deltas.rows import cut, halves_swapped
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
@@ -74,7 +73,6 @@ def read(
     metadata: Mapping[str, str],
     lookup: Lookup | None = None,
     family: ModelFamily | None = None,
-    only_pairs: bool = False,
 ) -> Contents | None:
     """What a file for a diffusion transformer holds; None for a file that is none.
 
@@ -83,7 +81,6 @@ def read(
         metadata: the file's, which may say which family it is for, and alphas.
         lookup: finds modules that the family does not have, in a live model.
         family: that of the live model; None takes the file's own.
-        only_pairs: whether other kinds than low-rank pairs are refused.
 
     Raises:
         AdapterError: lone halves of pairs, unknown modules, shapes that do not fit.
@@ -104,7 +101,7 @@ def read(
     groups = _groups(tensors, splits)
     if family is None and family_of_names(dict.fromkeys(groups), metadata).near is None:
         return None
-    changes = {name: _change(name, group, tensors, only_pairs) for name, group in groups.items()}
+    changes = {name: _change(name, group) for name, group in groups.items()}
     own, near, is_alone = family_of_names({name: change.out_in for name, change in changes.items()}, metadata)
     chosen = family or own or near
     assert chosen is not None
@@ -113,7 +110,7 @@ def read(
         targets = _targets(name, chosen, own, lookup, tensors)
         alpha = _alpha(targets[0].module, groups[name], metadata)
         if alpha is not None:
-            change = _change(name, {**groups[name], "alpha": alpha}, tensors, only_pairs)
+            change = _change(name, {**groups[name], "alpha": alpha})
         for target, part in zip(targets, _parts(name, change, targets), strict=True):
             if target.module in modules:
                 raise AdapterError(f"{name:.120} and another name stand for the same module {target.module}")
@@ -141,16 +138,11 @@ def _groups(
     return groups
 
 
-def _change(
-    name: str, group: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], only_pairs: bool
-) -> Delta:
+def _change(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
     try:
-        change = read_module(group)
+        return read_module(group)
     except AdapterError as error:
         raise type(error)(f"{name:.120}: {error}") from None
-    if only_pairs and not isinstance(change, LowRank):
-        raise unread(tensors, f"{name:.120} has a {change.kind}; only low-rank pairs are read")
-    return change
 
 
 def _alpha(module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> torch.Tensor | None:

@@ -9,7 +9,6 @@ from typing import Any
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.base import alpha_in
 from lora_adapters.convert.deltas.low_rank import rank_range
-from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.families import detection
 from lora_adapters.convert.families.registry import BASE_VERSION, version_named
 from lora_adapters.convert.formats.metadata import DYLORA_FACTS, network_args
@@ -55,7 +54,7 @@ def kind(adapter: Adapter) -> str:
     """The adapter's type: LierLa, C3Lier or DyLoRA; or the kinds of its changes where these are no pairs."""
     if adapter.dylora is not None:
         return "DyLoRA"
-    if any(as_pair(change) is None for change in adapter.modules.values()):
+    if not adapter.has_only_pairs:
         return ", ".join(adapter.kinds)
     return adapter.family.adapter_type(adapter.modules).title
 
@@ -194,6 +193,7 @@ def model_card(
         base_model=base_model,
         location=f'"{repo_id}", subfolder="{subfolder}"' if subfolder else f'"{repo_id}"',
         prompt=repr(prompt),
+        only_pairs=adapter.has_only_pairs,
         middle_rank=ranks[len(ranks) // 2] if ranks else None,
         details=[(label, _cell(value)) for label, value in _details(adapter)],
         mark=MARK,

@@ -41,7 +41,9 @@ class AdapterType:
         network_args: Options of --network_args that only this type has; each is a field of the config.
         with_conv: The name of the type that --network_module means where a rank for larger convolutions is given;
             None: this one.
-        variant: The class by which PEFT computes its layers; None: as plain LoRA.
+        variant: The class by which PEFT computes its layers; None: as plain LoRA. With a method `gate_of_all(layer,
+            adapter_name)` it is stacked with others, as plain LoRA is: what its components are multiplied with between
+            down and up, (components,), or None where there is more to a call.
     """
 
     name: ClassVar[str]

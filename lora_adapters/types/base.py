@@ -84,7 +84,7 @@ class AdapterConfig(LoraConfig):
             check_patterns(name, getattr(self, name))
         for pattern, rank in (self.reg_dims or {}).items():
             check(isinstance(rank, int) and rank >= 0, f"reg_dims {pattern}={rank}: ranks are whole, 0 skips")
-        if self.preset is not None:
+        if self.preset is not None and not self.resolved:  # else it may be a file that is no longer there
             self.check_preset(find_preset(self.preset))
         self.check_options()
 

@@ -1,5 +1,6 @@
 """What this package does not read: loaded by diffusers whole, or one line and nothing changed."""
 
+import json
 import logging
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_adapters import Adapter, AdapterError, injection
 from lora_adapters.convert.formats import registry
@@ -221,7 +222,7 @@ def test_the_state_of_a_model_comes_back(pipeline) -> None:
 NAME = "lora_unet_" + QUERY.replace(".", "_")
 
 
-@pytest.mark.parametrize("key", ["hada_w1_a", "lokr_w1", "oft_blocks", "diff", "w_norm", "dora_scale"])
+@pytest.mark.parametrize("key", ["vera_lambda_b", "ia3_l", "oft_R", "oft_diag"])
 @pytest.mark.parametrize("given", ["file", "dict", "hotswap"])
 def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
     pipe = pipeline()
@@ -229,7 +230,7 @@ def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
     save_file(tensors, tmp_path / "other.safetensors")
     before = snapshot(pipe)
     source = tensors if given == "dict" else tmp_path / "other.safetensors"
-    with pytest.raises(AdapterError, match=rf"it is an? .* \({NAME}\.{key}\); only low-rank pairs are read") as caught:
+    with pytest.raises(AdapterError, match=rf"it is an? .* \({NAME}\.{key}\), which is not read") as caught:
         pipe.load_lora_weights(source, hotswap=given == "hotswap")
     assert ("the state dict: " if given == "dict" else f"{tmp_path / 'other.safetensors'}: ") in str(caught.value)
     unchanged(pipe, before, {})
@@ -237,19 +238,41 @@ def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
 
 def test_a_folder_of_several_files(pipeline, tmp_path) -> None:
     pipe = pipeline()
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.safetensors").write_bytes(FIRST.read_bytes())
+    (tmp_path / "a.safetensors").write_bytes(FIRST.read_bytes())
+    (tmp_path / "b.safetensors").write_bytes((FIRST.parent / "c3lier.safetensors").read_bytes())
     with pytest.raises(AdapterError, match=r"2 weights files, name one with weight_name: a\.safetensors, b\.safe"):
         pipe.load_lora_weights(tmp_path)
     assert pipe.get_list_adapters() == {}
     pipe.load_lora_weights(tmp_path, weight_name="b.safetensors")
 
 
+def test_a_folder_of_one_adapter_under_two_names(pipeline, tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(FIRST.read_bytes())
+    pipeline().load_lora_weights(tmp_path)
+
+
 def test_a_folder_of_shards(pipeline, tmp_path) -> None:
+    tensors = load_file(FIRST)
+    names = sorted(tensors)
+    files = {f"a-0000{part + 1}-of-00002.safetensors": names[part::2] for part in range(2)}
+    for file, mine in files.items():
+        save_file({name: tensors[name] for name in mine}, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, mine in files.items() for name in mine}}
+    (tmp_path / "a.safetensors.index.json").write_text(json.dumps(index))
+    pipe, whole = pipeline(), pipeline()
+    pipe.load_lora_weights(tmp_path)
+    whole.load_lora_weights(FIRST)
+    there = snapshot(whole)
+    assert all(torch.equal(one, there[key]) for key, one in snapshot(pipe).items())
+
+
+@pytest.mark.parametrize("index", ["{}", "[1]", "{", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": 1}'])
+def test_a_folder_of_shards_whose_index_is_damaged(index, pipeline, tmp_path) -> None:
     for part in ("1", "2"):
-        (tmp_path / f"pytorch_lora_weights-0000{part}-of-00002.safetensors").write_bytes(FIRST.read_bytes())
-    (tmp_path / "pytorch_lora_weights.safetensors.index.json").write_text("{}")
-    with pytest.raises(AdapterError, match=r"split into 2 files \(pytorch_lora_weights\.safetensors\.index\.json\)"):
+        (tmp_path / f"a-0000{part}-of-00002.safetensors").write_bytes(FIRST.read_bytes() + part.encode())
+    (tmp_path / "a.safetensors.index.json").write_text(index)
+    with pytest.raises(AdapterError, match=r"a\.safetensors\.index\.json is no index of weights"):
         pipeline().load_lora_weights(tmp_path)
 
 

@@ -24,7 +24,8 @@ def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) ->
         return
     run.training_mode(False)
     most = run.settings.max_validation_steps
-    now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
+    with run.averaged():
+        now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
     measured += now
     progress.held_out(step, {_name(measurement): measurement.loss for measurement in now})
 
@@ -43,7 +44,8 @@ def show_samples(run: Run, position: Position) -> None:
 
 def _draw(run: Run, position: Position) -> None:
     run.training_mode(False)
-    image = sample(run.models, run.settings, run.prompts, run.accelerator.device, run.accelerator.autocast)
+    with run.averaged():
+        image = sample(run.models, run.settings, run.prompts, run.accelerator.device, run.accelerator.autocast)
     run.samples = write_samples(image, run.settings, f"{run.settings.output_name or 'sample'}-step{position.step:08d}")
     log_image(run.accelerator, "samples", image, position.step)
 

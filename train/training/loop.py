@@ -157,6 +157,8 @@ def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSig
     run.optimizer.zero_grad(set_to_none=True)
     if settings.scale_weight_norms:
         others["norm/limited_modules"] = limit_norms(run.layers, adapters.ADAPTER, settings.scale_weight_norms)
+    if run.average is not None and not accelerator.optimizer_step_was_skipped:
+        run.average.step()
     if logging:
         of_modules = norms(run.layers, adapters.ADAPTER)
         others |= {"norm/average": of_modules.mean(), "norm/largest": of_modules.max()}

@@ -65,6 +65,7 @@ def save_final(run: Run, position: Position) -> Adapter:
         adapter = trained_adapter(run, position)
     if run.accelerator.is_main_process:
         _patiently(lambda: _write(run, adapter, files.final_name(settings)))
+        _patiently(lambda: _write_average(run, position, files.final_name(settings)))
         if settings.save_state or settings.save_state_on_train_end:
             _patiently(lambda: _save_state(run, position, files.final_name(settings)))
         if run.uploads is not None:
@@ -91,6 +92,7 @@ def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:
         try:
             with weights_to_keep(run.optimizer):
                 _write(run, trained_adapter(run, position), name)
+                _write_average(run, position, name)
             if with_state:
                 _save_state(run, position, name)
             written = True
@@ -136,6 +138,13 @@ def _write(run: Run, adapter: Adapter, name: str) -> None:
         run.uploads.file(file)
 
 
+def _write_average(run: Run, position: Position, name: str) -> None:
+    """With --ema_decay: the average of the weights, in a file beside the save of that name."""
+    if run.average is not None:
+        with run.average.applied():
+            _write(run, trained_adapter(run, position), f"{name}-ema")
+
+
 def _file(run: Run, name: str) -> Path:
     return run.output / f"{name}{files.ending(run.settings)}"
 
@@ -158,6 +167,7 @@ def _state(run: Run) -> dict[str, Any]:
         "weights": files.trainable_state(run.plain),
         "optimizer": run.optimizer.state_dict(),
         "schedule": run.schedule.state_dict(),
+        "average": None if run.average is None else run.average.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
 
@@ -169,10 +179,15 @@ def go_on_from(run: Run, folder: Path) -> Position:
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
+        if run.average is not None and state.get("average"):
+            run.average.load_state_dict(state["average"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise TrainingError(
             f"--resume {folder} was made with another optimizer or schedule ({first_line(error)})"
         ) from None
+    if run.average is not None and not state.get("average"):
+        log.warning("--resume %s was made without --ema_decay: the average begins here", folder)
+        run.average.restart()
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     if position.seed != run.settings.seed:
