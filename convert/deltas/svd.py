@@ -123,7 +123,7 @@ def reduced(
 
 
 def as_written(
-    fits: Mapping[ModuleName, Fit], exact: Mapping[ModuleName, LowRank], written: Mapping[ModuleName, LowRank]
+    fits: Mapping[ModuleName, Fit], exact: Mapping[ModuleName, Delta], written: Mapping[ModuleName, Delta]
 ) -> dict[ModuleName, Fit]:
     """The fits of what is written, where its dtype has rounded it: what that changed is missing too."""
     return {
@@ -132,8 +132,10 @@ def as_written(
     }
 
 
-def _distance_squared(one: LowRank, other: LowRank) -> float:
-    """‖ΔW - ΔW'‖² of two changes of one weight."""
+def _distance_squared(one: Delta, other: Delta) -> float:
+    """‖ΔW - ΔW'‖² of two changes of one weight, in full where they are no pairs."""
+    if not (isinstance(one, LowRank) and isinstance(other, LowRank)):
+        return 0.0 if one is other else float((one.delta() - other.delta()).double().square().sum())
     if one.alpha == other.alpha and one.up is other.up and one.down is other.down:
         return 0.0
     (up, down), (other_up, other_down) = one.matrices(torch.float64), other.matrices(torch.float64)
