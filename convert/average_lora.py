@@ -54,8 +54,8 @@ def program(argv: Sequence[str] | None) -> None:
     result.save(path, modelspec=not args.no_metadata)
     pairs = {module: fit for module, fit in fits.items() if fit.total}
     if pairs:
-        print(report(as_written(pairs, exact.modules, result.modules)))
-    print(f"{result} written to {path}")
+        say(report(as_written(pairs, exact.modules, result.modules)))
+    say(written(path, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

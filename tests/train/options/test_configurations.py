@@ -75,7 +75,7 @@ def test_the_files_as_they_are_ask_for_nothing_that_is_refused(basics, monkeypat
     for module in ("xformers", "bitsandbytes"):
         monkeypatch.setitem(__import__("sys").modules, module, torch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("lora_adapters.train.training.setup.optimizer_class", lambda name: None)
+    monkeypatch.setattr("lora_adapters.train.training.setup.optimizer_class", lambda name: (torch.optim.AdamW, {}))
     model = f"--pretrained_model_name_or_path={basics['pretrained_model_name_or_path']}"
     check(parse([f"--config_file={FOLDER / name}", model]))
 
