@@ -18,6 +18,7 @@ import torch
 
 from lora_adapters.convert.deltas.svd import as_written, report
 from lora_adapters.convert.errors import UsageError
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.average import average
 from lora_adapters.convert.tools.command_line import (
     Parser,
@@ -28,6 +29,7 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.summary import written
 
 
 def parser() -> Parser:

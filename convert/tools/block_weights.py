@@ -153,8 +153,8 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
     given = (weights if isinstance(weights, BlockWeights) else listed(weights)).of(family)
 
     def factor(module: ModuleName) -> float:
-        labels = (family.weight_label(module), family.text_label(module))
-        return next((given[label] for label in labels if label is not None and label in given), given.rest)
+        labels = [label for label in (family.weight_label(module), family.text_label(module)) if label is not None]
+        return next((given[label] for label in labels if label in given), given.rest)
 
     factors = {module: factor(module) for module in adapter.modules}
     return adapter.with_modules(
