@@ -94,7 +94,7 @@ def test_a_notebooks_two_files(sd1, pictures, tmp_path, capsys) -> None:
     assert json.loads(saved.metadata["ss_network_args"])["conv_dim"] == "8"
     shown = capsys.readouterr().err
     for said in (
-        "--network_args algo is ignored: there is no such option",
+        "--network_args algo is ignored: it is for LyCORIS: give network_module lycoris.kohya",
         "--network_args disable_conv_cp is ignored",
         "not options of a dataset, and ignored: general.max_token_length",
         "--train_data_dir: not used, since --dataset_config",
