@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Split a DyLoRA into LoRA files, one for each of its ranks.
+"""Split a DyLoRA, or with --sort any LoRA, into LoRA files, one for each of its ranks.
 
 usage: extract_lora_from_dylora.py --model dylora.safetensors --save_to split.safetensors [--unit 4] [--ranks 4,8]
+                                   [--sort]
 
 Writes split-0004.safetensors, split-0008.safetensors, ... up to the full rank.
 """
@@ -19,17 +20,23 @@ from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.files import all_or_none
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, output_file, run
 from lora_adapters.convert.tools.inputs import load
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="extract_lora_from_dylora.py", description="Split a DyLoRA into one LoRA for each rank.")
+    made = Parser(
+        prog="extract_lora_from_dylora.py",
+        description="Split a DyLoRA into one LoRA for each rank.",
+        examples=["--model dylora.safetensors --save_to split.safetensors"],
+    )
     made.add_argument("--model", required=True, help="the DyLoRA: a file, a PEFT folder or a Hub repository")
     made.add_argument("--save_to", required=True, help="name of the results; -0004 and so on is put before its ending")
     made.add_argument("--unit", type=int, help="distance of ranks (default: what the file says)")
     made.add_argument("--ranks", help="only these ranks, such as 4,8 (default: all, with the full one)")
+    made.add_argument("--sort", action="store_true", help="first sort the components by size (SVD): for any LoRA")
     add_skip_unknown(made)
     return made
 
@@ -53,11 +60,12 @@ def program(argv: Sequence[str] | None) -> None:
     args = parser().parse_args(argv)
     path = output_file(args.save_to)
     adapter = load(args.model, skip_unknown=args.skip_unknown)
+    adapter = adapter.sorted() if args.sort else adapter
     dylora = adapter.dylora
     if args.unit is not None and args.unit < 1:
-        raise UsageError(f"unit {args.unit} is none: it is 1 or more")
+        raise UsageError(f"--unit must be at least 1, got {args.unit}")
     if dylora is None and args.unit is None:
-        raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit")
+        raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit, or --sort")
     if dylora is None:
         dylora = DyLora(rank_scaling="rank")  # such a file can only be kohya's, cut as kohya's script does
     adapter = adapter.as_dylora(replace(dylora, unit=args.unit or dylora.unit))
@@ -67,7 +75,7 @@ def program(argv: Sequence[str] | None) -> None:
         for rank, name in progress(zip(ranks, names, strict=True), "splitting", len(ranks)):
             adapter.truncate(rank).save(folder / name)
     for name in names:
-        print(path.with_name(name))
+        say(path.with_name(name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

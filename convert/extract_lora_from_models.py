@@ -23,6 +23,7 @@ from lora_adapters.convert.families.registry import FAMILIES, asked_by
 from lora_adapters.convert.models.extraction import ALGORITHMS
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
@@ -33,11 +34,22 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.extract import extract, extract_otherwise
+from lora_adapters.convert.tools.summary import written
+
+_REDUCES = {  # what leaves a smaller error
+    "lora": "a higher --dim, or --target_error 0.1,",
+    "lokr": "a smaller --factor, or --target_error 0.1,",
+    "full": "a wider --save_precision",
+}
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="extract_lora_from_models.py", description="Extract the LoRA between two models.")
+    made = Parser(
+        prog="extract_lora_from_models.py",
+        description="Extract the LoRA between two models.",
+        examples=["--model_org base.safetensors --model_tuned tuned.safetensors --dim 32 --save_to lora.safetensors"],
+    )
     made.add_argument("--model_org", required=True, help="the original model: checkpoint file or Diffusers folder")
     made.add_argument("--model_tuned", required=True, help="the fine-tuned model: checkpoint file or Diffusers folder")
     made.add_argument("--save_to", required=True, help="the resulting file")
@@ -87,11 +99,11 @@ def program(argv: Sequence[str] | None) -> None:
         found = extract_otherwise(*models, args.algo, **common)
     for component, value in found.largest.items():
         left = ": the same, left out" if component in found.left_out else ""
-        print(f"{component}: largest difference {value:.4g}{left}")
+        say(f"{component}: largest difference {value:.4g}{left}")
     result = found.adapter.to(dtype_of(args.save_precision))
     result.save(path, modelspec=not args.no_metadata)
-    print(report(as_written(found.fits, found.adapter.modules, result.modules)))
-    print(f"{result} written to {path}")
+    say(report(as_written(found.fits, found.adapter.modules, result.modules), _REDUCES[args.algo]))
+    say(written(path, result))
 
 
 def _check_options(args) -> None:

@@ -25,7 +25,7 @@ from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of
-from lora_adapters.convert.families.registry import by_name
+from lora_adapters.convert.families.registry import denoisers
 from lora_adapters.convert.formats import peft
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
@@ -46,7 +46,11 @@ _NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="info.py", description="Show what LoRA files are.")
+    made = Parser(
+        prog="info.py",
+        description="Show what LoRA files are.",
+        examples=["model.safetensors"],
+    )
     made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
     made.add_argument("--json", action="store_true", help="one JSON list, for programs")
     made.add_argument("--plot", metavar="PNG", help="draw the norm of the change in each block (needs matplotlib)")
@@ -54,9 +58,9 @@ def parser() -> Parser:
 
 
 def _place(block: str) -> tuple[int, str]:
-    """Where a block stands in tables: text encoders first, then the U-Net from its input to its output."""
-    kinds = ("text_encoder", "IN", "MID", "OUT", "unet")
-    return next(number for number, kind in enumerate(kinds) if block.startswith(kind)), block
+    """Where a block stands in tables: text encoders first, then the denoiser from its input to its output."""
+    kinds = ("text_encoder", "IN", "", "OUT", *denoisers())  # MID, and the blocks of transformers, are between the two
+    return next((number for number, kind in enumerate(kinds) if kind and block.startswith(kind)), 2), block
 
 
 def _ordered_blocks(adapter: Adapter) -> dict[str, list[Delta]]:
@@ -86,28 +90,27 @@ def _kind(adapter: Adapter) -> str:
     kinds = adapter.kinds
     if set(kinds) != {"LoRA"} or adapter.stored:
         return ", ".join(f"{kind} in {count}" for kind, count in kinds.items())
-    family = by_name(adapter.architecture)
-    parts = {family.part(module) for module in adapter.modules}
-    kind = "LoRA-LierLa" if parts <= {*family.coverage["lierla"].parts, "outer"} else "LoRA-C3Lier"
-    if "outer" in parts:
+    family = adapter.family
+    kind = f"LoRA-{family.adapter_type(adapter.modules).title}"
+    if any(family.part(module) == "outer" for module in adapter.modules):
         kind += " and layers outside of the blocks"
     return f"DyLoRA (unit {adapter.dylora.unit}), as {kind}" if adapter.dylora else kind
 
 
 def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
-    """Whether the file's bytes have the SHA-256 that its metadata says; None where it says none, or LyCORIS' own.
+    """Whether the file's bytes have the SHA-256 that its metadata declare; None if they declare none, or LyCORIS' own.
 
     LyCORIS hashes tensors in the order in which it trained them, which is not their order in the file.
     """
-    told = metadata.get("sshs_model_hash")
-    if told is None or told.startswith(_LYCORIS_HASH) or not is_safetensors(file):
+    declared = metadata.get("sshs_model_hash")
+    if declared is None or declared.startswith(_LYCORIS_HASH) or not is_safetensors(file):
         return None
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         opened.seek(8 + int.from_bytes(opened.read(8), "little"))
         while piece := opened.read(1 << 20):
             digest.update(piece)
-    return digest.hexdigest() == told
+    return digest.hexdigest() == declared
 
 
 def _hash_state(path: Path, metadata: Mapping[str, str]) -> str:
@@ -122,7 +125,7 @@ def _count(values: Sequence[Any]) -> dict[str, int]:
 
 
 def read(path: Path) -> tuple[Adapter, list[str]]:
-    """The adapter of a file or PEFT folder, and the file's modules that no model of SD1.x, SD2.x and SDXL has."""
+    """The adapter of a file or PEFT folder, and the file's modules that no known model has."""
     if path.is_dir() or (path.parent / peft.CONFIG).is_file():
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)

@@ -5,7 +5,7 @@ usage: merge_lora.py --sd_model model.safetensors --save_to merged.safetensors -
        merge_lora.py --sd_model folder --save_to merged.safetensors --models a.safetensors:0.8
        merge_lora.py --save_to sum.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5
 
-Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of SD1.x, SD2.x and SDXL. The result is a file
+Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of any known family. The result is a file
 for a file and a folder for a folder, or one file in the original layout where --save_to names a file. Without
 --sd_model the result is exactly the weighted sum of the changes: its rank is the sum of the ranks (--new_rank makes it
 smaller).
@@ -29,6 +29,7 @@ from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.storage.ema import EMA, ema_keys
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.block_weights import parse, weighted
 from lora_adapters.convert.tools.combining import add_methods, combination_of, put_together
 from lora_adapters.convert.tools.command_line import (
@@ -44,6 +45,7 @@ from lora_adapters.convert.tools.command_line import (
 from lora_adapters.convert.tools.inputs import load, weights_alone
 from lora_adapters.convert.tools.merge import fitting, merge_into_model, weighted_sum
 from lora_adapters.convert.tools.model_arguments import read_arguments
+from lora_adapters.convert.tools.summary import written
 
 MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the adapters', for a checkpoint's header
 MODELS_HELP = (
@@ -55,7 +57,14 @@ LBWS_HELP = "block weights for each model: JSON lists of 12, 17, 20 or 26 number
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="merge_lora.py", description="Merge LoRAs into a model, or several LoRAs into one.")
+    made = Parser(
+        prog="merge_lora.py",
+        description="Merge LoRAs into a model, or several LoRAs into one.",
+        examples=[
+            "--sd_model model.safetensors --models a.safetensors --ratios 0.8 --save_to merged.safetensors",
+            "--models a.safetensors b.safetensors --ratios 0.8 0.5 --save_to sum.safetensors",
+        ],
+    )
     made.add_argument("--sd_model", help="checkpoint file or Diffusers folder to merge into; without it, into one LoRA")
     made.add_argument("--save_to", required=True, help="the result: a file (.safetensors, .ckpt), or a folder")
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
@@ -157,7 +166,15 @@ def program(argv: Sequence[str] | None) -> None:
     )
     _report_ema(checkpoint, args.ema)
     form = " (one file in the original layout)" if checkpoint.is_folder and path.is_file() else ""
-    print(f"merged {count} into {args.sd_model}: {path}{form}")
+    say(f"merged {count} into {args.sd_model}: {path}{form}")
+    say(_how_to_load(path, facts.get("modelspec.trigger_phrase")))
+
+
+def _how_to_load(path: Path, words: str | None) -> str:
+    """What to do with a merged model, which needs no adapter."""
+    call = "from_pretrained" if path.is_dir() else "from_single_file"
+    lines = [f"  trigger words: {words}"] if words else []
+    return "\n".join([*lines, f'  to load it: DiffusionPipeline.{call}("{path}")'])
 
 
 def _fitting(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
@@ -174,7 +191,7 @@ def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
     count = len(ema_keys(checkpoint))
     if count:
         done = {"keep": "kept as they were (--ema merge or --ema drop)", "drop": "left out", "merge": "merged too"}
-        print(f"{count} EMA tensors (model_ema.*): {done[chosen]}")
+        say(f"{count} EMA tensors (model_ema.*): {done[chosen]}")
 
 
 def _into_one(args, dtype, how) -> None:
@@ -194,13 +211,14 @@ def _into_one(args, dtype, how) -> None:
         merged = put_together({name: weights_alone(one, name) for name, one in adapters.items()}, ratios, how)
         exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
         merged = merged.with_modules(exact).to(dtype or torch.float32)
-        print(report(as_written(fits, exact, merged.pairs())))
+        say(report(as_written(fits, exact, merged.pairs()), "a higher --new_rank"))
     if args.shuffle:
         pairs = merged.pairs()
         merged = merged.with_modules({name: one.reordered(torch.randperm(one.rank)) for name, one in pairs.items()})
     metadata = with_rank_facts(merged.modules, merged_metadata(merged, adapters, args.no_metadata))
-    Adapter(merged.modules, metadata).save(path, modelspec=not args.no_metadata)
-    print(f"{merged} written to {path}")
+    result = Adapter(merged.modules, metadata)
+    result.save(path, modelspec=not args.no_metadata)
+    say(written(path, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

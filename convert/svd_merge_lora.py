@@ -19,6 +19,7 @@ from lora_adapters.convert.deltas.svd import as_written, report, rules, with_ran
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
 from lora_adapters.convert.parsing import number
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.combining import add_methods, combination_of, put_together
 from lora_adapters.convert.tools.command_line import (
     Parser,
@@ -30,11 +31,16 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.inputs import weights_alone
+from lora_adapters.convert.tools.summary import written
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="svd_merge_lora.py", description="Merge LoRAs into one of a given rank.")
+    made = Parser(
+        prog="svd_merge_lora.py",
+        description="Merge LoRAs into one of a given rank.",
+        examples=["--models a.safetensors b.safetensors --ratios 0.6 0.4 --new_rank 32 --save_to c.safetensors"],
+    )
     made.add_argument("--save_to", required=True, help="the resulting file")
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
     made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
@@ -73,8 +79,9 @@ def program(argv: Sequence[str] | None) -> None:
     metadata = with_rank_facts(modules, facts)
     result = Adapter(modules, metadata).to(dtype_of(args.save_precision, args.precision))
     result.save(path, modelspec=not args.no_metadata)
-    print(report(as_written(fits, modules, result.pairs())))
-    print(f"{result} written to {path}")
+    more = "a higher --new_rank, or --target_error 0.1,"
+    say(report(as_written(fits, modules, result.pairs()), more))
+    say(written(path, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,8 @@ from .low_rank import LowRank
 from .orthonormal import gram_svd, orthonormal
 from .rank_choice import RankRule, by_error, fixed
 
+_LITTLE, _SOME = 0.1, 0.3  # relative errors: 1 % and 9 % of the squared change are missing
+
 
 class Fit(NamedTuple):
     """How well a change is met: squared Frobenius norms of all of it and of what is missing."""
@@ -86,10 +88,26 @@ def decompose_dense(
     return u.double(), values.double(), vh.double()
 
 
+def by_size(one: LowRank) -> LowRank:
+    """The same change with the components of its SVD, the largest first, shared evenly by both factors.
+
+    up = U·√Σ and down = √Σ·Vᵀ (float64), with the alpha that it has: its first b components at the scale alpha/rank are
+    the best approximation of rank b. Components that it does not need, as its rank is lower, get an `up` of zeros and
+    keep a `down`, so that they can still learn. The signs are those with which the largest number of each column of
+    `up` is positive.
+    """
+    u, values, vh = decompose(LowRank(one.down.cpu(), one.up.cpu(), float(one.rank)))  # at the scale 1
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    up, down = one.up.detach().cpu().double().flatten(1), one.down.detach().cpu().double().flatten(1)
+    up, down = torch.zeros_like(up), down.clone()
+    up[:, : len(values)], down[: len(values)] = u * signs * values.sqrt(), (values.sqrt() * signs).T * vh
+    return LowRank(down.reshape(one.down.shape), up.reshape(one.up.shape), one.alpha)
+
+
 def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Both factors cut to ± the quantile of their values taken together (with their signs), as kohya's tools do."""
     if not 0 < quantile <= 1:
-        raise AdapterError(f"clamp_quantile {quantile:g} is no quantile: it lies between 0 and 1")
+        raise AdapterError(f"clamp_quantile must be between 0 and 1, got {quantile:g}")
     high = float(torch.quantile(torch.cat([up.flatten(), down.flatten()]), quantile))
     return up.clamp(-abs(high), abs(high)), down.clamp(-abs(high), abs(high))
 
@@ -149,16 +167,32 @@ def total(fits: Iterable[Fit]) -> Fit:
     return Fit(math.fsum(fit.total for fit in listed), math.fsum(fit.missing for fit in listed))
 
 
-def report(fits: Mapping[ModuleName, Fit]) -> str:
-    """The relative error of each component and of all, in one line, with the worst module."""
+def report(fits: Mapping[ModuleName, Fit], more: str) -> str:
+    """The relative error of each component and of all, with the worst module, and whether that is much.
+
+    more: the options that keep more of the change, such as "a higher --new_rank".
+    """
     parts = []
     for component in COMPONENTS:
         mine = [fit for module, fit in fits.items() if module.component == component]
         if mine:
             parts.append(f"{component} {total(mine).error:.4g}")
     worst = max(fits, key=lambda module: fits[module].error)
-    parts.append(f"all {total(fits.values()).error:.4g}")
-    return f"relative error: {', '.join(parts)} (largest: {fits[worst].error:.4g} in {worst})"
+    error = total(fits.values()).error
+    parts.append(f"all {error:.4g}")
+    return f"relative error: {', '.join(parts)} (largest: {fits[worst].error:.4g} in {worst})\n  {verdict(error)}" + (
+        f"; {more} keeps more" if error > _LITTLE else ""
+    )
+
+
+def verdict(error: float) -> str:
+    """What a relative error means: whether it is much, and the share of the squared change that is kept.
+
+    >>> verdict(0.39)
+    'much of the change is lost (84.79 % of its squared norm is kept)'
+    """
+    amount = "little" if error <= _LITTLE else "some" if error <= _SOME else "much"
+    return f"{amount} of the change is lost ({100 * (1 - error**2):.4g} % of its squared norm is kept)"
 
 
 def with_rank_facts(modules: Mapping[ModuleName, Delta], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -24,11 +24,13 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_adapters.convert.deltas.base import scalar_of
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, text_path
+from lora_adapters.convert.families.registry import role_of
 from lora_adapters.convert.parsing import json_value
 
 from .contents import Contents, WriteOptions
@@ -37,7 +39,6 @@ from .projections import in_own_shapes
 from .writing import bundled, write_file
 
 NAME = "diffusers"
-ONLY_PAIRS = True
 METADATA_KEY = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _COMPONENTS = {  # the beginnings of keys, and the component that each is of
@@ -50,6 +51,7 @@ _COMPONENTS = {  # the beginnings of keys, and the component that each is of
 }
 # The beginnings of kohya's and LyCORIS' names, which are no paths, and of other models' components.
 _OTHERS = ("lora_", "lycoris_", "transformer.", "prior.", "decoder.", "text_encoder_3.", "text_encoders.")
+_OF_TRANSFORMERS = ("transformer.", "text_encoder_3.")  # components of models that `spelled` is for
 _PEFT_MODEL = "base_model.model."
 _NAMED_HALF = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight")
 _HALVES = {
@@ -80,7 +82,7 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
         return ModuleName(component, _path(component, match[1])), "down" if match[2] == "A" else "up"
     if match := _PROCESSOR.fullmatch(rest):
         attention, name, half = match.groups()
-        name = "to_out.0" if name == "to_out" and component == "unet" else name
+        name = "to_out.0" if name == "to_out" and role_of(component) == "denoiser" else name
         return ModuleName(component, _path(component, f"{attention}.{name}")), half
     for ending, half in _HALVES.items():
         if rest.endswith(ending):
@@ -90,7 +92,7 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
 
 def _path(component: str, path: str) -> str:
     """A path as the formats spell it, as the module's own: text encoders' layers had the U-Net's names once."""
-    if component == "unet":
+    if role_of(component) == "denoiser":
         return path
     head, dot, tail = text_path(path).rpartition(".")
     return f"{head}{dot}{_OLD_TEXT.get(tail, tail)}"
@@ -98,7 +100,7 @@ def _path(component: str, path: str) -> str:
 
 def matches(keys: Collection[str]) -> bool:
     """Whether every key is half of a low-rank pair in one of diffusers' formats."""
-    return bool(keys) and all(split_key(key) is not None for key in keys)
+    return bool(keys) and all(split_key(key) is not None and not key.startswith(_OF_TRANSFORMERS) for key in keys)
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
@@ -125,7 +127,7 @@ def checked(config: Any, where: str) -> dict[str, Any]:
         "auto_mapping": dict,
     }
     if not isinstance(config, dict):
-        raise AdapterError(f"{where} is no table")
+        raise AdapterError(f"{where} is not a table")
     for key, kind in kinds.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
@@ -134,7 +136,7 @@ def checked(config: Any, where: str) -> dict[str, Any]:
         try:
             re.compile(key)
         except re.error as error:
-            raise AdapterError(f"{where}: alpha_pattern has {key!r}, which is no pattern ({error})") from None
+            raise AdapterError(f"{where}: alpha_pattern has {key!r}, which is not a pattern ({error})") from None
         if not isinstance(value, (int, float)):
             raise AdapterError(f"{where}: alpha_pattern has {value!r} for {key}")
     facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
@@ -153,10 +155,10 @@ def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     try:
         table = json_value(metadata.get(METADATA_KEY, "{}"))
     except ValueError as error:
-        raise AdapterError(f"{METADATA_KEY} is no JSON ({error})") from None
+        raise AdapterError(f"{METADATA_KEY} is not JSON ({error})") from None
     start = f"{component}."
     if not isinstance(table, dict):
-        raise AdapterError(f"{METADATA_KEY} is no table")
+        raise AdapterError(f"{METADATA_KEY} is not a table")
     mine = {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
     return checked(mine, f"{METADATA_KEY} of {component}")
 
@@ -191,13 +193,13 @@ def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
     pattern, default = config.get("alpha_pattern") or {}, config.get("lora_alpha")
     default = rank if default is None else default
     if not isinstance(pattern, Mapping):
-        raise AdapterError("alpha_pattern is no table")
+        raise AdapterError("alpha_pattern is not a table")
     for key in pattern:
         _check_pattern(key)
     try:
         alpha = float(pattern_value(pattern, path, default))
     except (TypeError, ValueError, OverflowError):
-        raise AdapterError("lora_alpha or a value of alpha_pattern is no number") from None
+        raise AdapterError("lora_alpha or a value of alpha_pattern is not a number") from None
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
@@ -208,7 +210,7 @@ def alpha_of(metadata: Mapping[str, str], component: str, path: str, rank: int) 
 
 @cache
 def _check_pattern(key: str) -> None:
-    """AdapterError for a key of alpha_pattern that is no expression, or one whose matching may not come to an end.
+    """AdapterError for a key of alpha_pattern that is not an expression, or one whose matching may not come to an end.
 
     Keys are paths or short expressions. Python's `re` tries all ways to match one: their number grows exponentially
     with repeated groups and with many optional or alternative parts, so few of these are taken.
@@ -216,7 +218,7 @@ def _check_pattern(key: str) -> None:
     try:
         re.compile(rf"(.*\.)?({key})$")
     except (re.error, RecursionError, OverflowError):
-        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is no expression") from None
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is not an expression") from None
     repeated = len(re.findall(r"(?<!\\)[*+{]", key))
     chosen = len(re.findall(r"(?<![\\(])\?|\|", key))
     if len(key) > 500 or repeated > 2 or chosen > 8 or re.search(r"\)[*+{]", key):
@@ -251,7 +253,7 @@ def read_modules(
     for key, tensor in tensors.items():
         split = split_key(key)
         if split is None:
-            raise AdapterError(f"{key:.120} is no key of diffusers' LoRA formats")
+            raise AdapterError(f"{key:.120} is not a key of diffusers' LoRA formats")
         pair = halves.setdefault(check_known(split[0], lookup), {})
         if split[1] in pair:
             raise AdapterError(f"{key:.120} and another key stand for the same matrix")
@@ -264,11 +266,9 @@ def read_modules(
                 raise AdapterError(f"{module} has only one half: its {half} matrix is missing")
         rank = pair["down"].shape[0] if pair["down"].ndim else 0
         try:
-            alpha = float(pair["alpha"].item()) if "alpha" in pair else 0.0
+            alpha = scalar_of("alpha", pair["alpha"]) if "alpha" in pair else 0.0
             alpha = alpha or alpha_from_config(configs[module.component], module.path, rank)
             modules[module] = LowRank(pair["down"], pair["up"], alpha)
-        except RuntimeError as error:  # an alpha of several numbers
-            raise AdapterError(f"{module}: {first_line(error)}") from None
         except AdapterError as error:
             raise type(error)(f"{module}: {error}") from None
     return modules

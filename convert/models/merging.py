@@ -13,6 +13,8 @@ from lora_adapters.convert.deltas.sum import added
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of, check_one_family
 from lora_adapters.convert.families.names import ModuleName, bias_of, nearest
+from lora_adapters.convert.families.registry import BASE_VERSION, by_metadata
+from lora_adapters.convert.families.spelling import fuses
 from lora_adapters.convert.storage.changed_weights import Change
 from lora_adapters.convert.storage.checkpoint import Checkpoint, WeightsFile
 from lora_adapters.convert.storage.ema import has_twin, twin, with_ema
@@ -150,7 +152,7 @@ def _check_fits(
     checkpoint: Checkpoint, name: str, adapter: AdapterData, known: Mapping[ModuleName, WeightsFile]
 ) -> None:
     base = base_model_of(adapter.modules, adapter.metadata)
-    if base.family is not checkpoint.family:
+    if base.family is not checkpoint.family and not _may_be_for(checkpoint, adapter):
         raise AdapterError(
             f"{name} is for {base.title}, but {checkpoint.path} is {' or '.join(checkpoint.family.titles)}"
         )
@@ -170,6 +172,13 @@ def _check_fits(
                 "they are for different versions of the model"
             )
         _check_bias(checkpoint, name, module, one, known)
+
+
+def _may_be_for(checkpoint: Checkpoint, adapter: AdapterData) -> bool:
+    """Whether nothing but the names of the modules tells a family, and the model's has all of these, too."""
+    told = by_metadata(adapter.metadata) if adapter.metadata.get(BASE_VERSION) else None
+    family = checkpoint.family
+    return told is None and fuses(family) and family.has(adapter.modules)
 
 
 def _made_for(change: Delta) -> str:

@@ -149,6 +149,22 @@ def test_a_plain_lora_is_cut_to_its_first_components_at_their_own_scale():
         assert one.scale == pytest.approx(before.scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sorted_lora_is_a_dylora_whose_cuts_are_svd_s(dtype, tmp_path):
+    plain = Adapter.load(GOLDEN / "sd15" / "c3lier.safetensors").to(dtype)
+    sorted_ = Adapter.load(plain.sorted().save(tmp_path / "sorted.safetensors"))
+    assert sorted_.dylora == DyLora(unit=1, rank_scaling="constant")
+    exact = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
+    for rank in (1, 3, sorted_.rank):
+        cut, best = sorted_.truncate(rank), plain.svd(rank)
+        for module, one in plain.modules.items():
+            torch.testing.assert_close(cut.modules[module].delta(), best.modules[module].delta(), **exact)
+            assert sorted_.modules[module].down.dtype == dtype
+            assert sorted_.modules[module].alpha == one.alpha
+    sqrt = plain.as_dylora(DyLora(unit=2, rank_scaling="sqrt"))
+    assert sqrt.sorted().dylora == DyLora(unit=2, rank_scaling="constant")
+
+
 def test_bad_files(tmp_path):
     whole = GOLDEN / "sd15" / "text_encoder_only.safetensors"
     tensors = load_file(whole)

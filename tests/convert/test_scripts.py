@@ -110,6 +110,15 @@ def test_split(name, unit, tmp_path, capsys):
         assert '"hash": "right"' in run(capsys, "info", "--json", file)
 
 
+def test_split_of_a_plain_lora_that_is_sorted_first(tmp_path, capsys):
+    source = SD15 / "c3lier.safetensors"
+    run(capsys, "split", "--model", source, "--save_to", tmp_path / "d.safetensors", "--sort", "--ranks", "2")
+    best = Adapter.load(source).svd(2)
+    for module, one in Adapter.load(tmp_path / "d-0002.safetensors").modules.items():
+        assert one.rank == 2
+        torch.testing.assert_close(one.delta(), best.modules[module].delta(), rtol=1e-4, atol=1e-6)
+
+
 def test_split_of_chosen_ranks(tmp_path, capsys):
     adapter = Adapter.load(SD15 / "c3lier.safetensors").as_dylora(DyLora(unit=2))
     source = adapter.save(tmp_path / "in.safetensors")

@@ -23,6 +23,7 @@ from lora_adapters.train.training.progress import Progress
 from lora_adapters.train.training.regularization import limit_norms, norms
 from lora_adapters.train.training.saving import go_on_from, save_at_epoch, save_at_step, save_final, save_interrupted
 from lora_adapters.train.training.setup import Run, prepare, workers
+from lora_adapters.train.training.sorting import as_if_sorted, sort_if_due, warmed_up
 from lora_adapters.train.training.step_values import StepValues, check_finite, fetch
 from lora_adapters.train.training.trackers import end_trackers, start_trackers
 from lora_adapters.train.training.uploads import state_folder
@@ -136,6 +137,7 @@ def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSig
     """One optimizer step over a group of batches. The device is waited for once, at its end."""
     accelerator, settings = run.accelerator, run.settings
     # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
+    sort_if_due(run, step)
     torch.manual_seed(derive(run.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
@@ -148,7 +150,8 @@ def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSig
     others: dict[str, torch.Tensor] = {}
     if settings.max_grad_norm:
         others["norm/gradient"] = accelerator.clip_grad_norm_(run.parameters, settings.max_grad_norm)
-    run.optimizer.step()
+    with warmed_up(run, step):
+        run.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:
         run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -191,7 +194,7 @@ def _after_step(run: Run, position: Position, ended: bool, progress: Progress, r
         save_at_step(run, position)
     if due_epoch:
         save_at_epoch(run, position)
-    with weights_to_keep(run.optimizer):
+    with weights_to_keep(run.optimizer), as_if_sorted(run):
         if due_held_out or last:
             measure(run, result.held_out, step, progress)
         if due_samples:

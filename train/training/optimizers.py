@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from lora_adapters.optimizer_state import check_restart
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.settings import Settings
-from lora_adapters.train.options.values import key_values
+from lora_adapters.train.options.values import did_you_mean, key_values
 
 log = logging.getLogger(__name__)
 
@@ -80,22 +81,27 @@ def literals(pairs: list[str] | dict[str, Any] | None, option: str) -> dict[str,
     return found
 
 
-def find_class(name: str, home: str) -> type:
-    """The class called `name` in the module `home`, or under a dotted name. TrainingError if there is none."""
+def find_class(name: str, home: str, known: Iterable[str] = ()) -> type:
+    """The class called `name` in the module `home`, or under a dotted name.
+
+    TrainingError if there is none; it says which of `known` and of the module's own may have been meant.
+    """
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module or home), attribute)
     except ImportError as error:
         raise TrainingError(f"{name}: {error}") from None
     except AttributeError:
-        raise TrainingError(f"there is no {attribute} in {module or home}") from None
+        names = [*known, *(one for one in vars(importlib.import_module(module or home)) if one[0].isupper())]
+        near = did_you_mean(attribute, {one.lower(): one for one in names}.values())
+        raise TrainingError(f"there is no {attribute} in {module or home}{near}") from None
 
 
 def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
     """The class of an optimizer and its default arguments; names a missing package and how to install it."""
     kind = KINDS.get(name.lower())
     if kind is None:
-        return find_class(name, "torch.optim"), {}
+        return find_class(name, "torch.optim", [one.name for one in KINDS.values()]), {}
     try:
         return getattr(importlib.import_module(kind.module), kind.name), kind.defaults
     except ImportError as error:
@@ -140,18 +146,32 @@ def state_bytes(settings: Settings, parameters: Iterable[torch.Tensor]) -> int |
     """Bytes that the optimizer keeps for `parameters`, measured in a step on one of each shape; None if it fails."""
     alike = Counter((parameter.shape, parameter.dtype, parameter.device) for parameter in parameters)
     copies = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype, device in alike]
-    optimizer = create_optimizer(settings, [{"params": copies, "lr": settings.learning_rate, "name": "dry run"}])
-    for copy in copies:
-        copy.grad = torch.ones_like(copy)
-    try:
-        start_training(optimizer)
-        optimizer.step()
-    except Exception:  # an optimizer that runs on other devices only
+    optimizer = after_one_step(settings, copies)
+    if optimizer is None:
         return None
     return sum(
         count * sum(_bytes(value) for value in optimizer.state[copy].values())
         for copy, count in zip(copies, alike.values(), strict=True)
     )
+
+
+def after_one_step(settings: Settings, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
+    """The optimizer after a step over weights of a trial, with gradients of one; None where it cannot run here."""
+    optimizer = create_optimizer(settings, [{"params": weights, "lr": settings.learning_rate, "name": "trial"}])
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    try:
+        start_training(optimizer)
+        optimizer.step()
+    except Exception:  # an optimizer that runs on other devices only
+        return None
+    return optimizer
+
+
+def check_sortable(settings: Settings) -> None:
+    """AdapterError where the optimizer keeps something that cannot be carried over when components are sorted."""
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    check_restart(after_one_step(settings, [weight]), [weight])
 
 
 def _bytes(value: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_adapters.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import with_tensors
 from lora_adapters.convert.errors import OneLineError, first_line
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.training import adapters
@@ -32,7 +32,7 @@ def trained_adapter(run: Run, position: Position) -> Adapter:
     epoch = position.epoch + (1 if position.batch else 0)
     metadata = for_save(run.metadata, run.settings, position.step, epoch)
     live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
-    return live.map(lambda pair: LowRank(_copy(pair.down), _copy(pair.up), pair.alpha))
+    return live.map(lambda change: with_tensors(change, lambda _, tensor: _copy(tensor)))
 
 
 def save_at_step(run: Run, position: Position) -> None:
@@ -71,10 +71,15 @@ def save_final(run: Run, position: Position) -> Adapter:
         if run.uploads is not None:
             subsets = [loaded for loaded in run.data.images.subsets if not loaded.config.is_reg]
             captions = [found.caption for loaded in subsets for found in loaded.images]
-            run.uploads.final(_file(run, files.final_name(settings)), captions, run.samples)
+            run.uploads.final(final_file(run), captions, run.samples)
     run.accelerator.wait_for_everyone()
     settle_weights(run.optimizer)
     return adapter
+
+
+def final_file(run: Run) -> Path:
+    """Where the save at the end of the run is."""
+    return _file(run, files.final_name(run.settings))
 
 
 def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:

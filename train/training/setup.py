@@ -41,11 +41,11 @@ from lora_adapters.train.training import adapters
 from lora_adapters.train.training.average import WeightAverage, check_average
 from lora_adapters.train.training.checkpoints import load_position
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
-from lora_adapters.train.training.optimizers import create_optimizer, optimizer_class, optimizer_name
+from lora_adapters.train.training.optimizers import check_sortable, create_optimizer, optimizer_class, optimizer_name
 from lora_adapters.train.training.samples import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
 from lora_adapters.train.training.trackers import check_trackers, tracker_names
 from lora_adapters.train.training.uploads import Uploads, check_uploads, state_folder
-from lora_adapters.types.dylora.rank_controller import RankController, controllers
+from lora_adapters.types.dylora.rank_controller import RankController, controllers, sorting_step
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +105,19 @@ class Run:
         """The trained DyLoRAs' dials, looked up once for the same reason."""
         return controllers(list(self.trained.values()))
 
+    @functools.cached_property
+    def sort_step(self) -> int | None:
+        """The step before which a DyLoRA's components are sorted; None: never."""
+        share = max((dial.sort_at for dial in self.dials), default=0.0)
+        return sorting_step(share, self.steps) if share else None
+
     def tell_step(self, step: int, number: int, batch: Batch) -> None:
         """Say which batch of which step comes next, as `set_step` does: DyLoRA's ranks depend on these and the seed."""
         part = step * self.settings.gradient_accumulation_steps + number
         samples = range(batch.start, batch.start + len(batch.captions))
         for dial in self.dials:
+            if self.sort_step is not None:
+                dial.nested_from = self.sort_step * self.settings.gradient_accumulation_steps
             dial.set_step(part, self.seed, samples, batch.total)
 
     @functools.cached_property
@@ -268,6 +276,8 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     groups = adapters.parameter_groups(settings, models, trained)
     adapters.freeze_rest(trained, groups)
     optimizer = create_optimizer(settings, groups)
+    if any(dial.sort_at for dial in controllers(list(trained.values()))):
+        check_sortable(settings)
     steps, epochs = length(settings, data.batches_per_epoch(accelerator.num_processes))
     schedule = create_schedule(settings, optimizer, steps)
     data.set_schedule(steps, settings.gradient_accumulation_steps)

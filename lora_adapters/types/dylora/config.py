@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
+from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS, LowRank
+from lora_adapters.convert.deltas.svd import by_size
 from lora_adapters.convert.formats.diffusers import lora_config
 from lora_adapters.convert.formats.metadata import (
     DYLORA_FACTS,
@@ -16,12 +17,16 @@ from lora_adapters.convert.formats.metadata import (
     dylora_of,
     network_args,
 )
+from lora_adapters.convert.parsing import number
 from lora_adapters.types.adapter_type import AdapterType, NetworkArg, flag
 from lora_adapters.types.base import check, variants
 from lora_adapters.types.lierla.config import LierLaConfig
 
 from . import rank_controller
 from .layer import DyLoraVariant
+
+SORTED_SCALING = "constant"  # at which the first of sorted components are the best adapter of their rank
+SORT_AT = "0.3"  # of the steps: what the rank study found
 
 
 @dataclass
@@ -35,12 +40,19 @@ class DyLoraConfig(LierLaConfig):
     rank_sampling "spread" needs the samples of a batch in the first dimension of what every layer reads, as it is in
     U-Nets and text encoders; "uniform" draws one b for all samples, as the paper does, and needs nothing. freeze_lower
     draws one b for all samples too.
+
+    With sort_at above 0 every sample trains the full rank at first; after that share of the steps the components are
+    sorted by size (see `sort_components`), and ranks are drawn from then on. Where the training is said to have N steps
+    (`set_step(..., total_steps=N)`), `set_step` says when to sort; our trainer does it by itself.
     """
 
     unit: int = field(default=1, metadata={"help": "Ranks are trained in steps of this; it divides r and conv_dim."})
-    rank_scaling: str = field(
-        default=DyLora.rank_scaling,
-        metadata={"help": "Scale at rank b: constant is alpha/r, rank is alpha/b (the paper's), sqrt is between."},
+    rank_scaling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scale at rank b: constant is alpha/r, rank is alpha/b (the paper's), sqrt is between. "
+            "None: constant with sort_at, else sqrt."
+        },
     )
     freeze_lower: bool = field(
         default=False, metadata={"help": "Train only the last `unit` of the b components in a step."}
@@ -50,8 +62,21 @@ class DyLoraConfig(LierLaConfig):
         metadata={"help": "How b is drawn: uniform, one a step; spread, one a sample, low ranks and r more often."},
     )
 
+    sort_at: float = field(
+        default=0.0,
+        metadata={"help": "Share of the steps that train the full rank alone; then components are sorted."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rank_scaling is None:
+            self.rank_scaling = SORTED_SCALING if self.sort_at else DyLora.rank_scaling
+        check(0 <= self.sort_at < 1, f"sort_at is {self.sort_at}: it is a share of the steps, at least 0 and below 1")
+        check(
+            not self.sort_at or self.rank_scaling == SORTED_SCALING,
+            f"sort_at needs rank_scaling {SORTED_SCALING}, at which sorted components are cut, not "
+            f"{self.rank_scaling}; sort_at=0 goes with any",
+        )
         check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
         for name in ("r", "conv_dim"):
             rank = getattr(self, name)
@@ -84,17 +109,29 @@ class DyLoraType(AdapterType):
         "rank_scaling": NetworkArg(str, "a name"),
         "rank_sampling": NetworkArg(str, "a name"),
         "freeze_lower": NetworkArg(flag, "True or False"),
+        "sort_at": NetworkArg(number, "a number"),
     }
     variant = DyLoraVariant
 
+    def training_args(self, args: Mapping[str, str]) -> dict[str, str]:
+        """With a sort_at of .3, unless a scale is asked for at which sorted components cannot be cut."""
+        fits = args.get("rank_scaling", SORTED_SCALING) == SORTED_SCALING
+        return {"sort_at": SORT_AT, **args} if fits else dict(args)
+
     def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-        """unit, rank_scaling, freeze_lower and rank_sampling of a DyLoRA's file."""
+        """unit, rank_scaling, freeze_lower and rank_sampling of a DyLoRA's file.
+
+        Not the sort_at of its training, which is over; but 0 for one that sorting does not suit.
+        """
         dylora = dylora_of(metadata)
-        return None if dylora is None else asdict(dylora)
+        if dylora is None:
+            return None
+        return asdict(dylora) if dylora.rank_scaling == SORTED_SCALING else {**asdict(dylora), "sort_at": 0.0}
 
     def metadata(self, config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
         """ss_network_module and ss_network_args; other network args are kept."""
-        return dylora_metadata(config.dylora, network_args(metadata))
+        sort_at = {"sort_at": str(config.sort_at)} if config.sort_at else {}
+        return dylora_metadata(config.dylora, {**network_args(metadata), **sort_at})
 
     def config_options(self, modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
         """As for LoRA, with an r and a unit that fit each other: the unit of a file need not divide its ranks."""
@@ -106,7 +143,7 @@ class DyLoraType(AdapterType):
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
         """The model draws ranks whenever it is called in training; see `rank_controller.attach`."""
-        rank_controller.attach(model, adapter_name, config.dylora)
+        rank_controller.attach(model, adapter_name, config.dylora, config.sort_at)
 
     def detach(self, model: nn.Module, adapter_name: str) -> None:
         """See `rank_controller.detach`."""
@@ -115,6 +152,11 @@ class DyLoraType(AdapterType):
     def refit(self, model: nn.Module) -> None:
         """See `rank_controller.refit`."""
         rank_controller.refit(model)
+
+    def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
+        """As for LoRA; sorted, as long as the training has not come to that, since nothing else may be cut."""
+        pair = super().delta(layer, adapter_name, stabilized)
+        return by_size(pair).to(pair.up.dtype) if layer.lora_variant[adapter_name].controller.unsorted else pair
 
     def as_used(self, model: nn.Module, adapter_names: list[str]) -> AbstractContextManager[None]:
         """A block in which components above the current rank are zero."""

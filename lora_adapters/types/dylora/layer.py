@@ -83,7 +83,7 @@ class DyLoraVariant(LoraVariant):
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](x)
         controller, start = self.controller, 0
-        if controller.dylora.freeze_lower and controller.drawn:
+        if controller.freezes_lower:
             start = min(controller.now[0], self.full) - controller.dylora.unit
         hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
         length = hidden.shape[-1 - self.trailing]  # not the weight's: that may be sharded, and whole only in its module
@@ -95,6 +95,13 @@ class DyLoraVariant(LoraVariant):
             gate = gate * (scaling / self.scaling)
         hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs its present values
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
+
+    def gate_of_all(self, module: Any, adapter: str) -> torch.Tensor | None:
+        """The gate (length,) with the scaling in it, where all samples have the same one and nothing is trained."""
+        width = module.lora_A[adapter].weight.shape[0]
+        if self.controller.drawn or len(self.controller.now) != 1 or self.length != width:
+            return None
+        return self.gate.flatten() * (module.scaling[adapter] / self.scaling)
 
     def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
         """A gate (samples or 1, length), ready to be multiplied with activations of so many dimensions."""

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_adapters.convert.deltas.low_rank import RANK_SCALINGS
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.types.found_layers import lora_layers
 from lora_adapters.types.layers import factors, has_adapter, layers
 
 from .layer import DyLoraVariant, refuse_unfit
@@ -30,8 +30,11 @@ class RankController:
     place: a compiled model follows without being compiled again.
     """
 
-    def __init__(self, adapter_name: str, highest: int, dylora: DyLora, seed: int = 0):
+    def __init__(self, adapter_name: str, highest: int, dylora: DyLora, sort_at: float = 0.0, seed: int = 0):
         self.adapter_name, self.highest, self.dylora, self.seed = adapter_name, highest, dylora, seed
+        self.sort_at = sort_at
+        self.nested_from: int | None = 0 if sort_at == 0 else None  # the step from which ranks are drawn
+        self.unsorted = False  # whether the full rank alone has been trained, and the components are in no order yet
         self.rank = highest
         self.step = 0
         self.batch: tuple[range, int] | None = None  # the samples that are here, of how many in all processes
@@ -50,8 +53,31 @@ class RankController:
         """The ranks that it can be set to, in order."""
         return [*range(self.dylora.unit, self.highest, self.dylora.unit), self.highest]
 
+    @property
+    def freezes_lower(self) -> bool:
+        """Whether the components below the last unit are to get no gradient now."""
+        return self.dylora.freeze_lower and self.drawn and not self.unsorted
+
+    def _is_before_sorting(self) -> bool:
+        """Whether this step trains the full rank alone; AdapterError where that, or the sorting, has been left out."""
+        if self.nested_from is None:
+            raise AdapterError(
+                f"sort_at={self.sort_at} is a share of the training of adapter {self.adapter_name}: give set_step the "
+                "number of all steps (total_steps), or take sort_at=0"
+            )
+        if self.step < self.nested_from:
+            return True
+        if self.unsorted:
+            raise AdapterError(
+                f"the components of adapter {self.adapter_name} are to be sorted before step {self.nested_from}: call "
+                "sort_components with the models and the optimizer"
+            )
+        return False
+
     def ranks_of_step(self, rows: int) -> list[int]:
         """The rank for each row of a training batch. A sample may have several rows: windows of a long caption."""
+        if self._is_before_sorting():
+            return [self.highest]
         samples, total = self.batch or (range(rows), rows)
         if rows % len(samples):
             raise AdapterError(f"a batch of {rows} came where one of {len(samples)} was announced to the DyLoRA")
@@ -111,6 +137,7 @@ class RankController:
         self.drawn = training
         if training:
             self._turn(self.ranks_of_step(rows))
+            self.unsorted = self._is_before_sorting()
             self.step += 1
         else:
             self._turn([self.rank])
@@ -186,7 +213,7 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
             weight.data = data
 
 
-def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
+def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float = 0.0) -> None:
     """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training.
 
     Where it is one already, its controller stays, with the layers' present ranks, at its highest. AdapterError where a
@@ -201,9 +228,12 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora) -> None:
         for layer, one in zip(mine, variants, strict=True):
             one.fit(layer, adapter_name)  # type: ignore[union-attr]
         controller.highest, controller.dylora, controller.rank, controller.now = highest, dylora, highest, [highest]
+        if sort_at != controller.sort_at:
+            controller.sort_at, controller.nested_from = sort_at, 0 if sort_at == 0 else None
+        controller.unsorted = False
         controller.fill()
         return
-    controller = RankController(adapter_name, highest, dylora)
+    controller = RankController(adapter_name, highest, dylora, sort_at)
     detach(model, adapter_name)
     for layer in mine:
         layer.lora_variant[adapter_name] = DyLoraVariant(controller, layer, adapter_name)
@@ -222,8 +252,8 @@ def refit(model: nn.Module) -> None:
 
 def detach(model: nn.Module, adapter_name: str) -> None:
     """Make a DyLoRA adapter a plain LoRA of its full rank again (as far as it is one)."""
-    for layer in model.modules():  # also those that a deleted adapter of this name was in: old PEFT leaves its variant
-        if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
+    for _, layer in lora_layers(model):  # also of a deleted adapter of this name: old PEFT leaves its variant there
+        if isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
             del layer.lora_variant[adapter_name]
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, RankController) and hook.adapter_name == adapter_name:
@@ -235,7 +265,7 @@ def detach(model: nn.Module, adapter_name: str) -> None:
             del model._forward_hooks[key]
 
 
-def _models(target: Any) -> list[nn.Module]:
+def models_of(target: Any) -> list[nn.Module]:
     """The models of a pipeline, a model, or a list of models."""
     if isinstance(target, nn.Module):
         return [target]
@@ -249,14 +279,13 @@ def _models(target: Any) -> list[nn.Module]:
 def controllers(target: Any, adapter_name: str | None = None) -> list[RankController]:
     """The controllers in a pipeline, a model or a list of models, of one adapter or of all."""
     found = {}
-    for model in _models(target):
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for name, variant in module.lora_variant.items():
-                    if not (has_adapter(module, name) and isinstance(variant, DyLoraVariant)):
-                        continue
-                    if adapter_name in (None, name):
-                        found[id(variant.controller)] = variant.controller
+    for model in models_of(target):
+        for _, layer in lora_layers(model):
+            for name, variant in layer.lora_variant.items():
+                if not (has_adapter(layer, name) and isinstance(variant, DyLoraVariant)):
+                    continue
+                if adapter_name in (None, name):
+                    found[id(variant.controller)] = variant.controller
     return list(found.values())
 
 
@@ -277,15 +306,15 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
     """
     found = controllers(target, adapter_name)
     if not found:
-        name = f"{adapter_name} is no DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
+        name = f"{adapter_name} is not a DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
         raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
-    for model in _models(target):
-        for module in model.modules():
-            if isinstance(module, LoraLayer) and any(
-                isinstance(module.lora_variant.get(name), DyLoraVariant) and adapter_name in (None, name)
-                for name in module.merged_adapters
+    for model in models_of(target):
+        for _, layer in lora_layers(model):
+            if any(
+                isinstance(layer.lora_variant.get(name), DyLoraVariant) and adapter_name in (None, name)
+                for name in layer.merged_adapters
             ):
-                raise AdapterError(f"{', '.join(module.merged_adapters)} is fused into the weights: unfuse it first")
+                raise AdapterError(f"{', '.join(layer.merged_adapters)} is fused into the weights: unfuse it first")
     highest = max(controller.highest for controller in found)
     valid = sorted({one for controller in found for one in controller.ranks})
     for controller in found:  # a text encoder's or a smaller adapter's controller stops at its own highest rank
@@ -295,19 +324,46 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
         controller.set_rank(min(rank, controller.highest))
 
 
-def set_step(target: Any, step: int, seed: int = 0, samples: range | None = None, total: int | None = None) -> None:
+def sorting_step(sort_at: float, total_steps: int) -> int:
+    """The step, of so many from 0 on, before which the components are sorted."""
+    return round(sort_at * total_steps)
+
+
+def set_step(
+    target: Any,
+    step: int,
+    seed: int = 0,
+    samples: range | None = None,
+    total: int | None = None,
+    total_steps: int | None = None,
+) -> bool:
     """Say which training step comes next, so that DyLoRA draws the ranks of this step when the models are called.
 
     Without it, each controller counts its model's training calls from 0, which is the same where every model is called
     once a step. A training loop that resumes, or that calls a model several times a step, says it before each call.
 
-    target: a pipeline, a model, or a list of models; step: optimizer steps done so far, from 0; seed: the run's;
-    samples, total: in a data-parallel process, which samples of the batch of `total` it has. A model that is called
-    with a multiple of their number sees each sample that many times in a row. AdapterError where they do not fit.
+    Args:
+        target: A pipeline, a model, or a list of models.
+        step: Optimizer steps done so far, from 0.
+        seed: The run's.
+        samples: In a data-parallel process, which samples of the batch it has. A model that is called with a multiple
+            of their number sees each sample that many times in a row.
+        total: The number of samples in all processes.
+        total_steps: The number of steps of the whole training, which adapters with a sort_at need to know.
+
+    Returns:
+        Whether components are to be sorted before this step: call `sort_components` then, with the optimizer.
+
+    Raises:
+        AdapterError: samples and total do not fit.
     """
     if samples is None and total is not None:
         raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
     if samples is not None and not (len(samples) and min(samples) >= 0 and max(samples) < (total or max(samples) + 1)):
         raise AdapterError(f"samples {samples} are none of a batch of {total}: they are numbered from 0")
-    for controller in controllers(target):
+    found = controllers(target)
+    for controller in found:
+        if total_steps is not None:
+            controller.nested_from = sorting_step(controller.sort_at, total_steps)
         controller.set_step(step, seed, samples, total)
+    return any(controller.sort_at > 0 and controller.nested_from == step for controller in found)

@@ -12,17 +12,18 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from lora_adapters import Adapter
+from lora_adapters import Adapter, set_step, sort_components
 
 from .methods import Method
 from .tasks import Examples, Task
 
 BATCH = 8
+WARM_UP = 10  # steps, at the start and after the sorting of components
 NOISES = 16  # draws of noise for each held-out picture, at as many timesteps evenly spread
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def rate(step: int, steps: int, peak: float, warmup: int = 10) -> float:
+def rate(step: int, steps: int, peak: float, warmup: int = WARM_UP) -> float:
     """Linear warm-up, then half a cosine to nothing: the end of a run is where its method has settled."""
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -34,7 +35,11 @@ def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: in
     optimizer = torch.optim.AdamW(fitted.parameters, lr=lr, weight_decay=0.01, fused=True)
     schedule = DDPMScheduler(**SCHEDULE)
     clean, text = task.train.latents, task.train.text
+    sorted_at = -WARM_UP
     for step in range(steps):
+        if set_step(unet, step, total_steps=steps):
+            sort_components(unet, optimizer)
+            sorted_at = step
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         picked = torch.randint(len(clean), (BATCH,), generator=generator)
         noise = torch.randn(BATCH, *clean.shape[1:], generator=generator)
@@ -42,7 +47,7 @@ def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: in
         timesteps = timesteps.long()
         noisy = schedule.add_noise(clean[picked], noise, timesteps)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, lr)
+            group["lr"] = rate(step, steps, lr) * min(1.0, (step - sorted_at + 1) / WARM_UP)
         loss = (unet(noisy, timesteps, text[picked]).sample - noise).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(fitted.parameters, 1.0)

@@ -72,11 +72,12 @@ def test_other_kinds_in_two_processes(basics, request, model, changes) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(basics, tmp_path) -> None:
+@pytest.mark.parametrize("sort_at", ["0", "0.3"])  # 0.3: components are sorted before the second of four steps
+def test_two_processes_equal_one(basics, tmp_path, sort_at) -> None:
     options = {
         **basics,
         "network_module": "networks.dylora",
-        "network_args": {"unit": "1"},
+        "network_args": {"unit": "1", "sort_at": sort_at},
         "validation_split": 0.25,
         "max_train_steps": 4,
         "cache_latents": True,
@@ -90,5 +91,7 @@ def test_two_processes_equal_one(basics, tmp_path) -> None:
     assert shown == pytest.approx([measured.loss for measured in one.held_out if measured.step == 4], abs=2e-5)
     adapter = Adapter.load(Path(two["output_dir"]) / "last.safetensors")
     for name, expected in one.adapter.modules.items():
-        torch.testing.assert_close(adapter.modules[name].up, expected.up, rtol=1e-3, atol=2e-5)
-        torch.testing.assert_close(adapter.modules[name].down, expected.down, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(adapter.modules[name].delta(), expected.delta(), rtol=1e-3, atol=2e-5)
+        if sort_at == "0":  # else rounding is larger in the factors of small components than in what they do
+            torch.testing.assert_close(adapter.modules[name].up, expected.up, rtol=1e-3, atol=2e-5)
+            torch.testing.assert_close(adapter.modules[name].down, expected.down, rtol=1e-3, atol=2e-5)

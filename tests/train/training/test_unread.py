@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training.adapters import ADAPTER, lora_layers
 from lora_adapters.train.training.setup import prepare
+from lora_adapters.train.training.sorting import sort_if_due
 
 KINDS = {
     "lora": {},
@@ -39,6 +40,7 @@ def test_every_trained_weight_gets_a_gradient_in_every_step(basics, request, one
     run.training_mode()
     run.loss.denoiser = DistributedDataParallel(run.plain)
     for number, batch in zip(range(3), run.data.batches(0), strict=False):
+        sort_if_due(run, number)
         run.tell_step(number, 0, batch)
         run.loss.training(batch).backward()
         assert all(parameter.grad is not None for parameter in run.parameters)

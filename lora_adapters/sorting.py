@@ -1,0 +1,93 @@
+"""Sorting the components of live adapters by size, so that the first b of them are the best adapter of rank b."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.svd import by_size
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.types import registry
+from lora_adapters.types.dylora.rank_controller import controllers, models_of
+from lora_adapters.types.layers import factors, has_adapter, layers, low_rank
+
+from .hotswap import swap
+from .injection import unwrapped
+from .optimizer_state import check_restart, restart
+
+
+def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None = None) -> None:
+    """Make the components of adapters in live models those of their SVD, the largest first; what they do stays.
+
+    Each module's pair becomes up = U·√Σ and down = √Σ·Vᵀ, written into the same tensors. A plain LoRA is a DyLoRA of
+    unit 1 from then on, with an adapter of each rank: `set_rank(pipe, 4)` is what the best cut to rank 4 does. A DyLoRA
+    keeps its unit, and has the scale of its full rank at every rank ("constant").
+
+    In a training with a sort_at (see `DyLoraConfig`) it is called when `set_step` says so, with the optimizer, whose
+    state is of the components as they were: first moments become zero, second moments the mean of their tensor. The
+    learning rate should warm up again, over ten steps for instance.
+
+    Args:
+        target: A pipeline, a model, or a list of models.
+        optimizer: The optimizer that trains them; None where there is none, or none yet.
+        adapter_name: The adapter; None for all LoRAs and DyLoRAs.
+
+    Raises:
+        AdapterError: There is no such adapter, it is more than low-rank pairs (DoRA, lora_bias, PEFT's variants), it is
+            fused, or the optimizer keeps something that cannot be carried over. Then nothing is changed.
+    """
+    adapters = list(_adapters(target, adapter_name))
+    if not adapters:
+        raise AdapterError(f"there is no LoRA {adapter_name or ''} here whose components could be sorted")
+    for model, name in adapters:
+        _check(model, name)
+    trained = [
+        factor.weight for model, name in adapters for _, layer in layers(model, name) for factor in factors(layer, name)
+    ]
+    check_restart(optimizer, trained)
+    with torch.no_grad(), restart(optimizer, trained):
+        for model, name in adapters:
+            _sort(model, name)
+
+
+def _adapters(target: Any, adapter_name: str | None) -> Iterator[tuple[nn.Module, str]]:
+    for model in map(unwrapped, models_of(target)):
+        for name in getattr(model, "peft_config", {}):
+            if adapter_name in (None, name) and any(has_adapter(module, name) for module in model.modules()):
+                yield model, name
+
+
+def _check(model: nn.Module, name: str) -> None:
+    for path, layer in layers(model, name):
+        if more := registry.beyond_lora(layer, name):
+            raise AdapterError(f"{path} has {more} in {name}, which components cannot be sorted with")
+        if name in layer.merged_adapters:
+            raise AdapterError(f"{name} is fused into the weights: unfuse it first")
+        if any(factor.weight.device.type == "meta" for factor in factors(layer, name)):
+            raise AdapterError(f"{name} is not in memory (offloaded): sort its file, with Adapter.sorted")
+
+
+def _sort(model: nn.Module, name: str) -> None:
+    config = model.peft_config[name]  # type: ignore[index,union-attr]
+    own = controllers(model, name)
+    if own and all(controller.dylora.rank_scaling == "constant" for controller in own):
+        for _, layer in layers(model, name):
+            _write(layer, name, by_size(low_rank(layer, name)))
+        for controller in own:
+            controller.unsorted = False
+        return
+    stabilized = bool(getattr(config, "use_rslora", False))
+    pairs = {path: by_size(low_rank(layer, name, stabilized)) for path, layer in layers(model, name)}
+    facts = registry.facts_of_config(config) if own else {"type": "DyLora", **asdict(DyLora())}
+    swap(model, pairs, name, {**facts, "rank_scaling": "constant"})
+
+
+def _write(layer: Any, name: str, pair: LowRank) -> None:
+    """Put a pair's factors where an adapter's are; what it is padded with stays zero."""
+    down, up = factors(layer, name)
+    down.weight.narrow(0, 0, pair.rank).copy_(pair.down)
+    up.weight.narrow(1, 0, pair.rank).copy_(pair.up)

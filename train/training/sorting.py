@@ -1,0 +1,66 @@
+"""The sorting step of a DyLoRA: plain training before it, nested ranks after it (see `DyLoraConfig.sort_at`)."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import broadcast
+
+from lora_adapters.sorting import sort_components
+from lora_adapters.train.training import adapters
+from lora_adapters.train.training.setup import Run
+from lora_adapters.types.layers import factors
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 10  # steps after the sorting in which the learning rate comes back
+
+
+def sort_if_due(run: Run, step: int) -> None:
+    """Sort the components where that comes before this step. Every process has the main process's numbers then."""
+    if step != run.sort_step:
+        return
+    sort_components(list(run.trained.values()), run.optimizer, adapters.ADAPTER)
+    for parameter in run.parameters:
+        broadcast(parameter.data)
+    if run.accelerator.is_main_process:
+        log.info("step %d: components sorted by size; from here on every rank is trained", step)
+
+
+@contextlib.contextmanager
+def warmed_up(run: Run, step: int) -> Iterator[None]:
+    """In the block learning rates are lower, where the sorting was only a few steps ago."""
+    since = step - run.sort_step if run.sort_step is not None else -1
+    if not 0 <= since < WARM_UP - 1:
+        yield
+        return
+    groups = [group for group in run.optimizer.param_groups if group["lr"] is not None]
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = group["lr"] * (since + 1) / WARM_UP
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
+@contextlib.contextmanager
+def as_if_sorted(run: Run) -> Iterator[None]:
+    """In the block the components are sorted, so that low ranks mean something before the sorting step as well."""
+    unsorted = [dial for dial in run.dials if dial.unsorted]
+    if not unsorted:
+        yield
+        return
+    weights = [factor.weight for layer in run.layers for factor in factors(layer, adapters.ADAPTER)]
+    before = [weight.detach().clone() for weight in weights]
+    sort_components(list(run.trained.values()), adapter_name=adapters.ADAPTER)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+        for dial in unsorted:
+            dial.unsorted = True
