@@ -36,12 +36,6 @@ from lora_adapters.convert.tools.command_line import (
 from lora_adapters.convert.tools.extract import extract, extract_otherwise
 from lora_adapters.convert.tools.summary import written
 
-_REDUCES = {  # what leaves a smaller error
-    "lora": "a higher --dim, or --target_error 0.1,",
-    "lokr": "a smaller --factor, or --target_error 0.1,",
-    "full": "a wider --save_precision",
-}
-
 
 def parser() -> Parser:
     """The options."""
@@ -102,7 +96,8 @@ def program(argv: Sequence[str] | None) -> None:
         say(f"{component}: largest difference {value:.4g}{left}")
     result = found.adapter.to(dtype_of(args.save_precision))
     result.save(path, modelspec=not args.no_metadata)
-    say(report(as_written(found.fits, found.adapter.modules, result.modules), _REDUCES[args.algo]))
+    more = "--target_error 0.1" if args.algo == "lokr" else "a higher --dim, or --target_error 0.1,"
+    say(report(as_written(found.fits, found.adapter.modules, result.modules), more))
     say(written(path, result))
 
 

@@ -167,10 +167,10 @@ def total(fits: Iterable[Fit]) -> Fit:
     return Fit(math.fsum(fit.total for fit in listed), math.fsum(fit.missing for fit in listed))
 
 
-def report(fits: Mapping[ModuleName, Fit], more: str) -> str:
+def report(fits: Mapping[ModuleName, Fit], more: str | None = None) -> str:
     """The relative error of each component and of all, with the worst module, and whether that is much.
 
-    more: the options that keep more of the change, such as "a higher --new_rank".
+    more: the options that keep more of the change, such as "a higher --new_rank"; None where there are none.
     """
     parts = []
     for component in COMPONENTS:
@@ -181,7 +181,7 @@ def report(fits: Mapping[ModuleName, Fit], more: str) -> str:
     error = total(fits.values()).error
     parts.append(f"all {error:.4g}")
     return f"relative error: {', '.join(parts)} (largest: {fits[worst].error:.4g} in {worst})\n  {verdict(error)}" + (
-        f"; {more} keeps more" if error > _LITTLE else ""
+        f"; {more} keeps more" if more is not None and error > _LITTLE else ""
     )
 
 

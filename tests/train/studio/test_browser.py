@@ -141,7 +141,7 @@ def train(browser, places, address):
     browser.until(lambda: caption.read_text() == "a blue airplane\n")
     browser.choose("machine", "and smaller models, without a GPU")
     browser.choose("purpose", "a way of drawing or photographing")
-    browser.until(lambda: browser.value("train-steps") == "1600", "the values of the presets")
+    browser.until(lambda: browser.value("train-steps") == "800", "1600 pictures, two a step")
     browser.choose("type", "LoRA")
     for name, value in (("run-name", "mine"), ("rank", 4), ("train-steps", 10), ("rate", 0.001), ("resolution", 64),
                         ("sample-every", 5), ("sample-prompts", "a cat --w 64 --h 64 --s 2")):  # fmt: skip
