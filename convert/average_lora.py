@@ -56,7 +56,7 @@ def program(argv: Sequence[str] | None) -> None:
     result.save(path, modelspec=not args.no_metadata)
     pairs = {module: fit for module, fit in fits.items() if fit.total}
     if pairs:
-        say(report(as_written(pairs, exact.modules, result.modules)))
+        say(report(as_written(pairs, exact.modules, result.modules), "svd-merge at a higher --new_rank"))
     say(written(path, result))
 
 
