@@ -37,13 +37,19 @@ from lora_adapters.convert.formats import cloneofsimo
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, dtype_of, output_file, run
 from lora_adapters.convert.tools.inputs import ZERO_ALPHA, load, weights_alone
+from lora_adapters.convert.tools.summary import written
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="convert_format.py", description="Write an adapter in another format.")
+    made = Parser(
+        prog="convert_format.py",
+        description="Write an adapter in another format.",
+        examples=["--model kohya.safetensors --save_to folder --format peft"],
+    )
     made.add_argument("--model", required=True, help="the adapter: a file, a PEFT folder or a Hub repository")
     made.add_argument("--save_to", required=True, help="the result: a file, or a folder for peft")
     made.add_argument("--format", choices=FORMATS, help="what to write (with --to lora: kohya where it is not given)")
@@ -133,7 +139,7 @@ def as_lora(
     if high:
         base_weight = None if sd_model is None else _weights_in(sd_model)
         made, fits = reduce_modules(high, rules(rank, conv_rank), base_weight=base_weight)
-        print(report(fits))
+        say(report(fits, "a higher --rank"))
     modules = {module: fixed[module] if module in fixed else made[module] for module in adapter.modules}
     if not high and not adapter.stored:
         return adapter.with_modules(modules)
@@ -166,9 +172,9 @@ def program(argv: Sequence[str] | None) -> None:
         with all_or_none(path.parent) as folder:  # if the adapter cannot be written, the embeddings are not either
             names = save_embeddings(embeddings, folder, path.stem)
             adapter.save(path, args.format, dtype, args.fold_alpha)
-    print(f"{adapter} written to {path}")
+    say(written(path, adapter))
     for name in names:
-        print(f"embedding written to {path.with_name(name)}")
+        say(f"embedding written to {path.with_name(name)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,13 +20,18 @@ from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.files import all_or_none
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, output_file, run
 from lora_adapters.convert.tools.inputs import load
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="extract_lora_from_dylora.py", description="Split a DyLoRA into one LoRA for each rank.")
+    made = Parser(
+        prog="extract_lora_from_dylora.py",
+        description="Split a DyLoRA into one LoRA for each rank.",
+        examples=["--model dylora.safetensors --save_to split.safetensors"],
+    )
     made.add_argument("--model", required=True, help="the DyLoRA: a file, a PEFT folder or a Hub repository")
     made.add_argument("--save_to", required=True, help="name of the results; -0004 and so on is put before its ending")
     made.add_argument("--unit", type=int, help="distance of ranks (default: what the file says)")
@@ -70,7 +75,7 @@ def program(argv: Sequence[str] | None) -> None:
         for rank, name in progress(zip(ranks, names, strict=True), "splitting", len(ranks)):
             adapter.truncate(rank).save(folder / name)
     for name in names:
-        print(path.with_name(name))
+        say(path.with_name(name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import FAMILIES, asked_by
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
@@ -30,11 +31,16 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.extract import extract
+from lora_adapters.convert.tools.summary import written
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="extract_lora_from_models.py", description="Extract the LoRA between two models.")
+    made = Parser(
+        prog="extract_lora_from_models.py",
+        description="Extract the LoRA between two models.",
+        examples=["--model_org base.safetensors --model_tuned tuned.safetensors --dim 32 --save_to lora.safetensors"],
+    )
     made.add_argument("--model_org", required=True, help="the original model: checkpoint file or Diffusers folder")
     made.add_argument("--model_tuned", required=True, help="the fine-tuned model: checkpoint file or Diffusers folder")
     made.add_argument("--save_to", required=True, help="the resulting file")
@@ -78,11 +84,12 @@ def program(argv: Sequence[str] | None) -> None:
     )
     for component, value in found.largest.items():
         left = ": the same, left out" if component in found.left_out else ""
-        print(f"{component}: largest difference {value:.4g}{left}")
+        say(f"{component}: largest difference {value:.4g}{left}")
     result = found.adapter.to(dtype_of(args.save_precision))
     result.save(path, modelspec=not args.no_metadata)
-    print(report(as_written(found.fits, found.adapter.pairs(), result.pairs())))
-    print(f"{result} written to {path}")
+    more = "a higher --dim, or --target_error 0.1,"
+    say(report(as_written(found.fits, found.adapter.pairs(), result.pairs()), more))
+    say(written(path, result))
 
 
 def _check_version(args) -> None:

@@ -25,6 +25,7 @@ from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of
+from lora_adapters.convert.families.registry import denoisers
 from lora_adapters.convert.formats import peft
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
@@ -39,12 +40,17 @@ _TRAINING = (
 )  # fmt: skip
 
 
+_LYCORIS_HASH = "0x"  # how LyCORIS' hashes begin; others are bare hexadecimal digits
 _NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="info.py", description="Show what LoRA files are.")
+    made = Parser(
+        prog="info.py",
+        description="Show what LoRA files are.",
+        examples=["model.safetensors"],
+    )
     made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
     made.add_argument("--json", action="store_true", help="one JSON list, for programs")
     made.add_argument("--plot", metavar="PNG", help="draw the norm of the change in each block (needs matplotlib)")
@@ -52,9 +58,9 @@ def parser() -> Parser:
 
 
 def _place(block: str) -> tuple[int, str]:
-    """Where a block stands in tables: text encoders first, then the U-Net from its input to its output."""
-    kinds = ("text_encoder", "IN", "MID", "OUT", "unet")
-    return next(number for number, kind in enumerate(kinds) if block.startswith(kind)), block
+    """Where a block stands in tables: text encoders first, then the denoiser from its input to its output."""
+    kinds = ("text_encoder", "IN", "", "OUT", *denoisers())  # MID, and the blocks of transformers, are between the two
+    return next((number for number, kind in enumerate(kinds) if kind and block.startswith(kind)), 2), block
 
 
 def _ordered_blocks(adapter: Adapter) -> dict[str, list[Delta]]:
@@ -92,9 +98,12 @@ def _kind(adapter: Adapter) -> str:
 
 
 def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
-    """Whether the file's bytes have the SHA-256 that its metadata declare; None if they declare none."""
+    """Whether the file's bytes have the SHA-256 that its metadata declare; None if they declare none, or LyCORIS' own.
+
+    LyCORIS hashes tensors in the order in which it trained them, which is not their order in the file.
+    """
     declared = metadata.get("sshs_model_hash")
-    if declared is None or not is_safetensors(file):
+    if declared is None or declared.startswith(_LYCORIS_HASH) or not is_safetensors(file):
         return None
     digest = hashlib.sha256()
     with file.open("rb") as opened:
@@ -104,12 +113,19 @@ def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
     return digest.hexdigest() == declared
 
 
+def _hash_state(path: Path, metadata: Mapping[str, str]) -> str:
+    hashed = hash_is_right(path, metadata) if path.is_file() else None
+    if hashed is None and metadata.get("sshs_model_hash", "").startswith(_LYCORIS_HASH):
+        return "lycoris"
+    return {True: "right", False: "wrong", None: "none"}[hashed]
+
+
 def _count(values: Sequence[Any]) -> dict[str, int]:
     return {f"{value:g}" if isinstance(value, float) else str(value): n for value, n in sorted(Counter(values).items())}
 
 
 def read(path: Path) -> tuple[Adapter, list[str]]:
-    """The adapter of a file or PEFT folder, and the file's modules that no model of SD1.x, SD2.x and SDXL has."""
+    """The adapter of a file or PEFT folder, and the file's modules that no known model has."""
     if path.is_dir() or (path.parent / peft.CONFIG).is_file():
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)
@@ -120,9 +136,6 @@ def read(path: Path) -> tuple[Adapter, list[str]]:
 def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str, Any]:
     """What there is to say about an adapter, fit for JSON. unknown: modules of its file that are not in it."""
     parts = _tensors(adapter)
-    hashed = None
-    if path.is_file():
-        hashed = hash_is_right(path, adapter.metadata)
     norms = block_norms(adapter)
     tensors = read_tensors(path)[0] if path.is_file() else {}
     return {
@@ -137,7 +150,7 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
         "dtypes": sorted({str(part.dtype).removeprefix("torch.") for part in parts}),
         "parameters": sum(part.numel() for part in parts),
         "zero_alphas": len(zero_alphas(tensors)),  # read as the rank
-        "hash": {True: "right", False: "wrong", None: "none"}[hashed],
+        "hash": _hash_state(path, adapter.metadata),
         "blocks": [
             {
                 "block": block,
@@ -172,10 +185,11 @@ def _shown(counts: Mapping[str, int]) -> str:
 def as_text(about: Mapping[str, Any]) -> str:
     """The facts as a few lines and a table."""
     modules = ", ".join(f"{count} in {component}" for component, count in about["modules"].items())
+    hashed = "LyCORIS' own, not of the file's bytes" if about["hash"] == "lycoris" else about["hash"]
     lines = [
         about["file"],
         f"  {about['type']} for {about['for']} ({about['base'] or 'base not told'}), rank {about['rank']}, {modules}",
-        f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {about['hash']}",
+        f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {hashed}",
         f"  {'block':<16}{'modules':>8}{'norm':>10}  rank / alpha",
     ]
     for row in about["blocks"]:

@@ -5,7 +5,7 @@ usage: merge_lora.py --sd_model model.safetensors --save_to merged.safetensors -
        merge_lora.py --sd_model folder --save_to merged.safetensors --models a.safetensors:0.8
        merge_lora.py --save_to sum.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5
 
-Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of SD1.x, SD2.x and SDXL. The result is a file
+Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of any known family. The result is a file
 for a file and a folder for a folder, or one file in the original layout where --save_to names a file. Without
 --sd_model the result is exactly the weighted sum of the changes: its rank is the sum of the ranks (--new_rank makes it
 smaller).
@@ -29,7 +29,9 @@ from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.storage.ema import EMA, ema_keys
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.block_weights import parse, weighted
+from lora_adapters.convert.tools.combining import add_methods, combination_of, put_together
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
@@ -43,6 +45,7 @@ from lora_adapters.convert.tools.command_line import (
 from lora_adapters.convert.tools.inputs import load, weights_alone
 from lora_adapters.convert.tools.merge import fitting, merge_into_model, weighted_sum
 from lora_adapters.convert.tools.model_arguments import read_arguments
+from lora_adapters.convert.tools.summary import written
 
 MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the adapters', for a checkpoint's header
 MODELS_HELP = (
@@ -54,7 +57,14 @@ LBWS_HELP = "block weights for each model: JSON lists of 12, 17, 20 or 26 number
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="merge_lora.py", description="Merge LoRAs into a model, or several LoRAs into one.")
+    made = Parser(
+        prog="merge_lora.py",
+        description="Merge LoRAs into a model, or several LoRAs into one.",
+        examples=[
+            "--sd_model model.safetensors --models a.safetensors --ratios 0.8 --save_to merged.safetensors",
+            "--models a.safetensors b.safetensors --ratios 0.8 0.5 --save_to sum.safetensors",
+        ],
+    )
     made.add_argument("--sd_model", help="checkpoint file or Diffusers folder to merge into; without it, into one LoRA")
     made.add_argument("--save_to", required=True, help="the result: a file (.safetensors, .ckpt), or a folder")
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
@@ -62,6 +72,7 @@ def parser() -> Parser:
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
     add_dtype(made, "--precision", "of the result where save_precision is not given; sums are always made in float")
     add_dtype(made, "--save_precision", "of the result; by default tensors of a model keep theirs, a LoRA is float")
+    add_methods(made)
     made.add_argument("--new_rank", type=rank_option, help="reduce the sum to this rank (without sd_model)")
     made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
@@ -123,9 +134,9 @@ def _sources(adapters: Mapping[str, Adapter]) -> list[str]:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    dtype = dtype_of(args.save_precision, args.precision)
+    dtype, how = dtype_of(args.save_precision, args.precision), combination_of(args)
     if args.sd_model is None:
-        _into_one(args, dtype)
+        _into_one(args, dtype, how)
         return
     for flag in ("new_rank", "new_conv_rank", "concat", "shuffle"):
         if getattr(args, flag) not in (None, False):
@@ -139,6 +150,9 @@ def program(argv: Sequence[str] | None) -> None:
     if args.skip_unknown:
         adapters = _fitting(checkpoint, adapters)
     facts = merged_facts([one.metadata for one in adapters.values()], [args.sd_model, *_sources(adapters)])
+    count = len(adapters)
+    if how is not None:
+        adapters, ratios = {" and ".join(adapters): put_together(adapters, ratios, how)}, [1.0]
     path = merge_into_model(
         checkpoint,
         args.save_to,
@@ -152,7 +166,15 @@ def program(argv: Sequence[str] | None) -> None:
     )
     _report_ema(checkpoint, args.ema)
     form = " (one file in the original layout)" if checkpoint.is_folder and path.is_file() else ""
-    print(f"merged {len(adapters)} into {args.sd_model}: {path}{form}")
+    say(f"merged {count} into {args.sd_model}: {path}{form}")
+    say(_how_to_load(path, facts.get("modelspec.trigger_phrase")))
+
+
+def _how_to_load(path: Path, words: str | None) -> str:
+    """What to do with a merged model, which needs no adapter."""
+    call = "from_pretrained" if path.is_dir() else "from_single_file"
+    lines = [f"  trigger words: {words}"] if words else []
+    return "\n".join([*lines, f'  to load it: DiffusionPipeline.{call}("{path}")'])
 
 
 def _fitting(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
@@ -169,31 +191,34 @@ def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
     count = len(ema_keys(checkpoint))
     if count:
         done = {"keep": "kept as they were (--ema merge or --ema drop)", "drop": "left out", "merge": "merged too"}
-        print(f"{count} EMA tensors (model_ema.*): {done[chosen]}")
+        say(f"{count} EMA tensors (model_ema.*): {done[chosen]}")
 
 
-def _into_one(args, dtype) -> None:
+def _into_one(args, dtype, how) -> None:
     path = output_file(args.save_to)
     if args.v2 or (args.new_conv_rank is not None and args.new_rank is None):
         raise UsageError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
     if args.concat and args.new_rank is not None:
         raise UsageError("--concat keeps all ranks, --new_rank reduces them: give one of them")
+    if how is not None and args.new_rank is None:
+        raise UsageError(f"--method {args.method} leaves changes of every rank: give --new_rank (or --sd_model)")
     if args.ema != "keep":
         raise UsageError("--ema goes with --sd_model: LoRAs have no averaged weights")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     if args.new_rank is None:
         merged = weighted_sum(adapters, ratios).to(dtype or torch.float32)
     else:
-        merged = weighted_sum({name: weights_alone(one, name) for name, one in adapters.items()}, ratios)
+        merged = put_together({name: weights_alone(one, name) for name, one in adapters.items()}, ratios, how)
         exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
         merged = merged.with_modules(exact).to(dtype or torch.float32)
-        print(report(as_written(fits, exact, merged.pairs())))
+        say(report(as_written(fits, exact, merged.pairs()), "a higher --new_rank"))
     if args.shuffle:
         pairs = merged.pairs()
         merged = merged.with_modules({name: one.reordered(torch.randperm(one.rank)) for name, one in pairs.items()})
     metadata = with_rank_facts(merged.modules, merged_metadata(merged, adapters, args.no_metadata))
-    Adapter(merged.modules, metadata).save(path, modelspec=not args.no_metadata)
-    print(f"{merged} written to {path}")
+    result = Adapter(merged.modules, metadata)
+    result.save(path, modelspec=not args.no_metadata)
+    say(written(path, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

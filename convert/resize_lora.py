@@ -23,6 +23,7 @@ from lora_adapters.convert.deltas.svd import Rules, as_written, report, rules, w
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.errors import UsageError
 from lora_adapters.convert.parsing import number
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
@@ -33,11 +34,16 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.inputs import load, weights_alone
+from lora_adapters.convert.tools.summary import written
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="resize_lora.py", description="Give a LoRA a smaller rank.")
+    made = Parser(
+        prog="resize_lora.py",
+        description="Give a LoRA a smaller rank.",
+        examples=["--model big.safetensors --new_rank 8 --save_to small.safetensors"],
+    )
     made.add_argument("--model", required=True, help="the LoRA: a file, a PEFT folder or a Hub repository")
     made.add_argument("--save_to", required=True, help="the resulting file")
     made.add_argument("--new_rank", type=rank_option, help="rank of the result, or the largest (default: 4)")
@@ -47,6 +53,7 @@ def parser() -> Parser:
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_skip_unknown(made)
+    made.add_argument("--svd_lowrank_niter", type=int, help="kohya's, accepted: the SVD is exact without iterations")
     made.add_argument("--verbose", action="store_true", help="show the rank and the error of each module")
     add_dtype(made, "--save_precision", "of the result (default: float)")
     return made
@@ -84,10 +91,10 @@ def program(argv: Sequence[str] | None) -> None:
     fits = as_written(fits, modules, result.pairs())
     if args.verbose:
         for module, fit in fits.items():
-            print(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
+            say(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
     result.save(path)
-    print(report(fits))
-    print(f"{result} written to {path}")
+    say(report(fits, "a higher --new_rank, or --target_error 0.1,"))
+    say(written(path, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

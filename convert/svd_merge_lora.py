@@ -19,6 +19,8 @@ from lora_adapters.convert.deltas.svd import as_written, report, rules, with_ran
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
 from lora_adapters.convert.parsing import number
+from lora_adapters.convert.terminal import say
+from lora_adapters.convert.tools.combining import add_methods, combination_of, put_together
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_dtype,
@@ -29,16 +31,21 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.inputs import weights_alone
-from lora_adapters.convert.tools.merge import weighted_sum
+from lora_adapters.convert.tools.summary import written
 
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="svd_merge_lora.py", description="Merge LoRAs into one of a given rank.")
+    made = Parser(
+        prog="svd_merge_lora.py",
+        description="Merge LoRAs into one of a given rank.",
+        examples=["--models a.safetensors b.safetensors --ratios 0.6 0.4 --new_rank 32 --save_to c.safetensors"],
+    )
     made.add_argument("--save_to", required=True, help="the resulting file")
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
     made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
+    add_methods(made)
     made.add_argument(
         "--new_rank", type=rank_option, help="rank of the result (default: 4; with target_error: no limit)"
     )
@@ -60,20 +67,21 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    path, device = output_file(args.save_to), device_of(args.device)
+    path, device, how = output_file(args.save_to), device_of(args.device), combination_of(args)
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
     chosen = rules(rank, args.new_conv_rank, args.target_error)
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     adapters = {name: weights_alone(adapter, name) for name, adapter in adapters.items()}
-    merged = weighted_sum(adapters, ratios)
+    merged = put_together(adapters, ratios, how)
     facts = merged_metadata(merged, adapters, args.no_metadata)
     del adapters  # the files need not stay in memory
     modules, fits = reduce_modules(merged.modules, chosen, args.clamp_quantile, device)
     metadata = with_rank_facts(modules, facts)
     result = Adapter(modules, metadata).to(dtype_of(args.save_precision, args.precision))
     result.save(path, modelspec=not args.no_metadata)
-    print(report(as_written(fits, modules, result.pairs())))
-    print(f"{result} written to {path}")
+    more = "a higher --new_rank, or --target_error 0.1,"
+    say(report(as_written(fits, modules, result.pairs()), more))
+    say(written(path, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def _training_table(options: Iterable[Option], tests: Mapping[str, str]) -> str:
 def _cells(option: Option) -> list[str]:
     """Name, default, values, meaning."""
     values = ", ".join(map(str, option.choices)) if option.choices else option.limits
-    meaning = f"{option.help} ({option.unsupported})" if option.unsupported else option.help
+    meaning = f"{option.help} ({option.unsupported})".strip() if option.unsupported else option.help
     default = option.shown_default
     if not option.is_flag and option.default not in (None, ""):
         default = f"`{default}`"

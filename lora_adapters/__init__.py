@@ -23,6 +23,7 @@ _PUBLIC = {
     "AdapterError": "convert.errors",
     "LowRank": "convert.deltas.low_rank",
     "ModuleName": "convert.families.names",
+    "add_adapter": "injection",
     "block_lr_weights": "block_lr",
     "network_options": "kohya_options",
     "param_groups": "optimizer_groups",

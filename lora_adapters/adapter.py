@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.registry import BASE_VERSION, by_live_models
+from lora_adapters.convert.families.registry import BASE_VERSION, by_class, by_live_models
 from lora_adapters.types.registry import metadata_of
 
 from . import pipeline
-from .injection import extract_pairs, unwrapped
+from .injection import extract_changes, unwrapped
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -32,15 +32,17 @@ def from_models(
     modules, of_type = {}, dict[str, str]()
     for component, model in models.items():
         if adapter_name in getattr(model, "peft_config", {}):
-            modules.update(extract_pairs(model, component, adapter_name))
+            modules.update(extract_changes(model, component, adapter_name))
             of_type = of_type or metadata_of(model.peft_config[adapter_name], metadata or {})
     if not modules:
         names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
         raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
     facts = dict(metadata or {})
-    family = by_live_models(models, getattr(models.get("unet"), "config", None))
+    by_classes = (by_class(model) for model in models.values())
+    family = next((family for family in by_classes if family is not None), None)
+    family = family or by_live_models(models, getattr(models.get("unet"), "config", None))
     if family is not None and family.has(modules):  # which a few of its modules do not tell
-        facts.setdefault(BASE_VERSION, family.versions[0].value)
+        facts.setdefault(BASE_VERSION, family.stated)
     return adapter_type(modules, {**facts, **of_type})
 
 

@@ -60,9 +60,64 @@ def unscaling(stock: Function) -> Function:
 
 
 def _layers(model: Any) -> Any:
-    from peft.tuners.lora.layer import LoraLayer
+    from lora_adapters.types.found_layers import lora_layers
 
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
+    return (layer for _, layer in lora_layers(model))
+
+
+def activating(stock: Function) -> Function:
+    """Of `set_weights_and_activate_adapters`: the model is not searched for its layers.
+
+    The weight of an adapter that is prepared to be swapped stays a tensor, in which a compiled model sees it change.
+    """
+
+    def set_weights_and_activate_adapters(model: Any, adapter_names: Any, weights: Sequence[Any]) -> None:
+        from peft.tuners.lora import Conv2d, Linear
+
+        from lora_adapters.types.found_layers import tuner_layers
+
+        layers = tuner_layers(model)
+        if isinstance(adapter_names, str) or any(type(layer) not in (Linear, Conv2d) for _, layer in layers):
+            stock(model, adapter_names, weights)
+            return
+        chosen, scales = set(adapter_names), list(zip(adapter_names, weights, strict=False))
+        single = not any(isinstance(weight, dict) for weight in weights)
+        for path, layer in layers:
+            _activate(layer, adapter_names, chosen)
+            scaling, set_scale = layer.scaling, layer.set_scale
+            for name, weight in scales:
+                before = scaling.get(name)
+                set_scale(name, weight if single or not isinstance(weight, dict) else _weight_at(path, weight))
+                if isinstance(before, torch.Tensor):
+                    scaling[name] = before.fill_(float(scaling[name]))
+
+    return set_weights_and_activate_adapters
+
+
+def _activate(layer: Any, adapter_names: list[str], chosen: set[str]) -> None:
+    """What `layer.set_adapter` does, without looking for all that a layer may hold where it holds factors."""
+    inside = layer._modules
+    if inside["lora_magnitude_vector"]._modules or getattr(layer, "frozen_peft_weight_names", None):
+        layer.set_adapter(adapter_names)
+        return
+    for held in (inside["lora_A"], inside["lora_B"]):
+        for name, part in held._modules.items():
+            wanted = name in chosen
+            if part._modules:  # something has been put around the factor
+                part.requires_grad_(wanted)
+            for parameter in part._parameters.values():
+                if parameter is not None and parameter.requires_grad is not wanted and parameter.is_leaf:
+                    parameter.requires_grad = wanted
+    vars(layer)["_active_adapter"] = adapter_names  # no module or parameter, for which torch would look
+
+
+def _weight_at(path: str, weights: Mapping[str, float]) -> float:
+    """The weight of the layer at a path, of weights by parts of paths and by blocks with attention; else 1."""
+    for part, weight in weights.items():
+        if part in path:
+            return weight
+    parts = path.split(".")
+    return weights.get(f"{parts[0]}.{parts[1]}.attentions.{parts[3]}", 1.0) if len(parts) > 3 else 1.0
 
 
 def replace_everywhere(home: ModuleType, name: str, wrapper: Callable[[Function], Function]) -> None:

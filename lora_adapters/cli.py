@@ -11,12 +11,16 @@ PROGRAMS = {
     "merge": ("lora_adapters.convert.merge_lora", "merge LoRAs into a model, or several LoRAs into one"),
     "svd-merge": ("lora_adapters.convert.svd_merge_lora", "merge LoRAs into one of a given rank"),
     "extract": ("lora_adapters.convert.extract_lora_from_models", "extract the LoRA between two models"),
+    "average": ("lora_adapters.convert.average_lora", "average LoRAs, such as the saves of a training"),
     "split": ("lora_adapters.convert.extract_lora_from_dylora", "split a DyLoRA into one LoRA for each rank"),
     "resize": ("lora_adapters.convert.resize_lora", "give a LoRA a smaller rank"),
     "convert": ("lora_adapters.convert.convert_format", "write a LoRA in another format"),
     "info": ("lora_adapters.convert.info", "show what a LoRA file is"),
+    "init": ("lora_adapters.train.preparing.program", "look at a folder of pictures and write settings to train on it"),
     "train": ("lora_adapters.train.train_network", "train an adapter, with kohya's train_network.py options"),
     "generate": ("lora_adapters.train.gen_img_diffusers", "draw pictures with adapters, with kohya's gen_img options"),
+    "studio": ("lora_adapters.train.studio.program", "compare, inspect, train and convert in the browser"),
+    "completion": ("lora_adapters.completion", "print a script that completes commands and options in a shell"),
     "resize-images": ("lora_adapters.train.resize_images_to_resolution", "resize a folder of training pictures"),
 }
 
@@ -32,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: lora-adapters COMMAND ...   (COMMAND --help shows its options)\n")
-        for name, (_, purpose) in PROGRAMS.items():
-            print(f"  {name:<15}{purpose}")
+        print(_help())
         return 0
     if words[0] == "--version":
         print(f"lora-adapters {__version__}")
@@ -45,6 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command_line.run(_unknown, words)
     with command_line.called_as(f"lora-adapters {words[0]}"):
         return import_module(PROGRAMS[words[0]][0]).main(words[1:])
+
+
+def _help() -> str:
+    """What there is."""
+    commands = [f"  {name:<15}{purpose}" for name, (_, purpose) in PROGRAMS.items()]
+    return "\n".join(
+        [
+            "usage: lora-adapters COMMAND ...",
+            "\nexample:\n  lora-adapters info model.safetensors",
+            "\ncommands (COMMAND --help shows the options; with --quiet they print warnings and errors only):",
+            *commands,
+            "\n  --version      print the version",
+        ]
+    )
 
 
 def _unknown(words: Sequence[str] | None) -> NoReturn:

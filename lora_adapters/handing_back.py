@@ -48,6 +48,47 @@ def load(
         raise
 
 
+def leave(models: Mapping[str, nn.Module], stock: Callable[[], None], reason: AdapterError) -> None:
+    """Let diffusers load what it can for a transformer whose files it converts itself: it is asked no more than that.
+
+    stock: what loads it into the models (by component). reason: why this package does not read it, the error where
+    diffusers does not load it either, or nothing of it; everything is then as it was before.
+    """
+    before = {component: _Whole.of(model) for component, model in models.items()}
+    adapters = {component: set(getattr(model, "peft_config", {})) for component, model in models.items()}
+    try:
+        stock()
+    except Exception as error:
+        for component, whole in before.items():
+            whole.restore(models[component])
+        raise reason from error
+    norms = any(getattr(model, "_transformer_norm_layers", None) for model in models.values())
+    if not norms and all(set(getattr(models[name], "peft_config", {})) == known for name, known in adapters.items()):
+        raise reason
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A model's adapters and its layers: diffusers exchanges some layers for wider ones."""
+
+    state: ModelState
+    layers: Mapping[str, nn.Module]
+    config: object
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Whole":
+        return cls(ModelState.of(model), dict(model.named_modules()), vars(model).get("_internal_dict"))
+
+    def restore(self, model: nn.Module) -> None:
+        self.state.restore(model)
+        for path, layer in self.layers.items():
+            if path and model.get_submodule(path) is not layer:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, layer)
+        if self.config is not None:
+            vars(model)["_internal_dict"] = self.config
+
+
 # --- whether everything has arrived --------------------------------------------------------------------------------
 
 

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from lora_adapters.convert.deltas.base import Delta, with_article
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.diffusers import pattern_value
 from lora_adapters.types import registry
 from lora_adapters.types.base import AdapterConfig, fields_beyond
 from lora_adapters.types.layers import factors, layers, width
+from lora_adapters.types.lycoris.config import TYPE as LYCORIS
+from lora_adapters.types.lycoris.layer import held
 
 from . import injection
 from .compat import rank_stabilized
@@ -37,6 +40,9 @@ def prepare(model: Any, adapter_name: str) -> None:
     options = getattr(model, "_prepare_lora_hotswap_kwargs", None)
     if options is None:
         return
+    if _changes_of_other_kinds(model, adapter_name):  # which are swapped for others of their shapes alone
+        model._prepare_lora_hotswap_kwargs = None
+        return
     from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
     target, mine = options.get("target_rank"), [layer for _, layer in layers(model, adapter_name)]
@@ -48,45 +54,65 @@ def prepare(model: Any, adapter_name: str) -> None:
     registry.attach(model, adapter_name, model.peft_config[adapter_name])
 
 
-def check(model: Any, component: str, matched: Mapping[str, LowRank], adapter_name: str) -> None:
-    """AdapterError where these pairs cannot take the adapter's place; nothing is changed."""
+def _changes_of_other_kinds(model: Any, adapter_name: str) -> list[str]:
+    """The paths of the modules in which the adapter is no plain LoRA."""
+    return [path for path, layer in layers(model, adapter_name) if held(layer, adapter_name) is not None]
+
+
+def check(model: Any, component: str, matched: Mapping[str, Delta], adapter_name: str) -> None:
+    """AdapterError where these changes cannot take the adapter's place; nothing is changed."""
     if adapter_name not in getattr(model, "peft_config", {}):
         raise AdapterError(
             f"there is no adapter {adapter_name} to swap in the {component}: load it once without hotswap"
         )
     present = dict(layers(model, adapter_name))
     for path, layer in present.items():
-        if more := registry.beyond_lora(layer, adapter_name):
+        more = registry.beyond_deltas(layer, adapter_name)
+        if more is None and path not in matched and (weights := held(layer, adapter_name)) is not None:
+            more = with_article(weights.change.kind)
+        if more:
             raise AdapterError(f"{component}.{path} has {more} in {adapter_name}, which a swap would leave behind")
-    for path, pair in matched.items():
+    for path, change in matched.items():
         layer = present.get(path)
         if layer is None:
             raise AdapterError(f"{component}.{path} is not adapted by {adapter_name}: only what is can be swapped")
+        weights = held(layer, adapter_name)
+        if not isinstance(change, LowRank) or weights is not None:
+            if weights is None or not weights.is_like(change):
+                now = "plain LoRA" if weights is None else repr(weights.change)
+                raise AdapterError(
+                    f"{component}.{path} is {now} in {adapter_name}: {change!r} is of another kind or shape and "
+                    "cannot be swapped in"
+                )
+            continue
         room = width(layer, adapter_name)
-        if _is_prepared(layer, adapter_name) and pair.rank > room:
+        if _is_prepared(layer, adapter_name) and change.rank > room:
             raise AdapterError(
-                f"{component}.{path} has rank {pair.rank}, there is room for {room}: call "
-                f"enable_lora_hotswap(target_rank={pair.rank}) before the first adapter is loaded"
+                f"{component}.{path} has rank {change.rank}, there is room for {room}: call "
+                f"enable_lora_hotswap(target_rank={change.rank}) before the first adapter is loaded"
             )
     if any(adapter_name in layer.merged_adapters for layer in present.values()):
         raise AdapterError(f"{adapter_name} is fused into the weights: unfuse it first")
 
 
 @torch.no_grad()
-def swap(model: Any, matched: Mapping[str, LowRank], adapter_name: str, facts: Mapping[str, Any]) -> None:
-    """Put pairs where an adapter's are; its modules without a pair do nothing from then on.
+def swap(model: Any, matched: Mapping[str, Delta], adapter_name: str, facts: Mapping[str, Any]) -> None:
+    """Put changes where an adapter's are; its modules without one do nothing from then on.
 
     The weight that `set_adapters` has given to the adapter stays.
 
     Args:
         model: The model.
-        matched: The pairs, which `check` has let through.
+        matched: The changes, which `check` has let through.
         adapter_name: The adapter's name in the model.
         facts: The new adapter's type and the type's own fields, as `types.registry.facts_of_metadata` returns them.
     """
     stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
     for path, layer in layers(model, adapter_name):
         pair = matched.get(path)
+        if (weights := held(layer, adapter_name)) is not None:
+            weights.replace(pair)
+            continue
         down, up = factors(layer, adapter_name)
         if pair is None:
             up.weight.zero_()
@@ -102,6 +128,8 @@ def swap(model: Any, matched: Mapping[str, LowRank], adapter_name: str, facts: M
         path: RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
         for path, layer in layers(model, adapter_name)
     }
+    if _changes_of_other_kinds(model, adapter_name):
+        facts = {"type": LYCORIS.name}
     _update_config(model, adapter_name, registry.config_options(mine, facts))
     registry.attach(model, adapter_name, model.peft_config[adapter_name])
 
@@ -167,6 +195,8 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         inner = injection.unwrapped(model)
         for name in getattr(inner, "peft_config", {}):
+            if others := _changes_of_other_kinds(inner, name):
+                raise AdapterError(f"{others[0]} is no plain LoRA in adapter {name}: it has no rank to be padded")
             highest = max((layer.r[name] for _, layer in layers(inner, name)), default=0)
             if registry.is_ours(inner, name) and target_rank is not None and highest > target_rank:
                 raise AdapterError(f"adapter {name} has rank {highest}: give a target_rank of {highest} or more")

@@ -1,19 +1,27 @@
-"""Putting low-rank pairs into a live model, all or nothing, and taking them out again."""
+"""Putting changes of weights into a live model, all or nothing, and taking them out again."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lora_adapters.convert.deltas.base import Delta, with_article, with_tensors
+from lora_adapters.convert.deltas.full import Full
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
 from lora_adapters.types.layers import HELD, layers, put, width
-from lora_adapters.types.registry import beyond_lora, config_options, delta_of
+from lora_adapters.types.lycoris.config import TYPE as LYCORIS
+from lora_adapters.types.lycoris.layer import hold
+from lora_adapters.types.lycoris.operations import LAYERS, NORMS, weight_shape
+from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of
+
+from .target_modules import RankAlpha
+from .tuner import inject_at
 
 
 def unwrapped(model: Any) -> Any:
@@ -43,33 +51,26 @@ def _base_layer(model: Any, path: str) -> nn.Module | None:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """(out, in) or (out, in, height, width), also of quantised layers, whose weights are packed."""
-    if isinstance(layer, nn.Conv2d):
-        return tuple(layer.weight.shape)
-    return (layer.out_features, layer.in_features)  # type: ignore[return-value]
-
-
 def match_to_model(
-    model: nn.Module, component: str, modules: Mapping[str, LowRank], missing: list[str] | None = None
-) -> dict[str, LowRank]:
-    """Match the pairs of an adapter to the layers of a model, which is not changed.
+    model: nn.Module, component: str, modules: Mapping[str, Delta], missing: list[str] | None = None
+) -> dict[str, Delta]:
+    """Match the changes of an adapter to the layers of a model, which is not changed.
 
     Args:
         model: The model.
         component: Its name in a pipeline, for errors.
-        modules: The pairs by the paths that files have.
+        modules: The changes by the paths that files have.
         missing: A list that gets the names of modules that the model lacks; None makes the first of them an error.
 
     Returns:
-        The pairs by this model's own paths, in its own spelling of 1x1.
+        The changes by this model's own paths, pairs in its own spelling of 1x1.
 
     Raises:
         AdapterError: A module is missing, or a shape differs; the message names the module and what was expected.
-        UnknownFormatError: A layer is of a type that no low-rank pair of this package is for.
+        UnknownFormatError: A layer is of a type that no change of this package is for.
     """
     matched = {}
-    for path, pair in modules.items():
+    for path, change in modules.items():
         live = live_path(model, path)
         layer = _base_layer(model, live)
         if layer is None and missing is not None:
@@ -78,15 +79,37 @@ def match_to_model(
         if layer is None:
             known = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
             raise AdapterError(f"the model has no module {component}.{live:.120}{nearest(live, known)}")
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-            raise UnknownFormatError(
-                f"{component}.{live:.120} is a {type(layer).__name__}, no linear layer or 2D convolution"
-            )
+        _check_layer(layer, f"{component}.{live:.120}", change)
         try:
-            matched[live] = pair.shaped_like(_weight_shape(layer))
+            matched[live] = _shaped_like(change, layer)
         except AdapterError as error:
             raise AdapterError(f"{component}.{path} is {error}") from None
     return matched
+
+
+def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
+    """AdapterError or UnknownFormatError where no change of this kind is possible in a layer of this type."""
+    if not isinstance(layer, LAYERS):
+        kinds = "no linear layer or 2D convolution" + ("" if isinstance(change, LowRank) else ", and no norm")
+        raise UnknownFormatError(f"{name} is a {type(layer).__name__}, {kinds}")
+    if isinstance(layer, NORMS) and not isinstance(change, Full):
+        raise AdapterError(
+            f"{name} is a {type(layer).__name__}, which cannot be changed by {with_article(change.kind)}"
+        )
+    if getattr(layer, "bias", None) is None and change.bias() is not None:
+        raise AdapterError(f"{name} has no bias, which the adapter changes")
+    if getattr(layer, "weight", None) is None:
+        raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
+
+
+def _shaped_like(change: Delta, layer: nn.Module) -> Delta:
+    """The change, where it fits the layer, as it can be put there; else AdapterError."""
+    shape = weight_shape(layer)
+    if isinstance(change, LowRank):
+        return change.shaped_like(shape)
+    if not change.fits(shape):
+        raise AdapterError(f"{change!r}, but the model's weight is {list(shape)}")
+    return change
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -96,32 +119,78 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 def place(
     model: nn.Module,
-    matched: Mapping[str, LowRank],
+    matched: Mapping[str, Delta],
     adapter_name: str,
     facts: Mapping[str, Any],
     low_cpu_mem_usage: bool = True,
 ) -> None:
-    """Add pairs to a model as an adapter, in the model's dtype and on its device.
+    """Add changes to a model as an adapter, in the model's dtype and on its device.
 
     Args:
         model: The model.
-        matched: The pairs, as `match_to_model` returns them.
+        matched: The changes, as `match_to_model` returns them.
         adapter_name: The adapter's name, which is free in the model.
-        facts: Its type and the type's own fields, as `types.registry.facts_of_metadata` returns them.
+        facts: Its type and the type's own fields where all are pairs, as `types.registry.facts_of_metadata` returns
+            them.
         low_cpu_mem_usage: Whether the layers are made without memory for their first weights.
     """
-    config, dtype = LoraConfig(**config_options(matched, facts)), _dtype(model)
-    names = {f"{path}.lora_A.weight": pair.down for path, pair in matched.items()}  # of which PEFT takes the paths only
-    inject_adapter_in_model(
-        config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    dtype, nothing = _dtype(model), torch.empty(0)
+    ranks = {path: change if isinstance(change, LowRank) else RankAlpha(1, 1.0) for path, change in matched.items()}
+    if any(not isinstance(change, LowRank) for change in matched.values()):
+        facts = {"type": LYCORIS.name}
+    config = LoraConfig(**config_options(ranks, facts))
+    if not inject_at(model, config, adapter_name, matched):
+        names = {f"{path}.lora_A.weight": nothing for path in matched}  # of which PEFT takes the paths only
+        inject_adapter_in_model(
+            config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
+        )
     left = dict(matched)
     for path, layer in layers(model, adapter_name):
-        device = layer.get_base_layer().weight.device
-        put(layer, adapter_name, left.pop(path), torch.device("cpu") if device.type == "meta" else device, dtype)
+        device, change = layer.get_base_layer().weight.device, left.pop(path)
+        device = torch.device("cpu") if device.type == "meta" else device
+        if isinstance(change, LowRank):
+            put(layer, adapter_name, change, device, dtype)
+        else:
+            hold(layer, adapter_name, _as_live(change, device, dtype))
     if left:
         raise AdapterError(f"{next(iter(left))} found no place in the model")
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
+
+
+def _as_live(change: Delta, device: torch.device, dtype: torch.dtype) -> Delta:
+    """A copy of the change, so that the model does not hang on a memory-mapped file, in the model's dtype.
+
+    Numbers of whole channels, as DoRA's magnitudes are, stay precise: they scale the weight itself.
+    """
+
+    def copied(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        precise = tensor.numel() == max(tensor.shape, default=1)
+        return tensor.to(device, torch.float32 if precise else dtype, copy=True).contiguous()
+
+    return with_tensors(change, copied)
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:
+    """Add a new adapter to a model and make it the active one, as the `add_adapter` of diffusers' models does.
+
+    The `add_adapter` of transformers' text encoders does the same, but since transformers 5.24 it asks for PEFT 0.22,
+    and refuses older versions that could do it.
+
+    Args:
+        model: A U-Net, text encoder or any other model, trainable or not.
+        config: The adapter's configuration, one of this package's or of PEFT's.
+        adapter_name: Its name, which no adapter of the model has.
+
+    Raises:
+        AdapterError: The model has an adapter of that name, or no module that the configuration is for.
+    """
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise AdapterError(f"the model has an adapter {adapter_name} already: choose another name")
+    inject_adapter_in_model(config, model, adapter_name)
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(adapter_name)
 
 
 def take_out(model: nn.Module, adapter_name: str) -> None:
@@ -151,8 +220,8 @@ def is_plain(model: nn.Module, adapter_name: str) -> bool:
     return all(beyond_lora(layer, adapter_name) is None for _, layer in layers(model, adapter_name))
 
 
-def extract_pairs(model: Any, component: str, adapter_name: str) -> dict[ModuleName, LowRank]:
-    """The pairs of an adapter in a model, views of the live weights.
+def extract_changes(model: Any, component: str, adapter_name: str) -> dict[ModuleName, Delta]:
+    """The changes of an adapter in a model, views of the live weights.
 
     Args:
         model: The model, without wrappers (see `unwrapped`).
@@ -160,26 +229,27 @@ def extract_pairs(model: Any, component: str, adapter_name: str) -> dict[ModuleN
         adapter_name: The adapter's name in it.
 
     Returns:
-        The pairs by the names that files have.
+        The changes by the names that files have.
 
     Raises:
-        AdapterError: The adapter is more than pairs (see `types.registry.beyond_lora`).
+        AdapterError: PEFT computes it in a way of its own (see `types.registry.beyond_deltas`).
     """
     stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
-    pairs = {}
+    changes = {}
     for path, layer in layers(model, adapter_name):
-        if more := beyond_lora(layer, adapter_name):
+        if more := beyond_deltas(layer, adapter_name):
             raise AdapterError(f"adapter {adapter_name} is more than plain LoRA: {component}.{path} has {more}")
-        pairs[_named(component, path)] = delta_of(layer, adapter_name, stabilized)
-    return pairs
+        changes[module_named(component, path)] = delta_of(layer, adapter_name, stabilized)
+    return changes
 
 
 def widths(model: Any, component: str, adapter_name: str) -> dict[ModuleName, int]:
     """How many components each module of the adapter has room for; more than its rank where it is padded."""
-    return {_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
+    return {module_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
 
 
-def _named(component: str, path: str) -> ModuleName:
+def module_named(component: str, path: str) -> ModuleName:
+    """The name that files have for the module at a path of a model."""
     return ModuleName(component, text_path(path) if is_text_encoder(component) else path)
 
 

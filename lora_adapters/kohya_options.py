@@ -1,5 +1,6 @@
 """kohya's --network_module, --network_dim, --network_alpha and --network_args as a config."""
 
+import ast
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,11 +9,12 @@ from typing import Any
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import nearest
 from lora_adapters.convert.parsing import number
-from lora_adapters.types.adapter_type import AdapterType, NetworkArg
+from lora_adapters.types.adapter_type import AdapterType, NetworkArg, flag
 from lora_adapters.types.base import DEFAULT_CONV_DIM, AdapterConfig
 from lora_adapters.types.registry import type_named, types
 
 from .block_lr import block_lr_weights, without_zero_blocks
+from .module_patterns import check_patterns
 from .target_modules import check_block_list
 
 logger = logging.getLogger(__name__)
@@ -20,13 +22,9 @@ logger = logging.getLogger(__name__)
 MODULES = {name: kind.name for kind in types() for name in kind.network_modules}
 # What to take in place of modules that are not there.
 _INSTEAD = {
-    "lycoris": "LyCORIS (LoHa, LoKr, ...) is not supported; for its algo=lora or locon give networks.lora, with "
-    "conv_dim and conv_alpha in network_args",
     "networks.lora_fa": "LoRA-FA, which trains `up` alone, is not supported; give networks.lora, which trains both and "
     "makes a file of the same kind",
-    "networks.oft": "OFT is not supported; networks.lora and networks.dylora are",
-    "networks.loha": "LoHa is not supported; networks.lora and networks.dylora are",
-    "networks.lokr": "LoKr is not supported; networks.lora and networks.dylora are",
+    "networks.oft": "kohya's OFT is not supported; give lycoris.kohya with algo=diag-oft in network_args",
 }
 
 
@@ -39,12 +37,42 @@ class NetworkOptions:
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
+    dropout: float | None = None
     rank_dropout: float | None = None
     module_dropout: float | None = None
+    reg_lrs: dict[str, float] | None = None
+    verbose: bool = False
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(item.strip()) for item in text.split(",")]
+
+
+def _patterns(text: str) -> list[str]:
+    """`["a.*", r"b"]`, as kohya's trainer reads it; any other text is one pattern. ValueError for other lists."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    patterns = value if isinstance(value, list) else [value]
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError(text)
+    return patterns
+
+
+def _by_pattern(kind: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
+    """Reads `pattern=value,pattern=value`, as kohya's trainer does: a pattern holds no comma."""
+
+    def parse(text: str) -> dict[str, Any]:
+        found = {}
+        for item in filter(None, (item.strip() for item in text.split(","))):
+            pattern, equals, value = item.rpartition("=")  # of a pattern with (?=...) the last one is meant
+            if not equals:
+                raise ValueError(item)
+            found[pattern.strip()] = kind(value.strip())
+        return found
+
+    return parse
 
 
 _COMMON = {
@@ -58,24 +86,62 @@ _COMMON = {
     "mid_lr_weight": NetworkArg(str, "weights"),
     "up_lr_weight": NetworkArg(str, "weights"),
     "block_lr_zero_threshold": NetworkArg(number, "a number"),
+    "dropout": NetworkArg(number, "a number"),
     "rank_dropout": NetworkArg(number, "a number"),
     "module_dropout": NetworkArg(number, "a number"),
     "loraplus_lr_ratio": NetworkArg(number, "a number"),
     "loraplus_unet_lr_ratio": NetworkArg(number, "a number"),
     "loraplus_text_encoder_lr_ratio": NetworkArg(number, "a number"),
+    "preset": NetworkArg(str, "a name"),
+    "include_patterns": NetworkArg(_patterns, "a list of regular expressions, ['...', '...']"),
+    "exclude_patterns": NetworkArg(_patterns, "a list of regular expressions, ['...', '...']"),
+    "network_reg_dims": NetworkArg(_by_pattern(int), "pattern=rank, with commas between them"),
+    "network_reg_lrs": NetworkArg(_by_pattern(number), "pattern=learning rate, with commas between them"),
+    "verbose": NetworkArg(flag, "True or False"),
 }
 # --network_args of all types.
 NETWORK_ARGS = _COMMON | {name: arg for kind in types() for name, arg in kind.network_args.items()}
 _RANKS = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+_MODULES = ("preset", "include_patterns", "exclude_patterns")
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+
+
+# Options of LyCORIS that change nothing here.
+_IDLE = {
+    "bypass_mode": "it is another way to the same numbers",
+    "train_t5xxl": "no model here has a T5 text encoder",
+    "train_llm_adapter": "no model here has a language model's adapter",
+    "rank_dropout_scale": "what rank_dropout leaves is always divided by its share",
+    "block_size": "it is for LyCORIS' DyLoRA; that of networks.dylora is unit",
+}
+
+
+_OLD_NAMES = {"use_cp": "use_tucker", "use_conv_cp": "use_tucker"}  # of LyCORIS
+
+
+def _renamed(network_args: Mapping[str, str]) -> dict[str, str]:
+    """The options under the names that they have now."""
+    return {_OLD_NAMES.get(name, name): value for name, value in network_args.items()}
 
 
 def without_effect(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
     """The network_args that change nothing, each with the reason: kohya's trainer ignores them without a word."""
-    kind, reasons = type_named(MODULES.get(network_module, "")), {}
+    given = {_OLD_NAMES.get(name, name): name for name in network_args}
+    reasons = _reasons(network_module, _renamed(network_args))
+    return {given[name]: reason for name, reason in reasons.items()}
+
+
+def _reasons(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
+    kind, reasons = type_named(MODULES.get(network_module, "")), dict[str, str]()
+    if kind is not None:
+        reasons |= kind.idle(network_module, network_args)
     for key in network_args:
         owner = next((other for other in types() if key in other.network_args), None)
-        if key not in NETWORK_ARGS:
+        if key in reasons:
+            continue
+        if key in _IDLE:
+            reasons[key] = _IDLE[key]
+        elif key not in NETWORK_ARGS:
             reasons[key] = f"there is no such option{nearest(key, NETWORK_ARGS)}"
         elif owner is not None and (kind is None or key not in kind.network_args):
             reasons[key] = f"it is for {owner.title}: give network_module {owner.network_modules[0]}"
@@ -100,6 +166,8 @@ def parse_network_args(args: Mapping[str, str]) -> dict[str, Any]:
 
 def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
     """Put the rank in place of every alpha of 0, as kohya's trainer does where it makes a module."""
+    if fields["lora_alpha"] == 0 and "reg_dims" in fields:
+        fields["reg_alphas"] = {pattern: float(rank) for pattern, rank in fields["reg_dims"].items()}
     for dim, alpha, dims, alphas in (
         ("r", "lora_alpha", "block_dims", "block_alphas"),
         ("conv_dim", "conv_alpha", "conv_block_dims", "conv_block_alphas"),
@@ -175,7 +243,7 @@ def network_options(
     for name, reason in without_effect(network_module, asked).items():
         logger.warning("network_args %s is ignored: %s", name, reason)
         del asked[name]
-    given = parse_network_args(asked)
+    given = parse_network_args(_renamed(asked))
     for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
         check_block_list(name, given.get(name), architecture)
 
@@ -183,11 +251,18 @@ def network_options(
         raise AdapterError(f"network_dim is {network_dim}: a rank is at least 1")
     fields: dict[str, Any] = {"r": 4 if network_dim is None else network_dim}
     fields["lora_alpha"] = 1.0 if network_alpha is None else network_alpha
-    fields |= {name: given[name] for name in (*_RANKS, *kind.network_args) if name in given}
+    fields |= {name: given[name] for name in (*_RANKS, *_MODULES, *kind.network_args) if name in given}
+    if "network_reg_dims" in given:
+        fields["reg_dims"] = given["network_reg_dims"]
+    fields |= kind.fields(network_module, fields)
     weights = _block_weights(given, architecture)
     if weights is not None and not all(weights):
         _leave_out_zero_blocks(fields, weights)
     _ranks_for_zero_alphas(fields)
     config = _kind_for(kind, fields).config(**fields)
-    rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("_dropout")}
-    return NetworkOptions(config, weights, **rest)
+    rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("dropout")}
+    rest["reg_lrs"] = reg_lrs = given.get("network_reg_lrs")
+    check_patterns("network_reg_lrs", reg_lrs)
+    if any(rate < 0 for rate in (reg_lrs or {}).values()):
+        raise AdapterError(f"network_reg_lrs={asked['network_reg_lrs']}: a learning rate is at least 0")
+    return NetworkOptions(config, weights, verbose=given.get("verbose", False), **rest)

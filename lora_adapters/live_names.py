@@ -1,4 +1,4 @@
-"""Modules by the names that files have for them, in live models: for what is in no table of SD1.x, SD2.x and SDXL.
+"""Modules by the names that files have for them, in live models: for what is in no table of the families.
 
 AnimateDiff's motion modules, the refiner's and the x4 upscaler's blocks, text-to-video's temporal layers, T5's layers.
 """
@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import text_path
-from lora_adapters.convert.families.registry import role_of
+from lora_adapters.convert.families.registry import by_class, role_of
 from lora_adapters.convert.families.unet import original_name
 from lora_adapters.types.layers import ADDED
 
@@ -23,6 +24,12 @@ class LiveNames:
     def __init__(self, models: Mapping[str, nn.Module]):
         self._models = models
         self._tables: dict[str, dict[str, str]] = {}
+
+    @property
+    def family(self) -> ModelFamily | None:
+        """The family whose denoiser one of the models is, by its class; None where none is known."""
+        found = (by_class(model) for model in self._models.values())
+        return next((family for family in found if family is not None), None)
 
     def __call__(self, component: str, name: str) -> str:
         """The path of a module that is called so, with dots or flat; the name itself where there is none."""

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from . import injection
+from . import fusing, injection
 
 _LOADED = "_hf_peft_config_loaded"  # what diffusers and transformers ask for
 
@@ -21,12 +21,13 @@ class _Layer:
     merged: list[str]
     weight: torch.Tensor | None
     caches: dict[str, Any]
+    kept: Any
 
     @classmethod
     def of(cls, layer: Any) -> "_Layer":
         weight = layer.get_base_layer().weight.detach().clone() if layer.merged_adapters else None
         caches = dict(getattr(layer, "_caches", {}))
-        return cls(list(layer.active_adapters), list(layer.merged_adapters), weight, caches)
+        return cls(list(layer.active_adapters), list(layer.merged_adapters), weight, caches, fusing.kept_of(layer))
 
     def restore(self, layer: Any) -> None:
         layer.set_adapter(self.active)
@@ -34,6 +35,7 @@ class _Layer:
             layer.get_base_layer().weight.data = self.weight
             layer.merged_adapters = list(self.merged)
             layer._caches = dict(self.caches)
+            fusing.keep(layer, self.kept)
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,15 @@ class ModelState:
     def of(cls, model: Any) -> "ModelState":
         """The state of a model now."""
         configs = getattr(model, "peft_config", None)
-        return cls(
-            None if configs is None else dict(configs),
-            vars(model).get(_LOADED),
-            {part: _Layer.of(part) for part in model.modules() if isinstance(part, BaseTunerLayer)},
-            {parameter: parameter.requires_grad for parameter in model.parameters()},
-            {part: part.training for part in model.modules()},
-        )
+        state = cls(None if configs is None else dict(configs), vars(model).get(_LOADED), {}, {}, {})
+        for part in model.modules():
+            state.training[part] = part.training
+            for parameter in part._parameters.values():
+                if parameter is not None:
+                    state.trained[parameter] = parameter.requires_grad
+            if isinstance(part, BaseTunerLayer):
+                state.layers[part] = _Layer.of(part)
+        return state
 
     def restore(self, model: Any) -> None:
         """Take every adapter out that was not there, and make the rest what it was."""

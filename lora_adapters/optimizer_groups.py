@@ -1,6 +1,6 @@
 """Optimizer groups of adapters: learning rates for the U-Net, its blocks, the text encoders, and LoRA+."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from lora_adapters.types.layers import layers
 from lora_adapters.types.registry import parts_of
 
 from .injection import unwrapped
+from .module_patterns import first_match, names_in
 
 
 def _unet_blocks(paths: list[str], weights: Sequence[float]) -> dict[str, int]:
@@ -29,21 +30,34 @@ def _first(*ratios: float | None) -> float | None:
 
 
 def _rates(
-    model: nn.Module, adapter_name: str, name: str, lr: float, ratio: float | None, weights: Sequence[float] | None
+    model: nn.Module,
+    adapter_name: str,
+    name: str,
+    lr: float,
+    ratio: float | None,
+    weights: Sequence[float] | None,
+    reg_lrs: Mapping[str, float],
 ) -> Iterator[tuple[str, float, nn.Module]]:
     """(group, learning rate, factor) for each factor of the adapter in one model, DoRA's magnitudes among them.
 
-    A module outside of the blocks has the model's own group and rate.
+    A module outside of the blocks has the model's own group and rate; one that a pattern of `reg_lrs` matches, a rate
+    and a group of its own.
     """
     found = list(layers(unwrapped(model), adapter_name))
     blocks = _unet_blocks([path for path, _ in found], weights) if weights is not None else {}
+    names, patterns, found_up = names_in([path for path, _ in found]), list(reg_lrs), False
     for path, layer in found:
         group, rate = name, lr
         if weights is not None and path in blocks:
             group, rate = f"{name}_block{blocks[path]}", lr * weights[blocks[path]]
+        if (pattern := first_match(patterns, names(path))) is not None:
+            group, rate = f"{name}_reg{patterns.index(pattern)}", reg_lrs[pattern]
         plus = (group, rate) if ratio is None else (f"{group} plus", rate * ratio)
         for kind, part in parts_of(layer, adapter_name):
+            found_up |= kind == "up"
             yield (*plus, part) if kind == "up" else (group, rate, part)
+    if ratio is not None and found and not found_up:
+        raise AdapterError("LoRA+'s ratio: no module of the adapter has an `up`, or what takes its place")
 
 
 def param_groups(
@@ -57,6 +71,7 @@ def param_groups(
     loraplus_lr_ratio: float | None = None,
     loraplus_unet_lr_ratio: float | None = None,
     loraplus_text_encoder_lr_ratio: float | None = None,
+    reg_lrs: Mapping[str, float] | None = None,
     adapter_name: str = "default",
 ) -> list[dict[str, Any]]:
     """Optimizer groups of one adapter's trainable parameters.
@@ -72,14 +87,18 @@ def param_groups(
         loraplus_lr_ratio: The ratio of the learning rates of `up` and `down` (LoRA+, arXiv:2402.12354).
         loraplus_unet_lr_ratio: The same for the U-Net; it takes precedence.
         loraplus_text_encoder_lr_ratio: The same for the text encoders.
+        reg_lrs: Learning rates by regular expression (see `module_patterns`): a module gets that of the first one that
+            matches, whatever else is given.
         adapter_name: The adapter's name in the models.
 
     Returns:
-        Groups for any torch optimizer, each with "params", "lr" and "name": unet, unet_block<index>, text_encoder,
-        text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left out.
+        Groups for any torch optimizer, each with "params", "lr" and "name": unet, unet_block<index>, unet_reg<index>,
+        text_encoder, text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left
+        out.
 
     Raises:
-        AdapterError: There is nothing to train, or the number of rates or weights does not fit.
+        AdapterError: There is nothing to train, the number of rates or weights does not fit, or a ratio is given and
+            no module has an `up` or what takes its place in other kinds of changes.
 
     >>> import torch
     >>> from lora_adapters import LierLaConfig
@@ -99,10 +118,10 @@ def param_groups(
     text_ratio = _first(loraplus_text_encoder_lr_ratio, loraplus_lr_ratio)
     for number, (model, rate) in enumerate(zip(text_encoders, text_encoder_lr, strict=True), start=1):
         name = "text_encoder" if number == 1 else f"text_encoder_{number}"
-        parts.append((model, adapter_name, name, rate, text_ratio, None))
+        parts.append((model, adapter_name, name, rate, text_ratio, None, reg_lrs or {}))
     if unet is not None:
         rate, ratio = lr if unet_lr is None else unet_lr, _first(loraplus_unet_lr_ratio, loraplus_lr_ratio)
-        parts.append((unet, adapter_name, "unet", rate, ratio, block_lr_weights))
+        parts.append((unet, adapter_name, "unet", rate, ratio, block_lr_weights, reg_lrs or {}))
     groups: dict[str, dict[str, Any]] = {}
     for part in parts:
         for name, rate, factor in _rates(*part):

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,19 @@ import torch
 from torch import nn
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import METADATA_KEY
 from lora_adapters.convert.formats.kinds import may_go_to_diffusers
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.types.registry import facts_of_metadata
 
+from . import handing_back, injection
 from . import hotswap as swapping
-from . import injection
 from .live_names import LiveNames
 from .model_state import ModelState
 
@@ -59,6 +62,10 @@ def load(
         except UnknownFormatError as error:
             if isinstance(source, Adapter) or (path is not None and path.is_dir()):
                 raise
+            if is_known(pipe):
+                own = functools.partial(stock, source, adapter_name=adapter_name, hotswap=hotswap, **options)
+                handing_back.leave(adaptable_models(pipe), own, error)
+                return
             _hand_back(pipe, stock, path or source, adapter_name, hotswap, error, options)
     except AdapterError as error:
         said = str(error)
@@ -75,8 +82,8 @@ def load_adapter(pipe: Any, adapter: Adapter, adapter_name: str | None = None) -
 
 def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapter:
     if isinstance(source, Path):
-        return Adapter.from_path(source, names, only_pairs=True)
-    return Adapter.from_tensors(dict(source), None, names, only_pairs=True)
+        return Adapter.from_path(source, names, family=names.family)
+    return Adapter.from_tensors(dict(source), None, names, family=names.family)
 
 
 def _hand_back(
@@ -89,8 +96,6 @@ def _hand_back(
     options: Mapping[str, Any],
 ) -> None:
     """Let diffusers load what this package does not read, where it may do so whole; else the reason is the error."""
-    from . import handing_back
-
     tensors, metadata = read_tensors(source) if isinstance(source, Path) else (dict(source), {})
     if hotswap or not may_go_to_diffusers(tensors):
         raise reason
@@ -119,22 +124,49 @@ def default_name(pipe: Any) -> str:
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     """The pipeline's models that adapters go into, without wrappers, by component.
 
-    A pipeline says itself which these are; for one that does not, these are all its models.
+    A pipeline says itself which these are; for one that does not, these are all its models. Of a known transformer's,
+    these are the text encoders too that files have parts for (T5).
 
     Args:
         pipe: A pipeline of diffusers.
     """
     names = getattr(pipe, "_lora_loadable_modules", None)
+    family = _family(pipe)
+    if names is not None and family is not None:
+        names = dict.fromkeys([*names, *(part.name for part in family.components)])
     parts = pipe.components if names is None else {name: getattr(pipe, name, None) for name in names}
     return {name: injection.unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
-def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, LowRank]]:
-    """The adapter's pairs for each component that the pipeline has, matched to it."""
+def _family(pipe: Any) -> ModelFamily | None:
+    return by_class(injection.unwrapped(getattr(pipe, "transformer", None)))
+
+
+def is_known(pipe: Any) -> bool:
+    """Whether the pipeline's transformer is one of a known family.
+
+    Args:
+        pipe: A pipeline of diffusers.
+    """
+    return _family(pipe) is not None
+
+
+def _list_as_loadable(pipe: Any, components: Iterable[str]) -> None:
+    """Have the pipeline's own methods (set_adapters, unload_lora_weights, ...) look into these components too."""
+    listed = getattr(pipe, "_lora_loadable_modules", None)
+    if listed is None:
+        return
+    new = [component for component in components if component not in listed]
+    if new:
+        pipe._lora_loadable_modules = [*listed, *new]
+
+
+def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, Delta]]:
+    """The adapter's changes for each component that the pipeline has, matched to it."""
     models = adaptable_models(pipe)
-    modules: dict[str, dict[str, LowRank]] = {}
-    for module, pair in adapter.pairs().items():
-        modules.setdefault(module.component, {})[module.path] = pair
+    modules: dict[str, dict[str, Delta]] = {}
+    for module, change in adapter.modules.items():
+        modules.setdefault(module.component, {})[module.path] = as_pair(change) or change
     for component in [name for name in modules if name not in models]:
         if not hasattr(pipe, component):
             raise AdapterError(f"it adapts {component}, which a {type(pipe).__name__} does not have")
@@ -147,7 +179,12 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     missing: list[str] = []
     placed = {}
     for component, found in modules.items():
-        placed[component] = injection.match_to_model(models[component], component, found, None if strict else missing)
+        try:
+            placed[component] = injection.match_to_model(
+                models[component], component, found, None if strict else missing
+            )
+        except AdapterError as error:  # diffusers makes the layers of some of these models wider
+            raise UnknownFormatError(str(error)) if is_known(pipe) and not strict else error from None
         if not placed[component]:
             raise AdapterError(
                 f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
@@ -196,12 +233,13 @@ def _load(
         raise
     finally:
         _offload_again(pipe, *offloaded)
+    _list_as_loadable(pipe, matched)
 
 
 def _everywhere(
-    models: Mapping[str, nn.Module], matched: Mapping[str, dict[str, LowRank]], adapter_name: str
-) -> dict[str, dict[str, LowRank]]:
-    """The pairs for every component that has the adapter: none for one that the new adapter leaves alone."""
+    models: Mapping[str, nn.Module], matched: Mapping[str, dict[str, Delta]], adapter_name: str
+) -> dict[str, dict[str, Delta]]:
+    """The changes for every component that has the adapter: none for one that the new adapter leaves alone."""
     here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     return {component: dict(matched.get(component, {})) for component in here}
 

@@ -22,6 +22,8 @@ def plug_in() -> None:
     wrapt.register_post_import_hook(_into_diffusers, "diffusers.loaders.lora_pipeline")
     wrapt.register_post_import_hook(_into_scaling, "diffusers.utils.peft_utils")
     wrapt.register_post_import_hook(_into_block_weights, "diffusers.loaders.unet_loader_utils")
+    wrapt.register_post_import_hook(_into_fusing, "diffusers.loaders.lora_base")
+    wrapt.register_post_import_hook(_into_models, "diffusers.loaders.peft")
     wrapt.register_post_import_hook(_into_adapters, "lora_adapters.convert.live")
 
 
@@ -49,10 +51,49 @@ def _into_peft(peft: ModuleType) -> None:
 
     plug_into(LoraModel)
     plug_into(MixedModel)
+    _into_layers()
     stock = peft_model.get_peft_model_state_dict  # what PEFT's models save with; elsewhere it is as it was
     if not hasattr(stock, "stock"):
         peft_model.get_peft_model_state_dict = functools.wraps(stock)(cutting(stock))
         peft_model.get_peft_model_state_dict.stock = stock  # type: ignore[attr-defined]
+
+
+def _into_layers() -> None:
+    """PEFT's layers compute several active adapters as one, and give the model's own weights back as they were."""
+    from peft.tuners.lora import layer
+
+    from .fusing import merging, unmerging
+    from .stacking import stacked
+
+    for kind in (layer.Linear, layer._ConvNd):
+        for name, wrapper in (("forward", stacked), ("merge", merging), ("unmerge", unmerging)):
+            _wrap(kind, name, wrapper)
+
+
+def _wrap(home: Any, name: str, wrapper: Any) -> None:
+    """Put a wrapped method in the place of a class's, once."""
+    stock = getattr(home, name)
+    if not hasattr(stock, "stock"):
+        ours: Any = functools.wraps(stock)(wrapper(stock))
+        ours.stock = stock
+        setattr(home, name, ours)
+
+
+def _into_fusing(lora_base: ModuleType) -> None:
+    """`fuse_lora` of pipelines and models keeps what it overwrites, for `unfuse_lora`."""
+    from .adapter_weights import replace_everywhere
+    from .fusing import fusing, fusing_pipelines
+
+    if hasattr(lora_base, "fuse_text_encoder_lora"):
+        replace_everywhere(lora_base, "fuse_text_encoder_lora", fusing)
+    _wrap(lora_base.LoraBaseMixin, "fuse_lora", fusing_pipelines)
+
+
+def _into_models(peft: ModuleType) -> None:
+    """See `_into_fusing`."""
+    from .fusing import fusing
+
+    _wrap(peft.PeftAdapterMixin, "fuse_lora", fusing)
 
 
 def _into_hotswap(hotswap: ModuleType) -> None:
@@ -70,10 +111,14 @@ def _into_hotswap(hotswap: ModuleType) -> None:
 
 
 def _into_scaling(peft_utils: ModuleType) -> None:
-    """A scale of 0 for one call leaves the weights of adapters as they were before it."""
-    from .adapter_weights import replace_everywhere, scaling, unscaling
+    """A scale of 0 for one call leaves the weights of adapters as they were before it; weights are set in one go."""
+    from .adapter_weights import activating, replace_everywhere, scaling, unscaling
 
-    for name, wrapper in (("scale_lora_layers", scaling), ("unscale_lora_layers", unscaling)):
+    for name, wrapper in (
+        ("scale_lora_layers", scaling),
+        ("unscale_lora_layers", unscaling),
+        ("set_weights_and_activate_adapters", activating),
+    ):
         if not hasattr(peft_utils, name):
             raise unfit("diffusers", f"lacks {name}")
         replace_everywhere(peft_utils, name, wrapper)
@@ -89,22 +134,31 @@ def _into_block_weights(unet_loader_utils: ModuleType) -> None:
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:
-    """`load_lora_weights` of SD's and SDXL's pipelines reads what this package knows; diffusers gets other kinds.
+    """`load_lora_weights` of the known families' pipelines reads what this package knows; diffusers gets other kinds.
 
-    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none.
+    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none. Those of
+    SD and SDXL have to be there; those of other families are changed in versions of diffusers that have them.
     """
+    from lora_adapters.convert.families.registry import FAMILIES
+
     check_age("diffusers")
     check_age("transformers")
-    for name in ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"):
+    needed = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
+    others = dict.fromkeys(name for family in FAMILIES for name in family.marks.mixins)
+    for name in (*needed, *others):
         mixin = getattr(lora_pipeline, name, None)
         if mixin is None or not (hasattr(mixin, "load_lora_weights") and hasattr(mixin, "save_lora_weights")):
+            if name in others:
+                continue
             raise unfit("diffusers", f"lacks {name}.load_lora_weights or its save_lora_weights")
         if not hasattr(mixin.load_lora_weights, "stock"):
-            mixin.load_lora_weights = _loading(mixin.load_lora_weights)
+            mixin.load_lora_weights = _loading(mixin.load_lora_weights, only_known=name in others)
             mixin.save_lora_weights = classmethod(_saving(mixin.save_lora_weights.__func__))
 
 
-def _loading(stock: Any) -> Any:
+def _loading(stock: Any, only_known: bool = False) -> Any:
+    """only_known: whether pipelines of models that no family has are left to diffusers."""
+
     @functools.wraps(stock)
     def load_lora_weights(
         self: Any,
@@ -113,9 +167,12 @@ def _loading(stock: Any) -> Any:
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        from .pipeline import load
+        from .pipeline import is_known, load
 
         source, own = pretrained_model_name_or_path_or_dict, functools.partial(stock, self)
+        if only_known and not is_known(self):
+            own(source, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+            return
         load(self, source, own, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
 
     load_lora_weights.stock = stock  # type: ignore[attr-defined]
@@ -125,9 +182,12 @@ def _loading(stock: Any) -> Any:
 def _saving(stock: Any) -> Any:
     @functools.wraps(stock)
     def save_lora_weights(cls: Any, *args: Any, **kwargs: Any) -> None:
+        from .save_changes import saved
         from .save_hook import completed
 
         bound = inspect.signature(stock).bind(cls, *args, **kwargs)
+        if saved(bound.arguments):
+            return
         bound.arguments.update(completed(bound.arguments))
         stock(*bound.args, **bound.kwargs)
 

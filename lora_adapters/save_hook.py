@@ -32,6 +32,11 @@ def remember(model: nn.Module) -> None:
     _models.add(model)
 
 
+def remembered() -> list[nn.Module]:
+    """The models that have adapters of this package, as far as they are still in memory."""
+    return list(_models)
+
+
 def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `save_lora_weights` that are to be others, for the components with adapters of this package."""
     changed: dict[str, Any] = {}
@@ -136,9 +141,10 @@ def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], 
     """Config, pairs and widths (ranks with padding) of this package's adapters that are pairs alone, in live models."""
     from lora_adapters.types.registry import is_ours
 
-    from .injection import extract_pairs, is_plain, widths
+    from .injection import extract_changes, is_plain, widths
 
-    for model in list(_models):
+    for model in remembered():
         for name, config in getattr(model, "peft_config", {}).items():
             if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
-                yield config, extract_pairs(model, component, name), widths(model, component, name)
+                pairs: Any = extract_changes(model, component, name)
+                yield config, pairs, widths(model, component, name)

@@ -9,8 +9,11 @@ from torch import nn
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.families.registry import FAMILIES, by_modules, by_name
+from lora_adapters.convert.families.registry import FAMILIES, by_class, by_modules, by_name
 from lora_adapters.convert.formats.diffusers import pattern_value
+
+from .module_patterns import first_match, left_out, names_in
+from .presets import chosen, find_preset
 
 _CONTAINERS = {
     kind: frozenset[str]().union(*(family.coverage[kind].containers for family in FAMILIES))
@@ -29,6 +32,10 @@ class Ranks(Protocol):
     block_alphas: list[float] | None
     conv_block_dims: list[int] | None
     conv_block_alphas: list[float] | None
+    include_patterns: list[str] | None
+    exclude_patterns: list[str] | None
+    reg_dims: dict[str, int] | None
+    reg_alphas: dict[str, float] | None
     rank_pattern: dict[Any, Any] | None  # as PEFT declares them
     alpha_pattern: dict[Any, Any] | None
 
@@ -67,20 +74,33 @@ def is_kxk(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != (1, 1)
 
 
-def covered(model: nn.Module, conv: bool) -> list[str]:
-    """Paths of the modules that kohya's LoRA adapts in a U-Net or CLIP text encoder.
+def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str]:
+    """Paths of the modules that kohya's LoRA adapts in a denoiser or text encoder, or those of a preset.
 
     LierLa takes the linear layers and 1x1 convolutions of the attention blocks and the text encoder's attention and
-    MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. ValueError where the model
-    has none of these.
+    MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. Of a transformer, both take
+    the linear layers of its blocks. AdapterError where the model has none of these.
     """
+    if preset is not None:
+        paths = [layer.path for layer in chosen(model, find_preset(preset))]
+        if not paths:
+            raise AdapterError(f"{type(model).__name__} has none of the modules of preset {preset}")
+        return paths
+    family = by_class(model)
+    if family is not None:
+        parts = family.coverage["c3lier" if conv else "lierla"].parts
+        return [
+            path
+            for path, _, layer in base_layers(model)
+            if family.part_of(path) in parts and (conv or not is_kxk(layer))
+        ]
     containers = _CONTAINERS["c3lier" if conv else "lierla"]
     paths = [
         path for path, container, layer in base_layers(model) if container in containers and (conv or not is_kxk(layer))
     ]
     if not paths:
         raise AdapterError(
-            f"{type(model).__name__} has none of the blocks that LoRA for Stable Diffusion adapts "
+            f"{type(model).__name__} has none of the blocks that kohya's LoRA adapts "
             f"({', '.join(sorted(containers))}): give target_modules"
         )
     return paths
@@ -99,24 +119,28 @@ def check_block_list(name: str, values: Sequence[float] | None, architecture: st
 
 
 class RankRule:
-    """Rank and alpha of every module of one model by a config."""
+    """Rank and alpha of every module of one model by a config; `family` is that of a transformer, by its class."""
 
-    def __init__(self, ranks: Ranks, model_paths: Sequence[str]):
+    def __init__(self, ranks: Ranks, model_paths: Sequence[str], family: ModelFamily | None = None):
         self.ranks = ranks
+        self.names = names_in(model_paths)
         blocks = [path for path in model_paths if path.startswith(("down_blocks.", "mid_block.", "up_blocks."))]
         self.family: ModelFamily | None = None
         lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-        if blocks and any(getattr(ranks, name) is not None for name in lists):
-            self.family = by_modules(ModuleName("unet", path) for path in blocks)
+        if (blocks or family is not None) and any(getattr(ranks, name) is not None for name in lists):
+            self.family = family or by_modules(ModuleName("unet", path) for path in blocks)
             for name in lists:
                 check_block_list(name, getattr(ranks, name), self.family.name)
 
     def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
-        """The rank and alpha of the layer at `path`; block lists count in U-Nets only, as in kohya's trainer.
+        """The rank and alpha of the layer at `path`; block lists count in denoisers only, as in kohya's trainer.
 
-        PEFT's own rank_pattern and alpha_pattern, which name single modules, win over all else.
+        A pattern of reg_dims wins over these. PEFT's own rank_pattern and alpha_pattern, which name single modules,
+        win over all ranks.
         """
-        ranks = self.ranks
+        ranks, names = self.ranks, self.names(path)
+        if left_out(ranks.include_patterns, ranks.exclude_patterns, names):
+            return RankAlpha(0, 0)
         block = self.family.blocks.index(path) if self.family else None
         if is_kxk(layer):
             dims, alphas, rank, alpha = ranks.conv_block_dims, ranks.conv_block_alphas, ranks.conv_dim, ranks.conv_alpha
@@ -128,6 +152,9 @@ class RankRule:
         if block is not None:
             rank = dims[block] if dims is not None else rank
             alpha = alphas[block] if alphas is not None else alpha
+        pattern = first_match(ranks.reg_dims or (), names)
+        if ranks.reg_dims and pattern is not None:
+            rank, alpha = ranks.reg_dims[pattern], (ranks.reg_alphas or {}).get(pattern, ranks.lora_alpha)
         return RankAlpha(
             pattern_value(ranks.rank_pattern or {}, path, rank),  # type: ignore[arg-type]
             pattern_value(ranks.alpha_pattern or {}, path, alpha),

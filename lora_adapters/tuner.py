@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,15 +12,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 
 # Whole modules: each may be half loaded when its import of peft is what loads this one.
 from lora_adapters.types import base, layers, registry
 
-from . import save_hook
-from .target_modules import RankAlpha, RankRule, base_layers, covered
+from . import grafting, save_hook
+from .target_modules import RankAlpha, RankRule, base_layers
 
 Method = Callable[..., Any]
+Rule = Callable[[str, Any], RankAlpha]
 _PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into itself, under this name
 
 
@@ -43,9 +45,15 @@ def _literal(pattern: Mapping[str, Any] | None) -> dict[str, Any]:
 @contextmanager
 def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) -> Iterator[None]:
     """Where the block fails, the adapter's name is free again, and the others are as they were."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = {layer: list(layer.active_adapters) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
-    before = {layer for _, layer in layers.layers(model, adapter_name)}
+    trained, active, before = [], {}, set()
+    for module in model.modules():
+        trained += [
+            (parameter, parameter.requires_grad) for parameter in module._parameters.values() if parameter is not None
+        ]
+        if isinstance(module, BaseTunerLayer):
+            active[module] = list(module.active_adapters)
+            if layers.has_adapter(module, adapter_name):
+                before.add(module)
     try:
         yield
     except Exception:
@@ -93,23 +101,66 @@ def _injecting(stock: Method) -> Method:
             return
         config = self.peft_config[adapter_name] = config.for_model()
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        asked = config.asked()
-        try:
-            with _all_or_nothing(inner, adapter_name, self.peft_config):
-                config.check_options()  # again: they may have been set since it was made
-                if config.target_modules is None:
-                    config.target_modules = set(covered(inner, config.conv))
-                paths = [path for path, _, _ in base_layers(inner)]
-                self._rule = _Resolved(config) if config.resolved else RankRule(config, paths)
-                stock(self, model, adapter_name, *args, **kwargs)
-                config.decide(_decided(inner, adapter_name, config), asked)
-                registry.attach(inner, adapter_name, config)
-        except Exception:
-            config.undecide(asked)
-            raise
-        save_hook.remember(inner)
+
+        def inject(rule: Rule) -> None:
+            self._rule = rule
+            stock(self, model, adapter_name, *args, **kwargs)
+
+        _settle(inner, adapter_name, config, self.peft_config, inject)
 
     return inject_adapter
+
+
+def _settle(
+    inner: Any, adapter_name: str, config: Any, configs: dict[str, Any], inject: Callable[[Rule], None]
+) -> None:
+    """Inject an adapter, by `inject`, with the ranks that its config means in this model; the config learns of them."""
+    asked = config.asked()
+    try:
+        with _all_or_nothing(inner, adapter_name, configs):
+            config.check_options()  # again: they may have been set since it was made
+            if config.target_modules is None:
+                config.target_modules = set(registry.covered(inner, config))
+            if config.resolved:
+                rule: Rule = _Resolved(config)
+            else:
+                rule = RankRule(config, [path for path, _, _ in base_layers(inner)], by_class(inner))
+            inject(rule)
+            config.decide(_decided(inner, adapter_name, config), asked)
+            registry.type_of(config).attach(inner, adapter_name, config)  # what others put there is off already
+    except Exception:
+        config.undecide(asked)
+        raise
+    save_hook.remember(inner)
+
+
+def inject_at(model: nn.Module, config: LoraConfig, adapter_name: str, paths: Collection[str]) -> bool:
+    """Inject an adapter of this package into known layers, as PEFT does, but directly.
+
+    Args:
+        model: The model, without wrappers.
+        config: The adapter's config, `resolved`.
+        adapter_name: Its name, which is free in the model.
+        paths: Its layers.
+
+    Returns:
+        Whether that has been done; otherwise nothing is changed, and the layers are for PEFT to make.
+    """
+    places = grafting.places(model, paths)
+    if places is None:
+        return False
+    registry.detach(model, adapter_name)
+    restored: Any = registry.restored(config)
+    configs = getattr(model, "peft_config", None)
+    configs = {} if configs is None else configs
+
+    def inject(rule: Rule) -> None:
+        configs[adapter_name] = restored
+        places.put(adapter_name, {path: rule(path, place.target) for path, place in places.by_path.items()})
+        model.peft_config = configs  # type: ignore[assignment]
+
+    _settle(model, adapter_name, restored, configs, inject)
+    return True
 
 
 def _decided(inner: Any, adapter_name: str, config: Any) -> dict[str, Any]:

@@ -4,8 +4,8 @@ usage: python tests/third_party.py CHECKOUT TEST... [pytest options]
 
 CHECKOUT is a checkout of PEFT or diffusers, whose `src` is what is tested. Prints the counts of each run and every test
 that passes without this package and does not pass with it; the exit status is 1 where there are any. The runs are
-offline: a test that needs the Hub fails in all three (PEFT's do so slowly), but for the tiny CLIP of diffusers' LoRA
-tests, for which a random one stands in.
+offline: a test that needs the Hub fails in all three (PEFT's do so slowly), but for the tiny CLIP and T5 of diffusers'
+LoRA tests, for which random ones stand in.
 """
 
 import collections
@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = "peft-internal-testing/tiny-clip-text-2"
+T5 = "hf-internal-testing/tiny-random-t5"
 # Modules in the order in which a run imports them before its tests.
 RUNS = {
     "without": [],
@@ -30,11 +31,9 @@ def make_clip(cache: Path) -> None:
     """Put a random text encoder, and the tokenizer of examples/tiny-sd, where the Hub's library keeps `CLIP`."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-    folder, commit = cache / f"models--{CLIP.replace('/', '--')}", "0" * 40
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
+    snapshot = _snapshot(cache, CLIP)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "examples" / "tiny-sd" / "tokenizer")
-    tokenizer.save_pretrained(folder / "snapshots" / commit)
+    tokenizer.save_pretrained(snapshot)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -46,7 +45,32 @@ def make_clip(cache: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    CLIPTextModelWithProjection(config).save_pretrained(folder / "snapshots" / commit)
+    CLIPTextModelWithProjection(config).save_pretrained(snapshot)
+
+
+def make_t5(cache: Path) -> None:
+    """Put a random T5, and a tokenizer of single letters, where the Hub's library keeps `T5`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    snapshot = _snapshot(cache, T5)
+    letters = ["<pad>", "</s>", "<unk>", *map(chr, range(32, 127))]
+    inner = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    tokenizer.save_pretrained(snapshot)
+    config = T5Config(vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    T5EncoderModel(config).save_pretrained(snapshot)
+
+
+def _snapshot(cache: Path, repository: str) -> Path:
+    """The folder of a repository's files in the cache of the Hub's library."""
+    folder, commit = cache / f"models--{repository.replace('/', '--')}", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    return folder / "snapshots" / commit
 
 
 def outcomes(report: Path) -> dict[str, str]:
@@ -83,6 +107,7 @@ def main(checkout: str, *arguments: str) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_clip(folder / "hub")
+        make_t5(folder / "hub")
         results = {name: run(Path(checkout).resolve(), name, list(arguments), folder) for name in RUNS}
     without, worse = results["without"], 0
     for name, found in results.items():

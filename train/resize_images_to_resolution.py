@@ -11,9 +11,7 @@ several frames the first is taken. Other files are copied as they are; hidden fi
 A second run does only what is missing, broken, older than its source, or was made with other settings.
 """
 
-import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,13 +27,13 @@ from tqdm import tqdm
 if __name__ == "__main__" and not __package__:  # run as a file: take this checkout's lora_adapters
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lora_adapters.convert.tools.command_line import Parser, run
+from lora_adapters.convert.terminal import is_quiet, say
+from lora_adapters.convert.tools.command_line import run
 from lora_adapters.train.interpolation import RESIZING
+from lora_adapters.train.resizing.options import DEFAULT_RESOLUTIONS, parse
 from lora_adapters.train.resizing.plan import Job, ResizeError, ResizeOptionError, plan
 from lora_adapters.train.resizing.process import Outcome, copy_if_older, process
 from lora_adapters.train.resizing.resize import Size
-
-DEFAULT_RESOLUTIONS: tuple[Size, ...] = ((512, 512), (384, 384), (256, 256), (128, 128))
 
 
 @dataclass(frozen=True)
@@ -142,63 +140,17 @@ def _run(work: partial[Outcome], jobs: Sequence[Job], workers: int | None) -> It
             raise ResizeError(message) from error
 
 
-def _resolutions(text: str) -> list[Size]:
-    found = [re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", part.strip().lower()) for part in text.split(",")]
-    pairs = [(int(match[1]), int(match[2])) for match in found if match]
-    if len(pairs) < len(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 512x512,384x384")
-    return pairs
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="resize_images_to_resolution.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    default = ",".join(f"{width}x{height}" for width, height in DEFAULT_RESOLUTIONS)
-    parser.add_argument("src", type=Path, help="folder of images")
-    parser.add_argument("dst", type=Path, help="folder to write to, made if need be")
-    parser.add_argument(
-        "--max_resolution",
-        type=_resolutions,
-        default=default,
-        metavar="WxH,...",
-        help=f"areas to shrink to, as width x height ({default})",
-    )
-    parser.add_argument(
-        "--divisible_by",
-        type=int,
-        default=1,
-        metavar="N",
-        help="crop resized images from the centre until N divides both sides (1)",
-    )
-    parser.add_argument(
-        "--interpolation",
-        choices=list(RESIZING),
-        default="area",
-        help="area, the default, is the exact mean; lanczos4 is Pillow's LANCZOS (a = 3); all but nearest antialias",
-    )
-    parser.add_argument("--save_as_png", action="store_true", help="save PNG, with transparency, instead of JPEG")
-    parser.add_argument(
-        "--copy_associated_files",
-        action="store_true",
-        help="copy files with an image's stem, like captions, under each resized image's name (not .npz caches)",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one per core)")
-    return parser
-
-
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
-    given = vars(_parser().parse_args(argv))
-    summary = resize_images(resolutions=given.pop("max_resolution"), progress=True, **given)
+    src, dst, settings = parse(argv)
+    options = dict(vars(settings))
+    resolutions = options.pop("max_resolution") or DEFAULT_RESOLUTIONS
+    summary = resize_images(src, dst, resolutions, progress=not is_quiet(), **options)
     for file, reason in summary.unreadable:
         print(f"warning: skipped {file}: {reason}", file=sys.stderr)
     for file, reason in summary.too_small:
         print(f"warning: left out a size of {file}: {reason}", file=sys.stderr)
-    print(summary)
+    say(summary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.command_line import run
 
 
@@ -52,7 +53,13 @@ def _train(settings) -> int:
         if prepared.accelerator.is_main_process:
             print(report(prepared))
         return 0
-    return len(train_prepared(prepared).not_pushed)
+    trained = train_prepared(prepared)
+    if prepared.accelerator.is_main_process:
+        from lora_adapters.convert.tools.summary import written
+        from lora_adapters.train.training.saving import final_file
+
+        say(written(final_file(prepared), trained.adapter, ", ".join(prepared.data.trigger_words)))
+    return len(trained.not_pushed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

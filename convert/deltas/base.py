@@ -1,8 +1,8 @@
 """The change of one module's weight, whatever kind of adapter makes it."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -181,6 +181,26 @@ class TensorDelta:
             )
 
 
+def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor], prefix: str = "") -> Any:
+    """The same change with other tensors, also in the changes that it is made of.
+
+    Args:
+        change: a delta.
+        take: gives the new tensor for the name of a field and its tensor; fields of an inner change are named
+            `<field>_<inner field>`, those of a sum's parts `parts_<number>_<field>`.
+    """
+    values: dict[str, Any] = {}
+    for item in fields(change):
+        value, name = getattr(change, item.name), f"{prefix}{item.name}"
+        if isinstance(value, torch.Tensor):
+            values[item.name] = take(name, value)
+        elif is_dataclass(value):
+            values[item.name] = with_tensors(value, take, f"{name}_")
+        elif isinstance(value, tuple):
+            values[item.name] = tuple(with_tensors(part, take, f"{name}_{at}_") for at, part in enumerate(value))
+    return replace(change, **values)
+
+
 def with_article(kind: str) -> str:
     """ "a LoRA", "an IA3": the kind in a sentence."""
     return f"an {kind}" if kind in ("IA3", "OFT") else f"a {kind}"
@@ -229,10 +249,10 @@ def check_suffixes(kind: str, tensors: Tensors, required: Iterable[str], optiona
 
 
 def scalar_of(name: str, tensor: torch.Tensor) -> float:
-    """The number in a tensor of one element; AdapterError for more, none, NaN and infinity."""
-    if tensor.numel() != 1:
+    """The number in a tensor, also where it stands there several times; AdapterError for others, NaN and infinity."""
+    if tensor.numel() == 0 or bool((tensor != tensor.flatten()[0]).any() and not tensor.isnan().any()):
         raise AdapterError(f"{name} has the shape {list(tensor.shape)}, expected one number")
-    value = float(tensor)
+    value = float(tensor.flatten()[0])
     if not math.isfinite(value):
         raise AdapterError(f"{name} is {value}")
     return value

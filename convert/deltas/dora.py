@@ -68,11 +68,12 @@ class DoRA:
         if self.change.fits(tuple(base_weight.shape)) and not self.fits(tuple(base_weight.shape)):
             shapes = f"{list(self.magnitude.shape)}, but the model's weight is {list(base_weight.shape)}"
             raise AdapterError(f"dora_scale has the shape {shapes}")
-        weight = self.change.delta(base_weight, dtype).add_(base_weight)
+        weight = self.change.delta(base_weight, dtype) + base_weight
         kept = 0 if self._on_output(tuple(weight.shape)) else 1
         norm = torch.linalg.vector_norm(weight, dim=[i for i in range(weight.ndim) if i != kept], keepdim=True)
         factor = self.magnitude.to(dtype).reshape(norm.shape) / (norm + torch.finfo(dtype).eps)
-        return weight.mul_(factor.sub_(1).mul_(self.multiplier).add_(1)).sub_(base_weight)
+        # Not in place: gradients need the norm's weight as it was.
+        return (weight * factor.sub(1).mul_(self.multiplier).add_(1)).sub_(base_weight)
 
     def _on_output(self, weight_shape: tuple[int, ...]) -> bool:
         """Whether m has a number for each output channel of a weight of this shape."""

@@ -25,9 +25,8 @@ def rotations(blocks: torch.Tensor, limit: float, dtype: torch.dtype) -> torch.T
     """
     blocks = blocks.to(torch.promote_types(dtype, torch.float32))
     skew = blocks - blocks.mT
-    norm = float(torch.linalg.vector_norm(skew))
-    if 0 < limit < norm:
-        skew.mul_(limit / norm)
+    if limit > 0:
+        skew = skew * (limit / torch.linalg.vector_norm(skew).clamp(min=limit))
     one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     return torch.linalg.solve(one - skew, one + skew).to(dtype)  # both factors commute
 
@@ -83,7 +82,7 @@ class Rotation(TensorDelta):
     def _rotations(self, dtype: torch.dtype) -> torch.Tensor:
         """R - I at the multiplier."""
         turns = rotations(self.blocks, self.constraint * self._rows, dtype)
-        return turns.sub_(torch.eye(turns.shape[-1], dtype=dtype, device=turns.device)).mul_(self.multiplier)
+        return (turns - torch.eye(turns.shape[-1], dtype=dtype, device=turns.device)).mul_(self.multiplier)
 
     def _rescaled(self, change: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The change of the rows, rescale · (W + change) - W, from their change before; both (out, columns)."""

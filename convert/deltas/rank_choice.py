@@ -38,8 +38,8 @@ def by_error(target: float, most: int | None = None) -> RankRule:
 def dynamic(method: str, parameter: float, most: int) -> RankRule:
     """The rules of kohya's resize_lora: sv_ratio, sv_cumulative and sv_fro, of at most `most`.
 
-    sv_ratio keeps values above the largest by `parameter`; sv_cumulative this share of their sum; sv_fro this share of
-    the Frobenius norm. All keep one more than that, as kohya's do.
+    sv_ratio keeps values above the largest by `parameter`; sv_cumulative the fewest with this share of their sum,
+    sv_fro with this share of the Frobenius norm. (kohya's kept one more before v0.11.)
     """
     if method not in DYNAMIC_METHODS:
         raise AdapterError(f"unknown dynamic method {method}: {', '.join(DYNAMIC_METHODS)} are known")
@@ -59,6 +59,6 @@ def dynamic(method: str, parameter: float, most: int) -> RankRule:
             power = 1 if method == "sv_cumulative" else 2
             shares = (values**power).cumsum(0)
             count = int(torch.searchsorted(shares / shares[-1], parameter**power)) + 1
-        return min(max(1, min(count, len(values) - 1)) + 1, most, len(values))
+        return min(max(count, 1), most, len(values))
 
     return choose

@@ -54,10 +54,8 @@ class Sum:
         changes = (part.delta(base_weight, dtype) for part in self.parts)
         total = next(changes)
         for change in changes:
-            if len(change) != len(total) or change.numel() != total.numel():
-                raise AdapterError(f"one is for a weight of {list(total.shape)}, the other of {list(change.shape)}")
-            wider = change.shape if change.ndim > total.ndim else total.shape  # a kernel may be flattened
-            total = total.reshape(wider).add_(change.reshape(wider))
+            total, change = of_one_shape([total, change])
+            total.add_(change)
         return total
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
@@ -84,6 +82,15 @@ class Sum:
     def tensors(self) -> dict[str, torch.Tensor]:
         """AdapterError: no file has a place for the sum of several kinds."""
         raise AdapterError(f"a sum of {self.kind} cannot be written: reduce it to a rank (--new_rank)")
+
+
+def of_one_shape(changes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Changes of one weight in the shape of the one with the most dimensions: a kernel may be flattened in some."""
+    first = max(changes, key=lambda change: change.ndim)
+    for change in changes:
+        if len(change) != len(first) or change.numel() != first.numel():
+            raise AdapterError(f"one is for a weight of {list(first.shape)}, the other of {list(change.shape)}")
+    return [change.reshape(first.shape) for change in changes]
 
 
 def as_pair(change: Delta) -> LowRank | None:

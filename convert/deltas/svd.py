@@ -20,6 +20,8 @@ from .low_rank import LowRank
 from .orthonormal import gram_svd, orthonormal
 from .rank_choice import RankRule, by_error, fixed
 
+_LITTLE, _SOME = 0.1, 0.3  # relative errors: 1 % and 9 % of the squared change are missing
+
 
 class Fit(NamedTuple):
     """How well a change is met: squared Frobenius norms of all of it and of what is missing."""
@@ -163,16 +165,32 @@ def total(fits: Iterable[Fit]) -> Fit:
     return Fit(math.fsum(fit.total for fit in listed), math.fsum(fit.missing for fit in listed))
 
 
-def report(fits: Mapping[ModuleName, Fit]) -> str:
-    """The relative error of each component and of all, in one line, with the worst module."""
+def report(fits: Mapping[ModuleName, Fit], more: str) -> str:
+    """The relative error of each component and of all, with the worst module, and whether that is much.
+
+    more: the options that keep more of the change, such as "a higher --new_rank".
+    """
     parts = []
     for component in COMPONENTS:
         mine = [fit for module, fit in fits.items() if module.component == component]
         if mine:
             parts.append(f"{component} {total(mine).error:.4g}")
     worst = max(fits, key=lambda module: fits[module].error)
-    parts.append(f"all {total(fits.values()).error:.4g}")
-    return f"relative error: {', '.join(parts)} (largest: {fits[worst].error:.4g} in {worst})"
+    error = total(fits.values()).error
+    parts.append(f"all {error:.4g}")
+    return f"relative error: {', '.join(parts)} (largest: {fits[worst].error:.4g} in {worst})\n  {verdict(error)}" + (
+        f"; {more} keeps more" if error > _LITTLE else ""
+    )
+
+
+def verdict(error: float) -> str:
+    """What a relative error means: whether it is much, and the share of the squared change that is kept.
+
+    >>> verdict(0.39)
+    'much of the change is lost (84.79 % of its squared norm is kept)'
+    """
+    amount = "little" if error <= _LITTLE else "some" if error <= _SOME else "much"
+    return f"{amount} of the change is lost ({100 * (1 - error**2):.4g} % of its squared norm is kept)"
 
 
 def with_rank_facts(modules: Mapping[ModuleName, Delta], metadata: Mapping[str, str]) -> dict[str, str]:

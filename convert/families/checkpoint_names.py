@@ -5,33 +5,43 @@ Diffusers folders      the layer's own path in the component's file, with or wit
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 
 import torch
+
+from lora_adapters.convert.errors import AdapterError
 
 from .family import ModelFamily
 from .names import ModuleName, bias_of
 from .registry import FAMILIES
 from .tensor_slice import TensorSlice
 from .text_encoder import TextEncoder
-from .unet import PREFIX
+from .unet import PREFIX, UNet
 
 
 def family_of_file(keys: Collection[str]) -> ModelFamily | None:
-    """The family by the names in an original checkpoint; None where there is no U-Net of any."""
-    if not any(key.startswith(PREFIX) for key in keys):
-        return None
-    marked = (family for family in FAMILIES if any(key.startswith(family.marks.tensors) for key in keys))
-    return next(marked, FAMILIES[0])
-
-
-def family_of_folder(components: Collection[str], keys: Iterable[str]) -> ModelFamily:
-    """The family by the components of a Diffusers folder and the names in their files."""
-    keys = list(keys)
+    """The family by the names in an original checkpoint; None where there is no denoiser of any."""
+    has_unet = any(key.startswith(PREFIX) for key in keys)
     for family in FAMILIES:
+        if (has_unet or not isinstance(family.denoiser.layout, UNet)) and any(
+            key.startswith(family.marks.tensors) for key in keys
+        ):
+            return family
+    return FAMILIES[0] if has_unet else None
+
+
+def family_of_folder(components: Collection[str], keys: Iterable[str], class_name: str = "") -> ModelFamily:
+    """The family by the components of a Diffusers folder, the class of its denoiser, and the names in their files."""
+    keys = list(keys)
+    alike = [family for family in FAMILIES if family.denoiser.name in components]
+    for family in alike:
+        if class_name and class_name in family.marks.classes:
+            return family
+    for family in alike:
         marks = family.marks
         if any(name in components for name in marks.components) or any(key.startswith(marks.keys) for key in keys):
             return family
-    return FAMILIES[0]
+    return alike[0]
 
 
 def slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> dict[ModuleName, TensorSlice]:
@@ -41,7 +51,8 @@ def slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> 
         for layer in family.layers(component.name):
             part = next((part for part in layer.originals if part.key in tensors), None)
             if part is not None and not _is_unused(component.layout, layer.module.path, part):
-                found[layer.module] = part
+                with suppress(AdapterError):  # a packed weight: it is refused by its own name when it is needed
+                    found[layer.module] = part.placed(tuple(tensors[part.key].shape))
     return found
 
 

@@ -51,10 +51,11 @@ def family_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) 
     AdapterError where no family has all of the modules.
     """
     found = by_modules(modules)
-    if found is not FAMILIES[0]:
+    told = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
+    if told is not None and (found is FAMILIES[0] or told.has(modules)):
+        return told
+    if found is not FAMILIES[0] or metadata.get(BASE_VERSION):
         return found
-    if metadata.get(BASE_VERSION):
-        return by_metadata(metadata) or found
     others = (family for family in FAMILIES[1:] if family.marks.width is not None and family.has(modules))
     return next((family for family in others if _has_own_width(family, modules)), found)
 

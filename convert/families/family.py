@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal, NamedTuple, Protocol
 
-from .blocks import BASE, Blocks
+from .blocks import BASE, Blocks, StackBlocks
 from .names import TEXT_PROJECTION, ModuleName
-from .tensor_slice import TensorSlice
+from .tensor_slice import Part, TensorSlice
 
 Kind = Literal["linear", "conv1x1", "conv3x3"]
 Role = Literal["denoiser", "text_encoder"]
@@ -19,7 +19,8 @@ class Version(NamedTuple):
     title, long_title: "SD1.x", "Stable Diffusion 1.x". value: kohya's ss_base_model_version. modelspec: the beginning
     of modelspec.architecture. resolution: of modelspec. repository: the Hub's of the model that others stem from.
     text_width: of the text encoders' output, which the denoiser reads. prediction: what the denoiser was trained to
-    tell, epsilon or v. projections: what the attention's proj_in and proj_out are.
+    tell, epsilon or v. projections: what the attention's proj_in and proj_out are. mark: the path of a layer that only
+    this version's denoiser has.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Version(NamedTuple):
     text_width: int
     prediction: Literal["epsilon", "v"] = "epsilon"
     projections: Kind = "linear"
+    mark: str | None = None
 
 
 class Layout(Protocol):
@@ -50,11 +52,16 @@ def _same(path: str) -> str:
     return path
 
 
+def _is_fused(layout: Layout, path: str) -> bool:
+    return any(isinstance(place.rows, Part) for place in layout.slices(path))
+
+
 class Component(NamedTuple):
     """A part of the pipeline that adapters change.
 
     kohya: the prefix in kohya's files, without the underscore behind it. original: a path in diffusers -> the name in
-    the original code, which files may have too. kohya_original: whether kohya's trainer writes that one.
+    the original code, which files may have too. kohya_original: whether kohya's trainer writes that one. others: other
+    beginnings of names in files than kohya's, whole ones.
     """
 
     name: str
@@ -63,6 +70,7 @@ class Component(NamedTuple):
     layout: Layout
     original: Callable[[str], str] = _same
     kohya_original: bool = False
+    others: tuple[str, ...] = ()
 
 
 class Coverage(NamedTuple):
@@ -83,7 +91,8 @@ class Marks(NamedTuple):
 
     tensors: beginnings of names in an original checkpoint. components: folders of a Diffusers folder. keys: beginnings
     of names in its denoiser's file. config: entries of its denoiser's config. kohya: beginnings of names in kohya's
-    files. width: whether a layer that other families have too is as wide, (out, in), as only this family's.
+    files. width: whether a layer that other families have too is as wide, (out, in), as only this family's. classes: of
+    its live denoisers. mixins: diffusers' classes that load adapters into its pipelines.
     """
 
     tensors: tuple[str, ...] = ()
@@ -92,6 +101,8 @@ class Marks(NamedTuple):
     config: tuple[tuple[str, str], ...] = ()
     kohya: tuple[str, ...] = ()
     width: Callable[[str, tuple[int, int]], bool] | None = None
+    classes: tuple[str, ...] = ()
+    mixins: tuple[str, ...] = ()
 
 
 class Layer(NamedTuple):
@@ -116,7 +127,8 @@ class ModelFamily:
     beginnings of ss_base_model_version that mean it. part_of, kind_of: of a path in the denoiser. coverage: by adapter
     type. formats: those of files that can hold its adapters. implementation: of modelspec. options: kohya's flags that
     ask for it, with the beginning of the metadata value that they mean. tag: the Hub's. marks_v_prediction: whether a
-    checkpoint file says by empty tensors that its model predicts v.
+    checkpoint file says by empty tensors that its model predicts v. network_module: kohya's, in the metadata of plain
+    adapters.
     """
 
     name: str
@@ -124,7 +136,7 @@ class ModelFamily:
     versions: tuple[Version, ...]
     metadata: tuple[str, ...]
     components: tuple[Component, ...]
-    blocks: Blocks
+    blocks: Blocks | StackBlocks
     coverage: Mapping[str, Coverage]
     part_of: Callable[[str], str]
     kind_of: Callable[[str], Kind]
@@ -134,6 +146,7 @@ class ModelFamily:
     options: Mapping[str, str]
     tag: str
     marks_v_prediction: bool = False
+    network_module: str = "networks.lora"
 
     # --- names -----------------------------------------------------------------------------------------------------
 
@@ -141,6 +154,11 @@ class ModelFamily:
     def titles(self) -> tuple[str, ...]:
         """The versions' titles, each once: ("SD1.x", "SD2.x")."""
         return tuple(dict.fromkeys(version.title for version in self.versions))
+
+    @property
+    def stated(self) -> str:
+        """The ss_base_model_version of an adapter whose version is not known."""
+        return self.versions[0].value if len(self.versions) == 1 or not self.marks.classes else self.metadata[0]
 
     @cached_property
     def denoiser(self) -> Component:
@@ -181,7 +199,8 @@ class ModelFamily:
         if part is not None:
             for path in self.paths(component) | (self.norms(component) if norms else frozenset()):
                 yield path, path
-                yield part.original(path), path
+                if not _is_fused(part.layout, path):  # else the name stands for several
+                    yield part.original(path), path
 
     @cache  # noqa: B019
     def layers(self, component: str) -> tuple[Layer, ...]:
@@ -238,6 +257,10 @@ class ModelFamily:
     def weight_label(self, module: ModuleName) -> str:
         """As `block_label`, with BASE for the text encoders: what lists of block weights call it."""
         return self.block_label(module) if module.component == self.denoiser.name else BASE
+
+    def text_label(self, module: ModuleName) -> str | None:
+        """What lists of block weights call a text encoder that has a weight of its own in them (CLIP, T5)."""
+        return self.blocks.texts.get(module.component) if isinstance(self.blocks, StackBlocks) else None
 
     # --- versions --------------------------------------------------------------------------------------------------
 

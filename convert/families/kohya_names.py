@@ -13,16 +13,21 @@ from lora_adapters.convert.errors import UnknownModuleError
 from .names import Lookup, ModuleName, nearest
 from .registry import FAMILIES, titles
 
+_UNETS = [family for family in FAMILIES if family.denoiser.name == FAMILIES[0].denoiser.name]  # others: `spelling`
 PREFIXES = {
-    **{f"{part.kohya}_": part.name for family in FAMILIES for part in family.components},
+    **{f"{part.kohya}_": part.name for family in _UNETS for part in family.components},
     "lycoris_": FAMILIES[0].denoiser.name,  # what LyCORIS' own wrapper writes, of the one model that it wraps
 }
 
 
 @cache
 def _by_flat_name(component: str) -> dict[str, str]:
-    spelled = (pair for family in FAMILIES for pair in family.spellings(component))
-    return {name.replace(".", "_"): path for name, path in spelled}
+    spelled = sorted((pair for family in FAMILIES for pair in family.spellings(component)), key=_is_path)
+    return {name.replace(".", "_"): path for name, path in spelled}  # a path goes before another family's original name
+
+
+def _is_path(spelled: tuple[str, str]) -> bool:
+    return spelled[0] == spelled[1]
 
 
 def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:

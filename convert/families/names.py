@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from lora_adapters.convert.suggestions import closest
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_PROJECTION = "text_projection"  # of SDXL's second text encoder, beside its `text_model`
+_NOT_BELOW_TEXT_MODEL = ("text_model.", "encoder.block.", "layers.")
 
 # What finds a module that is in none of the tables: from a component and a name in it, with dots or flat, to its path.
 # A name that it does not know either comes back as it is.
@@ -15,9 +16,10 @@ Lookup = Callable[[str, str], str]
 
 
 class ModuleName(NamedTuple):
-    """One adapted module: `component` is unet, text_encoder or text_encoder_2, `path` its dotted name in diffusers.
+    """One adapted module: `component` is one of COMPONENTS, `path` its dotted name in diffusers.
 
-    Text encoders' paths begin with `text_model.`, whatever the version of transformers, but for `text_projection`.
+    The paths of CLIP's text encoders begin with `text_model.`, whatever the version of transformers, but for
+    `text_projection`.
 
     >>> str(ModuleName("unet", "mid_block.attentions.0.proj_in"))
     'unet.mid_block.attentions.0.proj_in'
@@ -40,12 +42,14 @@ def bias_of(module: ModuleName) -> ModuleName:
 
 
 def text_path(path: str) -> str:
-    """A text encoder's path with the `text_model.` level that some formats and transformers 5 leave out.
+    """A path in CLIP's text encoders with the `text_model.` level that some formats and transformers 5 leave out.
+
+    Other text encoders, T5 (`encoder.block.0...`) and language models (`layers.0...`), have no such level.
 
     >>> text_path("encoder.layers.0.mlp.fc1"), text_path("text_projection")
     ('text_model.encoder.layers.0.mlp.fc1', 'text_projection')
     """
-    return path if path.startswith("text_model.") or path == TEXT_PROJECTION else f"text_model.{path}"
+    return path if path.startswith(_NOT_BELOW_TEXT_MODEL) or path == TEXT_PROJECTION else f"text_model.{path}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

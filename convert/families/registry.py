@@ -5,18 +5,25 @@ from functools import cache
 
 from lora_adapters.convert.errors import AdapterError
 
+from .chroma import CHROMA
 from .family import Kind, ModelFamily, Role, Version
+from .flux import FLUX
+from .flux2 import FLUX2
+from .lumina2 import LUMINA2
 from .names import ModuleName
+from .qwen_image import QWEN_IMAGE
 from .sd import SD
+from .sd3 import SD3
 from .sdxl import SDXL
+from .zimage import ZIMAGE
 
 # In the order in which they are tried: the first one that fits is taken, and what fits none is taken for the first.
-FAMILIES = (SD, SDXL)
+FAMILIES = (SD, SDXL, FLUX, CHROMA, SD3, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
 BASE_VERSION = "ss_base_model_version"
 
 
 def titles(word: str = "and") -> str:
-    """The versions that are known, in words: "SD1.x, SD2.x and SDXL"."""
+    """The versions that are known, in words: "SD1.x, SD2.x, SDXL, ... and Qwen-Image"."""
     *first, last = [title for family in FAMILIES for title in family.titles]
     return f"{', '.join(first)} {word} {last}"
 
@@ -28,6 +35,11 @@ def by_name(name: str) -> ModelFamily:
         known = " and ".join(f"{family.name} ({', '.join(family.titles)})" for family in FAMILIES)
         raise AdapterError(f"unknown architecture {name!r}: {known} are known")
     return found
+
+
+def denoisers() -> tuple[str, ...]:
+    """The names of the components that draw the picture: unet, transformer."""
+    return tuple(dict.fromkeys(family.denoiser.name for family in FAMILIES))
 
 
 def by_metadata(metadata: Mapping[str, str]) -> ModelFamily | None:
@@ -61,10 +73,12 @@ def by_modules(modules: Iterable[ModuleName]) -> ModelFamily:
     unknown = [module for module in layers if not any(family.has([module]) for family in FAMILIES)]
     if unknown:
         raise AdapterError(f"{unknown[0]!s:.120} is not a module of {titles('or')}")
-    last = FAMILIES[-1]
-    strange = next(module for module in layers if not last.has([module]))
+    denoiser = layers[0].component if layers else FAMILIES[0].denoiser.name
+    alike = [family for family in reversed(FAMILIES) if family.denoiser.name == denoiser]
+    most = max(alike, key=lambda family: sum(family.has([module]) for module in modules))
+    strange = next(module for module in modules if not most.has([module]))
     raise AdapterError(
-        f"modules of different architectures in one adapter: {strange} is not in {last.title}, others are"
+        f"modules of different architectures in one adapter: {strange} is not in {most.title}, others are"
     )
 
 
@@ -77,6 +91,12 @@ def by_kohya_names(names: Iterable[str]) -> ModelFamily | None:
 def by_live_models(components: Collection[str], config: object) -> ModelFamily | None:
     """The family that alone has such components, or such a config of its denoiser; None where that tells none."""
     return next((family for family in FAMILIES if family.is_told_by(components, config)), None)
+
+
+def by_class(model: object) -> ModelFamily | None:
+    """The family whose denoiser a live model is, by its class; None for any other model."""
+    names = [base.__name__ for base in type(model).__mro__]
+    return next((family for family in FAMILIES if any(name in family.marks.classes for name in names)), None)
 
 
 def of_format(name: str) -> ModelFamily:

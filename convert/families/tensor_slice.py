@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from lora_adapters.convert.errors import AdapterError
+
 
 class Share(NamedTuple):
     """The parts from `start` to `stop` (not with it) of a dimension in `of` equal parts."""
@@ -21,35 +23,97 @@ class Share(NamedTuple):
         return slice(self.start * size // self.of, self.stop * size // self.of)
 
 
+class Span(NamedTuple):
+    """The rows from `start` to `stop` (not with it)."""
+
+    start: int
+    stop: int
+
+    def within(self, size: int) -> slice:
+        """These rows, however many there are."""
+        return slice(self.start, self.stop)
+
+
+class Part(NamedTuple):
+    """Part `number` of the `of` parts of a fused layer's rows, which only the layer's shape tells.
+
+    The first `square` parts have as many rows as the input is wide; the others share the rest equally.
+    """
+
+    number: int
+    of: int
+    square: int = 0
+
+    def span(self, rows: int, width: int) -> Span:
+        """Its rows in a layer of so many, whose input is `width` wide.
+
+        >>> Part(3, 4, square=3).span(70, 10)
+        Span(start=30, stop=70)
+        >>> Part(1, 3).span(12, 10)
+        Span(start=4, stop=8)
+
+        Raises:
+            AdapterError: a layer of this kind does not have so many rows.
+        """
+        first, others = self.square * width, self.of - self.square
+        if first > rows or (rows - first) % max(others, 1) or (rows > first and not others):
+            raise AdapterError(f"{rows} rows, of inputs {width} wide, are not those of {self.of} layers in one")
+        if self.number < self.square:
+            return Span(self.number * width, (self.number + 1) * width)
+        each, index = (rows - first) // others, self.number - self.square
+        return Span(first + index * each, first + (index + 1) * each)
+
+
 class TensorSlice(NamedTuple):
     """Where a layer's weight is: in the tensor `key`, all of it or a share of its rows or columns.
 
-    Source of the shares: open_clip stacks the weights of q, k and v (`in_proj_weight`), one third of the rows each.
-    transposed: the tensor is stored as (in, out).
+    Source of the shares: open_clip stacks the weights of q, k and v (`in_proj_weight`), one third of the rows each;
+    the original code of transformers such as Flux.1 stacks layers of several widths.
+    transposed: the tensor is stored as (in, out). swapped: the two halves of its rows are in the other order.
     """
 
     key: str
-    rows: Share | None = None
+    rows: Share | Span | Part | None = None
     columns: Share | None = None
     transposed: bool = False
+    swapped: bool = False
+
+    def placed(self, shape: tuple[int, ...]) -> "TensorSlice":
+        """The slice for a tensor of that shape: parts as spans, and halves swapped only where there are two rows for
+        each column (a shift and a scale; where there are six, the order is the same).
+        """
+        if isinstance(self.rows, Part) and len(shape) != 2:
+            raise AdapterError(f"{self.key} has the shape {list(shape)}, where a matrix is expected")
+        rows = self.rows.span(shape[0], shape[1]) if isinstance(self.rows, Part) else self.rows
+        return self._replace(rows=rows, swapped=self.swapped and len(shape) == 2 and shape[0] == 2 * shape[1])
 
     @property
     def bias(self) -> "TensorSlice | None":
         """Where the layer's bias is, if it has one; None where the name of the weight does not tell.
 
-        >>> TensorSlice("attn.in_proj_weight", rows=Share(1, 2, 3)).bias
-        TensorSlice(key='attn.in_proj_bias', rows=Share(start=1, stop=2, of=3), columns=None, transposed=False)
+        >>> bias = TensorSlice("attn.in_proj_weight", rows=Share(1, 2, 3)).bias
+        >>> bias.key, bias.rows
+        ('attn.in_proj_bias', Share(start=1, stop=2, of=3))
         """
         if not self.key.endswith("weight"):
             return None
-        return TensorSlice(f"{self.key.removesuffix('weight')}bias", self.rows)
+        return TensorSlice(f"{self.key.removesuffix('weight')}bias", self.rows, swapped=self.swapped)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The layer's own weight in the tensor, a view.
+        """The layer's own weight in the tensor: a view, but for one of swapped halves.
 
         >>> TensorSlice("in_proj_weight", rows=Share(2, 3, 3)).of(torch.arange(6).reshape(6, 1)).tolist()
         [[4], [5]]
         """
+        part = self._view(tensor)
+        return torch.cat(part.chunk(2)[::-1]) if self.swapped else part
+
+    def put(self, tensor: torch.Tensor, weight: torch.Tensor) -> None:
+        """Write the layer's weight into the tensor."""
+        self._view(tensor).copy_(torch.cat(weight.chunk(2)[::-1]) if self.swapped else weight)
+
+    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert not isinstance(self.rows, Part), self
         part = tensor if self.rows is None else tensor[self.rows.within(tensor.shape[0])]
         part = part if self.columns is None else part[:, self.columns.within(part.shape[1])]
         return part.T if self.transposed else part

@@ -27,7 +27,6 @@ from .kinds import warn_of_embeddings
 from .writing import write_file
 
 NAME = "cloneofsimo"
-ONLY_PAIRS = True
 EMBEDDING = "<embed>"
 _KEY = re.compile(r"(unet|text_encoder):([0-9]{1,5}):(up|down)")
 _UNET_PARTS = {

@@ -119,11 +119,10 @@ class WriteOptions(NamedTuple):
 class Format(Protocol):
     """A format of files: one module of this package, with a line in `registry.FORMATS`.
 
-    NAME: as users choose it. ONLY_PAIRS: whether it holds low-rank pairs and nothing else.
+    NAME: as users choose it.
     """
 
     NAME: str
-    ONLY_PAIRS: bool
 
     def matches(self, keys: Collection[str]) -> bool:
         """Whether these are the keys of such a file."""

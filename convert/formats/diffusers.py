@@ -24,11 +24,13 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_adapters.convert.deltas.base import scalar_of
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, text_path
+from lora_adapters.convert.families.registry import role_of
 from lora_adapters.convert.parsing import json_value
 
 from .contents import Contents, WriteOptions
@@ -37,7 +39,6 @@ from .projections import in_own_shapes
 from .writing import bundled, write_file
 
 NAME = "diffusers"
-ONLY_PAIRS = True
 METADATA_KEY = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _COMPONENTS = {  # the beginnings of keys, and the component that each is of
@@ -50,6 +51,7 @@ _COMPONENTS = {  # the beginnings of keys, and the component that each is of
 }
 # The beginnings of kohya's and LyCORIS' names, which are no paths, and of other models' components.
 _OTHERS = ("lora_", "lycoris_", "transformer.", "prior.", "decoder.", "text_encoder_3.", "text_encoders.")
+_OF_TRANSFORMERS = ("transformer.", "text_encoder_3.")  # components of models that `spelled` is for
 _PEFT_MODEL = "base_model.model."
 _NAMED_HALF = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight")
 _HALVES = {
@@ -80,7 +82,7 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
         return ModuleName(component, _path(component, match[1])), "down" if match[2] == "A" else "up"
     if match := _PROCESSOR.fullmatch(rest):
         attention, name, half = match.groups()
-        name = "to_out.0" if name == "to_out" and component == "unet" else name
+        name = "to_out.0" if name == "to_out" and role_of(component) == "denoiser" else name
         return ModuleName(component, _path(component, f"{attention}.{name}")), half
     for ending, half in _HALVES.items():
         if rest.endswith(ending):
@@ -90,7 +92,7 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
 
 def _path(component: str, path: str) -> str:
     """A path as the formats spell it, as the module's own: text encoders' layers had the U-Net's names once."""
-    if component == "unet":
+    if role_of(component) == "denoiser":
         return path
     head, dot, tail = text_path(path).rpartition(".")
     return f"{head}{dot}{_OLD_TEXT.get(tail, tail)}"
@@ -98,7 +100,7 @@ def _path(component: str, path: str) -> str:
 
 def matches(keys: Collection[str]) -> bool:
     """Whether every key is half of a low-rank pair in one of diffusers' formats."""
-    return bool(keys) and all(split_key(key) is not None for key in keys)
+    return bool(keys) and all(split_key(key) is not None and not key.startswith(_OF_TRANSFORMERS) for key in keys)
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
@@ -264,11 +266,9 @@ def read_modules(
                 raise AdapterError(f"{module} has only one half: its {half} matrix is missing")
         rank = pair["down"].shape[0] if pair["down"].ndim else 0
         try:
-            alpha = float(pair["alpha"].item()) if "alpha" in pair else 0.0
+            alpha = scalar_of("alpha", pair["alpha"]) if "alpha" in pair else 0.0
             alpha = alpha or alpha_from_config(configs[module.component], module.path, rank)
             modules[module] = LowRank(pair["down"], pair["up"], alpha)
-        except RuntimeError as error:  # an alpha of several numbers
-            raise AdapterError(f"{module}: {first_line(error)}") from None
         except AdapterError as error:
             raise type(error)(f"{module}: {error}") from None
     return modules

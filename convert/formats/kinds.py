@@ -1,8 +1,8 @@
 """What a file is where it is not a plain low-rank adapter of SD or SDXL, by the names of its tensors.
 
 The first mark that one of the keys has tells the kind. Some kinds are read by `formats.lycoris`. Which of them stock
-diffusers may load whole is marked too: its layers hold DoRA's magnitudes, biases and convolutions of other dimensions,
-which this package's pairs do not.
+diffusers may load whole is marked too, for files that are not read after all: its layers hold token embeddings and
+convolutions of other dimensions, which this package's do not.
 """
 
 import logging
@@ -54,7 +54,7 @@ KINDS = (
     _kind("a Control-LoRA", r"^lora_controlnet$"),
     _kind("an adapter for Stable Cascade", r"^(lora_)?prior_", other_model=True),
     _kind(
-        "an adapter for a model with transformers in the place of the U-Net (Flux, SD3, ...)",
+        "an adapter for a model with transformers in the place of the U-Net",
         r"^(lora_)?transformer[._]|\b(double|single|joint)_blocks[._]|_(double|single|joint)_blocks_"
         r"|^lora_te3_|^text_encoder_3\.|\bt5xxl\b",
         other_model=True,
@@ -82,8 +82,8 @@ def unread(keys: Iterable[str], otherwise: str) -> UnknownFormatError:
         return UnknownFormatError(otherwise)
     kind, key = found
     if kind.other_model:
-        return UnknownFormatError(f"it is {kind.name}, not for SD or SDXL ({key:.100})")
-    return UnknownFormatError(f"it is {kind.name} ({key:.100}); only low-rank pairs are read (LoRA, LoCon, DyLoRA)")
+        return UnknownFormatError(f"it is {kind.name}, of none that is known here ({key:.100})")
+    return UnknownFormatError(f"it is {kind.name} ({key:.100}), which is not read")
 
 
 def may_go_to_diffusers(keys: Iterable[str]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lora_adapters.convert.deltas.base import scalar_of
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, first_line
@@ -19,11 +20,11 @@ from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.families.registry import BASE_VERSION, by_kohya_names, by_name
 
 from .contents import Contents, WriteOptions
+from .fused import named_pairs
 from .metadata import hashes
-from .writing import bundled, write_file
+from .writing import apart, bundled, write_file
 
 NAME = "kohya"
-ONLY_PAIRS = True
 
 _TENSORS = {
     "lora_down.weight": "down",
@@ -64,7 +65,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     """Write a file in kohya's format."""
     family = contents.family
     contents = replace(contents, modules=cast_pairs(contents.pairs(), options.dtype))
-    tensors = {**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)}
+    tensors = apart({**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)})
     metadata = contents.full_metadata(options.modelspec)
     write_file(path, tensors, metadata | hashes(tensors, metadata))
 
@@ -92,9 +93,9 @@ def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = No
             raise AdapterError(f"{name} and another name stand for the same module {module}")
         try:
             down = _tucker(part["down"], part["mid"]) if "mid" in part else part["down"]
-            alpha = float(part["alpha"].item()) if "alpha" in part else 0.0
+            alpha = scalar_of("alpha", part["alpha"]) if "alpha" in part else 0.0
             modules[module] = LowRank(down, part["up"], alpha or float(down.shape[0]))
-        except (RuntimeError, IndexError) as error:  # a torn alpha, or a lora_mid of another shape
+        except (RuntimeError, IndexError) as error:  # a lora_mid of another shape
             raise AdapterError(f"{name}: {first_line(error)}") from None
         except AdapterError as error:
             raise type(error)(f"{name}: {error}") from None
@@ -107,14 +108,13 @@ def to_tensors(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict
     alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is
     beyond float32.
     """
-    tensors, family = {}, by_name(architecture)
-    for module, one in modules.items():
-        name = family.kohya_name(module)
+    tensors = {}
+    for name, one in named_pairs(modules, by_name(architecture)).items():
         alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
         if float(alpha) != one.alpha:
             alpha = torch.tensor(one.alpha, dtype=torch.float32)
         if math.isinf(float(alpha)):  # no dtype of 8 bits has an isinf of its own
-            raise AdapterError(f"{module}: alpha {one.alpha:g} is too large to be written")
+            raise AdapterError(f"{name}: alpha {one.alpha:g} is too large to be written")
         if alpha == 0:  # a literal 0 is read as "the rank" by trainers: no effect is written as a zero matrix
             one, alpha = replace(one, up=torch.zeros_like(one.up)), torch.tensor(float(one.rank), dtype=one.up.dtype)
         tensors[f"{name}.alpha"] = alpha

@@ -4,6 +4,7 @@ The names are read in several spellings: kohya's flat ones, ComfyUI's and diffus
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
@@ -26,7 +27,6 @@ from .metadata import hashes, network_args
 from .writing import bundled, write_file
 
 NAME = "lycoris"
-ONLY_PAIRS = False
 _RS_LORA = "rs_lora"  # of LyCORIS' network arguments
 _PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's names of tensors, which are not written here
 
@@ -46,6 +46,9 @@ _DOTTED = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
+# What PEFT's raw state dicts have more than its files: a level of their own, and the adapter's name in each key.
+_RAW_LEVEL = "base_model.model."
+_RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?!weight$|bias$)[^.]+")
 # Finds a module that no table has in a live model: from a component and a name, dotted or flat, to its path or None.
 Lookup = Callable[[str, str], str | None]
 
@@ -61,14 +64,16 @@ def split_key(key: str) -> tuple[str, str]:
     Raises:
         AdapterError: it ends in no tensor of a known kind.
     """
-    if key.startswith(tuple(_FLAT)):
-        name, _, suffix = key.partition(".")
-        return name, suffix  # `read_module` says whether there is such a tensor
-    parts = key.split(".")
+    key = _RAW_NAME.sub(r".\1", key.replace(_RAW_LEVEL, "", 1))
+    flat, parts = key.startswith(tuple(_FLAT)), key.split(".")
     for length in (2, 1):
         suffix = ".".join(parts[-length:])
         if len(parts) > length and suffix in SUFFIXES:
-            return ".".join(parts[:-length]), suffix
+            # Diffusers leaves dots in flat names when it converts magnitudes to kohya's names.
+            return ("_" if flat else ".").join(parts[:-length]), suffix
+    if flat:
+        name, _, suffix = key.partition(".")
+        return name, suffix  # `read_module` says that there is no such tensor
     raise AdapterError(f"{key:.200} ends in no tensor of a known kind of adapter")
 
 
@@ -77,7 +82,10 @@ def group_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, to
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, suffix = split_key(key)
-        groups.setdefault(name, {})[suffix] = tensor
+        group = groups.setdefault(name, {})
+        if suffix in group:
+            raise AdapterError(f"{key:.200} and another key stand for the same tensor")
+        group[suffix] = tensor
     return groups
 
 
@@ -86,7 +94,7 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
 
     Args:
         name: as `split_key` returns it.
-        lookup: asked where SD1.x, SD2.x and SDXL have no such module.
+        lookup: asked where no known family has such a module.
 
     Raises:
         UnknownModuleError: nobody knows it; the nearest known name is in the message.
@@ -217,4 +225,5 @@ def _paths_by_flat_name(component: str) -> dict[str, str]:
     spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms=True)]
     if role_of(component) == "text_encoder":  # `text_model.` is left out by transformers 5
         spelled += [(name.removeprefix("text_model."), path) for name, path in spelled]
+    spelled.sort(key=lambda pair: pair[0] == pair[1])  # a path goes before another family's original name
     return {name.replace(".", "_"): path for name, path in spelled}

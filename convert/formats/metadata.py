@@ -117,12 +117,12 @@ def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: f
     `architecture` is the name of a family, `rank` and `alpha` are those of most modules.
     """
     family = by_name(architecture)
-    base = metadata.get(BASE_VERSION, family.versions[0].value)
+    base = metadata.get(BASE_VERSION, family.stated)
     version = version_named(base)
     defaults = {
         "ss_v2": str(is_v2(base)),
         BASE_VERSION: base,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": family.network_module,
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(alpha)),
         "ss_network_args": "{}",
@@ -131,7 +131,7 @@ def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: f
         "modelspec.implementation": family.implementation,
         "modelspec.title": metadata.get("ss_output_name", "LoRA"),
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
-        "modelspec.resolution": "512x512" if version is None else version.resolution,
+        "modelspec.resolution": (version or family.versions[0]).resolution,
         "modelspec.prediction_type": "v" if base.endswith("_v") else "epsilon",
     }
     kept = {key: value for key, value in metadata.items() if key not in _HASHES}
@@ -164,6 +164,12 @@ def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()
     if tags:
         found["ss_tag_frequency"] = json.dumps(tags)
     return {key: text for key, text in found.items() if text}
+
+
+def sum_facts(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of a sum: the first one's base model, and `merged_facts` of all."""
+    base = {key: sources[0][key] for key in ("ss_v2", "ss_base_model_version") if key in sources[0]}
+    return {**base, **merged_facts(sources)}
 
 
 def title_of(source: str) -> str:

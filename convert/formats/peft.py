@@ -11,24 +11,28 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, text_path
+from lora_adapters.convert.families.registry import role_of
+from lora_adapters.convert.families.spelling import may_be_of_transformer
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.peft_folder import CONFIG, WEIGHTS, WEIGHTS_PICKLED
 
 from .contents import Contents, WriteOptions
-from .diffusers import alpha_from_config, checked, lora_config
+from .diffusers import checked, lora_config
 from .kinds import unread, warn_of_embeddings
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
+from .peft_kinds import check_kind, read_change, split_key
 from .projections import in_own_shapes
+from .writing import apart
 
 NAME = "peft"
-ONLY_PAIRS = True
 PREFIX = "base_model.model."
 _CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
 _TEXT_LAYER = re.compile(r"\bencoder\.layers\.\d+\.(self_attn|mlp)\.")
@@ -78,38 +82,29 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _read_component(
     folder: Path, component: str, lookup: Lookup | None
-) -> tuple[dict[ModuleName, LowRank], dict[str, Any]]:
+) -> tuple[dict[ModuleName, Delta], dict[str, Any]]:
     config = _config(folder)
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        kind = "DoRA" if config.get("use_dora") else f"{config.get('peft_type')}"
-        raise AdapterError(f"{folder} holds a {kind:.40} adapter that is more than plain LoRA: pairs alone are read")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGE_THE_BASE):
         raise AdapterError(f"{folder}: an adapter that was begun with {start} changes the base weights too")
-    tensors = _tensors(folder)
-    pairs: dict[ModuleName, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        path, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
-        if half not in ("A.weight", "B.weight"):
-            raise AdapterError(f"{folder}: {key} is not a half of a low-rank pair")
-        path = path if component == "unet" else text_path(path)
-        try:
-            module = check_known(ModuleName(component, path), lookup)
-        except AdapterError as error:
-            raise AdapterError(f"{folder}: {error}") from None
-        pair = pairs.setdefault(module, {})
-        if half[0] in pair:
-            raise AdapterError(f"{folder}: {key} and another key stand for the same matrix")
-        pair[half[0]] = tensor
-    modules = {}
-    for module, pair in pairs.items():
-        if len(pair) != 2:
-            raise AdapterError(f"{folder}: {module} has only one half, lora_{next(iter(pair))}")
-        try:
-            alpha = alpha_from_config(config, module.path, len(pair["A"]) if pair["A"].ndim else 0)
-            modules[module] = LowRank(pair["A"], pair["B"], alpha)
-        except AdapterError as error:
-            raise AdapterError(f"{folder}: {module}: {error}") from None
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    modules: dict[ModuleName, Delta] = {}
+    try:
+        check_kind(config)
+        for key, tensor in _tensors(folder).items():
+            path, end = split_key(key.removeprefix(PREFIX))
+            groups.setdefault(path, {})[end] = tensor
+        for path, tensors in groups.items():
+            name = path if role_of(component) == "denoiser" else text_path(path)
+            module = check_known(ModuleName(component, name), lookup)
+            if module in modules:
+                raise AdapterError(f"{path} and another name stand for the same module {module}")
+            try:
+                modules[module] = read_change(config, module.path, tensors)
+            except AdapterError as error:
+                raise AdapterError(f"{module}: {error}") from None
+    except AdapterError as error:
+        raise type(error)(f"{folder}: {error}") from None
     return modules, config
 
 
@@ -123,7 +118,10 @@ def _component_of(folder: Path) -> str:
     tensors = _tensors(folder)
     text = {key: tensor for key, tensor in tensors.items() if _TEXT_LAYER.search(key)}
     if not text:
-        return "text_encoder_2" if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors) else "unet"
+        if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors):
+            return "text_encoder_2"
+        names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
+        return "transformer" if may_be_of_transformer(names, {}) else "unet"
     reads = re.compile(r"\.(self_attn\.[qkv]_proj|mlp\.fc1)\.lora_A\.weight$")  # what these have is the model's width
     wide = any(reads.search(key) and tuple(one.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, one in text.items())
     return "text_encoder_2" if wide else "text_encoder"
@@ -135,7 +133,7 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
     One without component folders is of the component that it is named after, else a U-Net's or a text encoder's, SDXL's
     second one by its width.
     """
-    modules: dict[ModuleName, LowRank] = {}
+    modules: dict[ModuleName, Delta] = {}
     metadata: dict[str, str] = {}
     parts = [(folder / part, part) for part in COMPONENTS if (folder / part / CONFIG).is_file()]
     if not parts:
@@ -182,9 +180,9 @@ def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mappin
         "bias": "none",
         "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
     }
-    tensors = {f"{PREFIX}{path}.lora_A.weight": one.down.contiguous() for path, one in mine.items()}
-    tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up.contiguous() for path, one in mine.items()}
+    tensors = {f"{PREFIX}{path}.lora_A.weight": one.down for path, one in mine.items()}
+    tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up for path, one in mine.items()}
     with replacing(folder / WEIGHTS, durable=True) as partial:
-        safetensors.torch.save_file(tensors, partial, {"format": "pt"})
+        safetensors.torch.save_file(apart(tensors), partial, {"format": "pt"})
     with replacing(folder / CONFIG) as partial:
         partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup
 
-from . import cloneofsimo, diffusers, kohya, lycoris, peft
+from . import cloneofsimo, diffusers, kohya, lycoris, peft, spelled
 from .contents import Contents, Format
 from .kinds import split_bundled, unread
 
@@ -28,7 +29,7 @@ def read(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str],
     lookup: Lookup | None = None,
-    only_pairs: bool = False,
+    family: ModelFamily | None = None,
 ) -> Contents:
     """What a file with these tensors and metadata holds.
 
@@ -36,7 +37,7 @@ def read(
         tensors: as in the file; they are not copied.
         metadata: the file's.
         lookup: finds modules that no known family has, in a live model.
-        only_pairs: whether formats that hold other kinds than low-rank pairs are refused too.
+        family: that of the live model; None takes the one that the file is for.
 
     Raises:
         AdapterError: lone halves of pairs, unknown modules, shapes that do not fit.
@@ -45,8 +46,11 @@ def read(
     rest, embeddings = split_bundled(tensors)
     if not rest:
         raise AdapterError("there are no tensors in it")
+    of_transformer = spelled.read(rest, metadata, lookup, family)
+    if of_transformer is not None:
+        return replace(of_transformer, embeddings=embeddings)
     for known in FORMATS:
-        if known.matches(rest) and (known.ONLY_PAIRS or not only_pairs):
+        if known.matches(rest):
             return replace(known.read(rest, metadata, lookup), embeddings=embeddings)
     mine = kohya if any(kohya.matches({key}) for key in rest) else diffusers
     strange = next((key for key in rest if not mine.matches({key})), next(iter(rest)))

@@ -13,12 +13,23 @@ _BUNDLED = "bundle_emb."  # the beginning of the keys of embeddings that a file 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors, whole or not at all: .safetensors with the metadata, else torch's pickle without."""
-    table = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    table = apart(tensors)
     with replacing(path, durable=True) as partial:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(table, partial, dict(metadata))
         else:
             save_pickle(table, partial)
+
+
+def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, each whole in memory of its own: parts of a fused layer share their `down`."""
+    table: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        one = tensor.contiguous()
+        table[key] = one.clone() if one.numel() and one.data_ptr() in seen else one
+        seen.add(one.data_ptr())
+    return table
 
 
 def bundled(embeddings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

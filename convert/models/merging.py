@@ -7,11 +7,14 @@ from typing import Protocol
 import torch
 
 from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.combined import Combination, combined
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.sum import added
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of, check_one_family
 from lora_adapters.convert.families.names import ModuleName, bias_of, nearest
+from lora_adapters.convert.families.registry import BASE_VERSION, by_metadata
+from lora_adapters.convert.families.spelling import fuses
 from lora_adapters.convert.storage.changed_weights import Change
 from lora_adapters.convert.storage.checkpoint import Checkpoint, WeightsFile
 from lora_adapters.convert.storage.ema import has_twin, twin, with_ema
@@ -31,7 +34,15 @@ class AdapterData(Protocol):
 
 
 def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> dict[ModuleName, list[Delta]]:
-    """The weighted changes of each module; none of one that a weight of 0 switches off and that is not linear in it.
+    """The weighted changes of each module; see `with_weights`."""
+    parts = with_weights(adapters, weights)
+    return {module: [one.scaled(weight) for one, weight in listed] for module, listed in parts.items()}
+
+
+def with_weights(
+    adapters: Mapping[str, AdapterData], weights: Sequence[float]
+) -> dict[ModuleName, list[tuple[Delta, float]]]:
+    """The changes of each module and their weights; none that a weight of 0 switches off and that is not linear in it.
 
     Args:
         adapters: by the names that errors shall show.
@@ -45,13 +56,24 @@ def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> d
     if len(weights) != len(adapters):
         raise AdapterError(f"{len(weights)} ratios for {len(adapters)} adapters: one for each is needed")
     check_one_family(adapters)
-    parts: dict[ModuleName, list[Delta]] = {}
+    parts: dict[ModuleName, list[tuple[Delta, float]]] = {}
     for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
         check_finite(adapter.modules, f"{name}: ")
         for module, one in adapter.modules.items():
             if weight or not one.needs_base:  # a DoRA's change at 0 is what its magnitude does not scale
-                parts.setdefault(module, []).append(one.scaled(weight))
+                parts.setdefault(module, []).append((one, weight))
     return parts
+
+
+def combined_changes(
+    adapters: Mapping[str, AdapterData], weights: Sequence[float], combination: Combination
+) -> dict[ModuleName, Delta]:
+    """The changes of adapters, put together by TIES, DARE or magnitude pruning; Args and Raises as of `with_weights`.
+
+    Weights are applied after pruning and the election of signs, as in PEFT. A change of one alone is pruned too.
+    """
+    parts = with_weights(adapters, weights)
+    return {module: combined(str(module), listed, combination) for module, listed in parts.items()}
 
 
 def _adding(parts: Sequence[Delta]) -> Change:
@@ -130,7 +152,7 @@ def _check_fits(
     checkpoint: Checkpoint, name: str, adapter: AdapterData, known: Mapping[ModuleName, WeightsFile]
 ) -> None:
     base = base_model_of(adapter.modules, adapter.metadata)
-    if base.family is not checkpoint.family:
+    if base.family is not checkpoint.family and not _may_be_for(checkpoint, adapter):
         raise AdapterError(
             f"{name} is for {base.title}, but {checkpoint.path} is {' or '.join(checkpoint.family.titles)}"
         )
@@ -150,6 +172,13 @@ def _check_fits(
                 "they are for different versions of the model"
             )
         _check_bias(checkpoint, name, module, one, known)
+
+
+def _may_be_for(checkpoint: Checkpoint, adapter: AdapterData) -> bool:
+    """Whether nothing but the names of the modules tells a family, and the model's has all of these, too."""
+    told = by_metadata(adapter.metadata) if adapter.metadata.get(BASE_VERSION) else None
+    family = checkpoint.family
+    return told is None and fuses(family) and family.has(adapter.modules)
 
 
 def _made_for(change: Delta) -> str:

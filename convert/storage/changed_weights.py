@@ -58,8 +58,8 @@ def changed(
         for place, change, _ in changes:
             part = place.of(value)
             new = change(part)
-            if new.data_ptr() != part.data_ptr():
-                part.copy_(new)
+            if place.swapped or new.data_ptr() != part.data_ptr():
+                place.put(value, new)
         lowest, highest = (float(end) for end in value.aminmax())  # one pass; NaN comes through
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise AdapterError(f"{module}: the changed weight has NaN or infinite numbers")

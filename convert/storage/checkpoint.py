@@ -1,4 +1,4 @@
-"""Stable Diffusion models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
+"""Base models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
 
 import os
 import shutil
@@ -24,6 +24,7 @@ from lora_adapters.convert.families.checkpoint_names import (
 )
 from lora_adapters.convert.families.family import ModelFamily, Version
 from lora_adapters.convert.families.names import COMPONENTS, ModuleName
+from lora_adapters.convert.families.registry import denoisers, titles
 from lora_adapters.convert.families.tensor_slice import TensorSlice
 from lora_adapters.convert.parsing import json_value
 
@@ -172,7 +173,7 @@ class Checkpoint:
     def open(cls, source: str | Path) -> "Checkpoint":
         """Open a checkpoint file (.safetensors, .ckpt) or a Diffusers folder.
 
-        AdapterError where it is missing, broken, or holds no U-Net of a known family.
+        AdapterError where it is missing, broken, or holds no denoiser of a known family.
         """
         path = Path(source).expanduser()
         if path.is_dir():
@@ -180,19 +181,24 @@ class Checkpoint:
         tensors, metadata = read_tensors(path)
         family = family_of_file(tensors)
         if family is None:
-            raise AdapterError(f"{path} is not a Stable Diffusion checkpoint: it has no model.diffusion_model tensors")
+            raise AdapterError(
+                f"{path} is not a checkpoint of {titles('or')}: it has neither model.diffusion_model tensors nor those "
+                "of one of these transformers"
+            )
         places, others = slices_in_file(tensors, family), other_slices_in_file(tensors, family)
         return cls(path, family, (WeightsFile(path, tensors, metadata, places, others=others),))
 
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
-        if not (path / "unet").is_dir():
-            raise AdapterError(f"{path} is not a Diffusers folder of Stable Diffusion: it has no folder unet")
+        denoiser = next((name for name in denoisers() if (path / name).is_dir()), None)
+        if denoiser is None:
+            raise AdapterError(f"{path} is not a Diffusers folder: it has no folder {' or '.join(denoisers())}")
         listed = {component: weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
-        if not listed["unet"]:
-            raise AdapterError(f"{path / 'unet'} holds no weights (.safetensors or .bin)")
+        if not listed[denoiser]:
+            raise AdapterError(f"{path / denoiser} holds no weights (.safetensors or .bin)")
         opened = [(component, file, *read_tensors(file)) for component, files in listed.items() for file in files]
-        family = family_of_folder(listed, (key for _, _, tensors, _ in opened for key in tensors))
+        keys = (key for _, _, tensors, _ in opened for key in tensors)
+        family = family_of_folder(listed, keys, _class_name(path / denoiser / "config.json"))
         files = tuple(
             WeightsFile(
                 file,
@@ -260,6 +266,9 @@ class Checkpoint:
     @property
     def version(self) -> Version:
         """The version of its family that it is of: by the width of the text, and by what a folder's scheduler says."""
+        for version in self.family.versions:
+            if version.mark and ModuleName(self.family.denoiser.name, version.mark) in self.modules:
+                return version
         reading = next((module for module in self.modules if module.path.endswith("attn2.to_k")), None)
         width = None if reading is None else self.weight(reading).shape[1]
         try:
@@ -311,6 +320,15 @@ class Checkpoint:
         return target
 
 
+def _class_name(file: Path) -> str:
+    """The class that a component's config names; "" where it names none."""
+    try:
+        config = json_value(read_text(file))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("_class_name", "")) if isinstance(config, dict) else ""
+
+
 def _copy(source: Path, target: Path) -> None:
     try:
         source.open("rb").close()
@@ -334,7 +352,7 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
         raise AdapterError(f"{target} is a file: a Diffusers folder is written as a folder")
     target = target.resolve()  # a link stays one
     there = target.is_dir() and any(target.iterdir())
-    if there and not (target / INDEX).is_file() and not weights_of(target / "unet"):
+    if there and not (target / INDEX).is_file() and not any(weights_of(target / name) for name in denoisers()):
         raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
 
     def kept(made: Path) -> list[str]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_adapters.convert import parsing
 from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.parsing import json_value
 
 from . import atomic
 
@@ -43,13 +44,38 @@ def read_text(file: Path) -> str:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
 
 
+def is_index(file: Path) -> bool:
+    """Whether it is the index of weights that are split into several files (`<name>.safetensors.index.json`)."""
+    return file.name.endswith(".index.json")
+
+
+def shards(index: Path) -> list[Path]:
+    """The files beside an index that it names; AdapterError where it is none, or names files elsewhere."""
+    try:
+        places = json_value(read_text(index))["weight_map"]
+        names = sorted(set(places.values()))
+        plain = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        plain = False
+    if not plain:
+        raise AdapterError(f"{index} is no index of weights: it needs a weight_map of names to files beside it")
+    return [index.parent / name for name in names]
+
+
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a .safetensors file or of a PyTorch pickle, memory-mapped, and the metadata ({} of a pickle).
 
-    Which of the two it is tell its first bytes, not its name. Pickles are read without executing anything
-    (`weights_only`). AdapterError where the file is missing, truncated, or a pickle that is called .safetensors.
+    An index stands for all files that it names. Which of the two kinds a file is tell its first bytes, not its name.
+    Pickles are read without executing anything (`weights_only`). AdapterError where the file is missing, truncated, or
+    a pickle that is called .safetensors.
     """
     check_regular(file)
+    if is_index(file):
+        parts = [read_tensors(shard) for shard in shards(file)]
+        joined = {name: tensor for tensors, _ in parts for name, tensor in tensors.items()}
+        if len(joined) != sum(len(tensors) for tensors, _ in parts):
+            raise AdapterError(f"{file}: two of its files hold a tensor of the same name")
+        return joined, {key: text for _, metadata in parts for key, text in metadata.items()}
     try:
         if is_safetensors(file):
             with safe_open(file, framework="pt") as opened:

@@ -17,6 +17,7 @@ from lora_adapters.convert.families.original_layout import (
     vae_origins,
 )
 from lora_adapters.convert.families.text_encoder import TextEncoder
+from lora_adapters.convert.families.unet import UNet
 from lora_adapters.convert.parsing import json_value
 
 from .changed_weights import Change
@@ -60,6 +61,11 @@ def write_single_file(
     target = Path(target).expanduser()
     if target.suffix not in ENDINGS:
         raise AdapterError(f"{target}: a checkpoint in the original layout ends in {' or '.join(ENDINGS)}")
+    if not isinstance(checkpoint.family.denoiser.layout, UNet):
+        raise AdapterError(
+            f"{checkpoint.path} is a folder of {checkpoint.family.title}, which is written as a folder only: give "
+            "--save_to the name of one"
+        )
     extra = [name for name in _UNSUPPORTED if weights_of(checkpoint.path / name)]
     if extra:
         raise AdapterError(

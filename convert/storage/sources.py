@@ -1,5 +1,6 @@
 """Where an adapter is: a file, a folder, or a repository on the Hub."""
 
+import filecmp
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import COMPONENTS
 
 from . import peft_folder
+from .files import is_index, shards
 from .hub_errors import HubError, hub_errors, incomplete_snapshot, is_missing_there
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by itself
@@ -35,7 +37,7 @@ def _choose(names: list[str], place: str) -> str:
     if DIFFUSERS_NAME in names:
         return DIFFUSERS_NAME
     if index is not None and len(names) > 1:
-        raise AdapterError(f"{place} holds an adapter that is split into {len(names)} files ({index}): save it as one")
+        return index
     if not names:
         raise AdapterError(f"{place} holds no adapter (no {', '.join(_ENDINGS)} file and no {peft_folder.CONFIG})")
     shown = [f"{name:.48}" for name in sorted(names)[:4]] + (["..."] if len(names) > 4 else [])
@@ -69,7 +71,14 @@ def _in_folder(path: Path, weight_name: str | None) -> Path:
         return path / DIFFUSERS_NAME
     if peft_folder.is_peft_folder(path):
         return path
-    return path / _choose([entry.name for entry in path.iterdir() if entry.is_file()], str(path))
+    files = [entry.name for entry in path.iterdir() if entry.is_file()]
+    try:
+        return path / _choose(files, str(path))
+    except SeveralFilesError as error:
+        weights = sorted(name for name in files if name.lower().endswith(_ENDINGS))
+        if not all(filecmp.cmp(path / weights[0], path / name, shallow=False) for name in weights[1:]):
+            raise error from None
+        return path / weights[0]  # one adapter under several names
 
 
 def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, options: dict[str, Any]) -> Path:
@@ -112,7 +121,10 @@ def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download:
         with hub_errors(repo, revision):
             return Path(snapshot_download(repo, allow_patterns=patterns, **options)) / start
     names = [name.removeprefix(start) for name in files if name.startswith(start)]
-    return download(_choose([name for name in names if "/" not in name], f"{repo}/{start}" if start else repo))
+    chosen = download(_choose([name for name in names if "/" not in name], f"{repo}/{start}" if start else repo))
+    for shard in shards(chosen) if is_index(chosen) else ():
+        download(shard.name)
+    return chosen
 
 
 def _cached(repo: str, subfolder: str | None, options: dict[str, Any], error: HubError) -> Path:

@@ -1,4 +1,4 @@
-"""Block weights ("lbw"): one factor for the text encoders (BASE) and one for each block of the U-Net.
+"""Block weights ("lbw"): one factor for the text encoders (BASE) and one for each block of the denoiser.
 
 Written as numbers, as kohya's scripts and the sd-webui-lora-block-weight extension of A1111 take them, as one of the
 extension's presets (MIDD), or as names of blocks (IN02, IN04-OUT05, NOT MID).
@@ -10,23 +10,50 @@ from typing import TypeVar
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.blocks import BASE, StackBlocks
+from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import FAMILIES, by_name
 from lora_adapters.convert.parsing import json_value, number
 
 AnAdapter = TypeVar("AnAdapter", bound=Adapter)
-BLOCKS = FAMILIES[0].blocks.weight_lists[0]  # names of blocks are those of the family that has the most
-_LISTS = {len(blocks): (family, blocks) for family in FAMILIES for blocks in family.blocks.weight_lists}
+BLOCKS = FAMILIES[0].blocks.weight_lists[0]  # names of a U-Net's blocks are those of the family that has the most
+_ORDERS = (BLOCKS, *(family.blocks.order for family in FAMILIES if isinstance(family.blocks, StackBlocks)))
+_LISTS = {
+    len(blocks): (family, blocks) for family in reversed(FAMILIES) for blocks in reversed(family.blocks.weight_lists)
+}
 _PRESETS = {name: blocks for family in FAMILIES for name, blocks in family.blocks.presets.items()}
-_EVERYWHERE = {"NONE": 0.0, "ALL": 1.0, "ALL0.5": 0.5}
+_EVERYWHERE = {"NONE": 0.0, "ALL": 1.0, "ALL0.5": 0.5, "FLUXALL": 1.0}
+_NAME = r"(?:[A-Z0-9]+|[a-z_]+\.\d+)"  # IN02, D07, double_blocks.7
 
 
 class BlockWeights(dict[str, float]):
-    """The factor of each block by its name. `rest` is that of all others, `architecture` what the list is for."""
+    """The factor of each block by its name.
+
+    `rest` is that of all others, `architecture` what a list of numbers is for first, as several families may have lists
+    of its length.
+    """
 
     def __init__(self, factors: dict[str, float], rest: float = 1.0, architecture: str | None = None) -> None:
         super().__init__(factors)
         self.rest, self.architecture = rest, architecture
+
+    def of(self, family: ModelFamily) -> "BlockWeights":
+        """The weights by the names of the family's blocks; AdapterError where they are for another one's."""
+        if self.architecture is None:
+            known = {BASE, *(label for order in family.blocks.weight_lists for label in order), *_order(family)}
+            if self and not known & self.keys():
+                raise AdapterError(f"{'/'.join(family.titles)} has no block {next(iter(self))}")
+            return self
+        lists = [self.keys(), *(blocks for blocks in family.blocks.weight_lists if len(blocks) == len(self))]
+        fitting = lists[:1] if self.architecture == family.name else lists[1:]
+        if not fitting:
+            raise AdapterError(f"{len(self)} block weights are for {self.architecture}, the adapter is {family.name}")
+        return BlockWeights(dict(zip(fitting[0], self.values(), strict=True)), self.rest, family.name)
+
+
+def _order(family: ModelFamily) -> tuple[str, ...]:
+    return family.blocks.order if isinstance(family.blocks, StackBlocks) else ()
 
 
 def block_name(module: ModuleName, architecture: str) -> str:
@@ -38,9 +65,10 @@ def parse(text: str, rest: float = 1.0) -> BlockWeights:
     """Block weights from numbers, a preset or names of blocks.
 
     Args:
-        text: 12, 17, 20 or 26 numbers, a JSON list or with commas between them; a preset of the extension's; or blocks
-            that keep the whole strength, all others losing it: "IN02", "IN04-OUT05", "BASE MID"; "NOT IN02" and "NIN02"
-            mean all blocks but these.
+        text: 12, 17, 20 or 26 numbers (61 or 58 for Flux.1, one for the text encoders and one for each block of other
+            transformers), a JSON list or with commas between them; a preset of the extension's; or blocks that keep the
+            whole strength, all others losing it: "IN02", "IN04-OUT05", "BASE MID", "D00-D18", "double_blocks.3";
+            "NOT IN02" and "NIN02" mean all blocks but these.
         rest: the factor of blocks that a list of numbers has no place for (kohya's scripts: 1, the extension: 0).
 
     Raises:
@@ -78,29 +106,42 @@ def _right_lengths() -> str:
 def _named(text: str) -> BlockWeights | None:
     if text in _EVERYWHERE:
         return BlockWeights({}, _EVERYWHERE[text])
-    inverted = re.fullmatch(r"NOT\s+(.+)|N(?=BASE|IN|M|OUT)(\S+)", text)
+    inverted = re.fullmatch(r"NOT\s+(.+)|N(?=BASE|IN|M|OUT|[A-Z]\d)(\S+)", text)
     names = _PRESETS.get(text) or (text if inverted is None else inverted[1] or inverted[2])
-    if not re.fullmatch(r"[A-Z0-9]+([\s-]+[A-Z0-9]+)*", names) or not any(letter.isalpha() for letter in names):
+    if not re.fullmatch(rf"{_NAME}([\s-]+{_NAME})*", names) or not any(letter.isalpha() for letter in names):
         return None
     chosen: list[str] = []
     for part in names.split():
         first, _, last = part.partition("-")
-        ends = [_block(first), _block(last or first)]
-        chosen += BLOCKS[min(ends) : max(ends) + 1]
+        chosen += _span(_block(first), _block(last or first), part)
     inside, outside = (1.0, 0.0) if inverted is None else (0.0, 1.0)
     return BlockWeights(dict.fromkeys(chosen, inside), outside)
 
 
-def _block(name: str) -> int:
-    """Where a block is among BLOCKS, by its name in any spelling (IN02, IN2, MID, M00)."""
-    match = re.fullmatch(r"(IN|OUT)(\d{1,2})", name)
-    full = f"{match[1]}{int(match[2]):02d}" if match else "MID" if name in ("M00", "MID00") else name
-    if full not in BLOCKS:
+def _span(first: str, last: str, part: str) -> tuple[str, ...]:
+    """All blocks from one to another, of the first family that has both."""
+    order = next((order for order in _ORDERS if first in order and last in order), None)
+    if order is None:
+        raise AdapterError(f"block weights: {part:.60} are blocks of different models")
+    ends = order.index(first), order.index(last)
+    return order[min(ends) : max(ends) + 1]
+
+
+def _block(name: str) -> str:
+    """A block's label, by its name in any spelling (IN02, IN2, MID, M00, D7, double_blocks.7)."""
+    match = re.fullmatch(r"([A-Z]+)(\d{1,2})", name)
+    full = "MID" if name in ("M00", "MID00") else f"{match[1]}{int(match[2]):02d}" if match else name
+    full = name if any(name in order for order in _ORDERS) else full  # T5
+    stacks = (family.blocks for family in FAMILIES if isinstance(family.blocks, StackBlocks))
+    full = next((label for blocks in stacks if (label := blocks.named(name)) is not None), full)
+    if not any(full in order for order in _ORDERS):
+        letters = sorted({label[0] for order in _ORDERS[1:] for label in order if label[1:].isdigit()})
         raise AdapterError(
             f"block weights: {name:.40} is not a block or preset: there are BASE, IN00 to IN11, MID, OUT00 to OUT11, "
+            f"{', '.join(f'{letter}00' for letter in letters)} and so on of transformers, "
             f"{', '.join([*_EVERYWHERE, *_PRESETS])}"
         )
-    return BLOCKS.index(full)
+    return full
 
 
 def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnAdapter:
@@ -108,15 +149,12 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
 
     weights: of `parse`, or 12, 17, 20 or 26 numbers as there. AdapterError where they are for another architecture.
     """
-    given = weights if isinstance(weights, BlockWeights) else listed(weights)
-    if given.architecture not in (None, adapter.architecture):
-        count = next(count for count, (_, blocks) in _LISTS.items() if tuple(given) == blocks)
-        raise AdapterError(f"{count} block weights are for {given.architecture}, the adapter is {adapter.architecture}")
-
     family = by_name(adapter.architecture)
+    given = (weights if isinstance(weights, BlockWeights) else listed(weights)).of(family)
 
     def factor(module: ModuleName) -> float:
-        return given.get(family.weight_label(module), given.rest)
+        labels = (family.weight_label(module), family.text_label(module))
+        return next((given[label] for label in labels if label in given), given.rest)
 
     factors = {module: factor(module) for module in adapter.modules}
     return adapter.with_modules(

@@ -1,25 +1,28 @@
 """What the command-line programs share: their one `main`, errors in one line, dtypes."""
 
 import argparse
+import json
 import logging
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
 from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError, first_line
 from lora_adapters.convert.portable import tolerant_console
-from lora_adapters.convert.suggestions import closest
+from lora_adapters.convert.terminal import own_quiet, say, say_error
+from lora_adapters.convert.tools.parser import Parser, called_as, refuse
 
-T = TypeVar("T")
+__all__ = ["Parser", "called_as", "refuse"]  # with what is here
+
 DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
@@ -29,56 +32,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
-
-
-_called_as: ContextVar[str | None] = ContextVar("called_as", default=None)
-
-
-@contextmanager
-def called_as(name: str) -> Iterator[None]:
-    """Within it, programs call themselves `name` in their help, instead of by their script's name."""
-    token = _called_as.set(name)
-    try:
-        yield
-    finally:
-        _called_as.reset(token)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are raised as `failure`, so that they are shown as all others are.
-
-    Args:
-        prog: The script's name; see `called_as`.
-        options: What argparse.ArgumentParser takes.
-    """
-
-    failure: type[UsageError] = UsageError
-
-    def __init__(self, *, prog: str, **options: Any):
-        super().__init__(prog=_called_as.get() or prog, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise self.failure(f"{message}{self._near(message)} (--help shows the options)")
-
-    def _near(self, message: str) -> str:
-        """What may have been meant by options that there are not."""
-        _, unknown, words = message.partition("unrecognized arguments: ")
-        names = [word.partition("=")[0] for word in words.split() if unknown and word.startswith("--")]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        found = [near for name in names if (near := closest(name, known))]
-        return f"; did you mean {' and '.join(found)}?" if found else ""
-
-
-class _Refused(argparse.Action):
-    """An option of kohya's scripts that there is no use for here: giving it is an error that says why."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        raise UsageError(f"{self.option_strings[0]} is not supported: {self.const}")
-
-
-def refuse(parser: argparse.ArgumentParser, flag: str, why: str) -> None:
-    """An option with a value that is refused with a reason."""
-    parser.add_argument(flag, action=_Refused, const=why, help=argparse.SUPPRESS)
 
 
 def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
@@ -108,8 +61,8 @@ def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
     """List the modules of an adapter that are left out; nothing where there are none."""
     listed = list(modules)
     if listed:
-        print(f"{where}: {len(listed)} modules left out, which {why}:")
-        print("\n".join(f"  {printable(module)}" for module in listed))
+        say(f"{where}: {len(listed)} modules left out, which {why}:")
+        say("\n".join(f"  {printable(module)}" for module in listed))
 
 
 def dtype_of(*names: str | None) -> torch.dtype | None:
@@ -155,6 +108,13 @@ def _stopping() -> dict[int, Any]:
     return before
 
 
+class _NothingKept(logging.Filter):
+    """Drops diffusers' warning about modules to be kept in float32 where its list of these is empty."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+
 def _quiet() -> None:
     """Silence what libraries print when they are imported, which no user of these programs can act on.
 
@@ -163,6 +123,9 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings if torchvision is not installed
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # else one about 4-bit layers, on CPUs
+    models = logging.getLogger("diffusers.models.modeling_utils")
+    if not any(isinstance(one, _NothingKept) for one in models.filters):
+        models.addFilter(_NothingKept())
 
 
 def run(
@@ -189,7 +152,8 @@ def run(
     tolerant_console()
     before = _stopping()
     try:
-        program(argv)
+        with own_quiet():
+            program(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
@@ -205,8 +169,19 @@ def run(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    text = printable(" ".join(message.split()))
+    say_error(text)
+    _tell_launcher(text)
     return status
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave the message where torchrun, and `accelerate launch` for several processes, look for the reason."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        about = {"message": f"error: {message}", "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": about}), encoding="utf-8")
 
 
 def _status(error: BaseException) -> int:

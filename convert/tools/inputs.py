@@ -25,7 +25,7 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
     """An adapter whose numbers are all finite; AdapterError, with its file, where it is none.
 
     zero_alpha: what an alpha of 0 means, the "rank" or "none" at all; None refuses it, since programs differ in this.
-    skip_unknown: leave out, with a list on stdout, modules of a file that SD1.x, SD2.x and SDXL do not have.
+    skip_unknown: leave out, with a list on stdout, modules of a file that no known model has.
     """
     path = locate(model)
     if path.is_dir():
@@ -71,7 +71,7 @@ _MODULE_END = re.compile(
 def without_unknown(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of an adapter's file without those of modules that SD1.x, SD2.x and SDXL do not have, and these.
+    """The tensors of an adapter's file without those of modules that no known model has, and these.
 
     All of them, and no names, where the adapter is for another kind of model altogether.
     """

@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.combined import Combination
 from lora_adapters.convert.deltas.low_rank import common_scale
 from lora_adapters.convert.deltas.sum import added, as_pair
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.formats.metadata import merged_facts
-from lora_adapters.convert.models.merging import gathered, merge_into_model
+from lora_adapters.convert.formats.metadata import sum_facts
+from lora_adapters.convert.models.merging import combined_changes, gathered, merge_into_model
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 
-__all__ = ["fitting", "merge_into_model", "weighted_sum"]
+__all__ = ["combination", "fitting", "merge_into_model", "weighted_sum"]
 
 
 def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
@@ -30,9 +31,13 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
         except AdapterError as error:
             names = [name for name, adapter in adapters.items() if module in adapter.modules]
             raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
-    first = next(iter(adapters.values()))
-    base = {key: first.metadata[key] for key in ("ss_v2", "ss_base_model_version") if key in first.metadata}
-    return Adapter(modules, {**base, **merged_facts([one.metadata for one in adapters.values()])})
+    return Adapter(modules, sum_facts([one.metadata for one in adapters.values()]))
+
+
+def combination(adapters: Mapping[str, Adapter], weights: Sequence[float], how: Combination) -> Adapter:
+    """As `Adapter.combine`, of adapters under the names that errors shall show."""
+    modules = combined_changes(adapters, weights, how)
+    return Adapter(modules, sum_facts([one.metadata for one in adapters.values()]))
 
 
 def fitting(checkpoint: Checkpoint, adapter: Adapter, name: str) -> tuple[Adapter, list[ModuleName]]:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import role_of
 from lora_adapters.convert.parsing import number
 
 from .block_weights import BlockWeights, parse, weighted
@@ -44,7 +45,8 @@ class ModelArgument:
             return adapter, 1.0 if self.text is None else self.text
         text, unet = self.text or 0.0, self.unet or 0.0
         pairs = {
-            module: one.scaled(unet if module.component == "unet" else text) for module, one in adapter.modules.items()
+            module: one.scaled(unet if role_of(module.component) == "denoiser" else text)
+            for module, one in adapter.modules.items()
         }
         return adapter.with_modules(pairs), 1.0
 

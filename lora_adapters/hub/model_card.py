@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.base import alpha_in
 from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.families import detection
 from lora_adapters.convert.families.registry import BASE_VERSION, version_named
@@ -50,9 +51,11 @@ class Sample:
 
 
 def kind(adapter: Adapter) -> str:
-    """The adapter's type: LierLa, C3Lier or DyLoRA."""
+    """The adapter's type: LierLa, C3Lier or DyLoRA; or the kinds of its changes where these are no pairs."""
     if adapter.dylora is not None:
         return "DyLoRA"
+    if not adapter.has_only_pairs:
+        return ", ".join(adapter.kinds)
     return adapter.family.adapter_type(adapter.modules).title
 
 
@@ -77,7 +80,10 @@ def base_model_of(adapter: Adapter) -> str:
 
 def _ranks(adapter: Adapter) -> str:
     """ "4", or the range of ranks with how many modules have them, the most common first."""
-    ranks = Counter(pair.rank for pair in adapter.pairs().values()).most_common()
+    known = (change.rank for change in adapter.modules.values() if change.rank is not None)
+    ranks = Counter(known).most_common()
+    if not ranks:
+        return "none"
     if len(ranks) == 1:
         return str(ranks[0][0])
     counts = [f"{rank} in {count}{' modules' if at == 0 else ''}" for at, (rank, count) in enumerate(ranks)]
@@ -85,8 +91,8 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _alphas(adapter: Adapter) -> str:
-    alphas = Counter(pair.alpha for pair in adapter.pairs().values())
-    return ", ".join(f"{alpha:g}" for alpha, _ in alphas.most_common())
+    alphas = Counter(alpha for change in adapter.modules.values() if (alpha := alpha_in(change)) is not None)
+    return ", ".join(f"{alpha:g}" for alpha, _ in alphas.most_common()) or "none"
 
 
 def _usable_ranks(adapter: Adapter) -> list[int]:
@@ -156,7 +162,14 @@ def model_card(
     trigger = ", ".join(trigger_words)
     images = [*samples, *([Sample(grid)] if grid and not samples else [])]
     widget = [{"text": sample.prompt, "output": {"url": sample.path}} for sample in images]
-    own = ["text-to-image", adapter.family.tag, "lora", "diffusers", "template:sd-lora", kind(adapter).lower()]
+    own = [
+        "text-to-image",
+        adapter.family.tag,
+        "lora",
+        "diffusers",
+        "template:sd-lora",
+        *kind(adapter).lower().split(", "),
+    ]
     data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -180,6 +193,7 @@ def model_card(
         base_model=base_model,
         location=f'"{repo_id}", subfolder="{subfolder}"' if subfolder else f'"{repo_id}"',
         prompt=repr(prompt),
+        only_pairs=adapter.has_only_pairs,
         middle_rank=ranks[len(ranks) // 2] if ranks else None,
         details=[(label, _cell(value)) for label, value in _details(adapter)],
         mark=MARK,

@@ -44,7 +44,8 @@ def write_folder(
 
     `pytorch_lora_weights.safetensors`, which diffusers looks for, is in kohya's format with one alpha for all modules,
     which stock diffusers reads correctly; `PeftModel.from_pretrained(model, repo_id, subfolder=...)` reads the folders
-    of the components (`unet/`, `text_encoder/`, ...); README.md is the model card.
+    of the components (`unet/`, `text_encoder/`, ...); README.md is the model card. An adapter that is not made of
+    low-rank pairs alone is one file in LyCORIS' format, which diffusers reads with this package imported.
 
     Args:
         adapter: The adapter.
@@ -68,10 +69,11 @@ def write_folder(
     """
     folder = Path(folder).expanduser()
     base_model = base_model or base_model_of(adapter)
-    adapter.save(folder / DIFFUSERS_NAME, fold_alpha=True, dtype=dtype)
-    adapter.save(folder, "peft", dtype=dtype)
-    for component in adapter.components:
-        _name_base_model(folder / component / CONFIG, base_model)
+    adapter.save(folder / DIFFUSERS_NAME, fold_alpha=adapter.has_only_pairs, dtype=dtype)
+    if adapter.has_only_pairs:
+        adapter.save(folder, "peft", dtype=dtype)
+        for component in adapter.components:
+            _name_base_model(folder / component / CONFIG, base_model)
     shown = []
     for number, (prompt, image) in enumerate((samples or {}).items()):
         shown.append(Sample(f"images/sample_{number}.png", prompt or "-"))

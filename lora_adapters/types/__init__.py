@@ -9,6 +9,7 @@ optimizer groups, the public names and the API reference.
 REGISTERED: dict[str, dict[str, str]] = {
     "lierla": {"LierLaConfig": "config"},  # the first: plain LoRA, as which an adapter without a type is read
     "c3lier": {"C3LierConfig": "config"},
+    "lycoris": {"LycorisConfig": "config"},
     "dylora": {"DyLoraConfig": "config", "set_rank": "rank_controller", "set_step": "rank_controller"},
 }
 

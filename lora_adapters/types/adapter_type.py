@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.formats.diffusers import lora_config
+from lora_adapters.target_modules import covered
 
 from . import layers
 
@@ -40,7 +41,9 @@ class AdapterType:
         network_args: Options of --network_args that only this type has; each is a field of the config.
         with_conv: The name of the type that --network_module means where a rank for larger convolutions is given;
             None: this one.
-        variant: The class by which PEFT computes its layers; None: as plain LoRA.
+        variant: The class by which PEFT computes its layers; None: as plain LoRA. With a method `gate_of_all(layer,
+            adapter_name)` it is stacked with others, as plain LoRA is: what its components are multiplied with between
+            down and up, (components,), or None where there is more to a call.
     """
 
     name: ClassVar[str]
@@ -77,7 +80,24 @@ class AdapterType:
         """
         return {**lora_config(modules), "facts": dict(facts)}
 
+    def fields(self, network_module: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of the config that a name of --network_module decides, or values in the place of those given.
+
+        Args:
+            network_module: One of `network_modules`.
+            given: The fields that the other network options say.
+        """
+        return {}
+
+    def idle(self, network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
+        """Options of this type that change nothing beside others of `network_args`, each with the reason."""
+        return {}
+
     # --- in models -----------------------------------------------------------------------------------------------
+
+    def covered(self, model: nn.Module, config: Any) -> list[str]:
+        """Paths of the layers that an adapter of `config` has without target_modules; see `target_modules.covered`."""
+        return covered(model, config.conv, config.preset)
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
         """Make the LoRA layers of an adapter, which are in the model, compute what this type does."""
@@ -88,7 +108,7 @@ class AdapterType:
     def refit(self, model: nn.Module) -> None:
         """Follow layers whose factors have been padded."""
 
-    def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
+    def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
         """The change of weight of an adapter in a layer, as a file has it; see `layers.low_rank`."""
         return layers.low_rank(layer, adapter_name, stabilized)
 

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from peft import LoraConfig
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.module_patterns import check_patterns
+from lora_adapters.presets import Preset, find_preset
 
 DEFAULT_CONV_DIM = 4
 FACTS = "lora_adapters"  # the key in auto_mapping
@@ -51,6 +53,22 @@ class AdapterConfig(LoraConfig):
     block_alphas: list[float] | None = field(default=None, metadata={"help": "Alpha in each block."})
     conv_block_dims: list[int] | None = field(default=None, metadata={"help": "As block_dims, for conv_dim."})
     conv_block_alphas: list[float] | None = field(default=None, metadata={"help": "As block_alphas, for conv_alpha."})
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Which modules: a name of lora_adapters.presets, or a file; None: those of kohya's trainer."},
+    )
+    include_patterns: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions: exceptions from exclude_patterns, or the only modules."}
+    )
+    exclude_patterns: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions of modules without an adapter."}
+    )
+    reg_dims: dict[str, int] | None = field(
+        default=None, metadata={"help": "Rank by regular expression, the first that matches; 0 skips a module."}
+    )
+    reg_alphas: dict[str, float] | None = field(
+        default=None, metadata={"help": "Alpha of a pattern of reg_dims; where there is none: lora_alpha."}
+    )
     resolved: bool = field(
         default=False, metadata={"help": "Set once it is in a model: every rank and alpha stands in the patterns."}
     )
@@ -62,7 +80,20 @@ class AdapterConfig(LoraConfig):
         for name in ("block_dims", "conv_block_dims"):
             for value in getattr(self, name) or ():
                 check(isinstance(value, int) and value >= 0, f"{name} has the value {value}: ranks are whole, 0 skips")
+        for name in ("include_patterns", "exclude_patterns", "reg_dims", "reg_alphas"):
+            check_patterns(name, getattr(self, name))
+        for pattern, rank in (self.reg_dims or {}).items():
+            check(isinstance(rank, int) and rank >= 0, f"reg_dims {pattern}={rank}: ranks are whole, 0 skips")
+        if self.preset is not None and not self.resolved:  # else it may be a file that is no longer there
+            self.check_preset(find_preset(self.preset))
         self.check_options()
+
+    def check_preset(self, preset: Preset) -> None:
+        """AdapterError for a preset that adapters of this type cannot have."""
+        check(
+            not preset.overrides,
+            f"preset {self.preset} has options for single modules, which {type(self).__name__} has not",
+        )
 
     def check_options(self) -> None:
         """AdapterError for options of `LoraConfig` that adapters of this type cannot have."""

@@ -1,4 +1,4 @@
-"""The LoRA layers of a model and the parts of an adapter in them. No other file but a type's own names these parts."""
+"""The parts of an adapter in the LoRA layers of a model. No other file but a type's own names these parts."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,6 +8,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_adapters.convert.deltas.low_rank import LowRank
+
+from .found_layers import lora_layers
 
 # What a layer of PEFT's keeps of its adapters, by their names.
 HELD = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -24,9 +26,7 @@ class Factors(NamedTuple):
 
 def layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
     """(path, layer) of every LoRA layer that has the adapter; the path is the adapted layer's own."""
-    for path, module in model.named_modules():
-        if has_adapter(module, adapter_name):
-            yield path.replace(".base_layer", ""), module  # in a mixed model another adapter's layer may be around it
+    return ((path, layer) for path, layer in lora_layers(model) if adapter_name in layer.lora_A)
 
 
 def has_adapter(module: nn.Module, adapter_name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig
 from torch import nn
 
+from lora_adapters.convert.deltas.base import Delta, with_article
 from lora_adapters.convert.deltas.low_rank import LowRank
 
 # Whole modules: each may be half loaded when its import of peft is what loads this one.
@@ -109,6 +110,11 @@ def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
     return {**options, "auto_mapping": {base.FACTS: facts}}
 
 
+def covered(model: nn.Module, config: Any) -> list[str]:
+    """Paths of the layers that an adapter of `config` has in a model; AdapterError where there are none."""
+    return type_of(config).covered(model, config)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +139,7 @@ def refit(model: nn.Module) -> None:
         kind.refit(model)
 
 
-def delta_of(layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
+def delta_of(layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
     """The change of weight of an adapter in a layer, as a file has it; views of the live weights where it can be.
 
     Args:
@@ -151,6 +157,14 @@ def parts_of(layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
 
 def beyond_lora(layer: Any, adapter_name: str) -> str | None:
     """What the adapter does in the layer that no low-rank pair can hold; None where pairs are all that it is."""
+    more = beyond_deltas(layer, adapter_name)
+    if more is None and not isinstance(change := delta_of(layer, adapter_name), LowRank):
+        more = with_article(change.kind)
+    return more
+
+
+def beyond_deltas(layer: Any, adapter_name: str) -> str | None:
+    """What the adapter does in the layer that no type of this package computes; None where `delta_of` is all of it."""
     if layers.magnitude(layer, adapter_name) is not None:
         return "DoRA's magnitudes"
     if getattr(layers.factors(layer, adapter_name).up, "bias", None) is not None:

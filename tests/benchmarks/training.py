@@ -33,7 +33,7 @@ from peft import LoraConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig  # noqa: E402
+from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig, add_adapter  # noqa: E402
 from lora_adapters.target_modules import covered  # noqa: E402
 
 Step = Callable[[], None]
@@ -81,7 +81,7 @@ def variants(unet: UNet2DConditionModel, rank: int, kohya: Path | None) -> dict[
     made: dict[str, torch.nn.Module] = {"base alone (floor)": twin(unet)}
     for name, config in configs.items():
         made[name] = twin(unet)
-        made[name].add_adapter(config)
+        add_adapter(made[name], config)
     if kohya:
         made |= kohya_variants(unet, rank, unit, kohya)
     if importlib.util.find_spec("lycoris"):

@@ -9,8 +9,9 @@ from .checkpoints import GOLDEN
 ROOT = Path(__file__).parent.parent.parent
 SD15 = GOLDEN / "sd15"
 SCRIPTS = {
-    "merge": "merge_lora", "svd-merge": "svd_merge_lora", "extract": "extract_lora_from_models",
-    "split": "extract_lora_from_dylora", "resize": "resize_lora", "convert": "convert_format", "info": "info",
+    "merge": "merge_lora", "svd-merge": "svd_merge_lora", "average": "average_lora",
+    "extract": "extract_lora_from_models", "split": "extract_lora_from_dylora",
+    "resize": "resize_lora", "convert": "convert_format", "info": "info",
 }  # fmt: skip
 
 

@@ -250,6 +250,15 @@ def test_info(tmp_path, capsys):
     assert "hash: wrong" in run(capsys, "info", file)
 
 
+def test_a_hash_of_lycoris_is_not_called_wrong(tmp_path, capsys):
+    """It is of the tensors in the order of the training modules, each alone; the file orders them otherwise."""
+    file = tmp_path / "a.safetensors"
+    save_file(load_file(SD15 / "lierla.safetensors"), file, {"sshs_model_hash": "0x" + "2495f540" * 8})
+    assert "hash: LyCORIS' own" in run(capsys, "info", file)
+    (about,) = json.loads(run(capsys, "info", "--json", file))
+    assert about["hash"] == "lycoris"
+
+
 def test_plot(tmp_path, capsys, monkeypatch):
     words = ["info", SD15 / "lierla.safetensors", SD15 / "block_dims.safetensors", "--plot", tmp_path / "a.png"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -43,7 +43,8 @@ def test_page(page, tmp_path, monkeypatch):
 
 def examples_in(thing):
     finder = doctest.DocTestFinder(exclude_empty=True)
-    return [test for test in finder.find(thing) if test.examples]
+    bases = [base for base in getattr(thing, "__mro__", ())[1:] if base.__module__.startswith("lora_adapters.convert")]
+    return [test for part in (thing, *bases) for test in finder.find(part) if test.examples]
 
 
 @pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if examples_in(thing)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig, param_groups
+from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig, add_adapter, param_groups
 from tests.convert.checkpoints import GOLDEN, original
 from tests.lora_adapters.conftest import expected, make_pipeline
 from tests.lora_adapters.golden_outputs import error, outputs
@@ -53,11 +53,12 @@ def test_every_call_of_the_table_does_it(left, calls, tmp_path):
     names = {
         "pipe": pipe, "file": FILE, "sd": load_file(FILE), "model": model, "out": out, "lr": 1e-4, "unet_lr": 1e-4,
         "te_lr": 5e-5, "metadata": {}, "dtype": torch.float16, "Adapter": Adapter, "param_groups": param_groups,
+        "add_adapter": add_adapter,
         "C3LierConfig": C3LierConfig, "LierLaConfig": LierLaConfig, "DyLoraConfig": DyLoraConfig,
     }  # fmt: skip
     if "prepare_optimizer" in left:
         for part in (pipe.unet, pipe.text_encoder):
-            part.add_adapter(LierLaConfig(r=2), "a")
+            add_adapter(part, LierLaConfig(r=2), "a")
     elif not any("load_lora_weights" in call or "add_adapter" in call for call in calls):
         pipe.load_lora_weights(FILE, adapter_name="a")
     if "restore_from" in left:

@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from PIL import Image
 
-from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig
+from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig, add_adapter
 from tests.train.conftest import build_sd1, build_sdxl
 
 SD = ("StableDiffusion", "StableDiffusionImg2Img", "StableDiffusionInpaint", "StableDiffusionControlNet")
@@ -99,7 +99,7 @@ def adapter(name: str, arch: str, folder: Path) -> Adapter:
     unet, text = ADAPTERS[name]
     with torch.no_grad():
         for part, model in models(pipe).items():
-            model.add_adapter(unet if part == "unet" else text, adapter_name="new")
+            add_adapter(model, unet if part == "unet" else text, "new")
             for key, parameter in model.named_parameters():
                 if "lora_B" in key:
                     parameter.normal_(std=0.2)

@@ -1,5 +1,6 @@
 """What this package does not read: loaded by diffusers whole, or one line and nothing changed."""
 
+import json
 import logging
 import math
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_adapters import Adapter, AdapterError, injection
+from lora_adapters.convert.formats import registry
 from lora_adapters.model_state import ModelState
 
 from .conftest import GOLDEN
@@ -18,6 +20,12 @@ from .conftest import GOLDEN
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 QUERY, KEY = f"{ATTENTION}.to_q", f"{ATTENTION}.to_k"
 FIRST = GOLDEN / "sd15" / "lierla.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def dora_is_not_read(monkeypatch):
+    """DoRA stands for whatever diffusers reads and this package does not: its format is taken away here."""
+    monkeypatch.setattr(registry, "FORMATS", tuple(known for known in registry.FORMATS if known.NAME != "lycoris"))
 
 
 def models(pipe):
@@ -214,7 +222,7 @@ def test_the_state_of_a_model_comes_back(pipeline) -> None:
 NAME = "lora_unet_" + QUERY.replace(".", "_")
 
 
-@pytest.mark.parametrize("key", ["hada_w1_a", "lokr_w1", "oft_blocks", "diff", "w_norm", "dora_scale"])
+@pytest.mark.parametrize("key", ["vera_lambda_b", "ia3_l", "oft_R", "oft_diag"])
 @pytest.mark.parametrize("given", ["file", "dict", "hotswap"])
 def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
     pipe = pipeline()
@@ -222,7 +230,7 @@ def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
     save_file(tensors, tmp_path / "other.safetensors")
     before = snapshot(pipe)
     source = tensors if given == "dict" else tmp_path / "other.safetensors"
-    with pytest.raises(AdapterError, match=rf"it is an? .* \({NAME}\.{key}\); only low-rank pairs are read") as caught:
+    with pytest.raises(AdapterError, match=rf"it is an? .* \({NAME}\.{key}\), which is not read") as caught:
         pipe.load_lora_weights(source, hotswap=given == "hotswap")
     assert ("the state dict: " if given == "dict" else f"{tmp_path / 'other.safetensors'}: ") in str(caught.value)
     unchanged(pipe, before, {})
@@ -230,19 +238,41 @@ def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
 
 def test_a_folder_of_several_files(pipeline, tmp_path) -> None:
     pipe = pipeline()
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.safetensors").write_bytes(FIRST.read_bytes())
+    (tmp_path / "a.safetensors").write_bytes(FIRST.read_bytes())
+    (tmp_path / "b.safetensors").write_bytes((FIRST.parent / "c3lier.safetensors").read_bytes())
     with pytest.raises(AdapterError, match=r"2 weights files, name one with weight_name: a\.safetensors, b\.safe"):
         pipe.load_lora_weights(tmp_path)
     assert pipe.get_list_adapters() == {}
     pipe.load_lora_weights(tmp_path, weight_name="b.safetensors")
 
 
+def test_a_folder_of_one_adapter_under_two_names(pipeline, tmp_path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(FIRST.read_bytes())
+    pipeline().load_lora_weights(tmp_path)
+
+
 def test_a_folder_of_shards(pipeline, tmp_path) -> None:
+    tensors = load_file(FIRST)
+    names = sorted(tensors)
+    files = {f"a-0000{part + 1}-of-00002.safetensors": names[part::2] for part in range(2)}
+    for file, mine in files.items():
+        save_file({name: tensors[name] for name in mine}, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, mine in files.items() for name in mine}}
+    (tmp_path / "a.safetensors.index.json").write_text(json.dumps(index))
+    pipe, whole = pipeline(), pipeline()
+    pipe.load_lora_weights(tmp_path)
+    whole.load_lora_weights(FIRST)
+    there = snapshot(whole)
+    assert all(torch.equal(one, there[key]) for key, one in snapshot(pipe).items())
+
+
+@pytest.mark.parametrize("index", ["{}", "[1]", "{", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": 1}'])
+def test_a_folder_of_shards_whose_index_is_damaged(index, pipeline, tmp_path) -> None:
     for part in ("1", "2"):
-        (tmp_path / f"pytorch_lora_weights-0000{part}-of-00002.safetensors").write_bytes(FIRST.read_bytes())
-    (tmp_path / "pytorch_lora_weights.safetensors.index.json").write_text("{}")
-    with pytest.raises(AdapterError, match=r"split into 2 files \(pytorch_lora_weights\.safetensors\.index\.json\)"):
+        (tmp_path / f"a-0000{part}-of-00002.safetensors").write_bytes(FIRST.read_bytes() + part.encode())
+    (tmp_path / "a.safetensors.index.json").write_text(index)
+    with pytest.raises(AdapterError, match=r"a\.safetensors\.index\.json is no index of weights"):
         pipeline().load_lora_weights(tmp_path)
 
 
@@ -347,14 +377,17 @@ def test_a_failure_in_the_text_encoder_leaves_everything_as_it_was(failure, how,
     tensors = strange_dora("a text encoder that fails", pipe, dora(pipe, tmp_path / "dora.safetensors"))
     prepared(pipe, how)
     before, state = snapshot(pipe), whole_state(pipe)
-    real = injection.inject_adapter_in_model
 
-    def failing(config, model, *args, **kwargs):
-        if model is pipe.text_encoder:
-            raise MemoryError
-        return real(config, model, *args, **kwargs)
+    def failing(real):
+        def inject(*args, **kwargs):
+            if any(one is pipe.text_encoder for one in args):
+                raise MemoryError
+            return real(*args, **kwargs)
 
-    monkeypatch.setattr(injection, "inject_adapter_in_model", failing)
+        return inject
+
+    for name in ("inject_at", "inject_adapter_in_model"):
+        monkeypatch.setattr(injection, name, failing(getattr(injection, name)))
     with pytest.raises(MemoryError if failure == "ours" else AdapterError):
         pipe.load_lora_weights(FIRST if failure == "ours" else tensors, adapter_name="new")
     after = snapshot(pipe)

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, LowRank, set_rank
+from lora_adapters import (
+    Adapter,
+    AdapterError,
+    C3LierConfig,
+    DyLoraConfig,
+    LierLaConfig,
+    LowRank,
+    add_adapter,
+    set_rank,
+)
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.types.dylora.rank_controller import controllers
 
@@ -120,7 +129,7 @@ def test_what_is_more_than_pairs_is_not_swapped_in_part(component, extra, pipeli
     pipe, after = pipeline(), made("lierla", unet_only=True)
     model = getattr(pipe, component)
     for part in (pipe.unet, pipe.text_encoder):
-        part.add_adapter(LierLaConfig(r=2, **({extra: True} if part is model else {})), "a")
+        add_adapter(part, LierLaConfig(r=2, **({extra: True} if part is model else {})), "a")
     was = outputs(pipe, expected("sd15"))
     with pytest.raises(AdapterError, match=rf"{component}\.\S+ has .* in a, which a swap would leave behind"):
         pipe.load_lora_weights(after, adapter_name="a", hotswap=True)

@@ -114,7 +114,6 @@ def test_block_lists_alone_count_too() -> None:
         ({"network_module": "dylora", "network_args": {"unit": "0"}}, "unit is 0"),
         ({"network_module": "dylora", "network_args": {"rank_scaling": "big"}}, "one of"),
         ({"network_args": {"mid_lr_weight": "much"}}, "give numbers with commas"),
-        ({"network_module": "lycoris.kohya"}, "give networks.lora, with conv_dim and conv_alpha in network_args"),
         ({"network_module": "networks.lora_fa"}, "give networks.lora, which trains both"),
         ({"network_module": "networks.dylroa"}, "the nearest known name is networks.dylora"),
     ],
@@ -130,7 +129,7 @@ def test_mistakes(options, message) -> None:
         ({"unit": "4"}, "unit is ignored: it is for DyLoRA"),
         ({"block_lr_zero_threshold": "0.1"}, "block_lr_zero_threshold is ignored: it goes with down_lr_weight, "),
         ({"conv_dims": "4"}, "conv_dims is ignored: there is no such option; the nearest known name is conv_dim"),
-        ({"algo": "lora"}, "algo is ignored: there is no such option"),
+        ({"algo": "lora"}, "algo is ignored: it is for LyCORIS: give network_module lycoris.kohya"),
     ],
 )
 def test_network_args_without_effect_are_said_and_ignored(args, reason, caplog) -> None:

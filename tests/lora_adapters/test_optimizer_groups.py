@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 
-from lora_adapters import LierLaConfig, param_groups
+from lora_adapters import LierLaConfig, add_adapter, param_groups
 from lora_adapters.block_lr import block_lr_weights
 from lora_adapters.convert.errors import AdapterError
 
@@ -21,7 +21,7 @@ def made_with(config: LoraConfig) -> UNet2DConditionModel:
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    made.add_adapter(config)
+    add_adapter(made, config)
     return made
 
 

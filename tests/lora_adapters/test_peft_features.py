@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from lora_adapters import AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank
+from lora_adapters import AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, add_adapter, set_rank
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.types.dylora import rank_controller as dylora_module
 
@@ -133,7 +133,7 @@ def test_one_config_for_two_models() -> None:
     mine = LierLaConfig(r=8, lora_alpha=4)
     unet, text_encoder = MODELS["unet"]()[0], MODELS["clip"]()[0]
     unet.add_adapter(mine, "a")
-    text_encoder.add_adapter(mine, "a")
+    add_adapter(text_encoder, mine, "a")
     assert unet.peft_config["a"] is mine
     there = text_encoder.peft_config["a"]
     assert (there.r, there.lora_alpha) == (8, 4)
@@ -141,8 +141,26 @@ def test_one_config_for_two_models() -> None:
     assert not there.target_modules & mine.target_modules
     mine.r = 2  # what is set by hand afterwards counts
     again = MODELS["unet"]()[0]
-    again.add_adapter(mine, "b")
+    add_adapter(again, mine, "b")
     assert {layer.r["b"] for _, layer in dylora_module.layers(again, "b")} == {2}
+
+
+def test_add_adapter_leaves_a_model_as_its_own_method_does() -> None:
+    """It is for text encoders, whose own asks for PEFT 0.22 since transformers 5.24; a U-Net's is the reference."""
+    ours, theirs = MODELS["unet"]()[0], MODELS["unet"]()[0]
+    for name in ("a", "b"):
+        torch.manual_seed(0)
+        add_adapter(ours, LierLaConfig(r=2), name)
+        torch.manual_seed(0)
+        theirs.add_adapter(LierLaConfig(r=2), name)
+        assert ours.active_adapters() == theirs.active_adapters() == [name]
+    assert ours._hf_peft_config_loaded
+    wanted = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        assert torch.equal(parameter, wanted[key]), key
+        assert parameter.requires_grad == wanted[key].requires_grad, key
+    with pytest.raises(AdapterError, match="an adapter a already"):
+        add_adapter(ours, LierLaConfig(r=2), "a")
 
 
 def test_a_config_that_a_model_could_not_take_is_as_it_was() -> None:

@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig
+from lora_adapters import Adapter, C3LierConfig, DyLoraConfig, LierLaConfig, add_adapter
 from lora_adapters.convert.formats.metadata import DyLora
 
 ALPHAS = C3LierConfig(r=4, lora_alpha=3, conv_dim=2, conv_alpha=5)
@@ -27,7 +27,7 @@ def save(pipe, folder, **options):
 
 def with_adapter(pipe, config):
     pipe.unet.add_adapter(config)
-    pipe.text_encoder.add_adapter(config)
+    add_adapter(pipe.text_encoder, config)
     return pipe
 
 

@@ -293,10 +293,10 @@ def test_errors_are_one_line_and_leave_nothing_behind(src, dst, capsys):
     assert "both source and destination" in one_error(capsys, src, src / ".." / "src")
     for wrong in ("512", "512x", "0x512", "-1x5", "512x512,", "axb", "5.5x5"):
         assert "is not like 512x512,384x384" in one_error(capsys, src, dst, f"--max_resolution={wrong}", status=2)
-    assert "divisible_by 0" in one_error(capsys, src, dst, "--divisible_by", 0, status=2)
+    assert "--divisible_by must be at least 1, not 0" in one_error(capsys, src, dst, "--divisible_by", 0, status=2)
     assert "invalid choice: 'mitchell'" in one_error(capsys, src, dst, "--interpolation", "mitchell", status=2)
     assert "required" in one_error(capsys, src, status=2)
-    assert "unrecognized" in one_error(capsys, src, dst, "--max_res", "5x5", status=2)
+    assert "did you mean --max_resolution?" in one_error(capsys, src, dst, "--max_resolutoin", "5x5", status=2)
     assert not dst.exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lora_adapters.convert.terminal import is_quiet
 from lora_adapters.train.data.buckets import Size
 from lora_adapters.train.data.cache_files import (
     TEXT_ENDING,
@@ -65,7 +66,7 @@ def encode_latents(
     missing: dict[Size, list[int]] = defaultdict(list)
     for number in numbers:
         missing[wanted[number].bucket].append(number)
-    bar = tqdm(total=sum(map(len, missing.values())), desc="caching latents", disable=rank != 0)
+    bar = tqdm(total=sum(map(len, missing.values())), desc="caching latents", disable=is_quiet() or rank != 0)
     for numbers in missing.values():
         for chunk in _chunks(numbers, batch_size):
             made = _encode(vae, [images.images[number] for number in chunk], seed, device)
@@ -221,7 +222,7 @@ def _sample_latents(
 def _encode_captions(
     captions: list[str], encode: Callable[[list[str]], dict[str, torch.Tensor]], batch_size: int, rank: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    with tqdm(total=len(captions), desc="caching text-encoder outputs", disable=rank != 0) as bar:
+    with tqdm(total=len(captions), desc="caching text-encoder outputs", disable=is_quiet() or rank != 0) as bar:
         for chunk in _chunks(captions, batch_size):
             with torch.no_grad():
                 outputs = {name: value.detach().float().cpu() for name, value in encode(list(chunk)).items()}

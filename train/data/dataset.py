@@ -71,6 +71,12 @@ class TrainingData:
         return self.images.count(regularisation=True)
 
     @property
+    def trigger_words(self) -> list[str]:
+        """The class tokens that were captions of pictures without one."""
+        used = (loaded for loaded in self.images.subsets if not loaded.config.is_reg and loaded.without_caption)
+        return list(dict.fromkeys(loaded.config.class_tokens for loaded in used if loaded.config.class_tokens))
+
+    @property
     def has_masks(self) -> bool:
         """Whether any image has a mask (alpha_mask or conditioning_data_dir), so that batches do."""
         return any(subset.alpha_mask or subset.conditioning_data_dir for subset in self._subsets())

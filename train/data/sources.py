@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lora_adapters.convert.parsing import json_value, read_text
 from lora_adapters.convert.storage.atomic import replacing
+from lora_adapters.convert.terminal import is_quiet
 from lora_adapters.train.data.buckets import Size
 from lora_adapters.train.data.candidates import Candidate, existing_folder
 from lora_adapters.train.data.config import SubsetConfig
@@ -152,7 +153,14 @@ def _write_info(folder: Path, images: list[Found], candidates: list[Candidate]) 
 def _measure(candidates: list[Candidate], name: str) -> list[Size | str]:
     unknown = [candidate.source for candidate in candidates if candidate.size is None]
     with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(size_if_whole, unknown), total=len(unknown), desc=f"reading {name}", delay=2, leave=False)
+        bar = tqdm(
+            pool.map(size_if_whole, unknown),
+            total=len(unknown),
+            desc=f"reading {name}",
+            delay=2,
+            leave=False,
+            disable=is_quiet(),
+        )
         measured = iter(list(bar))
     return [candidate.size if candidate.size is not None else next(measured) for candidate in candidates]
 

@@ -16,7 +16,7 @@ from lora_adapters.kohya_options import MODULES
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.merging import Placed, match_to_model, merge_weights
+from lora_adapters.train.models.merging import Placed, match_to_model, merge_weights, original
 from lora_adapters.train.options.values import key_values
 from lora_adapters.types.dylora.rank_controller import set_rank
 
@@ -134,6 +134,10 @@ class LiveNetworks:
             except AdapterError as error:
                 raise AdapterError(f"{network.source}: {error}") from None
 
+    def follow(self, found: Sequence[Network]) -> None:
+        """Take the ranks of these, which are the same adapters."""
+        self._networks = found
+
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:
         """Work with these multipliers; `rank` is for the DyLoRAs, None for their own."""
         if not self._networks:
@@ -153,7 +157,7 @@ class MergedNetworks:
         self._models = models
         self._originals: dict[Any, Any] = {}
         for network in found:
-            self._originals |= {layer: layer.weight.detach().clone() for layer, _ in _placed(models, network, None)}
+            self._originals |= {layer: original(layer) for layer, _ in _placed(models, network, None)}
         self._now: tuple[tuple[float, ...], int | None] | None = None
 
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:

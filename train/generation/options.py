@@ -1,61 +1,19 @@
-"""The options of the image program, under the names of kohya's gen_img; those it does not support, with reasons."""
+"""The options of the image program, under the names of kohya's gen_img."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lora_adapters.train.errors import OptionError
+from lora_adapters.train.generation.refused import RefusedOptions
 from lora_adapters.train.options.model import AttentionOptions, ModelSource
 from lora_adapters.train.options.option import option
 from lora_adapters.train.options.parser import Parser
 from lora_adapters.train.options.settings import Given, made
+from lora_adapters.train.options.unsupported import refuse
 from lora_adapters.train.samplers import SAMPLERS
 
-_CONTROL = "ControlNet is not supported: use diffusers' StableDiffusionControlNetPipeline with pipe.load_lora_weights"
-_HIGHRES = "highres fix is not supported: draw small, then give the image to --image_path with --W, --H and --strength"
-_SHRINK = "Deep Shrink is not supported"
-_GRADUAL = "Gradual Latent is not supported"
-_GUIDANCE = "guidance by CLIP or VGG16 is not supported"
-_EMBEDDINGS = "embeddings are not supported: use pipe.load_textual_inversion of diffusers"
-_MASK = "masks (inpainting, regions) are not supported"
-_NOISE = "other starting noise is not supported"
 _COUNT: dict[str, Any] = {"at_least": 1, "range_error": "give 1 or more"}
 MAX_SEED = 2**32 - 1
-_NEGATIVE_SCALE = "a scale of its own for the negative prompt is not supported"
-
-UNSUPPORTED: dict[str, str] = {
-    "from_module": "prompts from Python modules are not supported; use --from_file",
-    "prompter_module_args": "prompts from Python modules are not supported; use --from_file",
-    "interactive": "typing prompts is not supported; use --prompt or --from_file",
-    "no_preview": "typing prompts is not supported, so there is no preview",
-    "mask_path": _MASK,
-    "network_regional_mask_max_color_codes": _MASK,
-    "vae_slices": "it is not supported; --vae_batch_size 1 saves memory, too",
-    "textual_inversion_embeddings": _EMBEDDINGS,
-    "XTI_embeddings": _EMBEDDINGS,
-    "negative_scale": _NEGATIVE_SCALE,
-    "pyramid_noise_prob": _NOISE,
-    "pyramid_noise_discount_range": _NOISE,
-    "noise_offset_prob": _NOISE,
-    "noise_offset_range": _NOISE,
-    **dict.fromkeys(("clip_vision_strength", "clip_guidance_scale", "clip_image_guidance_scale"), _GUIDANCE),
-    **dict.fromkeys(("vgg16_guidance_scale", "vgg16_guidance_layer", "guide_image_path"), _GUIDANCE),
-    **{f"highres_fix_{name}": _HIGHRES for name in ("scale", "steps", "strength", "save_1st", "latents_upscaling",
-       "upscaler", "upscaler_args", "disable_control_net")},
-    **{f"control_net_{name}": _CONTROL for name in ("models", "preps", "multipliers", "weights", "ratios",
-       "lllite_models")},
-    **{f"ds_{name}": _SHRINK for name in ("depth_1", "timesteps_1", "depth_2", "timesteps_2", "ratio")},
-    **{f"gradual_latent_{name}": _GRADUAL for name in ("timesteps", "ratio", "ratio_step", "every_n_steps", "s_noise",
-       "unsharp_params")},
-}  # fmt: skip
-
-UNSUPPORTED_IN_LINES: dict[str, str] = {
-    "nl": f"({_NEGATIVE_SCALE})",
-    "c": f"({_GUIDANCE})",
-    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), f"({_SHRINK})"),
-    **dict.fromkeys(("glt", "glr", "gls", "gle", "glsn", "glus"), f"({_GRADUAL})"),
-}
 
 
 @dataclass
@@ -199,23 +157,28 @@ class SheetOptions:
 
 
 @dataclass
-class GenerateSettings(BaseOptions, PromptOptions, SamplingOptions, AdapterOptions, FileOptions, SheetOptions, Given):
+class GenerateSettings(
+    BaseOptions, PromptOptions, SamplingOptions, AdapterOptions, FileOptions, SheetOptions, RefusedOptions, Given
+):
     """The image program's options: an attribute each."""
 
 
-def parser(defaults: bool = True) -> argparse.ArgumentParser:
+def parser(defaults: bool = True) -> Parser:
     """A parser of all options; without `defaults` its result has only what is on the command line."""
-    new = Parser(prog="gen_img_diffusers.py", description="Draw images with Stable Diffusion and adapters.")
+    new = Parser(
+        prog="gen_img_diffusers.py",
+        description="Draw images with a base model and adapters, with the options of kohya's gen_img.",
+        examples=[
+            '--ckpt MODEL --network_weights a.safetensors --network_mul 0.8 --prompt "a cat --n blurry"',
+            "--ckpt MODEL --network_weights dylora.safetensors --from_file prompts.txt --sweep weight=0,0.5,1 rank=4,8",
+        ],
+    )
     new.add_options(GenerateSettings, defaults)
-    for name in UNSUPPORTED:
-        new.add_refused(f"--{name}")
     return new
 
 
 def parse(argv: Sequence[str] | None = None) -> GenerateSettings:
     """Options from `argv`, then the defaults. Raises OptionError for the first unsupported option that is given."""
-    line = vars(parser(defaults=False).parse_args(argv))
-    for name, reason in UNSUPPORTED.items():
-        if line.pop(name, None) is not None:
-            raise OptionError(f"--{name}: {reason}")
-    return made(GenerateSettings, line)
+    settings = made(GenerateSettings, vars(parser(defaults=False).parse_args(argv)))
+    refuse(settings)
+    return settings

@@ -20,7 +20,7 @@ from lora_adapters.train.generation.requests import ImageRequest, check_sizes, r
 from lora_adapters.train.generation.sweeps import Column, check_lines, check_rank, columns
 from lora_adapters.train.models.base import check_fixed_clip_skip, check_path, family_on_disk
 from lora_adapters.train.models.family import TrainingFamily
-from lora_adapters.train.models.registry import KIND_FLAGS, family_of_adapter
+from lora_adapters.train.models.registry import KIND_FLAGS
 from lora_adapters.train.options.settings import check_ranges
 
 _ONE_OF = (
@@ -143,8 +143,8 @@ def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str
 def _check_family(settings: GenerateSettings, found: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
     for network in found:
-        own = family_of_adapter(network.adapter)
-        if own is not family:
+        own = network.adapter.family
+        if own.name != family.name:
             raise AdapterError(f"{network.source} is for {own.title}, but {model} is {family.title}")
     check_fixed_clip_skip(family, settings.clip_skip)
 

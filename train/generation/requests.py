@@ -12,8 +12,9 @@ from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import forbidden, same_file_key
 from lora_adapters.train.data.image_suffixes import WRITTEN
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.options import UNSUPPORTED_IN_LINES, GenerateSettings
+from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.prompt_lines import WHOLE, LineOption, multiple_of_8, parse_line, whole
+from lora_adapters.train.generation.refused import UNSUPPORTED_IN_LINES
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.schedulers import check_sampler

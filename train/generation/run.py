@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from lora_adapters.convert.devices import device_of
+from lora_adapters.convert.terminal import is_quiet, say
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.generation.draw import Drawer, sized
 from lora_adapters.train.generation.image_grid import draw_sheet
@@ -47,9 +48,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if made.columns:
         written = [_sweep(drawer, album, wanted, made)]
     else:
-        pairs = tqdm(drawer.draw(wanted), "images", len(wanted), unit="image", disable=None)
+        pairs = tqdm(drawer.draw(wanted), "images", len(wanted), unit="image", disable=is_quiet() or None)
         written = [album.add(request, image) for request, image in pairs]
-    print(f"{len(written)} image{'s' if len(written) > 1 else ''} written: {_shown(written)}")
+    say(f"{len(written)} image{'s' if len(written) > 1 else ''} written: {_shown(written)}")
     return written
 
 
@@ -91,7 +92,7 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
 def _sweep(drawer: Drawer, album: Album, wanted: Sequence[ImageRequest], made: Plan) -> Path:
     """Draw every request with every column's settings, on one sheet."""
     total = len(wanted) * len(made.columns)
-    with tqdm(total=total, desc="images", unit="image", disable=None) as bar:
+    with tqdm(total=total, desc="images", unit="image", disable=is_quiet() or None) as bar:
         drawn: list[list[Any]] = []
         for column in made.columns:  # in this order, adapters change their settings as seldom as can be
             drawn.append([])

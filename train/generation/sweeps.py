@@ -12,6 +12,7 @@ from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.prompt_lines import parse_line, whole
 from lora_adapters.train.generation.requests import OPTIONS, ImageRequest
 from lora_adapters.train.models.schedulers import check_sampler
+from lora_adapters.train.options.values import did_you_mean, key_values
 
 _READ: dict[str, Callable[[str], Any]] = {
     "weight": number,
@@ -93,14 +94,14 @@ def check_lines(lines: Sequence[tuple[str, str]], made: Sequence[Column]) -> Non
 
 
 def _pairs(sweep: Sequence[str]) -> list[tuple[str, str]]:
-    found: dict[str, str] = {}
-    for part in sweep:
-        name, _, text = part.partition("=")
+    found = key_values(sweep, "sweep")
+    names = [part.partition("=")[0] for part in sweep]
+    for name, text in found.items():
         if name not in _READ or not text:
-            raise OptionError(f"--sweep {part}: it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}")
-        if name in found:
+            takes = f"it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}"
+            raise OptionError(f"--sweep {name}={text}: {takes}{did_you_mean(name, _READ)}")
+        if names.count(name) > 1:
             raise OptionError(f"--sweep: {name} is given twice")
-        found[name] = text
     return list(found.items())
 
 

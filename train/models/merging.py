@@ -1,17 +1,18 @@
 """Adapters' changes added to the weights of live models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import Delta, with_tensors
+from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.injection import match_to_model as in_model
 from lora_adapters.train.models.base import BaseModels
 
-Placed = list[tuple[Any, LowRank]]  # a layer, and the change of its weight
+Placed = list[tuple[Any, Delta]]  # a layer, and its change
 
 
 def match_to_model(models: BaseModels, adapter: Adapter) -> Placed:
@@ -21,29 +22,54 @@ def match_to_model(models: BaseModels, adapter: Adapter) -> Placed:
         if component not in models.components:
             raise AdapterError(f"it adapts {component}, which {models.name or 'the model'} does not have")
     for component, model in models.components.items():
-        modules = {name.path: pair for name, pair in adapter.pairs().items() if name.component == component}
-        found += [(model.get_submodule(path), pair) for path, pair in in_model(model, component, modules).items()]
+        modules = {
+            name.path: as_pair(change) or change
+            for name, change in adapter.modules.items()
+            if name.component == component
+        }
+        found += [(model.get_submodule(path), one) for path, one in in_model(model, component, modules).items()]
     return found
 
 
+Original = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and a bias
+
+
+def original(layer: Any) -> Original:
+    """Copies of a layer's weight and bias."""
+    bias = getattr(layer, "bias", None)
+    return layer.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
 @torch.no_grad()
-def merge_weights(changes: Sequence[tuple[Placed, float]], originals: dict[Any, torch.Tensor] | None = None) -> None:
-    """Set each weight to itself plus Σ multiplier · ΔW, summed in float32 and rounded once.
+def merge_weights(changes: Sequence[tuple[Placed, float]], originals: Mapping[Any, Original] | None = None) -> None:
+    """Set each weight to itself plus Σ ΔW at the multipliers, and each bias, summed in float32 and rounded once.
+
+    A change that depends on the weight (DoRA, OFT) is computed with the weight before all of them.
 
     Args:
-        changes: pairs of changes and multiplier.
-        originals: the weights to start from, by layer, in place of the present ones; layers without a change are set
-            back to them.
+        changes: changes and their multiplier.
+        originals: what to start from, by layer (see `original`), in place of the present weights; layers without a
+            change are set back to it.
     """
-    by_layer: dict[Any, list[tuple[LowRank, float]]] = {layer: [] for layer in originals or {}}
+    by_layer: dict[Any, list[Delta]] = {layer: [] for layer in originals or {}}
     for placed, multiplier in changes:
-        for layer, pair in placed:
-            by_layer.setdefault(layer, []).append((pair, multiplier))
-    for layer, pairs in by_layer.items():
-        weight = layer.weight if originals is None else originals[layer]
-        total = weight.to(layer.weight.device, torch.float32)
-        for pair, multiplier in pairs:
+        for layer, change in placed:
+            by_layer.setdefault(layer, [])
             if multiplier:
-                delta = LowRank(pair.down.to(total.device), pair.up.to(total.device), pair.alpha * multiplier).delta()
-                total = total + delta.reshape(total.shape)
+                by_layer[layer].append(change.scaled(multiplier))
+    for layer, scaled in by_layer.items():
+        weight, bias = (layer.weight, getattr(layer, "bias", None)) if originals is None else originals[layer]
+        base = weight.to(layer.weight.device, torch.float32)
+        total, total_bias = base, None if bias is None else bias.to(base.device, torch.float32)
+        for change in (_on(base.device, change) for change in scaled):
+            if change.changes_weight:
+                total = total + change.delta(base).reshape(base.shape)
+            if total_bias is not None and (added := change.bias()) is not None:
+                total_bias = total_bias + added
         layer.weight.copy_(total)
+        if total_bias is not None:
+            layer.bias.copy_(total_bias)
+
+
+def _on(device: torch.device, change: Any) -> Any:
+    return with_tensors(change, lambda _, tensor: tensor.to(device))

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_adapters.convert.adapter import Adapter
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.sd import SD
@@ -41,11 +40,6 @@ def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
             return family, kind
     *most, last = known_titles()
     raise TrainingError(f"{name or 'the base model'} is a {type(pipeline).__name__}, not {', '.join(most)} or {last}")
-
-
-def family_of_adapter(adapter: Adapter) -> TrainingFamily:
-    """The family that an adapter is for."""
-    return FAMILIES[adapter.architecture]
 
 
 def known_titles() -> list[str]:

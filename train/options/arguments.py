@@ -1,6 +1,5 @@
 """The training program's options: from the command line, a toml file, or Python."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,17 @@ from lora_adapters.train.options.settings import Settings, made
 from lora_adapters.train.options.values import checked, did_you_mean
 
 
-def parser(defaults: bool = True) -> argparse.ArgumentParser:
+def parser(defaults: bool = True) -> Parser:
     """A parser of all options; without `defaults` its result has only what is on the command line."""
-    new = Parser(prog="train_network.py", description="Train a LoRA or DyLoRA adapter.")
+    new = Parser(
+        prog="train_network.py",
+        description="Train a LoRA-LierLa, LoRA-C3Lier or DyLoRA adapter, with the options of kohya's train_network.py.",
+        examples=[
+            "--pretrained_model_name_or_path=MODEL --dataset_config=dataset.toml --output_dir=trained "
+            "--network_module=networks.lora --network_dim=16 --network_alpha=16 --learning_rate=1e-4",
+            "--config_file=config.toml --dry_run",
+        ],
+    )
     new.add_options(Settings, defaults)
     return new
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_adapters.convert.parsing import read_text, toml_table
 from lora_adapters.convert.storage.atomic import replacing
+from lora_adapters.convert.terminal import say
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.option import Option, options_of
 from lora_adapters.train.options.settings import Settings
@@ -104,15 +105,15 @@ def write_config(settings: Settings) -> None:
         raise TrainingError(f"--output_config: {file} exists already; name another --config_file or delete it")
     known = options_of(Settings)
     lines = [
-        f"{name} = {_toml(value)}"
+        f"{name} = {toml_literal(value)}"
         for name, value in settings.given_options().items()
         if name not in _NOT_WRITTEN and not known[name].secret
     ]
     with replacing(file) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"wrote {len(lines)} options to {file}")
+    say(f"wrote {len(lines)} options to {file}")
 
 
-def _toml(value: Any) -> str:
+def toml_literal(value: Any) -> str:
     """A toml literal. JSON's text, numbers, truth values and lists are toml's as well."""
     return json.dumps(value, ensure_ascii=False)

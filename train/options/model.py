@@ -19,7 +19,9 @@ def _without_deepspeed(settings: Any) -> bool:
 def _deepspeed(default: Any, help: str, **facts: Any) -> Any:
     """An option of DeepSpeed's, which nothing reads without --deepspeed."""
     case = Inert(lambda _, settings: _without_deepspeed(settings), "it has no effect without --deepspeed")
-    return option(default, f"DeepSpeed: {help}", unread=_without_deepspeed, inert=(case,), **facts)
+    return option(
+        default, f"DeepSpeed: {help}", unread=_without_deepspeed, inert=(case,), goes_with="deepspeed", **facts
+    )
 
 
 @dataclass
@@ -114,12 +116,12 @@ class NetworkOptions:
     """The adapter."""
 
     title: ClassVar[str] = "network"
-    network_module: str | None = option(None, "networks.lora or networks.dylora; lierla, c3lier, dylora")
+    network_module: str | None = option(None, "networks.lora, dylora, loha or lokr; lycoris.kohya; c3lier")
     network_dim: int | None = option(None, "rank", unset="4")
     network_alpha: float = option(1, "alpha: the adapter is scaled by alpha/rank")
     network_dropout: float | None = option(None, "dropout on the low-rank activations", metadata=True)
     network_args: list[str] | dict[str, Any] | None = option(
-        None, "conv_dim=4 conv_alpha=1 unit=4 block_dims=... ...", metavar="KEY=VALUE"
+        None, "conv_dim=4 conv_alpha=1 unit=4 block_dims=... preset=... ...", metavar="KEY=VALUE"
     )
     network_weights: str | None = option(None, "adapter file whose weights training starts from")
     dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")

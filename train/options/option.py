@@ -54,6 +54,7 @@ class Option:
         unsupported: why the option is refused; None if it is supported.
         inert: cases in which it changes nothing.
         unread: takes all settings; True if nothing reads the option then, so that a wrong value does no harm.
+        goes_with: the option without which it does nothing; where that is refused, so is this.
         secret: True for keys and tokens, which are written to no file.
     """
 
@@ -75,6 +76,7 @@ class Option:
     unsupported: str | None = None
     inert: tuple[Inert, ...] = ()
     unread: Callable[[Any], bool] | None = None
+    goes_with: str = ""
     secret: bool = False
     # from the dataclass
     name: str = ""

@@ -2,15 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_adapters.convert.tools import command_line
+from lora_adapters.convert.tools import parser as parsers
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.option import Option, groups, options_of
 
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
-class Parser(command_line.Parser):
+
+class Parser(parsers.Parser):
     """Raises OptionError for a wrong command line.
 
     An option may be abbreviated to a prefix that no other option has, as argparse allows. A name that lacks only its
@@ -34,13 +36,12 @@ class Parser(command_line.Parser):
         for title, names in groups(kind).items():
             group = self.add_argument_group(title)
             for name in names:
-                _add(group, known[name], defaults)
-                self._names.append(known[name].flag)
-
-    def add_refused(self, flag: str) -> None:
-        """Add an option, with or without values, that --help does not show: the program says why it is refused."""
-        self.add_argument(flag, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        self._names.append(flag)
+                option = known[name]
+                refused = _is_refused(option, known)
+                _add(group, option, defaults, refused)
+                self._names.append(option.flag)
+                if refused:
+                    self.refused.append(option.flag)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, after abbreviations are written out."""
@@ -58,12 +59,17 @@ class Parser(command_line.Parser):
         return f"{found[0]}{equals}{value}" if found and len(found[0]) - len(name) > 1 else word
 
 
-def _add(group: argparse._ArgumentGroup, option: Option, defaults: bool) -> None:
-    """Add one option to a parser's group."""
-    note = "not supported; " if option.unsupported else ""
+def _is_refused(option: Option, known: Mapping[str, Option]) -> bool:
+    """Whether an option is refused, or goes with one that is."""
+    return option.unsupported is not None or (option.goes_with != "" and _is_refused(known[option.goes_with], known))
+
+
+def _add(group: argparse._ArgumentGroup, option: Option, defaults: bool, refused: bool) -> None:
+    """Add one option to a parser's group; what is refused is not listed there."""
+    help = f"{option.help} (default: {option.shown_default})".replace("%", "%%")
     shown: dict[str, Any] = {
         "dest": option.name,
-        "help": f"{option.help} ({note}default: {option.shown_default})".replace("%", "%%"),
+        "help": argparse.SUPPRESS if refused else help,
         "default": option.default if defaults else argparse.SUPPRESS,
     }
     if option.is_flag:
@@ -74,6 +80,6 @@ def _add(group: argparse._ArgumentGroup, option: Option, defaults: bool) -> None
         type=option.parse or str,
         nargs=("+" if option.at_least_one else "*") if option.many else None,
         choices=option.choices,
-        metavar=option.metavar,
+        metavar=option.metavar or (None if option.choices else _METAVARS.get(option.kind)),
         **shown,
     )

@@ -84,6 +84,15 @@ class OptimizerOptions:
     text_encoder_lr: list[float] | None = option(
         None, "learning rate of the text encoders' adapters, one or all", unset="--learning_rate", metadata=True
     )
+    ema_decay: float | None = option(
+        None,
+        "average the weights over the steps with this decay, such as 0.999: saved beside as NAME-ema, and what is "
+        "sampled and measured",
+        metadata=True,
+        at_least=0,
+        at_most=1,
+        inert=(ZERO,),
+    )
     lr_scheduler: str = option(
         "constant", "linear, cosine, cosine_with_restarts, polynomial, constant, ...", metadata=True
     )

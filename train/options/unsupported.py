@@ -1,16 +1,21 @@
-"""Options that the parser knows and the program refuses: each declares its reason (`Option.unsupported`)."""
+"""Options that a parser knows and its program refuses: each declares its reason (`Option.unsupported`)."""
 
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.option import options_of
-from lora_adapters.train.options.settings import Settings
-
-UNSUPPORTED: dict[str, str] = {
-    name: option.unsupported for name, option in options_of(Settings).items() if option.unsupported
-}
+from lora_adapters.train.options.settings import Given, Settings
 
 
-def refuse(settings: Settings) -> None:
+def unsupported(kind: type[Given]) -> dict[str, str]:
+    """Name -> reason of the options of `kind` that are refused."""
+    return {name: option.unsupported for name, option in options_of(kind).items() if option.unsupported}
+
+
+UNSUPPORTED = unsupported(Settings)
+
+
+def refuse(settings: Given) -> None:
     """Raise OptionError for the first unsupported option that has another value than its default."""
-    for name, reason in UNSUPPORTED.items():
-        if getattr(settings, name) != options_of(Settings)[name].default:
-            raise OptionError(f"--{name}: {reason}")
+    known = options_of(type(settings))
+    for name, reason in unsupported(type(settings)).items():
+        if getattr(settings, name) != known[name].default:
+            raise OptionError(f"{known[name].flag}: {reason}")

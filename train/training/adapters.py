@@ -8,14 +8,17 @@ import torch
 from diffusers.training_utils import cast_training_params
 
 from lora_adapters.adapter import Adapter
+from lora_adapters.convert.deltas.base import Delta, with_article
+from lora_adapters.convert.deltas.sum import as_pair
+from lora_adapters.convert.deltas.with_scalar import WithScalar
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.storage.sources import locate
+from lora_adapters.injection import add_adapter, place
 from lora_adapters.injection import match_to_model as match_component
-from lora_adapters.injection import place
 from lora_adapters.kohya_options import NetworkOptions, network_options, training_args, without_effect
 from lora_adapters.optimizer_groups import param_groups
-from lora_adapters.target_modules import RankRule, base_layers, covered
+from lora_adapters.target_modules import RankRule, base_layers
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.family import TrainingFamily, full_path, is_text_encoder
@@ -24,20 +27,25 @@ from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.models.text_encoding import unread_layers
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
-from lora_adapters.train.training.regularization import add_dropouts
+from lora_adapters.train.training.pattern_counts import warn_of_idle_patterns
+from lora_adapters.train.training.regularization import add_dropouts, check_limits
 from lora_adapters.types.base import AdapterConfig
 from lora_adapters.types.layers import factors, has_adapter, is_factor
-from lora_adapters.types.registry import facts_for
+from lora_adapters.types.lycoris.config import LycorisConfig
+from lora_adapters.types.lycoris.layer import held
+from lora_adapters.types.lycoris.weights import DeltaWeights
+from lora_adapters.types.registry import covered, facts_for, parts_of
 
 log = logging.getLogger(__name__)
 
 ADAPTER = "default"
+_SAME_OPTIONS = "the same network options, or --dim_from_weights"
 
 
 def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
     """What --network_module, --network_dim, --network_alpha and --network_args ask for, on a model of `family`."""
     if not settings.network_module:
-        raise OptionError("--network_module is missing: networks.lora or networks.dylora")
+        raise OptionError("--network_module is missing: networks.lora, networks.dylora, networks.loha, ...")
     args = key_values(settings.network_args, "network_args")
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
     args = training_args(settings.network_module, args)
@@ -76,16 +84,23 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
 def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]:
     """The models that get an adapter, by the name of their part in a pipeline.
 
-    Without the denoiser where no block of it gets a module; TrainingError where nothing is left then.
+    Without those that get no module; TrainingError where nothing is left then.
     """
-    every = models.components
-    if not settings.dim_from_weights and not _has_modules(models.denoiser, options(settings, models.family).config):
-        del every[models.denoiser_name]
-        if settings.network_train_unet_only:
-            raise TrainingError("--network_train_unet_only: every block has rank or weight 0, nothing is left to train")
+    wanted = models.components
     if settings.network_train_unet_only:
-        return {models.denoiser_name: models.denoiser}
-    return text_components(every) if settings.network_train_text_encoder_only else every
+        wanted = {models.denoiser_name: models.denoiser}
+    elif settings.network_train_text_encoder_only:
+        wanted = text_components(wanted)
+    if settings.dim_from_weights:
+        return wanted
+    config = options(settings, models.family).config
+    trained = {name: model for name, model in wanted.items() if _has_modules(model, config)}
+    if not trained:
+        raise TrainingError(
+            f"nothing is left to train in {', '.join(wanted)}: every block has rank or weight 0, or preset, "
+            "include_patterns and exclude_patterns leave all modules out"
+        )
+    return trained
 
 
 def text_components(trained: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +108,15 @@ def text_components(trained: dict[str, Any]) -> dict[str, Any]:
     return {name: model for name, model in trained.items() if is_text_encoder(name)}
 
 
-def _has_modules(denoiser: Any, config: AdapterConfig) -> bool:
-    layers = {path: layer for path, _, layer in base_layers(denoiser)}
-    rule = RankRule(config, list(layers))
-    return any(rule(path, layers[path]).rank for path in covered(denoiser, config.conv))
+def _has_modules(model: Any, config: AdapterConfig) -> bool:
+    rule = RankRule(config, [path for path, _, _ in base_layers(model)])
+    try:
+        paths = covered(model, config)
+    except AdapterError:  # a preset without modules in this model
+        if config.preset is None:
+            raise
+        return False
+    return any(rule(path, model.get_submodule(path)).rank for path in paths)
 
 
 def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None:
@@ -108,7 +128,8 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
         _place(trained, start, _facts(settings, asked.config, start), source)
     else:
         for model in trained.values():
-            model.add_adapter(copy.deepcopy(asked.config), adapter_name=ADAPTER)
+            add_adapter(model, copy.deepcopy(asked.config), ADAPTER)
+        warn_of_idle_patterns(asked, trained)
         if start is not None:
             load_start(trained, start, source)
     for model in trained.values():
@@ -116,7 +137,10 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
             parameter.requires_grad_(is_factor(name))
     cast_training_params(list(trained.values()), torch.bfloat16 if settings.full_bf16 else torch.float32)
     layers = lora_layers(trained).values()
-    add_dropouts(layers, ADAPTER, settings.network_dropout, asked.rank_dropout, asked.module_dropout)
+    if settings.scale_weight_norms:
+        check_limits(layers, ADAPTER)
+    dropout = settings.network_dropout if asked.dropout is None else asked.dropout
+    add_dropouts(layers, ADAPTER, dropout, asked.rank_dropout, asked.module_dropout)
 
 
 def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
@@ -137,10 +161,18 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
     """
     layers = lora_layers(trained)
     used = 0
-    for name, low_rank in start.pairs().items():
+    for name, change in start.modules.items():
         if name not in layers:
             continue
         layer = layers[name]
+        if (weights := held(layer, ADAPTER)) is not None:
+            _start_from(weights, change, f"--network_weights {source}: {name}")
+            used += 1
+            continue
+        low_rank = as_pair(change)
+        if low_rank is None:
+            kind = with_article(change.kind)
+            raise TrainingError(f"--network_weights {source}: {name} has {kind}, not a LoRA; give {_SAME_OPTIONS}")
         down, up = (factor.weight for factor in factors(layer, ADAPTER))
         if low_rank.rank != down.shape[0]:
             raise TrainingError(
@@ -157,6 +189,19 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
     if used < len(start.modules) or used < len(layers):
         log.warning("%s: %d of its %d modules start %d of the %d that are trained", source, used, len(start.modules),
                     used, len(layers))  # fmt: skip
+
+
+def _start_from(weights: DeltaWeights, change: Delta, where: str) -> None:
+    """Make a module's change that of a file, which has to be of the same kind and sizes.
+
+    Its alpha may be another: the file's is what training goes on with.
+    """
+    with_scalar = weights.change
+    if isinstance(getattr(with_scalar, "change", None), WithScalar) or isinstance(with_scalar, WithScalar):
+        raise TrainingError(f"{where} cannot be started from with use_scalar, which files do not hold; leave it out")
+    if not weights.is_like(change):
+        raise TrainingError(f"{where} has {with_article(change.kind)} of other sizes or kind; give {_SAME_OPTIONS}")
+    weights.replace(change)
 
 
 def load_source(settings: Settings, name: str, source: str) -> Adapter:
@@ -203,6 +248,7 @@ def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, 
         loraplus_lr_ratio=asked.loraplus_lr_ratio,
         loraplus_unet_lr_ratio=asked.loraplus_unet_lr_ratio,
         loraplus_text_encoder_lr_ratio=asked.loraplus_text_encoder_lr_ratio,
+        reg_lrs=asked.reg_lrs,
         adapter_name=ADAPTER,
     )
 
@@ -219,8 +265,8 @@ def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | 
     for layer in lora_layers(text_components(trained)).values():
         if id(layer) in unread:
             count += 1
-            for factor in factors(layer, ADAPTER):
-                factor.requires_grad_(False)
+            for _, part in parts_of(layer, ADAPTER):
+                part.requires_grad_(False)
     return count
 
 
@@ -234,13 +280,14 @@ def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
 
 def _facts(settings: Settings, asked: AdapterConfig, start: Adapter) -> dict[str, Any]:
     """The type's own fields: what --network_args say, and of what they do not say, the file."""
-    return facts_for(asked, start.metadata, key_values(settings.network_args, "network_args"))
+    facts = facts_for(asked, start.metadata, key_values(settings.network_args, "network_args"))
+    return {"type": facts["type"]} if isinstance(asked, LycorisConfig) else facts  # the file has the changes
 
 
 def _place(trained: dict[str, Any], start: Adapter, facts: dict[str, Any], source: str) -> None:
     """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
     for component, model in trained.items():
-        modules = {name.path: pair for name, pair in start.pairs().items() if name.component == component}
+        modules = {name.path: change for name, change in start.modules.items() if name.component == component}
         if modules:
             place(model, match_component(model, component, modules), ADAPTER, facts)
     if not lora_layers(trained):

@@ -150,7 +150,7 @@ def prune_epochs(settings: Settings, output: Path, epoch: int, every: int) -> No
     keep_state = keep if settings.save_last_n_epochs_state is None else settings.save_last_n_epochs_state
     name = re.escape(settings.output_name or "epoch")
     if keep:
-        _remove(output, rf"{name}-(\d{{6}}){re.escape(ending(settings))}", epoch - every * keep)
+        _remove(output, rf"{name}-(\d{{6}})(?:-ema)?{re.escape(ending(settings))}", epoch - every * keep)
     if keep_state:
         _remove(output, rf"{name}-(\d{{6}})-state", epoch - every * keep_state)
 
@@ -161,7 +161,7 @@ def prune_steps(settings: Settings, output: Path, step: int) -> None:
     keep_state = keep if settings.save_last_n_steps_state is None else settings.save_last_n_steps_state
     name = re.escape(settings.output_name or "at")
     if keep:
-        _remove(output, rf"{name}-step(\d{{8}}){re.escape(ending(settings))}", step - keep - 1)
+        _remove(output, rf"{name}-step(\d{{8}})(?:-ema)?{re.escape(ending(settings))}", step - keep - 1)
     if keep_state:
         _remove(output, rf"{name}-step(\d{{8}})-state", step - keep_state - 1)
 

@@ -1,21 +1,26 @@
 """What a run would do, in a few lines: --dry_run."""
 
-import sys
-from collections import Counter, defaultdict
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lora_adapters.convert.deltas.low_rank import rank_range
+from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.train.data.captions import Moment, draw_caption
-from lora_adapters.train.models.family import TrainingFamily, is_text_encoder
 from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
+from lora_adapters.train.training.activations import activation_bytes, largest_batch
+from lora_adapters.train.training.block_table import table
+from lora_adapters.train.training.module_choices import choices
 from lora_adapters.train.training.optimizers import optimizer_name, state_bytes
 from lora_adapters.train.training.setup import Run
-from lora_adapters.types.layers import factors, width
+from lora_adapters.types.registry import delta_of
+
+log = logging.getLogger(__name__)
 
 _MIB = 1024 * 1024
 _CAPTIONS_SHOWN = 3  # of each subset
@@ -32,26 +37,16 @@ def report(run: Run) -> str:
         *(f"  {name}: {caption}" for name, caption in captions(run)),
         f"steps: {run.steps} in {run.epochs} epochs of {run.steps_per_epoch}; {batch} batches a step",
         f"adapter: {settings.network_module}, rank {_ranks(layers)}, {len(layers)} modules, {parameters:,} parameters",
-        *(f"  {place}: {count} modules, {numbers:,} parameters" for place, count, numbers in by_block(run)),
-        "memory for weights, gradients and optimizer (activations come on top):",
-        *(f"  {name}: {_shown(size)}" for name, size in memory(run).items()),
+        *choices(run),
+        *(f"  {row}" for row in table(run)),
+        *_memory_lines(run),
     ]
     return "\n".join(lines)
 
 
 def _ranks(layers: Mapping[ModuleName, Any]) -> str:
-    return rank_range(width(layer, adapters.ADAPTER) for layer in layers.values())
-
-
-def by_block(run: Run) -> list[tuple[str, int, int]]:
-    """(place, modules, parameters) of each text encoder and each block of the denoiser, in order."""
-    layers = adapters.lora_layers(run.trained)
-    counts: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
-    for name, layer in layers.items():
-        entry = counts[_place(name, run.models.family)]
-        entry[0] += 1
-        entry[1] += sum(factor.weight.numel() for factor in factors(layer, adapters.ADAPTER))
-    return [(place, modules, numbers) for (_, place), (modules, numbers) in sorted(counts.items())]
+    ranks = (delta_of(layer, adapters.ADAPTER).rank for layer in layers.values())
+    return rank_range(rank for rank in ranks if rank is not None)
 
 
 def captions(run: Run) -> list[tuple[str, str]]:
@@ -84,12 +79,33 @@ def memory(run: Run) -> dict[str, int | None]:
     return {**found, "adapter and gradients": 2 * trained, optimizer: state_bytes(run.settings, run.parameters)}
 
 
+def _memory_lines(run: Run) -> list[str]:
+    """What memory the run needs, the activations estimated."""
+    settings, parts = run.settings, memory(run)
+    count, (width, height) = largest_batch(run)
+    name = f"activations of {count} at {width}x{height}, estimated"
+    try:
+        parts[name] = activation_bytes(run)
+    except Exception as error:  # a denoiser that does not run on shapes alone
+        log.warning("the memory of activations cannot be estimated (%s)", first_line(error))
+        parts[name] = None
+    away = {"VAE"} if settings.cache_latents or settings.cache_latents_to_disk else set()
+    if settings.cpu_offload_checkpointing:
+        away.add(name)
+    if settings.cache_text_encoder_outputs or settings.cache_text_encoder_outputs_to_disk:
+        away.add("text encoders")
+    if settings.highvram:
+        away -= {"VAE", "text encoders"}
+    known = [size for part, size in parts.items() if size is not None and part not in away]
+    lines = [f"  {part}: {_shown(size)}{' (not on the device in a step)' if part in away else ''}"
+             for part, size in parts.items()]  # fmt: skip
+    more = "" if len(known) + len(away) == len(parts) else ", and what is not known"
+    return [
+        "memory of a step:",
+        *lines,
+        f"  together about {_shown(sum(known))}{more}; workspaces of kernels and the driver's own come on top",
+    ]
+
+
 def _shown(size: int | None) -> str:
     return "not known on this device" if size is None else f"{size / _MIB:,.1f} MiB"
-
-
-def _place(name: ModuleName, family: TrainingFamily) -> tuple[int, str]:
-    if is_text_encoder(name.component):
-        return (-1, name.component)
-    block = family.block(name.path)
-    return (sys.maxsize, "other") if block is None else (block, f"{name.component} block {block}")

@@ -10,6 +10,7 @@ from lora_adapters.train.training.checkpoints import Position
 from lora_adapters.train.training.progress import Progress
 from lora_adapters.train.training.samples import sample, write_samples
 from lora_adapters.train.training.setup import Run
+from lora_adapters.train.training.sorting import as_if_sorted
 from lora_adapters.train.training.trackers import log_image
 from lora_adapters.train.training.validation import HeldOut, held_out_losses
 
@@ -24,7 +25,8 @@ def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) ->
         return
     run.training_mode(False)
     most = run.settings.max_validation_steps
-    now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
+    with run.averaged(), as_if_sorted(run):
+        now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
     measured += now
     progress.held_out(step, {_name(measurement): measurement.loss for measurement in now})
 
@@ -43,7 +45,8 @@ def show_samples(run: Run, position: Position) -> None:
 
 def _draw(run: Run, position: Position) -> None:
     run.training_mode(False)
-    image = sample(run.models, run.settings, run.prompts, run.accelerator.device, run.accelerator.autocast)
+    with run.averaged(), as_if_sorted(run):
+        image = sample(run.models, run.settings, run.prompts, run.accelerator.device, run.accelerator.autocast)
     run.samples = write_samples(image, run.settings, f"{run.settings.output_name or 'sample'}-step{position.step:08d}")
     log_image(run.accelerator, "samples", image, position.step)
 

@@ -6,6 +6,7 @@ import torch
 
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.settings import Settings
+from lora_adapters.train.options.values import did_you_mean
 from lora_adapters.train.training.optimizers import find_class, literals, uses_relative_step
 
 NAMES = (
@@ -29,7 +30,7 @@ def check_schedule(settings: Settings) -> None:
             raise OptionError("--lr_scheduler adafactor is for --optimizer_type AdaFactor with relative_step")
         return
     if name not in NAMES:
-        raise OptionError(f"--lr_scheduler {name}: not one of {', '.join(NAMES)}")
+        raise OptionError(f"--lr_scheduler {name}: not one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     if name == "constant" and settings.lr_warmup_steps:
         raise TrainingError(
             "--lr_scheduler constant has no warm-up; use constant_with_warmup, or drop --lr_warmup_steps"

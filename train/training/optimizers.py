@@ -14,7 +14,7 @@ import torch
 from lora_adapters.optimizer_state import check_restart
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.settings import Settings
-from lora_adapters.train.options.values import key_values
+from lora_adapters.train.options.values import did_you_mean, key_values
 
 log = logging.getLogger(__name__)
 
@@ -81,22 +81,27 @@ def literals(pairs: list[str] | dict[str, Any] | None, option: str) -> dict[str,
     return found
 
 
-def find_class(name: str, home: str) -> type:
-    """The class called `name` in the module `home`, or under a dotted name. TrainingError if there is none."""
+def find_class(name: str, home: str, known: Iterable[str] = ()) -> type:
+    """The class called `name` in the module `home`, or under a dotted name.
+
+    TrainingError if there is none; it says which of `known` and of the module's own may have been meant.
+    """
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module or home), attribute)
     except ImportError as error:
         raise TrainingError(f"{name}: {error}") from None
     except AttributeError:
-        raise TrainingError(f"there is no {attribute} in {module or home}") from None
+        names = [*known, *(one for one in vars(importlib.import_module(module or home)) if one[0].isupper())]
+        near = did_you_mean(attribute, {one.lower(): one for one in names}.values())
+        raise TrainingError(f"there is no {attribute} in {module or home}{near}") from None
 
 
 def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
     """The class of an optimizer and its default arguments; names a missing package and how to install it."""
     kind = KINDS.get(name.lower())
     if kind is None:
-        return find_class(name, "torch.optim"), {}
+        return find_class(name, "torch.optim", [one.name for one in KINDS.values()]), {}
     try:
         return getattr(importlib.import_module(kind.module), kind.name), kind.defaults
     except ImportError as error:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lora_adapters.convert.errors import first_line
+from lora_adapters.convert.terminal import is_quiet
 from lora_adapters.train.training.checkpoints import Position
 from lora_adapters.train.training.setup import Run
 from lora_adapters.train.training.step_values import StepValues
@@ -28,7 +29,7 @@ class Progress:
             desc="training",
             unit="step",
             smoothing=0.1,
-            disable=not run.accelerator.is_local_main_process,
+            disable=is_quiet() or not run.accelerator.is_local_main_process,
         )
         self.recent: deque[float] = deque(maxlen=min(1000, max(1, run.steps_per_epoch)))
         self.logging = bool(tracker_names(run.settings))
@@ -61,8 +62,9 @@ class Progress:
         if self.logging:
             self._log(values, step)
         if self.run.accelerator.is_main_process:
-            text = ", ".join(f"{name.partition('/')[2] or name} {value:.5f}" for name, value in values.items())
-            tqdm.write(f"step {step}: held-out loss {text}")
+            text = ", ".join(f"{_short(name)}{value:.5f}" for name, value in values.items())
+            if not is_quiet():
+                tqdm.write(f"step {step}: held-out loss {text}")
 
     def _log(self, values: dict[str, float], step: int) -> None:
         """Put values into the logs. Where that fails training goes on without."""
@@ -71,6 +73,12 @@ class Progress:
         except Exception as error:  # trackers raise errors of many kinds: a full disk, a connection
             self.logging = False
             log.error("nothing is logged from step %d on (%s)", step, first_line(error))
+
+
+def _short(name: str) -> str:
+    """The name of a held-out loss in the log as the console shows it: its rank, where it has one."""
+    _, of_rank, rank = name.partition("rank")
+    return f"rank {rank}: " if of_rank else ""
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lora_adapters.convert.deltas import IA3, Full, GLoRA, Hadamard, Kronecker, Norm, Tucker
+from lora_adapters.convert.deltas.base import with_article
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.with_scalar import WithScalar
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.types.layers import factors
+from lora_adapters.types.lycoris.layer import held
+from lora_adapters.types.lycoris.operations import base_weight, weight_shape
+from lora_adapters.types.lycoris.weights import DeltaWeights
 
 _STACKED = 2**24  # weights that are computed on together: 64 MiB
 
@@ -18,13 +25,26 @@ def add_dropouts(
 ) -> None:
     """Dropouts that act in training mode only.
 
-    network: single activations between `down` and `up`. rank: whole components of one sample; what stays is divided
-    by 1 - rank. module: the layer's whole change, without making up for it.
+    network: single activations between `down` and `up`. rank: whole components of one sample, or, of a change that is
+    no pair, whole output channels; what stays is divided by 1 - rank. module: the layer's whole change, without making
+    up for it. TrainingError for a network dropout where a change is no pair.
     """
     for name, value in (("network_dropout", network), ("rank_dropout", rank), ("module_dropout", module)):
         if value is not None and not 0 <= value < 1:
             raise TrainingError(f"{name} must be at least 0 and below 1, not {value}")
     for layer in layers:
+        if (weights := held(layer, adapter)) is not None:
+            if network and weights.change.kind != "norm":
+                kind = with_article(weights.change.kind)
+                raise TrainingError(
+                    f"network_dropout: {kind} has no activations between its factors; rank_dropout and module_dropout "
+                    "are for every kind"
+                )
+            if rank:
+                weights.register_forward_hook(lambda own, _, out, p=rank: drop_rows(out, p) if own.training else out)
+            if module:
+                weights.register_forward_hook(lambda own, _, out, p=module: drop_all(out, p) if own.training else out)
+            continue
         down, up = factors(layer, adapter)
         if network:
             down.register_forward_hook(lambda own, _, out, p=network: F.dropout(out, p, own.training))
@@ -46,17 +66,73 @@ def module_dropout(out: torch.Tensor, p: float) -> torch.Tensor:
     return out * (torch.rand((), device=out.device) >= p).to(out)
 
 
+Change = tuple[torch.Tensor | None, torch.Tensor | None]  # of a weight and of a bias
+
+
+def drop_rows(change: Change, p: float) -> Change:
+    """A change without each output channel with probability p; what stays is divided by 1 - p."""
+    sizes = next(part for part in change if part is not None)
+    kept = (torch.rand(len(sizes), device=sizes.device) > p).to(sizes) / (1 - p)
+    weight, bias = (None if part is None else part * kept.view(-1, *[1] * (part.ndim - 1)) for part in change)
+    return weight, bias
+
+
+def drop_all(change: Change, p: float) -> Change:
+    """All of a change or, with probability p, zero."""
+    kept = torch.rand(()) >= p
+    weight, bias = (None if part is None else part * kept.to(part) for part in change)
+    return weight, bias
+
+
+# Kinds of changes that grow with a power of a factor on all their tensors. The power is how many tensors they have
+# (None), or this.
+_POWERS: dict[type, int | None] = {
+    LowRank: None, Tucker: None, Hadamard: None, Kronecker: None, GLoRA: 2, Full: 1, Norm: 1, IA3: 1,
+}  # fmt: skip
+
+
+def check_limits(layers: Iterable[Any], adapter: str) -> None:
+    """TrainingError where a change is of a kind whose norm cannot be limited by a factor."""
+    for layer in layers:
+        weights = held(layer, adapter)
+        if weights is not None and not isinstance(weights.change, (WithScalar, *_POWERS)):
+            raise TrainingError(f"--scale_weight_norms: {with_article(weights.change.kind)} has no factor to scale")
+
+
+def _dense_norm(layer: Any, weights: DeltaWeights, scale: float) -> torch.Tensor:
+    base = layer.get_base_layer()
+    own = base_weight(base, weights.weight.device)
+    change, _ = weights(weight_shape(base), scale, own, torch.float32)
+    return torch.zeros((), device=own.device) if change is None else torch.linalg.vector_norm(change)
+
+
+def _shrink(weights: DeltaWeights, factor: torch.Tensor) -> None:
+    """Multiply a change with a factor, evenly in all its tensors."""
+    change = weights.change
+    if isinstance(change, WithScalar):
+        change.scalar.mul_(factor)
+        return
+    tensors = list(weights.parameters())
+    power = _POWERS[type(change)] or len(tensors)
+    for tensor in tensors:
+        tensor.mul_(factor ** (1 / power))
+
+
 @torch.no_grad()
 def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
-    """Frobenius norm of each layer's change of weight, without forming it: (layers,), on their device.
+    """Frobenius norm of each layer's change of weight: (layers,), on their device.
 
-    ||UD||^2 is the sum over (UᵀU) * (DDᵀ), which are rank by rank. Layers of one shape are computed together.
+    Of pairs it is not formed: ||UD||^2 is the sum over (UᵀU) * (DDᵀ), which are rank by rank. Layers of one shape are
+    computed together.
     """
     alike: dict[Any, list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    found: list[tuple[int, torch.Tensor]] = []
     for number, layer in enumerate(layers):
+        if (weights := held(layer, adapter)) is not None:
+            found.append((number, _dense_norm(layer, weights, float(layer.scaling[adapter]))))
+            continue
         down, up = (factor.weight.flatten(1) for factor in factors(layer, adapter))
         alike[down.shape, up.shape, float(layer.scaling[adapter])].append((number, down, up))
-    found: list[tuple[int, torch.Tensor]] = []
     for (down_shape, up_shape, scale), members in alike.items():
         size = max(1, _STACKED // (down_shape.numel() + up_shape.numel()))
         for start in range(0, len(members), size):
@@ -68,13 +144,16 @@ def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
 
 @torch.no_grad()
 def limit_norms(layers: Sequence[Any], adapter: str, largest: float) -> torch.Tensor:
-    """Scale down every change whose norm is above `largest`, evenly in both factors; returns how many were, ()."""
+    """Scale down every change whose norm is above `largest`, evenly in all its factors; returns how many were, ()."""
     found = norms(layers, adapter)
     above = found > largest
-    scales = torch.where(above, (largest / found).sqrt(), torch.ones_like(found))
-    for layer, scale in zip(layers, scales.unbind(), strict=True):
+    scales = torch.where(above, largest / found, torch.ones_like(found))
+    for layer, scale, root in zip(layers, scales.unbind(), scales.sqrt().unbind(), strict=True):
+        if (weights := held(layer, adapter)) is not None:
+            _shrink(weights, scale)
+            continue
         for factor in factors(layer, adapter):
-            factor.weight.mul_(scale)
+            factor.weight.mul_(root)
     return above.sum()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_adapters.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.base import with_tensors
 from lora_adapters.convert.errors import OneLineError, first_line
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.training import adapters
@@ -32,7 +32,7 @@ def trained_adapter(run: Run, position: Position) -> Adapter:
     epoch = position.epoch + (1 if position.batch else 0)
     metadata = for_save(run.metadata, run.settings, position.step, epoch)
     live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
-    return live.map(lambda pair: LowRank(_copy(pair.down), _copy(pair.up), pair.alpha))
+    return live.map(lambda change: with_tensors(change, lambda _, tensor: _copy(tensor)))
 
 
 def save_at_step(run: Run, position: Position) -> None:
@@ -65,15 +65,21 @@ def save_final(run: Run, position: Position) -> Adapter:
         adapter = trained_adapter(run, position)
     if run.accelerator.is_main_process:
         _patiently(lambda: _write(run, adapter, files.final_name(settings)))
+        _patiently(lambda: _write_average(run, position, files.final_name(settings)))
         if settings.save_state or settings.save_state_on_train_end:
             _patiently(lambda: _save_state(run, position, files.final_name(settings)))
         if run.uploads is not None:
             subsets = [loaded for loaded in run.data.images.subsets if not loaded.config.is_reg]
             captions = [found.caption for loaded in subsets for found in loaded.images]
-            run.uploads.final(_file(run, files.final_name(settings)), captions, run.samples)
+            run.uploads.final(final_file(run), captions, run.samples)
     run.accelerator.wait_for_everyone()
     settle_weights(run.optimizer)
     return adapter
+
+
+def final_file(run: Run) -> Path:
+    """Where the save at the end of the run is."""
+    return _file(run, files.final_name(run.settings))
 
 
 def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:
@@ -86,6 +92,7 @@ def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:
         try:
             with weights_to_keep(run.optimizer):
                 _write(run, trained_adapter(run, position), name)
+                _write_average(run, position, name)
             if with_state:
                 _save_state(run, position, name)
             written = True
@@ -131,6 +138,13 @@ def _write(run: Run, adapter: Adapter, name: str) -> None:
         run.uploads.file(file)
 
 
+def _write_average(run: Run, position: Position, name: str) -> None:
+    """With --ema_decay: the average of the weights, in a file beside the save of that name."""
+    if run.average is not None:
+        with run.average.applied():
+            _write(run, trained_adapter(run, position), f"{name}-ema")
+
+
 def _file(run: Run, name: str) -> Path:
     return run.output / f"{name}{files.ending(run.settings)}"
 
@@ -153,6 +167,7 @@ def _state(run: Run) -> dict[str, Any]:
         "weights": files.trainable_state(run.plain),
         "optimizer": run.optimizer.state_dict(),
         "schedule": run.schedule.state_dict(),
+        "average": None if run.average is None else run.average.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
 
@@ -164,10 +179,15 @@ def go_on_from(run: Run, folder: Path) -> Position:
     try:
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
+        if run.average is not None and state.get("average"):
+            run.average.load_state_dict(state["average"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise TrainingError(
             f"--resume {folder} was made with another optimizer or schedule ({first_line(error)})"
         ) from None
+    if run.average is not None and not state.get("average"):
+        log.warning("--resume %s was made without --ema_decay: the average begins here", folder)
+        run.average.restart()
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     if position.seed != run.settings.seed:

@@ -38,6 +38,7 @@ from lora_adapters.train.options.settings import Settings, check_ranges
 from lora_adapters.train.options.unsupported import refuse
 from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
+from lora_adapters.train.training.average import WeightAverage, check_average
 from lora_adapters.train.training.checkpoints import load_position
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
 from lora_adapters.train.training.optimizers import check_sortable, create_optimizer, optimizer_class, optimizer_name
@@ -119,6 +120,16 @@ class Run:
                 dial.nested_from = self.sort_step * self.settings.gradient_accumulation_steps
             dial.set_step(part, self.seed, samples, batch.total)
 
+    @functools.cached_property
+    def average(self) -> WeightAverage | None:
+        """The moving average of what is trained, with --ema_decay."""
+        decay = self.settings.ema_decay
+        return WeightAverage(self.parameters, decay) if decay else None
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Within it the weights are their average, where there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
     def training_mode(self, training: bool = True) -> None:
         text = bool(adapters.text_components(self.trained))
         set_training(self.models, training, text)
@@ -144,7 +155,7 @@ def check(settings: Settings) -> None:
     check_machine(settings)
     check_path(settings)
     adapters.check_network(settings, family_on_disk(settings))
-    optimizer_class(optimizer_name(settings))
+    check_average(settings, optimizer_class(optimizer_name(settings))[0])
     check_schedule(settings)
     check_samples(settings)
     if why := forbidden(settings.output_name or ""):

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,25 @@ from PIL import Image
 
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.parsing import read_text, toml_table
+from lora_adapters.convert.terminal import is_quiet, styled
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# What these libraries say below a warning is about their own inside: requests, files, sizes of caches.
+_LIBRARIES = (
+    "accelerate",
+    "datasets",
+    "diffusers",
+    "filelock",
+    "httpx",
+    "matplotlib",
+    "PIL",
+    "transformers",
+    "urllib3",
+)
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
@@ -105,14 +119,28 @@ def read_sections(file: Path) -> dict[str, Any]:
 
 def start_console(settings: Settings) -> None:
     """Messages on the console, or in --console_log_file."""
-    simple = settings.console_log_simple
+    form = "%(message)s" if settings.console_log_simple else "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(
-        level=settings.console_log_level or "INFO",
-        format="%(message)s" if simple else "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        level=settings.console_log_level or ("WARNING" if is_quiet() else "INFO"),
         filename=settings.console_log_file,
         encoding="utf-8",
         force=True,
     )
+    logging.getLogger().handlers[0].setFormatter(
+        logging.Formatter(form) if settings.console_log_file else _Coloured(form)
+    )
+    for library in _LIBRARIES:
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class _Coloured(logging.Formatter):
+    """Warnings are yellow and errors red on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        return styled(text, "red" if record.levelno >= logging.ERROR else "yellow", sys.stderr)
 
 
 def _plain(value: Any) -> Any:

@@ -96,6 +96,13 @@ class DyLoraVariant(LoraVariant):
         hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs its present values
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
 
+    def gate_of_all(self, module: Any, adapter: str) -> torch.Tensor | None:
+        """The gate (length,) with the scaling in it, where all samples have the same one and nothing is trained."""
+        width = module.lora_A[adapter].weight.shape[0]
+        if self.controller.drawn or len(self.controller.now) != 1 or self.length != width:
+            return None
+        return self.gate.flatten() * (module.scaling[adapter] / self.scaling)
+
     def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
         """A gate (samples or 1, length), ready to be multiplied with activations of so many dimensions."""
         if len(gate) == 1:

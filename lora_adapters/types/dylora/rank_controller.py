@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_adapters.convert.deltas.low_rank import RANK_SCALINGS
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.types.found_layers import lora_layers
 from lora_adapters.types.layers import factors, has_adapter, layers
 
 from .layer import DyLoraVariant, refuse_unfit
@@ -252,8 +252,8 @@ def refit(model: nn.Module) -> None:
 
 def detach(model: nn.Module, adapter_name: str) -> None:
     """Make a DyLoRA adapter a plain LoRA of its full rank again (as far as it is one)."""
-    for layer in model.modules():  # also those that a deleted adapter of this name was in: old PEFT leaves its variant
-        if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
+    for _, layer in lora_layers(model):  # also of a deleted adapter of this name: old PEFT leaves its variant there
+        if isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
             del layer.lora_variant[adapter_name]
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, RankController) and hook.adapter_name == adapter_name:
@@ -280,13 +280,12 @@ def controllers(target: Any, adapter_name: str | None = None) -> list[RankContro
     """The controllers in a pipeline, a model or a list of models, of one adapter or of all."""
     found = {}
     for model in models_of(target):
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for name, variant in module.lora_variant.items():
-                    if not (has_adapter(module, name) and isinstance(variant, DyLoraVariant)):
-                        continue
-                    if adapter_name in (None, name):
-                        found[id(variant.controller)] = variant.controller
+        for _, layer in lora_layers(model):
+            for name, variant in layer.lora_variant.items():
+                if not (has_adapter(layer, name) and isinstance(variant, DyLoraVariant)):
+                    continue
+                if adapter_name in (None, name):
+                    found[id(variant.controller)] = variant.controller
     return list(found.values())
 
 
@@ -310,12 +309,12 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
         name = f"{adapter_name} is not a DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
         raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
     for model in models_of(target):
-        for module in model.modules():
-            if isinstance(module, LoraLayer) and any(
-                isinstance(module.lora_variant.get(name), DyLoraVariant) and adapter_name in (None, name)
-                for name in module.merged_adapters
+        for _, layer in lora_layers(model):
+            if any(
+                isinstance(layer.lora_variant.get(name), DyLoraVariant) and adapter_name in (None, name)
+                for name in layer.merged_adapters
             ):
-                raise AdapterError(f"{', '.join(module.merged_adapters)} is fused into the weights: unfuse it first")
+                raise AdapterError(f"{', '.join(layer.merged_adapters)} is fused into the weights: unfuse it first")
     highest = max(controller.highest for controller in found)
     valid = sorted({one for controller in found for one in controller.ranks})
     for controller in found:  # a text encoder's or a smaller adapter's controller stops at its own highest rank

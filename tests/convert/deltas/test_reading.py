@@ -84,7 +84,7 @@ def test_tensors_are_those_that_were_read(tensors):
         ({**PAIR, "lora_A.weight": 1.0}, "lora_A.weight and lora_down.weight stand for the same tensor"),
         ({**PAIR, "dora_scale": 1.0, "lora_magnitude_vector": 1.0}, "stand for the same tensor"),
         ({**PAIR, "lora_magnitude_vector": torch.ones(4, 3)}, r"lora_magnitude_vector has the shape \[4, 3\]"),
-        ({**PAIR, "alpha": torch.ones(2)}, r"alpha has the shape \[2\], expected one number"),
+        ({**PAIR, "alpha": torch.arange(2)}, r"alpha has the shape \[2\], expected one number"),
         ({**PAIR, "alpha": float("nan")}, "alpha is nan"),
         ({**PAIR, "lora_B.bias": torch.ones(4), "diff_b": torch.ones(4)}, "diff_b cannot be read beside another bias"),
         ({"diff": torch.ones(4, 3), "lora_up.bias": torch.ones(4)}, r"lora_up.bias cannot be read in a full module"),

@@ -106,17 +106,26 @@ def test_adapter_svd():
 @pytest.mark.parametrize(
     ("method", "parameter", "wanted"),
     [
-        ("sv_ratio", 4.0, 4),  # 8, 4 and 3 are above 8 / 4: 3, and one more
-        ("sv_cumulative", 0.5, 3),  # 8 of 18 is below one half, 12 is not: 2, and one more
-        ("sv_fro", 0.9, 3),  # 64 of 94 is below 0.81, 80 is not: 2, and one more
+        ("sv_ratio", 4.0, 3),  # 8, 4 and 3 are above 8 / 4
+        ("sv_cumulative", 0.5, 2),  # 8 of 18 is below one half, 12 is not
+        ("sv_fro", 0.9, 2),  # 64 of 94 is below 0.81, 80 is not
+        ("sv_fro", 0.8, 1),  # 64 of 94 is above 0.64
         ("sv_ratio", 1000.0, 5),  # never more than there are
+        ("sv_fro", 1.0, 5),
     ],
 )
 def test_dynamic_ranks(method, parameter, wanted):
     values = torch.tensor([8.0, 4.0, 3.0, 2.0, 1.0])
     assert dynamic(method, parameter, 32)(values) == wanted
-    assert dynamic(method, parameter, 2)(values) == 2
+    assert dynamic(method, parameter, 2)(values) == min(wanted, 2)
     assert dynamic(method, parameter, 32)(torch.zeros(5)) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter", "wanted"), [("sv_ratio", 3, 2), ("sv_cumulative", 0.5, 1), ("sv_fro", 0.9, 2)]
+)
+def test_dynamic_ranks_are_those_of_kohyas_since_0_11(method, parameter, wanted):
+    assert dynamic(method, parameter, 4)(torch.tensor([8.0, 4.0, 2.0, 1.0])) == wanted
 
 
 def test_what_makes_no_sense_is_refused():

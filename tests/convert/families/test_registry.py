@@ -50,15 +50,16 @@ def test_blocks_have_labels():
     assert (labels["sd"][0], labels["sd"][12], labels["sd"][24]) == ("IN00", "MID", "OUT11")
     assert labels["sdxl"][:2] == (None, "IN00")
     assert labels["sdxl"][9:14] == ("IN08", "MID", "MID", "MID", "OUT00")
-    assert [family.blocks.count for family in FAMILIES] == [25, 23]
+    assert [family.blocks.count for family in FAMILIES][:4] == [25, 23, 57, 57]
 
 
 def test_a_family_is_found_by_its_metadata():
     assert by_metadata({"ss_base_model_version": "sdxl_base_v0-9"}) is by_name("sdxl")
-    assert by_metadata({"ss_base_model_version": "flux1"}) is by_metadata({}) is None
-    with pytest.raises(AdapterError, match=r"unknown architecture 'flux': sd \(SD1.x, SD2.x\) and sdxl"):
-        by_name("flux")
-    assert titles("or") == "SD1.x, SD2.x or SDXL"
+    assert by_metadata({"ss_base_model_version": "flux1"}) is by_name("flux")
+    assert by_metadata({"ss_base_model_version": "hunyuan-image-2.1"}) is by_metadata({}) is None
+    with pytest.raises(AdapterError, match=r"unknown architecture 'dit': sd \(SD1.x, SD2.x\) and sdxl"):
+        by_name("dit")
+    assert titles("or").startswith("SD1.x, SD2.x, SDXL, Flux.1, ")
 
 
 @pytest.mark.parametrize(("width", "title"), [(768, "SD1.x"), (1024, "SD2.x"), (32, "SD"), (2048, "SDXL")])
@@ -74,5 +75,5 @@ def test_layers_of_no_family_together_are_named():
     alone = ModuleName("unet", "down_blocks.0.attentions.0.proj_in")  # SDXL has no attention there
     with pytest.raises(AdapterError, match=r"different architectures.*down_blocks.0.attentions.0.proj_in is not in"):
         by_modules([second, alone])
-    with pytest.raises(AdapterError, match=r"unet.x.y is not a module of SD1.x, SD2.x or SDXL"):
+    with pytest.raises(AdapterError, match=r"unet\.x\.y is not a module of SD1\.x, SD2\.x, SDXL, "):
         by_modules([ModuleName("unet", "x.y")])

@@ -32,10 +32,10 @@ KINDS = {
     "a LoRA with biases": [f"{PATH}.lora_A.weight", f"{PATH}.lora_B.weight", f"{PATH}.lora_B.bias"],
     "a Control-LoRA": ["input_blocks.0.0.weight", "lora_controlnet"],
     "an adapter for Stable Cascade": ["lora_prior_unet_down_blocks_0_attentions_0.lora_down.weight"],
-    "an adapter for a model with transformers": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"],
+    "an adapter for a model with transformers": ["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"],
     "an adapter for a model with": [
         "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+        "transformer.transformer_blocks.0.attn1.to_k.lora_A.weight",
     ],
     "an IP-Adapter": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
     r"an embedding \(textual inversion\)": ["clip_l", "clip_g"],

@@ -14,7 +14,6 @@ from transformers import CLIPTextModel
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.deltas import DoRA, Full, Hadamard, Norm, WithBias
 from lora_adapters.convert.deltas.reduction import weights_only
-from lora_adapters.convert.errors import UnknownFormatError
 from tests.convert.checkpoints import GOLDEN
 
 PATHS = {
@@ -176,11 +175,31 @@ def test_formats_of_pairs_name_the_module_and_the_kind(format, tmp_path):
         adapter.truncate(1)
 
 
-def test_reading_pairs_alone_refuses_other_kinds():
-    with pytest.raises(UnknownFormatError, match=r"it is a LoHa adapter .*; only low-rank pairs are read"):
-        Adapter.from_tensors(mixed(), only_pairs=True)
+def test_an_adapter_of_pairs_has_them_all():
     plain = Adapter.load(GOLDEN / "sd15" / "lierla.safetensors")
     assert plain.pairs().keys() == plain.modules.keys()
+
+
+@pytest.mark.parametrize("raw", ["lora_A.default.weight", "lora_A.my_style.weight", "lora_A.weight"])
+def test_peft_s_raw_names_beside_a_magnitude(raw):
+    start = f"unet.base_model.model.{PATHS['to_q']}"
+    tensors = {f"{start}.{raw}": numbers(2, 6), f"{start}.{raw.replace('_A', '_B')}": numbers(6, 2)}
+    magnitude = raw.replace("lora_A", "lora_magnitude_vector")
+    adapter = Adapter.from_tensors({**tensors, f"{start}.{magnitude}": numbers(6).abs()})
+    assert adapter.kinds == {"DoRA": 1}
+    assert adapter.modules[ModuleName("unet", PATHS["to_q"])].change.rank == 2
+    twice = {**tensors, f"{start}.{raw.replace('lora_A', 'lora_A.more')}": numbers(2, 6)}
+    if raw == "lora_A.default.weight":
+        twice = {**tensors, f"{start}.lora_A.more.weight": numbers(2, 6), f"{start}.{magnitude}": numbers(6)}
+        with pytest.raises(AdapterError, match="stand for the same tensor"):
+            Adapter.from_tensors(twice)
+
+
+def test_dots_that_diffusers_leaves_in_kohya_s_names():
+    flat, dotted = PATHS["to_q"].replace(".", "_"), PATHS["to_q"].replace(".", "_").replace("_to_q", ".to_q")
+    tensors = {f"lora_unet_{flat}.lora_down.weight": numbers(2, 6), f"lora_unet_{flat}.lora_up.weight": numbers(6, 2)}
+    adapter = Adapter.from_tensors({**tensors, f"lora_unet_{dotted}.lora_magnitude_vector": numbers(6).abs()})
+    assert adapter.kinds == {"DoRA": 1}
 
 
 def test_a_sum_of_kinds_is_exact_and_lazy(tmp_path):

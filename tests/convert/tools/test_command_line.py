@@ -1,5 +1,6 @@
 """Every program runs by one function: exit statuses, messages, signals, names."""
 
+import json
 import logging
 import os
 import signal
@@ -122,3 +123,26 @@ def test_every_command_names_itself_and_refuses_wrong_usage(capsys, command) -> 
     assert printed.out == ""
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
+
+
+def test_the_reason_is_left_for_a_launcher(tmp_path, monkeypatch, capsys) -> None:
+    """torchrun, and `accelerate launch` for several processes, show what is in this file last."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert run(raising(AdapterError("no LoRA")), []) == 1
+    assert json.loads(file.read_text())["message"]["message"] == "error: no LoRA"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    assert run(raising(AdapterError("no LoRA")), []) == 1
+    assert capsys.readouterr().err == "error: no LoRA\n" * 2
+
+
+def test_an_empty_list_of_modules_is_no_warning(caplog) -> None:
+    run(lambda argv: None, [])
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    monkeypatched, log.propagate = log.propagate, True
+    try:
+        for kept in ("[]", "['norm']"):
+            log.warning("There are modules in AutoencoderKL that should be kept in float32: %s. Casting ...", kept)
+    finally:
+        log.propagate = monkeypatched
+    assert ["norm" in one.getMessage() for one in caplog.records] == [True]

@@ -77,11 +77,11 @@ def test_every_tool_leaves_out_a_module_that_no_model_has(format, tmp_path, caps
 
 def test_an_adapter_of_another_kind_of_model_is_not_listed_module_by_module(tmp_path, capsys):
     pair = {"lora_down.weight": torch.zeros(2, 8), "lora_up.weight": torch.zeros(8, 2)}
-    names = [f"lora_unet_double_blocks_{number}_img_attn_qkv" for number in range(40)]
+    names = [f"lora_unet_blocks_{number}_cross_attn_q" for number in range(40)]
     save_file({f"{name}.{end}": one.clone() for name in names for end, one in pair.items()}, tmp_path / "a.safetensors")
     out = tmp_path / "out.safetensors"
     said = fails(capsys, "merge", "--models", tmp_path / "a.safetensors", "--save_to", out, "--skip_unknown")
-    assert "unknown module lora_unet_double_blocks_" in said
+    assert "unknown module lora_unet_blocks_" in said
 
 
 def with_twins(tensors):

@@ -12,12 +12,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_adapters import Adapter, AdapterError, DyLoraConfig
+from lora_adapters import Adapter, AdapterError, DyLoraConfig, LycorisConfig
 from lora_adapters.convert.formats.metadata import DYLORA_FACTS
 from lora_adapters.convert.storage.hub_errors import HubError
 from lora_adapters.hub.model_card import MARK, base_model_of, family, kind, model_card
 from lora_adapters.hub.repository import write_folder
-from tests.lora_adapters.conftest import GOLDEN, expected
+from tests.lora_adapters.conftest import GOLDEN, expected, make_pipeline
 from tests.lora_adapters.golden_outputs import error, outputs
 from tests.lora_adapters.hub_client import set_offline
 from tests.lora_adapters.hub_server import TOKEN, HubServer, Repo
@@ -261,3 +261,21 @@ def test_the_snippet_of_the_card_runs(hub, tmp_path) -> None:
     exec(code, names)
     assert names["image"].size == (64, 64)
     assert names["pipe"].get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_an_adapter_of_other_kinds(hub, tmp_path) -> None:
+    """One file, without PEFT's folders, and a card that says how it is loaded."""
+    unet = make_pipeline("sd15").unet
+    unet.add_adapter(LycorisConfig(r=2, algo="loha", preset="full", train_norm=True), adapter_name="default")
+    adapter = Adapter.from_models({"unet": unet})
+    adapter.push_to_hub("me/loha", token=TOKEN)
+    files = hub.repos["me/loha"].files()
+    assert set(files) == {".gitattributes", "pytorch_lora_weights.safetensors", "README.md"}
+    head, body = card_of(files["README.md"].decode())
+    assert {"loha", "norm", "lora"} <= set(head["tags"])
+    assert "| Type | LoHa, norm |" in body
+    assert "| Rank | 2 |" in body
+    assert "```python\nimport lora_adapters\nfrom diffusers import" in body
+    assert "for PEFT" not in body
+    again = Adapter.load("me/loha", token=TOKEN)
+    assert again.kinds == adapter.kinds

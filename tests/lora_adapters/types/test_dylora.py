@@ -7,7 +7,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
-from lora_adapters import Adapter, AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, set_rank, set_step
+from lora_adapters import (
+    Adapter,
+    AdapterError,
+    C3LierConfig,
+    DyLoraConfig,
+    LierLaConfig,
+    add_adapter,
+    set_rank,
+    set_step,
+)
 from lora_adapters.types.dylora.rank_controller import controllers
 from lora_adapters.types.layers import layers
 from tests.lora_adapters.conftest import expected
@@ -19,7 +28,7 @@ def trained(pipe, **options):
     config = DyLoraConfig(**{"r": 8, "lora_alpha": 4, "conv_dim": 4, "conv_alpha": 2, "unit": 2, **options})
     torch.manual_seed(0)
     for model in (pipe.unet, pipe.text_encoder):
-        model.add_adapter(config, "a")
+        add_adapter(model, config, "a")
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)

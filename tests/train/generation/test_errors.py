@@ -14,7 +14,9 @@ from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main
 from lora_adapters.train.generation import options as generate_options
 from lora_adapters.train.generation import run
+from lora_adapters.train.generation.refused import RefusedOptions
 from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.unsupported import unsupported
 from tests.train.generating import adapter_for
 
 
@@ -92,7 +94,7 @@ WRONG_USAGE = {
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "there are 1 of --network_weights",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --network_merge_n_models 1": "exclude each other",
     "--ckpt {sd1} --prompt x --sweep colour=red": "names are weight, rank, steps, scale, sampler",
-    "--ckpt {sd1} --prompt x --sweep steps": "--sweep steps: it takes NAME=VALUE",
+    "--ckpt {sd1} --prompt x --sweep steps": "--sweep: 'steps' is not of the form key=value",
     "--ckpt {sd1} --prompt x --sweep steps=1,b": "--sweep steps=1,b: it takes values",
     "--ckpt {sd1} --prompt x --sweep steps=0": "--sweep steps: 1 to 1000",
     "--ckpt {sd1} --prompt x --sweep scale=inf": "--sweep scale=inf",
@@ -196,7 +198,7 @@ def test_wrong_prompt_files(sd1, capsys, unloaded, tmp_path):
     assert "p.txt, line 2: --f names an image, but --sweep draws one sheet" in error(capsys, *options)
 
 
-@pytest.mark.parametrize("name", generate_options.UNSUPPORTED)
+@pytest.mark.parametrize("name", unsupported(generate_options.GenerateSettings))
 def test_unsupported_options_say_so(sd1, capsys, unloaded, name):
     message = error(capsys, "--ckpt", sd1, "--prompt", "x", f"--{name}", "1", status=2)
     assert message.startswith(f"error: --{name}: ")
@@ -212,7 +214,8 @@ def test_every_supported_option_is_read():
     )
     code = "".join((folder / f"{name}.py").read_text() for name in names.split())
     made = generate_options.parser()
-    supported = [action.dest for action in made._actions if action.dest not in ("help", *generate_options.UNSUPPORTED)]
+    others = ("help", argparse.SUPPRESS, *unsupported(generate_options.GenerateSettings))
+    supported = [action.dest for action in made._actions if action.dest not in others]
     unread = [dest for dest in supported if not re.search(rf"settings\.{dest}\b|\"{dest}\"|'{dest}'", code)]
     assert unread == []
 
@@ -306,4 +309,6 @@ def test_options_from_the_command_line():
     assert (options.pretrained_model_name_or_path, options.images_per_prompt, options.scale) == ("m", 3, 7.5)
     assert options.given == {"pretrained_model_name_or_path", "images_per_prompt", "scale"}
     said = " ".join(generate_options.parser().format_help().split())
-    assert said.count("(default: ") == len(options_of(generate_options.GenerateSettings))
+    assert said.count("(default: ") == len(options_of(generate_options.GenerateSettings)) - len(
+        options_of(RefusedOptions)
+    )

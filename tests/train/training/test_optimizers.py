@@ -5,7 +5,16 @@ import torch
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.options.arguments import settings
-from lora_adapters.train.training.optimizers import KINDS, create_optimizer, literals, start_training, weights_to_keep
+from lora_adapters.train.training.lr_schedules import check_schedule
+from lora_adapters.train.training.optimizers import (
+    KINDS,
+    create_optimizer,
+    literals,
+    optimizer_class,
+    optimizer_name,
+    start_training,
+    weights_to_keep,
+)
 
 PACKAGES = {kind.package for kind in KINDS.values()}
 
@@ -109,3 +118,22 @@ def test_schedule_free_weights_come_back_bit_for_bit() -> None:
 
 def test_literals() -> None:
     assert literals(["a=1", "b=True", "c=1e-3", "d='x'"], "optimizer_args") == {"a": 1, "b": True, "c": 1e-3, "d": "x"}
+
+
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        ({"optimizer_type": "AdmW"}, "did you mean AdamW?"),
+        ({"optimizer_type": "prodgy"}, "did you mean Prodigy?"),
+        ({"optimizer_type": "torch.optim.Adamx"}, "did you mean Adamax?"),
+        ({"optimizer_type": "xyz"}, "there is no xyz in torch.optim"),
+        ({"lr_scheduler": "cosin"}, "did you mean cosine?"),
+    ],
+)
+def test_what_may_have_been_meant(options, near) -> None:
+    asked = settings(**options)
+    looked_up = check_schedule if asked.lr_scheduler == "cosin" else lambda one: optimizer_class(optimizer_name(one))
+    with pytest.raises(TrainingError) as raised:
+        looked_up(asked)
+    assert near in str(raised.value)
+    assert ("did you mean" in str(raised.value)) == ("did you mean" in near)

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from lora_adapters.convert.terminal import be_quiet, own_quiet
 from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training.checkpoints import Position
 from lora_adapters.train.training.progress import Progress
 from lora_adapters.train.training.step_values import StepValues
+from lora_adapters.train.training.trackers import start_console
 
 
 @pytest.fixture
@@ -38,3 +40,34 @@ def test_the_epoch_is_none_beyond_the_last(run, capsys):
         with Progress(run, 0) as progress:
             progress.stepped(Position(step=1, epoch=epoch), StepValues(0.5, 0, {}))
         assert f"epoch={shown}," in capsys.readouterr().err
+
+
+def test_held_out_losses_are_named_by_rank(run, capsys):
+    with Progress(run, 0) as progress:
+        progress.held_out(3, {"loss/validation_rank4": 0.25, "loss/validation_rank16": 0.125})
+        progress.held_out(4, {"loss/validation": 0.5})
+    said = capsys.readouterr().out
+    assert "step 3: held-out loss rank 4: 0.25000, rank 16: 0.12500\nstep 4: held-out loss 0.50000" in said
+
+
+def test_quiet(run, capsys):
+    with own_quiet():
+        be_quiet()
+        start_console(run.settings)
+        with Progress(run, 0) as progress:
+            progress.held_out(4, {"loss/validation": 0.5})
+            logging.getLogger("lora_adapters").info("saved")
+            logging.getLogger("lora_adapters").warning("odd")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.endswith("WARNING lora_adapters: odd\n")
+    assert shown.err.count("\n") == 1
+
+
+def test_libraries_say_warnings_only(run, capsys):
+    start_console(run.settings)
+    for name in ("diffusers.models", "PIL.PngImagePlugin", "httpx"):
+        logging.getLogger(name).info("a detail")
+    logging.getLogger("lora_adapters").info("a step")
+    assert capsys.readouterr().err.endswith("INFO lora_adapters: a step\n")
+    assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)

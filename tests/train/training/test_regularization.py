@@ -3,8 +3,19 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
+from lora_adapters import LycorisConfig
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.training.regularization import add_dropouts, limit_norms, module_dropout, norms, rank_dropout
+from lora_adapters.train.options.arguments import settings
+from lora_adapters.train.training.regularization import (
+    add_dropouts,
+    drop_all,
+    drop_rows,
+    limit_norms,
+    module_dropout,
+    norms,
+    rank_dropout,
+)
+from lora_adapters.train.training.setup import prepare
 
 
 @pytest.fixture
@@ -84,3 +95,41 @@ def test_norms_of_layers_of_several_shapes_in_their_order() -> None:
     limit = expected.sort().values[1:3].mean()
     assert limit_norms(made, "default", float(limit)) == 2
     torch.testing.assert_close(norms(made, "default"), expected.clamp(max=limit))
+
+
+def test_dropouts_of_changes_that_are_no_pairs() -> None:
+    """Rank dropout takes whole output channels, with their biases, and makes up for it; module dropout all or none."""
+    torch.manual_seed(0)
+    weight, bias = drop_rows((torch.ones(1000, 3, 2), torch.ones(1000)), 0.25)
+    assert torch.equal(weight[:, 0, 0], bias)
+    assert torch.equal(weight, weight[:, :1, :1].expand_as(weight))
+    assert bias.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert abs(float(bias.mean()) - 1) < 0.1
+    assert drop_rows((None, torch.ones(4)), 0.0)[0] is None
+    kept = [float(drop_all((torch.ones(2), None), 0.3)[0].mean()) for _ in range(300)]
+    assert set(kept) == {0.0, 1.0}
+    assert abs(sum(kept) / 300 - 0.7) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["rank", "module"])
+def test_dropouts_of_other_kinds_act_in_training_only(kind) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    inject_adapter_in_model(LycorisConfig(r=3, algo="loha", target_modules=["0"]), model)
+    for parameter in model[0].lora_A["default"].parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(8, 6)
+    plain = delta(model[0], x)
+    add_dropouts([model[0]], "default", **{"network": None, "rank": None, "module": None, kind: 0.5})
+    torch.testing.assert_close(delta(model[0].eval(), x), plain)
+    model.train()
+    assert any(not torch.allclose(delta(model[0], x), plain) for _ in range(10))
+
+
+def test_dropout_in_network_args_is_the_network_dropout(basics) -> None:
+    """As kohya's trainer passes it on to LyCORIS; it wins over --network_dropout."""
+    for args, hooks in (({}, 0), ({"dropout": "0.5"}, 1)):
+        run = prepare(settings(**{**basics, "network_args": args}))
+        assert {len(one.lora_A["default"]._forward_hooks) for one in run.layers} == {hooks}
+    run = prepare(settings(**{**basics, "network_args": {"dropout": "0"}, "network_dropout": 0.5}))
+    assert {len(one.lora_A["default"]._forward_hooks) for one in run.layers} == {0}

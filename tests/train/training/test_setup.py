@@ -118,7 +118,7 @@ def test_block_rates_become_groups(basics) -> None:
 def test_without_any_block_of_the_unet_the_text_encoder_is_trained_alone(basics) -> None:
     args = {"down_lr_weight": "zeros", "mid_lr_weight": "0", "up_lr_weight": "zeros"}
     assert list(prepare(settings(**basics, network_args=args)).trained) == ["text_encoder"]
-    with pytest.raises(TrainingError, match="every block has rank or weight 0, nothing is left to train"):
+    with pytest.raises(TrainingError, match="nothing is left to train in unet: every block has rank or weight 0"):
         prepare(settings(**basics, network_args=args, network_train_unet_only=True))
 
 

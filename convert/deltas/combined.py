@@ -1,0 +1,136 @@
+"""Several changes of one weight pruned and put together: TIES, DARE and magnitude pruning.
+
+The arithmetic is that of PEFT's merge_utils. It works on ΔW in full, as the papers do on the difference of weights: the
+factors of two low-rank pairs have no common basis, and pruning these would give another result for another
+factorisation of the same change.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+
+from .base import Delta
+from .sum import Sum, of_one_shape
+
+METHODS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+MAJORITIES = ("total", "frequency")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How changes are put together; AdapterError for values that make no sense.
+
+    method: "magnitude_prune" keeps the largest numbers of each change and adds the weighted changes up; "dare_linear"
+    (arXiv:2311.03099) keeps random ones, divided by the density; "ties" (arXiv:2306.01708) prunes by magnitude, elects
+    a sign for each number, and takes the mean of the weighted changes that agree with it; "dare_ties" does that after
+    random pruning. density: the share of numbers that is kept, above 0 and up to 1. majority: the sign is that of the
+    sum ("total") or that of most changes ("frequency"). seed: of the random pruning.
+    """
+
+    method: str
+    density: float
+    majority: str = "total"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise AdapterError(f"unknown method {self.method}: {', '.join(METHODS)} are known")
+        if not 0 < self.density <= 1:
+            raise AdapterError(f"density must be above 0 and at most 1, got {self.density:g}")
+        if self.majority not in MAJORITIES:
+            raise AdapterError(f"unknown majority {self.majority}: {', '.join(MAJORITIES)} are known")
+
+    def of(self, name: str) -> "Combination":
+        """The same with a seed of its own for a module, which does not depend on what other modules there are."""
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return replace(self, seed=int.from_bytes(digest[:7], "little"))
+
+    def __call__(self, changes: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        """One change of several, all of one shape; the tensors may be overwritten."""
+        if self.method.startswith("dare"):
+            generator = torch.Generator().manual_seed(self.seed)
+            kept = [prune_at_random(change, self.density, generator) for change in changes]
+        else:
+            kept = [prune_small(change, self.density) for change in changes]
+        agreed = self._agreed(kept) if self.method.endswith("ties") else None
+        total = torch.zeros_like(kept[0])
+        for number, (change, weight) in enumerate(zip(kept, weights, strict=True)):
+            total.add_(change if agreed is None else change.mul_(agreed[number]), alpha=weight)
+        return total if agreed is None else total.div_(torch.stack(agreed).sum(0).clamp_min(1))
+
+    def _agreed(self, kept: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """For each change, where it has the elected sign; 0 has none."""
+        votes = torch.zeros_like(kept[0])
+        for change in kept:
+            votes.add_(change if self.majority == "total" else change.sign())
+        elected = torch.where(votes >= 0, 1.0, -1.0)
+        return [change.sign() == elected for change in kept]
+
+
+def prune_small(change: torch.Tensor, density: float) -> torch.Tensor:
+    """The change with its smallest numbers set to 0, in place; `density` is the share that is kept, rounded down.
+
+    Numbers of the same size as the smallest that is kept are kept too.
+    """
+    count = int(density * change.numel())
+    if count >= change.numel():
+        return change
+    if count == 0:
+        return change.zero_()
+    size = change.abs()
+    smallest = size.flatten().kthvalue(change.numel() - count + 1).values
+    return change.mul_(size >= smallest)
+
+
+def prune_at_random(change: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """The change with random numbers set to 0 and the others divided by `density`, the share that is kept; in place."""
+    kept = torch.bernoulli(torch.full((change.numel(),), density), generator=generator).reshape(change.shape)
+    return change.mul_(kept.to(change)).div_(density)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Combined(Sum):
+    """ΔW of several changes of one weight by a `Combination`, and the same of the biases."""
+
+    weights: tuple[float, ...]
+    combination: Combination
+
+    def __repr__(self) -> str:
+        return f"{self.combination.method}({', '.join(map(repr, self.parts))})"
+
+    def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """ΔW in full; see `Delta.delta`."""
+        changing = [
+            (part, weight) for part, weight in zip(self.parts, self.weights, strict=True) if part.changes_weight
+        ]
+        changes = of_one_shape([part.delta(base_weight, dtype) for part, _ in changing or [(self.parts[0], 1.0)]])
+        return self.combination(changes, [weight for _, weight in changing] or [1.0])
+
+    def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        """The change of the bias; None where no part changes it."""
+        both = [(part.bias(dtype), weight) for part, weight in zip(self.parts, self.weights, strict=True)]
+        changing = [(bias, weight) for bias, weight in both if bias is not None]
+        if not changing:
+            return None
+        return self.combination([bias for bias, _ in changing], [weight for _, weight in changing])
+
+    def scaled(self, weight: float) -> "Combined":
+        """The whole at another weight."""
+        return replace(self, weights=tuple(weight * one for one in self.weights))
+
+    def to(self, dtype: torch.dtype | None) -> "Combined":
+        """The same changes with their tensors in another dtype; None keeps them."""
+        return replace(self, parts=tuple(part.to(dtype) for part in self.parts))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """AdapterError: a pruned change is no product of factors."""
+        raise AdapterError(f"a change made by {self.combination.method} cannot be written: reduce it to a rank")
+
+
+def combined(name: str, parts: Sequence[tuple[Delta, float]], combination: Combination) -> Delta:
+    """The changes of one weight, each with its weight, by a combination; `name`, the module's, makes the seed."""
+    return Combined(tuple(part for part, _ in parts), tuple(weight for _, weight in parts), combination.of(name))

@@ -1,0 +1,87 @@
+"""PEFT's OFT: rotations of the weight's input channels in blocks (arXiv:2306.07280, arXiv:2506.19847)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lora_adapters.convert.errors import AdapterError
+
+from .base import TensorDelta, check_shape
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InputRotation(TensorDelta):
+    """W + ΔW = W · diag(R₁, R₂, ...)ᵀ, where R is made of a skew Q.
+
+    `upper` is (blocks, size * (size - 1) / 2): each Q's numbers above the diagonal, row by row. A single block is that
+    of all groups of channels. `terms` is 0 for R = (I - Q) · (I + Q)⁻¹, else PEFT's length of the Neumann series
+    R = I + 2Q + 2Q² + ... + 2Qⁿ⁻¹ + Qⁿ, of which its last power is n = terms - 1, and at least 3 for three terms.
+
+    At a multiplier w each rotation is drawn towards I: w · R + (1 - w) · I.
+    """
+
+    kind: ClassVar[str] = "OFT"
+
+    upper: torch.Tensor
+    terms: int = 0
+
+    def __post_init__(self) -> None:
+        check_shape("oft_R.weight", self.upper, (None, None))
+        if self.size * (self.size - 1) // 2 != self.upper.shape[1]:
+            raise AdapterError(f"oft_R.weight has the shape {list(self.upper.shape)}, which no skew matrix has")
+        self._check_floating()
+
+    @property
+    def size(self) -> int:
+        """Channels in a block."""
+        return (1 + round((1 + 8 * self.upper.shape[1]) ** 0.5)) // 2
+
+    @property
+    def needs_base(self) -> bool:
+        """True: it is W that is rotated."""
+        return True
+
+    @property
+    def out_in(self) -> None:
+        """None: it tells the channels of one side only."""
+
+    @property
+    def _made_for(self) -> str:
+        return f"a linear weight with {len(self.upper)} blocks of {self.size} input channels"
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether a linear layer's or 1x1 convolution's weight of this shape has as many input channels."""
+        if len(weight_shape) < 2 or set(weight_shape[2:]) - {1}:
+            return False
+        blocks, left = divmod(weight_shape[1], self.size)
+        return left == 0 and len(self.upper) in (1, blocks)
+
+    def _rotations(self, dtype: torch.dtype) -> torch.Tensor:
+        """R - I at the multiplier, (blocks, size, size)."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.upper.device)
+        skew = torch.zeros(len(self.upper), self.size, self.size, dtype=dtype, device=self.upper.device)
+        blocks = torch.arange(len(skew), device=skew.device)[:, None]
+        skew = skew.index_put((blocks, rows, columns), self.upper.to(dtype))
+        skew = skew - skew.mT
+        if self.terms == 0:
+            one = torch.eye(self.size, dtype=dtype, device=skew.device)
+            return (torch.linalg.solve(one + skew, one - skew) - one) * self.multiplier
+        highest = self.terms - 1 if self.terms < 3 else max(self.terms - 1, 3)
+        power, total = skew, torch.zeros_like(skew)
+        for exponent in range(1, highest + 1):
+            total = total + (power if exponent == highest > 1 else 2 * power)
+            power = power @ skew
+        return total * self.multiplier
+
+    def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        assert base_weight is not None
+        base = base_weight.to(dtype).flatten(1)
+        groups = base.reshape(len(base), -1, self.size)
+        turns = self._rotations(dtype).to(dtype).expand(groups.shape[1], -1, -1)
+        return torch.einsum("ogc,gkc->ogk", groups, turns).reshape(base.shape)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """AdapterError: LyCORIS' files have no place for it."""
+        raise AdapterError("PEFT's OFT rotates inputs, which files of LyCORIS have no place for: keep PEFT's folder")

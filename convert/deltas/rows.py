@@ -1,0 +1,212 @@
+"""Changes of fused layers: cut into those of the layers that they consist of, and put together again.
+
+A fused layer has the rows of several layers, one below the other. The low-rank pair of the whole is one for each of
+them, exactly: all share `down`, and each has its own rows of `up`. Where `up` is block-diagonal, each component belongs
+to one of them, which then has a pair of a lower rank (kohya's `split_qkv`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from typing_extensions import Self
+
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError
+
+from .base import Delta, with_article
+from .dora import DoRA
+from .full import Full, WithBias
+from .hadamard import Hadamard
+
+
+def cut(change: Delta, rows: Sequence[slice]) -> list[Delta]:
+    """The changes of the layers that have these rows, which are all rows of the fused layer, in order."""
+    if len(rows) == 1:
+        return [change]
+    if isinstance(change, LowRank):
+        return [*_cut_pair(change, rows)]
+    return [picked(change, (span,)) for span in rows]
+
+
+def _cut_pair(pair: LowRank, rows: Sequence[slice]) -> list[LowRank]:
+    ups = [pair.up[span] for span in rows]
+    columns = _own_columns(ups)
+    if columns is None:
+        return [replace(pair, up=up) for up in ups]
+    return [
+        LowRank(pair.down[own], up[:, own], pair.scale * (own.stop - own.start))
+        for up, own in zip(ups, columns, strict=True)
+    ]
+
+
+def _own_columns(ups: Sequence[torch.Tensor]) -> list[slice] | None:
+    """The columns of each part that are its own: 0 in all other parts, and in the parts' order; None where none are."""
+    used = torch.stack([(up != 0).flatten(1).any(0) for up in ups])
+    if ups[0].shape[1] < len(ups) or not bool((used.sum(0) <= 1).all()) or not bool(used.any(1).all()):
+        return None
+    ends = [int(row.nonzero()[-1]) + 1 for row in used]
+    ends[-1] = used.shape[1]  # columns that are 0 in all parts belong to the part before them
+    starts = [0, *ends[:-1]]
+    if any(int(row.nonzero()[0]) < start or start >= end for row, start, end in zip(used, starts, ends, strict=True)):
+        return None
+    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def halves_swapped(change: Delta, out: int) -> Delta:
+    """The change of the same layer with the two halves of its `out` rows in the other order."""
+    return picked(change, (slice(out // 2, out), slice(0, out // 2)))
+
+
+def picked(change: Delta, rows: tuple[slice, ...]) -> Delta:
+    """The change of a layer that has these rows of another one, in this order."""
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[rows[0]] if len(rows) == 1 else torch.cat([tensor[span] for span in rows])
+
+    if isinstance(change, LowRank):
+        return replace(change, up=of(change.up))
+    if isinstance(change, WithBias):
+        return replace(change, change=picked(change.change, rows), diff_b=of(change.diff_b))
+    if isinstance(change, DoRA):
+        if change.magnitude.shape[0] == 1:
+            raise AdapterError("a DoRA with a magnitude for each column of a fused layer is none of its parts alone")
+        return replace(change, change=picked(change.change, rows), magnitude=of(change.magnitude))
+    if isinstance(change, Full):
+        parts = {name: None if part is None else of(part) for name, part in _tensors_of(change).items()}
+        return replace(change, **parts)  # type: ignore[arg-type]
+    if isinstance(change, Hadamard) and change.t1 is None and change.t2 is None:
+        return replace(change, w1_a=of(change.w1_a), w2_a=of(change.w2_a))
+    if change.needs_base:
+        raise AdapterError(f"{with_article(change.kind)} of a fused layer cannot be cut into those of its parts")
+    return Rows(change, rows)
+
+
+def _tensors_of(change: Full) -> dict[str, torch.Tensor | None]:
+    return {"diff": change.diff, "diff_b": change.diff_b}
+
+
+def joined(pairs: Sequence[LowRank | None], rows: Sequence[int]) -> LowRank:
+    """One pair for a fused layer; the reverse of `cut`.
+
+    Parts that have the same `down` and scale share it; the components of others are one after the other, and what
+    differs in their scales goes into `up`.
+
+    Args:
+        pairs: those of its parts, in order; None for a part that does not change.
+        rows: how many rows each part has.
+
+    Raises:
+        AdapterError: the parts' inputs are not equally wide.
+    """
+    found = [pair for pair in pairs if pair is not None]
+    if len({pair.down.shape[1:] for pair in found}) != 1:
+        raise AdapterError("the parts of a fused layer have inputs of different widths")
+    scale = max((abs(pair.scale) for pair in found), default=0.0) or 1.0
+    alike = all(pair.scale == found[0].scale for pair in found)
+    scale = found[0].scale if alike else scale
+    owners: list[LowRank] = []
+    starts: list[int] = []
+    for pair in found:
+        if not any(_same_down(pair, owner) for owner in owners):
+            starts.append(sum(owner.rank for owner in owners))
+            owners.append(pair)
+    rank = sum(owner.rank for owner in owners)
+    dtype = torch.promote_types(found[0].up.dtype, found[-1].up.dtype) if alike else torch.float32
+    up = torch.zeros(sum(rows), rank, dtype=dtype)
+    at = 0
+    for part, count in zip(pairs, rows, strict=True):
+        if part is not None:
+            start = starts[next(number for number, owner in enumerate(owners) if _same_down(part, owner))]
+            block = part.up.flatten(1)
+            up[at : at + count, start : start + part.rank] = block if alike else block.float() * (part.scale / scale)
+        at += count
+    down = owners[0].down if len(owners) == 1 else torch.cat([owner.down for owner in owners])
+    return LowRank(down, up, scale * rank)
+
+
+def _same_down(one: LowRank, other: LowRank) -> bool:
+    first, second = one.down, other.down
+    if one is other:
+        return True
+    if first.shape != second.shape or first.dtype != second.dtype or one.scale != other.scale:
+        return False
+    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows:
+    """Some rows of another change, of a kind whose tensors have no rows of their own (LoKr, GLoRA, ...)."""
+
+    change: Delta
+    rows: tuple[slice, ...]
+
+    def __repr__(self) -> str:
+        return f"Rows({self.change!r})"
+
+    @property
+    def kind(self) -> str:
+        """The kind of the change."""
+        return self.change.kind
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the change."""
+        return self.change.rank
+
+    @property
+    def _count(self) -> int:
+        return sum(span.stop - span.start for span in self.rows)
+
+    @property
+    def out_in(self) -> tuple[int, int] | None:
+        """Output and input channels; None where the change tells none."""
+        whole = self.change.out_in
+        return None if whole is None else (self._count, whole[1])
+
+    @property
+    def needs_base(self) -> bool:
+        """False: a change that does is not cut."""
+        return False
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the whole change does."""
+        return self.change.changes_weight
+
+    def _of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor[span] for span in self.rows])
+
+    def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """ΔW in full; see `Delta.delta`."""
+        if base_weight is not None and not self.fits(tuple(base_weight.shape)):
+            raise AdapterError(f"made for {list(self.out_in or ())}, but the model's is {list(base_weight.shape)}")
+        found = self._of(self.change.delta(None, dtype))
+        return found if base_weight is None else found.reshape(base_weight.shape)
+
+    def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        """The change of the bias; None where it stays."""
+        bias = self.change.bias(dtype)
+        return None if bias is None else self._of(bias)
+
+    def scaled(self, weight: float) -> Self:
+        """The delta at another weight."""
+        return replace(self, change=self.change.scaled(weight))
+
+    def to(self, dtype: torch.dtype | None) -> Self:
+        """The same delta with its tensors in another dtype; None keeps them."""
+        return self if dtype is None else replace(self, change=self.change.to(dtype))
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether it is for a weight of this shape."""
+        return self.out_in is not None and tuple(weight_shape[:2]) == self.out_in
+
+    def is_finite(self) -> bool:
+        """Whether no number in its tensors is NaN or infinite."""
+        return self.change.is_finite()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Raises AdapterError: files have no place for a part of a fused layer's change."""
+        raise AdapterError(
+            f"{with_article(self.kind)} of a fused layer cannot be written in parts: make pairs of it (--to lora)"
+        )

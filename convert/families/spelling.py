@@ -1,0 +1,162 @@
+"""The modules that names in files stand for, where the original code fuses layers: one name may be several modules.
+
+A name is a key without the end that says which tensor of the module it is, flat (`lora_unet_double_blocks_0...`) or
+dotted (`diffusion_model.double_blocks.0...`). All spellings of a family are looked up in one table: the original
+code's, diffusers', and those that the family lists as aliases; the text encoders' with and without `text_model.`.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from typing import NamedTuple
+
+from .family import ModelFamily
+from .names import ModuleName
+from .registry import BASE_VERSION, FAMILIES, by_metadata
+from .tensor_slice import Part
+from .transformer import Fused, Transformer
+
+_PEFT_MODEL = "base_model.model."
+_OF_DENOISER = ("lora_transformer_", "lycoris_", "diffusion_model.", "model.diffusion_model.", "transformer.", "")
+
+
+class Target(NamedTuple):
+    """A module that a name in a file stands for, and which rows of what the file has it is.
+
+    part: None for all rows. swapped: as in `TensorSlice`.
+    """
+
+    module: ModuleName
+    part: Part | None = None
+    swapped: bool = False
+
+
+def fuses(family: ModelFamily) -> bool:
+    """Whether its original code fuses layers, so that its files are read by the names here."""
+    return isinstance(family.denoiser.layout, Transformer)
+
+
+@cache
+def _transformers() -> tuple[ModelFamily, ...]:
+    return tuple(family for family in FAMILIES if fuses(family))
+
+
+@cache
+def _beginnings(family: ModelFamily) -> tuple[tuple[str, str], ...]:
+    """The beginnings of names, and the component that each means; longer ones first."""
+    found: dict[str, str] = {}
+    for part in family.components:
+        own = _OF_DENOISER if part.role == "denoiser" else (f"{part.name}.", f"lora_{part.name}_")
+        for start in (f"{part.kohya}_", *part.others, *own):
+            found.setdefault(start, part.name)
+    return tuple(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+@cache
+def _targets(family: ModelFamily, component: str) -> Mapping[str, tuple[Target, ...]]:
+    """The modules by flat names."""
+    part = family.component(component)
+    assert part is not None
+    found: dict[str, tuple[Target, ...]] = {}
+    found |= {_flat(path): (Target(ModuleName(component, path)),) for path in family.paths(component)}
+    if isinstance(part.layout, Transformer):
+        for names in (part.layout.aliases, part.layout.originals):
+            found |= {_flat(name): _of(component, target) for name, target in names.items()}
+        return found
+    return {name.removeprefix("text_model_"): targets for name, targets in found.items()} | found
+
+
+def _of(component: str, target: Fused) -> tuple[Target, ...]:
+    return tuple(
+        Target(ModuleName(component, path), target.part(index), target.swapped)
+        for index, path in enumerate(target.paths)
+    )
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def without_wrapper(name: str) -> str:
+    """The name without PEFT's `base_model.model.`, at its beginning or behind the component."""
+    component, found, rest = name.partition(_PEFT_MODEL)
+    return f"{component}{rest}" if found and "." not in component.rstrip(".") else name
+
+
+def split(family: ModelFamily, name: str) -> list[tuple[str, str]]:
+    """(component, name in it) for each component that a name may be of."""
+    name = without_wrapper(name)
+    return [(part, name.removeprefix(start)) for start, part in _beginnings(family) if name.startswith(start)]
+
+
+def targets_of(family: ModelFamily, name: str) -> tuple[Target, ...] | None:
+    """The modules of a family that a name stands for; None where it has none of that name."""
+    found = (_targets(family, component).get(_flat(rest)) for component, rest in split(family, name))
+    return next((targets for targets in found if targets is not None), None)
+
+
+def known_names(family: ModelFamily) -> Iterable[str]:
+    """The flat names of all modules of a family's denoiser."""
+    return _targets(family, family.denoiser.name)
+
+
+@cache
+def _mark() -> re.Pattern[str]:
+    """What a module's name of one of these families begins with."""
+    starts = {f"{family.denoiser.kohya}_" for family in _transformers()} | set(_OF_DENOISER)
+    names = {
+        name
+        for family in _transformers()
+        for stack in family.denoiser.layout.stacks  # type: ignore[attr-defined]
+        for name in (stack.original, stack.path)
+    }
+    starting, stacks = ("|".join(map(re.escape, sorted(each, key=len, reverse=True))) for each in (starts, names))
+    return re.compile(rf"({starting})({re.escape(_PEFT_MODEL)})?({stacks})[._]\d|.*[._]encoder[._]block[._]\d")
+
+
+def may_be_of_transformer(names: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a file with such names, or such metadata, can be for one of these families."""
+    told = by_metadata(metadata)
+    if told is not None:
+        return fuses(told)
+    return any(_mark().match(name) for name in names)
+
+
+class Found(NamedTuple):
+    """own: the family that has all of a file's modules; None where none has. near: that, or the one that has the most
+    of them; None where none has half of them. is_alone: whether nothing but this one family has such modules.
+    """
+
+    own: ModelFamily | None
+    near: ModelFamily | None
+    is_alone: bool = False
+
+
+def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mapping[str, str]) -> Found:
+    """The family of a file by the names of its modules and their sizes, (out, in).
+
+    The first that has all of the modules, unless the metadata name another one that has, or a layer is as wide as in
+    another one alone.
+    """
+    fitting = [family for family in _transformers() if all(targets_of(family, name) for name in names)]
+    if not fitting:
+        counts = {family: sum(targets_of(family, name) is not None for name in names) for family in _transformers()}
+        best = max(counts, key=lambda family: counts[family])
+        return Found(None, best if 2 * counts[best] > len(names) else None)
+    told = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
+    if told in fitting:
+        return Found(told, told)
+    own = next((family for family in fitting if _has_own_width(family, names)), None)
+    return Found(own or fitting[0], own or fitting[0], own is not None or len(fitting) == 1)
+
+
+def _has_own_width(family: ModelFamily, names: Mapping[str, tuple[int, int] | None]) -> bool:
+    is_own, layout = family.marks.width, family.denoiser.layout
+    assert isinstance(layout, Transformer)
+    if is_own is None:
+        return False
+    for name, out_in in names.items():
+        for component, rest in split(family, name):
+            if out_in is not None and component == family.denoiser.name and is_own(_flat(rest), out_in):
+                return True
+    return False

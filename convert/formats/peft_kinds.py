@@ -1,0 +1,76 @@
+"""The changes in a PEFT folder's tensors, by its config: LoRA, DoRA, LoHa, LoKr and OFT."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_adapters.convert.deltas import read_module
+from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.input_rotation import InputRotation
+from lora_adapters.convert.deltas.reading import SUFFIXES
+from lora_adapters.convert.errors import AdapterError
+
+from .diffusers import alpha_from_config, pattern_value
+
+KINDS = ("LORA", "LOHA", "LOKR", "OFT")
+_OFT = "oft_R.weight"
+_BESIDE = ("bias", "modules_to_save", "trainable_token_indices")  # options that train more than the adapter
+
+
+def check_kind(config: Mapping[str, Any]) -> None:
+    """AdapterError where a folder with this config holds what is not read."""
+    kind = config.get("peft_type")
+    if kind not in KINDS:
+        raise AdapterError(f"it holds a {kind!s:.40} adapter of PEFT's, which is not read: {', '.join(KINDS)} are")
+    for option in _BESIDE:
+        if config.get(option) not in (None, "none", [], {}):
+            raise AdapterError(f"it was trained with {option}={config[option]!s:.60}, which is beyond an adapter")
+    if kind == "OFT" and config.get("coft"):
+        raise AdapterError("it is an OFT with a constraint (coft), which is not read")
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The module's path in a key, and the end of the key; AdapterError where it ends in no tensor of an adapter.
+
+    >>> split_key("mid_block.attentions.0.proj_in.lora_A.weight")
+    ('mid_block.attentions.0.proj_in', 'lora_A.weight')
+    """
+    parts = key.split(".")
+    for length in (2, 1):
+        suffix = ".".join(parts[-length:])
+        if len(parts) > length and (suffix in SUFFIXES or suffix == _OFT):
+            return ".".join(parts[:-length]), suffix
+    raise AdapterError(f"{key:.200} is no tensor of an adapter that is read")
+
+
+def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torch.Tensor]) -> Delta:
+    """The change of one module.
+
+    Args:
+        config: PEFT's, which tells the kind and the scale.
+        path: The module's, by which the config's patterns know it.
+        tensors: By the ends of their keys.
+
+    Raises:
+        AdapterError: Tensors are missing, or of another kind.
+    """
+    kind = config.get("peft_type")
+    if kind == "OFT":
+        if set(tensors) != {_OFT}:
+            raise AdapterError(f"an OFT module of PEFT's has {_OFT} alone, not {', '.join(sorted(tensors))}")
+        neumann = config.get("use_cayley_neumann", False)
+        terms = int(config.get("num_cayley_neumann_terms", 5)) if neumann else 0
+        return InputRotation(tensors[_OFT], terms)
+    if kind == "LORA":
+        down = tensors.get("lora_A.weight")
+        rank = len(down) if down is not None and down.ndim else 0
+        told = torch.tensor(alpha_from_config(config, path, rank), dtype=torch.float64)
+        return read_module({**tensors, "alpha": told})
+    rank = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, path, config.get("alpha", 8))
+    try:
+        scale = float(alpha) / float(rank)
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise AdapterError(f"the config's alpha {alpha!s:.20} and rank {rank!s:.20} are no scale") from None
+    return read_module(tensors).scaled(scale)

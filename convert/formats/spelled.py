@@ -1,0 +1,198 @@
+"""Files of adapters for diffusion transformers, in any of the spellings that trainers have for them.
+
+A key is the name of a module and the end that says which tensor of it it is. Names are flat or dotted, the original
+code's or diffusers' (see `families.spelling`), and so are the ends kohya's, PEFT's or older ones; any kind of change is
+read. A layer that the original code fuses becomes those that it is in diffusers (see `deltas.rows`).
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+import torch
+
+from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
+from lora_adapters.convert.deltas.rows import cut, halves_swapped
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.names import Lookup, ModuleName, nearest
+from lora_adapters.convert.families.registry import BASE_VERSION
+from lora_adapters.convert.families.spelling import (
+    Target,
+    family_of_names,
+    fuses,
+    known_names,
+    may_be_of_transformer,
+    split,
+    targets_of,
+)
+from lora_adapters.convert.families.tensor_slice import Span, TensorSlice
+
+from .contents import Contents
+from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
+from .kinds import unread
+
+_FLAT = ("lora_", "lycoris_")  # the beginnings of names without dots
+_ENDS = {
+    **{end: end for end in SUFFIXES},
+    **{
+        f"{start}.{half}.weight": f"lora_{half}.weight"
+        for start in ("lora", "lora_linear_layer")
+        for half in ("down", "up")
+    },
+}
+_XLABS = re.compile(r"(.+\.processor\.\w+_lora[12]?)\.(down|up)\.weight")
+_NAMED_ADAPTER = re.compile(r"(.*)(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?")
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The name of a module in a key, and the end of the key as kohya or PEFT has it; None for any other key.
+
+    >>> split_key("transformer.proj_out.lora_A.default.weight")
+    ('transformer.proj_out', 'lora_A.weight')
+    >>> split_key("double_blocks.0.processor.qkv_lora1.down.weight")
+    ('double_blocks.0.processor.qkv_lora1', 'lora_down.weight')
+    """
+    if match := _XLABS.fullmatch(key):
+        return match[1], f"lora_{match[2]}.weight"
+    if match := _NAMED_ADAPTER.fullmatch(key):
+        key = f"{match[1]}{match[2]}{match[4] or ''}"
+    if key.startswith(_FLAT):
+        name, _, end = key.partition(".")
+        return (name, _ENDS[end]) if end in _ENDS else None
+    parts = key.split(".")
+    for length in (3, 2, 1):
+        end = ".".join(parts[-length:])
+        if len(parts) > length and end in _ENDS:
+            return ".".join(parts[:-length]), _ENDS[end]
+    return None
+
+
+def read(
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    lookup: Lookup | None = None,
+    family: ModelFamily | None = None,
+) -> Contents | None:
+    """What a file for a diffusion transformer holds; None for a file that is none.
+
+    Args:
+        tensors: as in the file; they are not copied.
+        metadata: the file's, which may say which family it is for, and alphas.
+        lookup: finds modules that the family does not have, in a live model.
+        family: that of the live model; None takes the file's own.
+
+    Raises:
+        AdapterError: lone halves of pairs, unknown modules, shapes that do not fit.
+        UnknownFormatError: keys that are of no adapter, or modules that neither the family nor the live model has.
+    """
+    if (family is None or not fuses(family)) and (family is not None or lookup is not None):
+        return None  # it is read for a live model of another kind
+    splits = {key: split_key(key) for key in tensors}
+    names = {found[0] if found else key for key, found in splits.items()}
+    if family is None and not may_be_of_transformer(names, metadata):
+        return None
+    gated = {found[0] for found in splits.values() if found is not None and found[1] == "on_input"}
+    strange = next((key for key, found in splits.items() if found is None or _is_weight(found, gated)), None)
+    if strange is not None:
+        if family is None:
+            return None
+        raise unread(tensors, f"{strange:.120} is no key of an adapter's file")
+    groups = _groups(tensors, splits)
+    if family is None and family_of_names(dict.fromkeys(groups), metadata).near is None:
+        return None
+    changes = {name: _change(name, group) for name, group in groups.items()}
+    own, near, is_alone = family_of_names({name: change.out_in for name, change in changes.items()}, metadata)
+    chosen = family or own or near
+    assert chosen is not None
+    modules: dict[ModuleName, Delta] = {}
+    for name, change in changes.items():
+        targets = _targets(name, chosen, own, lookup, tensors)
+        alpha = _alpha(targets[0].module, groups[name], metadata)
+        if alpha is not None:
+            change = _change(name, {**groups[name], "alpha": alpha})
+        for target, part in zip(targets, _parts(name, change, targets), strict=True):
+            if target.module in modules:
+                raise AdapterError(f"{name:.120} and another name stand for the same module {target.module}")
+            modules[target.module] = part
+    told = {BASE_VERSION: chosen.stated} if family is not None or is_alone else {}
+    return Contents(modules, {**told, **kohya_metadata(metadata)})
+
+
+def _is_weight(found: tuple[str, str], gated: Collection[str]) -> bool:
+    """Whether a tensor is a model's own weight, and not that of an (IA)3, which says what it scales."""
+    return found[1] == "weight" and found[0] not in gated
+
+
+def _groups(
+    tensors: Mapping[str, torch.Tensor], splits: Mapping[str, tuple[str, str] | None]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each module by the ends of their keys."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, end = splits[key] or ("", "")
+        group = groups.setdefault(name, {})
+        if end in group:
+            raise AdapterError(f"{key:.120} and another key stand for the same tensor")
+        group[end] = tensor
+    return groups
+
+
+def _change(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
+    try:
+        return read_module(group)
+    except AdapterError as error:
+        raise type(error)(f"{name:.120}: {error}") from None
+
+
+def _alpha(module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> torch.Tensor | None:
+    """The alpha that diffusers' metadata have for a pair without one; None where there is none to add."""
+    down = group.get("lora_A.weight", group.get("lora_down.weight"))
+    if down is None or not down.ndim or "alpha" in group or METADATA_KEY not in metadata:
+        return None
+    return torch.tensor(alpha_of(metadata, module.component, module.path, down.shape[0]), dtype=torch.float64)
+
+
+def _targets(
+    name: str,
+    family: ModelFamily,
+    own: ModelFamily | None,
+    lookup: Lookup | None,
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[Target, ...]:
+    """The modules that a name stands for: in the family, else in the live model, else in the family of its own file."""
+    targets = targets_of(family, name)
+    if targets is None and lookup is not None:
+        for component, rest in split(family, name):
+            flat = rest.replace(".", "_")
+            path = lookup(component, flat)
+            if path != flat:
+                return (Target(ModuleName(component, path)),)
+    if targets is None and own is not None:
+        targets = targets_of(own, name)
+    if targets is not None:
+        return targets
+    near = nearest(split(family, name)[-1][1].replace(".", "_"), known_names(family))
+    said = f"unknown module {name:.120}{near}; {family.title} modules are known"
+    raise UnknownModuleError(said) if lookup is None else UnknownFormatError(said)
+
+
+def _parts(name: str, change: Delta, targets: tuple[Target, ...]) -> list[Delta]:
+    """The change of each of the modules that a name stands for."""
+    size = change.out_in
+    if size is None:
+        if len(targets) > 1:
+            raise AdapterError(f"{name:.120}: a {change.kind} of a fused layer cannot be cut into those of its parts")
+        return [change]
+    try:
+        places = [TensorSlice("", target.part, swapped=target.swapped).placed(size) for target in targets]
+        parts = cut(change, [_rows(place, size[0]) for place in places])
+        return [
+            halves_swapped(part, size[0]) if place.swapped else part for part, place in zip(parts, places, strict=True)
+        ]
+    except AdapterError as error:
+        raise type(error)(f"{name:.120}: {error}") from None
+
+
+def _rows(place: TensorSlice, count: int) -> slice:
+    return place.rows.within(count) if isinstance(place.rows, Span) else slice(0, count)

@@ -1,0 +1,58 @@
+"""What programs say: messages, which --quiet leaves out, and errors, whose first word is red on a terminal."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TextIO
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def own_quiet() -> Iterator[None]:
+    """Within it `be_quiet` has an effect; afterwards everything is as it was."""
+    token = _quiet.set(_quiet.get())
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def be_quiet() -> None:
+    """Leave out messages and progress bars from now on: --quiet."""
+    _quiet.set(True)
+
+
+def is_quiet() -> bool:
+    """Whether only warnings, errors and what a command was asked for are printed."""
+    return _quiet.get()
+
+
+def say(text: object) -> None:
+    """Print a message about what was done; nothing with --quiet."""
+    if not is_quiet():
+        print(text)
+
+
+def say_error(message: str) -> None:
+    """Print `error: ...` on stderr."""
+    print(f"{styled('error:', 'bold red', sys.stderr)} {message}", file=sys.stderr)
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """The text with a style of rich's where `stream` is a terminal that shows it; else, or without rich, the text.
+
+    rich knows NO_COLOR, TERM=dumb and the consoles of Windows.
+    """
+    if stream is None or not stream.isatty():
+        return text
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:  # it comes with transformers 5, not with the older ones
+        return text
+    console = Console(file=stream, soft_wrap=True)
+    with console.capture() as captured:
+        console.print(Text(text, style), end="")
+    return captured.get()

@@ -1,0 +1,52 @@
+"""The options by which the merging programs put adapters together: as a sum, or by TIES, DARE or magnitude pruning."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.combined import MAJORITIES, METHODS, Combination
+from lora_adapters.convert.errors import UsageError
+from lora_adapters.convert.parsing import number
+
+from .command_line import Parser
+from .merge import combination, weighted_sum
+
+_OF_METHODS = ("density", "seed", "majority_sign_method")
+
+
+def add_methods(parser: Parser) -> None:
+    """Add --method, --density, --seed and --majority_sign_method."""
+    parser.add_argument(
+        "--method",
+        choices=("linear", *METHODS),
+        default="linear",
+        help="how to put changes together: their weighted sum (linear, the default), or pruned before, as by PEFT",
+    )
+    parser.add_argument("--density", type=number, help="share of the numbers of each change that pruning keeps")
+    parser.add_argument("--seed", type=int, help="of the random pruning of dare_linear and dare_ties (default: 0)")
+    parser.add_argument(
+        "--majority_sign_method",
+        choices=MAJORITIES,
+        help="the sign that ties and dare_ties elect: of the sum (total, the default), or of most (frequency)",
+    )
+
+
+def combination_of(args: Any) -> Combination | None:
+    """The method that the options ask for, None for the sum; UsageError where they do not fit together."""
+    given = {name: getattr(args, name) for name in _OF_METHODS if getattr(args, name) is not None}
+    if args.method == "linear":
+        if given:
+            raise UsageError(f"--{next(iter(given))} goes with a --method that prunes: {', '.join(METHODS)}")
+        return None
+    if "density" not in given:
+        raise UsageError(f"--method {args.method} needs --density, the share of numbers that it keeps, such as 0.5")
+    if "seed" in given and not args.method.startswith("dare"):
+        raise UsageError(f"--seed goes with dare_linear and dare_ties: {args.method} draws nothing")
+    if "majority_sign_method" in given and not args.method.endswith("ties"):
+        raise UsageError(f"--majority_sign_method goes with ties and dare_ties: {args.method} elects no sign")
+    return Combination(args.method, args.density, args.majority_sign_method or "total", args.seed or 0)
+
+
+def put_together(adapters: Mapping[str, Adapter], ratios: Sequence[float], how: Combination | None) -> Adapter:
+    """The weighted sum of adapters, or their combination."""
+    return weighted_sum(adapters, ratios) if how is None else combination(adapters, ratios, how)

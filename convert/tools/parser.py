@@ -1,0 +1,122 @@
+"""The command-line parser of all programs: --help in a fixed form, errors that say what may have been meant."""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from lora_adapters.convert.errors import UsageError
+from lora_adapters.convert.suggestions import closest
+from lora_adapters.convert.terminal import be_quiet
+
+_called_as: ContextVar[str | None] = ContextVar("called_as", default=None)
+_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
+
+
+@contextmanager
+def called_as(name: str) -> Iterator[None]:
+    """Within it, programs call themselves `name` in their help, instead of by their script's name."""
+    token = _called_as.set(name)
+    try:
+        yield
+    finally:
+        _called_as.reset(token)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are raised as `failure`, so that they are shown as all others are.
+
+    Its help has the usage in one line, what the program does, an example, the options with their defaults, and last the
+    names of options that are refused.
+
+    Args:
+        prog: The script's name; see `called_as`.
+        description: What the program does.
+        examples: Command lines, without the program's name.
+        options: What argparse.ArgumentParser takes.
+    """
+
+    failure: type[UsageError] = UsageError
+
+    def __init__(self, *, prog: str, description: str = "", examples: Sequence[str] = (), **options: Any):
+        options.setdefault("formatter_class", _Formatter)
+        super().__init__(prog=_called_as.get() or prog, **options)
+        shown = "\n".join(f"  {self.prog} {line}" for line in examples)
+        self.description = f"{description.strip()}\n\nexample:\n{shown}" if examples else description
+        self.refused: list[str] = []
+        self.add_argument("-q", "--quiet", action=_Quiet, help="print warnings, errors and what was asked for only")
+
+    def format_help(self) -> str:
+        """The whole help."""
+        needed = [_written(action) for action in self._actions if action.required]
+        self.usage = " ".join(["%(prog)s", *(word.replace("%", "%%") for word in needed), "[options]"])
+        if self.refused:
+            self.epilog = f"not supported (each says why when it is given): {', '.join(sorted(self.refused))}"
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        raise self.failure(f"{message}{self._near(message)} (--help shows the options)")
+
+    def _near(self, message: str) -> str:
+        """What may have been meant by options and choices that there are not."""
+        if choice := _CHOICE.search(message):
+            near = closest(choice[1], re.findall(r"[^\s',]+", choice[2]), 0.6)
+            return f"; did you mean {near}?" if near else ""
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        names = [word.partition("=")[0] for word in words.split() if unknown and word.startswith("--")]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        found = [near for name in names if (near := closest(name, known))]
+        return f"; did you mean {' and '.join(found)}?" if found else ""
+
+
+def refuse(parser: Parser, flag: str, why: str) -> None:
+    """An option with a value that is refused with a reason; --help names it last."""
+    parser.add_argument(flag, action=_Refused, const=why, help=argparse.SUPPRESS)
+    parser.refused.append(flag)
+
+
+class _Quiet(argparse.Action):
+    """--quiet, which is no option of any one program: it is not in what parsing gives."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, *_: Any) -> None:
+        be_quiet()
+
+
+class _Refused(argparse.Action):
+    """An option of kohya's scripts that there is no use for here: giving it is an error that says why."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        raise UsageError(f"{self.option_strings[0]} is not supported: {self.const}")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option that has one, where its help does not say it already."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, max_help_position=32, **options)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        says = "default" in text or action.default in (None, False, argparse.SUPPRESS)
+        default = str(action.default).replace("%", "%%")
+        return text if says or not action.option_strings else f"{text} (default: {default})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs are filled; lines that begin with a space, as examples do, stay as they are."""
+        parts = [
+            part if "\n " in part else argparse.HelpFormatter._fill_text(self, part, width, indent)
+            for part in text.split("\n\n")
+        ]
+        return "\n\n".join(parts)
+
+
+def _written(action: argparse.Action) -> str:
+    """How a required option or argument is written."""
+    value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    word = f"{value} ..." if action.nargs in ("+", "*") else value
+    return f"{action.option_strings[-1]} {word}" if action.option_strings else word

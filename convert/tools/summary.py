@@ -1,0 +1,47 @@
+"""What a program says of the adapter that it has written: the file, its size, ranks, trigger words, how to load it."""
+
+from pathlib import Path
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.low_rank import rank_range
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB")
+
+
+def shown_size(count: float) -> str:
+    """A number of bytes in the unit that suits it.
+
+    >>> shown_size(300), shown_size(2 * 1024 * 1024)
+    ('300 bytes', '2.0 MiB')
+    """
+    place = 0
+    while count >= 1024 and place < len(_UNITS) - 1:
+        count, place = count / 1024, place + 1
+    return f"{count:.1f} {_UNITS[place]}" if place else f"{count:.0f} {_UNITS[0]}"
+
+
+def written(path: Path, adapter: Adapter, trigger_words: str | None = None) -> str:
+    """The summary of an adapter that was written to `path`, a few lines.
+
+    trigger_words: those of a training, where the metadata has none.
+    """
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    ranks = rank_range(one.rank for one in adapter.modules.values() if one.rank is not None)
+    kind = f"DyLoRA of unit {adapter.dylora.unit}" if adapter.dylora else ", ".join(adapter.kinds)
+    size = shown_size(sum(file.stat().st_size for file in files))
+    words = adapter.metadata.get("modelspec.trigger_phrase") or trigger_words
+    lines = [f"wrote {path}: {size}, {kind}, rank {ranks}, {len(adapter.modules)} modules of {_listed(adapter)}"]
+    if words:
+        lines.append(f"  trigger words: {words}")
+    if path.is_dir():
+        lines.append(f'  to load it: Adapter.load("{path}"), or PeftModel.from_pretrained with a subfolder')
+        return "\n".join(lines)
+    lines.append(f'  to load it in diffusers: pipe.load_lora_weights("{path}")')
+    if path.suffix == ".safetensors":
+        lines.append(f"  in A1111: <lora:{path.stem}:1>, the file in models/Lora; in ComfyUI: models/loras, Load LoRA")
+    return "\n".join(lines)
+
+
+def _listed(adapter: Adapter) -> str:
+    *others, last = adapter.components
+    return f"{', '.join(others)} and {last}" if others else last

@@ -1,0 +1,71 @@
+"""Print a script that completes commands, options and their choices in bash, zsh or tcsh.
+
+The script is static: completing runs no Python, which would take seconds to import what the programs use.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+from lora_adapters.cli import PROGRAMS
+from lora_adapters.convert.errors import OneLineError
+from lora_adapters.convert.tools.command_line import Parser, called_as, run
+
+SHELLS = ("bash", "zsh", "tcsh")
+# Where the parser of a command is, if not in the module that runs it.
+_PARSERS = {
+    "train": "lora_adapters.train.options.arguments",
+    "init": "lora_adapters.train.preparing.options",
+    "generate": "lora_adapters.train.generation.options",
+    "resize-images": "lora_adapters.train.resizing.options",
+}
+_FILES = ("model", "weights", "ckpt", "file", "config", "dir", "vae", "save_to", "sheet", "path")
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(
+        prog="completion",
+        description="Print a script that completes commands and options. Bash reads those in "
+        "~/.local/share/bash-completion/completions, zsh those in a folder of $fpath, under the name _lora-adapters.",
+        examples=["bash > ~/.local/share/bash-completion/completions/lora-adapters"],
+    )
+    made.add_argument("shell", choices=SHELLS, help="for which shell")
+    return made
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """One parser of all commands, each with its options."""
+    made = argparse.ArgumentParser(prog="lora-adapters")
+    made.add_argument("--version", action="version", version="")
+    commands = made.add_subparsers(parser_class=argparse.ArgumentParser)
+    for name, (module, purpose) in PROGRAMS.items():
+        with called_as(f"lora-adapters {name}"):
+            own = import_module(_PARSERS.get(name, module)).parser()
+        commands.add_parser(name, help=purpose, parents=[own], add_help=False)
+    return made
+
+
+def script(shell: str) -> str:
+    """The script for a shell, one of SHELLS. OneLineError where shtab is not installed."""
+    try:
+        import shtab
+    except ImportError:
+        raise OneLineError('completion needs shtab: pip install "lora-adapters[completion]"') from None
+    made = whole_parser()
+    (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
+    for one in commands.choices.values():
+        for action in one._actions:
+            if any(part in action.dest for part in _FILES) and action.nargs != 0 and action.choices is None:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(made, shell)
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    print(script(parser().parse_args(argv).shell))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    return run(program, argv)

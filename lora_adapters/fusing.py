@@ -1,0 +1,177 @@
+"""Fusing adapters into the weights of a pipeline so that unfusing gives the weights back bit by bit.
+
+Subtracting what was added leaves the rounding errors of both in the weights, and each time more of them. So what is
+overwritten is kept, in the memory of the CPU, as many bytes as the adapted layers have weights, until the adapter is
+unfused or its layers are taken out; `pipe.fuse_lora(keep_weights=False)` keeps nothing, and subtracts.
+
+All adapters of a layer are one addition: their factors are stacked. That is for `fuse_lora` of diffusers, of whole
+pipelines and of models; layers that are merged by PEFT's own functions are merged as PEFT does it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from lora_adapters.types.layers import factors
+
+Method = Callable[..., Any]
+_keeps: ContextVar[bool | None] = ContextVar("keeps", default=None)  # None: diffusers is fusing nothing
+_KEPT = "_lora_adapters_kept"  # of a layer: what was overwritten by fusing
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer's weight and bias were; and the versions of them that fusing has left."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    fused: tuple[Any, ...]
+
+    def is_of(self, base: Any) -> bool:
+        """Whether nobody has changed the layer since."""
+        return self.fused == _versions(base) and self.weight.shape == base.weight.shape
+
+    def restore(self, base: Any) -> None:
+        base.weight.data.copy_(self.weight)
+        if self.bias is not None:
+            base.bias.data.copy_(self.bias)
+
+
+def _versions(base: Any) -> tuple[Any, ...]:
+    """The parameters and how often they have been changed in place (which through `.data` does not count)."""
+    return tuple((id(one), one._version) for one in (base.weight, base.bias) if one is not None)
+
+
+def kept_of(layer: Any) -> Any:
+    """What was overwritten in a layer by fusing, for `keep`; None where nothing is kept."""
+    return vars(layer).get(_KEPT)
+
+
+def keep(layer: Any, kept: Any) -> None:
+    """Keep again what `kept_of` returned, after the layer has been made what it was then."""
+    vars(layer).pop(_KEPT, None)
+    if kept is not None:
+        vars(layer)[_KEPT] = kept
+
+
+# --- what diffusers calls -----------------------------------------------------------------------------------------
+
+
+def fusing(stock: Method) -> Method:
+    """Of diffusers' functions that fuse: their layers are fused as in this module, unless they are not to be."""
+
+    def fuse(*args: Any, **kwargs: Any) -> Any:
+        with _keeping(_keeps.get() is not False):
+            return stock(*args, **kwargs)
+
+    return fuse
+
+
+def fusing_pipelines(stock: Method) -> Method:
+    """Of a pipeline's `fuse_lora`."""
+
+    def fuse_lora(self: Any, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
+        with _keeping(keep_weights):
+            return stock(self, *args, **kwargs)
+
+    return fuse_lora
+
+
+@contextmanager
+def _keeping(keeps: bool) -> Iterator[None]:
+    token = _keeps.set(keeps)
+    try:
+        yield
+    finally:
+        _keeps.reset(token)
+
+
+# --- what PEFT's layers do -----------------------------------------------------------------------------------------
+
+
+def merging(stock: Method) -> Method:
+    """Of the `merge` of PEFT's layers for linear layers and convolutions."""
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        keeps, base = _keeps.get(), self.get_base_layer()
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if keeps is None or not _is_plain(base) or not any(name in self.lora_A for name in names):
+            stock(self, safe_merge, adapter_names)
+            return
+        kept = vars(self).get(_KEPT)
+        if self.merged_adapters and (kept is None or not kept.is_of(base)):
+            keeps = False  # there is something in it already that is not known
+        elif keeps and kept is None:
+            bias = getattr(base, "bias", None) if any(self.lora_bias.values()) else None
+            kept = _Kept(_copy(base.weight), None if bias is None else _copy(bias), ())
+        done = False
+        try:
+            if safe_merge or not _add(self, base, adapter_names):
+                stock(self, safe_merge, adapter_names)
+            done = True
+        finally:
+            if kept is not None and not done and not self.merged_adapters:
+                kept.restore(base)  # an addition that failed half-way
+            vars(self).pop(_KEPT, None)
+            if keeps and kept is not None and self.merged_adapters:
+                vars(self)[_KEPT] = _Kept(kept.weight, kept.bias, _versions(base))
+
+    return merge
+
+
+def unmerging(stock: Method) -> Method:
+    """Of the `unmerge` of these layers."""
+
+    def unmerge(self: Any) -> None:
+        kept, base = vars(self).pop(_KEPT, None), self.get_base_layer()
+        if kept is None or not self.merged_adapters or not kept.is_of(base):
+            stock(self)
+            return
+        kept.restore(base)
+        self.merged_adapters.clear()
+
+    return unmerge
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether the weight is one of torch's own numbers, in memory."""
+    if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
+        return False
+    return not (base.weight.is_meta or base.weight.is_inference())
+
+
+def _copy(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def _add(layer: Any, base: Any, adapter_names: list[str] | None) -> bool:
+    """Add adapters that are pairs and nothing else to the weight, all in one; whether they are."""
+    if isinstance(adapter_names, str) or layer.merged_adapters or getattr(base, "groups", 1) != 1:
+        return False
+    names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.lora_A]
+    if any(name in layer.lora_variant or layer.lora_bias[name] for name in names):
+        return False
+    weight, downs, ups = base.weight.data, [], []
+    # As PEFT does: in half precision, sums are slow on many CPUs, and rounded more often.
+    wide = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    for name in names:
+        down, up = (part.weight for part in factors(layer, name))
+        if down.device != weight.device or down.dim() != weight.dim():
+            return False
+        downs.append(down.flatten(1).to(wide) * float(layer.scaling[name]))
+        ups.append(up.flatten(1).to(wide))
+    # A sum that started with the weight would be rounded at its size for each component.
+    delta = (torch.cat(ups, 1) @ torch.cat(downs)).view(weight.shape)
+    if weight.dtype == wide:
+        weight.add_(delta)
+    else:
+        weight.copy_(delta.add_(weight))
+    layer.merged_adapters.extend(names)
+    return True

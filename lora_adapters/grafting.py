@@ -1,0 +1,208 @@
+"""LoRA layers put where they belong directly, without PEFT's walks through the model for each of them.
+
+PEFT finds the layers of a new adapter by looking at all modules several times, and makes each layer by asking a dozen
+backends. Where the layers are known and are torch's own, what it makes are equal modules. So one layer of each shape is
+made by PEFT (a `_Pattern`), whichever version that is, and the others are copies of it. Whatever is unusual is PEFT's.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from lora_adapters.types.found_layers import outer_modules
+
+from .target_modules import RankAlpha
+
+_PATTERN = "pattern"  # the adapter's name in patterns
+_OF_QUANTISED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer", "_device_mesh")
+_TIED = ("embed_tokens", "lm_head")  # of which PEFT looks whether they are tied to each other
+
+
+# --- copies of what PEFT makes -----------------------------------------------------------------------------------
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an attribute of a module, with containers of its own; anything else is the same object."""
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _copied(one)) for key, one in value.items()) if value else type(value)()
+    if type(value) in (list, set):
+        return type(value)(map(_copied, value)) if value else type(value)()
+    return value
+
+
+def _clone(module: nn.Module, base: nn.Module | None = None) -> Any:
+    """A copy of a module and all inside it, around `base`; parameters are shared with the original."""
+    new = object.__new__(type(module))
+    state = new.__dict__
+    for name, value in vars(module).items():
+        if name != "_modules":
+            state[name] = _copied(value)
+    parts = {name: base if part is None else _clone(part) for name, part in module._modules.items()}
+    state["_modules"] = type(module._modules)(parts)
+    return new
+
+
+class _Pattern(NamedTuple):
+    """A layer as PEFT makes it: without any adapter, and what an adapter adds to it, by the attribute that holds it."""
+
+    bare: Any
+    added: dict[str, Any]
+
+    def layer(self, base: nn.Module, path: str) -> Any:
+        """A new layer around `base`."""
+        layer = _clone(self.bare, base)
+        if "target_name" in getattr(layer, "kwargs", ()):
+            layer.kwargs["target_name"] = path
+        return layer
+
+    def add(self, layer: Any, adapter_name: str, decided: RankAlpha) -> None:
+        """Give a layer an adapter; its weights are the pattern's, which have no memory, until others are put there."""
+        for name, one in self.added.items():
+            one = _clone(one) if isinstance(one, nn.Module) else _copied(one)
+            getattr(layer, name)[adapter_name] = one
+        layer.r[adapter_name], layer.lora_alpha[adapter_name] = decided.rank, decided.alpha
+        layer.scaling[adapter_name] = decided.alpha / decided.rank
+        kind = "channels" if isinstance(layer, lora.Conv2d) else "features"
+        setattr(layer.lora_A[adapter_name], f"out_{kind}", decided.rank)
+        setattr(layer.lora_B[adapter_name], f"in_{kind}", decided.rank)
+
+
+def _pattern_of(base: nn.Module) -> _Pattern | None:
+    """The pattern for layers like this one; None where PEFT may make something else of it."""
+    if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
+        return None
+    if not base.weight.is_floating_point() or getattr(base, "_hf_tp_plan", None) is not None:
+        return None
+    if isinstance(base, nn.Linear):
+        return _made(nn.Linear, base.in_features, base.out_features)
+    if base.groups != 1:
+        return None
+    shape = (base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding, base.dilation)
+    return _made(nn.Conv2d, *shape, padding_mode=base.padding_mode)
+
+
+@cache
+def _made(kind: type, *shape: Any, **options: Any) -> _Pattern:
+    """Let PEFT make a layer of that shape."""
+    holder = nn.Module()
+    holder.layer = kind(*shape, **options, device="meta")
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
+    inject_adapter_in_model(config, holder, adapter_name=_PATTERN, low_cpu_mem_usage=True)
+    layer: Any = holder.layer
+    holders = [
+        name for name in (*layer.adapter_layer_names, *layer.other_param_names) if _PATTERN in getattr(layer, name)
+    ]
+    added = {name: getattr(layer, name)[_PATTERN] for name in holders}
+    for name in holders:
+        del getattr(layer, name)[_PATTERN]
+    layer._modules["base_layer"] = None  # which keeps its place
+    return _Pattern(layer, added)
+
+
+@cache
+def _keeps_gradients() -> bool:
+    """Whether PEFT leaves it alone which of the other parameters have gradients, as its newer versions do."""
+    holder = nn.Module()
+    holder.layer = nn.Linear(1, 1, device="meta")
+    for name in ("first", "second"):
+        config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
+        with warnings.catch_warnings():  # that there is one already
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, holder, adapter_name=name, low_cpu_mem_usage=True)
+    return all(one.requires_grad for one in holder.layer.lora_A["first"].parameters())  # type: ignore[operator, union-attr]
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one layer of an adapter goes: the layer that PEFT has made there already, or the one to be wrapped."""
+
+    pattern: _Pattern
+    parent: nn.Module
+    name: str
+    target: nn.Module
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the layers of an adapter go in a model, by their paths; and everything else that is in the model."""
+
+    by_path: dict[str, Place]
+    modules: list[nn.Module]
+    layers: list[Any]
+
+    def put(self, adapter_name: str, decided: Mapping[str, RankAlpha]) -> None:
+        """Make the adapter's layers, without weights yet, the only active ones, as PEFT's injection does.
+
+        Args:
+            adapter_name: The adapter's name, which is free in the model.
+            decided: Rank and alpha of each layer, by its path.
+        """
+        layers = list(self.layers)
+        for path, place in self.by_path.items():
+            layer = place.target
+            if not isinstance(layer, BaseTunerLayer):
+                layer = place.pattern.layer(place.target, path)
+                setattr(place.parent, place.name, layer)
+                layers.append(layer)
+            place.pattern.add(layer, adapter_name, decided[path])
+        active = [adapter_name]
+        keeps = _keeps_gradients()
+        for layer in layers:
+            if keeps:
+                layer._active_adapter = active
+            else:
+                layer.set_adapter(active)
+        if not (keeps and self.layers):
+            for module in self.modules:
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = False
+
+
+def places(model: nn.Module, paths: Collection[str]) -> Places | None:
+    """Where an adapter's layers go; None, with nothing changed, where anything in the model is out of the ordinary.
+
+    Args:
+        model: The model.
+        paths: The layers, by the paths that they have without PEFT.
+    """
+    if any(getattr(model, name, None) for name in _OF_QUANTISED) or hasattr(model, "quantization_config"):
+        return None
+    if any(getattr(config, "kasa_config", None) for config in getattr(model, "peft_config", {}).values()):
+        return None
+    by_path, modules, layers = dict[str, nn.Module](), [], []
+    for path, module in outer_modules(model):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return None
+        if isinstance(module, BaseTunerLayer):
+            if not isinstance(module, lora.LoraLayer) or module.merged or getattr(module, "lora_arrow", None):
+                return None
+            layers.append(module)
+        by_path[path] = module
+        modules.append(module)
+    placed = {}
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        target, around = by_path.get(path), by_path.get(parent)
+        if target is None or around is None or name in _TIED:
+            return None
+        if isinstance(target, BaseTunerLayer) and type(target) not in (lora.Linear, lora.Conv2d):
+            return None
+        base: Any = target.base_layer if isinstance(target, BaseTunerLayer) else target
+        pattern = _pattern_of(base)
+        if pattern is None:
+            return None
+        placed[path] = Place(pattern, around, name, target)
+    return Places(placed, modules, layers)

@@ -1,0 +1,69 @@
+"""Regular expressions that choose modules, their ranks and their learning rates, as kohya's network_args have them.
+
+A pattern has to match a whole name (`re.fullmatch`). A module has several names, any of which may match: its path in
+diffusers or transformers, with `text_model.` in text encoders, and its name in the original code, which kohya's trainer
+has for SDXL (`input_blocks.4.1.transformer_blocks.0.attn1.to_q`).
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import ModuleName, text_path
+from lora_adapters.convert.families.registry import FAMILIES
+
+_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+_TEXT = "encoder.layers."  # of text encoders, without the `text_model.` that transformers 5 leaves out
+Names = Callable[[str], tuple[str, ...]]  # all names of the module at a path
+
+
+def check_patterns(name: str, patterns: Iterable[str] | None) -> None:
+    """AdapterError where one of the patterns of the option `name` is no regular expression."""
+    for pattern in patterns or ():
+        if not isinstance(pattern, str):
+            raise AdapterError(f"{name} has the value {pattern!r}: patterns are text")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"{name} {pattern}: it is no regular expression ({error})") from None
+
+
+def names_in(paths: Collection[str]) -> Names:
+    """The names of each module of a model whose layers have these paths."""
+    blocks = [ModuleName("unet", path) for path in paths if path.startswith(_BLOCKS)]
+    family = next((family for family in FAMILIES if family.has(blocks)), None) if blocks else None
+    known = frozenset() if family is None else family.paths("unet") | family.norms("unet")
+
+    def names(path: str) -> tuple[str, ...]:
+        if path.startswith(_TEXT):
+            return path, text_path(path)
+        if family is None or path not in known:
+            return (path,)
+        return tuple(dict.fromkeys((path, family.denoiser.original(path))))
+
+    return names
+
+
+def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first of the patterns that matches one of a module's names; None where none does."""
+    return next((pattern for pattern in patterns if any(re.fullmatch(pattern, name) for name in names)), None)
+
+
+def left_out(include: Sequence[str] | None, exclude: Sequence[str] | None, names: Sequence[str]) -> bool:
+    """Whether a module with these names gets no adapter.
+
+    `exclude` leaves modules out, `include` makes exceptions from that, as in kohya's trainer. `include` alone, which
+    does nothing there, leaves out everything else.
+    """
+    if first_match(include or (), names) is not None:
+        return False
+    return bool(include) if not exclude else first_match(exclude, names) is not None
+
+
+def tally(patterns: Mapping[str, object] | Sequence[str], names: Iterable[Sequence[str]]) -> dict[str, int]:
+    """How many modules each pattern decides, the first that matches; `names` are all names of each module."""
+    counts = dict.fromkeys(patterns, 0)
+    for own in names:
+        if (pattern := first_match(patterns, own)) is not None:
+            counts[pattern] += 1
+    return counts

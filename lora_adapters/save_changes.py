@@ -1,0 +1,111 @@
+"""`save_lora_weights` for adapters that are more than low-rank pairs: a file as LyCORIS writes it.
+
+Its callers hand in the tensors of a model's state dict. What these mean is in the model (alphas, kinds), so the adapter
+is looked up there.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.base import Delta, with_tensors
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.formats.diffusers import split_key
+from lora_adapters.convert.storage.sources import DIFFUSERS_NAME
+from lora_adapters.types.registry import is_ours
+
+from .injection import extract_changes, module_named
+from .save_hook import remembered
+
+# A tensor of `types.lycoris.weights.DeltaWeights`, as PEFT names it in state dicts.
+_FIELD = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_A\.(?!weight$)(\w+)")
+_LAYERS = "_lora_layers"  # of the arguments' names, behind the component's
+Tensors = dict[tuple[ModuleName, str], torch.Tensor]
+
+
+def saved(arguments: Mapping[str, Any]) -> bool:
+    """Write the file, where tensors among the arguments of `save_lora_weights` are of other kinds than pairs.
+
+    Returns:
+        Whether it has been written; False where all is plain LoRA, which diffusers saves.
+
+    Raises:
+        AdapterError: They are of no adapter in memory, or it cannot be written.
+    """
+    given = {name.removesuffix(_LAYERS): value for name, value in arguments.items() if name.endswith(_LAYERS) and value}
+    states = {
+        component: value.state_dict() if isinstance(value, torch.nn.Module) else value
+        for component, value in given.items()
+    }
+    if not any(_FIELD.fullmatch(key) for state in states.values() for key in state):
+        return False
+    if not arguments.get("safe_serialization", True):
+        raise AdapterError("adapters of other kinds than LoRA are saved as safetensors: leave safe_serialization True")
+    modules: dict[ModuleName, Delta] = {}
+    for component, state in states.items():
+        found = _found(component, _named(component, state))
+        if found is None:
+            raise AdapterError(
+                f"the {component}'s tensors are of no adapter in memory, which says what they mean: save it with "
+                "Adapter.from_pipeline(pipe, adapter_name).save(path)"
+            )
+        modules |= found
+    folder = Path(arguments["save_directory"])
+    if folder.is_file():
+        raise AdapterError(f"{folder} is a file, not a folder to save in")
+    folder.mkdir(parents=True, exist_ok=True)
+    Adapter(modules).save(folder / (arguments.get("weight_name") or DIFFUSERS_NAME))
+    return True
+
+
+def _named(component: str, state: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors by their modules, and the names of fields or halves."""
+    tensors: Tensors = {}
+    for key, tensor in state.items():
+        match = _FIELD.fullmatch(key)
+        place = (module_named(component, match[1]), match[2]) if match else split_key(f"{component}.{key}")
+        if place is None:
+            raise AdapterError(f"{component}.{key:.120} is no tensor of an adapter")
+        tensors[place] = tensor
+    return tensors
+
+
+def _found(component: str, given: Tensors) -> dict[ModuleName, Delta] | None:
+    """The changes of the adapter in memory that has these tensors; None where none has."""
+    for model in remembered():
+        for name in getattr(model, "peft_config", {}):
+            if not is_ours(model, name):
+                continue
+            try:
+                changes = extract_changes(model, component, name)
+            except AdapterError:
+                continue  # computed in a way of PEFT's own
+            if _are_equal(_tensors_of(changes), given):
+                return changes
+    return None
+
+
+def _tensors_of(changes: Mapping[ModuleName, Delta]) -> Tensors:
+    tensors: Tensors = {}
+    for module, change in changes.items():
+        if isinstance(change, LowRank):
+            tensors[module, "down"], tensors[module, "up"] = change.down, change.up
+        else:
+            with_tensors(change, lambda name, tensor, module=module: tensors.setdefault((module, name), tensor))
+    return tensors
+
+
+def _are_equal(live: Tensors, given: Tensors) -> bool:
+    """Whether they are the same numbers, as far as the dtypes that are given can tell."""
+    return live.keys() == given.keys() and all(
+        not tensor.is_meta
+        and tensor.numel() == given[place].numel()
+        and torch.equal(tensor.to(given[place]).flatten(), given[place].flatten())
+        for place, tensor in live.items()
+    )

@@ -1,0 +1,122 @@
+"""Several adapters of a layer computed as one: their factors stacked, their weights a gate between them.
+
+Σ sᵢ·upᵢ·downᵢ·x = [up₁ up₂ ...] · diag(s₁, ..., s₂, ...) · [down₁; down₂; ...] · x, which takes two products and not
+two for each adapter. The factors are put side by side in each call, which costs next to nothing beside the products and
+takes no memory, and there is nothing that could be out of date when weights, ranks or adapters change.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_adapters.types.layers import Factors
+
+Method = Callable[..., torch.Tensor]
+_PLAIN = (nn.Linear, nn.Conv2d)
+
+
+def stacked(stock: Method) -> Method:
+    """Of the `forward` of PEFT's layers for linear layers and convolutions.
+
+    PEFT's own is for everything but two or more active adapters that are low-rank pairs and nothing else: for mixed
+    batches, for training them (whose dropouts and gradients are theirs), and where hooks of an offloader are around
+    their factors.
+    """
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        active = self._active_adapter
+        if isinstance(active, str) or len(active) < 2 or kwargs or self._disable_adapters or self.merged_adapters:
+            return stock(self, x, *args, **kwargs)
+        stack = _stack(self, [name for name in active if name in self.lora_A], x)
+        if stack is None:
+            return stock(self, x, *args, **kwargs)
+        down, up, gate = stack
+        result = self.base_layer(x, *args)
+        if x.dtype != down.dtype and getattr(self, "cast_input_dtype_enabled", True):
+            x = x.to(down.dtype)
+        if down.ndim == 2:
+            hidden = F.linear(x, down)
+            return (result + F.linear(hidden if gate is None else hidden * gate, up)).to(result.dtype)
+        first = self.lora_A[next(name for name in active if name in self.lora_A)]
+        hidden = F.conv2d(x, down, None, first.stride, first.padding, first.dilation)
+        return (result + F.conv2d(hidden if gate is None else hidden * gate.view(-1, 1, 1), up)).to(result.dtype)
+
+    return forward
+
+
+def _stack(
+    layer: Any, names: list[str], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    """The stacked factors, and the gate where it is not in them; None where the adapters are not to be stacked."""
+    if len(names) < 2 or type(x) is not torch.Tensor:
+        return None
+    pairs = [Factors(layer.lora_A[name], layer.lora_B[name]) for name in names]
+    training = torch.is_grad_enabled()
+    dtype = pairs[0].down.weight.dtype
+    for name, pair in zip(names, pairs, strict=True):
+        if type(layer.lora_dropout[name]) is not nn.Identity:
+            return None
+        for part in pair:
+            weight = part.weight
+            if type(part) not in _PLAIN or part.bias is not None or weight.dtype != dtype or weight.device != x.device:
+                return None
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return None
+            if training and weight.requires_grad:
+                return None
+    if isinstance(pairs[0].down, nn.Conv2d) and not all(_is_of_pair(layer, pair) for pair in pairs):
+        return None
+    scales = []
+    for name in names:
+        variant = layer.lora_variant.get(name)
+        scale = layer.scaling[name] if variant is None else _gate_of_variant(variant, layer, name)
+        if scale is None:
+            return None
+        scales.append(scale)
+    downs, ups = [pair.down.weight for pair in pairs], [pair.up.weight for pair in pairs]
+    if torch.compiler.is_compiling() or any(isinstance(scale, torch.Tensor) for scale in scales):
+        downs = [_scaled(down, scale) for down, scale in zip(downs, scales, strict=True)]
+        return torch.cat(downs), torch.cat(ups, 1), None
+    return torch.cat(downs), torch.cat(ups, 1), _gate(layer, downs, scales)
+
+
+def _gate_of_variant(variant: Any, layer: Any, name: str) -> torch.Tensor | None:
+    """The gate of a type of adapter that is a low-rank pair with one; None for PEFT's variants."""
+    gate = getattr(variant, "gate_of_all", None)
+    return None if gate is None else gate(layer, name)
+
+
+def _is_of_pair(layer: Any, pair: Factors) -> bool:
+    """Whether a convolution's factors are its own kernel, then 1x1."""
+    down, base = pair.down, layer.base_layer
+    same = (down.kernel_size, down.stride, down.padding, down.dilation) == (
+        base.kernel_size,
+        base.stride,
+        base.padding,
+        base.dilation,
+    )
+    plain = down.groups == 1 and down.padding_mode == "zeros" and pair.up.groups == 1
+    return same and plain and pair.up.kernel_size == (1, 1) and pair.up.stride == (1, 1)
+
+
+def _scaled(down: torch.Tensor, scale: Any) -> torch.Tensor:
+    """The factor with each component multiplied."""
+    if isinstance(scale, torch.Tensor) and scale.ndim:
+        scale = scale.view(-1, *[1] * (down.ndim - 1))
+    return down * (scale.to(down) if isinstance(scale, torch.Tensor) else scale)
+
+
+def _gate(layer: Any, downs: list[torch.Tensor], scales: list[float]) -> torch.Tensor:
+    """The scale of each component, kept for the next call with the same ones."""
+    ranks = tuple(len(down) for down in downs)
+    key = (ranks, tuple(scales), downs[0].dtype, downs[0].device)
+    kept = vars(layer).get("_lora_adapters_gate")
+    if kept is None or kept[0] != key:
+        values = [scale for rank, scale in zip(ranks, scales, strict=True) for _ in range(rank)]
+        with torch.inference_mode(False):
+            kept = key, torch.tensor(values, dtype=key[2], device=key[3])
+        vars(layer)["_lora_adapters_gate"] = kept
+    return kept[1]

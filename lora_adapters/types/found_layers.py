@@ -1,0 +1,87 @@
+"""PEFT's layers in a model, found once and kept as long as the model stays as it is."""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) as `named_modules` has it, without what PEFT's layers hold of adapters.
+
+    Of these there are dozens in a layer that has several adapters: PEFT's layers themselves and what they wrap are all
+    that is ever looked for.
+    """
+    seen = set[int]()
+    rest: list[tuple[str, nn.Module]] = [("", model)]
+    while rest:
+        path, module = rest.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        prefix = f"{path}." if path else ""
+        rest.extend([(prefix + name, child) for name, child in reversed(_children(module)) if child is not None])
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
+    """The submodules of a module; of PEFT's layers only the wrapped one."""
+    inner = module._modules
+    if isinstance(module, BaseTunerLayer) and "base_layer" in inner:
+        return [("base_layer", inner["base_layer"])]
+    return list(inner.items())
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it is one of torch's layers, in which nothing is ever put."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+        module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    )
+
+
+class _Found:
+    """The layers of one model, and what says whether they are still all of them."""
+
+    def __init__(self, model: nn.Module):
+        self.layers: list[tuple[str, weakref.ref[Any]]] = []
+        self.structure: list[tuple[weakref.ref[nn.Module], tuple[int, ...]]] = []
+        self.wrapped: list[tuple[weakref.ref[nn.Module], int]] = []
+        for path, module in outer_modules(model):
+            if isinstance(module, BaseTunerLayer):
+                self.layers.append((path, weakref.ref(module)))
+                self.wrapped.append((weakref.ref(module), id(module._modules.get("base_layer"))))
+            elif module._modules or not _is_leaf(module):
+                self.structure.append((weakref.ref(module), tuple(map(id, module._modules.values()))))
+
+    def are_all(self) -> bool:
+        """Whether the model has the same modules as when they were looked for."""
+        for reference, children in self.structure:
+            module = reference()
+            if module is None or tuple(map(id, module._modules.values())) != children:
+                return False
+        for reference, child in self.wrapped:
+            module = reference()
+            if module is None or id(module._modules.get("base_layer")) != child:
+                return False
+        return True
+
+
+_found: "weakref.WeakKeyDictionary[nn.Module, _Found]" = weakref.WeakKeyDictionary()
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(path, layer) of every layer of PEFT, of whatever type, as `named_modules` has them."""
+    found = _found.get(model)
+    if found is None or not found.are_all():
+        found = _found[model] = _Found(model)
+    return [(path, layer()) for path, layer in found.layers]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every LoRA layer; the path is the adapted layer's own."""
+    for path, layer in tuner_layers(model):
+        if isinstance(layer, LoraLayer):
+            yield path.replace(".base_layer", ""), layer  # in a mixed model another adapter's layer may be around it

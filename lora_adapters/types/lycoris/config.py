@@ -1,0 +1,179 @@
+"""Adapters of any kinds: LoHa, LoKr, DoRA, full, norms, GLoRA, IA3, OFT, BOFT, and mixes of them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora_adapters.convert.deltas.base import Delta, with_tensors
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.with_scalar import without_scalars
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.names import nearest
+from lora_adapters.convert.parsing import number
+from lora_adapters.presets import Preset, chosen, find_preset
+from lora_adapters.types.adapter_type import AdapterType, NetworkArg, flag
+from lora_adapters.types.base import AdapterConfig, check
+from lora_adapters.types.layers import layers
+
+from .initial import OPTIONS, AlgorithmOptions, initial_change
+from .layer import DeltaVariant, held, hold
+from .norm_layer import NormLayer
+from .operations import NORMS
+
+_ALGO_OF = {"networks.loha": "loha", "networks.lokr": "lokr", "loha": "loha", "lokr": "lokr"}
+_OPTIONS = tuple(option.name for option in fields(AlgorithmOptions) if option.name not in ("algo", "train_on_input"))
+_FLAGS = (*(name for name in _OPTIONS if name not in ("factor", "constraint")), "train_norm")
+# Tensors that kohya's trainer has LoRA+'s rate for, by the kind of change.
+_UP = {"LoRA": ("up",), "LoHa": ("w2_a",), "LoKr": ("w1", "w1_a", "w1_b")}
+
+
+@dataclass
+class LycorisConfig(AdapterConfig):
+    """An adapter whose modules may each be changed in another way: by LoHa, LoKr, DoRA, full, norm and others.
+
+    With an `algo`, each module begins with a change of that kind that changes nothing yet. Without one, what a module's
+    change is, stands in the layer, not here: `layer.hold` puts it there. Modules without a change of their own are
+    plain LoRA. Names and meanings of the options are those of LyCORIS' network arguments; see
+    `initial.AlgorithmOptions`. Source: LyCORIS (arXiv:2309.14859).
+    """
+
+    algo: str | None = field(
+        default=None, metadata={"help": "lora, locon, loha, lokr, full, ia3, glora, diag-oft or boft."}
+    )
+    factor: int = field(default=-1, metadata={"help": "LoKr: size of the smaller factor; -1: about the root."})
+    decompose_both: bool = field(default=False, metadata={"help": "LoKr: both factors may be low-rank."})
+    full_matrix: bool = field(default=False, metadata={"help": "LoKr: no factor is low-rank."})
+    unbalanced_factorization: bool = field(default=False, metadata={"help": "LoKr: the first factor has more rows."})
+    use_tucker: bool = field(default=False, metadata={"help": "Tucker decomposition of convolutions above 1x1."})
+    use_scalar: bool = field(default=False, metadata={"help": "A trained factor in the place of a matrix of zeros."})
+    dora_wd: bool = field(default=False, metadata={"help": "DoRA's magnitudes."})
+    wd_on_output: bool = field(default=True, metadata={"help": "Magnitudes of output channels, not of input channels."})
+    rs_lora: bool = field(default=False, metadata={"help": "The scale is alpha/√rank."})
+    constraint: float = field(default=0.0, metadata={"help": "OFT and BOFT: limit of the rotations; 0: none."})
+    rescaled: bool = field(default=False, metadata={"help": "OFT and BOFT: a trained factor for each row."})
+    train_norm: bool = field(default=False, metadata={"help": "Train normalisations inside of the preset's blocks."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.use_rslora = self.rs_lora
+        self._register_custom_module(dict.fromkeys(NORMS, NormLayer))
+        check(not self.train_norm or self.preset is not None, "train_norm needs a preset, which says where")
+        if self.algo is not None:
+            AlgorithmOptions(self.algo, **{name: getattr(self, name) for name in _OPTIONS})
+
+    def check_preset(self, preset: Preset) -> None:
+        """AdapterError for algorithms and options of single modules that there are not."""
+        check(self.algo is not None or not preset.overrides, f"preset {self.preset} needs an algo")
+        for override in preset.overrides:
+            try:
+                self.options_for(override.options)
+            except AdapterError as error:
+                raise AdapterError(f"preset {self.preset}: {override.pattern}: {error}") from None
+
+    def options_for(self, own: Mapping[str, Any]) -> AlgorithmOptions:
+        """The options of a module: its `own`, and of the others those that its algorithm has."""
+        algo = own.get("algo", self.algo)
+        check(algo in OPTIONS, f"unknown algo {algo}: {', '.join(OPTIONS)} are known")
+        common = {name: getattr(self, name) for name in _OPTIONS if name in OPTIONS[algo]}
+        own = {name: value for name, value in own.items() if name not in ("algo", "dim", "alpha")}
+        known = {option.name for option in fields(AlgorithmOptions)} - {"algo"}
+        for name in own:
+            check(name in known, f"unknown option {name}{nearest(name, known)}")
+        return AlgorithmOptions(algo, **{**common, **own})
+
+
+class LycorisType(AdapterType):
+    """Changes of any kinds, with plain LoRA for the pairs among them."""
+
+    name, title, config = "Lycoris", "LyCORIS", LycorisConfig
+    network_modules = ("lycoris.kohya", "lycoris", *_ALGO_OF)
+    network_args: ClassVar = {
+        "algo": NetworkArg(str.lower, "a name"),
+        "factor": NetworkArg(int, "a whole number"),
+        **dict.fromkeys(_FLAGS, NetworkArg(flag, "True or False")),
+        "constraint": NetworkArg(number, "a number"),
+    }
+    variant = DeltaVariant
+
+    def fields(self, network_module: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """networks.loha and networks.lokr have kohya's coverage, LyCORIS' own module has its own defaults."""
+        own = _ALGO_OF.get(network_module)
+        if own is not None:
+            asked = given.get("algo", own)
+            check(asked == own, f"algo={asked}: it goes with network_module lycoris.kohya, not with {network_module}")
+            return {"algo": own}
+        algo = given.get("algo", "lora")
+        check(algo != "dylora", "algo=dylora: give network_module networks.dylora, which trains every rank")
+        defaults = {"algo": algo, "preset": "ia3" if algo == "ia3" else "full", "conv_alpha": given["lora_alpha"]}
+        return {name: value for name, value in defaults.items() if name not in given}
+
+    def idle(self, network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
+        """Options that the algorithm has not; LyCORIS ignores them."""
+        algo = _ALGO_OF.get(network_module) or str(network_args.get("algo", "lora")).lower()
+        foreign = self.network_args.keys() - {*OPTIONS.get(algo, _OPTIONS), "algo", "train_norm"}
+        return {name: f"algo {algo} has no such option" for name in network_args if name in foreign}
+
+    def covered(self, model: nn.Module, config: Any) -> list[str]:
+        """As of all types; and normalisations with train_norm."""
+        if not config.train_norm:
+            return super().covered(model, config)
+        return [layer.path for layer in chosen(model, find_preset(config.preset), norms=True)]
+
+    def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
+        """With an `algo`: the layers get the changes that a training begins with; see `initial`."""
+        if config.algo is None:
+            return
+        preset = find_preset(config.preset) if config.preset else None
+        own = {layer.path: layer.options for layer in chosen(model, preset, config.train_norm)} if preset else {}
+        for path, layer in layers(model, adapter_name):
+            options = own.get(path, {})
+            rank = options.get("dim", layer.r[adapter_name])
+            alpha = options.get("alpha", layer.lora_alpha[adapter_name])
+            try:
+                change = initial_change(layer.get_base_layer(), rank, alpha, config.options_for(options))
+            except AdapterError as error:
+                raise AdapterError(f"{path}: {error}") from None
+            if not (isinstance(change, LowRank) and rank == layer.r[adapter_name]):  # else PEFT's layer begins so too
+                hold(layer, adapter_name, change)
+
+    def detach(self, model: nn.Module, adapter_name: str) -> None:
+        """Drop the variants of an adapter that is no longer in its layers, which old releases of PEFT leave."""
+        for layer in model.modules():
+            if not isinstance(layer, LoraLayer) or not isinstance(layer.lora_variant.get(adapter_name), DeltaVariant):
+                continue
+            if held(layer, adapter_name) is None:
+                del layer.lora_variant[adapter_name]
+
+    def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
+        """The change that the layer holds; its tensors are the live parameters, without gradients.
+
+        A trained scalar is a part of the other tensors, as in files.
+        """
+        return without_scalars(with_tensors(layer.lora_A[adapter_name].change, lambda _, tensor: tensor.detach()))
+
+    def parts(self, layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+        """Each tensor of the change; "up" are those that kohya's trainer has LoRA+'s rate for."""
+        weights = layer.lora_A[adapter_name]
+        change, prefix = weights.change, ""
+        while hasattr(change, "change"):
+            change, prefix = change.change, f"{prefix}change_"
+        up = {f"{prefix}{name}" for name in _UP.get(change.kind, ())}
+        for name, parameter in weights.named_parameters():
+            yield "up" if name in up else "change", nn.ParameterList([parameter])
+
+    @contextmanager
+    def as_used(self, model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
+        """AdapterError where an adapter has a change that is no pair: factors alone cannot stand for it."""
+        for name in adapter_names:
+            for path, layer in layers(model, name):
+                if (weights := held(layer, name)) is not None:
+                    kind = weights.change.kind
+                    raise AdapterError(f"adapter {name} has a {kind} in {path}, which no low-rank pair stands for")
+        yield
+
+
+TYPE = LycorisType()

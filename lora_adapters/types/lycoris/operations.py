@@ -1,0 +1,57 @@
+"""What layers compute with a weight and a bias, and what their own weight is."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils.modeling import align_module_device
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from lora_adapters.convert.errors import AdapterError, first_line
+
+NORMS = (nn.LayerNorm, nn.GroupNorm)
+LAYERS = (nn.Linear, nn.Conv2d, *NORMS)
+
+
+def weight_shape(layer: Any) -> tuple[int, ...]:
+    """(out, in), (out, in, height, width) or (channels,), also of quantised layers, whose weights are packed."""
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, layer.in_features)
+    return tuple(layer.weight.shape)
+
+
+def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
+    """The weight of a layer on a device, without a gradient; also one that is offloaded or quantised.
+
+    Raises:
+        AdapterError: It is quantised in a way that it cannot be read from.
+    """
+    with align_module_device(layer):
+        try:
+            weight = dequantize_module_weight(layer).detach().to(device)
+        except Exception as error:
+            raise AdapterError(f"the weight of a {type(layer).__name__} cannot be read ({first_line(error)})") from None
+    if not weight.is_floating_point() or tuple(weight.shape) != weight_shape(layer):
+        raise AdapterError(f"the weight of a {type(layer).__name__} cannot be read: it is packed as {weight.dtype}")
+    return weight
+
+
+def applied(
+    layer: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor | float:
+    """What the layer makes of x with another weight and bias; None is all zeros."""
+    if weight is None:
+        if bias is None:
+            return 0.0
+        channels_first = isinstance(layer, (nn.Conv2d, nn.GroupNorm))
+        return bias.view(-1, *[1] * (x.ndim - 2)) if channels_first else bias
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(layer, nn.Conv2d):
+        return layer._conv_forward(x, weight, bias)  # with the layer's way of padding
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+    raise TypeError(f"no operation of {type(layer).__name__} is known")

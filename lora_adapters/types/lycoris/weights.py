@@ -1,0 +1,94 @@
+"""The tensors of a change as parameters of a module."""
+
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_adapters.convert.deltas.base import Delta, with_tensors
+
+
+class DeltaWeights(nn.Module):
+    """A change of any kind (`lora_adapters.convert.deltas.Delta`), whose tensors are this module's parameters.
+
+    A parameter is named like the field that it is, with the fields above it: "w1_a" of a LoHa, "change_w1_a" and
+    "magnitude" of a DoRA around one. Gradients flow through the change's own arithmetic to all of them; what is no
+    tensor (alpha, a multiplier, a constraint) stays as it is.
+
+    What is needed of the parameters is computed in `forward`, so that hooks on this module (offloading, sharding) see
+    it.
+    """
+
+    def __init__(self, change: Delta):
+        super().__init__()
+
+        def take(name: str, tensor: torch.Tensor) -> nn.Parameter:
+            self.register_parameter(name, parameter := nn.Parameter(tensor))
+            return parameter
+
+        self._keep(with_tensors(change, take))
+        self._largest = max(self._parameters, key=lambda name: self.get_parameter(name).numel())
+
+    def _keep(self, change: Delta) -> None:
+        self._change, self._tensors = change, tuple(self._parameters.values())
+        self._at: tuple[float, Delta] = (1.0, change)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The largest tensor: by this name PEFT asks a layer's factor for its dtype and device."""
+        return self.get_parameter(self._largest)
+
+    @property
+    def change(self) -> Delta:
+        """The change, with the parameters as its tensors."""
+        if not all(map(is_, self._parameters.values(), self._tensors)):  # replaced, as offloading does
+            self._keep(with_tensors(self._change, lambda name, _: self.get_parameter(name)))
+        return self._change
+
+    @torch.no_grad()
+    def replace(self, change: Delta) -> None:
+        """Make it another change of the same kind and shapes, in place; see `like`."""
+        new: dict[str, torch.Tensor] = {}
+        with_tensors(change, lambda name, tensor: new.setdefault(name, tensor))
+        for name, parameter in self._parameters.items():
+            assert parameter is not None
+            parameter.copy_(new[name])
+        self._keep(with_tensors(change, lambda name, _: self.get_parameter(name)))
+
+    def is_like(self, change: Delta) -> bool:
+        """Whether `replace` can take it: a change of the same kind, whose tensors have the same shapes."""
+        return _shapes(change) == _shapes(self.change)
+
+    def forward(
+        self, shape: tuple[int, ...], multiplier: float, base_weight: torch.Tensor | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """ΔW and Δb at a multiplier; None for what the change leaves alone.
+
+        Args:
+            shape: That of the weight W.
+            multiplier: The weight of the adapter, as LyCORIS multiplies with it.
+            base_weight: W, on the parameters' device; None will do where ΔW does not depend on it.
+            dtype: Of the results and of the arithmetic.
+        """
+        change = self.change
+        if multiplier != 1.0:
+            if self._at[0] != multiplier:
+                self._at = (multiplier, change.scaled(multiplier))
+            change = self._at[1]
+        if not change.changes_weight:
+            return None, change.bias(dtype)
+        weight = change.delta(base_weight, dtype) if change.needs_base else change.delta(dtype=dtype).reshape(shape)
+        return weight, change.bias(dtype)
+
+
+def _shapes(change: Delta) -> Any:
+    """The kinds of a change and of those inside of it, and the shapes of its tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        shapes[name] = tuple(tensor.shape)
+        return tensor
+
+    with_tensors(change, note)
+    return repr(type(change)), getattr(change, "kind", ""), shapes

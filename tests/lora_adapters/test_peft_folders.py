@@ -1,0 +1,80 @@
+"""Folders that PEFT itself writes, of other kinds than LoRA, in a pipeline: as PEFT's own layers compute them."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+
+from lora_adapters import Adapter, AdapterError
+
+from .conftest import expected
+from .golden_outputs import error, outputs
+
+TARGETS = {"target_modules": ["to_q", "to_v", "ff.net.2"]}
+WITH_CONV = {"target_modules": ["to_q", "conv1", "proj_in"]}
+CONFIGS = {
+    "LoHa": lambda: peft.LoHaConfig(r=3, alpha=5, rank_pattern={"to_v": 2}, alpha_pattern={"to_q": 2}, **TARGETS),
+    "LoHa, convolutions": lambda: peft.LoHaConfig(r=3, alpha=5, use_effective_conv2d=True, **WITH_CONV),
+    "LoKr": lambda: peft.LoKrConfig(r=2, alpha=3, decompose_both=True, decompose_factor=4, **TARGETS),
+    "LoKr, full": lambda: peft.LoKrConfig(r=32, alpha=8, **TARGETS),
+    "LoKr, convolutions": lambda: peft.LoKrConfig(r=2, alpha=3, use_effective_conv2d=True, **WITH_CONV),
+    "OFT": lambda: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=True, **TARGETS),
+    "OFT, exact and shared": lambda: peft.OFTConfig(
+        oft_block_size=4, use_cayley_neumann=False, block_share=True, **TARGETS
+    ),
+    "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, alpha_pattern={"to_q": 7}, **TARGETS),
+    "rsLoRA": lambda: peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, **TARGETS),
+}
+
+
+def saved(pipe, config, folder):
+    """PEFT's model of the U-Net with random weights, saved; the outputs with it."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(pipe.unet), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("lora_A", "lora_B", "hada_", "lokr_", "oft_R")):
+                parameter.normal_(std=0.2)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+    model.save_pretrained(folder / "unet")
+    other = copy.copy(pipe)
+    other.unet = model.eval()
+    return outputs(other, expected("sd15"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_as_peft_computes_it(name, pipeline, tmp_path):
+    pipe = pipeline()
+    base = outputs(pipe, expected("sd15"))
+    want = saved(pipe, CONFIGS[name](), tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="a")
+    assert error(outputs(pipe, expected("sd15")), want, base) < 1e-4
+    pipe.fuse_lora()
+    assert error(outputs(pipe, expected("sd15")), want, base) < 1e-4
+    kind = name.split(",")[0].replace("rs", "")
+    assert Adapter.load(tmp_path).kinds.keys() == {kind}
+
+
+def test_what_is_not_read_is_one_line(pipeline, tmp_path):
+    pipe = pipeline()
+    saved(pipe, peft.OFTConfig(oft_block_size=8, **TARGETS), tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="a")
+    with pytest.raises(AdapterError, match="which files of LyCORIS have no place for"):
+        Adapter.from_pipeline(pipe, "a").save(tmp_path / "a.safetensors")
+    pipe.unload_lora_weights()
+    file = tmp_path / "unet" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for changes, said in (
+        ({"coft": True}, "with a constraint"),
+        ({"peft_type": "VERA"}, "it holds a VERA adapter of PEFT's, which is not read"),
+        ({"bias": "all"}, "trained with bias=all"),
+        ({"peft_type": "LOHA"}, "alpha 8 and rank 0 are no scale"),
+    ):
+        file.write_text(json.dumps(config | changes))
+        with pytest.raises(AdapterError, match=said) as caught:
+            pipe.load_lora_weights(tmp_path)
+        assert "\n" not in str(caught.value)
+        assert pipe.get_list_adapters() == {}

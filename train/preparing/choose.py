@@ -1,0 +1,164 @@
+"""From what is in a folder, the base model and the card to settings, each with its reason."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_adapters.convert.parsing import json_value, read_text
+from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.preparing.look import Folder
+from lora_adapters.train.preparing.options import InitSettings
+from lora_adapters.train.preparing.presets import Choice, Preset, for_machine, named, presets
+
+_SEEN = "the pictures"
+_HELD_OUT_FROM = 20  # pictures: of fewer, all are needed to learn from
+_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: choices by name for both files, a table of choices for each folder, and prompts."""
+
+    presets: Sequence[Preset]
+    options: Mapping[str, Choice]
+    dataset: Mapping[str, Choice]
+    subsets: Sequence[Mapping[str, Choice]]
+    prompts: Sequence[str]
+
+
+def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
+    """The settings for these folders. OptionError where the base model is not known, TrainingError if it is broken."""
+    model = settings.pretrained_model_name_or_path
+    if not model:
+        raise OptionError(
+            "--model is missing: a checkpoint file, a Diffusers folder or a hub id, such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    chosen = [named(name) for name in settings.preset or []] or _presets(model, settings)
+    options = {key: choice for preset in chosen for key, choice in preset.options.items()}
+    dataset = {key: choice for preset in chosen for key, choice in preset.dataset.items()}
+    if "resolution" not in dataset:
+        raise OptionError(f"--preset {' '.join(settings.preset or [])}: none is for a machine, as sd15-8gb is")
+    side = _trained_side(model)
+    if side is not None and side != dataset["resolution"].value:
+        dataset["resolution"] = Choice(side, "what the model was trained at", f"{model}: unet/config.json")
+    dataset |= _from_pictures(folders, int(dataset["resolution"].value))
+    subsets = [_subset(folder, settings) for folder in folders]
+    return Plan(chosen, _options(options, dataset, folders, settings), dataset, subsets, _prompts(folders, subsets))
+
+
+def _presets(model: str, settings: InitSettings) -> list[Preset]:
+    """A preset for the machine and one for the purpose."""
+    family = settings.family or _family(model)
+    purpose = next(one for one in presets().values() if one.purpose == settings.purpose)
+    return [for_machine(family, _card() if settings.card is None else settings.card), purpose]
+
+
+def _family(model: str) -> str:
+    """The family of a base model, by its files or, of a hub id, by its name."""
+    from lora_adapters.train.models.base import check_path, family_on_disk
+    from lora_adapters.train.options.model import ModelSource
+
+    source = ModelSource(pretrained_model_name_or_path=model)
+    check_path(source)
+    found = family_on_disk(source)
+    if found is not None:
+        return found.name
+    name = model.lower()
+    if re.search(r"xl\b|xl[-_]|sdxl|pony|illustrious|noob", name):
+        return "sdxl"
+    if re.search(r"stable-diffusion-(v?1|2)|sd[-_]?(v?1|2|turbo)|\bv1-5|v2-1", name):
+        return "sd"
+    raise OptionError(f"--family is missing: {model} does not tell whether it is sd (1.x, 2.x) or sdxl")
+
+
+def _card() -> float:
+    """Memory of the first CUDA device in GB, as cards are named; 0 without one."""
+    return round(torch.cuda.get_device_properties(0).total_memory / 2**30) if torch.cuda.is_available() else 0
+
+
+def _trained_side(model: str) -> int | None:
+    """The side in pixels of pictures that a Diffusers folder's U-Net was made for; None where no file says it."""
+    file = Path(model) / "unet" / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        size = json_value(read_text(file)).get("sample_size")
+    except (OSError, ValueError, AttributeError) as error:
+        raise TrainingError(f"{file} cannot be read ({error})") from None
+    return 8 * size if isinstance(size, int) else None
+
+
+def _from_pictures(folders: Sequence[Folder], side: int) -> dict[str, Choice]:
+    """What the pictures' shapes, sizes and number ask for."""
+    sizes = [one.size for folder in folders for one in folder.readable]
+    small = sum(width * height < side * side for width, height in sizes)
+    shapes = len({round(width / height, 2) for width, height in sizes})
+    found = {
+        "enable_bucket": Choice(True, f"{shapes} shapes: each picture keeps its own" if shapes > 1 else
+                                "pictures keep their shape", _SEEN),
+    }  # fmt: skip
+    steps = 64
+    if side < 4 * steps:
+        steps = max(8, side // 8)
+        found["bucket_reso_steps"] = Choice(steps, f"steps of 64 are too coarse for {side} pixels", "the resolution")
+    if small and all(min(size) >= steps for size in sizes):
+        why = f"{small} pictures have fewer pixels than {side}x{side}: they are not enlarged"
+        found["bucket_no_upscale"] = Choice(True, why, _SEEN)
+    if len(sizes) >= _HELD_OUT_FROM:
+        found["validation_split"] = Choice(0.1, f"of {len(sizes)} pictures some can be held out to measure with", _SEEN)
+    return found
+
+
+def _subset(folder: Folder, settings: InitSettings) -> dict[str, Choice]:
+    """The table of one folder."""
+    found = {"image_dir": Choice(folder.path.as_posix(), f"{len(folder.readable)} pictures", _SEEN)}
+    ending = folder.ending
+    if ending is not None:
+        found["caption_extension"] = Choice(ending, f"{folder.endings[ending]} pictures have such a caption", _SEEN)
+    missing = len(folder.uncaptioned(ending)) if ending else len(folder.readable)
+    if missing:
+        tokens, source = settings.class_tokens or folder.class_tokens, "--class_tokens"
+        if settings.class_tokens is None:
+            source = "the folder's name" if folder.class_tokens else "a guess: give --class_tokens"
+        found["class_tokens"] = Choice(tokens or "a photo", f"caption of {missing} pictures that have none", source)
+    if folder.repeats > 1:
+        found["num_repeats"] = Choice(folder.repeats, "how often an epoch shows each picture", "the folder's name")
+    return found
+
+
+def _options(
+    options: Mapping[str, Choice], dataset: Mapping[str, Choice], folders: Sequence[Folder], settings: InitSettings
+) -> dict[str, Choice]:
+    """The options of config.toml: what is asked for first, then what the presets say."""
+    out = Path(settings.out)
+    name = settings.output_name or folders[0].path.resolve().name
+    own = {
+        "pretrained_model_name_or_path": Choice(settings.pretrained_model_name_or_path, "the base model", "--model"),
+        "dataset_config": Choice((out / "dataset.toml").as_posix(), "the pictures", "this program"),
+        "output_dir": Choice(settings.output_dir, "where the adapter and its report will be", "--output_dir"),
+        "output_name": Choice(name, "the adapter's name", "--output_name" if settings.output_name else "the folder"),
+    }
+    batch, found = int(dataset["batch_size"].value), {**own, **options}
+    if "max_train_steps" in found and batch > 1:
+        steps = found["max_train_steps"]
+        fewer = max(1, int(steps.value) // batch)
+        found["max_train_steps"] = Choice(fewer, f"{steps.value} pictures, {batch} a step", steps.source)
+        if "save_every_n_steps" in found:
+            saves = found["save_every_n_steps"]
+            found["save_every_n_steps"] = Choice(max(1, int(saves.value) // batch), saves.why, saves.source)
+    if "save_every_n_steps" in found:
+        every = Choice(found["save_every_n_steps"].value, "see what it has learned, at each save", "this program")
+        prompts = Choice((out / "prompts.txt").as_posix(), "what to draw", "this program")
+        found |= {"sample_every_n_steps": every, "sample_prompts": prompts}
+    return found
+
+
+def _prompts(folders: Sequence[Folder], subsets: Sequence[Mapping[str, Choice]]) -> list[str]:
+    """What to draw while training: the first captions, or what stands for them."""
+    captions = [line.split("\n")[0] for folder in folders for line in folder.captions.values() if line]
+    tokens = [str(subset["class_tokens"].value) for subset in subsets if "class_tokens" in subset]
+    return list(dict.fromkeys([*captions[:_PROMPTS], *tokens]))[:_PROMPTS] or ["a photo"]

@@ -1,0 +1,121 @@
+"""A look at a folder of pictures: what training will read of it, and what is wrong with it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from lora_adapters.convert.errors import first_line
+from lora_adapters.convert.parsing import read_text
+from lora_adapters.convert.progress import progress
+from lora_adapters.train.data.candidates import existing_folder
+from lora_adapters.train.data.class_folders import NAME
+from lora_adapters.train.data.image_files import ORIENTATION, FileSource, find_images, open_image
+from lora_adapters.train.data.sources import CAPTION_ENDINGS
+from lora_adapters.train.data_error import DataError
+
+_THUMBNAIL, _LEVELS = 16, 16
+_MOST_REPEATS = 200
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture: its size upright, whether EXIF turns it, and what it looks like; or what is wrong with it."""
+
+    path: Path
+    size: tuple[int, int] = (0, 0)
+    turned: bool = False
+    looks: str = ""
+    wrong: str | None = None
+
+
+@dataclass
+class Folder:
+    """The pictures of one folder, with their captions.
+
+    repeats and class_tokens are what a name such as `10_sks dog` says. wrong_captions: (file, reason).
+    """
+
+    path: Path
+    pictures: list[Picture]
+    endings: Counter[str] = field(default_factory=Counter)
+    captions: dict[str, str] = field(default_factory=dict)
+    wrong_captions: list[tuple[Path, str]] = field(default_factory=list)
+    repeats: int = 1
+    class_tokens: str | None = None
+
+    @property
+    def readable(self) -> list[Picture]:
+        return [one for one in self.pictures if one.wrong is None]
+
+    @property
+    def unreadable(self) -> list[Picture]:
+        return [one for one in self.pictures if one.wrong is not None]
+
+    @property
+    def ending(self) -> str | None:
+        """The ending that most captions have; None without captions."""
+        return self.endings.most_common(1)[0][0] if self.endings else None
+
+    def uncaptioned(self, ending: str) -> list[Path]:
+        """Pictures without a caption file of that ending."""
+        return [one.path for one in self.readable if not one.path.with_suffix(ending).is_file()]
+
+
+def look(path: str) -> list[Folder]:
+    """The folder, or those folders in it that have pictures. DataError where no picture can be read."""
+    top = existing_folder(path)
+    places = [top, *sorted(one for one in top.iterdir() if one.is_dir() and not one.name.startswith("."))]
+    found = [_folder(place) for place in places if find_images(place)]
+    if not found:
+        raise DataError(f"{top} has no pictures")
+    if not any(folder.readable for folder in found):
+        first = found[0].pictures[0]
+        raise DataError(f"{top}: none of its pictures can be read; the first, {first.path.name}: {first.wrong}")
+    return [folder for folder in found if folder.readable]
+
+
+def alike(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    """Groups of pictures that look the same: of one shape, and equal as thumbnails of 16 greys."""
+    groups: dict[str, list[Picture]] = {}
+    for one in pictures:
+        groups.setdefault(one.looks, []).append(one)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _folder(path: Path) -> Folder:
+    files = find_images(path)
+    with ThreadPoolExecutor() as pool:
+        pictures = list(progress(pool.map(_picture, files), f"looking at {path.name}", len(files)))
+    named = NAME.fullmatch(path.name)
+    repeats = int(named[1]) if named and named[2] and int(named[1]) <= _MOST_REPEATS else 0  # 2024_holiday is a year
+    folder = Folder(path, pictures, repeats=repeats or 1, class_tokens=named[2] if named and repeats else None)
+    for picture in pictures:
+        for ending in CAPTION_ENDINGS:
+            caption = picture.path.with_suffix(ending)
+            if caption.is_file():
+                folder.endings[ending] += 1
+                try:
+                    folder.captions.setdefault(picture.path.name, read_text(caption).strip())
+                except (OSError, ValueError) as error:
+                    folder.wrong_captions.append((caption, str(error)))
+    return folder
+
+
+def _picture(path: Path) -> Picture:
+    """One picture, decoded: only that shows whether it is whole."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        upright = open_image(FileSource(str(path)))
+    except DataError as error:
+        return Picture(path, wrong=first_line(error.__cause__ or error.__context__ or error))
+    except Exception as error:  # a damaged picture makes Pillow's readers raise almost anything
+        return Picture(path, wrong=first_line(error))
+    small = upright.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    levels = bytes(value * _LEVELS // 256 for value in small.tobytes())
+    shape = f"{upright.width / upright.height:.2f}"
+    return Picture(path, upright.size, turned, f"{shape} {levels.hex()}")

@@ -1,0 +1,300 @@
+"""What Compare shows, as data: a picture's settings, grids over two of them, the same as commands and as Python."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.adapter import Adapter
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import FAMILIES, by_name
+from lora_adapters.convert.formats.metadata import title_of
+from lora_adapters.convert.parsing import number
+from lora_adapters.convert.tools.block_weights import parse
+from lora_adapters.train.studio.jobs import command_line
+from lora_adapters.train.studio.paths import Folders, StudioError
+
+PRESETS = ("ALL", "NONE", *(name for family in FAMILIES for name in family.blocks.presets))
+MOST_CELLS = 100
+_OPTION = re.compile(r"(?:^|\s)--[A-Za-z]")
+_WEIGHTED_WORD = re.compile(r"[(\[]")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One adapter of a picture.
+
+    source: a path or a repository. rank: of a DyLoRA; None for all it has. blocks: a preset, names of blocks or a
+    number for each; empty for the whole adapter.
+    """
+
+    source: str
+    weight: float = 1.0
+    rank: int | None = None
+    blocks: str = ""
+
+    @property
+    def name(self) -> str:
+        return title_of(self.source)
+
+    @property
+    def argument(self) -> str:
+        """As the programs take it, without its weight."""
+        return f"{self.source}:lbw={self.blocks}" if self.blocks else self.source
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a picture depends on, beside the model. Sizes are in pixels; None is the model's own."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    steps: int = 20
+    scale: float = 7.0
+    sampler: str = "ddim"
+    width: int | None = None
+    height: int | None = None
+    slots: tuple[Slot, ...] = ()
+
+    def __post_init__(self) -> None:
+        for text in (self.prompt, self.negative):
+            if _OPTION.search(text):
+                raise StudioError(f"{text:.60}: give what stands behind -- in the fields of its own")
+
+    def words(self, model: Sequence[str]) -> list[str]:
+        """The words of `lora-adapters generate` that draw it. model: the options about the model."""
+        line = f"{self.prompt} --n {self.negative}" if self.negative else self.prompt
+        words = [*model, f"--prompt={line}", f"--seed={self.seed}", f"--steps={self.steps}", f"--scale={self.scale:g}"]
+        words += [f"--sampler={self.sampler}"]
+        words += [f"--{flag}={side}" for flag, side in (("W", self.width), ("H", self.height)) if side]
+        if not self.slots:
+            return words
+        words += ["--network_weights", *(slot.argument for slot in self.slots)]
+        words += ["--network_mul", *(f"{slot.weight:g}" for slot in self.slots)]
+        if any(slot.rank for slot in self.slots):
+            words += ["--network_args", *(f"rank={slot.rank}" if slot.rank else "" for slot in self.slots)]
+        return words
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def labels(architecture: str) -> tuple[str, ...]:
+    """The blocks of a family, BASE (the text encoders) first."""
+    return by_name(architecture).blocks.weight_lists[0]
+
+
+def block_values(text: str, architecture: str) -> list[float]:
+    """The number of each block that a preset, names or numbers mean. AdapterError where they cannot be read."""
+    if not text.strip():
+        return [1.0] * len(labels(architecture))
+    weights = parse(text, rest=0.0)
+    if weights.architecture not in (None, architecture):
+        raise StudioError(f"these block weights are for {weights.architecture}, the adapter is for {architecture}")
+    return [weights.get(label, weights.rest) for label in labels(architecture)]
+
+
+def block_text(values: Sequence[float]) -> str:
+    """The numbers as text; empty where the adapter is whole."""
+    return "" if all(value == 1 for value in values) else ",".join(f"{value:g}" for value in values)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the sliders of an adapter need to know. ranks: those of a DyLoRA, else empty."""
+
+    architecture: str
+    ranks: tuple[int, ...] = ()
+
+
+def choice_of(source: str) -> Choice:
+    """The same of a file, folder or repository. AdapterError where it cannot be read."""
+    adapter = Adapter.load(source)
+    if adapter.dylora is None:
+        return Choice(adapter.architecture)
+    full = max(pair.rank for pair in adapter.pairs().values())
+    unit = adapter.dylora.unit
+    return Choice(adapter.architecture, (*range(unit, full, unit), full))
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+def axes(slots: int) -> list[str]:
+    """The names of what a grid can go over, with so many adapters."""
+    of_adapters = [f"{what} of adapter {n + 1}" for n in range(slots) for what in ("weight", "rank", "blocks")]
+    return ["prompt", "seed", "steps", "scale", *of_adapters]
+
+
+_HINTS = {
+    "prompt": "a line for each prompt",
+    "seed": "1, 2, 3",
+    "steps": "10, 20, 40",
+    "scale": "4, 7, 10",
+    "weight": "0, 0.5, 1",
+    "rank": "4, 8, 16",
+    "blocks": "ALL; INS; MIDD; OUTD (presets, names of blocks, or numbers, with ; between them)",
+}
+_READ: dict[str, Callable[[str], Any]] = {
+    "prompt": str, "seed": int, "steps": int, "scale": number, "weight": number, "rank": int, "blocks": str,
+}  # fmt: skip
+
+
+def hint(axis: str | None) -> str:
+    """What the values of an axis look like."""
+    return _HINTS.get(axis.partition(" ")[0], "") if axis else ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of a grid: what changes, and its values as text."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, text: str) -> "Axis":
+        """An axis from what the page has. StudioError where there are no values."""
+        kind = name.partition(" ")[0]
+        parts = re.split(r"\n" if kind == "prompt" else r"[;\n]" if kind == "blocks" else r"[,;\s]+", text)
+        values = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+        if not values:
+            raise StudioError(f"{name}: give its values, such as {hint(name)}")
+        return cls(name, values)
+
+    def applied(self, scene: Scene, value: str) -> Scene:
+        """The scene with this value. StudioError where it cannot be."""
+        kind, _, adapter = self.name.partition(" of adapter ")
+        place = int(adapter or 0) - 1
+        if place >= len(scene.slots):
+            raise StudioError(f"{self.name}: there are {len(scene.slots)} adapters")
+        try:
+            read: Any = _READ[kind](value)
+            if kind == "blocks":
+                parse(read, rest=0.0)
+        except AdapterError as error:
+            raise StudioError(f"{self.name}: {error}") from None
+        except ValueError:
+            raise StudioError(f"{self.name} is {value!r:.60}: give values such as {hint(self.name)}") from None
+        if not adapter:
+            return replace(scene, **{kind: read})
+        slots = [replace(slot, **{kind: read}) if n == place else slot for n, slot in enumerate(scene.slots)]
+        return replace(scene, slots=tuple(slots))
+
+    @property
+    def titles(self) -> list[str]:
+        """A label for each value."""
+        kind, _, adapter = self.name.partition(" of ")
+        start = "" if kind == "prompt" else f"{kind} "
+        return [f"{start}{value}\n{adapter}".strip() for value in self.values]
+
+
+def cells(scene: Scene, across: Axis | None, down: Axis | None) -> list[list[Scene]]:
+    """The scenes of a grid, row by row. StudioError for the same axis twice, or too many pictures."""
+    if across is not None and down is not None and across.name == down.name:
+        raise StudioError(f"both directions of the grid are {across.name}: choose two")
+    count = len(across.values if across else [""]) * len(down.values if down else [""])
+    if count > MOST_CELLS:
+        raise StudioError(f"the grid would have {count} pictures, at most {MOST_CELLS} are drawn")
+    rows = [down.applied(scene, value) for value in down.values] if down else [scene]
+    return [[across.applied(row, value) for value in across.values] if across else [row] for row in rows]
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def command_lines(rows: Sequence[Sequence[Scene]], model: Sequence[str]) -> str:
+    """A `lora-adapters generate` for each picture."""
+    return "\n".join(command_line(["generate", *scene.words(model)]) for row in rows for scene in row) + "\n"
+
+
+def python_code(rows: Sequence[Sequence[Scene]], load: str, schedulers: Mapping[str, str]) -> str:
+    """The pictures in Python, through diffusers.
+
+    load: the expression that loads the pipeline, whose class it names first. schedulers: that of each sampler's
+    scheduler, likewise.
+    """
+    scenes = [scene for row in rows for scene in row]
+    slots = [slot for scene in scenes for slot in scene.slots]
+    classes = sorted({text.partition("(")[0].partition(".")[0] for text in (load, *schedulers.values())})
+    ours = [name for name, used in (("Adapter", any(slot.blocks for slot in slots)),
+                                    ("set_rank", any(slot.rank for slot in slots))) if used]  # fmt: skip
+    lines = ["import torch", f"from diffusers import {', '.join(classes)}", "", "import lora_adapters"]
+    lines += [f"from lora_adapters import {', '.join(ours)}"] if ours else []
+    if "Adapter" in ours:
+        lines.append("from lora_adapters.convert.tools.block_weights import parse, weighted")
+    lines += ["", f"pipe = {load}"]
+    before = Scene("")
+    for nth, scene in enumerate(scenes, start=1):
+        file = "picture.png" if len(scenes) == 1 else f"picture-{nth:03d}.png"
+        lines += ["", *_changes(before, scene, schedulers[scene.sampler]), *_call(scene, file)]
+        before = scene
+    return "\n".join(lines) + "\n"
+
+
+def _changes(before: Scene, scene: Scene, scheduler: str) -> list[str]:
+    """What brings the pipeline from one scene to the next."""
+    names = [f"adapter_{n + 1}" for n in range(len(scene.slots))]
+    lines = [f"pipe.scheduler = {scheduler}"]
+    if [slot.argument for slot in before.slots] != [slot.argument for slot in scene.slots]:
+        lines += ["pipe.unload_lora_weights()"] if before.slots else []
+        for name, slot in zip(names, scene.slots, strict=True):
+            if slot.blocks:
+                lines.append(f"adapter = weighted(Adapter.load({slot.source!r}), parse({slot.blocks!r}, rest=0.0))")
+                lines.append(f"adapter.to_pipeline(pipe, {name!r})")
+            else:
+                lines.append(f"pipe.load_lora_weights({slot.source!r}, adapter_name={name!r})")
+    lines += [f"set_rank(pipe, {slot.rank}, {name!r})" for name, slot in zip(names, scene.slots, strict=True)
+              if slot.rank]  # fmt: skip
+    lines += [f"pipe.set_adapters({names!r}, {[slot.weight for slot in scene.slots]!r})"] if names else []
+    return lines
+
+
+def _call(scene: Scene, file: str) -> list[str]:
+    """The drawing of a scene."""
+    weighted_words = any(_WEIGHTED_WORD.search(text) for text in (scene.prompt, scene.negative))
+    return [
+        *(["# `lora-adapters generate` reads weights of words such as (word:1.3), diffusers does not"]
+          if weighted_words else []),
+        "picture = pipe(",
+        f"    {scene.prompt!r},",
+        *([f"    negative_prompt={scene.negative!r},"] if scene.negative else []),
+        f"    num_inference_steps={scene.steps},",
+        f"    guidance_scale={scene.scale!r},",
+        *(f"    {side}={value}," for side, value in (("width", scene.width), ("height", scene.height)) if value),
+        f"    generator=torch.Generator().manual_seed({scene.seed}),",
+        ").images[0]",
+        f"picture.save({file!r})",
+    ]  # fmt: skip
+
+
+def merge_words(scene: Scene, folders: Folders, name: str, into_model: bool, one_file: bool) -> list[str]:
+    """The words of `lora-adapters merge` for what the scene shows; DyLoRAs are first cut to their ranks, as files.
+
+    StudioError where there is nothing to merge or the name is taken.
+    """
+    if not scene.slots:
+        raise StudioError("there is no adapter to merge: choose one")
+    ending = "" if into_model and Path(folders.model).is_dir() and not one_file else ".safetensors"
+    target = folders.new(name, ending)
+    slots = [replace(slot, source=cut(slot, folders)) if slot.rank else slot for slot in scene.slots]
+    words = ["merge", f"--save_to={target}"]
+    words += [f"--sd_model={folders.model}"] if into_model else []
+    words += ["--models", *(slot.argument for slot in slots)]
+    return [*words, "--ratios", *(f"{slot.weight:g}" for slot in slots)]
+
+
+def cut(slot: Slot, folders: Folders) -> str:
+    """The file of a DyLoRA at the slot's rank in the output folder, written where there is none; else the source."""
+    adapter = Adapter.load(slot.source)
+    if adapter.dylora is None or not slot.rank or slot.rank == adapter.rank:
+        return slot.source
+    name = f"{slot.name}-rank{slot.rank}"
+    target = folders.output / f"{name}.safetensors"
+    adapter.truncate(slot.rank).save(target)
+    return str(target)

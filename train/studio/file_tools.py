@@ -1,0 +1,116 @@
+"""The file tools as forms: what is filled in as the words of their command lines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_adapters.convert.adapter import FORMATS
+from lora_adapters.convert.parsing import number
+from lora_adapters.train.studio.paths import Folders, StudioError
+
+OWN = "as it comes"  # the precision that a program chooses by itself
+PRECISIONS = (OWN, "float", "fp16", "bf16")
+_FOLDERS = ("peft",)  # formats that are folders
+
+
+def merge(
+    folders: Folders, adapters: Sequence[str], weights: str, into_model: bool, name: str, precision: str
+) -> list[str]:
+    """Adapters into one, exactly, or into the model. weights: numbers with commas between them, or none: 1 each."""
+    ending = "" if into_model and Path(folders.model).is_dir() else ".safetensors"
+    words = ["merge", f"--save_to={folders.new(name, ending)}", *_precision(precision)]
+    words += [f"--sd_model={folders.model}"] if into_model else []
+    return [*words, *_models(folders, adapters, weights)]
+
+
+def svd_merge(
+    folders: Folders,
+    adapters: Sequence[str],
+    weights: str,
+    rank: float,
+    conv_rank: float | None,
+    name: str,
+    precision: str,
+) -> list[str]:
+    """Adapters into one of a rank."""
+    words = ["svd-merge", f"--save_to={folders.new(name, '.safetensors')}", *_precision(precision)]
+    words += [f"--new_rank={_rank(rank)}", *_conv("new_conv_rank", conv_rank)]
+    return [*words, *_models(folders, adapters, weights)]
+
+
+def extract(
+    folders: Folders,
+    tuned: str,
+    rank: float,
+    conv_rank: float | None,
+    target_error: float | None,
+    name: str,
+    precision: str,
+) -> list[str]:
+    """The adapter between the studio's model and another in the folders."""
+    words = ["extract", f"--model_org={folders.model}", f"--model_tuned={folders.base_model(tuned)}"]
+    words += [f"--save_to={folders.new(name, '.safetensors')}", f"--dim={_rank(rank)}", *_conv("conv_dim", conv_rank)]
+    return [*words, *_error(target_error), *_precision(precision)]
+
+
+def resize(
+    folders: Folders,
+    adapter: str,
+    rank: float,
+    conv_rank: float | None,
+    target_error: float | None,
+    name: str,
+    precision: str,
+) -> list[str]:
+    """An adapter of a smaller rank."""
+    words = ["resize", f"--model={folders.adapter(adapter)}", f"--save_to={folders.new(name, '.safetensors')}"]
+    words += [f"--new_rank={_rank(rank)}", *_conv("new_conv_rank", conv_rank)]
+    return [*words, *_error(target_error), *_precision(precision)]
+
+
+def convert(folders: Folders, adapter: str, form: str, rank: float | None, name: str, precision: str) -> list[str]:
+    """An adapter in another format; with a rank, as low-rank pairs whatever it is."""
+    if form not in FORMATS:
+        raise StudioError(f"{form!r:.40} is not a format: {', '.join(FORMATS)} are")
+    target = folders.new(name, "" if form in _FOLDERS else ".safetensors")
+    words = ["convert", f"--model={folders.adapter(adapter)}", f"--save_to={target}", f"--format={form}"]
+    words += ["--to=lora", f"--rank={_rank(rank)}", f"--sd_model={folders.model}"] if rank else []
+    return [*words, *_precision(precision)]
+
+
+def _models(folders: Folders, adapters: Sequence[str], weights: str) -> list[str]:
+    """--models and --ratios. StudioError where there is a weight too few or too many."""
+    if not adapters:
+        raise StudioError("choose the adapters to merge")
+    words = ["--models", *(folders.adapter(source) for source in adapters)]
+    if not weights.strip():
+        return words
+    try:
+        ratios = [number(part) for part in weights.split(",")]
+    except ValueError:
+        raise StudioError(f"weights are numbers with commas between them, not {weights:.60}") from None
+    if len(ratios) != len(adapters):
+        raise StudioError(f"{len(adapters)} adapters and {len(ratios)} weights: give one for each")
+    return [*words, "--ratios", *(f"{ratio:g}" for ratio in ratios)]
+
+
+def _precision(precision: str) -> list[str]:
+    """The precision of the result; nothing where the program shall choose."""
+    if precision == OWN:
+        return []
+    if precision not in PRECISIONS:
+        raise StudioError(f"{precision!r:.40} is not a precision: {', '.join(PRECISIONS)} are")
+    return [f"--save_precision={precision}"]
+
+
+def _rank(rank: float | None) -> int:
+    if rank is None or rank < 1 or rank != int(rank):
+        raise StudioError(f"a rank is a whole number from 1 on, not {rank}")
+    return int(rank)
+
+
+def _conv(flag: str, rank: float | None) -> list[str]:
+    return [f"--{flag}={_rank(rank)}"] if rank else []
+
+
+def _error(target: float | None) -> list[str]:
+    return [f"--target_error={target:g}"] if target else []

@@ -1,0 +1,73 @@
+"""The presets of `lora-adapters init` as values of the page's fields, and as options where it has no field."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lora_adapters.convert.errors import OneLineError
+from lora_adapters.train.preparing.presets import Choice, Preset, named, presets
+from lora_adapters.train.studio.paths import StudioError
+
+# An option -> the field of the page that it is, and an option of the dataset likewise.
+_FIELDS = {
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "learning_rate": "learning_rate",
+    "max_train_steps": "steps",
+    "mixed_precision": "precision",
+    "gradient_checkpointing": "checkpointing",
+    "cache_latents": "cache_latents",
+    "save_every_n_steps": "save_every",
+    "resolution": "resolution",
+    "batch_size": "batch",
+}
+_TYPES = {"networks.lora": "LoRA", "networks.dylora": "DyLoRA"}
+_PER_PICTURE = ("steps", "save_every")  # presets count pictures, the page steps
+
+
+def choices() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(title, name) of the presets for machines, and of those for purposes."""
+    machines = [(one.title, one.name) for one in presets().values() if one.family is not None]
+    purposes = [(one.title, one.name) for one in presets().values() if one.purpose is not None]
+    return machines, purposes
+
+
+def values(machine: str, purpose: str) -> dict[str, Any]:
+    """What the page's fields become; fields that the presets say nothing of are not in it."""
+    found: dict[str, Any] = {}
+    for name, choice in _choices(machine, purpose):
+        if name == "network_module":
+            found["type"] = _TYPES[choice.value]
+        elif name == "network_args":
+            found |= {key: int(value) for key, value in (text.split("=") for text in choice.value)}
+        elif name in _FIELDS:
+            found[_FIELDS[name]] = choice.value
+    for field in _PER_PICTURE:
+        if field in found:
+            found[field] = max(1, found[field] // found.get("batch", 1))
+    return found
+
+
+def words(machine: str, purpose: str) -> list[str]:
+    """The options of the presets that the page has no field for."""
+    found = {}
+    for name, choice in _choices(machine, purpose):
+        if name not in _FIELDS and name not in ("network_module", "network_args"):
+            found[name] = f"--{name}" if choice.value is True else f"--{name}={choice.value}"
+    return list(found.values())
+
+
+def reasons(machine: str, purpose: str) -> list[tuple[str, str, str, str]]:
+    """(option, value, why, source) of everything that the presets say."""
+    return [(name, str(choice.value), choice.why, choice.source) for name, choice in _choices(machine, purpose)]
+
+
+def _choices(machine: str, purpose: str) -> Iterator[tuple[str, Choice]]:
+    """The choices of both presets, the machine's first; an empty name is no preset."""
+    for name in filter(None, (machine, purpose)):
+        try:
+            preset: Preset = named(name)
+        except OneLineError:
+            raise StudioError(f"{name!r:.60} is not a preset") from None
+        tables: tuple[Mapping[str, Choice], ...] = (preset.dataset, preset.options)
+        for table in tables:
+            yield from table.items()

@@ -1,0 +1,108 @@
+"""`lora-adapters studio`: a page on this machine to compare, inspect, train and convert adapters."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.convert.errors import UsageError
+from lora_adapters.convert.tools.command_line import run
+from lora_adapters.convert.tools.parser import Parser
+from lora_adapters.train.studio.access import PASSWORD, USER, launch_options, password
+from lora_adapters.train.studio.jobs import claim
+from lora_adapters.train.studio.paths import Folders, StudioError
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(
+        prog="studio",
+        description="A page in the browser to compare, inspect, train and convert adapters.",
+        examples=["--model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapters loras --pictures photos"],
+    )
+    made.add_argument(
+        "--model", required=True, help="base model: a Diffusers folder, checkpoint file or Hub repository"
+    )
+    made.add_argument("--adapters", nargs="+", metavar="FOLDER", help="folders of adapters to choose from")
+    made.add_argument("--pictures", nargs="+", metavar="FOLDER", help="folders of training pictures, whose "
+                      "captions may be edited")  # fmt: skip
+    made.add_argument("--output", default="studio", metavar="FOLDER", help="folder of all that is made")
+    made.add_argument(
+        "--model_config", help="Diffusers folder or Hub repository with the configs for a checkpoint file"
+    )
+    made.add_argument("--fp16", action="store_true", help="draw in fp16")
+    made.add_argument("--bf16", action="store_true", help="draw in bf16")
+    made.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
+    made.add_argument("--listen", action="store_true", help="let other machines in; needs a password")
+    made.add_argument("--share", action="store_true", help="make a public address through Gradio's servers; needs a "
+                      "password")  # fmt: skip
+    made.add_argument("--password_file", help=f"file with the password of the user {USER!r}; {PASSWORD} in the "
+                      "environment is another way")  # fmt: skip
+    return made
+
+
+def folders(args: Any) -> Folders:
+    """The folders of the options. UsageError where one is missing."""
+    for flag in ("adapters", "pictures"):
+        for name in getattr(args, flag) or ():
+            if not Path(name).expanduser().is_dir():
+                raise UsageError(f"--{flag} {name} is not a folder")
+    output = Path(args.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is not a folder")
+    made = Folders(
+        args.model,
+        output.absolute(),
+        tuple(Path(name).expanduser().absolute() for name in args.adapters or ()),
+        tuple(Path(name).expanduser().absolute() for name in args.pictures or ()),
+    )
+    made.private.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def model_words(args: Any) -> list[str]:
+    """The options of `lora-adapters generate` about the model."""
+    words = [f"--ckpt={args.model}"]
+    words += [f"--model_config={args.model_config}"] if args.model_config else []
+    return words + [f"--{name}" for name in ("fp16", "bf16") if getattr(args, name)]
+
+
+def program(argv: Sequence[str] | None) -> None:
+    """The program's body."""
+    args = parser().parse_args(argv)
+    if args.fp16 and args.bf16:
+        raise UsageError("give one of --fp16 and --bf16")
+    word, made = password(args), folders(args)
+    claim(made.private / "studio.json")
+    os.environ["GRADIO_TEMP_DIR"] = str(made.private / "page")  # read by gradio while it builds the page
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio as gr
+    except ImportError:
+        raise StudioError('the studio needs Gradio: pip install "lora-adapters[studio]"') from None
+    from lora_adapters.train.studio.app import build
+    from lora_adapters.train.studio.page import CSS
+
+    page = build(made, model_words(args))
+    theme = gr.themes.Default(  # without fonts from the net
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, address, public = page.launch(theme=theme, css=CSS, **launch_options(args, word, made.output))
+    except OSError as error:
+        raise StudioError(f"the page cannot be opened: {error}") from None
+    print(f"The studio is at {public or address} (Ctrl-C ends it; a job that runs goes on)", flush=True)
+    try:
+        page.block_thread()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    return run(program, argv, stopped="the studio has ended", traceback=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
