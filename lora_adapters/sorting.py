@@ -14,6 +14,7 @@ from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.types import registry
 from lora_adapters.types.dylora.rank_controller import controllers, models_of
 from lora_adapters.types.layers import factors, has_adapter, layers, low_rank
+from lora_adapters.types.lycoris.layer import held
 
 from .hotswap import swap
 from .injection import unwrapped
@@ -63,7 +64,9 @@ def _adapters(target: Any, adapter_name: str | None) -> Iterator[tuple[nn.Module
 
 def _check(model: nn.Module, name: str) -> None:
     for path, layer in layers(model, name):
-        if more := registry.beyond_lora(layer, name):
+        if held(layer, name) is not None:
+            raise AdapterError(f"{path} has another kind of change in {name} than LoRA's: it has no components to sort")
+        if more := registry.beyond_deltas(layer, name):
             raise AdapterError(f"{path} has {more} in {name}, which components cannot be sorted with")
         if name in layer.merged_adapters:
             raise AdapterError(f"{name} is fused into the weights: unfuse it first")

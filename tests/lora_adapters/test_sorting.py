@@ -12,6 +12,7 @@ from lora_adapters import (
     AdapterError,
     C3LierConfig,
     DyLoraConfig,
+    LycorisConfig,
     set_rank,
     set_step,
     sort_components,
@@ -108,6 +109,10 @@ def test_what_cannot_be_sorted_is_left_alone():
         sort_components(model(), adapter_name="x")
     with pytest.raises(AdapterError, match="0 has DoRA's magnitudes in default"):
         sort_components(model(use_dora=True))
+    loha = nn.Sequential(nn.Linear(4, 4))
+    loha = inject_adapter_in_model(LycorisConfig(r=2, algo="loha", target_modules=["0"]), loha)
+    with pytest.raises(AdapterError, match="0 has another kind of change in default than LoRA's"):
+        sort_components(loha)
     fused = model()
     fused[0].merge()
     with pytest.raises(AdapterError, match="fused into the weights: unfuse it first"):

@@ -10,6 +10,7 @@ from lora_adapters.train.training.checkpoints import Position
 from lora_adapters.train.training.progress import Progress
 from lora_adapters.train.training.samples import sample, write_samples
 from lora_adapters.train.training.setup import Run
+from lora_adapters.train.training.sorting import as_if_sorted
 from lora_adapters.train.training.trackers import log_image
 from lora_adapters.train.training.validation import HeldOut, held_out_losses
 
@@ -24,7 +25,7 @@ def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) ->
         return
     run.training_mode(False)
     most = run.settings.max_validation_steps
-    with run.averaged():
+    with run.averaged(), as_if_sorted(run):
         now = held_out_losses(run.loss, data, list(run.trained.values()), step, run.accelerator, most)
     measured += now
     progress.held_out(step, {_name(measurement): measurement.loss for measurement in now})
@@ -44,7 +45,7 @@ def show_samples(run: Run, position: Position) -> None:
 
 def _draw(run: Run, position: Position) -> None:
     run.training_mode(False)
-    with run.averaged():
+    with run.averaged(), as_if_sorted(run):
         image = sample(run.models, run.settings, run.prompts, run.accelerator.device, run.accelerator.autocast)
     run.samples = write_samples(image, run.settings, f"{run.settings.output_name or 'sample'}-step{position.step:08d}")
     log_image(run.accelerator, "samples", image, position.step)

@@ -23,7 +23,7 @@ from lora_adapters.train.training.progress import Progress
 from lora_adapters.train.training.regularization import limit_norms, norms
 from lora_adapters.train.training.saving import go_on_from, save_at_epoch, save_at_step, save_final, save_interrupted
 from lora_adapters.train.training.setup import Run, prepare, workers
-from lora_adapters.train.training.sorting import as_if_sorted, sort_if_due, warmed_up
+from lora_adapters.train.training.sorting import sort_if_due, warmed_up
 from lora_adapters.train.training.step_values import StepValues, check_finite, fetch
 from lora_adapters.train.training.trackers import end_trackers, start_trackers
 from lora_adapters.train.training.uploads import state_folder
@@ -97,6 +97,7 @@ def _train(run: Run, signals: StopSignals) -> Trained:
         run.training_mode()
         while position.step < run.steps:
             _epoch(run, position, progress, result, signals)
+        sort_if_due(run, position.step)  # where sort_at is so high that no step is left
         run.training_mode(False)
         result.steps = position.step
         result.adapter = save_final(run, position)
@@ -136,8 +137,8 @@ def _epoch(run: Run, position: Position, progress: Progress, result: Trained, si
 def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSignals) -> StepValues:
     """One optimizer step over a group of batches. The device is waited for once, at its end."""
     accelerator, settings = run.accelerator, run.settings
-    # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
     sort_if_due(run, step)
+    # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
     torch.manual_seed(derive(run.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
@@ -194,7 +195,7 @@ def _after_step(run: Run, position: Position, ended: bool, progress: Progress, r
         save_at_step(run, position)
     if due_epoch:
         save_at_epoch(run, position)
-    with weights_to_keep(run.optimizer), as_if_sorted(run):
+    with weights_to_keep(run.optimizer):
         if due_held_out or last:
             measure(run, result.held_out, step, progress)
         if due_samples:

@@ -24,6 +24,8 @@ def sort_if_due(run: Run, step: int) -> None:
     sort_components(list(run.trained.values()), run.optimizer, adapters.ADAPTER)
     for parameter in run.parameters:
         broadcast(parameter.data)
+    if run.average is not None:
+        run.average.restart()
     if run.accelerator.is_main_process:
         log.info("step %d: components sorted by size; from here on every rank is trained", step)
 

@@ -18,9 +18,9 @@ from lora_adapters.convert.formats.metadata import (
     network_args,
 )
 from lora_adapters.convert.parsing import number
+from lora_adapters.types import layers
 from lora_adapters.types.adapter_type import AdapterType, NetworkArg, flag
 from lora_adapters.types.base import check, variants
-from lora_adapters.types.layers import low_rank
 from lora_adapters.types.lierla.config import LierLaConfig
 
 from . import rank_controller
@@ -156,7 +156,7 @@ class DyLoraType(AdapterType):
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
         """As for LoRA; sorted, as long as the training has not come to that, since nothing else may be cut."""
-        pair = low_rank(layer, adapter_name, stabilized)
+        pair = layers.low_rank(layer, adapter_name, stabilized)
         return by_size(pair).to(pair.up.dtype) if layer.lora_variant[adapter_name].controller.unsorted else pair
 
     def as_used(self, model: nn.Module, adapter_names: list[str]) -> AbstractContextManager[None]:

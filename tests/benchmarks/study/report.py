@@ -16,9 +16,9 @@ from .methods import RANKS
 from .tasks import PROMPTS, TASKS
 
 PLAIN, CUT = "plain LoRA, one training a rank", "plain LoRA of rank 16, cut by SVD"
-SHEET = ("plain", "ours sqrt spread", "ours sqrt", "ours constant", "ours sqrt frozen", "kohya", "lycoris")
+SHEET = ("plain", "ours sorted", "ours sqrt spread", "ours sqrt", "ours sqrt frozen", "kohya", "lycoris")
 HEAD = 48  # height of a sheet's titles in pixels
-THICK = {PLAIN: "black", "ours sqrt spread": "red"}  # what the defaults are, and what they are compared with
+THICK = {PLAIN: "black", "ours sorted": "red"}  # what the defaults are, and what they are compared with
 Losses = dict[tuple[str, str, int], list[float]]  # (task, row of the table, rank): one loss a seed
 Rates = Mapping[str, Mapping[str, float]]  # task, method: learning rate
 

@@ -80,6 +80,21 @@ def test_measuring_before_the_sorting_step_changes_nothing(basics) -> None:
     assert len({measured.loss for measured in often.held_out if measured.step == 2}) == 3
 
 
+def test_the_moving_average_begins_anew_and_is_saved_sorted(basics, tmp_path) -> None:
+    options = {**basics, **DYLORA, "ema_decay": 0.5, "save_every_n_steps": 1, "output_name": "x"}
+    options |= {"network_args": {"sort_at": 0.4}}
+    train(settings(**options))
+    plain = {**options, "network_module": "networks.lora", "network_args": {}, "output_dir": str(tmp_path / "plain")}
+    train(settings(**plain))
+    early, unsorted = (Adapter.load(tmp_path / name / "x-step00000001-ema.safetensors") for name in ("out", "plain"))
+    assert_same_changes(early.truncate(1), unsorted.svd(1), rtol=1e-3, atol=1e-6)
+    before, after = (Adapter.load(tmp_path / "out" / f"x-step0000000{step}.safetensors") for step in (2, 3))
+    last = Adapter.load(tmp_path / "out" / "x-ema.safetensors")
+    for name, pair in last.modules.items():  # two steps after the sorting, of weight 1 and 9/11
+        wanted = (2 * before.modules[name].up + 9 * after.modules[name].up) / 11
+        torch.testing.assert_close(pair.up, wanted, rtol=1e-3, atol=1e-6)
+
+
 def test_as_if_sorted_gives_every_bit_back(basics) -> None:
     run = prepare(settings(**{**basics, **DYLORA}))
     torch.manual_seed(0)
