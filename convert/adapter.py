@@ -34,12 +34,20 @@ FORMATS = registry.NAMES
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter(Contents, LiveAdapter):
-    """`{ModuleName(component, path): change}` and the metadata of its file (all strings).
+    """An adapter: the change of each module, and the metadata of its file.
 
-    Changes are low-rank pairs (`LowRank`) or of other kinds (see `deltas.Delta`); `pairs()` are those of an adapter
-    that has no other. `embeddings` of tokens and `stored` are what its file has beside them.
-    The tensors of a loaded adapter are views of the memory-mapped file until they are used. Nothing changes an adapter:
-    arithmetic gives new ones. AdapterError where the metadata says that it is a DyLoRA of an unknown rank_scaling.
+    It is immutable: arithmetic returns new adapters. The tensors of a loaded adapter are views of the memory-mapped
+    file until they are used.
+
+    Args:
+        modules: The change of each module, `{ModuleName(component, path): change}`: low-rank pairs (`LowRank`), or
+            other kinds (see `deltas.Delta`).
+        metadata: The metadata of its file, all strings.
+        embeddings: Token embeddings that its file holds beside the changes, by the end of their key.
+        stored: The tensors of each module as its file has them, so that they are written again unchanged.
+
+    Raises:
+        AdapterError: The metadata declare a DyLoRA with an unknown rank_scaling.
 
     >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)})
@@ -50,7 +58,7 @@ class Adapter(Contents, LiveAdapter):
     """
 
     def __post_init__(self) -> None:
-        dylora_of(self.metadata)  # facts that make no sense are found here, not after a file of it has been written
+        dylora_of(self.metadata)  # invalid DyLoRA metadata is an error here, not after a file has been written
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -60,16 +68,34 @@ class Adapter(Contents, LiveAdapter):
     ) -> Self:
         """Read an adapter from a file, a folder or a Hub repository, in any of FORMATS.
 
-        `hub` options (token, revision, cache_dir, local_files_only, ...) go to `huggingface_hub`. AdapterError, with
-        the file in it, where the source is missing, broken, or in another format.
+        Args:
+            source: A file, a folder, or a repository (owner/name).
+            weight_name: The file in the folder or repository, if there are several.
+            subfolder: The folder in the folder or repository.
+            **hub: Options of `huggingface_hub`: token, revision, cache_dir, local_files_only, ...
+
+        Returns:
+            The adapter.
+
+        Raises:
+            AdapterError: The source is missing, damaged, or in another format; the message names the file.
         """
         return cls.from_path(locate(source, weight_name=weight_name, subfolder=subfolder, **hub))
 
     @classmethod
     def from_path(cls, path: Path, lookup: Lookup | None = None, only_pairs: bool = False) -> Self:
-        """The adapter in a file or a PEFT folder; lookup and only_pairs as in `from_tensors`.
+        """Read an adapter from a local file or PEFT folder.
 
-        AdapterError with the path in it.
+        Args:
+            path: The file or folder.
+            lookup: As in `from_tensors`.
+            only_pairs: As in `from_tensors`.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            AdapterError: As for `from_tensors`; the message names the path.
         """
         weights = (peft.WEIGHTS, peft.WEIGHTS_PICKLED)
         if path.name in weights and (path.parent / peft.CONFIG).is_file():
@@ -90,11 +116,21 @@ class Adapter(Contents, LiveAdapter):
         lookup: Lookup | None = None,
         only_pairs: bool = False,
     ) -> Self:
-        """The adapter in a state dict of kohya's, LyCORIS', cloneofsimo's or one of diffusers' formats.
+        """Read an adapter from a state dict in kohya's, LyCORIS', cloneofsimo's or one of diffusers' formats.
 
-        The tensors are not copied. lookup (component, name -> path): finds modules that SD1.x, SD2.x and SDXL do not
-        have, in a live model. only_pairs: refuse other kinds than low-rank pairs. AdapterError for other keys, lone
-        halves of pairs, unknown modules and shapes that do not fit; UnknownFormatError for other kinds of adapters.
+        Args:
+            tensors: The state dict. The tensors are not copied.
+            metadata: The metadata of its file, all strings.
+            lookup: Called with a component and a name that no known model has; returns the module's path. It finds
+                modules of a live model.
+            only_pairs: Whether to refuse other kinds of change than low-rank pairs.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            UnknownFormatError: Another kind of adapter.
+            AdapterError: Unknown keys or modules, one half of a pair without the other, or shapes that do not fit.
         """
         return cls._of(registry.read(tensors, dict(metadata or {}), lookup, only_pairs))
 
@@ -111,16 +147,25 @@ class Adapter(Contents, LiveAdapter):
         embeddings: Mapping[str, torch.Tensor] | None = None,
         modelspec: bool = True,
     ) -> Path:
-        """Write the adapter, whole or not at all, and give back its path.
+        """Write the adapter, whole or not at all.
 
-        format: "kohya" (also what A1111 and ComfyUI read), "diffusers" (alphas folded into the weights), both one
-        file; "peft", a folder; or "lycoris", a file of changes of any kinds. None is "kohya", or "lycoris" where not
-        all changes are pairs. dtype None keeps each tensor's own. fold_alpha gives all modules of a kohya file the most
-        common alpha and puts the difference into `up`: stock diffusers mixes up alphas that differ. "cloneofsimo"
-        is the positional format of cloneofsimo/lora, for SD1.x and SD2.x; it can carry `embeddings` of tokens. Another
-        ending than .safetensors is torch's pickle. Without modelspec the file gets kohya's own metadata only.
-        AdapterError for an adapter without modules and where the path cannot be written; what was there before is still
-        there then.
+        Args:
+            path: The file, or the folder for "peft". Another suffix than .safetensors is torch's pickle.
+            format: "kohya" (which A1111 and ComfyUI read too), "diffusers" (alphas folded into the weights), "peft",
+                "lycoris" (any kind of change), or "cloneofsimo" (the positional format of cloneofsimo/lora, for SD1.x
+                and SD2.x). None is "kohya", or "lycoris" if some changes are not low-rank pairs.
+            dtype: The dtype of the weights; None keeps each tensor's own.
+            fold_alpha: Whether all modules get the most common alpha and `up` takes the difference, since stock
+                diffusers mixes up alphas that differ.
+            embeddings: Token embeddings to write beside the changes, by token; "cloneofsimo" only.
+            modelspec: Whether to add modelspec metadata to kohya's own.
+
+        Returns:
+            The path.
+
+        Raises:
+            AdapterError: The adapter has no modules, or the path cannot be written; a file that was there before is
+                unchanged.
         """
         chosen = registry.by_name(format or ("kohya" if self._has_only_pairs else "lycoris"))
         if not self.modules:
@@ -146,36 +191,61 @@ class Adapter(Contents, LiveAdapter):
     # --- arithmetic ------------------------------------------------------------------------------------------------
 
     def map(self, change, metadata: Mapping[str, str] | None = None) -> Self:
-        """A new adapter with `change(one)` for the change of every module, and metadata entries added."""
-        modules = {module: change(one) for module, one in self.modules.items()}
+        """A new adapter with a function applied to the change of every module.
+
+        Args:
+            change: The function, from a change to a change.
+            metadata: Entries to add to the metadata.
+
+        Returns:
+            The new adapter.
+        """
+        modules = {module: change(delta) for module, delta in self.modules.items()}
         return self.replaced(modules=modules, metadata={**self.metadata, **(metadata or {})})
 
     def with_modules(self, modules: Mapping[ModuleName, Delta]) -> Self:
-        """Other modules under the same metadata."""
+        """A new adapter with other modules and the same metadata."""
         return self.replaced(modules=modules)
 
     def to(self, dtype: torch.dtype | None, keep_alpha: bool = False) -> Self:
-        """All tensors in another dtype; None keeps them. AdapterError where a number is too large for it.
+        """The adapter with all tensors in another dtype.
 
-        Where factors would lose small numbers in it, they are balanced by powers of two, and where that is not enough
-        all alphas become smaller by the same factor (not with keep_alpha): ΔW is the same.
+        Factors that would lose small numbers in it are balanced by powers of two first. If that is not enough, all
+        alphas are divided by one factor and the factors multiplied, so that ΔW is the same.
+
+        Args:
+            dtype: The dtype; None keeps the tensors as they are.
+            keep_alpha: Whether alphas must not change.
+
+        Returns:
+            The new adapter.
+
+        Raises:
+            AdapterError: A number is too large for the dtype.
         """
         return self if dtype is None else self.with_modules(cast_changes(self.modules, dtype, keep_alpha))
 
     def scale(self, weight: float) -> Self:
-        """weight · ΔW in every module; the weight may be negative or 0.
+        """The adapter with weight · ΔW in every module.
+
+        Args:
+            weight: The factor; it may be negative or 0.
+
+        Returns:
+            The new adapter.
 
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
         >>> a = Adapter({to_q: LowRank(torch.ones(1, 2), torch.ones(2, 1), alpha=1.0)})
         >>> a.scale(0.5).modules[to_q].delta().tolist()
         [[0.5, 0.5], [0.5, 0.5]]
         """
-        return self.map(lambda one: one.scaled(weight))
+        return self.map(lambda delta: delta.scaled(weight))
 
     def __add__(self, other: "Adapter") -> Self:
-        """The sum of both, exactly; ranks of pairs add up, modules of only one stay.
+        """The exact sum of two adapters: ranks of pairs add up; modules of only one adapter stay as they are.
 
-        AdapterError where they are for different families, or where shapes differ (SD1 and SD2).
+        Raises:
+            AdapterError: They are for different base models, or shapes differ (SD1 and SD2).
         """
         ours, theirs = self.family, other.family
         if ours is not theirs:
@@ -193,10 +263,18 @@ class Adapter(Contents, LiveAdapter):
         return self.replaced(modules=modules, metadata={**self.plain_metadata(), **facts}, stored={})
 
     def truncate(self, rank: int) -> Self:
-        """The first `rank` components of every module, at the scale that they were trained for.
+        """The first components of every module, at the scale that they were trained at.
 
-        For a DyLoRA this is the adapter of that rank; AdapterError where the rank is no multiple of its unit. Modules
-        of fewer components stay whole.
+        For a DyLoRA this is the adapter of that rank. Modules with fewer components stay whole.
+
+        Args:
+            rank: How many components; for a DyLoRA a multiple of its unit.
+
+        Returns:
+            The new adapter.
+
+        Raises:
+            AdapterError: It cannot be cut to that rank; the message lists the valid ones.
 
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
         >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)}).as_dylora(DyLora(unit=2))
@@ -227,12 +305,19 @@ class Adapter(Contents, LiveAdapter):
         target_error: float | None = None,
         device: str | None = None,
     ) -> Self:
-        """The best approximation with `rank` components, and `conv_rank` (else rank) in convolutions above 1x1.
+        """The best approximation of every module at a rank, computed from the factors in float32.
 
-        With target_error each module gets the smallest rank whose relative error is at most that; rank and conv_rank
-        are then the largest ranks allowed, and may be None. The relative error is the Frobenius norm of what is
-        missing, by that of all, 0 to 1. Computed from the factors on `device` (the CPU by default); float32.
         Source: the truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
+
+        Args:
+            rank: The rank, or with target_error the largest one allowed (None: no limit).
+            conv_rank: The rank in convolutions larger than 1x1; None is rank.
+            target_error: The largest relative error of a module, 0 to 1: the Frobenius norm of the difference, divided
+                by that of the change. Each module gets the smallest rank that meets it.
+            device: The device for the computation; None is the CPU.
+
+        Returns:
+            The new adapter.
 
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
         >>> a = Adapter({to_q: LowRank(torch.ones(4, 8), torch.ones(8, 4), alpha=4.0)})
@@ -244,9 +329,15 @@ class Adapter(Contents, LiveAdapter):
         return svd(self, rank, conv_rank, target_error, device)
 
     def resize(self, rank: int, conv_rank: int | None = None, dynamic: tuple[str, float] | None = None) -> Self:
-        """As `svd`, but alpha / rank stays as it was in every module, as kohya's resize_lora does.
+        """The best approximation at a rank, with alpha / rank of every module unchanged, as kohya's resize_lora does.
 
-        dynamic: a method of `rank_choice.DYNAMIC_METHODS` and its parameter, which choose ranks up to these.
+        Args:
+            rank: The rank, or with dynamic the largest one allowed.
+            conv_rank: The rank in convolutions larger than 1x1; None is rank.
+            dynamic: A method of `rank_choice.DYNAMIC_METHODS` and its parameter, by which each module's rank is chosen.
+
+        Returns:
+            The new adapter.
         """
         from lora_adapters.convert.deltas.reduction import resize
 
@@ -256,12 +347,21 @@ class Adapter(Contents, LiveAdapter):
     def from_difference(
         cls, base: str | Path, tuned: str | Path, rank: int, conv_rank: int | None = None, **options: Any
     ) -> Self:
-        """The best adapter of that rank for tuned - base, two models in files or Diffusers folders.
+        """The best adapter of a rank for the difference of two models, tuned - base.
 
-        conv_rank None is LoRA-LierLa. `options` are those of
-        `lora_adapters.convert.models.extraction.approximate_difference`: target_error, min_diff, clamp_quantile,
-        device, v_prediction. AdapterError where the models do not fit together or are the
-        same.
+        Args:
+            base: The base model, a checkpoint file or a Diffusers folder.
+            tuned: The fine-tuned model, likewise.
+            rank: The rank of linear layers and 1x1 convolutions.
+            conv_rank: The rank of larger convolutions (LoRA-C3Lier); None leaves them out (LoRA-LierLa).
+            **options: target_error, min_diff, clamp_quantile, device, v_prediction: see
+                `lora_adapters.convert.models.extraction.approximate_difference`.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            AdapterError: The models are of different kinds, or equal.
         """
         from lora_adapters.convert.models.extraction import approximate_difference
 
@@ -269,17 +369,27 @@ class Adapter(Contents, LiveAdapter):
         return cls(found.modules, found.metadata)
 
     def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
-        """Write the model (a file, or a Diffusers folder) to `out` with weight · ΔW added to its weights.
+        """Write a model with weight · ΔW added to its weights.
 
-        Tensors that are not adapted are copied bit for bit, the others keep their dtype. AdapterError where
-        the adapter is for another model; `out` is then not written.
+        Tensors that are not adapted are copied bit for bit; the others keep their dtype.
+
+        Args:
+            model: A checkpoint file or a Diffusers folder.
+            out: The file or folder to write.
+            weight: The factor of the change.
+
+        Returns:
+            The path of the result.
+
+        Raises:
+            AdapterError: The adapter is for another model. Nothing is written then.
         """
         from lora_adapters.convert.models.merging import merge_into_model
 
         return merge_into_model(model, out, [self], [weight])
 
     def with_common_alpha(self) -> Self:
-        """The same changes with one alpha in all modules, the most common one that is not 0 (1 where all are)."""
+        """The same changes with one alpha in all modules: the most common one that is not 0, or 1 if all are 0."""
         pairs = self.pairs()
         alpha = most_common(pair.alpha for pair in pairs.values() if pair.alpha) or 1.0
         folded = {module: pair.with_alpha(alpha) for module, pair in pairs.items()}
@@ -290,7 +400,7 @@ class Adapter(Contents, LiveAdapter):
         return self.replaced(metadata={**self.metadata, **dylora_metadata(dylora, network_args(self.metadata))})
 
     def plain_metadata(self) -> dict[str, str]:
-        """Metadata without what is no longer true of a combination: rank, alpha, type, blocks."""
+        """The metadata without the entries that are not true of a combination: rank, alpha, type, blocks."""
         facts = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
         gone = (*facts, "sshs_", "modelspec.", "lycoris_version", diffusers.METADATA_KEY)
         return {key: value for key, value in self.metadata.items() if key in MERGED_FACTS or not key.startswith(gone)}

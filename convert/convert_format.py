@@ -87,7 +87,7 @@ def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
         tensors, _ = read_tensors(Path(file).expanduser())
         for token, tensor in tensors.items():
             if not (token.startswith("<") and token.endswith(">")) or tensor.ndim > 2:
-                raise AdapterError(f"{file}: {token} is no embedding of a token such as <s1>")
+                raise AdapterError(f"{file}: {token} is not an embedding of a token such as <s1>")
             found[token] = tensor
     return found
 

@@ -60,7 +60,7 @@ def program(argv: Sequence[str] | None) -> None:
     adapter = load(args.model, skip_unknown=args.skip_unknown)
     dylora = adapter.dylora
     if args.unit is not None and args.unit < 1:
-        raise UsageError(f"unit {args.unit} is none: it is 1 or more")
+        raise UsageError(f"--unit must be at least 1, got {args.unit}")
     if dylora is None and args.unit is None:
         raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit")
     if dylora is None:

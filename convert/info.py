@@ -25,7 +25,6 @@ from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of
-from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.formats import peft
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
@@ -89,25 +88,24 @@ def _kind(adapter: Adapter) -> str:
     kinds = adapter.kinds
     if set(kinds) != {"LoRA"} or adapter.stored:
         return ", ".join(f"{kind} in {count}" for kind, count in kinds.items())
-    family = by_name(adapter.architecture)
-    parts = {family.part(module) for module in adapter.modules}
-    kind = "LoRA-LierLa" if parts <= {*family.coverage["lierla"].parts, "outer"} else "LoRA-C3Lier"
-    if "outer" in parts:
+    family = adapter.family
+    kind = f"LoRA-{family.adapter_type(adapter.modules).title}"
+    if any(family.part(module) == "outer" for module in adapter.modules):
         kind += " and layers outside of the blocks"
     return f"DyLoRA (unit {adapter.dylora.unit}), as {kind}" if adapter.dylora else kind
 
 
 def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
-    """Whether the file's bytes have the SHA-256 that its metadata says; None where it says none."""
-    told = metadata.get("sshs_model_hash")
-    if told is None or not is_safetensors(file):
+    """Whether the file's bytes have the SHA-256 that its metadata declare; None if they declare none."""
+    declared = metadata.get("sshs_model_hash")
+    if declared is None or not is_safetensors(file):
         return None
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         opened.seek(8 + int.from_bytes(opened.read(8), "little"))
         while piece := opened.read(1 << 20):
             digest.update(piece)
-    return digest.hexdigest() == told
+    return digest.hexdigest() == declared
 
 
 def _count(values: Sequence[Any]) -> dict[str, int]:

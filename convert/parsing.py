@@ -60,7 +60,7 @@ def number(text: str | float) -> float:
     """A number that is neither infinite nor none (nan); ValueError for anything else."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
@@ -81,7 +81,7 @@ def _check(value: Any) -> None:
     elif isinstance(value, int):
         _whole(value)
     elif isinstance(value, str) and _DRIVE_WITH_ESCAPE.match(value):
-        raise ValueError(f"{value!r} is no path: {_PATH_HINT}")
+        raise ValueError(f"{value!r} is not a path: {_PATH_HINT}")
 
 
 def json_value(text: str) -> Any:

@@ -115,7 +115,7 @@ def _word(name: object) -> str:
 
 
 def _check_numbers(where: str, value: Any) -> None:
-    """AdapterError for a weight, or one in a list or in the table of a part's blocks, that is no number."""
+    """AdapterError for a weight, or one in a list or in the table of a part's blocks, that is not a number."""
     if isinstance(value, dict) and where in ("down", "up"):
         for block, one in value.items():
             _check_numbers(f"{where}.{block}", one)
@@ -123,4 +123,4 @@ def _check_numbers(where: str, value: Any) -> None:
         for one in value:
             _check_numbers(where, one)
     elif value is None or isinstance(value, (str, Mapping)):
-        raise AdapterError(f"the weight of an adapter's {where} is {value!r:.80}, which is no number")
+        raise AdapterError(f"the weight of an adapter's {where} is {value!r:.80}, which is not a number")

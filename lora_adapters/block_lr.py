@@ -22,7 +22,7 @@ Weights = str | float | Sequence[float] | None
 
 
 def _preset(text: str, count: int) -> list[float] | None:
-    """The values of `<preset>` or `<preset>+<number>` from the first block to the last; None for any other text."""
+    """The values of `<preset>` or `<preset>+<number>`, from the first block to the last; None for any other text."""
     match = _PRESET.fullmatch(text)
     if match is None:
         return None
@@ -41,7 +41,7 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _side(name: str, given: Weights, count: int) -> list[float]:
-    """`count` weights. One number is for all; a short list goes on with 1.0; a long one is cut, with a warning."""
+    """`count` weights: one number is for all, a short list is filled up with 1.0, a long one is cut with a warning."""
     if given is None:
         return [1.0] * count
     if isinstance(given, str):
@@ -65,13 +65,23 @@ def block_lr_weights(
     up: Weights = None,
     zero_threshold: float = 0.0,
 ) -> list[float]:
-    """One learning-rate weight for each block of the U-Net (25; SDXL 23).
+    """One learning-rate weight for each block of the U-Net, in the format of kohya's network_args.
 
-    down and up have 12 blocks (SDXL 9), the first at the input and at the middle; mid has 1 (SDXL 3). Each side is a
-    list, one number for the whole side, text such as "1,0.5,,1" (an empty item is 0), or a preset, "sine", "cosine",
-    "linear", "reverse_linear", "zeros", with "+0.2" behind it to add to all. Weights of zero_threshold or less become
-    0: such blocks get no modules (see `without_zero_blocks`). The format is that of kohya's network_args. AdapterError
-    for text that is neither numbers nor a preset.
+    Each side is a list, one number for the whole side, text such as "1,0.5,,1" (an empty item is 0), or a preset:
+    "sine", "cosine", "linear", "reverse_linear" or "zeros", with "+0.2" after it to add to all.
+
+    Args:
+        architecture: The family of the base model, "sd" (SD1.x and SD2.x, 25 blocks) or "sdxl" (23 blocks).
+        down: Weights of the 12 down blocks (SDXL: 9), the first at the input.
+        mid: Weights of the middle block (SDXL: 3).
+        up: Weights of the 12 up blocks (SDXL: 9), the first at the middle.
+        zero_threshold: Weights up to this one become 0; such blocks get no modules (see `without_zero_blocks`).
+
+    Returns:
+        The weights, in the order of the blocks.
+
+    Raises:
+        AdapterError: A text is neither numbers nor a preset.
 
     >>> block_lr_weights(down="linear", mid=0.5, up=[1, 0])[10:16]
     [0.9090909090909091, 1.0, 0.5, 1.0, 0.0, 1.0]

@@ -59,14 +59,27 @@ def param_groups(
     loraplus_text_encoder_lr_ratio: float | None = None,
     adapter_name: str = "default",
 ) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer, each with "params", "lr" and "name", of one adapter's trainable parameters.
+    """Optimizer groups of one adapter's trainable parameters.
 
-    unet_lr and text_encoder_lr (one number, or one for each encoder) are lr where they are None. With block_lr_weights
-    (see `block_lr_weights`), each U-Net block has a group with unet_lr times its weight; what is in no block (conv_in)
-    stays in the U-Net's own. A LoRA+ ratio (arXiv:2402.12354) puts the `up` matrices into groups of their own, at ratio
-    times the rate; the ratios for one part win over the common one. Groups with a rate of 0 are left out. Names: unet,
-    unet_block<index>, text_encoder, text_encoder_2, with " plus" for the `up` groups. AdapterError where there is
-    nothing to train.
+    Args:
+        unet: The U-Net, or None if it is not trained.
+        text_encoders: The text encoders that are trained.
+        lr: The learning rate.
+        unet_lr: The U-Net's learning rate; None is lr.
+        text_encoder_lr: The text encoders' learning rate, or one for each; None is lr.
+        block_lr_weights: A factor of unet_lr for each block (see `block_lr_weights`). Layers outside of the blocks
+            (conv_in) keep unet_lr.
+        loraplus_lr_ratio: The ratio of the learning rates of `up` and `down` (LoRA+, arXiv:2402.12354).
+        loraplus_unet_lr_ratio: The same for the U-Net; it takes precedence.
+        loraplus_text_encoder_lr_ratio: The same for the text encoders.
+        adapter_name: The adapter's name in the models.
+
+    Returns:
+        Groups for any torch optimizer, each with "params", "lr" and "name": unet, unet_block<index>, text_encoder,
+        text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left out.
+
+    Raises:
+        AdapterError: There is nothing to train, or the number of rates or weights does not fit.
 
     >>> import torch
     >>> from lora_adapters import LierLaConfig

@@ -60,7 +60,7 @@ class LowRank:
         if len(down) == len(up) and len(down) in (3, 5):
             raise UnknownFormatError(f"down {list(down)} and up {list(up)} are of a {len(down) - 2}D convolution")
         if len(down) not in (2, 4) or len(up) not in (2, 4) or math.prod(up[2:]) != 1:
-            raise AdapterError(f"down {list(down)} and up {list(up)} are no low-rank pair")
+            raise AdapterError(f"down {list(down)} and up {list(up)} are not a low-rank pair")
         if up[1] != down[0] or down[0] == 0:
             raise AdapterError(f"ranks differ or are 0: down {list(down)} has {down[0]}, up {list(up)} has {up[1]}")
         if not (self.down.is_floating_point() and self.up.is_floating_point()):
@@ -171,7 +171,7 @@ class LowRank:
         if rank >= self.rank:
             return self
         if rank < 1:
-            raise AdapterError(f"rank {rank} is none: ranks are 1 to {self.rank}")
+            raise AdapterError(f"rank must be between 1 and {self.rank}, got {rank}")
         alpha = self.alpha * (rank / self.rank) ** (1 - RANK_SCALINGS[rank_scaling])
         return LowRank(self.down[:rank].clone(), self.up[:, :rank].clone().contiguous(), alpha)
 

@@ -14,14 +14,14 @@ _NONE = 1e-6  # a largest singular value below this is a module without any chan
 def fixed(rank: int) -> RankRule:
     """This many, or all where there are fewer."""
     if rank < 1:
-        raise AdapterError(f"rank {rank} is none: ranks are 1 or more")
+        raise AdapterError(f"rank must be at least 1, got {rank}")
     return lambda values: min(rank, len(values))
 
 
 def by_error(target: float, most: int | None = None) -> RankRule:
     """The fewest whose relative error (Frobenius norm of what is missing, by that of all) is at most `target`."""
     if not 0 <= target < 1:
-        raise AdapterError(f"target_error {target:g} is no relative error: it lies between 0 and 1")
+        raise AdapterError(f"target_error must be at least 0 and below 1, got {target:g}")
     if most is not None:
         fixed(most)
 

@@ -32,7 +32,7 @@ class Sum:
 
     @property
     def rank(self) -> None:
-        """None: it is no product of factors."""
+        """None: it is not a product of factors."""
 
     @property
     def out_in(self) -> tuple[int, int] | None:
@@ -100,7 +100,7 @@ def pair_of(change: Delta) -> LowRank:
         what = with_article(change.kind)
         what = f"{what} with a bias" if change.kind == "LoRA" and change.bias() is not None else what
         raise AdapterError(
-            f"{what} is no low-rank pair (LoRA, LoCon, DyLoRA), which is needed here: "
+            f"{what} is not a low-rank pair (LoRA, LoCon, DyLoRA), which is needed here: "
             "`lora-adapters convert --to lora --rank N` makes pairs of it"
         )
     return pair

@@ -91,7 +91,7 @@ def decompose_dense(
 def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Both factors cut to ± the quantile of their values taken together (with their signs), as kohya's tools do."""
     if not 0 < quantile <= 1:
-        raise AdapterError(f"clamp_quantile {quantile:g} is no quantile: it lies between 0 and 1")
+        raise AdapterError(f"clamp_quantile must be between 0 and 1, got {quantile:g}")
     high = float(torch.quantile(torch.cat([up.flatten(), down.flatten()]), quantile))
     return up.clamp(-abs(high), abs(high)), down.clamp(-abs(high), abs(high))
 

@@ -66,8 +66,13 @@ class Component(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """What an adapter type adapts: parts of the model, the live classes that these are, convolutions above 1x1."""
+    """The layers of an adapter type.
 
+    title: The type's name for people. parts: The parts of the model that it adapts, and containers, the live classes
+    that these are. large_convolutions: Whether convolutions larger than 1x1 are adapted too.
+    """
+
+    title: str
     parts: tuple[str, ...]
     containers: frozenset[str]
     large_convolutions: bool
@@ -209,6 +214,12 @@ class ModelFamily:
     def covers(self, adapter_type: str, module: ModuleName) -> bool:
         """Whether an adapter of that type ("lierla", "c3lier") has the module."""
         return self.part(module) in self.coverage[adapter_type].parts
+
+    def adapter_type(self, modules: Iterable[ModuleName]) -> Coverage:
+        """The smallest coverage with all of the modules that are in blocks; the largest one if none has."""
+        parts = {self.part(module) for module in modules} - {"outer"}
+        coverages = tuple(self.coverage.values())
+        return next((coverage for coverage in coverages if parts <= set(coverage.parts)), coverages[-1])
 
     def part(self, module: ModuleName) -> str:
         """The part of the model that a module is in: attention, resnet, sampler, text, or outer."""

@@ -47,7 +47,6 @@ _UNET_RESNET = {
 _VAE_BLOCK = re.compile(
     r"(encoder|decoder)\.(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
-_VAE_OUTER = re.compile(r"((encoder|decoder)\.(conv_in|conv_out|norm_out)|(post_)?quant_conv)\.(weight|bias)")
 _VAE_ATTENTION = {  # older folders have the second spelling
     "group_norm": "norm",
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",

@@ -60,7 +60,7 @@ def by_modules(modules: Iterable[ModuleName]) -> ModelFamily:
     layers = sorted(module for module in modules if role_of(module.component) == "denoiser")
     unknown = [module for module in layers if not any(family.has([module]) for family in FAMILIES)]
     if unknown:
-        raise AdapterError(f"{unknown[0]!s:.120} is no module of {titles('or')}")
+        raise AdapterError(f"{unknown[0]!s:.120} is not a module of {titles('or')}")
     last = FAMILIES[-1]
     strange = next(module for module in layers if not last.has([module]))
     raise AdapterError(

@@ -41,13 +41,13 @@ _PARTS = {
 }
 
 
-def _coverage(*parts: str, large_convolutions: bool) -> Coverage:
-    return Coverage(parts, frozenset(name for part in parts for name in _PARTS[part]), large_convolutions)
+def _coverage(title: str, *parts: str, large_convolutions: bool) -> Coverage:
+    return Coverage(title, parts, frozenset(name for part in parts for name in _PARTS[part]), large_convolutions)
 
 
 COVERAGE = {
-    "lierla": _coverage("attention", "text", large_convolutions=False),
-    "c3lier": _coverage("attention", "resnet", "sampler", "text", large_convolutions=True),
+    "lierla": _coverage("LierLa", "attention", "text", large_convolutions=False),
+    "c3lier": _coverage("C3Lier", "attention", "resnet", "sampler", "text", large_convolutions=True),
 }
 
 

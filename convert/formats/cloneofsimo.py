@@ -123,9 +123,9 @@ def _targets(metadata: Mapping[str, str], component: str) -> list[str]:
     try:
         listed = json_value(metadata.get(component, json.dumps(default)))
     except ValueError as error:
-        raise AdapterError(f"its metadata for {component} is no JSON ({error})") from None
+        raise AdapterError(f"its metadata for {component} is not JSON ({error})") from None
     if not isinstance(listed, list):
-        raise AdapterError(f"its metadata for {component} is no list of classes")
+        raise AdapterError(f"its metadata for {component} is not a list of classes")
     return [str(name) for name in listed]
 
 

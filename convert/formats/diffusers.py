@@ -125,7 +125,7 @@ def checked(config: Any, where: str) -> dict[str, Any]:
         "auto_mapping": dict,
     }
     if not isinstance(config, dict):
-        raise AdapterError(f"{where} is no table")
+        raise AdapterError(f"{where} is not a table")
     for key, kind in kinds.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
@@ -134,7 +134,7 @@ def checked(config: Any, where: str) -> dict[str, Any]:
         try:
             re.compile(key)
         except re.error as error:
-            raise AdapterError(f"{where}: alpha_pattern has {key!r}, which is no pattern ({error})") from None
+            raise AdapterError(f"{where}: alpha_pattern has {key!r}, which is not a pattern ({error})") from None
         if not isinstance(value, (int, float)):
             raise AdapterError(f"{where}: alpha_pattern has {value!r} for {key}")
     facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
@@ -153,10 +153,10 @@ def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     try:
         table = json_value(metadata.get(METADATA_KEY, "{}"))
     except ValueError as error:
-        raise AdapterError(f"{METADATA_KEY} is no JSON ({error})") from None
+        raise AdapterError(f"{METADATA_KEY} is not JSON ({error})") from None
     start = f"{component}."
     if not isinstance(table, dict):
-        raise AdapterError(f"{METADATA_KEY} is no table")
+        raise AdapterError(f"{METADATA_KEY} is not a table")
     mine = {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
     return checked(mine, f"{METADATA_KEY} of {component}")
 
@@ -191,13 +191,13 @@ def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
     pattern, default = config.get("alpha_pattern") or {}, config.get("lora_alpha")
     default = rank if default is None else default
     if not isinstance(pattern, Mapping):
-        raise AdapterError("alpha_pattern is no table")
+        raise AdapterError("alpha_pattern is not a table")
     for key in pattern:
         _check_pattern(key)
     try:
         alpha = float(pattern_value(pattern, path, default))
     except (TypeError, ValueError, OverflowError):
-        raise AdapterError("lora_alpha or a value of alpha_pattern is no number") from None
+        raise AdapterError("lora_alpha or a value of alpha_pattern is not a number") from None
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
@@ -208,7 +208,7 @@ def alpha_of(metadata: Mapping[str, str], component: str, path: str, rank: int) 
 
 @cache
 def _check_pattern(key: str) -> None:
-    """AdapterError for a key of alpha_pattern that is no expression, or one whose matching may not come to an end.
+    """AdapterError for a key of alpha_pattern that is not an expression, or one whose matching may not come to an end.
 
     Keys are paths or short expressions. Python's `re` tries all ways to match one: their number grows exponentially
     with repeated groups and with many optional or alternative parts, so few of these are taken.
@@ -216,7 +216,7 @@ def _check_pattern(key: str) -> None:
     try:
         re.compile(rf"(.*\.)?({key})$")
     except (re.error, RecursionError, OverflowError):
-        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is no expression") from None
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is not an expression") from None
     repeated = len(re.findall(r"(?<!\\)[*+{]", key))
     chosen = len(re.findall(r"(?<![\\(])\?|\|", key))
     if len(key) > 500 or repeated > 2 or chosen > 8 or re.search(r"\)[*+{]", key):
@@ -251,7 +251,7 @@ def read_modules(
     for key, tensor in tensors.items():
         split = split_key(key)
         if split is None:
-            raise AdapterError(f"{key:.120} is no key of diffusers' LoRA formats")
+            raise AdapterError(f"{key:.120} is not a key of diffusers' LoRA formats")
         pair = halves.setdefault(check_known(split[0], lookup), {})
         if split[1] in pair:
             raise AdapterError(f"{key:.120} and another key stand for the same matrix")

@@ -1,4 +1,4 @@
-"""What a file is where it is no plain low-rank adapter of SD or SDXL, by the names of its tensors.
+"""What a file is where it is not a plain low-rank adapter of SD or SDXL, by the names of its tensors.
 
 The first mark that one of the keys has tells the kind. Some kinds are read by `formats.lycoris`. Which of them stock
 diffusers may load whole is marked too: its layers hold DoRA's magnitudes, biases and convolutions of other dimensions,

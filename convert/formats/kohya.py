@@ -38,7 +38,7 @@ _STARTS = tuple(kohya_names.PREFIXES)
 
 
 def matches(keys: Collection[str]) -> bool:
-    """Whether every key is kohya's and none belongs to a method that is no plain low-rank pair (DoRA, LoHa, LoKr)."""
+    """Whether every key is kohya's and all are of low-rank pairs, not of DoRA, LoHa or LoKr."""
     return bool(keys) and all(key.startswith(_STARTS) and key.partition(".")[2] in _TENSORS for key in keys)
 
 

@@ -65,11 +65,11 @@ def _live_path(module: ModuleName) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The folder's adapter_config.json; AdapterError where it is no JSON table."""
+    """The folder's adapter_config.json; AdapterError where it is not a JSON table."""
     try:
         config = json_value((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterError(f"{folder / CONFIG} is no JSON ({error})") from None
+        raise AdapterError(f"{folder / CONFIG} is not JSON ({error})") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG} holds no table")
     checked(config, str(folder / CONFIG))
@@ -91,7 +91,7 @@ def _read_component(
     for key, tensor in tensors.items():
         path, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
         if half not in ("A.weight", "B.weight"):
-            raise AdapterError(f"{folder}: {key} is no half of a low-rank pair")
+            raise AdapterError(f"{folder}: {key} is not a half of a low-rank pair")
         path = path if component == "unet" else text_path(path)
         try:
             module = check_known(ModuleName(component, path), lookup)

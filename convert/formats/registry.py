@@ -50,4 +50,4 @@ def read(
             return replace(known.read(rest, metadata, lookup), embeddings=embeddings)
     mine = kohya if any(kohya.matches({key}) for key in rest) else diffusers
     strange = next((key for key in rest if not mine.matches({key})), next(iter(rest)))
-    raise unread(rest, f"{strange:.120} is no key of kohya's or diffusers' LoRA formats")
+    raise unread(rest, f"{strange:.120} is not a key of kohya's or diffusers' LoRA formats")

@@ -180,14 +180,14 @@ class Checkpoint:
         tensors, metadata = read_tensors(path)
         family = family_of_file(tensors)
         if family is None:
-            raise AdapterError(f"{path} is no Stable Diffusion checkpoint: it has no model.diffusion_model tensors")
+            raise AdapterError(f"{path} is not a Stable Diffusion checkpoint: it has no model.diffusion_model tensors")
         places, others = slices_in_file(tensors, family), other_slices_in_file(tensors, family)
         return cls(path, family, (WeightsFile(path, tensors, metadata, places, others=others),))
 
     @classmethod
     def _open_folder(cls, path: Path) -> "Checkpoint":
         if not (path / "unet").is_dir():
-            raise AdapterError(f"{path} is no Diffusers folder of Stable Diffusion: it has no folder unet")
+            raise AdapterError(f"{path} is not a Diffusers folder of Stable Diffusion: it has no folder unet")
         listed = {component: weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
         if not listed["unet"]:
             raise AdapterError(f"{path / 'unet'} holds no weights (.safetensors or .bin)")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lora_adapters.convert import parsing
 from lora_adapters.convert.errors import AdapterError, first_line
 
 from . import atomic
@@ -34,10 +35,10 @@ def check_regular(file: Path) -> None:
 
 
 def read_text(file: Path) -> str:
-    """The text of a configuration file, UTF-8; ValueError where it is none, AdapterError where it cannot be read."""
+    """The text of a configuration file; ValueError if it is not text, AdapterError if it cannot be read."""
     check_regular(file)
     try:
-        return file.read_text(encoding="utf-8")
+        return parsing.read_text(file)
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
 
@@ -73,7 +74,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if not isinstance(tensor, torch.Tensor):
             raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
         if not isinstance(name, str) or not _is_plain(tensor):
-            raise AdapterError(f"{file}: {name!s:.80} is no plain tensor under a name")
+            raise AdapterError(f"{file}: {name!s:.80} is not a plain tensor under a name")
     # Views that conjugate or negate what is stored have no bytes of their own; both calls give back all others.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
 

@@ -73,7 +73,7 @@ def _named_by(index: Path, folder: Path) -> list[Path]:
         table = json_value(read_text(index))
         names = sorted(set(table["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise AdapterError(f"{index} is no index of shards: it has no weight_map of names of files") from None
+        raise AdapterError(f"{index} is not an index of shards: it has no weight_map of names of files") from None
     if not names:
         raise AdapterError(f"{index} names no files")
     for name in names:

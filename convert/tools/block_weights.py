@@ -97,7 +97,7 @@ def _block(name: str) -> int:
     full = f"{match[1]}{int(match[2]):02d}" if match else "MID" if name in ("M00", "MID00") else name
     if full not in BLOCKS:
         raise AdapterError(
-            f"block weights: {name:.40} is no block or preset: there are BASE, IN00 to IN11, MID, OUT00 to OUT11, "
+            f"block weights: {name:.40} is not a block or preset: there are BASE, IN00 to IN11, MID, OUT00 to OUT11, "
             f"{', '.join([*_EVERYWHERE, *_PRESETS])}"
         )
     return BLOCKS.index(full)

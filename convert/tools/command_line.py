@@ -46,7 +46,7 @@ def rank_option(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if number < 1:
-        raise argparse.ArgumentTypeError(f"rank {number} is none: ranks are 1 or more")
+        raise argparse.ArgumentTypeError(f"rank must be at least 1, got {number}")
     return number
 
 

@@ -21,7 +21,7 @@ REPO_TYPES = ("model", "dataset", "space")
 
 @dataclass(frozen=True)
 class FailedPush:
-    """A file or folder that did not reach the repository. It is where it was saved."""
+    """A file or folder that could not be pushed. It is still where it was saved."""
 
     path: Path
     reason: str
@@ -38,18 +38,35 @@ class _Job:
 
 
 class BackgroundPush:
-    """Pushes files and folders to one repository, in order, in a thread of its own.
+    """Pushes files and folders to one repository, in order, in a background thread.
 
         with BackgroundPush("me/style", private=True) as push:
             push.file(output / "style-000001.safetensors")
             ...
         for failed in push.failures: ...
 
-    The repository is made at once, so that a wrong name or token shows before hours of training (HubError). After
-    that nothing raises: what fails for the moment is tried again, `attempts` times in all, waiting `wait` seconds and
-    then twice as long each time; what fails for good is in `failures` and is logged by `close`. Files are held by hard
-    links (copies where the disk has none) until they are sent, so that training may replace or remove its own.
-    With background=False each call returns when its push is done or has failed.
+    The repository is created at once, so that a wrong name or token shows before hours of training. After that nothing
+    raises: what still fails after all attempts is in `failures`, and `close` logs it. Files are kept by hard links
+    (copies on file systems without them) until they are sent, so that training may replace or remove its own.
+
+    The thread is a daemon, which `HfApi.run_as_future`'s is not: an upload that hangs must not keep a program from
+    ending.
+
+    Args:
+        repo_id: The repository, owner/name.
+        repo_type: "model", "dataset" or "space".
+        private: Whether a new repository is private; None is the account's default.
+        path_in_repo: The folder in the repository.
+        revision: The branch, which is created if it is missing; None is main.
+        token: The access token, if not the one that is logged in.
+        endpoint: The Hub's address, if not the usual one.
+        background: False: each call returns when its push is done or has failed.
+        attempts: How often a push that fails for a passing reason is tried, in all.
+        wait: Seconds before the second attempt; each further wait is twice as long.
+
+    Raises:
+        HubError: The Hub refuses the repository, or cannot be reached.
+        AdapterError: An argument is invalid.
     """
 
     def __init__(
@@ -69,9 +86,9 @@ class BackgroundPush:
         from huggingface_hub import HfApi
 
         if repo_type not in REPO_TYPES:
-            raise AdapterError(f"repository type {repo_type}: it is one of {', '.join(REPO_TYPES)}")
+            raise AdapterError(f"repo_type must be one of {', '.join(REPO_TYPES)}, got {repo_type}")
         if attempts < 1:
-            raise AdapterError(f"{attempts} attempts are none")
+            raise AdapterError(f"attempts must be at least 1, got {attempts}")
         self.repo_type, self.revision, self.token = repo_type, revision, token
         self.path_in_repo = path_in_repo.strip("/")
         self.attempts, self.wait = attempts, wait
@@ -91,7 +108,7 @@ class BackgroundPush:
             self._thread.start()
 
     def file(self, path: str | Path, message: str | None = None) -> None:
-        """Push a file under its own name into `path_in_repo`, one commit."""
+        """Push a file under its own name into `path_in_repo`, in one commit."""
         path = Path(path)
 
         def send(kept: Path) -> None:
@@ -105,7 +122,7 @@ class BackgroundPush:
         self._add(path, send)
 
     def folder(self, path: str | Path, message: str | None = None) -> None:
-        """Push a folder (a saved training state) under its own name into `path_in_repo`, one commit."""
+        """Push a folder, such as a saved training state, under its own name into `path_in_repo`, in one commit."""
         path = Path(path)
 
         def send(kept: Path) -> None:
@@ -121,7 +138,13 @@ class BackgroundPush:
     def adapter(self, path: str | Path, message: str | None = None, **content: Any) -> None:
         """Push an adapter's file as `Adapter.push_to_hub` does, with PEFT's folders and a model card.
 
-        content: what the card shows; see `lora_adapters.hub.repository.write_folder`. For repositories of models.
+        Args:
+            path: The adapter's file.
+            message: The commit's message.
+            **content: What the card shows: see `lora_adapters.hub.repository.write_folder`.
+
+        Raises:
+            AdapterError: The repository is not one of models.
         """
         from lora_adapters.convert.adapter import Adapter
 
@@ -139,9 +162,13 @@ class BackgroundPush:
         self._add(path, send)
 
     def close(self, timeout: float | None = None) -> list[FailedPush]:
-        """Wait for what is still to be pushed, log what failed, and give it back.
+        """Wait for the pushes that are not done, and log those that failed.
 
-        timeout: seconds to wait at most, all in all; what is not through by then counts as failed.
+        Args:
+            timeout: Seconds to wait at most, in all; what is not done by then has failed.
+
+        Returns:
+            The failed pushes.
         """
         if not self._closed:
             self._closed = True
@@ -196,13 +223,13 @@ class BackgroundPush:
         finally:
             shutil.rmtree(job.kept.parent, ignore_errors=True)
         with self._lock:
-            if job in self._waiting:  # else `close` has given it up
+            if job in self._waiting:  # otherwise `close` has counted it as failed
                 self._waiting.remove(job)
                 if reason is not None:
                     self.failures.append(FailedPush(job.path, reason))
 
     def _try(self, job: _Job) -> str | None:
-        """Push, again where it may help; gives back the reason where it failed for good."""
+        """Push, with further attempts after passing failures; returns the reason if it failed."""
         reason, delay = "", self.wait
         for attempt in range(1, self.attempts + 1):
             try:
@@ -225,7 +252,7 @@ class BackgroundPush:
 
 
 def _held(path: Path) -> Path:
-    """The content of the file or folder under a hidden name beside it, by hard links where the disk has them."""
+    """The content of a file or folder under a hidden name beside it, by hard links if the file system has them."""
     place = Path(tempfile.mkdtemp(prefix=".push-", dir=path.parent))
     kept = place / path.name
     try:
@@ -240,11 +267,20 @@ def _held(path: Path) -> Path:
 
 
 def download_state(place: str, *, token: str | bool | None = None, endpoint: str | None = None) -> Path:
-    """The local folder of a training state on the Hub, downloaded to the Hub library's cache.
+    """Download a training state from the Hub to the Hub library's cache.
 
-    place: `owner/name/folder`, with `:revision` and `:revision:repo_type` behind it where these are not main and
-    model, as kohya's --resume has it with --resume_from_huggingface. AdapterError where it is not written so or there
-    is no such folder, HubError where the Hub refuses.
+    Args:
+        place: `owner/name/folder[:revision[:repo_type]]`, as kohya's --resume takes it with --resume_from_huggingface.
+            revision defaults to main, repo_type to model.
+        token: The access token, if not the one that is logged in.
+        endpoint: The Hub's address, if not the usual one.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        AdapterError: place is not of that form, or there is no such folder.
+        HubError: The Hub refuses, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -257,7 +293,7 @@ def download_state(place: str, *, token: str | bool | None = None, endpoint: str
     repo_id, revision = f"{owner}/{repo}", (rest[0] or None) if rest else None
     repo_type = rest[1] if len(rest) == 2 and rest[1] else "model"
     if repo_type not in REPO_TYPES:
-        raise AdapterError(f"{place}: repository type {repo_type} is none of {', '.join(REPO_TYPES)}")
+        raise AdapterError(f"{place}: repo_type must be one of {', '.join(REPO_TYPES)}, got {repo_type}")
     with hub_errors(repo_id, revision):
         where: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
         found = snapshot_download(repo_id, allow_patterns=[f"{folder}/*"], token=token, endpoint=endpoint, **where)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
@@ -13,11 +14,12 @@ from lora_adapters.convert.formats.metadata import DYLORA_FACTS, network_args
 
 # A card with this line was written here and is written anew with each push; without it, it is somebody's own.
 MARK = "<!-- Written by lora-adapters. Take this line out, and later pushes leave this card as it is. -->"
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
-_FACTS = {
-    "ss_sd_model_name": "Base model",
-    "ss_num_train_images": "Training pictures",
-    "ss_num_reg_images": "Regularization pictures",
+_METADATA = {  # entries that the card shows, and their labels
+    "ss_sd_model_name": "Trained on",
+    "ss_num_train_images": "Training images",
+    "ss_num_reg_images": "Regularization images",
     "ss_resolution": "Resolution",
     "ss_steps": "Steps",
     "ss_epoch": "Epochs",
@@ -41,33 +43,32 @@ _FACTS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture that the card shows: its path in the repository, and the prompt that it was drawn with."""
+    """An image that the card shows: its path in the repository, and its prompt."""
 
     path: str
     prompt: str = "-"
 
 
 def kind(adapter: Adapter) -> str:
-    """LierLa, C3Lier or DyLoRA."""
+    """The adapter's type: LierLa, C3Lier or DyLoRA."""
     if adapter.dylora is not None:
         return "DyLoRA"
-    residual = (".resnets.", ".downsamplers.", ".upsamplers.")
-    return "C3Lier" if any(part in module.path for module in adapter.modules for part in residual) else "LierLa"
+    return adapter.family.adapter_type(adapter.modules).title
 
 
 def family(adapter: Adapter) -> tuple[str, str]:
-    """Name of the family of models that it is for, and the Hub's repository of the one it stems from.
+    """The name of the family of base models, and the Hub's repository of its first model.
 
-    The metadata says it; SD2.x is also told by the width of its text, 1024 where SD1.x has 768.
+    SD1.x and SD2.x are told apart by the metadata, or else by the width of the text encoder's output (768, 1024).
     """
     found = detection.base_model_of(adapter.modules, adapter.metadata)
-    told = version_named(adapter.metadata.get(BASE_VERSION, ""))
-    version = told or found.version or found.family.versions[0]
+    declared = version_named(adapter.metadata.get(BASE_VERSION, ""))
+    version = declared or found.version or found.family.versions[0]
     return version.long_title, version.repository
 
 
 def base_model_of(adapter: Adapter) -> str:
-    """The repository of its base model: the one it was trained on where the metadata names it, else its family's."""
+    """The repository of its base model: the one that the metadata name, else its family's."""
     from lora_adapters.convert.storage.sources import is_repo_id
 
     name = adapter.metadata.get("ss_sd_model_name", "")
@@ -76,7 +77,7 @@ def base_model_of(adapter: Adapter) -> str:
 
 def _ranks(adapter: Adapter) -> str:
     """ "4", or the range of ranks with how many modules have them, the most common first."""
-    ranks = Counter(one.rank for one in adapter.pairs().values()).most_common()
+    ranks = Counter(pair.rank for pair in adapter.pairs().values()).most_common()
     if len(ranks) == 1:
         return str(ranks[0][0])
     counts = [f"{rank} in {count}{' modules' if at == 0 else ''}" for at, (rank, count) in enumerate(ranks)]
@@ -84,12 +85,13 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _alphas(adapter: Adapter) -> str:
-    return ", ".join(f"{alpha:g}" for alpha, _ in Counter(one.alpha for one in adapter.pairs().values()).most_common())
+    alphas = Counter(pair.alpha for pair in adapter.pairs().values())
+    return ", ".join(f"{alpha:g}" for alpha, _ in alphas.most_common())
 
 
-def _dial(adapter: Adapter) -> list[int]:
+def _usable_ranks(adapter: Adapter) -> list[int]:
     """The ranks that a DyLoRA can be used at."""
-    highest, unit = max(one.rank for one in adapter.pairs().values()), adapter.dylora.unit if adapter.dylora else 1
+    highest, unit = max(pair.rank for pair in adapter.pairs().values()), adapter.dylora.unit if adapter.dylora else 1
     return [*range(unit, highest, unit), highest]
 
 
@@ -99,40 +101,22 @@ def _cell(text: str) -> str:
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _facts(adapter: Adapter) -> list[tuple[str, str]]:
-    told = adapter.metadata
+def _details(adapter: Adapter) -> list[tuple[str, str]]:
+    """The rows of the card's table."""
+    metadata = adapter.metadata
     rows = [("Type", kind(adapter)), ("Rank", _ranks(adapter)), ("Alpha", _alphas(adapter))]
     if adapter.dylora is not None:
-        ranks = [str(rank) for rank in _dial(adapter)]
+        ranks = [str(rank) for rank in _usable_ranks(adapter)]
         shown = ranks if len(ranks) <= 12 else [*ranks[:6], "...", ranks[-1]]
         rows.append(("Can be used at rank", ", ".join(shown)))
-    rows += [("Made for", family(adapter)[0]), ("Adapts", ", ".join(adapter.components))]
-    rows += [(label, told[key]) for key, label in _FACTS.items() if told.get(key, "None") not in ("None", "", "0")]
+    rows += [("Base model", family(adapter)[0]), ("Modules", ", ".join(adapter.components))]
+    shown_entries = ((label, metadata.get(key, "None")) for key, label in _METADATA.items())
+    rows += [(label, value) for label, value in shown_entries if value not in ("None", "", "0")]
     own = DYLORA_FACTS if adapter.dylora else ()
-    args = {key: value for key, value in network_args(told).items() if key not in own}
+    args = {key: value for key, value in network_args(metadata).items() if key not in own}
     if args:
         rows.append(("Network arguments", ", ".join(f"{key}={value}" for key, value in args.items())))
     return rows
-
-
-def _usage(adapter: Adapter, repo_id: str, subfolder: str | None, base_model: str, prompt: str) -> str:
-    where = f'"{repo_id}", subfolder="{subfolder}"' if subfolder else f'"{repo_id}"'
-    lines = [
-        "from diffusers import AutoPipelineForText2Image",
-        "",
-        f'pipe = AutoPipelineForText2Image.from_pretrained("{base_model}")',
-        f"pipe.load_lora_weights({where})",
-        f"image = pipe({prompt!r}).images[0]",
-    ]
-    text = "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
-    if adapter.dylora is not None:
-        ranks = _dial(adapter)
-        text += (
-            "\nThis is a DyLoRA: one file that works at every rank in the table. Other programs use it at its highest "
-            "rank; with `lora_adapters` imported before it is loaded, the rank can be changed at any time:\n\n"
-            f"```python\nimport lora_adapters\n\nlora_adapters.set_rank(pipe, {ranks[len(ranks) // 2]})\n```\n"
-        )
-    return text
 
 
 def model_card(
@@ -148,18 +132,30 @@ def model_card(
     tags: Sequence[str] = (),
     subfolder: str | None = None,
 ) -> Any:
-    """A `huggingface_hub.ModelCard` with the metadata of the Hub's LoRA pages (widget, base model, trigger words).
+    """The model card, with the metadata of the Hub's LoRA pages (widget, base model, trigger words).
 
-    base_model: a repository; by default the one that the adapter's metadata names, else the first of its family.
-    samples: pictures of single prompts, for the Hub's gallery; grid: the path of one picture of many.
-    subfolder: where in the repository the adapter is, if not at its top.
+    Args:
+        adapter: The adapter.
+        repo_id: Its repository, owner/name.
+        base_model: The base model's repository; None is the one that the adapter's metadata name, else the first of its
+            family.
+        trigger_words: Words that the prompt needs.
+        description: Text below the title, in Markdown.
+        license: The license's identifier on the Hub.
+        samples: Images of one prompt each, for the Hub's gallery.
+        grid: The path of one image of many samples.
+        tags: Further tags.
+        subfolder: The adapter's folder in the repository; None is its top.
+
+    Returns:
+        A `huggingface_hub.ModelCard`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     base_model = base_model or base_model_of(adapter)
     trigger = ", ".join(trigger_words)
-    pictures = [*samples, *([Sample(grid)] if grid and not samples else [])]
-    widget = [{"text": one.prompt, "output": {"url": one.path}} for one in pictures]
+    images = [*samples, *([Sample(grid)] if grid and not samples else [])]
+    widget = [{"text": sample.prompt, "output": {"url": sample.path}} for sample in images]
     own = ["text-to-image", adapter.family.tag, "lora", "diffusers", "template:sd-lora", kind(adapter).lower()]
     data = ModelCardData(
         license=license,
@@ -171,25 +167,20 @@ def model_card(
         instance_prompt=trigger or None,
         widget=widget or ([{"text": trigger}] if trigger else None),
     )
-    title = adapter.metadata.get("ss_output_name") or repo_id.split("/")[-1]
-    parts = [f"# {_cell(title)}", ""]
-    parts += [description.strip(), ""] if description else []
-    if samples:
-        parts += ["<Gallery />", ""]
-    if grid:
-        parts += [f"![Samples]({grid})", ""]
-    if trigger:
-        words = ", ".join(f"`{word}`" for word in trigger_words)
-        parts += ["## Trigger words", "", f"Write {words} in the prompt to call it up.", ""]
-    prompt = trigger or next((one.prompt for one in samples if one.prompt != "-"), "a photo")
-    parts += [_usage(adapter, repo_id, subfolder, base_model, prompt)]
-    rows = [f"| {label} | {_cell(value)} |" for label, value in _facts(adapter)]
-    parts += ["## What it is", "", "| | |", "|---|---|", *rows, ""]
-    parts += [
-        "`pytorch_lora_weights.safetensors` is for diffusers, AUTOMATIC1111, ComfyUI and kohya's scripts; the folders "
-        "of the components are for PEFT.",
-        "",
-        MARK,
-        "",
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts))
+    prompt = trigger or next((sample.prompt for sample in samples if sample.prompt != "-"), "a photo")
+    ranks = _usable_ranks(adapter) if adapter.dylora is not None else []
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        title=_cell(adapter.metadata.get("ss_output_name") or repo_id.split("/")[-1]),
+        description=(description or "").strip(),
+        gallery=bool(samples),
+        grid=grid,
+        trigger_words=", ".join(f"`{word}`" for word in trigger_words),
+        base_model=base_model,
+        location=f'"{repo_id}", subfolder="{subfolder}"' if subfolder else f'"{repo_id}"',
+        prompt=repr(prompt),
+        middle_rank=ranks[len(ranks) // 2] if ranks else None,
+        details=[(label, _cell(value)) for label, value in _details(adapter)],
+        mark=MARK,
+    )

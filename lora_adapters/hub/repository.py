@@ -40,15 +40,31 @@ def write_folder(
     dtype: torch.dtype | None = None,
     subfolder: str | None = None,
 ) -> Path:
-    """Write what a repository of the adapter holds, and give back the folder.
+    """Write the files of an adapter's repository.
 
-    `pytorch_lora_weights.safetensors`, the name that diffusers picks by itself, is in kohya's format with one alpha for
-    all modules, which stock diffusers reads right; `unet/`, `text_encoder/` and `text_encoder_2/` are what
-    `PeftModel.from_pretrained(model, repo_id, subfolder=...)` reads; README.md is the model card.
+    `pytorch_lora_weights.safetensors`, which diffusers looks for, is in kohya's format with one alpha for all modules,
+    which stock diffusers reads correctly; `PeftModel.from_pretrained(model, repo_id, subfolder=...)` reads the folders
+    of the components (`unet/`, `text_encoder/`, ...); README.md is the model card.
 
-    samples: pictures (PIL's or files) by the prompts that they were drawn with; grid: one picture of many. Both are
-    shown by the card. subfolder: the folder of the repository that it will be in, for the card's snippet. AdapterError
-    where something cannot be read or written.
+    Args:
+        adapter: The adapter.
+        folder: The folder to write.
+        repo_id: The repository, owner/name, for the card.
+        base_model: The base model's repository; None is the one that the metadata name, else the family's first.
+        trigger_words: Words that the prompt needs.
+        description: Text of the card, in Markdown.
+        license: The license's identifier on the Hub.
+        samples: Images (PIL's, or files) by their prompts, for the card's gallery.
+        grid: One image of many samples.
+        tags: Further tags of the card.
+        dtype: The dtype of the weights; None keeps each tensor's own.
+        subfolder: The adapter's folder in the repository, for the card's example.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: Something cannot be read or written.
     """
     folder = Path(folder).expanduser()
     base_model = base_model or base_model_of(adapter)
@@ -57,11 +73,11 @@ def write_folder(
     for component in adapter.components:
         _name_base_model(folder / component / CONFIG, base_model)
     shown = []
-    for number, (prompt, picture) in enumerate((samples or {}).items()):
+    for number, (prompt, image) in enumerate((samples or {}).items()):
         shown.append(Sample(f"images/sample_{number}.png", prompt or "-"))
-        _write_picture(picture, folder / shown[-1].path)
+        _write_image(image, folder / shown[-1].path)
     if grid is not None:
-        _write_picture(grid, folder / GRID)
+        _write_image(grid, folder / GRID)
     card = model_card(
         adapter,
         repo_id,
@@ -91,18 +107,35 @@ def push_to_hub(
     endpoint: str | None = None,
     **content: Any,
 ) -> "CommitInfo":
-    """Push the adapter's folder (see `write_folder`, which `content` goes to) in one commit; gives back its CommitInfo.
+    """Push an adapter to the Hub in one commit.
 
-    repo_id: owner/name, or a name of the token's owner. The repository is made where it is missing, private as asked
-    (None: as the owner's account has it); so is the branch `revision`. A model card that somebody has taken over (the
-    line at its end is gone) is left as it is. path_in_repo: a folder for all of it, which is then loaded with
-    `subfolder=`, for repositories of several adapters. HubError, in the Hub library's meaning, where the Hub refuses
-    or cannot be reached.
+    A missing repository or branch is created. A model card without this package's mark in its last line belongs to
+    somebody else and is not changed.
+
+    Args:
+        adapter: The adapter.
+        repo_id: The repository, owner/name, or the name alone for one of the token's owner.
+        private: Whether a new repository is private; None is the account's default.
+        revision: The branch; None is main.
+        token: The access token, if not the one that is logged in.
+        commit_message: The commit's message.
+        create_pr: Whether to open a pull request in place of a commit.
+        path_in_repo: The folder for all of the files, in repositories of several adapters; it is loaded with
+            `subfolder=`.
+        endpoint: The Hub's address, if not the usual one.
+        **content: What `write_folder` takes.
+
+    Returns:
+        The Hub's description of the commit.
+
+    Raises:
+        HubError: The Hub refuses, or cannot be reached.
+        AdapterError: Something cannot be read or written.
     """
     from huggingface_hub import HfApi
 
     if "/" in repo_id and not is_repo_id(repo_id):
-        raise AdapterError(f"{repo_id} is no owner/name of a repository")
+        raise AdapterError(f"{repo_id} is not a repository: write owner/name")
     api, path_in_repo = HfApi(endpoint=endpoint, token=token), path_in_repo.strip("/")
     content["subfolder"] = path_in_repo or None
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,13 +157,13 @@ def push_to_hub(
                 revision=revision,
                 commit_message=commit_message or f"Push {adapter!r}",
                 create_pr=create_pr,
-                # parts that an earlier adapter had here and this one does not
+                # components that an earlier adapter had here and this one lacks
                 delete_patterns=[f"{part}/{file}" for part in COMPONENTS for file in (CONFIG, WEIGHTS)],
             )
 
 
 def _card_is_ours(api: Any, repo_id: str, revision: str | None, place: str) -> bool:
-    """Whether the card may be written: there is none, or it is one that was written here."""
+    """Whether the card may be replaced: there is none, or this package wrote it."""
     try:
         with hub_errors(repo_id, revision, place):
             card = api.hf_hub_download(repo_id, place, revision=revision)
@@ -147,17 +180,17 @@ def _name_base_model(file: Path, base_model: str) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_picture(picture: "str | Path | Image", file: Path) -> None:
-    """The picture as a PNG file of the folder."""
+def _write_image(image: "str | Path | Image", file: Path) -> None:
+    """Write an image as a PNG file."""
     from PIL import Image, UnidentifiedImageError
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(picture, Image.Image):
-        picture.save(file)
+    if isinstance(image, Image.Image):
+        image.save(file)
         return
     try:
-        with Image.open(picture) as opened:
+        with Image.open(image) as opened:
             opened.save(file)
     except (OSError, UnidentifiedImageError) as error:
-        reason = getattr(error, "strerror", None) or "not a picture that can be read"
-        raise AdapterError(f"{picture}: {reason}") from None
+        reason = getattr(error, "strerror", None) or "not an image that can be read"
+        raise AdapterError(f"{image}: {reason}") from None

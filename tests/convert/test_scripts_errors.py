@@ -223,10 +223,13 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
         (["merge", "--save_to", out, "--models", lora, "--ratios", "x"], "invalid number"),
         (["merge", "--save_to", tmp_path, "--models", lora], "ending"),
         (["svd-merge", "--save_to", out, "--models", lora, "--ratios", "nan"], "invalid number value: 'nan'"),
-        (["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"], "unit 0"),
+        (
+            ["split", "--model", SD15 / "dylora.safetensors", "--save_to", out, "--unit", "0"],
+            "--unit must be at least 1",
+        ),
         (["convert", "--model", lora, "--save_to", out, "--format", "other"], "invalid choice"),
-        (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0"),
-        (["merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank 0 is none"),
+        (["svd-merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "at least 1, got 0"),
+        (["merge", "--save_to", out, "--models", lora, "--new_rank", "0"], "rank must be at least 1, got 0"),
     ):
         assert said in misused(capsys, *words)
     for words, said in (

@@ -371,6 +371,6 @@ def test_numbers_of_no_module_are_no_adapter(pipeline, caplog) -> None:
     assert "No LoRA keys associated to UNet2DConditionModel found" in caplog.text  # diffusers' own word
     unchanged(pipe, before, {})
     assert whole_state(pipe) == state
-    with pytest.raises(AdapterError, match="lora_foo is no key of"):
+    with pytest.raises(AdapterError, match="lora_foo is not a key of"):
         pipe.load_lora_weights({"lora_foo": torch.ones(2, 2)})
     unchanged(pipe, before, {})

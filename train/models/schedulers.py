@@ -14,7 +14,7 @@ _ZERO_SNR = "rescale_betas_zero_snr"
 
 
 def check_sampler(name: str, zero_terminal_snr: bool = False) -> None:
-    """Raise TrainingError for a name that is no sampler, or one that cannot start from pure noise."""
+    """Raise TrainingError for a name that is not a sampler, or one that cannot start from pure noise."""
     if name not in SAMPLERS:
         raise TrainingError(f"unknown sampler {name}; known are {', '.join(SAMPLERS)}")
     if zero_terminal_snr and not _takes_zero_snr(name):

@@ -91,7 +91,7 @@ def load_position(folder: Path) -> Position:
     try:
         for name in (_POSITION, _STATE):
             if not (folder / name).is_file():
-                raise TrainingError(f"--resume {folder}: it is no saved state ({name} is missing)")
+                raise TrainingError(f"--resume {folder}: it is not a saved state ({name} is missing)")
         entries = json_value((folder / _POSITION).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None

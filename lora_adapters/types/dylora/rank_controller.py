@@ -277,7 +277,7 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
     """
     found = controllers(target, adapter_name)
     if not found:
-        name = f"{adapter_name} is no DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
+        name = f"{adapter_name} is not a DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
         raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
     for model in _models(target):
         for module in model.modules():

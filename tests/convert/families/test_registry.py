@@ -74,5 +74,5 @@ def test_layers_of_no_family_together_are_named():
     alone = ModuleName("unet", "down_blocks.0.attentions.0.proj_in")  # SDXL has no attention there
     with pytest.raises(AdapterError, match=r"different architectures.*down_blocks.0.attentions.0.proj_in is not in"):
         by_modules([second, alone])
-    with pytest.raises(AdapterError, match=r"unet.x.y is no module of SD1.x, SD2.x or SDXL"):
+    with pytest.raises(AdapterError, match=r"unet.x.y is not a module of SD1.x, SD2.x or SDXL"):
         by_modules([ModuleName("unet", "x.y")])

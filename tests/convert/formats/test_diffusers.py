@@ -46,7 +46,7 @@ def test_the_scale_of_rslora_is_kept(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ({"(": 4}, "is no pattern"),
+        ({"(": 4}, "is not a pattern"),
         ({"(a+)+b": 4}, "so complex an expression is not tried"),
         ({".*.*.*": 4}, "so complex an expression is not tried"),
         ({"a?" * 9: 4}, "so complex an expression is not tried"),

@@ -166,13 +166,13 @@ def test_diffusers_dora_has_the_alpha_of_its_metadata(tmp_path):
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "cloneofsimo"])
 def test_formats_of_pairs_name_the_module_and_the_kind(format, tmp_path):
     adapter = Adapter.from_tensors(mixed())
-    with pytest.raises(AdapterError, match=r"attn1.to_q: a LoHa is no low-rank pair .* convert --to lora") as caught:
+    with pytest.raises(AdapterError, match=r"attn1.to_q: a LoHa is not a low-rank pair .* convert --to lora") as caught:
         adapter.save(tmp_path / "a.safetensors", format)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "a.safetensors").exists()
-    with pytest.raises(AdapterError, match="a LoHa is no low-rank pair"):
+    with pytest.raises(AdapterError, match="a LoHa is not a low-rank pair"):
         adapter.pairs()
-    with pytest.raises(AdapterError, match="a LoHa is no low-rank pair"):
+    with pytest.raises(AdapterError, match="a LoHa is not a low-rank pair"):
         adapter.truncate(1)
 
 

@@ -1,4 +1,4 @@
-"""The file tools with changes that are no low-rank pairs."""
+"""The file tools with changes that are not low-rank pairs."""
 
 import json
 

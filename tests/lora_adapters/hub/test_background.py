@@ -120,7 +120,7 @@ def test_a_wrong_token_shows_before_training(hub) -> None:
         BackgroundPush("me/x")
     with pytest.raises(HubError, match="may not do this"):
         BackgroundPush("me/x", token="hf_reader")
-    with pytest.raises(AdapterError, match="repository type models: it is one of model, dataset, space"):
+    with pytest.raises(AdapterError, match="repo_type must be one of model, dataset, space, got models"):
         push(repo_type="models")
     assert not [thread for thread in threading.enumerate() if thread.name == "hub-push"]
 
@@ -148,7 +148,7 @@ def test_states_come_back(hub) -> None:
         "me/x/runs/x-state": "me/x has no folder runs/x-state in main",
         "me/x/runs/x-state:none": "me/x has no revision none",
         "me/x": r"me/x is not owner/name/folder\[:revision",
-        "me/x/y::models": "repository type models",
+        "me/x/y::models": "repo_type must be one of",
     }.items():
         with pytest.raises(AdapterError, match=line):
             download_state(place, token=TOKEN)

@@ -61,7 +61,7 @@ def test_one_commit_with_everything(hub) -> None:
     assert head["instance_prompt"] == "sks, delft"
     assert head["widget"] == [{"text": "a sks cat", "output": {"url": "images/sample_0.png"}}]
     assert {"text-to-image", "stable-diffusion", "lora", "diffusers", "template:sd-lora", "c3lier"} <= set(head["tags"])
-    assert "| Training pictures | 24 |" in body
+    assert "| Training images | 24 |" in body
     assert "| Learning rate | 0.0001 |" in body
     assert "| Seed |" not in body
     assert 'pipe.load_lora_weights("me/style")' in body
@@ -150,8 +150,8 @@ def test_a_branch_is_made(hub) -> None:
         ("me/x", None, "does not accept the token for me/x, or needs one: log in with `hf auth login`"),
         ("me/x", "hf_wrong", "the token may not do this to me/x"),
         ("me/x", "hf_reader", "the token may not do this to me/x .*rights to create"),
-        ("me/x/y", TOKEN, "me/x/y is no owner/name"),
-        ("me/-x", TOKEN, "me/-x is no owner/name"),
+        ("me/x/y", TOKEN, "me/x/y is not a repository"),
+        ("me/-x", TOKEN, "me/-x is not a repository"),
     ],
 )
 def test_what_is_said_and_nothing_is_left(hub, repo, token, line) -> None:
@@ -163,7 +163,7 @@ def test_what_is_said_and_nothing_is_left(hub, repo, token, line) -> None:
 
 def test_a_bad_picture_makes_no_repository(hub, tmp_path) -> None:
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(AdapterError, match=r"x\.png: not a picture"):
+    with pytest.raises(AdapterError, match=r"x\.png: not an image"):
         golden("lierla").push_to_hub("me/x", token=TOKEN, grid=tmp_path / "x.png")
     with pytest.raises(AdapterError, match=r"y\.png: No such file"):
         golden("lierla").push_to_hub("me/x", token=TOKEN, grid=tmp_path / "y.png")
