@@ -17,7 +17,7 @@ from .blocks import PAGES
 FILE = GOLDEN / "sd15" / "c3lier.safetensors"
 OTHER = GOLDEN / "sd15" / "lierla.safetensors"
 ROW = re.compile(r"^\| (.*) \| (.*) \|$", re.MULTILINE)
-# The weight of adapter "a" that the pipeline works with after a row, or None where that is not the point.
+# The weight of adapter "mine" that the pipeline works with after a row, or None where that is not the point.
 WEIGHTS = {
     "network, sd = create_network_from_weights(0.5": 0.5, "network.set_multiplier": 0.7,
     "network.merge_to(te": 1.0, "network.backup_weights": 1.0,
@@ -58,9 +58,9 @@ def test_every_call_of_the_table_does_it(left, calls, tmp_path):
     }  # fmt: skip
     if "prepare_optimizer" in left:
         for part in (pipe.unet, pipe.text_encoder):
-            add_adapter(part, LierLaConfig(r=2), "a")
+            add_adapter(part, LierLaConfig(r=2), "mine")
     elif not any("load_lora_weights" in call or "add_adapter" in call for call in calls):
-        pipe.load_lora_weights(FILE, adapter_name="a")
+        pipe.load_lora_weights(FILE, adapter_name="mine")
     if "restore_from" in left:
         pipe.fuse_lora()
     if "save_weights" in left:
@@ -71,7 +71,7 @@ def test_every_call_of_the_table_does_it(left, calls, tmp_path):
             pipe.load_lora_weights(OTHER, adapter_name="b")
             exec(call, names)
             assert error(outputs(pipe, golden), with_weight(0.7, 0.5), with_weight(0.0)) < 1e-3
-            pipe.set_adapters("a", 0.7)
+            pipe.set_adapters("mine", 0.7)
             continue
         if call == "pipe.enable_lora()":  # the way back, or for good: the one after the other
             exec(call, names)
@@ -87,5 +87,5 @@ def test_every_call_of_the_table_does_it(left, calls, tmp_path):
     if "save_weights" in left:
         assert Adapter.load(names["file"]).modules.keys() == Adapter.load(FILE).modules.keys()
     if "create_network(" in left:
-        config = pipe.unet.peft_config["a"]
+        config = pipe.unet.peft_config["mine"]
         assert (config.r, config.lora_alpha) == (16, 8)

@@ -30,6 +30,14 @@ def under(*starts):
     return [block for start in starts for block in found[start]]
 
 
+def recipes(found):
+    """The blocks of each heading: what a reader takes as one recipe."""
+    return [
+        [block for block in found if block.heading == heading]
+        for heading in dict.fromkeys(one.heading for one in found)
+    ]
+
+
 def run_shell(text):
     """Run a block as bash runs it, with this Python's lora-adapters."""
     program = f'set -e; lora-adapters() {{ "{sys.executable}" -m lora_adapters.cli "$@"; }}\n'
@@ -82,8 +90,10 @@ def clone(tmp_path, monkeypatch, quickstart_file):
 def test_load_dial_and_python(clone):
     from lora_adapters import Adapter
 
+    run(under("1."), {})
+    run(under("3."), {})
     names = {}
-    run(under("1.", "3.", "In Python"), names)
+    run(under("In Python"), names)
     first, dialled = (np.asarray(Image.open(name)) for name in ("penguin.png", "penguin-rank4.png"))
     assert first.shape == dialled.shape
     assert (first != dialled).any()
@@ -102,15 +112,12 @@ def test_load_dial_and_python(clone):
 def test_train(clone):
     from lora_adapters import Adapter
 
-    (clone / "my_photos").mkdir()
-    for number, size in enumerate(((400, 300), (300, 400), (500, 120))):
-        Image.new("RGB", size, (200, 30 * number, 20)).save(clone / "my_photos" / f"{number}.jpg")
-    (clone / "my_photos" / "0.txt").write_text("a red wall")
     run(under("2."), {})
     adapter = Adapter.load("trained/mine.safetensors")
     assert adapter.dylora.unit == 4
     assert adapter.rank == 16
-    assert adapter.metadata["ss_num_train_images"] == "3"
+    assert adapter.metadata["ss_num_train_images"] == "24"
+    assert (clone / "trained" / "mine-report.html").exists()
 
 
 def test_merge_and_extract(clone):
@@ -120,7 +127,6 @@ def test_merge_and_extract(clone):
 
     tiny = StableDiffusionPipeline.from_pretrained("examples/tiny-sd")
     given = Adapter.load("quickstart/delft.safetensors")
-    given.truncate(4).save("delft-rank4.safetensors")
     said = run(under("4.", "5."), {})
     merged = StableDiffusionPipeline.from_pretrained("merged")
     assert merged.unet.state_dict().keys() == tiny.unet.state_dict().keys()
@@ -136,8 +142,12 @@ def test_merge_and_extract(clone):
 def test_more_recipes(clone):
     from lora_adapters import Adapter
 
-    names = {}
-    said = run(MORE, names)
+    names, said = {}, ""
+    for recipe in recipes(MORE):
+        names = {}
+        said += run(recipe, names)
+        if "model" in names:
+            assert type(names["model"].peft_config["default"]).__name__ == "DyLoraConfig"
     given = Adapter.load("quickstart/delft.safetensors")
     small, late, rest = (Adapter.load(f"{name}.safetensors") for name in ("small", "late", "rest"))
     assert sum(one.rank for one in small.modules.values()) < sum(one.rank for one in given.modules.values())
@@ -149,8 +159,31 @@ def test_more_recipes(clone):
     for name, one in given.modules.items():
         wanted = torch.zeros(()) if name in late.modules else one.delta()
         torch.testing.assert_close(rest.modules[name].delta(), wanted.expand(one.delta().shape), rtol=0, atol=2e-3)
-    assert type(names["model"].peft_config["default"]).__name__ == "DyLoraConfig"
     assert len(list((clone / "smaller").glob("*+32x32.*"))) == 2 * len(list((clone / "smaller").glob("*+48x48.jpg")))
+
+
+ALONE = [
+    pytest.param(recipe, id=recipe[0].heading)
+    for recipe in [*recipes(README), *recipes(MORE)]
+    if not recipe[0].text.startswith(NOT_RUN_HERE)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ALONE)
+def test_each_recipe_runs_alone(clone, recipe):
+    """In a clone where nothing but the quickstart was run, each block by programs of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    scripts = [block for block in recipe if block.language == "python"]
+    for block in recipe:
+        text = "".join(one.text for one in scripts) if block.language == "python" else block.text
+        for pattern, fewer in FASTER:
+            text = re.sub(pattern, fewer, text)
+        if block.language == "sh":
+            run_shell(text)
+        elif block is scripts[-1]:
+            done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{text}\n{done.stderr}"
 
 
 def test_no_block_is_left_out():

@@ -104,6 +104,9 @@ class LoggingOptions:
     log_tracker_config: str | None = option(None, "toml file with arguments of the trackers, a section each")
     wandb_run_name: str | None = option(None, "name of the run in Weights & Biases", unset="W&B's choice")
     wandb_api_key: str | None = option(None, "key for Weights & Biases", unset="that of `wandb login`", secret=True)
+    no_report: bool = option(
+        False, "write no report (the page OUTPUT_NAME-report.html beside the adapter, new at each save)"
+    )
     log_config: bool = option(False, "put all options into the log")
     console_log_level: str | None = option(None, "what is printed", unset="INFO", choices=_LEVELS)
     console_log_file: str | None = option(None, "print to this file instead")

@@ -90,10 +90,13 @@ def _train(run: Run, signals: StopSignals) -> Trained:
     start_training(run.optimizer)
     result = Trained(Adapter({}), run.models, position.step)
     with Progress(run, position.step) as progress:
-        if position.step == 0:
+        if position.step:
+            progress.report.resume(position.step)
+        else:
             measure(run, result.held_out, 0, progress)
             if settings.sample_at_first:
                 show_samples(run, position)
+                progress.report.drawn(0)
         run.training_mode()
         while position.step < run.steps:
             _epoch(run, position, progress, result, signals)
@@ -101,6 +104,7 @@ def _train(run: Run, signals: StopSignals) -> Trained:
         run.training_mode(False)
         result.steps = position.step
         result.adapter = save_final(run, position)
+        progress.report.write(position.step, result.held_out)
         result.damaged = name_damaged(run)
     end_trackers(accelerator)
     return result
@@ -130,7 +134,7 @@ def _epoch(run: Run, position: Position, progress: Progress, result: Trained, si
             _after_step(run, position, ended, progress, result)
             return
         if values.stop:
-            _stop(run, position, values.stop)
+            _stop(run, position, values.stop, progress, result)
         _after_step(run, position, ended, progress, result)
 
 
@@ -168,10 +172,11 @@ def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSig
     return values
 
 
-def _stop(run: Run, position: Position, signal_number: int) -> NoReturn:
+def _stop(run: Run, position: Position, signal_number: int, progress: Progress, result: Trained) -> NoReturn:
     """Save the adapter and the state, which --resume continues from, and raise Interrupted."""
     run.training_mode(False)
     state = save_interrupted(run, position)
+    progress.report.write(position.step, result.held_out)
     end_trackers(run.accelerator)
     raise Interrupted(signal_number, None if state is None else str(state))
 
@@ -200,6 +205,9 @@ def _after_step(run: Run, position: Position, ended: bool, progress: Progress, r
             measure(run, result.held_out, step, progress)
         if due_samples:
             show_samples(run, position)
+            progress.report.drawn(step)
+    if (due_step or due_epoch) and not last:  # the end of the run has its own
+        progress.report.write(step, result.held_out)
     run.training_mode()
 
 

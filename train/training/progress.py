@@ -11,6 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.terminal import is_quiet
 from lora_adapters.train.training.checkpoints import Position
+from lora_adapters.train.training.report.report import Report
 from lora_adapters.train.training.setup import Run
 from lora_adapters.train.training.step_values import StepValues
 from lora_adapters.train.training.trackers import tracker_names
@@ -32,6 +33,7 @@ class Progress:
             disable=is_quiet() or not run.accelerator.is_local_main_process,
         )
         self.recent: deque[float] = deque(maxlen=min(1000, max(1, run.steps_per_epoch)))
+        self.report = Report(run)
         self.logging = bool(tracker_names(run.settings))
         self.messages = logging_redirect_tqdm()  # messages stand above the bar, not behind it on its line
 
@@ -52,6 +54,7 @@ class Progress:
         epoch = min(position.epoch + 1, self.run.epochs)  # after the last step there is no next one
         self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}", epoch=epoch, refresh=False)
         self.bar.update()
+        self.report.stepped(position.step, values.loss, rate)
         if self.logging:
             logged = {"loss/current": values.loss, "loss/average": mean}
             logged |= {f"lr/{name}": rate for name, rate in rates.items()}

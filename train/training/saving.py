@@ -1,6 +1,7 @@
 """What is saved when: adapters and states at steps, epochs and the end; and going on from a state."""
 
 import errno
+import glob
 import logging
 import time
 from collections.abc import Callable
@@ -80,6 +81,13 @@ def save_final(run: Run, position: Position) -> Adapter:
 def final_file(run: Run) -> Path:
     """Where the save at the end of the run is."""
     return _file(run, files.final_name(run.settings))
+
+
+def latest_state(run: Run) -> Path | None:
+    """The folder of the state that was saved last; None if there is none."""
+    name = files.final_name(run.settings)
+    found = [folder for folder in run.output.glob(f"{glob.escape(name)}*-state") if folder.is_dir()]
+    return max(found, key=lambda folder: folder.stat().st_mtime_ns, default=None)
 
 
 def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:

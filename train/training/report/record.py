@@ -1,0 +1,68 @@
+"""What a report is made from: the numbers and pictures of a run so far, kept in the page for when it is resumed."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_adapters.train.training.validation import HeldOut
+
+_DATA = re.compile(r'<script type="application/json" id="record">(.*?)</script>', re.DOTALL)
+CLOSE = 0.01  # a rank whose held-out loss is within 1 % of the best serves as well
+
+
+@dataclass
+class Record:
+    """losses: (step, loss, learning rate); held_out: (step, rank, loss); samples: (step, picture as base64 JPEG)."""
+
+    losses: list[tuple[int, float, float]] = field(default_factory=list)
+    held_out: list[tuple[int, int | None, float]] = field(default_factory=list)
+    samples: list[tuple[int, str]] = field(default_factory=list)
+
+    def add_held_out(self, measured: Iterable[HeldOut]) -> None:
+        """Take up the measurements that are not in it yet."""
+        known = {(step, rank) for step, rank, _ in self.held_out}
+        self.held_out += [(one.step, one.rank, one.loss) for one in measured if (one.step, one.rank) not in known]
+
+    def before(self, step: int) -> "Record":
+        """The part up to a step, which a resumed run goes on from."""
+        return Record(*([entry for entry in entries if entry[0] <= step] for entries in vars(self).values()))
+
+    def as_json(self) -> str:
+        """For a <script> of the page: no < ends it."""
+        return json.dumps(asdict(self)).replace("<", "\\u003c")
+
+
+def read_record(page: Path) -> Record:
+    """The record in a page that was written before; an empty one where there is none, or it cannot be read."""
+    try:
+        found = _DATA.search(page.read_text(encoding="utf-8"))
+        content = json.loads(found[1]) if found else {}
+        return Record(**{name: [tuple(entry) for entry in content[name]] for name in vars(Record())})
+    except (OSError, ValueError, KeyError, TypeError):
+        return Record()
+
+
+def thinned(entries: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly spread, the last one among them."""
+    if len(entries) <= most:
+        return list(entries)
+    return [entries[round((at + 1) * len(entries) / most) - 1] for at in range(most)]
+
+
+def last_by_rank(record: Record) -> dict[int, float]:
+    """Rank -> held-out loss of the last measurement; empty if it was not measured by rank."""
+    last = max((step for step, _, _ in record.held_out), default=0)
+    return {rank: loss for step, rank, loss in record.held_out if step == last and rank is not None}
+
+
+def recommended_rank(losses: dict[int, float]) -> int | None:
+    """The lowest rank whose held-out loss is within 1 % of the lowest; None without measurements.
+
+    >>> recommended_rank({4: 0.153, 8: 0.1452, 16: 0.145})
+    8
+    """
+    best = min(losses.values(), default=0.0)
+    return min((rank for rank, loss in losses.items() if loss <= best * (1 + CLOSE)), default=None)
