@@ -18,6 +18,7 @@ import torch
 
 from lora_adapters.convert.deltas.svd import as_written, report
 from lora_adapters.convert.errors import UsageError
+from lora_adapters.convert.terminal import say
 from lora_adapters.convert.tools.average import average
 from lora_adapters.convert.tools.command_line import (
     Parser,
@@ -28,6 +29,7 @@ from lora_adapters.convert.tools.command_line import (
     run,
 )
 from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.summary import written
 
 
 def parser() -> Parser:
@@ -54,8 +56,8 @@ def program(argv: Sequence[str] | None) -> None:
     result.save(path, modelspec=not args.no_metadata)
     pairs = {module: fit for module, fit in fits.items() if fit.total}
     if pairs:
-        print(report(as_written(pairs, exact.modules, result.modules)))
-    print(f"{result} written to {path}")
+        say(report(as_written(pairs, exact.modules, result.modules), "svd-merge at a higher --new_rank"))
+    say(written(path, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

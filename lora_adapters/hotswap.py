@@ -111,12 +111,14 @@ def swap(model: Any, matched: Mapping[str, Delta], adapter_name: str, facts: Map
     for path, layer in layers(model, adapter_name):
         pair = matched.get(path)
         if (weights := held(layer, adapter_name)) is not None:
+            assert pair is not None, path  # `check` has seen to it
             weights.replace(pair)
             continue
         down, up = factors(layer, adapter_name)
         if pair is None:
             up.weight.zero_()
             continue
+        assert isinstance(pair, LowRank), path  # likewise
         weight = _weight(layer, adapter_name, stabilized)
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = pair.rank, pair.alpha
         rank_stabilized(layer)[adapter_name] = False

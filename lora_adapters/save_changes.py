@@ -97,7 +97,11 @@ def _tensors_of(changes: Mapping[ModuleName, Delta]) -> Tensors:
         if isinstance(change, LowRank):
             tensors[module, "down"], tensors[module, "up"] = change.down, change.up
         else:
-            with_tensors(change, lambda name, tensor, module=module: tensors.setdefault((module, name), tensor))
+
+            def keep(name: str, tensor: torch.Tensor, module: ModuleName = module) -> torch.Tensor:
+                return tensors.setdefault((module, name), tensor)
+
+            with_tensors(change, keep)
     return tensors
 
 

@@ -69,7 +69,7 @@ def _stack(
                 return None
     if isinstance(pairs[0].down, nn.Conv2d) and not all(_is_of_pair(layer, pair) for pair in pairs):
         return None
-    scales = []
+    scales: list[Any] = []
     for name in names:
         variant = layer.lora_variant.get(name)
         scale = layer.scaling[name] if variant is None else _gate_of_variant(variant, layer, name)

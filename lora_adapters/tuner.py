@@ -4,7 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
@@ -52,7 +52,7 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
         ]
         if isinstance(module, BaseTunerLayer):
             active[module] = list(module.active_adapters)
-            if layers.has_adapter(module, adapter_name):
+            if layers.has_adapter(cast(nn.Module, module), adapter_name):
                 before.add(module)
     try:
         yield

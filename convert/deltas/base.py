@@ -197,7 +197,10 @@ def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor],
         elif is_dataclass(value):
             values[item.name] = with_tensors(value, take, f"{name}_")
         elif isinstance(value, tuple):
-            values[item.name] = tuple(with_tensors(part, take, f"{name}_{at}_") for at, part in enumerate(value))
+            values[item.name] = tuple(
+                with_tensors(part, take, f"{name}_{at}_") if is_dataclass(part) else part
+                for at, part in enumerate(value)
+            )
     return replace(change, **values)
 
 

@@ -6,7 +6,8 @@ to one of them, which then has a pair of a lower rank (kohya's `split_qkv`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from typing_extensions import Self
@@ -123,6 +124,83 @@ def joined(pairs: Sequence[LowRank | None], rows: Sequence[int]) -> LowRank:
         at += count
     down = owners[0].down if len(owners) == 1 else torch.cat([owner.down for owner in owners])
     return LowRank(down, up, scale * rank)
+
+
+def whole(parts: Sequence[Delta | None], rows: Sequence[int]) -> Delta:
+    """The change of a fused layer, of any kind; the reverse of `cut`.
+
+    Args:
+        parts: The changes of its parts, in order; None for a part that does not change.
+        rows: How many rows each part has.
+
+    Returns:
+        A change of the parts' kind.
+
+    Raises:
+        AdapterError: The parts are not those of one change.
+    """
+    pairs = [part for part in parts if part is None or isinstance(part, LowRank)]
+    if len(pairs) == len(parts):
+        return joined(pairs, rows)
+    found = [part for part in parts if part is not None]
+    first = found[0]
+    if len(found) < len(parts) or any(type(part) is not type(first) for part in found):
+        raise _apart(first)
+    if isinstance(first, Rows):
+        return _whole_of_rows([part for part in found if isinstance(part, Rows)], sum(rows))
+    if isinstance(first, WithBias | DoRA):
+        inner = whole([part.change for part in found], rows)  # type: ignore[attr-defined]
+        return replace(_alike(found, by_rows=_BY_ROWS[type(first)]), change=inner)
+    if type(first) in _BY_ROWS and getattr(first, "t1", None) is None:
+        return _alike(found, by_rows=_BY_ROWS[type(first)])
+    raise _apart(first)
+
+
+# The tensors that have a row for each row of the weight; all others are common to the parts of a fused layer.
+_BY_ROWS: dict[type, tuple[str, ...]] = {
+    Full: ("diff", "diff_b"),
+    Hadamard: ("w1_a", "w2_a"),
+    DoRA: ("magnitude",),
+    WithBias: ("diff_b",),
+}
+
+
+def _alike(parts: Sequence[Any], by_rows: tuple[str, ...]) -> Any:
+    """The first part with the rows of all; AdapterError where what they should have in common differs."""
+    first, values = parts[0], dict[str, torch.Tensor]()
+    for name in (item.name for item in fields(first) if item.name != "change"):
+        own = [getattr(part, name) for part in parts]
+        if name in by_rows:
+            if any((value is None) != (own[0] is None) for value in own):
+                raise _apart(first)
+            values |= {} if own[0] is None else {name: torch.cat(own)}
+        elif not all(_equal(value, own[0]) for value in own):
+            raise _apart(first)
+    return replace(first, **values)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return one is other or bool(one == other)
+
+
+def _whole_of_rows(parts: "Sequence[Rows]", count: int) -> Delta:
+    spans = [span for part in parts for span in part.rows]
+    ends = [0, *(span.stop for span in spans)]
+    if [span.start for span in spans] != ends[:-1] or ends[-1] != count:
+        raise _apart(parts[0])
+    inner = [part.change for part in parts]
+    if any(type(change) is not type(inner[0]) for change in inner):
+        raise _apart(parts[0])
+    return _alike(inner, by_rows=())
+
+
+def _apart(part: Delta) -> AdapterError:
+    return AdapterError(
+        f"{with_article(part.kind)} of a part of a fused layer cannot be written, the others are of another change: "
+        "make pairs of them (convert --to lora)"
+    )
 
 
 def _same_down(one: LowRank, other: LowRank) -> bool:

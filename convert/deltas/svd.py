@@ -141,7 +141,7 @@ def reduced(
 
 
 def as_written(
-    fits: Mapping[ModuleName, Fit], exact: Mapping[ModuleName, LowRank], written: Mapping[ModuleName, LowRank]
+    fits: Mapping[ModuleName, Fit], exact: Mapping[ModuleName, Delta], written: Mapping[ModuleName, Delta]
 ) -> dict[ModuleName, Fit]:
     """The fits of what is written, where its dtype has rounded it: what that changed is missing too."""
     return {
@@ -150,8 +150,10 @@ def as_written(
     }
 
 
-def _distance_squared(one: LowRank, other: LowRank) -> float:
-    """‖ΔW - ΔW'‖² of two changes of one weight."""
+def _distance_squared(one: Delta, other: Delta) -> float:
+    """‖ΔW - ΔW'‖² of two changes of one weight, in full where they are no pairs."""
+    if not (isinstance(one, LowRank) and isinstance(other, LowRank)):
+        return 0.0 if one is other else float((one.delta() - other.delta()).double().square().sum())
     if one.alpha == other.alpha and one.up is other.up and one.down is other.down:
         return 0.0
     (up, down), (other_up, other_down) = one.matrices(torch.float64), other.matrices(torch.float64)
@@ -165,10 +167,10 @@ def total(fits: Iterable[Fit]) -> Fit:
     return Fit(math.fsum(fit.total for fit in listed), math.fsum(fit.missing for fit in listed))
 
 
-def report(fits: Mapping[ModuleName, Fit], more: str) -> str:
+def report(fits: Mapping[ModuleName, Fit], more: str | None = None) -> str:
     """The relative error of each component and of all, with the worst module, and whether that is much.
 
-    more: the options that keep more of the change, such as "a higher --new_rank".
+    more: the options that keep more of the change, such as "a higher --new_rank"; None where there are none.
     """
     parts = []
     for component in COMPONENTS:
@@ -179,7 +181,7 @@ def report(fits: Mapping[ModuleName, Fit], more: str) -> str:
     error = total(fits.values()).error
     parts.append(f"all {error:.4g}")
     return f"relative error: {', '.join(parts)} (largest: {fits[worst].error:.4g} in {worst})\n  {verdict(error)}" + (
-        f"; {more} keeps more" if error > _LITTLE else ""
+        f"; {more} keeps more" if more is not None and error > _LITTLE else ""
     )
 
 

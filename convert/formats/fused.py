@@ -1,28 +1,31 @@
 """The names and changes that files in kohya's format have, where the original code fuses layers."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
 
-from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.deltas.rows import halves_swapped, joined
+from lora_adapters.convert.deltas.base import Delta, with_article
+from lora_adapters.convert.deltas.rows import halves_swapped, whole
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import Component, ModelFamily
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.transformer import Fused, Transformer
 
+Change = TypeVar("Change", bound=Delta)
 
-def named_pairs(modules: Mapping[ModuleName, LowRank], family: ModelFamily) -> dict[str, LowRank]:
-    """The pairs by kohya's names: one for each layer of the original code, of all layers that it is in diffusers.
+
+def named_changes(modules: Mapping[ModuleName, Change], family: ModelFamily) -> dict[str, Change]:
+    """The changes by kohya's names: one for each layer of the original code, of all layers that it is in diffusers.
 
     Raises:
-        AdapterError: a part of a fused layer is missing whose size nothing tells.
+        AdapterError: A part of a fused layer is missing whose size nothing tells, or the parts are of several changes.
     """
-    named: dict[str, LowRank] = {}
-    for module, pair in modules.items():
+    named: dict[str, Change] = {}
+    for module, change in modules.items():
         name, part = family.kohya_name(module), family.component(module.component)
         if name in named:
             continue
         layer = _fused(part, module.path)
-        named[name] = pair if layer is None else _whole(module, layer, modules)
+        named[name] = change if layer is None else cast(Change, _whole(module, layer, modules))
     return named
 
 
@@ -34,25 +37,29 @@ def _fused(part: Component | None, path: str) -> Fused | None:
     return None if layer is None or (len(layer.paths) == 1 and not layer.swapped) else layer
 
 
-def _whole(module: ModuleName, layer: Fused, modules: Mapping[ModuleName, LowRank]) -> LowRank:
+def _whole(module: ModuleName, layer: Fused, modules: Mapping[ModuleName, Delta]) -> Delta:
     parts = [modules.get(module._replace(path=path)) for path in layer.paths]
     if len(parts) > 1:
         try:
-            return joined(parts, _rows(layer, parts))
+            return whole(parts, _rows(layer, parts))
         except AdapterError as error:
             raise AdapterError(f"{module}: {error}") from None
-    (pair,) = parts
-    assert pair is not None
-    rows, width = pair.out_in
-    swapped = halves_swapped(pair, rows) if rows == 2 * width else pair
-    assert isinstance(swapped, LowRank)
-    return swapped
+    (part,) = parts
+    assert part is not None
+    rows, width = _size(part)
+    return halves_swapped(part, rows) if rows == 2 * width else part
 
 
-def _rows(layer: Fused, parts: Sequence[LowRank | None]) -> list[int]:
+def _size(change: Delta) -> tuple[int, int]:
+    if change.out_in is None:
+        raise AdapterError(f"{with_article(change.kind)} of a fused layer cannot be written: its size is not known")
+    return change.out_in
+
+
+def _rows(layer: Fused, parts: Sequence[Delta | None]) -> list[int]:
     """How many rows each part has; of parts that are missing, as many as the others tell."""
-    width = next(part.out_in[1] for part in parts if part is not None)
-    others = [part.out_in[0] for part in parts[layer.square :] if part is not None]
+    width = next(_size(part)[1] for part in parts if part is not None)
+    others = [_size(part)[0] for part in parts[layer.square :] if part is not None]
     rest = others[0] if others else layer.others * width
     sizes = [width] * layer.square + [rest] * (len(parts) - layer.square)
     if 0 in sizes:
@@ -61,7 +68,7 @@ def _rows(layer: Fused, parts: Sequence[LowRank | None]) -> list[int]:
             f"kohya's format has it in one with {missing}, which the adapter leaves alone: its size is not known; "
             "take the format diffusers"
         )
-    found = [size if part is None else part.out_in[0] for size, part in zip(sizes, parts, strict=True)]
+    found = [size if part is None else _size(part)[0] for size, part in zip(sizes, parts, strict=True)]
     if found != sizes:
         raise AdapterError(f"parts of {found} rows are not those of one layer, which are {sizes}")
     return sizes

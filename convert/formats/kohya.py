@@ -20,7 +20,7 @@ from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.families.registry import BASE_VERSION, by_kohya_names, by_name
 
 from .contents import Contents, WriteOptions
-from .fused import named_pairs
+from .fused import named_changes
 from .metadata import hashes
 from .writing import apart, bundled, write_file
 
@@ -109,7 +109,7 @@ def to_tensors(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict
     beyond float32.
     """
     tensors = {}
-    for name, one in named_pairs(modules, by_name(architecture)).items():
+    for name, one in named_changes(modules, by_name(architecture)).items():
         alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
         if float(alpha) != one.alpha:
             alpha = torch.tensor(one.alpha, dtype=torch.float32)

@@ -21,6 +21,7 @@ from lora_adapters.convert.families.registry import FAMILIES, role_of
 
 from .contents import Contents, Stored, WriteOptions
 from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
+from .fused import named_changes
 from .kinds import kind_of
 from .kohya import with_family
 from .metadata import hashes, network_args
@@ -187,25 +188,21 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     family, modules = contents.family, cast_changes(contents.modules, options.dtype)
     stored = {module: contents.stored.get(module) for module in modules}
     if all(one is not None and one.change is modules[module] for module, one in stored.items()):
-        groups = {module: one.tensors for module, one in stored.items() if one is not None}
+        groups = {family.kohya_name(module): one.tensors for module, one in stored.items() if one is not None}
     else:
-        groups = {module: _tensors(module, change) for module, change in modules.items()}
+        groups = {name: _tensors(name, change) for name, change in named_changes(modules, family).items()}
         contents = replace(contents, metadata=_without_rank_stabilisation(contents.metadata))
-    tensors = {
-        f"{family.kohya_name(module)}.{end}": tensor
-        for module, group in groups.items()
-        for end, tensor in group.items()
-    }
+    tensors = {f"{name}.{end}": tensor for name, group in groups.items() for end, tensor in group.items()}
     tensors |= bundled(contents.embeddings)
     metadata = replace(contents, modules=modules).full_metadata(options.modelspec)
     write_file(path, tensors, metadata | hashes(tensors, metadata))
 
 
-def _tensors(module: ModuleName, change: Delta) -> dict[str, torch.Tensor]:
+def _tensors(name: str, change: Delta) -> dict[str, torch.Tensor]:
     try:
         return change.tensors()
     except AdapterError as error:
-        raise AdapterError(f"{module}: {error}") from None
+        raise AdapterError(f"{name}: {error}") from None
 
 
 def _without_rank_stabilisation(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -65,12 +65,12 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
     if kind == "LORA":
         down = tensors.get("lora_A.weight")
         rank = len(down) if down is not None and down.ndim else 0
-        told = torch.tensor(alpha_from_config(config, path, rank), dtype=torch.float64)
-        return read_module({**tensors, "alpha": told})
-    rank = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8))
-    alpha = pattern_value(config.get("alpha_pattern") or {}, path, config.get("alpha", 8))
+        alpha = torch.tensor(alpha_from_config(config, path, rank), dtype=torch.float64)
+        return read_module({**tensors, "alpha": alpha})
+    dim: Any = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8))
+    dim_alpha: Any = pattern_value(config.get("alpha_pattern") or {}, path, config.get("alpha", 8))
     try:
-        scale = float(alpha) / float(rank)
+        scale = float(dim_alpha) / float(dim)
     except (TypeError, ValueError, ZeroDivisionError):
-        raise AdapterError(f"the config's alpha {alpha!s:.20} and rank {rank!s:.20} are no scale") from None
+        raise AdapterError(f"the config's alpha {dim_alpha!s:.20} and rank {dim!s:.20} are no scale") from None
     return read_module(tensors).scaled(scale)

@@ -1,20 +1,27 @@
-"""The adapter between two models: the best low-rank approximation of the difference of their weights."""
+"""The adapter between two models: the best approximation of the difference of their weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.dense_svd import best_approximation
+from lora_adapters.convert.deltas.full import Full
 from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.nearest_kronecker import nearest_kronecker, nearest_within
+from lora_adapters.convert.deltas.rank_choice import by_error
 from lora_adapters.convert.deltas.svd import Fit, Rules, clamp, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import BASE_VERSION, is_v2, role_of
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.checkpoint import Checkpoint
+
+ALGORITHMS = ("lokr", "full")  # besides low-rank pairs
+Approximate = Callable[[torch.Tensor], tuple[Delta, Fit]]  # of a difference that is not all 0
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Difference:
     largest: the largest difference of any number in each text encoder; left_out: those that are the same.
     """
 
-    modules: dict[ModuleName, LowRank]
+    modules: Mapping[ModuleName, Delta]
     metadata: dict[str, str]
     fits: dict[ModuleName, Fit]
     largest: dict[str, float]
@@ -50,29 +57,76 @@ def approximate_difference(
     rank and conv_rank where these are given. A text encoder is left out where no number of it differs by more than
     min_diff. AdapterError where the models do not fit together or are the same.
     """
+    chosen = rules(rank, conv_rank, target_error)
+    approximated = partial(
+        _low_rank,
+        chosen=chosen,
+        most=(None, None) if target_error is not None else (rank, conv_rank or rank),
+        clamp_quantile=clamp_quantile,
+    )
+    kind = "lierla" if conv_rank is None else "c3lier"
+    return _approximate(base, tuned, kind, approximated, min_diff, device, v_prediction)
+
+
+def approximate_otherwise(
+    base: str | Path,
+    tuned: str | Path,
+    algo: str,
+    *,
+    factor: int = -1,
+    target_error: float | None = None,
+    min_diff: float = 0.0,
+    device: torch.device | str | None = None,
+    v_prediction: bool = False,
+) -> Difference:
+    """tuned - base as another kind of adapter, of all modules that LoRA-C3Lier has.
+
+    algo: "lokr", the nearest Kronecker products, or "full", the differences themselves. factor: of LoKr, see
+    `nearest_kronecker.split`; target_error: the smallest LoKr with this relative error instead. The rest, and errors,
+    are those of `approximate_difference`.
+    """
+    if algo not in ALGORITHMS:
+        raise AdapterError(f"unknown algo {algo}: {', '.join(ALGORITHMS)} are known")
+    if algo == "full":
+        approximated: Approximate = _full
+    elif target_error is not None:
+        by_error(target_error)  # checks it
+        approximated = partial(nearest_within, error=target_error)
+    else:
+        approximated = partial(nearest_kronecker, factor=factor)
+    return _approximate(base, tuned, "c3lier", approximated, min_diff, device, v_prediction)
+
+
+def _approximate(
+    base: str | Path,
+    tuned: str | Path,
+    kind: str,
+    approximated: Approximate,
+    min_diff: float,
+    device: torch.device | str | None,
+    v_prediction: bool,
+) -> Difference:
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
     _check_alike(first, second)
-    chosen = rules(rank, conv_rank, target_error)
-    kind = "lierla" if conv_rank is None else "c3lier"
     modules = [module for module in second.modules if second.family.covers(kind, module)]
     difference = partial(_difference, first, second, first.modules, second.modules)
     largest = _largest_differences(modules, difference)
     left_out = tuple(component for component, value in largest.items() if value <= min_diff)
     modules = [module for module in modules if module.component not in left_out]
-    pairs, fits = {}, {}
+    changes: dict[ModuleName, Delta] = {}
+    fits = {}
     target = torch.device(device or "cpu")
     for module in progress(modules, "extracting", len(modules)):
         delta = difference(module)
-        one = _approximated(module, delta.to(target), chosen, rank, conv_rank, target_error, clamp_quantile)
-        if one is not None:
-            pairs[module], fits[module] = one
-    if not pairs:
+        if bool(delta.any()):
+            changes[module], fits[module] = approximated(delta.to(target))
+    if not changes:
         raise AdapterError(f"{base} and {tuned} have the same weights: there is nothing to extract")
     version = first.version
     if v_prediction:
         version = first.family.version(version.text_width, "v") or version
     facts = {BASE_VERSION: version.value, "ss_v2": str(is_v2(version.value))}
-    return Difference(pairs, with_rank_facts(pairs, facts), fits, largest, left_out)
+    return Difference(changes, with_rank_facts(changes, facts), fits, largest, left_out)
 
 
 def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
@@ -109,23 +163,18 @@ def _largest_differences(
     return largest
 
 
-def _approximated(
-    module: ModuleName,
-    delta: torch.Tensor,
-    chosen: Rules,
-    rank: int | None,
-    conv_rank: int | None,
-    target_error: float | None,
-    clamp_quantile: float | None,
-) -> tuple[LowRank, Fit] | None:
-    """The pair and its fit; None where nothing differs."""
+def _full(delta: torch.Tensor) -> tuple[Full, Fit]:
+    return Full(delta.cpu().contiguous()), Fit(float(delta.double().square().sum()), 0.0)
+
+
+def _low_rank(
+    delta: torch.Tensor, chosen: Rules, most: tuple[int | None, int | None], clamp_quantile: float | None
+) -> tuple[LowRank, Fit]:
+    """The best pair; most: the largest ranks that the rules can choose, of linear layers and of larger convolutions."""
     matrix = delta.reshape(len(delta), -1)
-    if not bool(matrix.any()):
-        return None
     large = delta.ndim == 4 and delta.shape[2:] != (1, 1)
-    most = (conv_rank if large and conv_rank is not None else rank) if target_error is None else None
     rule, direct = chosen.conv if large else chosen.linear, clamp_quantile is not None
-    up, down, fit = best_approximation(matrix, rule, most, direct)
+    up, down, fit = best_approximation(matrix, rule, most[large], direct)
     if clamp_quantile is not None:
         up, down = clamp(up, down, clamp_quantile)
         fit = Fit(fit.total, float((matrix - up @ down).square().sum()))

@@ -153,7 +153,7 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
     given = (weights if isinstance(weights, BlockWeights) else listed(weights)).of(family)
 
     def factor(module: ModuleName) -> float:
-        labels = (family.weight_label(module), family.text_label(module))
+        labels = [label for label in (family.weight_label(module), family.text_label(module)) if label is not None]
         return next((given[label] for label in labels if label in given), given.rest)
 
     factors = {module: factor(module) for module in adapter.modules}

@@ -1,4 +1,4 @@
-"""The adapter between two models: the best low-rank approximation of the difference of their weights."""
+"""The adapter between two models: the best approximation of the difference of their weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.svd import Fit
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.models.extraction import approximate_difference
+from lora_adapters.convert.models.extraction import Difference, approximate_difference, approximate_otherwise
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,13 @@ def extract(
     Raises:
         AdapterError: the models do not fit together or are the same.
     """
-    found = approximate_difference(base, tuned, rank, conv_rank, **options)
+    return _extraction(approximate_difference(base, tuned, rank, conv_rank, **options))
+
+
+def extract_otherwise(base: str | Path, tuned: str | Path, algo: str, **options: Any) -> Extraction:
+    """As `extract`, of another kind: algo and options are those of `approximate_otherwise`."""
+    return _extraction(approximate_otherwise(base, tuned, algo, **options))
+
+
+def _extraction(found: Difference) -> Extraction:
     return Extraction(Adapter(found.modules, found.metadata), found.fits, found.largest, found.left_out)

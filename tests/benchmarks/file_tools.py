@@ -30,7 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from lora_adapters.convert import Adapter  # noqa: E402
 from lora_adapters.convert.storage.checkpoint import Checkpoint  # noqa: E402
-from tests.benchmarks.full_size import SIZES, make_adapter, make_checkpoint  # noqa: E402
+from tests.benchmarks.full_size import SIZES, make_adapter, make_checkpoint, make_lycoris  # noqa: E402
+
+KINDS = ("lora", "loha", "lokr")  # merged into the model with as many modules; kohya's scripts merge the first alone
 
 
 class Case(NamedTuple):
@@ -118,6 +120,9 @@ def cases(folder: Path, size: str) -> Iterator[Case]:
     models = ["--model_org", str(base), "--model_tuned", str(tuned), *to]
     yield Case(f"{size} svd-merge 32 + 16 to 32", "svd_merge_lora", [*to, "--new_rank", "32", *pair], out)
     yield Case(f"{size} merge 2 into the model", "merge_lora", [*into, *pair], out)
+    for kind in KINDS:
+        lycoris = ["--models", str(folder / f"{size}-{kind}.safetensors")]
+        yield Case(f"{size} merge a {kind} of all layers into the model", "merge_lora", [*into, *lycoris], out)
     extracting = "extract_lora_from_models"
     yield Case(f"{size} extract dim 32", extracting, [*models, "--dim", "32"], out, (base, tuned))
     wide = [*models, "--dim", "128", "--conv_dim", "64"]
@@ -133,6 +138,9 @@ def make_inputs(folder: Path, size: str, options: list[str]) -> None:
     """Make the files that a measurement reads, where they are not there yet."""
     make_adapter(folder / f"{size}-a.safetensors", size, 32, None, 1)
     make_adapter(folder / f"{size}-b.safetensors", size, 16, None, 2)
+    make_adapter(folder / f"{size}-lora.safetensors", size, 16, 16, 3)
+    for kind in KINDS[1:]:
+        make_lycoris(folder / f"{size}-{kind}.safetensors", size, kind, 3)
     for name, tuned, dtype in (
         ("", False, torch.float16),
         ("-tuned", True, torch.float16),
@@ -212,7 +220,9 @@ def main() -> None:
             if args.only is not None and not all(word in case.name.split() for word in args.only):
                 continue
             commands = {"ours": ([sys.executable, str(ROOT / "convert" / f"{case.script}.py"), *case.options], None)}
-            if args.kohya and "curve" not in case.name:  # with several adapters its svd-merge takes many minutes
+            if (
+                args.kohya and "curve" not in case.name and "of all layers" not in case.name
+            ):  # with several adapters its svd-merge takes many minutes
                 path = os.pathsep.join([str(args.kohya), os.environ.get("PYTHONPATH", "")])
                 commands["kohya"] = (kohyas(case, args.kohya_python, args.kohya), path)
             if args.missing and commands.keys() <= results.get(case.name, {}).keys():

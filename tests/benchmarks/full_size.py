@@ -5,6 +5,7 @@ those of diffusers' and transformers' models, which are built without weights; a
 """
 
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert import Adapter, LowRank, ModuleName
+from lora_adapters.convert.deltas import Delta, Hadamard, Kronecker
+from lora_adapters.convert.deltas.nearest_kronecker import split
 from lora_adapters.convert.families.checkpoint_names import slices_in_file
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.storage.weights_writing import Planned, stream
@@ -118,6 +121,24 @@ def modules(size: str) -> Iterator[tuple[ModuleName, tuple[int, ...], bool]]:
         kernel = {"linear": (), "conv1x1": (1, 1), "conv3x3": (3, 3)}[entry["kind"]]
         module = ModuleName(entry["component"], entry["diffusers_module"])
         yield module, (entry["out"], entry["in"], *kernel), entry["lierla"]
+
+
+def make_lycoris(path: Path, size: str, kind: str, seed: int) -> Path:
+    """A random LoHa of rank 8, or a LoKr with full factors (kind "loha" or "lokr"), of all modules of LoRA-C3Lier."""
+    if path.exists():
+        return path
+    torch.manual_seed(seed)
+    made: dict[ModuleName, Delta] = {}
+    for module, (out, into, *kernel), _ in modules(size):
+        if kind == "loha":
+            flat, rank = into * math.prod(kernel), 8
+            shapes_of = ((out, rank), (rank, flat)) * 2
+            made[module] = Hadamard(*(torch.randn(shape) * 0.1 for shape in shapes_of), alpha=float(rank))
+        else:
+            (a, c), (b, d) = split(out, 8), split(into, 8)
+            made[module] = Kronecker(torch.randn(a, b) * 0.1, torch.randn(c, d, *kernel) * 0.1, 1.0)
+    Adapter(made).save(path)
+    return path
 
 
 def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: int) -> Path:

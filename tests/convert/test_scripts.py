@@ -250,6 +250,14 @@ def test_info(tmp_path, capsys):
     assert "hash: wrong" in run(capsys, "info", file)
 
 
+def test_kohyas_iterations_of_an_approximate_svd_change_nothing(tmp_path, capsys):
+    words = ["resize", "--model", SD15 / "lierla.safetensors", "--new_rank", "2", "--save_to"]
+    run(capsys, *words, tmp_path / "a.safetensors")
+    run(capsys, *words, tmp_path / "b.safetensors", "--svd_lowrank_niter", "7")
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+
+
 def test_a_hash_of_lycoris_is_not_called_wrong(tmp_path, capsys):
     """It is of the tensors in the order of the training modules, each alone; the file orders them otherwise."""
     file = tmp_path / "a.safetensors"

@@ -67,8 +67,8 @@ def job_log(jobs: Jobs) -> str:
 
 
 def _last(log: str) -> str:
-    """The last line that a program printed, bars left aside."""
-    lines = [line for line in as_lines(log) if line and "%|" not in line and not line.startswith("$ ")]
+    """The last line that a program printed, without bars and the details that are indented below a line."""
+    lines = [line for line in as_lines(log) if line and "%|" not in line and not line.startswith(("$ ", " "))]
     return lines[-1] if lines else ""
 
 

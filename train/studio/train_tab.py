@@ -69,7 +69,7 @@ class TrainTab:
             new["rank"] = gr.Number(16, label="Rank", precision=0, minimum=1, elem_id="rank")
             new["alpha"] = gr.Number(16, label="Alpha", minimum=0)
             new["conv_rank"] = gr.Number(0, label="Rank of 3x3", precision=0, minimum=0,
-                                         info="C3Lier, DyLoRA", elem_id="conv-rank")  # fmt: skip
+                                         info="not of LoRA", elem_id="conv-rank")  # fmt: skip
             new["unit"] = gr.Number(4, label="Unit", precision=0, minimum=1, info="DyLoRA")
         with gr.Row():
             new["steps"] = gr.Number(1000, label="Steps", precision=0, minimum=1, elem_id="train-steps")

@@ -252,7 +252,7 @@ def test_alphas_of_diffusers_metadata():
     assert {module.path: pair.alpha for module, pair in adapter.modules.items()} == {"x_embedder": 8, "proj_out": 2}
 
 
-def test_other_kinds_of_a_fused_layer_are_cut():
+def test_other_kinds_of_a_fused_layer_are_cut_and_written_as_they_were(tmp_path):
     draw = torch.Generator().manual_seed(5)
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     factors = {"lokr_w1": torch.randn(3, 2, generator=draw), "lokr_w2": torch.randn(H, H // 2, generator=draw)}
@@ -274,6 +274,15 @@ def test_other_kinds_of_a_fused_layer_are_cut():
         assert list(adapter.kinds) == [kind]
         for number, change in enumerate(adapter.modules.values()):
             torch.testing.assert_close(change.delta(), dense[kind][number * H : (number + 1) * H])
+        written = load_file(adapter.save(tmp_path / f"{kind}.safetensors"))
+        for end, tensor in tensors.items():
+            assert torch.equal(written[f"{name}.{end}"], tensor)
+        assert {key.partition(".")[0] for key in written} == {name}
+        (path, first), *others = adapter.modules.items()
+        for fewer in (dict(others), {path: first.scaled(0.5), **dict(others)}):
+            if kind == "LoHa" or len(fewer) < 3:
+                with pytest.raises(AdapterError, match=f"a {kind} of a part of a fused layer cannot be written"):
+                    adapter.with_modules(fewer).save(tmp_path / "part.safetensors")
 
 
 def test_unknown_modules_are_named():

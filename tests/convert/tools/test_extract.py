@@ -5,11 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter, AdapterError
+from lora_adapters.convert.deltas import Kronecker
 from lora_adapters.convert.deltas.dense_svd import best_approximation
 from lora_adapters.convert.deltas.rank_choice import by_error, fixed
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.tools.extract import extract
 from tests.convert.checkpoints import GOLDEN, original
+from tests.convert.scripts import misused, run
 
 
 def distance(found, wanted, modules=None):
@@ -92,6 +94,58 @@ def test_target_error(tuned):
     assert len(ranks) > 1
     assert max(ranks) < 8
     assert distance(found.adapter, adapter) < 0.3
+
+
+def test_the_difference_itself(tuned, tmp_path, capsys):
+    adapter, folder = tuned
+    out = tmp_path / "full.safetensors"
+    words = ["extract", "--model_org", GOLDEN / "sd15", "--model_tuned", folder, "--save_to", out, "--algo", "full"]
+    said = run(capsys, *words)
+    assert "all 0 (largest: 0" in said
+    found = Adapter.load(out)
+    assert found.kinds == {"full": len(adapter.modules)}
+    assert distance(found, adapter) < 1e-5
+    merged = Checkpoint.open(found.merge_into(GOLDEN / "sd15", tmp_path / "again"))
+    wanted = Checkpoint.open(folder)
+    for module in found.modules:
+        torch.testing.assert_close(merged.weight(module), wanted.weight(module), rtol=0, atol=1e-7)
+    run(capsys, *words, "--save_precision", "fp16")
+    assert 1e-5 < distance(Adapter.load(out), found) < 1e-3
+
+
+@pytest.mark.parametrize("options", [["--factor", "2"], ["--target_error", "0.5"], []])
+def test_kronecker_products(tmp_path, capsys, options):
+    """A difference that is one comes back; the error of others is the one that is printed."""
+    torch.manual_seed(0)
+    pairs = Adapter.load(GOLDEN / "sd15" / "c3lier.safetensors")
+    products = {}
+    for module, pair in pairs.modules.items():
+        out, into, *kernel = pair.delta().shape
+        products[module] = Kronecker(torch.randn(2, 2), 0.1 * torch.randn(out // 2, into // 2, *kernel), 1.0)
+    adapter = pairs.with_modules(products)
+    folder, out = adapter.merge_into(GOLDEN / "sd15", tmp_path / "tuned"), tmp_path / "out.safetensors"
+    words = ["--model_org", GOLDEN / "sd15", "--model_tuned", folder, "--save_to", out, "--algo", "lokr"]
+    said = run(capsys, "extract", *words, *options)
+    found = Adapter.load(out)
+    assert set(found.kinds) == {"LoKr"}
+    whole = distance(found, adapter)
+    assert float(said.partition("all ")[2].split()[0]) == pytest.approx(whole, rel=1e-2, abs=1e-4)
+    if options == ["--factor", "2"]:
+        assert whole < 1e-4
+    if "--target_error" in options:
+        assert whole < 0.5
+
+
+def test_options_of_other_kinds_are_refused(tmp_path, capsys):
+    for words, said in (
+        (["--algo", "lokr", "--dim", "4"], "--dim does not go with --algo lokr"),
+        (["--algo", "full", "--target_error", "0.1"], "--target_error does not go with --algo full"),
+        (["--factor", "4"], "--factor does not go with --algo lora"),
+        (["--algo", "lokr", "--factor", "4", "--target_error", "0.1"], "give one"),
+        (["--algo", "lokr", "--factor", "0"], "--factor 0 is none"),
+    ):
+        models = ["--model_org", GOLDEN / "sd15", "--model_tuned", GOLDEN / "sd15"]
+        assert said in misused(capsys, "extract", *models, "--save_to", tmp_path / "a.safetensors", *words)
 
 
 def test_models_that_do_not_fit_together(tmp_path):

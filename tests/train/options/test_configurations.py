@@ -75,7 +75,7 @@ def test_the_files_as_they_are_ask_for_nothing_that_is_refused(basics, monkeypat
     for module in ("xformers", "bitsandbytes"):
         monkeypatch.setitem(__import__("sys").modules, module, torch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("lora_adapters.train.training.setup.optimizer_class", lambda name: None)
+    monkeypatch.setattr("lora_adapters.train.training.setup.optimizer_class", lambda name: (torch.optim.AdamW, {}))
     model = f"--pretrained_model_name_or_path={basics['pretrained_model_name_or_path']}"
     check(parse([f"--config_file={FOLDER / name}", model]))
 
@@ -94,7 +94,7 @@ def test_a_notebooks_two_files(sd1, pictures, tmp_path, capsys) -> None:
     assert json.loads(saved.metadata["ss_network_args"])["conv_dim"] == "8"
     shown = capsys.readouterr().err
     for said in (
-        "--network_args algo is ignored: there is no such option",
+        "--network_args algo is ignored: it is for LyCORIS: give network_module lycoris.kohya",
         "--network_args disable_conv_cp is ignored",
         "not options of a dataset, and ignored: general.max_token_length",
         "--train_data_dir: not used, since --dataset_config",

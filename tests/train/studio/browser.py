@@ -68,14 +68,14 @@ class Browser:
 
     def until(self, condition, what: object = "", seconds: float = PATIENCE):
         """What the condition gives as soon as it is true."""
-        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.common.exceptions import WebDriverException
 
         end = time.monotonic() + seconds
         while True:
             try:
                 if value := condition():
                     return value
-            except StaleElementReferenceException:
+            except WebDriverException:  # what was found has been drawn anew, or lies behind something for a moment
                 pass
             if time.monotonic() > end:
                 self.shot(Path(os.environ.get("STUDIO_SHOTS", tempfile.gettempdir())) / "studio-failed.png")
@@ -83,21 +83,29 @@ class Browser:
             time.sleep(0.2)
 
     def click(self, css: str) -> None:
-        element = self.one(css)
+        self.until(lambda: self._clicked(self.one(css)), css)
+
+    def _clicked(self, element) -> bool:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
+        return True
 
     def tab(self, title: str) -> None:
         """Open the tab."""
-        self.until(lambda: [b for b in self.all("button[role=tab]") if b.is_displayed() and b.text == title], title)[
-            0
-        ].click()
+        self._of("button[role=tab]", lambda text: text == title)
         time.sleep(1)
 
     def open(self, title: str) -> None:
         """Open the accordion."""
-        self.until(lambda: [b for b in self.all("button.label-wrap") if b.text.strip().startswith(title)])[0].click()
+        self._of("button.label-wrap", lambda text: text.startswith(title))
         time.sleep(1)
+
+    def _of(self, css: str, wanted) -> None:
+        """Click the one whose text is wanted."""
+        self.until(
+            lambda: any(self._clicked(one) for one in self.all(css) if one.is_displayed() and wanted(one.text.strip())),
+            css,
+        )
 
     def fill(self, name: str, text: object) -> None:
         """Put text into a field or a slider's number."""
@@ -111,13 +119,9 @@ class Browser:
 
     def choose(self, name: str, text: str) -> None:
         """Choose what is called so in a dropdown."""
-        field = self.one(f"#{name} input")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
-        field.click()
-        self.until(lambda: [one for one in self.all("ul[role=listbox] li") if one.text.strip().endswith(text)], text)[
-            0
-        ].click()
-        self.one("#job").click()  # closes the list
+        self.click(f"#{name} input")
+        self._of("ul[role=listbox] li", lambda shown: shown.endswith(text))
+        self.driver.execute_script("document.activeElement.blur()")  # closes the list
 
     def slide(self, name: str, key: str, times: int) -> None:
         """Move a slider by keys."""

@@ -13,6 +13,8 @@ from lora_adapters.train.studio.compare import Axis, Scene, Slot, cells
 from lora_adapters.train.studio.drawing import Artist
 from tests.train.generating import adapter_for, differ, pixels
 
+ROUNDING = 1  # of 255: adapters that were exchanged on a model are added up in another order
+
 
 @pytest.fixture(scope="module")
 def files(sd1, tmp_path_factory):
@@ -44,7 +46,7 @@ def test_a_picture_is_that_of_the_command_line_whatever_was_drawn_before(artist,
     others = [scene(files, slots=()), scene(files, slots=(Slot(files[1], 1.0),)), scene(files, seed=4)]
     others.append(scene(files, slots=(wanted.slots[0], Slot(files[1], 0.9, rank=1))))  # only numbers differ
     pictures = [pixels(artist.draw(each)) for each in [*others, wanted]]
-    assert differ(pictures[-1], generated(wanted, sd1, tmp_path / "program")) == 0
+    assert differ(pictures[-1], generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
     assert all(differ(pictures[-1], other) > 8 for other in pictures[:-1])
     text = Image.open(artist.draw(wanted)).info["parameters"]
     assert "<lora:plain:0.7> <lora:dial:-0.5>" in text
@@ -57,7 +59,7 @@ def test_the_python_draws_the_same(artist, files, sd1, tmp_path, monkeypatch, sa
     drawn = pixels(artist.draw(wanted))
     monkeypatch.chdir(tmp_path)
     exec(artist.code([[wanted]]), {})
-    assert differ(drawn, pixels(tmp_path / "picture.png")) <= 1
+    assert differ(drawn, pixels(tmp_path / "picture.png")) <= ROUNDING
 
 
 def test_a_grid_has_the_pictures_of_its_cells(artist, files, sd1):
@@ -79,7 +81,7 @@ def test_a_grid_has_the_pictures_of_its_cells(artist, files, sd1):
             cell = np.asarray(cell.resize((128, 128), Image.Resampling.BICUBIC).convert("RGB"), int)
             top = sheet.shape[0] - (2 - row) * 132
             left = sheet.shape[1] - (2 - column) * 132
-            assert differ(sheet[top : top + 128, left : left + 128], cell) == 0
+            assert differ(sheet[top : top + 128, left : left + 128], cell) <= ROUNDING
     assert "blocks of adapter 1: ALL, INS; rank of adapter 2: 1, 4" in Image.open(grid).info["parameters"]
 
 
@@ -90,7 +92,7 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind(artist, files, tmp_p
     before = pixels(artist.draw(alone))
     with pytest.raises(AdapterError, match=r"wide\.safetensors"):
         artist.draw(scene(files, slots=(*alone.slots, Slot(str(wide)))))
-    assert differ(before, pixels(artist.draw(alone))) == 0
+    assert differ(before, pixels(artist.draw(alone))) <= ROUNDING
 
 
 def test_the_python_of_a_grid_draws_its_cells(artist, files, tmp_path, monkeypatch):
@@ -99,7 +101,7 @@ def test_the_python_of_a_grid_draws_its_cells(artist, files, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     exec(artist.code(rows), {})
     for number, picture in enumerate(drawn, start=1):
-        assert differ(picture, pixels(tmp_path / f"picture-{number:03d}.png")) <= 1
+        assert differ(picture, pixels(tmp_path / f"picture-{number:03d}.png")) <= ROUNDING
 
 
 def test_other_kinds_of_adapters_come_and_go(artist, files, sd1, tmp_path):
@@ -114,6 +116,6 @@ def test_other_kinds_of_adapters_come_and_go(artist, files, sd1, tmp_path):
     before = pixels(artist.draw(alone))
     wanted = scene(files, slots=(Slot(str(loha), 0.3, blocks="MIDD"), *alone.slots))
     drawn = pixels(artist.draw(wanted))
-    assert differ(drawn, generated(wanted, sd1, tmp_path / "program")) == 0
+    assert differ(drawn, generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
     assert differ(drawn, before) > 8
-    assert differ(before, pixels(artist.draw(alone))) == 0
+    assert differ(before, pixels(artist.draw(alone))) <= ROUNDING

@@ -136,3 +136,18 @@ def test_errors_of_users_are_messages_of_the_page():
         shown(fails)(FileNotFoundError(2, "No such file", "x"))
     with pytest.raises(KeyError):
         shown(fails)(KeyError("a fault of the program"))
+
+
+def test_the_bar_of_an_ended_job_shows_what_it_said(tmp_path):
+    pytest.importorskip("gradio")
+    from lora_adapters.train.studio.jobs import Job, Jobs, Status
+    from lora_adapters.train.studio.page import job_bar, job_log
+
+    log = tmp_path / "log.txt"
+    log.write_text("$ lora-adapters x\n\rwriting: 50%|##  | 1/2\r  \r<b>.safetensors: rank 4\n  in A1111: <lora:b:1>\n")
+    jobs = Jobs(tmp_path)
+    jobs.status = lambda: Status(Job("x & y", ("x",), str(log), 1, 0.0, 0.0), code=0)
+    bar = job_bar(jobs)
+    assert "<b>Done: x &amp; y</b>" in bar
+    assert "&lt;b&gt;.safetensors: rank 4</span>" in bar
+    assert job_log(jobs).splitlines()[-2:] == ["<b>.safetensors: rank 4", "  in A1111: <lora:b:1>"]
