@@ -7,6 +7,7 @@ package.
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -46,16 +47,36 @@ def _into_peft(peft: ModuleType) -> None:
         raise unfit("peft", "injects its layers in another way")
     if not hasattr(MixedModel, "inject_adapter"):
         raise unfit("peft", "makes mixed models in another way")
-    from .save_hook import cutting
-    from .tuner import plug_into
+    for tuner in (LoraModel, MixedModel):
+        _wrap(tuner, "inject_adapter", _later(_tuner, "injecting"))
+        _wrap(tuner, "_unload_and_optionally_merge", _later(_tuner, "unloading"))
+    _wrap(LoraModel, "_create_and_replace", _later(_tuner, "creating"))
+    _wrap(LoraModel, "add_weighted_adapter", _later(_tuner, "combining"))
+    # What PEFT's models save with; elsewhere it is as it was.
+    _wrap(peft_model, "get_peft_model_state_dict", _later(_save_hook, "cutting"))
 
-    plug_into(LoraModel)
-    plug_into(MixedModel)
+
+def _later(load: Callable[[], ModuleType], name: str) -> Callable[[Any], Any]:
+    """The wrapper `name` of a module of this package that is loaded at the first call of what it wraps.
+
+    Not before: when peft is imported by such a module, that one is still being loaded itself.
+    """
+
+    def wrapper(stock: Any) -> Any:
+        made = functools.cache(lambda: getattr(load(), name)(stock))
+        return lambda *args, **kwargs: made()(*args, **kwargs)
+
+    return wrapper
+
+
+def _save_hook() -> ModuleType:
+    return importlib.import_module("lora_adapters.save_hook")
+
+
+def _tuner() -> ModuleType:
+    """`lora_adapters.tuner`; it is used before there is any layer of PEFT's, so these are changed now, too."""
     _into_layers()
-    stock = peft_model.get_peft_model_state_dict  # what PEFT's models save with; elsewhere it is as it was
-    if not hasattr(stock, "stock"):
-        peft_model.get_peft_model_state_dict = functools.wraps(stock)(cutting(stock))
-        peft_model.get_peft_model_state_dict.stock = stock  # type: ignore[attr-defined]
+    return importlib.import_module("lora_adapters.tuner")
 
 
 def _into_layers() -> None:
@@ -71,7 +92,7 @@ def _into_layers() -> None:
 
 
 def _wrap(home: Any, name: str, wrapper: Any) -> None:
-    """Put a wrapped method in the place of a class's, once."""
+    """Put a wrapped function in the place of a class's or module's, once."""
     stock = getattr(home, name)
     if not hasattr(stock, "stock"):
         ours: Any = functools.wraps(stock)(wrapper(stock))

@@ -1,13 +1,11 @@
 """PEFT's tuners, LoRA's and the mixed one, with rank and alpha decided for every module by this package's configs."""
 
 import copy
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -75,23 +73,9 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
         raise
 
 
-def plug_into(tuner: Any) -> None:
-    """Teach a tuner class of PEFT (`LoraModel`, `MixedModel`) this package's configs.
+def injecting(stock: Method) -> Method:
+    """Of the `inject_adapter` of PEFT's LoRA and mixed tuners."""
 
-    Its methods are wrapped, not its class replaced: adapters of other configs are PEFT's own in name and type too.
-    """
-    wrappers = {"inject_adapter": _injecting, "_unload_and_optionally_merge": _unloading}
-    if issubclass(tuner, LoraModel):  # whose _create_and_replace MixedModel calls
-        wrappers |= {"_create_and_replace": _creating, "add_weighted_adapter": _combining}
-    for name, wrapper in wrappers.items():
-        stock = getattr(tuner, name)
-        if not hasattr(stock, "stock"):
-            ours = functools.wraps(stock)(wrapper(stock))
-            ours.stock = stock  # type: ignore[attr-defined]
-            setattr(tuner, name, ours)
-
-
-def _injecting(stock: Method) -> Method:
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, with this package's coverage and ranks; then the layers become its type's."""
         registry.detach(model, adapter_name)  # what a deleted adapter of this name may have left
@@ -174,7 +158,9 @@ def _decided(inner: Any, adapter_name: str, config: Any) -> dict[str, Any]:
     return patterns_of(decided, config.r, config.lora_alpha)
 
 
-def _unloading(stock: Method) -> Method:
+def unloading(stock: Method) -> Method:
+    """Of their `_unload_and_optionally_merge`."""
+
     def _unload_and_optionally_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Unload as PEFT does; what the adapters' types have put on the model leaves it too."""
         unloaded = stock(self, *args, **kwargs)
@@ -185,7 +171,9 @@ def _unloading(stock: Method) -> Method:
     return _unload_and_optionally_merge
 
 
-def _creating(stock: Method) -> Method:
+def creating(stock: Method) -> Method:
+    """Of the `_create_and_replace` of LoRA's tuner, which the mixed one calls."""
+
     def _create_and_replace(
         self: Any,
         lora_config: Any,
@@ -215,7 +203,9 @@ def _creating(stock: Method) -> Method:
     return _create_and_replace
 
 
-def _combining(stock: Method) -> Method:
+def combining(stock: Method) -> Method:
+    """Of the `add_weighted_adapter` of LoRA's tuner."""
+
     def add_weighted_adapter(self: Any, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's combination of adapters into a new one, a plain LoRA. Adapters count as they are used at present."""
         first: Any = self.peft_config.get(adapters[0]) if adapters else None
