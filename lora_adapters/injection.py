@@ -1,7 +1,7 @@
 """Putting changes of weights into a live model, all or nothing, and taking them out again."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
@@ -21,6 +21,8 @@ from lora_adapters.types.lycoris.operations import LAYERS, NORMS, weight_shape
 from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of
 
 from .target_modules import RankAlpha
+
+D = TypeVar("D", bound=Delta)
 
 
 def unwrapped(model: Any) -> Any:
@@ -51,8 +53,8 @@ def _base_layer(model: Any, path: str) -> nn.Module | None:
 
 
 def match_to_model(
-    model: nn.Module, component: str, modules: Mapping[str, Delta], missing: list[str] | None = None
-) -> dict[str, Delta]:
+    model: nn.Module, component: str, modules: Mapping[str, D], missing: list[str] | None = None
+) -> dict[str, D]:
     """Match the changes of an adapter to the layers of a model, which is not changed.
 
     Args:
@@ -101,7 +103,7 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 
 
-def _shaped_like(change: Delta, layer: nn.Module) -> Delta:
+def _shaped_like(change: Any, layer: nn.Module) -> Any:
     """The change, where it fits the layer, as it can be put there; else AdapterError."""
     shape = weight_shape(layer)
     if isinstance(change, LowRank):

@@ -64,8 +64,8 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
         return InputRotation(tensors[_OFT], terms)
     if kind == "LORA":
         down = tensors.get("lora_A.weight")
-        rank = len(down) if down is not None and down.ndim else 0
-        told = torch.tensor(alpha_from_config(config, path, rank), dtype=torch.float64)
+        width = len(down) if down is not None and down.ndim else 0
+        told = torch.tensor(alpha_from_config(config, path, width), dtype=torch.float64)
         return read_module({**tensors, "alpha": told})
     rank = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8))
     alpha = pattern_value(config.get("alpha_pattern") or {}, path, config.get("alpha", 8))

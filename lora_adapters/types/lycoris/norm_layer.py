@@ -50,7 +50,7 @@ class NormLayer(nn.Module, LoraLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fuse adapters into the base layer, the active ones where none are named."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_variant:
                 continue
@@ -62,7 +62,7 @@ class NormLayer(nn.Module, LoraLayer):
 
     def unmerge(self) -> None:
         """Take all fused adapters out of the base layer."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lora_variant:

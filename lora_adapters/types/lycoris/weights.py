@@ -43,7 +43,7 @@ class DeltaWeights(nn.Module):
     def change(self) -> Delta:
         """The change, with the parameters as its tensors."""
         if not all(map(is_, self._parameters.values(), self._tensors)):  # replaced, as offloading does
-            self._keep(with_tensors(self._change, lambda name, _: self._parameters[name]))
+            self._keep(with_tensors(self._change, lambda name, _: self.get_parameter(name)))
         return self._change
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class DeltaWeights(nn.Module):
         for name, parameter in self._parameters.items():
             assert parameter is not None
             parameter.copy_(new[name])
-        self._keep(with_tensors(change, lambda name, _: self._parameters[name]))
+        self._keep(with_tensors(change, lambda name, _: self.get_parameter(name)))
 
     def is_like(self, change: Delta) -> bool:
         """Whether `replace` can take it: a change of the same kind, whose tensors have the same shapes."""
