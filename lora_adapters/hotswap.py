@@ -109,7 +109,7 @@ def swap(model: Any, matched: Mapping[str, Delta], adapter_name: str, facts: Map
     """
     stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
     for path, layer in layers(model, adapter_name):
-        pair = matched.get(path)
+        pair: Any = matched.get(path)  # as `check` has seen: where no other kind of change is, a pair or nothing
         if (weights := held(layer, adapter_name)) is not None:
             assert pair is not None, path  # `check` has seen to it
             weights.replace(pair)

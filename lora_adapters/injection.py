@@ -1,7 +1,7 @@
 """Putting changes of weights into a live model, all or nothing, and taking them out again."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, inject_adapter_in_model
@@ -22,6 +22,8 @@ from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_opti
 
 from .target_modules import RankAlpha
 from .tuner import inject_at
+
+D = TypeVar("D", bound=Delta)
 
 
 def unwrapped(model: Any) -> Any:
@@ -52,8 +54,8 @@ def _base_layer(model: Any, path: str) -> nn.Module | None:
 
 
 def match_to_model(
-    model: nn.Module, component: str, modules: Mapping[str, Delta], missing: list[str] | None = None
-) -> dict[str, Delta]:
+    model: nn.Module, component: str, modules: Mapping[str, D], missing: list[str] | None = None
+) -> dict[str, D]:
     """Match the changes of an adapter to the layers of a model, which is not changed.
 
     Args:
@@ -102,7 +104,7 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 
 
-def _shaped_like(change: Delta, layer: nn.Module) -> Delta:
+def _shaped_like(change: Any, layer: nn.Module) -> Any:
     """The change, where it fits the layer, as it can be put there; else AdapterError."""
     shape = weight_shape(layer)
     if isinstance(change, LowRank):

@@ -15,24 +15,32 @@ _LOADED = "_hf_peft_config_loaded"  # what diffusers and transformers ask for
 
 @dataclass(frozen=True)
 class _Layer:
-    """One of PEFT's layers: its active adapters and, where some are fused into its weight, these and the weight."""
+    """One of PEFT's layers: its active adapters and, where some are fused, these, its weight and bias."""
 
     active: list[str]
     merged: list[str]
     weight: torch.Tensor | None
+    bias: torch.Tensor | None
     caches: dict[str, Any]
     kept: Any
 
     @classmethod
     def of(cls, layer: Any) -> "_Layer":
-        weight = layer.get_base_layer().weight.detach().clone() if layer.merged_adapters else None
+        base = layer.get_base_layer()
+        weight, bias = (
+            part.detach().clone() if layer.merged_adapters and part is not None else None
+            for part in (base.weight, getattr(base, "bias", None))
+        )
         caches = dict(getattr(layer, "_caches", {}))
-        return cls(list(layer.active_adapters), list(layer.merged_adapters), weight, caches, fusing.kept_of(layer))
+        kept = fusing.kept_of(layer)
+        return cls(list(layer.active_adapters), list(layer.merged_adapters), weight, bias, caches, kept)
 
     def restore(self, layer: Any) -> None:
         layer.set_adapter(self.active)
         if self.weight is not None and layer.merged_adapters != self.merged:  # PEFT takes it out to add an adapter
             layer.get_base_layer().weight.data = self.weight
+            if self.bias is not None:
+                layer.get_base_layer().bias.data = self.bias
             layer.merged_adapters = list(self.merged)
             layer._caches = dict(self.caches)
             fusing.keep(layer, self.kept)

@@ -6,6 +6,7 @@ is looked up there.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,13 @@ def _tensors_of(changes: Mapping[ModuleName, Delta]) -> Tensors:
         if isinstance(change, LowRank):
             tensors[module, "down"], tensors[module, "up"] = change.down, change.up
         else:
-
-            def keep(name: str, tensor: torch.Tensor, module: ModuleName = module) -> torch.Tensor:
-                return tensors.setdefault((module, name), tensor)
-
-            with_tensors(change, keep)
+            with_tensors(change, partial(_note, tensors, module))
     return tensors
+
+
+def _note(tensors: Tensors, module: ModuleName, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    tensors[module, name] = tensor
+    return tensor
 
 
 def _are_equal(live: Tensors, given: Tensors) -> bool:

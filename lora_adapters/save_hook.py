@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_adapters.convert.deltas.base import with_article
 from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import COMPONENTS, ModuleName
 from lora_adapters.convert.formats.diffusers import split_key
 from lora_adapters.types import layers as lora_layers  # whole: it may be half loaded here
@@ -82,6 +84,7 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def get_peft_model_state_dict(model: Any, *args: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+        from lora_adapters.types.lycoris.layer import held
         from lora_adapters.types.registry import is_ours
 
         from .injection import unwrapped
@@ -89,6 +92,13 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
         tensors, inner = stock(model, *args, adapter_name=adapter_name, **kwargs), unwrapped(model)
         if not is_ours(inner, adapter_name):
             return tensors
+        for path, layer in lora_layers.layers(inner, adapter_name):
+            if (weights := held(layer, adapter_name)) is not None:
+                kind = with_article(weights.change.kind)
+                raise AdapterError(
+                    f"adapter {adapter_name} has {kind} in {path}, for which PEFT's files have no place: save it with "
+                    "Adapter.from_models"
+                )
         ranks = {path: layer.r[adapter_name] for path, layer in lora_layers.layers(inner, adapter_name)}
         cut = {}
         for key, tensor in tensors.items():

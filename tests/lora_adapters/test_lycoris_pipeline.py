@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers.training_utils import _collate_lora_metadata
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_adapters import Adapter, AdapterError, injection
+from lora_adapters import Adapter, AdapterError, LycorisConfig, injection
 from lora_adapters.convert.deltas import read_module
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.types.layers import layers
@@ -283,3 +283,24 @@ def test_combining_needs_pairs(pipeline):
 
     with pytest.raises(AdapterError, match="which no low-rank pair stands for"):
         LoraModel(pipe.unet, pipe.unet.peft_config, "a").add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "cat")
+
+
+def test_what_peft_saves_has_no_place_for_other_kinds(pipeline, tmp_path):
+    pipe = pipeline()
+    mixed(pipe).to_pipeline(pipe, "default")
+    model = PeftModel(pipe.unet, LycorisConfig(r=1, target_modules=["conv_in"]), "more")
+    with pytest.raises(AdapterError, match=r"has an? \w+ in .*, for which PEFT's files have no place"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+
+
+def test_a_load_that_fails_leaves_what_is_fused(pipeline, monkeypatch):
+    pipe, golden = pipeline(), expected("sd15")
+    adapter = mixed(pipe)
+    base = outputs(pipe, golden)
+    adapter.to_pipeline(pipe, "a")
+    pipe.fuse_lora()
+    fused = outputs(pipe, golden)
+    monkeypatch.setattr(injection, "hold", lambda *args: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        adapter.to_pipeline(pipe, "b")
+    assert error(outputs(pipe, golden), fused, base) < 1e-6
