@@ -111,14 +111,14 @@ def _made(kind: type, *shape: Any, **options: Any) -> _Pattern:
 @cache
 def _keeps_gradients() -> bool:
     """Whether PEFT leaves it alone which of the other parameters have gradients, as its newer versions do."""
-    holder = nn.Module()
+    holder: Any = nn.Module()
     holder.layer = nn.Linear(1, 1, device="meta")
     for name in ("first", "second"):
         config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
         with warnings.catch_warnings():  # that there is one already
             warnings.simplefilter("ignore")
             inject_adapter_in_model(config, holder, adapter_name=name, low_cpu_mem_usage=True)
-    return all(one.requires_grad for one in holder.layer.lora_A["first"].parameters())  # type: ignore[operator, union-attr]
+    return all(one.requires_grad for one in holder.layer.lora_A["first"].parameters())
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def places(model: nn.Module, paths: Collection[str]) -> Places | None:
         return None
     if any(getattr(config, "kasa_config", None) for config in getattr(model, "peft_config", {}).values()):
         return None
-    by_path, modules, layers = dict[str, nn.Module](), [], []
+    by_path, modules, layers = dict[str, nn.Module](), list[nn.Module](), list[Any]()
     for path, module in outer_modules(model):
         if isinstance(module, AuxiliaryTrainingWrapper):
             return None

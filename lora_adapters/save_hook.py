@@ -10,7 +10,6 @@ looked up in the models that the tensors come from, and the names are PEFT's thr
 import json
 import logging
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,14 +21,10 @@ from lora_adapters.convert.families.names import COMPONENTS, ModuleName
 from lora_adapters.convert.formats.diffusers import split_key
 from lora_adapters.types import layers as lora_layers  # whole: it may be half loaded here
 
+from .adapted_models import adapted
+
 logger = logging.getLogger(__name__)
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")  # as PEFT names it in files
-_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-def remember(model: nn.Module) -> None:
-    """Note a model that has an adapter of this package."""
-    _models.add(model)
 
 
 def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +133,7 @@ def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], 
 
     from .injection import extract_pairs, is_plain, widths
 
-    for model in list(_models):
+    for model in adapted():
         for name, config in getattr(model, "peft_config", {}).items():
             if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
                 yield config, extract_pairs(model, component, name), widths(model, component, name)

@@ -17,7 +17,7 @@ from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 # Whole modules: each may be half loaded when its import of peft is what loads this one.
 from lora_adapters.types import base, layers, registry
 
-from . import grafting, save_hook
+from . import adapted_models, grafting
 from .target_modules import RankAlpha, RankRule, base_layers, covered
 
 Method = Callable[..., Any]
@@ -44,15 +44,15 @@ def _literal(pattern: Mapping[str, Any] | None) -> dict[str, Any]:
 @contextmanager
 def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) -> Iterator[None]:
     """Where the block fails, the adapter's name is free again, and the others are as they were."""
-    trained, active, before = [], {}, set()
+    trained, active, before = list[Any](), dict[Any, list[str]](), set[Any]()
     for module in model.modules():
         trained += [
             (parameter, parameter.requires_grad) for parameter in module._parameters.values() if parameter is not None
         ]
         if isinstance(module, BaseTunerLayer):
             active[module] = list(module.active_adapters)
-            if layers.has_adapter(module, adapter_name):
-                before.add(module)
+        if layers.has_adapter(module, adapter_name):
+            before.add(module)
     try:
         yield
     except Exception:
@@ -130,7 +130,7 @@ def _settle(
     except Exception:
         config.undecide(asked)
         raise
-    save_hook.remember(inner)
+    adapted_models.remember(inner)
 
 
 def inject_at(model: nn.Module, config: LoraConfig, adapter_name: str, paths: Collection[str]) -> bool:
