@@ -109,7 +109,7 @@ def _scaled(down: torch.Tensor, scale: Any) -> torch.Tensor:
     return down * (scale.to(down) if isinstance(scale, torch.Tensor) else scale)
 
 
-def _gate(layer: Any, downs: list[torch.Tensor], scales: list[float]) -> torch.Tensor:
+def _gate(layer: Any, downs: list[torch.Tensor], scales: list[Any]) -> torch.Tensor:
     """The scale of each component, kept for the next call with the same ones."""
     ranks = tuple(len(down) for down in downs)
     key = (ranks, tuple(scales), downs[0].dtype, downs[0].device)

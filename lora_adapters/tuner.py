@@ -43,7 +43,7 @@ def _literal(pattern: Mapping[str, Any] | None) -> dict[str, Any]:
 @contextmanager
 def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) -> Iterator[None]:
     """Where the block fails, the adapter's name is free again, and the others are as they were."""
-    trained, active, before = [], {}, set()
+    trained, active, before = list[Any](), dict[Any, list[str]](), set[Any]()
     for module in model.modules():
         trained += [
             (parameter, parameter.requires_grad) for parameter in module._parameters.values() if parameter is not None
