@@ -21,8 +21,8 @@ from lora_adapters.convert.formats.diffusers import split_key
 from lora_adapters.convert.storage.sources import DIFFUSERS_NAME
 from lora_adapters.types.registry import is_ours
 
+from .adapted_models import remembered
 from .injection import extract_changes, module_named
-from .save_hook import remembered
 
 # A tensor of `types.lycoris.weights.DeltaWeights`, as PEFT names it in state dicts.
 _FIELD = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_A\.(?!weight$)(\w+)")

@@ -10,7 +10,6 @@ looked up in the models that the tensors come from, and the names are PEFT's thr
 import json
 import logging
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,19 +23,10 @@ from lora_adapters.convert.families.names import COMPONENTS, ModuleName
 from lora_adapters.convert.formats.diffusers import split_key
 from lora_adapters.types import layers as lora_layers  # whole: it may be half loaded here
 
+from .adapted_models import remembered
+
 logger = logging.getLogger(__name__)
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")  # as PEFT names it in files
-_models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-def remember(model: nn.Module) -> None:
-    """Note a model that has an adapter of this package."""
-    _models.add(model)
-
-
-def remembered() -> list[nn.Module]:
-    """The models that have adapters of this package, as far as they are still in memory."""
-    return list(_models)
 
 
 def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 # Whole modules: each may be half loaded when its import of peft is what loads this one.
 from lora_adapters.types import base, layers, registry
 
-from . import grafting, save_hook
+from . import grafting
+from .adapted_models import remember
 from .target_modules import RankAlpha, RankRule, base_layers
 
 Method = Callable[..., Any]
@@ -115,7 +116,7 @@ def _settle(
     except Exception:
         config.undecide(asked)
         raise
-    save_hook.remember(inner)
+    remember(inner)
 
 
 def inject_at(model: nn.Module, config: LoraConfig, adapter_name: str, paths: Collection[str]) -> bool:
