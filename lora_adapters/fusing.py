@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from lora_adapters.types.layers import factors
+from lora_adapters.types.lycoris.layer import before_key
 
 Method = Callable[..., Any]
 _keeps: ContextVar[bool | None] = ContextVar("keeps", default=None)  # None: diffusers is fusing nothing
@@ -108,7 +109,7 @@ def merging(stock: Method) -> Method:
         if self.merged_adapters and (kept is None or not kept.is_of(base)):
             keeps = False  # there is something in it already that is not known
         elif keeps and kept is None:
-            bias = getattr(base, "bias", None) if any(self.lora_bias.values()) else None
+            bias = getattr(base, "bias", None)  # some kinds of adapters change it
             kept = _Kept(_copy(base.weight), None if bias is None else _copy(bias), ())
         done = False
         try:
@@ -134,6 +135,8 @@ def unmerging(stock: Method) -> Method:
             stock(self)
             return
         kept.restore(base)
+        for name in self.merged_adapters:
+            self._caches.pop(before_key(name), None)
         self.merged_adapters.clear()
 
     return unmerge

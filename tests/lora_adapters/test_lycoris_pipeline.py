@@ -151,6 +151,7 @@ def test_fused_one_after_another(order, pipeline):
         assert error(outputs(pipe, golden), want, base) < 1e-4
         pipe.unfuse_lora()
         assert error(outputs(pipe, golden), want, base) < 1e-4
+        assert not any("before" in key for part in pipe.unet.modules() for key in getattr(part, "_caches", {}))
         for name, own in ((name, base_of(pipe, name)) for name in adapters["one"].modules):
             torch.testing.assert_close(own.weight, base_of(plain, name).weight, rtol=1e-5, atol=1e-6)
             if own.bias is not None:

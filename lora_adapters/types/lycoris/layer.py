@@ -58,7 +58,7 @@ class DeltaVariant(LoraVariant):
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """The weight as it was before the change was added; the bias is changed back in place."""
-        kept = module._caches.pop(_key(active_adapter))
+        kept = module._caches.pop(before_key(active_adapter))
         if kept["bias"] is not None:
             module.get_base_layer().bias.data.copy_(kept["bias"])
         if kept["weight"] is not None:
@@ -77,7 +77,7 @@ class DeltaVariant(LoraVariant):
         else:
             weight, bias = _computed(module, adapter, multiplier, orig_weight)
         exact = weight is not None and (module.lora_A[adapter].change.needs_base or weight.ndim == 1)
-        module._caches[_key(adapter)] = {
+        module._caches[before_key(adapter)] = {
             "multiplier": multiplier,
             "weight": orig_weight.detach().clone() if exact else None,
             "bias": None if bias is None else base.bias.detach().clone(),
@@ -122,7 +122,8 @@ def hold(layer: Any, adapter_name: str, change: Delta) -> None:
     layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = 1, 1.0, 1.0
 
 
-def _key(adapter_name: str) -> str:
+def before_key(adapter_name: str) -> str:
+    """The key in a layer's `_caches` of what was overwritten when the adapter was fused."""
     return f"{adapter_name}-before"
 
 
@@ -149,7 +150,7 @@ def _without_fused(module: Any, weight: torch.Tensor) -> torch.Tensor:
         if variant is None:
             weight = weight - module.get_delta_weight(name).to(weight)
         elif isinstance(variant, DeltaVariant):
-            kept = module._caches[_key(name)]
+            kept = module._caches[before_key(name)]
             if kept["weight"] is not None:
                 weight = kept["weight"].to(weight)
             else:
