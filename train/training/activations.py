@@ -60,7 +60,7 @@ class _Tally:
     """Counts the bytes of what autograd keeps, each storage once, without those in `known`."""
 
     def __init__(self, known: set[int]):
-        self.seen, self.kept, self.bytes = set(known), [], 0
+        self.seen, self.kept, self.bytes = set(known), list[torch.UntypedStorage](), 0
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -56,7 +56,7 @@ def blocks(run: Run) -> dict[str, Block]:
 
 def table(run: Run) -> list[str]:
     """The blocks as lines of a table."""
-    rows = [("block", "modules", "parameters", "rank", "alpha", "rate")]
+    rows: list[tuple[str, ...]] = [("block", "modules", "parameters", "rank", "alpha", "rate")]
     rows += [block.cells(name) for name, block in blocks(run).items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(_padded, range(len(row)), row, widths)).rstrip() for row in rows]
