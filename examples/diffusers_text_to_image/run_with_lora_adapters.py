@@ -71,7 +71,12 @@ def run(script: Path, options: argparse.Namespace, arguments: list[str]) -> None
     sys.modules.update({"__main__": main, HERE.__name__: HERE})
     sys.argv = [str(script), *arguments]
     sys.path[0] = str(script.parent)
-    exec(compile(tree, str(script), "exec"), main.__dict__)
+    try:
+        exec(compile(tree, str(script), "exec"), main.__dict__)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {script} needs the package {error.name}: pip install {error.name}")
+    except ImportError as error:  # of diffusers' check_min_version: a script that is newer than the library
+        sys.exit(f"error: {script}: {' '.join(str(error).split())}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

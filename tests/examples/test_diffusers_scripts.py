@@ -233,3 +233,18 @@ def test_dreambooth(adapter, pictures, tmp_path) -> None:
     assert "Resuming from checkpoint checkpoint-2" in done.stdout
     assert "unexpected keys" not in done.stderr
     check(StableDiffusionPipeline, model, output, tmp_path, adapter is DYLORA, ("unet", "text_encoder"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("import no_such_package.part", "needs the package no_such_package: pip install no_such_package"),
+        ("from diffusers.utils import check_min_version; check_min_version('99.0')", "the version found is "),
+    ],
+)
+def test_what_a_script_lacks_is_said_in_one_line(tmp_path, line, reason):
+    script = tmp_path / "script.py"
+    script.write_text(f"from peft import LoraConfig\n{line}\n")
+    said = run(WRAPPER, script, "--adapter", "lierla", "--", ok=False).stderr.strip().splitlines()[-1]
+    assert said.startswith(f"error: {script}")
+    assert reason in said

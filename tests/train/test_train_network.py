@@ -72,7 +72,7 @@ BEFORE_THE_MODEL = [
     ({"base_weights": "nowhere.safetensors"}, "--base_weights nowhere.safetensors does not exist"),
     ({"network_weights": "owner/name"}, "--network_weights owner/name"),
     ({"network_weights": __file__}, f"--network_weights {__file__}"),
-    ({"resume": str(Path(__file__).parent)}, "no saved state"),
+    ({"resume": str(Path(__file__).parent)}, "not a saved state"),
     ({"network_dim": 0}, "network_dim is 0: a rank is at least 1"),
     ({"resume": "/nowhere/state"}, "--resume /nowhere/state does not exist"),
     ({"network_weights": "nowhere.safetensors"}, "--network_weights nowhere.safetensors does not exist"),
@@ -138,7 +138,7 @@ def test_full_disk_while_saving(basics, tmp_path, capsys, monkeypatch) -> None:
     assert "No space left on device" in said.splitlines()[-1]
     assert [f"step {step} is not saved" in said for step in (1, 2, 3)] == [True] * 3
     assert said.count("trying again in 0 s: make room") == 2
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_disk_that_has_room_again(basics, tmp_path, monkeypatch) -> None:
@@ -157,7 +157,7 @@ def test_a_disk_that_has_room_again(basics, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(saving, "PATIENCE", (0,))
     assert main(command_line({**basics, "save_every_n_steps": 1, "output_name": "x"})) == 0
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == ["x-step00000002.safetensors", "x-step00000003.safetensors", "x.safetensors"]
+    assert left == ["x-report.html", "x-step00000002.safetensors", "x-step00000003.safetensors", "x.safetensors"]
 
 
 def test_samples_and_logs_that_fail_stop_nothing(basics, tmp_path, monkeypatch, capsys) -> None:
@@ -231,6 +231,6 @@ def test_a_disk_that_is_really_full(basics, tmp_path, changes) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "cannot be written" in last
-    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    left = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".html")
     every = [*(f"x-step{step:08d}.safetensors" for step in (1, 2, 3)), "x.safetensors"]
     assert left == (every if "save_state" in changes else [])

@@ -145,7 +145,7 @@ def test_saves_and_measurements_come_when_they_were_asked_for(basics, tmp_path) 
     }
     result = train(settings(**options))
     assert [one.step for one in result.held_out] == [0, 5, 10, 12]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x-000002.pt", "x.pt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x-000002.pt", "x-report.html", "x.pt"]
     assert {value.dtype for value in torch.load(tmp_path / "out" / "x.pt", weights_only=True).values()} == {
         torch.float16
     }

@@ -138,7 +138,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_save(basics, tmp_path
     with pytest.raises(TrainingError, match="the loss is nan at step 3"):
         train(settings(**basics, save_every_n_steps=1, output_name="x"))
     saved = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert saved == ["x-step00000001.safetensors", "x-step00000002.safetensors"]
+    assert saved == ["x-report.html", "x-step00000001.safetensors", "x-step00000002.safetensors"]
     assert all(one.up.isfinite().all() for one in Adapter.load(tmp_path / "out" / saved[-1]).modules.values())
 
 
@@ -162,7 +162,7 @@ def test_saves_samples_and_logs(basics, tmp_path) -> None:
         )
     )
     out = tmp_path / "out"
-    names = ["sample", "x-000001-state", "x-000001.safetensors", "x-state", "x.safetensors"]
+    names = ["sample", "x-000001-state", "x-000001.safetensors", "x-report.html", "x-state", "x.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == names  # an epoch is 3 steps: one ends within the run
     assert [path.name for path in sorted((out / "sample").iterdir())] == ["x-step00000000.png", "x-step00000003.png"]
     events = EventAccumulator(str(next((tmp_path / "log").glob("*/run"))))

@@ -81,7 +81,7 @@ def test_resume_refuses_another_network(basics, tmp_path) -> None:
 
 
 def test_resume_of_no_state(basics, tmp_path) -> None:
-    with pytest.raises(TrainingError, match="no saved state"):
+    with pytest.raises(TrainingError, match="not a saved state"):
         train(settings(**basics, resume=str(tmp_path)))
 
 

@@ -45,6 +45,7 @@ def test_the_program_saves_and_says_so(basics, tmp_path, monkeypatch, capfd, nam
     assert f"{name}: stopping after this step" in said
     assert said.strip().endswith(f"error: stopped by {name}; the state is saved, continue with --resume={state}")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "x-report.html",
         "x-step00000002-state",
         "x-step00000002.safetensors",
     ]
