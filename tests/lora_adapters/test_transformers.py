@@ -219,12 +219,12 @@ def test_as_many_modules_as_in_kohyas_files():
     model = transformer("FluxTransformer2DModel")
     inject_adapter_in_model(LierLaConfig(r=2), model)
     adapter = Adapter.from_models({"transformer": model})
-    from lora_adapters.convert.formats.fused import named_pairs
+    from lora_adapters.convert.formats.fused import named_changes
 
-    assert len(named_pairs(adapter.pairs(), adapter.family)) == 2 * 10 + 2 * 3
+    assert len(named_changes(adapter.pairs(), adapter.family)) == 2 * 10 + 2 * 3
     peft_model = get_peft_model(transformer("SD3Transformer2DModel"), LierLaConfig(r=2))
     adapter = Adapter.from_models({"transformer": peft_model})
-    assert len(named_pairs(adapter.pairs(), adapter.family)) == 2 * 10 + 7 + 2
+    assert len(named_changes(adapter.pairs(), adapter.family)) == 2 * 10 + 7 + 2
 
 
 def test_blocks_have_ranks_of_their_own():
