@@ -34,7 +34,11 @@ from lora_adapters.convert.tools.summary import written
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="average_lora.py", description="Average LoRAs into one of the same rank.")
+    made = Parser(
+        prog="average_lora.py",
+        description="Average LoRAs into one of the same rank.",
+        examples=["mine-000008.safetensors mine-000009.safetensors --output average.safetensors"],
+    )
     made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
     made.add_argument("--output", "--save_to", dest="save_to", required=True, help="the resulting file")
     add_dtype(made, "--save_precision", "of the result (default: float)")

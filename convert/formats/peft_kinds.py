@@ -8,6 +8,7 @@ import torch
 from lora_adapters.convert.deltas import read_module
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.input_rotation import InputRotation
+from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.reading import SUFFIXES
 from lora_adapters.convert.errors import AdapterError
 
@@ -65,8 +66,9 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
     if kind == "LORA":
         down = tensors.get("lora_A.weight")
         rank = len(down) if down is not None and down.ndim else 0
-        alpha = torch.tensor(alpha_from_config(config, path, rank), dtype=torch.float64)
-        return read_module({**tensors, "alpha": alpha})
+        alpha = alpha_from_config(config, path, rank)
+        change = read_module({**tensors, "alpha": torch.tensor(alpha, dtype=torch.float64)})
+        return change.scaled(0.0) if alpha == 0 and isinstance(change, LowRank) else change  # a 0 is read as the rank
     dim: Any = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8))
     dim_alpha: Any = pattern_value(config.get("alpha_pattern") or {}, path, config.get("alpha", 8))
     try:

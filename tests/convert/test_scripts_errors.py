@@ -37,7 +37,7 @@ def hostile(path, kind):
         "half pair": {up: None},
         "rank 0": {up: torch.zeros(len(whole[up]), 0), down: torch.zeros(0, 32)},
         "integers": {up: torch.ones(whole[up].shape, dtype=torch.int32)},
-        "torn alpha": {alpha: torch.ones(3)},
+        "torn alpha": {alpha: torch.tensor([1.0, 2.0, 3.0])},
         "alpha 0": {alpha: torch.tensor(0.0)},
         "alpha nan": {alpha: torch.tensor(float("nan"))},
         "zero size": {up: torch.zeros(0, 0)},

@@ -53,10 +53,6 @@ WRONG_USAGE = [
 BEFORE_THE_MODEL = [
     ({"pretrained_model_name_or_path": "/nowhere/model"}, "/nowhere/model does not exist"),
     ({"pretrained_model_name_or_path": "model.safetensors"}, "model.safetensors does not exist"),
-    (
-        {"network_module": "networks.loha"},
-        "network_module networks.loha: LoHa is not supported; networks.lora and networks.dylora are",
-    ),
     ({"network_args": {"block_dims": "1,2"}}, "block_dims has 2 values"),
     ({"network_module": "networks.dylora", "network_args": {"unit": "3"}}, "unit 3 does not divide"),
     ({"mixed_precision": "fp16"}, "go on with --mixed_precision bf16"),
@@ -65,7 +61,6 @@ BEFORE_THE_MODEL = [
         {"mixed_precision": "fp16", "xformers": True},
         "fp16 and --xformers need a CUDA device; go on with --mixed_precision bf16 or no and --sdpa",
     ),
-    ({"network_module": "lycoris.kohya"}, "for its algo=lora or locon give networks.lora, with conv_dim"),
     ({"network_module": "networks.lora_fa"}, "LoRA-FA, which trains `up` alone, is not supported; give networks"),
     ({"network_module": "networks.lroa"}, "networks.lroa; the nearest known name is networks.lora"),
     ({"train_data_dir": "/nowhere/data"}, "/nowhere/data"),

@@ -1,5 +1,6 @@
 """The families of base models that can be trained and drawn with, by name. A new one is a module and a line here."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -45,3 +46,15 @@ def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
 def known_titles() -> list[str]:
     """The titles of all kinds of base models, the oldest first."""
     return [title for family in reversed(FAMILIES.values()) for title in family.kinds.values()]
+
+
+# How repositories of models of each family are called, in the order in which they are tried.
+_REPOSITORIES = {
+    SDXL.name: re.compile(r"xl\b|xl[-_]|sdxl|pony|illustrious|noob"),
+    SD.name: re.compile(r"stable-diffusion-(v?1|2)|sd[-_]?(v?1|2|turbo)|\bv1-5|v2-1"),
+}
+
+
+def name_by_repository(repository: str) -> str | None:
+    """The name of the family that a model's repository or file name tells; None if it tells none."""
+    return next((name for name, called in _REPOSITORIES.items() if called.search(repository.lower())), None)

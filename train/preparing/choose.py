@@ -1,6 +1,5 @@
 """From what is in a folder, the base model and the card to settings, each with its reason."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +59,7 @@ def _presets(model: str, settings: InitSettings) -> list[Preset]:
 def _family(model: str) -> str:
     """The family of a base model, by its files or, of a hub id, by its name."""
     from lora_adapters.train.models.base import check_path, family_on_disk
+    from lora_adapters.train.models.registry import name_by_repository
     from lora_adapters.train.options.model import ModelSource
 
     source = ModelSource(pretrained_model_name_or_path=model)
@@ -67,11 +67,9 @@ def _family(model: str) -> str:
     found = family_on_disk(source)
     if found is not None:
         return found.name
-    name = model.lower()
-    if re.search(r"xl\b|xl[-_]|sdxl|pony|illustrious|noob", name):
-        return "sdxl"
-    if re.search(r"stable-diffusion-(v?1|2)|sd[-_]?(v?1|2|turbo)|\bv1-5|v2-1", name):
-        return "sd"
+    name = name_by_repository(model)
+    if name is not None:
+        return name
     raise OptionError(f"--family is missing: {model} does not tell whether it is sd (1.x, 2.x) or sdxl")
 
 
@@ -82,8 +80,11 @@ def _card() -> float:
 
 def _trained_side(model: str) -> int | None:
     """The side in pixels of pictures that a Diffusers folder's U-Net was made for; None where no file says it."""
-    file = Path(model) / "unet" / "config.json"
-    if not file.is_file():
+    from lora_adapters.train.models.registry import FAMILIES
+
+    files = (Path(model) / name / "config.json" for name in {family.denoiser for family in FAMILIES.values()})
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
         return None
     try:
         size = json_value(read_text(file)).get("sample_size")

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.samplers import SAMPLERS
 from lora_adapters.train.studio import compare
 from lora_adapters.train.studio.compare import PRESETS, Axis, Choice, Scene, Slot
@@ -16,7 +17,7 @@ from lora_adapters.train.studio.page import Lists, shown
 from lora_adapters.train.studio.paths import Folders, StudioError
 
 SLOTS = 4
-_BLOCKS = max((compare.labels(name) for name in ("sd", "sdxl")), key=len)
+_BLOCKS = max((compare.labels(name) for name in FAMILIES), key=len)
 _MOST_SIDE = 2048
 
 

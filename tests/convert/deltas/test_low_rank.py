@@ -56,7 +56,7 @@ def test_spellings_of_1x1_are_one_thing():
     [
         ((4, 6), (5, 3), 1, "ranks differ"),
         ((0, 6), (5, 0), 1, "rank"),
-        ((4,), (5, 4), 1, "no low-rank"),
+        ((4,), (5, 4), 1, "not a low-rank"),
         ((4, 6), (5, 4), float("nan"), "alpha"),
     ],
 )

@@ -126,7 +126,7 @@ EARLY = {
     "--ckpt {sd1} --prompt x --network_weights {dial} --rank 5": "rank 5 is not one that this adapter can be cut to",
     "--ckpt {sd1} --prompt x --network_weights {lora} --rank 4": "none of --network_weights is a DyLoRA",
     "--ckpt {sd1} --prompt x --network_weights {xl}": "xl.safetensors is for SDXL, but",
-    "--ckpt {sdxl} --prompt x --network_weights {lora}": "lora.safetensors is for SD1.x/SD2.x, but",
+    "--ckpt {sdxl} --prompt x --network_weights {lora}": "lora.safetensors is for SD, but",
     "--ckpt owner/name --prompt x --network_weights {lora} {xl}": "cannot be combined",
     # sweeps
     "--ckpt {sd1} --prompt x --sweep weight=1": "--sweep weight: there is no adapter to change",
