@@ -149,7 +149,7 @@ class TensorDelta:
         """The same delta with its tensors in another dtype; None keeps them."""
         if dtype is None:
             return self
-        tensors: dict[str, Any] = {name: tensor.to(dtype) for name, tensor in self._fields().items()}
+        tensors: dict[str, Any] = {name: tensor.to(dtype) for name, tensor in tensor_fields(self).items()}
         return replace(self, **tensors)
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
@@ -158,18 +158,14 @@ class TensorDelta:
 
     def is_finite(self) -> bool:
         """Whether no number in its tensors is NaN or infinite."""
-        return all(finite(tensor) for tensor in self._fields().values())
+        return all(finite(tensor) for tensor in tensor_fields(self).values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors by the ends of their keys in a file."""
         raise NotImplementedError
 
-    def _fields(self) -> dict[str, torch.Tensor]:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
     def _check_floating(self) -> None:
-        for name, tensor in self._fields().items():
+        for name, tensor in tensor_fields(self).items():
             if not tensor.is_floating_point():
                 raise AdapterError(f"{name} must be floating point, not {tensor.dtype}")
 
@@ -202,6 +198,12 @@ def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor],
                 for at, part in enumerate(value)
             )
     return replace(change, **values)
+
+
+def tensor_fields(delta: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a delta, by the names of their fields; not those of a delta inside of it."""
+    values = ((item.name, getattr(delta, item.name)) for item in fields(delta))
+    return {name: value for name, value in values if isinstance(value, torch.Tensor)}
 
 
 def with_article(kind: str) -> str:

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 from typing_extensions import Self
 
-from lora_adapters.convert.deltas.low_rank import finite
 from lora_adapters.convert.errors import AdapterError
 
-from .base import Delta
+from .wrapper import Wrapper
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DoRA:
+class DoRA(Wrapper):
     """W + ΔW = (W + change) · m / ‖W + change‖, where another delta makes the change.
 
     The magnitude m is (out, 1, ...), with a norm over each output channel (LyCORIS' `wd_on_output`, PEFT's DoRA), or
@@ -22,7 +21,6 @@ class DoRA:
     W + ΔW = (W + change) · (1 + w · (m / ‖W + change‖ - 1)). The change itself stays whole, even at w = 0.
     """
 
-    change: Delta
     magnitude: torch.Tensor
     multiplier: float = 1.0
 
@@ -33,9 +31,6 @@ class DoRA:
         if not self.magnitude.is_floating_point():
             raise AdapterError(f"dora_scale must be floating point, not {self.magnitude.dtype}")
 
-    def __repr__(self) -> str:
-        return f"DoRA({self.change!r})"
-
     @property
     def kind(self) -> str:
         """ "DoRA", whatever makes the change."""
@@ -45,11 +40,6 @@ class DoRA:
     def rank(self) -> int | None:
         """The rank of the change before the magnitude is applied; ΔW itself has no rank."""
         return self.change.rank
-
-    @property
-    def out_in(self) -> tuple[int, int] | None:
-        """Those of the change of the weight."""
-        return self.change.out_in
 
     @property
     def changes_weight(self) -> bool:
@@ -88,21 +78,11 @@ class DoRA:
         """The delta at another weight; see the class for what that means."""
         return replace(self, multiplier=self.multiplier * weight)
 
-    def to(self, dtype: torch.dtype | None) -> Self:
-        """The same delta with its tensors in another dtype; None keeps them."""
-        if dtype is None:
-            return self
-        return replace(self, change=self.change.to(dtype), magnitude=self.magnitude.to(dtype))
-
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         """Whether the change and the magnitude are for a weight of this shape."""
         if len(weight_shape) < 2 or not self.change.fits(weight_shape):
             return False
         return self._on_output(weight_shape) or tuple(self.magnitude.shape[:2]) == (1, weight_shape[1])
-
-    def is_finite(self) -> bool:
-        """Whether no number in its tensors is NaN or infinite."""
-        return self.change.is_finite() and finite(self.magnitude)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of the change, and `dora_scale`."""

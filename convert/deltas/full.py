@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from typing_extensions import Self
 
-from lora_adapters.convert.deltas.low_rank import finite
 from lora_adapters.convert.errors import AdapterError
 
-from .base import Delta, TensorDelta, Tensors, check_shape, check_suffixes, times, with_article
+from .base import TensorDelta, Tensors, check_shape, check_suffixes, times, with_article
+from .wrapper import Wrapper
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,10 +82,9 @@ class Full(TensorDelta):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WithBias:
+class WithBias(Wrapper):
     """Another delta, and Δb = diff_b, (out,), beside it (ComfyUI's `bias_diff`)."""
 
-    change: Delta
     diff_b: torch.Tensor
     multiplier: float = 1.0  # of the bias; the change has its own
 
@@ -95,34 +94,6 @@ class WithBias:
         check_shape("diff_b", self.diff_b, (None,))
         if not self.diff_b.is_floating_point():
             raise AdapterError(f"diff_b must be floating point, not {self.diff_b.dtype}")
-
-    def __repr__(self) -> str:
-        return f"WithBias({self.change!r})"
-
-    @property
-    def kind(self) -> str:
-        """The kind of the change of the weight."""
-        return self.change.kind
-
-    @property
-    def rank(self) -> int | None:
-        """The rank of the change of the weight."""
-        return self.change.rank
-
-    @property
-    def out_in(self) -> tuple[int, int] | None:
-        """Those of the change of the weight."""
-        return self.change.out_in
-
-    @property
-    def changes_weight(self) -> bool:
-        """Whether the other change does."""
-        return self.change.changes_weight
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether the change of the weight needs the weight."""
-        return self.change.needs_base
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The change of the weight in full; see `Delta.delta`."""
@@ -139,17 +110,9 @@ class WithBias:
         """Both changes at another weight."""
         return replace(self, change=self.change.scaled(weight), multiplier=self.multiplier * weight)
 
-    def to(self, dtype: torch.dtype | None) -> Self:
-        """The same changes with their tensors in another dtype; None keeps them."""
-        return self if dtype is None else replace(self, change=self.change.to(dtype), diff_b=self.diff_b.to(dtype))
-
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         """Whether both are for a weight of this shape and its bias."""
         return self.change.fits(weight_shape) and weight_shape[0] == self.diff_b.shape[0]
-
-    def is_finite(self) -> bool:
-        """Whether no number in its tensors is NaN or infinite."""
-        return self.change.is_finite() and finite(self.diff_b)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of the change, and `diff_b`."""

@@ -19,6 +19,7 @@ from .base import Delta, with_article
 from .dora import DoRA
 from .full import Full, WithBias
 from .hadamard import Hadamard
+from .wrapper import Wrapper
 
 
 def cut(change: Delta, rows: Sequence[slice]) -> list[Delta]:
@@ -213,24 +214,10 @@ def _same_down(one: LowRank, other: LowRank) -> bool:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rows:
+class Rows(Wrapper):
     """Some rows of another change, of a kind whose tensors have no rows of their own (LoKr, GLoRA, ...)."""
 
-    change: Delta
     rows: tuple[slice, ...]
-
-    def __repr__(self) -> str:
-        return f"Rows({self.change!r})"
-
-    @property
-    def kind(self) -> str:
-        """The kind of the change."""
-        return self.change.kind
-
-    @property
-    def rank(self) -> int | None:
-        """The rank of the change."""
-        return self.change.rank
 
     @property
     def _count(self) -> int:
@@ -246,11 +233,6 @@ class Rows:
     def needs_base(self) -> bool:
         """False: a change that does is not cut."""
         return False
-
-    @property
-    def changes_weight(self) -> bool:
-        """Whether the whole change does."""
-        return self.change.changes_weight
 
     def _of(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor[span] for span in self.rows])
@@ -271,17 +253,9 @@ class Rows:
         """The delta at another weight."""
         return replace(self, change=self.change.scaled(weight))
 
-    def to(self, dtype: torch.dtype | None) -> Self:
-        """The same delta with its tensors in another dtype; None keeps them."""
-        return self if dtype is None else replace(self, change=self.change.to(dtype))
-
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         """Whether it is for a weight of this shape."""
         return self.out_in is not None and tuple(weight_shape[:2]) == self.out_in
-
-    def is_finite(self) -> bool:
-        """Whether no number in its tensors is NaN or infinite."""
-        return self.change.is_finite()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Raises AdapterError: files have no place for a part of a fused layer's change."""
