@@ -24,12 +24,13 @@ def finite(factor: torch.Tensor) -> bool:
 def with_alpha(tensors: dict[str, torch.Tensor], alpha: float, rank: int, factor: str) -> dict[str, torch.Tensor]:
     """The tensors and their alpha, in the dtype of `tensors[factor]`, or float32 where that would round it.
 
-    An alpha of 0 would be read as "the rank": it is written as the rank, with `factor` all zeros.
+    An alpha of 0, also one that float32 makes 0, would be read as "the rank": it is written as the rank, with `factor`
+    all zeros.
 
     Raises:
         AdapterError: alpha is beyond float32.
     """
-    if alpha == 0:
+    if float(torch.tensor(alpha, dtype=torch.float32)) == 0:
         tensors, alpha = {**tensors, factor: torch.zeros_like(tensors[factor])}, float(rank)
     written = torch.tensor(alpha, dtype=tensors[factor].dtype)
     if float(written) != alpha:

@@ -4,35 +4,33 @@ LyCORIS writes its LoCon adapters in the same format, with a third factor `lora_
 Tucker-decomposed; it is folded into `down` when read.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lora_adapters.convert.deltas.base import scalar_of
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.errors import AdapterError, first_line
+from lora_adapters.convert.deltas.tucker import Tucker, read_lora
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families import kohya_names
 from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.families.registry import BASE_VERSION, by_kohya_names, by_name
 
 from .contents import Contents, WriteOptions
 from .fused import named_changes
-from .metadata import hashes
-from .writing import apart, bundled, write_file
+from .writing import bundled, tensors_of, write_hashed
 
 NAME = "kohya"
 
 _TENSORS = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
+    "lora_down.weight": "lora_down.weight",
+    "lora_up.weight": "lora_up.weight",
+    "lora_mid.weight": "lora_mid.weight",
     "alpha": "alpha",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
 }
 
 _STARTS = tuple(kohya_names.PREFIXES)
@@ -41,11 +39,6 @@ _STARTS = tuple(kohya_names.PREFIXES)
 def matches(keys: Collection[str]) -> bool:
     """Whether every key is kohya's and all are of low-rank pairs, not of DoRA, LoHa or LoKr."""
     return bool(keys) and all(key.startswith(_STARTS) and key.partition(".")[2] in _TENSORS for key in keys)
-
-
-def _tucker(down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
-    """(r, in, 1, 1) and (r, r, h, w) as one (r, in, h, w), float32: a narrower dtype would round it once more."""
-    return torch.einsum("ijhw,jk->ikhw", mid.float(), down.float().flatten(1))
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
@@ -65,9 +58,8 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     """Write a file in kohya's format."""
     family = contents.family
     contents = replace(contents, modules=cast_pairs(contents.pairs(), options.dtype))
-    tensors = apart({**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)})
-    metadata = contents.full_metadata(options.modelspec)
-    write_file(path, tensors, metadata | hashes(tensors, metadata))
+    tensors = {**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)}
+    write_hashed(path, tensors, contents.full_metadata(options.modelspec))
 
 
 def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> dict[ModuleName, LowRank]:
@@ -87,16 +79,15 @@ def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = No
     for name, part in parts.items():
         module = kohya_names.from_kohya(name, lookup)
         for half, other in (("down", "up"), ("up", "down")):
-            if half not in part:
-                raise AdapterError(f"{name} has no lora_{half}.weight beside its {other if other in part else 'alpha'}")
+            if f"lora_{half}.weight" not in part:
+                beside = other if f"lora_{other}.weight" in part else "alpha"
+                raise AdapterError(f"{name} has no lora_{half}.weight beside its {beside}")
         if module in modules:
             raise AdapterError(f"{name} and another name stand for the same module {module}")
         try:
-            down = _tucker(part["down"], part["mid"]) if "mid" in part else part["down"]
-            alpha = scalar_of("alpha", part["alpha"]) if "alpha" in part else 0.0
-            modules[module] = LowRank(down, part["up"], alpha or float(down.shape[0]))
-        except (RuntimeError, IndexError) as error:  # a lora_mid of another shape
-            raise AdapterError(f"{name}: {first_line(error)}") from None
+            change = read_lora(part)
+            assert change is not None, name
+            modules[module] = change.low_rank() if isinstance(change, Tucker) else change
         except AdapterError as error:
             raise type(error)(f"{name}: {error}") from None
     return modules
@@ -108,16 +99,4 @@ def to_tensors(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict
     alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is
     beyond float32.
     """
-    tensors = {}
-    for name, one in named_changes(modules, by_name(architecture)).items():
-        alpha = torch.tensor(one.alpha, dtype=one.up.dtype)
-        if float(alpha) != one.alpha:
-            alpha = torch.tensor(one.alpha, dtype=torch.float32)
-        if math.isinf(float(alpha)):  # no dtype of 8 bits has an isinf of its own
-            raise AdapterError(f"{name}: alpha {one.alpha:g} is too large to be written")
-        if alpha == 0:  # a literal 0 is read as "the rank" by trainers: no effect is written as a zero matrix
-            one, alpha = replace(one, up=torch.zeros_like(one.up)), torch.tensor(float(one.rank), dtype=one.up.dtype)
-        tensors[f"{name}.alpha"] = alpha
-        tensors[f"{name}.lora_down.weight"] = one.down.contiguous()
-        tensors[f"{name}.lora_up.weight"] = one.up.contiguous()
-    return tensors
+    return tensors_of(named_changes(modules, by_name(architecture)))

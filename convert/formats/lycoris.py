@@ -24,8 +24,8 @@ from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
 from .fused import named_changes
 from .kinds import kind_of
 from .kohya import with_family
-from .metadata import hashes, network_args
-from .writing import bundled, write_file
+from .metadata import network_args
+from .writing import bundled, tensors_of, write_hashed
 
 NAME = "lycoris"
 _RS_LORA = "rs_lora"  # of LyCORIS' network arguments
@@ -189,20 +189,12 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     stored = {module: contents.stored.get(module) for module in modules}
     if all(one is not None and one.change is modules[module] for module, one in stored.items()):
         groups = {family.kohya_name(module): one.tensors for module, one in stored.items() if one is not None}
+        tensors = {f"{name}.{end}": tensor for name, group in groups.items() for end, tensor in group.items()}
     else:
-        groups = {name: _tensors(name, change) for name, change in named_changes(modules, family).items()}
+        tensors = tensors_of(named_changes(modules, family))
         contents = replace(contents, metadata=_without_rank_stabilisation(contents.metadata))
-    tensors = {f"{name}.{end}": tensor for name, group in groups.items() for end, tensor in group.items()}
-    tensors |= bundled(contents.embeddings)
     metadata = replace(contents, modules=modules).full_metadata(options.modelspec)
-    write_file(path, tensors, metadata | hashes(tensors, metadata))
-
-
-def _tensors(name: str, change: Delta) -> dict[str, torch.Tensor]:
-    try:
-        return change.tensors()
-    except AdapterError as error:
-        raise AdapterError(f"{name}: {error}") from None
+    write_hashed(path, {**tensors, **bundled(contents.embeddings)}, metadata)
 
 
 def _without_rank_stabilisation(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.storage.files import replacing, save_pickle
+
+from .metadata import hashes
 
 _BUNDLED = "bundle_emb."  # the beginning of the keys of embeddings that a file carries beside its adapter
 
@@ -19,6 +23,34 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
             safetensors.torch.save_file(table, partial, dict(metadata))
         else:
             save_pickle(table, partial)
+
+
+def write_hashed(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """As `write_file`, with the hashes of the tensors in the metadata."""
+    table = apart(tensors)
+    write_file(path, table, {**metadata, **hashes(table, metadata)})
+
+
+def tensors_of(changes: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
+    """The tensors of changes by their keys in a file.
+
+    Args:
+        changes: The changes by the names that their modules have in the file.
+
+    Returns:
+        The tensors, in the dtypes of the changes. alpha has no dimensions and the dtype of the weights, or float32 if
+        that would round it.
+
+    Raises:
+        AdapterError: A change cannot be written; the message names it.
+    """
+    tensors = {}
+    for name, change in changes.items():
+        try:
+            tensors |= {f"{name}.{end}": tensor for end, tensor in change.tensors().items()}
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from None
+    return tensors
 
 
 def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
