@@ -96,6 +96,16 @@ def json_value(text: str) -> Any:
         raise ValueError(f"{error}; in paths write \\\\ or / for a backslash") from None
 
 
+def json_table(value: object) -> dict[str, Any]:
+    """A JSON object, also one in a text; {} for anything else, which foreign files may have there."""
+    if isinstance(value, str):
+        try:
+            value = json_value(value)
+        except ValueError:
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
 def toml_table(text: str) -> dict[str, Any]:
     """The table of a TOML text. ValueError where it is none, or is too deep or has too long numbers for Python."""
     try:

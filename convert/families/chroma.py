@@ -56,11 +56,7 @@ CHROMA = ModelFamily(
     ),
     metadata=("chroma",),
     components=(
-        Component(
-            *("transformer", "denoiser", "lora_unet", _TRANSFORMER),
-            original=_TRANSFORMER.original_name,
-            kohya_original=True,
-        ),
+        _TRANSFORMER.denoiser(),
         Component("text_encoder", "text_encoder", "lora_te3", T5, others=("lora_te_", "lora_te1_", *T5_NAMES)),
     ),
     blocks=StackBlocks(_TRANSFORMER.stacks),

@@ -87,11 +87,7 @@ FLUX = ModelFamily(
     ),
     metadata=("flux1", "flux_kontext", "flux_dev", "flux_schnell"),
     components=(
-        Component(
-            *("transformer", "denoiser", "lora_unet", _TRANSFORMER),
-            original=_TRANSFORMER.original_name,
-            kohya_original=True,
-        ),
+        _TRANSFORMER.denoiser(),
         Component(
             *("text_encoder", "text_encoder", "lora_te1", TextEncoder(clip=(COMFY_CLIP_L,))),
             others=(COMFY_CLIP_L, "clip_l."),

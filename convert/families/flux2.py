@@ -4,7 +4,7 @@ Source of the original names: black-forest-labs/flux2.
 """
 
 from .blocks import StackBlocks
-from .family import Component, Marks, ModelFamily, Version
+from .family import Marks, ModelFamily, Version
 from .flux import DOUBLE, IN_OUT, embedder
 from .transformer import Stack, Table, Transformer, swapped
 
@@ -54,13 +54,7 @@ FLUX2 = ModelFamily(
         ),
     ),
     metadata=("flux_2", "flux2"),
-    components=(
-        Component(
-            *("transformer", "denoiser", "lora_unet", _TRANSFORMER),
-            original=_TRANSFORMER.original_name,
-            kohya_original=True,
-        ),
-    ),
+    components=(_TRANSFORMER.denoiser(),),
     blocks=StackBlocks(_TRANSFORMER.stacks),
     coverage=_TRANSFORMER.coverage(),
     part_of=_TRANSFORMER.part_of,

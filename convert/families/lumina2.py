@@ -46,11 +46,7 @@ LUMINA2 = ModelFamily(
     ),
     metadata=("lumina2",),
     components=(
-        Component(
-            *("transformer", "denoiser", "lora_unet", _TRANSFORMER),
-            original=_TRANSFORMER.original_name,
-            kohya_original=True,
-        ),
+        _TRANSFORMER.denoiser(),
         Component(
             *("text_encoder", "text_encoder", "lora_te", LANGUAGE_MODEL),
             others=("lora_te1_", "text_encoders.gemma2_2b.transformer.model."),

@@ -1,7 +1,7 @@
 """Qwen-Image: a transformer of double blocks whose names are diffusers' own, also in files for other programs."""
 
 from .blocks import StackBlocks
-from .family import Component, Marks, ModelFamily, Version
+from .family import Marks, ModelFamily, Version
 from .transformer import Stack, Transformer
 
 _BLOCK = [
@@ -43,7 +43,7 @@ QWEN_IMAGE = ModelFamily(
         ),
     ),
     metadata=("qwen_image", "qwen-image"),
-    components=(Component("transformer", "denoiser", "lora_unet", _TRANSFORMER),),
+    components=(_TRANSFORMER.denoiser(kohya_original=False),),
     blocks=StackBlocks(_TRANSFORMER.stacks),
     coverage=_TRANSFORMER.coverage(),
     part_of=_TRANSFORMER.part_of,

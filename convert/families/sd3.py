@@ -65,11 +65,7 @@ SD3 = ModelFamily(
     ),
     metadata=("sd3", "medium", "large", "3-", "3.5-", "5-"),
     components=(
-        Component(
-            *("transformer", "denoiser", "lora_unet", _TRANSFORMER),
-            original=_TRANSFORMER.original_name,
-            kohya_original=True,
-        ),
+        _TRANSFORMER.denoiser(),
         Component(
             *("text_encoder", "text_encoder", "lora_te1", TextEncoder(clip=(COMFY_CLIP_L,))),
             others=(COMFY_CLIP_L, "clip_l."),

@@ -10,7 +10,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from .family import Coverage, Kind
+from .family import Component, Coverage, Kind
 from .tensor_slice import Part, TensorSlice
 from .unet import PREFIX
 
@@ -158,6 +158,12 @@ class Transformer:
     def kind_of(self, path: str) -> Kind:
         """The kind of layer: linear, but for the few that are convolutions."""
         return "conv3x3" if path in self.convolutions else "linear"
+
+    def denoiser(self, kohya_original: bool = True) -> Component:
+        """The component that it is; kohya_original: whether kohya's trainer writes the original code's names."""
+        return Component(
+            *("transformer", "denoiser", "lora_unet", self), original=self.original_name, kohya_original=kohya_original
+        )
 
     def coverage(self, *text_classes: str) -> dict[str, Coverage]:
         """What kohya's trainers adapt: all linear layers of the blocks, and the text encoders'.

@@ -4,7 +4,7 @@ diffusers has the names of the original code but for the attention, which ComfyU
 """
 
 from .blocks import StackBlocks
-from .family import Component, Marks, ModelFamily, Version
+from .family import Marks, ModelFamily, Version
 from .transformer import Stack, Table, Transformer, fused
 
 _BLOCK: Table = {
@@ -51,7 +51,7 @@ ZIMAGE = ModelFamily(
         ),
     ),
     metadata=("z_image", "zimage"),
-    components=(Component("transformer", "denoiser", "lora_unet", _TRANSFORMER, original=_TRANSFORMER.original_name),),
+    components=(_TRANSFORMER.denoiser(kohya_original=False),),
     blocks=StackBlocks(_TRANSFORMER.stacks),
     coverage=_TRANSFORMER.coverage(),
     part_of=_TRANSFORMER.part_of,

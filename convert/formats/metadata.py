@@ -16,7 +16,7 @@ import torch
 from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import BASE_VERSION, by_name, is_v2, version_named
-from lora_adapters.convert.parsing import json_value
+from lora_adapters.convert.parsing import json_table, json_value
 
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 
@@ -158,8 +158,8 @@ def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()
         found["modelspec.merged_from"] = ", ".join(map(title_of, names))
     tags: dict[str, Counter[str]] = {}
     for source in sources:
-        for folder, counts in _table(source.get("ss_tag_frequency")).items():
-            numbers = _table(counts).items()
+        for folder, counts in json_table(source.get("ss_tag_frequency")).items():
+            numbers = json_table(counts).items()
             tags.setdefault(folder, Counter()).update({tag: n for tag, n in numbers if isinstance(n, int | float)})
     if tags:
         found["ss_tag_frequency"] = json.dumps(tags)
@@ -182,16 +182,6 @@ def _listed(texts: Iterable[str]) -> str:
     """All that comma-separated lists name, each once."""
     words = [word.strip() for text in texts for word in text.split(",")]
     return ", ".join(dict.fromkeys(word for word in words if word))
-
-
-def _table(value: object) -> dict[str, Any]:
-    """A JSON object, also one in a text; {} for anything else, which foreign files may have there."""
-    if isinstance(value, str):
-        try:
-            value = json_value(value)
-        except ValueError:
-            return {}
-    return value if isinstance(value, dict) else {}
 
 
 def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

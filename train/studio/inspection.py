@@ -9,7 +9,7 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.base import alpha_in
 from lora_adapters.convert.formats.metadata import title_of
 from lora_adapters.convert.info import facts, read
-from lora_adapters.convert.parsing import json_value
+from lora_adapters.convert.parsing import json_table
 from lora_adapters.convert.storage.sources import locate
 
 Row = tuple[Any, ...]
@@ -93,8 +93,8 @@ def bars(report: Report, what: str) -> list[Row]:
 def tags(adapter_metadata: Mapping[str, str], most: int = 200) -> list[Row]:
     """(tag, count) of the captions that it was trained on, the most frequent first; [] where the file has none."""
     counts: Counter[str] = Counter()
-    for table in _table(adapter_metadata.get(TAGS)).values():
-        for tag, count in _table(table).items():
+    for table in json_table(adapter_metadata.get(TAGS)).values():
+        for tag, count in json_table(table).items():
             if isinstance(count, int | float):
                 counts[tag.strip()] += int(count)
     return [(tag, count) for tag, count in counts.most_common(most) if tag]
@@ -107,16 +107,6 @@ def trigger_words(adapter_metadata: Mapping[str, str]) -> str:
         return named
     frequent = [f"{tag} ({count})" for tag, count in tags(adapter_metadata, 5)]
     return f"none named; most frequent tags: {', '.join(frequent)}" if frequent else "none named"
-
-
-def _table(value: object) -> dict[str, Any]:
-    """A JSON object, also one in a text; {} for anything else, which foreign files may have there."""
-    if isinstance(value, str):
-        try:
-            value = json_value(value)
-        except ValueError:
-            return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _counts(counts: Mapping[str, int]) -> str:
