@@ -44,7 +44,7 @@ def tensors_of(changes: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: A change cannot be written; the message names it.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, change in changes.items():
         try:
             tensors |= {f"{name}.{end}": tensor for end, tensor in change.tensors().items()}
