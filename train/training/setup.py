@@ -270,14 +270,7 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
     chunks = (settings.max_token_length or 75) // 75
     options = StepOptions(noise, loss, chunks, settings.weighted_captions)
-    unread = adapters.freeze_unread(trained, models, settings.clip_skip)
-    if unread and accelerator.is_main_process:
-        log.info("%d modules of text-encoder layers that are never read are saved, not trained", unread)
-    groups = adapters.parameter_groups(settings, models, trained)
-    adapters.freeze_rest(trained, groups)
-    optimizer = create_optimizer(settings, groups)
-    if any(dial.sort_at for dial in controllers(list(trained.values()))):
-        check_sortable(settings)
+    optimizer = _optimizer(settings, models, trained, accelerator.is_main_process)
     steps, epochs = length(settings, data.batches_per_epoch(accelerator.num_processes))
     schedule = create_schedule(settings, optimizer, steps)
     data.set_schedule(steps, settings.gradient_accumulation_steps)
@@ -304,6 +297,19 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
         prompts=prompts,
         layers=list(adapters.lora_layers(trained).values()),
     )
+
+
+def _optimizer(settings: Settings, models: BaseModels, trained: dict[str, Any], is_main: bool) -> torch.optim.Optimizer:
+    """The optimizer of what is trained; the rest gets no gradients."""
+    unread = adapters.freeze_unread(trained, models, settings.clip_skip)
+    if unread and is_main:
+        log.info("%d modules of text-encoder layers that are never read are saved, not trained", unread)
+    groups = adapters.parameter_groups(settings, models, trained)
+    adapters.freeze_rest(trained, groups)
+    optimizer = create_optimizer(settings, groups)
+    if any(dial.sort_at for dial in controllers(list(trained.values()))):
+        check_sortable(settings)
+    return optimizer
 
 
 def _uploads(settings: Settings, accelerator: Accelerator) -> Uploads | None:
