@@ -8,9 +8,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from .conftest import WORDS, text_config, tiny_tokenizer
 
@@ -73,6 +75,41 @@ def build_flux(folder: Path, guidance: bool = True) -> Path:
         text_encoder_2=t5(),
         tokenizer_2=t5_tokenizer(),
         transformer=transformer,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def build_sd3(folder: Path, dual: tuple[int, ...] = ()) -> Path:
+    """SD3's layout: two joint blocks, three text encoders; SD3.5 medium's with `dual` attention."""
+    torch.manual_seed(0)
+    clip = tiny_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=72,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+        dual_attention_layers=dual,
+        qk_norm="rms_norm" if dual else None,
+    )
+    texts = [CLIPTextModelWithProjection(text_config(clip, projection_dim=32)) for _ in range(2)]
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(),
+        text_encoder=texts[0],
+        tokenizer=clip,
+        text_encoder_2=texts[1],
+        tokenizer_2=clip,
+        text_encoder_3=t5(72),
+        tokenizer_3=t5_tokenizer(),
     )
     pipe.save_pretrained(folder)
     return folder

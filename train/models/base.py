@@ -204,6 +204,9 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
     tokenizers, text_encoders = (
         [getattr(pipeline, part) for part in parts] for parts in (family.tokenizers, family.text_encoders)
     )
+    for part, model in zip(family.text_encoders, text_encoders, strict=True):
+        if model is None:
+            raise TrainingError(f"{name or 'the base model'} lacks its {part}, which training needs")
     schedule = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     prediction = schedule.get("prediction_type", family.predictions[0])
     denoiser = getattr(pipeline, family.denoiser)

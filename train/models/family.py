@@ -55,6 +55,8 @@ class TrainingFamily(ABC):
         picture_loss: whether flow matching compares pictures, over timesteps of --training_shift (SD3), and not
             velocities.
         unused_options: options of training that other families with the same objective have.
+        rank_args: network_args that give a kind of layer its rank, with the pattern of its paths.
+        block_args: network_args that say which blocks are trained, with the path of their stack.
         draws: whether the program that generates images can use its models.
         has_sizes: whether the denoiser is conditioned on `SizeConditions`.
     """
@@ -83,6 +85,8 @@ class TrainingFamily(ABC):
     draws: ClassVar[bool] = True
     picture_loss: ClassVar[bool] = False
     unused_options: ClassVar[tuple[str, ...]] = ()
+    rank_args: ClassVar[Mapping[str, str]] = {}
+    block_args: ClassVar[Mapping[str, str]] = {}
 
     @property
     def has_flow(self) -> bool:

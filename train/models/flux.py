@@ -32,7 +32,21 @@ class Flux1(TrainingFamily):
     guidance = 3.5
     reads_negative_prompt = False
     draws = False
-    unused_options = ("training_shift", "apply_lg_attn_mask")
+    unused_options = ("training_shift",)
+    rank_args: ClassVar[Mapping[str, str]] = {
+        "img_attn_dim": r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)",
+        "txt_attn_dim": r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
+        "img_mlp_dim": r"transformer_blocks\.\d+\.ff\..*",
+        "txt_mlp_dim": r"transformer_blocks\.\d+\.ff_context\..*",
+        "img_mod_dim": r"transformer_blocks\.\d+\.norm1\.linear",
+        "txt_mod_dim": r"transformer_blocks\.\d+\.norm1_context\.linear",
+        "single_dim": r"single_transformer_blocks\.\d+\.(attn\..*|proj_mlp|proj_out)",
+        "single_mod_dim": r"single_transformer_blocks\.\d+\.norm\.linear",
+    }
+    block_args: ClassVar[Mapping[str, str]] = {
+        "train_double_block_indices": "transformer_blocks",
+        "train_single_block_indices": "single_transformer_blocks",
+    }
 
     def in_folder(self, index: Mapping[str, Any]) -> bool:
         return (index.get("transformer") or (None, None))[1] == FluxTransformer2DModel.__name__

@@ -10,6 +10,9 @@ _PARTS = "base models are read whole: give a Diffusers folder, or a hub id, with
 _SWAP = "blocks are not swapped: use --gradient_checkpointing and --cache_text_encoder_outputs"
 
 
+_POSITIONS = "positions are those that diffusers' transformer gives each size"
+
+
 def _part(what: str) -> Any:
     """A part of the base model in a file of its own."""
     return option(None, f"{what} in a file of its own", unsupported=_PARTS)
@@ -57,7 +60,15 @@ class FlowOptions:
         None, "tokens of a caption for T5", unset="512; Flux.1 schnell and SD3: 256", at_least=1, metadata=True
     )
     apply_t5_attn_mask: bool = option(False, "no attention to T5's padding", metadata=True)
-    apply_lg_attn_mask: bool = option(False, "SD3: CLIP's padding is zeros", metadata=True)
+    apply_lg_attn_mask: bool = option(
+        False,
+        "SD3: no attention to CLIP's padding",
+        unsupported="CLIP's padding is read, as diffusers' pipeline reads it",
+    )
+    pos_emb_random_crop_rate: float | None = option(
+        None, "SD3.5: share of steps with moved positions", unsupported=_POSITIONS, inert=(ZERO,)
+    )
+    enable_scaled_pos_embed: bool = option(False, "SD3.5: positions scaled to each size", unsupported=_POSITIONS)
     clip_l: str | None = _part("CLIP-L")
     clip_g: str | None = _part("CLIP-G")
     t5xxl: str | None = _part("T5")

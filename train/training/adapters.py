@@ -28,6 +28,7 @@ from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training.pattern_counts import warn_of_idle_patterns
 from lora_adapters.train.training.regularization import add_dropouts, check_limits
+from lora_adapters.train.training.transformer_args import trains_frozen_text, translated
 from lora_adapters.types.base import AdapterConfig
 from lora_adapters.types.layers import factors, has_adapter, is_factor
 from lora_adapters.types.lycoris.config import LycorisConfig
@@ -43,20 +44,12 @@ _SAME_OPTIONS = "the same network options, or --dim_from_weights"
 
 def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
     """What --network_module, --network_dim, --network_alpha and --network_args ask for, on a model of `family`."""
-    return _asked(settings, family)[0]
-
-
-def _asked(settings: Settings, family: TrainingFamily) -> tuple[NetworkOptions, bool]:
-    """The same, and whether text encoders that are frozen otherwise are trained, too (train_t5xxl)."""
     if not settings.network_module:
         raise OptionError("--network_module is missing: networks.lora, networks.dylora, networks.loha, ...")
-    args = key_values(settings.network_args, "network_args")
-    frozen = family.frozen_text_encoders
-    all_text = frozen and str(args.pop("train_t5xxl", "")).lower() in ("true", "1")
+    args = translated(key_values(settings.network_args, "network_args"), family)
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
     args = training_args(settings.network_module, args)
-    asked = network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
-    return asked, bool(all_text)
+    return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
 
 
 def check_network(settings: Settings, family: TrainingFamily | None) -> None:
@@ -75,11 +68,8 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
         raise OptionError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
         raise OptionError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
-    args = key_values(settings.network_args, "network_args")
-    if family is not None and family.frozen_text_encoders:
-        args.pop("train_t5xxl", None)
-    for name, reason in without_effect(settings.network_module or "", args).items():
-        log.warning("--network_args %s is ignored: %s", name, reason)
+    if family is not None:
+        warn_without_effect(settings, family)
     *others, last = [family] if family is not None else reversed(FAMILIES.values())
     for possible in others:
         try:
@@ -88,6 +78,13 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
         except AdapterError:
             continue
     options(settings, last)
+
+
+def warn_without_effect(settings: Settings, family: TrainingFamily) -> None:
+    """A warning for each of network_args that changes nothing on a base model of `family`."""
+    args = translated(key_values(settings.network_args, "network_args"), family)
+    for name, reason in without_effect(settings.network_module or "", args).items():
+        log.warning("--network_args %s is ignored: %s", name, reason)
 
 
 def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]:
@@ -102,9 +99,8 @@ def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]
         wanted = text_components(wanted)
     if settings.dim_from_weights:
         return wanted
-    asked, all_text = _asked(settings, models.family)
-    config = asked.config
-    if not all_text:
+    config = options(settings, models.family).config
+    if not trains_frozen_text(key_values(settings.network_args, "network_args")):
         wanted = {name: model for name, model in wanted.items() if name not in models.family.frozen_text_encoders}
     trained = {name: model for name, model in wanted.items() if _has_modules(model, config)}
     if not trained:

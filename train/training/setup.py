@@ -263,6 +263,8 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
     check_family_options(settings, models.family)
+    if family_on_disk(settings) is None:
+        adapters.warn_without_effect(settings, models.family)
     check_clip_skip(models, settings.clip_skip)
     check_sizes(models, data)
     models.choices = ModelChoices.of(settings)
