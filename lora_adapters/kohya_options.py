@@ -109,7 +109,7 @@ _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 # Options of LyCORIS that change nothing here.
 _IDLE = {
     "bypass_mode": "it is another way to the same numbers",
-    "train_t5xxl": "no model here has a T5 text encoder",
+    "train_t5xxl": "the base model has no T5 text encoder",
     "train_llm_adapter": "no model here has a language model's adapter",
     "rank_dropout_scale": "what rank_dropout leaves is always divided by its share",
     "block_size": "it is for LyCORIS' DyLoRA; that of networks.dylora is unit",

@@ -17,7 +17,7 @@ from lora_adapters.train.studio.page import Lists, shown
 from lora_adapters.train.studio.paths import Folders, StudioError
 
 SLOTS = 4
-_BLOCKS = max((compare.labels(name) for name in FAMILIES), key=len)
+_BLOCKS = max((compare.labels(name) for name, family in FAMILIES.items() if family.draws), key=len)
 _MOST_SIDE = 2048
 
 

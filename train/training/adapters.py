@@ -24,11 +24,11 @@ from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.family import TrainingFamily, full_path, is_text_encoder
 from lora_adapters.train.models.merging import match_to_model, merge_weights
 from lora_adapters.train.models.registry import FAMILIES
-from lora_adapters.train.models.text_encoding import unread_layers
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training.pattern_counts import warn_of_idle_patterns
 from lora_adapters.train.training.regularization import add_dropouts, check_limits
+from lora_adapters.train.training.transformer_args import trains_frozen_text, translated
 from lora_adapters.types.base import AdapterConfig
 from lora_adapters.types.layers import factors, has_adapter, is_factor
 from lora_adapters.types.lycoris.config import LycorisConfig
@@ -46,7 +46,7 @@ def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
     """What --network_module, --network_dim, --network_alpha and --network_args ask for, on a model of `family`."""
     if not settings.network_module:
         raise OptionError("--network_module is missing: networks.lora, networks.dylora, networks.loha, ...")
-    args = key_values(settings.network_args, "network_args")
+    args = translated(key_values(settings.network_args, "network_args"), family)
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
     args = training_args(settings.network_module, args)
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
@@ -68,9 +68,8 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
         raise OptionError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
         raise OptionError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
-    args = key_values(settings.network_args, "network_args")
-    for name, reason in without_effect(settings.network_module or "", args).items():
-        log.warning("--network_args %s is ignored: %s", name, reason)
+    if family is not None:
+        warn_without_effect(settings, family)
     *others, last = [family] if family is not None else reversed(FAMILIES.values())
     for possible in others:
         try:
@@ -79,6 +78,13 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
         except AdapterError:
             continue
     options(settings, last)
+
+
+def warn_without_effect(settings: Settings, family: TrainingFamily) -> None:
+    """A warning for each of network_args that changes nothing on a base model of `family`."""
+    args = translated(key_values(settings.network_args, "network_args"), family)
+    for name, reason in without_effect(settings.network_module or "", args).items():
+        log.warning("--network_args %s is ignored: %s", name, reason)
 
 
 def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]:
@@ -94,6 +100,8 @@ def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]
     if settings.dim_from_weights:
         return wanted
     config = options(settings, models.family).config
+    if not trains_frozen_text(key_values(settings.network_args, "network_args")):
+        wanted = {name: model for name, model in wanted.items() if name not in models.family.frozen_text_encoders}
     trained = {name: model for name, model in wanted.items() if _has_modules(model, config)}
     if not trained:
         raise TrainingError(
@@ -259,8 +267,8 @@ def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | 
     They are saved as they are, as kohya's trainer does. With several processes, a weight that is waited for and never
     gets a gradient would stop the run.
     """
-    readings = models.family.readings(clip_skip)
-    unread = {id(part) for layer in unread_layers(models.text_encoders, readings) for part in layer.modules()}
+    layers = models.family.unread_layers(models.text_encoders, clip_skip)
+    unread = {id(part) for layer in layers for part in layer.modules()}
     count = 0
     for layer in lora_layers(text_components(trained)).values():
         if id(layer) in unread:

@@ -15,6 +15,15 @@ TRAIN = Path(__file__).parents[3] / "train"
 FREE = {"models", "objective", "options"}  # an option may have a family's name: --sdxl
 ELSEWHERE = sorted(path for path in TRAIN.rglob("*.py") if not FREE & set(path.relative_to(TRAIN).parts))
 
+FLOW = {
+    "flux_dev": "flux",
+    "flux_schnell": "flux",
+    "sd35_large": "sd3",
+    "sd35_medium": "sd3",
+    "sd3_medium": "sd3",
+}
+SD3 = ["SD3", "SD3.5 medium", "SD3.5 large"]
+
 
 def test_families_have_the_names_that_they_have_in_files() -> None:
     assert set(FAMILIES) <= {family.name for family in registry.FAMILIES}
@@ -23,10 +32,11 @@ def test_families_have_the_names_that_they_have_in_files() -> None:
 
 def test_a_kind_is_of_one_family() -> None:
     kinds = [kind for family in FAMILIES.values() for kind in family.kinds]
-    assert sorted(kinds) == ["sd1", "sd2", "sdxl"]
-    assert {kind: family_of_kind(kind).name for kind in kinds} == {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+    assert sorted(kinds) == sorted([*FLOW, "sd1", "sd2", "sdxl"])
+    names = {**FLOW, "sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+    assert {kind: family_of_kind(kind).name for kind in kinds} == names
     assert KIND_FLAGS == {"v1": "sd1", "v2": "sd2", "sdxl": "sdxl"}
-    assert known_titles() == ["SD1.x", "SD2.x", "SDXL"]
+    assert known_titles() == ["SD1.x", "SD2.x", "SDXL", "Flux.1 dev", "Flux.1 schnell", *SD3]
 
 
 @pytest.mark.parametrize("path", ELSEWHERE, ids=lambda path: str(path.relative_to(TRAIN)))

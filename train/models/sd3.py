@@ -1,0 +1,162 @@
+"""SD3 and SD3.5: CLIP-L, CLIP-G and T5, a transformer over latents, flow matching that compares pictures."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+)
+
+from lora_adapters.convert.families.registry import by_name
+from lora_adapters.train.data.cache_files import LatentFiles
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.noise_schedule import FLOW
+from lora_adapters.train.models.text_encoding import Encoded, Tokens
+from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
+
+_CLIP_TOKENS = 77
+_T5_LENGTH = 256
+_KINDS = ("sd3_medium", "sd35_medium", "sd35_large")  # in the order of the family's versions
+
+
+class StableDiffusion3(TrainingFamily):
+    """SD3 medium, SD3.5 medium and SD3.5 large, with all three text encoders."""
+
+    name = "sd3"
+    kinds: ClassVar[Mapping[str, Any]] = dict(
+        zip(_KINDS, (version.title for version in by_name("sd3").versions), strict=True)
+    )
+    denoiser, denoiser_title = "transformer", "transformer"
+    tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    frozen_text_encoders = ("text_encoder_3",)
+    pipeline_class, image_to_image_class = StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline
+    latent_files = LatentFiles("_sd3.npz")
+    text_ending = "_sd3_te.npz"
+    predictions = (FLOW,)
+    pixel_step = 16
+    draws = False
+    picture_loss = True
+    rank_args: ClassVar[Mapping[str, str]] = {
+        "context_attn_dim": r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
+        "context_mlp_dim": r"transformer_blocks\.\d+\.ff_context\..*",
+        "context_mod_dim": r"transformer_blocks\.\d+\.norm1_context\.linear",
+        "x_attn_dim": r"transformer_blocks\.\d+\.attn2?\.to_(q|k|v|out\.0)",
+        "x_mlp_dim": r"transformer_blocks\.\d+\.ff\..*",
+        "x_mod_dim": r"transformer_blocks\.\d+\.norm1\.linear",
+    }
+    block_args: ClassVar[Mapping[str, str]] = {"train_block_indices": "transformer_blocks"}
+    unused_options = (
+        "timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type", "guidance_scale",
+    )  # fmt: skip
+
+    def in_folder(self, index: Mapping[str, Any]) -> bool:
+        return (index.get("transformer") or (None, None))[1] == SD3Transformer2DModel.__name__
+
+    def in_checkpoint(self, keys: Collection[str]) -> bool:
+        marks = by_name(self.name).marks.tensors
+        return any(key.startswith(marks) for key in keys)
+
+    def kind_of(self, pipeline: Any) -> str | None:
+        model = getattr(pipeline, "transformer", None)
+        if not isinstance(model, SD3Transformer2DModel):
+            return None
+        paths = {path for path, _ in model.named_modules()}
+        first, *others = zip(_KINDS, by_name(self.name).versions, strict=True)
+        return next((kind for kind, version in others if version.mark in paths), first[0])
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, models: Any, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
+        """CLIP's 77 tokens, twice, and T5's; there is one window, and words have no weights."""
+        *clips, t5 = models.tokenizers
+        length = models.choices.t5_length or _T5_LENGTH
+        found = [clip_tokens(tokenizer, captions) for tokenizer in clips]
+        return [*found, t5_tokens(t5, captions, length, models.choices.t5_mask)]
+
+    def encode(
+        self,
+        tokens: Sequence[Tokens],
+        text_encoders: Sequence[Any],
+        clip_skip: int | None = None,
+        keep_mean: str = "none",
+    ) -> Encoded:
+        """The last layer but one of both CLIPs, side by side, and T5's states below; CLIP's projections are pooled."""
+        *clips, t5 = text_encoders
+        states, pooled = [], []
+        for own, encoder in zip(tokens, clips, strict=False):
+            output = encoder(own.ids[:, 0].to(next(encoder.parameters()).device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled.append(output.text_embeds)
+        t5_out, mask = t5_states(t5, tokens[-1])
+        return Encoded(_below(torch.cat(states, dim=-1), t5_out), torch.cat(pooled, dim=-1), mask)
+
+    def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
+        return []
+
+    def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:
+        assert encoded.pooled is not None
+        n, tokens = len(encoded.hidden), encoded.hidden.shape[1] - _CLIP_TOKENS
+        seen = torch.ones(n, _CLIP_TOKENS)
+        return {
+            "lg_out": encoded.hidden[:, :_CLIP_TOKENS, : sum(widths[:-1])],
+            "lg_pooled": encoded.pooled,
+            "t5_out": encoded.hidden[:, _CLIP_TOKENS:],
+            "clip_l_attn_mask": seen,
+            "clip_g_attn_mask": seen,
+            "t5_attn_mask": torch.ones(n, tokens) if encoded.mask is None else encoded.mask,
+            "apply_lg_attn_mask": torch.zeros(n),
+            "apply_t5_attn_mask": torch.full((n,), encoded.mask is not None),
+        }
+
+    def from_cache(self, cached: Mapping[str, torch.Tensor]) -> Encoded:
+        return Encoded(_below(cached["lg_out"], cached["t5_out"]), cached["lg_pooled"])
+
+    # --- the denoiser -----------------------------------------------------------------------------------------------
+
+    def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
+        return None
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Encoded,
+        conditions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The velocity; T5's mask ends with T5, as in kohya's trainer."""
+        return denoiser(
+            hidden_states=noisy,
+            encoder_hidden_states=text.hidden,
+            pooled_projections=text.pooled,
+            timestep=timesteps.float(),
+            return_dict=False,
+        )[0]
+
+    # --- the pipeline -----------------------------------------------------------------------------------------------
+
+    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
+        """The base model's own: Euler's steps along the flow."""
+        return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+
+    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
+        pooled = {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
+        return super().prompt_arguments(wanted, unwanted) | pooled
+
+    def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
+        version = by_name(self.name).versions[_KINDS.index(kind)]
+        return {"ss_v2": False, "ss_base_model_version": version.value}
+
+
+def _below(clip: torch.Tensor, t5: torch.Tensor) -> torch.Tensor:
+    """CLIP's states (n, 77, width), filled up with zeros to T5's width, and T5's (n, length, width) after them."""
+    return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
+
+
+SD3 = StableDiffusion3()

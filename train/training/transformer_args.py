@@ -1,0 +1,80 @@
+"""kohya's network_args for transformers as ranks by pattern: ranks of kinds of layers, and which blocks are trained.
+
+Which patterns an option means is told by the family (`TrainingFamily.rank_args`, `block_args`).
+"""
+
+from collections.abc import Mapping
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.train.models.family import TrainingFamily
+
+_BLOCKS = 64  # more than any stack has
+_OUTSIDE = ("in_dims", "emb_dims")
+_TRUE = ("true", "1")
+
+
+def translated(args: Mapping[str, str], family: TrainingFamily) -> dict[str, str]:
+    """The network_args with those of a transformer of `family` put into network_reg_dims; others as they are.
+
+    The user's own patterns come first; blocks that are left out win over ranks of kinds of layers.
+
+    Raises:
+        AdapterError: for values that cannot be read, and for layers outside of the blocks.
+    """
+    rest, found = dict(args), list[str]()
+    if not family.rank_args:
+        return rest
+    for name in _OUTSIDE:
+        if name in rest:
+            raise AdapterError(f"network_args {name}: layers outside of the blocks are not trained; leave it out")
+    if "train_blocks" in rest:
+        rest |= _stacks(rest.pop("train_blocks"), family)
+    rest.pop("train_t5xxl", None)  # see `trains_frozen_text`
+    rest.pop("split_qkv", None)  # q, k and v have modules of their own in diffusers' models in any case
+    for name, stack in family.block_args.items():
+        if name in rest:
+            found += _left_out(name, rest.pop(name), stack)
+    for name, pattern in family.rank_args.items():
+        if name in rest:
+            found.append(f"{pattern}={_rank(name, rest.pop(name))}")
+    if found:
+        own = [rest["network_reg_dims"]] if rest.get("network_reg_dims") else []
+        rest["network_reg_dims"] = ",".join(own + found)
+    return rest
+
+
+def trains_frozen_text(args: Mapping[str, str]) -> bool:
+    """Whether the text encoders that are frozen otherwise are trained, too (train_t5xxl)."""
+    return str(args.get("train_t5xxl", "")).lower() in _TRUE
+
+
+def _rank(name: str, text: str) -> int:
+    try:
+        rank = int(text)
+    except ValueError:
+        rank = -1
+    if rank < 0:
+        raise AdapterError(f"network_args {name}={text}: it takes a rank, 0 for none")
+    return rank
+
+
+def _stacks(text: str, family: TrainingFamily) -> dict[str, str]:
+    """train_blocks=single and train_blocks=double as blocks of the other stack that are not trained."""
+    kinds = {name.split("_")[1]: name for name in family.block_args}
+    if text != "all" and (len(kinds) < 2 or text not in kinds):
+        raise AdapterError(f"network_args train_blocks={text}: it takes {', '.join(['all', *kinds])}")
+    return {} if text == "all" else {name: "none" for kind, name in kinds.items() if kind != text}
+
+
+def _left_out(name: str, text: str, stack: str) -> list[str]:
+    """The pattern of the blocks that a selection such as "0,3-5" leaves out, with rank 0."""
+    if text == "all":
+        return []
+    chosen: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")) if text != "none" else ():
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) >= _BLOCKS:
+            raise AdapterError(f"network_args {name}={text}: it takes numbers of blocks, such as 0,3-5, all or none")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    kept = f"(?!(?:{'|'.join(map(str, sorted(chosen)))})\\.)" if chosen else ""
+    return [rf"{stack}\.{kept}.*=0"]
