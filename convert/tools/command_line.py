@@ -1,15 +1,12 @@
 """What the command-line programs share: their one `main`, errors in one line, dtypes."""
 
 import argparse
-import json
 import logging
 import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,6 +16,7 @@ from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError,
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import tolerant_console
 from lora_adapters.convert.terminal import own_quiet, say, say_error
+from lora_adapters.convert.tools.launchers import tell_launcher
 from lora_adapters.convert.tools.parser import Parser, called_as, refuse
 
 if TYPE_CHECKING:  # --help does without it
@@ -193,17 +191,8 @@ def run(
             signal.signal(number, handler)
     text = printable(" ".join(message.split()))
     say_error(text)
-    _tell_launcher(text)
+    tell_launcher(text)
     return status
-
-
-def _tell_launcher(message: str) -> None:
-    """Leave the message where torchrun, and `accelerate launch` for several processes, look for the reason."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        about = {"message": f"error: {message}", "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
-        with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": about}), encoding="utf-8")
 
 
 def _status(error: BaseException) -> int:
