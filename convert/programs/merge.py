@@ -11,6 +11,7 @@ from lora_adapters.convert.deltas.combined import Combination
 from lora_adapters.convert.deltas.reduction import reduce_modules
 from lora_adapters.convert.deltas.svd import as_written, report, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError, UsageError
+from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.registry import is_v2
 from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
 from lora_adapters.convert.storage.checkpoint import Checkpoint
@@ -101,14 +102,19 @@ def merge(args: Namespace) -> None:
     _report_ema(checkpoint, args.ema)
     form = " (one file in the original layout)" if checkpoint.is_folder and path.is_file() else ""
     say(f"merged {count} into {args.sd_model}: {path}{form}")
-    say(_how_to_load(path, facts.get("modelspec.trigger_phrase")))
+    say(_how_to_load(path, facts.get("modelspec.trigger_phrase"), checkpoint.family))
 
 
-def _how_to_load(path: Path, words: str | None) -> str:
+def _how_to_load(path: Path, words: str | None, family: ModelFamily) -> str:
     """What to do with a merged model, which needs no adapter."""
-    call = "from_pretrained" if path.is_dir() else "from_single_file"
     lines = [f"  trigger words: {words}"] if words else []
-    return "\n".join([*lines, f'  to load it: DiffusionPipeline.{call}("{path}")'])
+    if path.is_dir():
+        lines.append(f'  to load it: DiffusionPipeline.from_pretrained("{path}")')
+    elif family.single_file:
+        lines.append(f'  to load it in diffusers: {family.single_file}.from_single_file("{path}")')
+    if path.is_file():
+        lines.append("  in A1111: the file in models/Stable-diffusion; in ComfyUI: models/checkpoints")
+    return "\n".join(lines)
 
 
 def _fitting(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_adapters.convert.tools.command_line import printable
+from lora_adapters.train.data.image_suffixes import READ, TRAINED
 from lora_adapters.train.preparing.choose import Plan
 from lora_adapters.train.preparing.look import Folder, alike
 
 _SHOWN = 5
+_TO_CONVERT = (READ - TRAINED) | {".dng", ".cr2", ".cr3", ".nef", ".arw"}  # photos all the same
 
 
 def seen(folder: Folder, side: int) -> list[str]:
@@ -28,10 +30,14 @@ def seen(folder: Folder, side: int) -> list[str]:
     below = [one.path.name for one in pictures if one.size[0] * one.size[1] < side * side]
     if below:
         lines.append(f"  {len(below)} have fewer pixels than {side}x{side}, and less detail: {_names(below)}")
+    if 4 * areas[len(areas) // 2][0] * areas[len(areas) // 2][1] < side * side:
+        lines.append(
+            f"  most have less than a quarter of these pixels: find larger ones, or enlarge them to {side} pixels"
+        )
     if unreadable:
         reasons = [f"{one.path.name} ({one.wrong})" for one in unreadable]
         lines.append(f"  {len(unreadable)} cannot be read, and are left out in training: {_names(reasons)}")
-    lines += _captions(folder)
+    lines += [*_captions(folder), *_others(folder)]
     groups = [[one.path.name for one in group] for group in alike(pictures)]
     if groups:
         extra = sum(map(len, groups)) - len(groups)
@@ -58,6 +64,17 @@ def _captions(folder: Folder) -> list[str]:
     if folder.wrong_captions:
         wrong = [f"{path.name} ({why})" for path, why in folder.wrong_captions]
         lines.append(f"  training will stop at captions that are not text, correct them: {_names(wrong)}")
+    return lines
+
+
+def _others(folder: Folder) -> list[str]:
+    """Files beside the pictures that are not read."""
+    if not folder.others:
+        return []
+    lines = [f"  {len(folder.others)} other files are not read: {_names([file.name for file in folder.others])}"]
+    photos = [file.name for file in folder.others if file.suffix.lower() in _TO_CONVERT]
+    if photos:
+        lines.append(f"  photos that have to be saved as JPEG or PNG to be trained on: {_names(photos)}")
     return lines
 
 
