@@ -31,9 +31,7 @@ def seen(folder: Folder, side: int) -> list[str]:
     if below:
         lines.append(f"  {len(below)} have fewer pixels than {side}x{side}, and less detail: {_names(below)}")
     if 4 * areas[len(areas) // 2][0] * areas[len(areas) // 2][1] < side * side:
-        lines.append(
-            f"  most have less than a quarter of these pixels: find larger ones, or enlarge them to {side} pixels"
-        )
+        lines.append(f"  most have less than a quarter of that: find larger ones, or enlarge them to {side} pixels")
     if unreadable:
         reasons = [f"{one.path.name} ({one.wrong})" for one in unreadable]
         lines.append(f"  {len(unreadable)} cannot be read, and are left out in training: {_names(reasons)}")
