@@ -1,10 +1,33 @@
 """Adapters as data: names, files, arithmetic, checkpoints and the file tools. Needs torch and safetensors only."""
 
-from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.formats.metadata import DyLora
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from .adapter import Adapter
-from .errors import AdapterError
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .deltas.low_rank import LowRank
+    from .errors import AdapterError
+    from .families.names import ModuleName
+    from .formats.metadata import DyLora
 
+_PUBLIC = {
+    "Adapter": "adapter",
+    "AdapterError": "errors",
+    "DyLora": "formats.metadata",
+    "LowRank": "deltas.low_rank",
+    "ModuleName": "families.names",
+}
 __all__ = ["Adapter", "AdapterError", "DyLora", "LowRank", "ModuleName"]
+
+
+def __getattr__(name: str) -> object:
+    """Load public names when they are first used: the programs show their --help without torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,8 +22,6 @@ from .arithmetic import Arithmetic
 from .errors import AdapterError
 from .live import LiveAdapter
 
-FORMATS = registry.NAMES
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter(Arithmetic, LiveAdapter):

@@ -14,22 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-
-from lora_adapters.convert.deltas.svd import as_written, report
-from lora_adapters.convert.errors import UsageError
-from lora_adapters.convert.terminal import say
-from lora_adapters.convert.tools.average import average
-from lora_adapters.convert.tools.command_line import (
-    Parser,
-    add_dtype,
-    add_skip_unknown,
-    dtype_of,
-    output_file,
-    run,
-)
-from lora_adapters.convert.tools.inputs import load
-from lora_adapters.convert.tools.summary import written
+from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, run
 
 
 def parser() -> Parser:
@@ -50,18 +35,9 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    path = output_file(args.save_to)
-    if len(args.models) < 2:
-        raise UsageError("one file is its own average: name two or more")
-    if twice := next((name for name in args.models if args.models.count(name) > 1), None):
-        raise UsageError(f"{twice} is named twice")
-    exact, fits = average({name: load(name, skip_unknown=args.skip_unknown) for name in args.models})
-    result = exact.to(dtype_of(args.save_precision) or torch.float32)
-    result.save(path, modelspec=not args.no_metadata)
-    pairs = {module: fit for module, fit in fits.items() if fit.total}
-    if pairs:
-        say(report(as_written(pairs, exact.modules, result.modules), "svd-merge at a higher --new_rank"))
-    say(written(path, result))
+    from lora_adapters.convert.programs.average import average_files  # imports torch, which --help does without
+
+    average_files(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

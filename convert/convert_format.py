@@ -14,33 +14,15 @@ file for each token (result.s1.safetensors for <s1>), as pipe.load_textual_inver
 files back into a file of cloneofsimo's format.
 """
 
-import argparse
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import safetensors.torch
-import torch
-
-from lora_adapters.convert.adapter import FORMATS, Adapter
-from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.deltas.reduction import reduce_modules
-from lora_adapters.convert.deltas.sum import as_pair
-from lora_adapters.convert.deltas.svd import report, rules, with_rank_facts
-from lora_adapters.convert.errors import AdapterError, UsageError
-from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.formats import cloneofsimo
-from lora_adapters.convert.storage.checkpoint import Checkpoint
-from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
-from lora_adapters.convert.storage.sources import locate
-from lora_adapters.convert.terminal import say
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, dtype_of, output_file, run
-from lora_adapters.convert.tools.inputs import ZERO_ALPHA, load, weights_alone
-from lora_adapters.convert.tools.summary import written
+from lora_adapters.convert.choices import FORMATS, ZERO_ALPHA
+from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, run
 
 
 def parser() -> Parser:
@@ -67,114 +49,12 @@ def parser() -> Parser:
     return made
 
 
-def save_embeddings(embeddings: dict[str, torch.Tensor], folder: Path, stem: str) -> list[str]:
-    """Write each token's embedding to a file of its own in the folder; their names begin with the stem."""
-    written: list[str] = []
-    for token, tensor in embeddings.items():
-        word = re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
-        name = f"{stem}.{word}.safetensors"
-        name = name if name not in written else f"{stem}.{word}-{len(written)}.safetensors"
-        with replacing(folder / name) as partial:
-            safetensors.torch.save_file({token: tensor.contiguous()}, partial)
-        written.append(name)
-    return written
-
-
-def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The embeddings in files of one token each."""
-    found: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors, _ = read_tensors(Path(file).expanduser())
-        for token, tensor in tensors.items():
-            if not (token.startswith("<") and token.endswith(">")) or tensor.ndim > 2:
-                raise AdapterError(f"{file}: {token} is not an embedding of a token such as <s1>")
-            found[token] = tensor
-    return found
-
-
-def _check_target(args: argparse.Namespace) -> None:
-    """Check the options that say what is written; --to lora is kohya's format unless another is given."""
-    if args.to is None and any(value is not None for value in (args.rank, args.conv_rank, args.sd_model)):
-        raise UsageError("--rank, --conv_rank and --sd_model go with --to lora (resize gives a LoRA another rank)")
-    if args.to is not None and args.rank is None:
-        raise UsageError("--to lora needs --rank, the rank of the pairs that it makes")
-    if args.format is None and args.to is None:
-        raise UsageError(f"--format is needed: {', '.join(FORMATS)}")
-    args.format = args.format or "kohya"
-
-
-def _weights_in(model: str) -> Callable[[ModuleName], torch.Tensor]:
-    """What gives a module's weight in a model, one at a time."""
-    checkpoint = Checkpoint.open(model)
-    known = checkpoint.modules
-
-    def weight(module: ModuleName) -> torch.Tensor:
-        if module not in known:
-            raise AdapterError(f"{checkpoint.path} does not have it")
-        return checkpoint.read(module, known[module]).to(torch.float32)
-
-    return weight
-
-
-def as_lora(
-    adapter: Adapter, name: str, rank: int, conv_rank: int | None = None, sd_model: str | None = None
-) -> Adapter:
-    """The adapter with the best pairs of these ranks for changes of other kinds; the relative error is printed.
-
-    Pairs stay as they are where their rank is not higher.
-
-    Raises:
-        AdapterError: a change depends on the model's weights, and there is no model or it is another one.
-    """
-    adapter = weights_alone(adapter, name)
-    high, fixed = {}, {}
-    for module, change in adapter.modules.items():
-        pair = as_pair(change)
-        most = rank if pair is None or pair.kernel == (1, 1) or conv_rank is None else conv_rank
-        if pair is not None and pair.rank <= most:
-            fixed[module] = pair
-        else:
-            high[module] = change
-    made: dict[ModuleName, LowRank] = {}
-    if high:
-        base_weight = None if sd_model is None else _weights_in(sd_model)
-        made, fits = reduce_modules(high, rules(rank, conv_rank), base_weight=base_weight)
-        say(report(fits, "a higher --rank"))
-    modules = {module: fixed[module] if module in fixed else made[module] for module in adapter.modules}
-    if not high and not adapter.stored:
-        return adapter.with_modules(modules)
-    return Adapter(modules, with_rank_facts(modules, adapter.plain_metadata()), embeddings=adapter.embeddings)
-
-
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    _check_target(args)
-    path = Path(args.save_to).expanduser() if args.format == "peft" else output_file(args.save_to)
-    if args.embeddings and args.format != "cloneofsimo":
-        raise UsageError("--embeddings can only be put into cloneofsimo's format")
-    if args.fold_alpha and args.format != "kohya":
-        raise UsageError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
-    source = locate(args.model)
-    adapter = load(source, args.zero_alpha, args.skip_unknown)
-    if args.to == "lora":
-        adapter = as_lora(adapter, args.model, args.rank, args.conv_rank, args.sd_model)
-    embeddings = read_embeddings(args.embeddings)
-    if source.is_file():
-        tensors, _ = read_tensors(source)
-        if cloneofsimo.matches(tensors):
-            embeddings = {**cloneofsimo.embeddings(tensors), **embeddings}
-    dtype = dtype_of(args.save_precision)
-    if args.format == "cloneofsimo" or not embeddings:
-        adapter.save(path, args.format, dtype, args.fold_alpha, embeddings or None)
-        names = []
-    else:
-        with all_or_none(path.parent) as folder:  # if the adapter cannot be written, the embeddings are not either
-            names = save_embeddings(embeddings, folder, path.stem)
-            adapter.save(path, args.format, dtype, args.fold_alpha)
-    say(written(path, adapter))
-    for name in names:
-        say(f"embedding written to {path.with_name(name)}")
+    from lora_adapters.convert.programs.convert import convert  # imports torch, which --help does without
+
+    convert(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,20 +9,12 @@ Writes split-0004.safetensors, split-0008.safetensors, ... up to the full rank.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.errors import AdapterError, UsageError
-from lora_adapters.convert.formats.metadata import DyLora
-from lora_adapters.convert.progress import progress
-from lora_adapters.convert.storage.files import all_or_none
-from lora_adapters.convert.terminal import say
-from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, output_file, run
-from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, run
 
 
 def parser() -> Parser:
@@ -41,41 +33,12 @@ def parser() -> Parser:
     return made
 
 
-def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
-    """The ranks to write: all that the adapter can be cut to, or those asked for."""
-    highest = max(one.rank for one in adapter.pairs().values())
-    unit = (adapter.dylora or DyLora()).unit
-    if highest % unit:
-        raise AdapterError(f"unit {unit} does not divide the rank {highest}: the adapter was not trained with it")
-    if asked is None:
-        return [*range(unit, highest, unit), highest]
-    try:
-        return sorted({int(number) for number in asked.split(",")})
-    except ValueError:
-        raise UsageError(f"--ranks is a list of numbers such as 4,8, not {asked}") from None
-
-
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    path = output_file(args.save_to)
-    adapter = load(args.model, skip_unknown=args.skip_unknown)
-    adapter = adapter.sorted() if args.sort else adapter
-    dylora = adapter.dylora
-    if args.unit is not None and args.unit < 1:
-        raise UsageError(f"--unit must be at least 1, got {args.unit}")
-    if dylora is None and args.unit is None:
-        raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit, or --sort")
-    if dylora is None:
-        dylora = DyLora(rank_scaling="rank")  # such a file can only be kohya's, cut as kohya's script does
-    adapter = adapter.as_dylora(replace(dylora, unit=args.unit or dylora.unit))
-    ranks = ranks_of(adapter, args.ranks)
-    names = [f"{path.stem}-{rank:04d}{path.suffix}" for rank in ranks]
-    with all_or_none(path.parent) as folder:  # a rank that cannot be cut, or Ctrl-C, leaves no half of the set
-        for rank, name in progress(zip(ranks, names, strict=True), "splitting", len(ranks)):
-            adapter.truncate(rank).save(folder / name)
-    for name in names:
-        say(path.with_name(name))
+    from lora_adapters.convert.programs.split import split  # imports torch, which --help does without
+
+    split(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,26 +15,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.low_rank import rank_range
-from lora_adapters.convert.deltas.rank_choice import DYNAMIC_METHODS, dynamic
-from lora_adapters.convert.deltas.reduction import reduce_modules
-from lora_adapters.convert.deltas.svd import Rules, as_written, report, rules, with_rank_facts
-from lora_adapters.convert.devices import device_of
-from lora_adapters.convert.errors import UsageError
+from lora_adapters.convert.choices import DYNAMIC_METHODS
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.terminal import say
-from lora_adapters.convert.tools.command_line import (
-    Parser,
-    add_dtype,
-    add_skip_unknown,
-    dtype_of,
-    output_file,
-    rank_option,
-    run,
-)
-from lora_adapters.convert.tools.inputs import load, weights_alone
-from lora_adapters.convert.tools.summary import written
+from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, rank_option, run
 
 
 def parser() -> Parser:
@@ -59,42 +42,12 @@ def parser() -> Parser:
     return made
 
 
-def chosen_rules(args) -> Rules:
-    """The rules that the options ask for."""
-    if (args.dynamic_method is None) != (args.dynamic_param is None):
-        raise UsageError("--dynamic_method and --dynamic_param go together")
-    if args.dynamic_method and args.target_error is not None:
-        raise UsageError("--dynamic_method and --target_error are two ways to choose ranks: give one")
-    if args.target_error is not None:
-        return rules(args.new_rank, args.new_conv_rank, args.target_error)
-    rank = 4 if args.new_rank is None else args.new_rank
-    if args.dynamic_method is None:
-        return rules(rank, args.new_conv_rank)
-    conv = rank if args.new_conv_rank is None else args.new_conv_rank
-    method, parameter = args.dynamic_method, args.dynamic_param
-    return Rules(dynamic(method, parameter, rank), dynamic(method, parameter, conv))
-
-
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
-    adapter = weights_alone(load(args.model, skip_unknown=args.skip_unknown), args.model)
-    modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
-    metadata = with_rank_facts(modules, adapter.plain_metadata())
-    ranks = rank_range(one.rank for one in adapter.modules.values() if one.rank is not None)
-    before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""
-    metadata["ss_training_comment"] = f"resized from rank {ranks}{before}"
-    if args.dynamic_method or args.target_error is not None:
-        metadata |= {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}
-    result = Adapter(modules, metadata).to(dtype_of(args.save_precision))
-    fits = as_written(fits, modules, result.pairs())
-    if args.verbose:
-        for module, fit in fits.items():
-            say(f"{module}: rank {adapter.modules[module].rank} -> {modules[module].rank}, error {fit.error:.4g}")
-    result.save(path)
-    say(report(fits, "a higher --new_rank, or --target_error 0.1,"))
-    say(written(path, result))
+    from lora_adapters.convert.programs.resize import resize  # imports torch, which --help does without
+
+    resize(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

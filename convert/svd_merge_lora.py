@@ -13,25 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.reduction import reduce_modules
-from lora_adapters.convert.deltas.svd import as_written, report, rules, with_rank_facts
-from lora_adapters.convert.devices import device_of
-from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP, load_all, merged_metadata
+from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.terminal import say
-from lora_adapters.convert.tools.combining import add_methods, combination_of, put_together
-from lora_adapters.convert.tools.command_line import (
-    Parser,
-    add_dtype,
-    add_skip_unknown,
-    dtype_of,
-    output_file,
-    rank_option,
-    run,
-)
-from lora_adapters.convert.tools.inputs import weights_alone
-from lora_adapters.convert.tools.summary import written
+from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_methods, add_skip_unknown, rank_option, run
 
 
 def parser() -> Parser:
@@ -67,21 +51,9 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    path, device, how = output_file(args.save_to), device_of(args.device), combination_of(args)
-    rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
-    chosen = rules(rank, args.new_conv_rank, args.target_error)
-    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
-    adapters = {name: weights_alone(adapter, name) for name, adapter in adapters.items()}
-    merged = put_together(adapters, ratios, how)
-    facts = merged_metadata(merged, adapters, args.no_metadata)
-    del adapters  # the files need not stay in memory
-    modules, fits = reduce_modules(merged.modules, chosen, args.clamp_quantile, device)
-    metadata = with_rank_facts(modules, facts)
-    result = Adapter(modules, metadata).to(dtype_of(args.save_precision, args.precision))
-    result.save(path, modelspec=not args.no_metadata)
-    more = "a higher --new_rank, or --target_error 0.1,"
-    say(report(as_written(fits, modules, result.pairs()), more))
-    say(written(path, result))
+    from lora_adapters.convert.programs.svd_merge import svd_merge  # imports torch, which --help does without
+
+    svd_merge(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.registry import BASE_VERSION, by_class, by_live_models
+from lora_adapters.convert.families.registry import BASE_VERSION, by_class, by_live_models, denoisers
 from lora_adapters.types.registry import metadata_of
 
 from . import pipeline
@@ -40,7 +40,8 @@ def from_models(
     facts = dict(metadata or {})
     by_classes = (by_class(model) for model in models.values())
     family = next((family for family in by_classes if family is not None), None)
-    family = family or by_live_models(models, getattr(models.get("unet"), "config", None))
+    denoiser = next((models[name] for name in denoisers() if name in models), None)
+    family = family or by_live_models(models, getattr(denoiser, "config", None))
     if family is not None and family.has(modules):  # which a few of its modules do not tell
         facts.setdefault(BASE_VERSION, family.stated)
     return adapter_type(modules, {**facts, **of_type})

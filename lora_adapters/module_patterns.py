@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import ModuleName, text_path
-from lora_adapters.convert.families.registry import FAMILIES
+from lora_adapters.convert.families.names import text_path
+from lora_adapters.convert.families.registry import FAMILIES, in_denoiser
 
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 _TEXT = "encoder.layers."  # of text encoders, without the `text_model.` that transformers 5 leaves out
@@ -30,9 +30,10 @@ def check_patterns(name: str, patterns: Iterable[str] | None) -> None:
 
 def names_in(paths: Collection[str]) -> Names:
     """The names of each module of a model whose layers have these paths."""
-    blocks = [ModuleName("unet", path) for path in paths if path.startswith(_BLOCKS)]
+    blocks = in_denoiser(path for path in paths if path.startswith(_BLOCKS))
     family = next((family for family in FAMILIES if family.has(blocks)), None) if blocks else None
-    known = frozenset() if family is None else family.paths("unet") | family.norms("unet")
+    denoiser = "" if family is None else family.denoiser.name
+    known = frozenset() if family is None else family.paths(denoiser) | family.norms(denoiser)
 
     def names(path: str) -> tuple[str, ...]:
         if path.startswith(_TEXT):

@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.families.registry import by_modules
+from lora_adapters.convert.families.registry import DENOISER, by_class, by_modules, in_denoiser
 from lora_adapters.types.layers import layers
 from lora_adapters.types.registry import parts_of
 
@@ -15,12 +14,13 @@ from .injection import unwrapped
 from .module_patterns import first_match, names_in
 
 
-def _unet_blocks(paths: list[str], weights: Sequence[float]) -> dict[str, int]:
+def _blocks(model: nn.Module, paths: list[str], weights: Sequence[float]) -> dict[str, int]:
     """The block of each path; AdapterError where there are not as many weights as blocks."""
-    family = by_modules(ModuleName("unet", path) for path in paths)
+    family = by_class(model) or by_modules(in_denoiser(paths))
     if len(weights) != family.blocks.count:
         raise AdapterError(
-            f"block_lr_weights has {len(weights)} values, {family.title}'s U-Net has {family.blocks.count} blocks"
+            f"block_lr_weights has {len(weights)} values, the denoiser of {family.title} has "
+            f"{family.blocks.count} blocks"
         )
     return {path: index for path in paths if (index := family.blocks.index(path)) is not None}
 
@@ -43,8 +43,9 @@ def _rates(
     A module outside of the blocks has the model's own group and rate; one that a pattern of `reg_lrs` matches, a rate
     and a group of its own.
     """
-    found = list(layers(unwrapped(model), adapter_name))
-    blocks = _unet_blocks([path for path, _ in found], weights) if weights is not None else {}
+    model = unwrapped(model)
+    found = list(layers(model, adapter_name))
+    blocks = _blocks(model, [path for path, _ in found], weights) if weights is not None else {}
     names, patterns, found_up = names_in([path for path, _ in found]), list(reg_lrs), False
     for path, layer in found:
         group, rate = name, lr
@@ -58,6 +59,33 @@ def _rates(
             yield (*plus, part) if kind == "up" else (group, rate, part)
     if ratio is not None and found and not found_up:
         raise AdapterError("LoRA+'s ratio: no module of the adapter has an `up`, or what takes its place")
+
+
+def _text_rates(rates: float | Sequence[float] | None, lr: float, count: int) -> Sequence[float]:
+    """A learning rate for each of `count` text encoders; AdapterError for another number of rates."""
+    if rates is None or isinstance(rates, (int, float)):
+        return [lr if rates is None else rates] * count
+    if len(rates) != count:
+        raise AdapterError(f"text_encoder_lr has {len(rates)} values for {count} text encoders")
+    return rates
+
+
+def _denoiser_name(model: nn.Module) -> str:
+    family = by_class(unwrapped(model))
+    return DENOISER if family is None else family.denoiser.name
+
+
+def _grouped(parts: Sequence[tuple], adapter_name: str) -> list[dict[str, Any]]:
+    """Optimizer groups of the parts, each the arguments of `_rates`; AdapterError if nothing is trained."""
+    groups: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, rate, factor in _rates(*part):
+            params = [parameter for parameter in factor.parameters() if parameter.requires_grad]
+            if rate and params:
+                groups.setdefault(name, {"params": [], "lr": rate, "name": name})["params"] += params
+    if not groups:
+        raise AdapterError(f"adapter {adapter_name} has nothing to train: no such layers, or every rate is 0")
+    return list(groups.values())
 
 
 def param_groups(
@@ -77,24 +105,21 @@ def param_groups(
     """Optimizer groups of one adapter's trainable parameters.
 
     Args:
-        unet: The U-Net, or None if it is not trained.
+        unet: The U-Net or transformer, or None if it is not trained.
         text_encoders: The text encoders that are trained.
         lr: The learning rate.
-        unet_lr: The U-Net's learning rate; None is lr.
+        unet_lr: The U-Net's or transformer's learning rate; None is lr.
         text_encoder_lr: The text encoders' learning rate, or one for each; None is lr.
-        block_lr_weights: A factor of unet_lr for each block (see `block_lr_weights`). Layers outside of the blocks
-            (conv_in) keep unet_lr.
+        block_lr_weights: A factor of unet_lr for each block. Layers outside of the blocks (conv_in) keep unet_lr.
         loraplus_lr_ratio: The ratio of the learning rates of `up` and `down` (LoRA+, arXiv:2402.12354).
-        loraplus_unet_lr_ratio: The same for the U-Net; it takes precedence.
+        loraplus_unet_lr_ratio: The same for the U-Net or transformer; it takes precedence.
         loraplus_text_encoder_lr_ratio: The same for the text encoders.
-        reg_lrs: Learning rates by regular expression (see `module_patterns`): a module gets that of the first one that
-            matches, whatever else is given.
+        reg_lrs: Learning rates by regular expression (see `module_patterns`), which take precedence over all others.
         adapter_name: The adapter's name in the models.
 
     Returns:
-        Groups for any torch optimizer, each with "params", "lr" and "name": unet, unet_block<index>, unet_reg<index>,
-        text_encoder, text_encoder_2, and these with " plus" for the `up` matrices. Groups with a rate of 0 are left
-        out.
+        Groups for any torch optimizer, each with "params", "lr" and "name": unet (or transformer), unet_block<index>,
+        unet_reg<index>, text_encoder, text_encoder_2, and these with " plus" for `up`. None has a rate of 0.
 
     Raises:
         AdapterError: There is nothing to train, the number of rates or weights does not fit, or a ratio is given and
@@ -110,24 +135,13 @@ def param_groups(
     unet 0.0001 [[4, 3]]
     unet plus 0.0016 [[5, 4]]
     """
-    if text_encoder_lr is None or isinstance(text_encoder_lr, (int, float)):
-        text_encoder_lr = [lr if text_encoder_lr is None else text_encoder_lr] * len(text_encoders)
-    if len(text_encoder_lr) != len(text_encoders):
-        raise AdapterError(f"text_encoder_lr has {len(text_encoder_lr)} values for {len(text_encoders)} text encoders")
     parts: list[tuple] = []
     text_ratio = _first(loraplus_text_encoder_lr_ratio, loraplus_lr_ratio)
-    for number, (model, rate) in enumerate(zip(text_encoders, text_encoder_lr, strict=True), start=1):
+    text_rates = _text_rates(text_encoder_lr, lr, len(text_encoders))
+    for number, (model, rate) in enumerate(zip(text_encoders, text_rates, strict=True), start=1):
         name = "text_encoder" if number == 1 else f"text_encoder_{number}"
         parts.append((model, adapter_name, name, rate, text_ratio, None, reg_lrs or {}))
     if unet is not None:
         rate, ratio = lr if unet_lr is None else unet_lr, _first(loraplus_unet_lr_ratio, loraplus_lr_ratio)
-        parts.append((unet, adapter_name, "unet", rate, ratio, block_lr_weights, reg_lrs or {}))
-    groups: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        for name, rate, factor in _rates(*part):
-            params = [parameter for parameter in factor.parameters() if parameter.requires_grad]
-            if rate and params:
-                groups.setdefault(name, {"params": [], "lr": rate, "name": name})["params"] += params
-    if not groups:
-        raise AdapterError(f"adapter {adapter_name} has nothing to train: no such layers, or every rate is 0")
-    return list(groups.values())
+        parts.append((unet, adapter_name, _denoiser_name(unet), rate, ratio, block_lr_weights, reg_lrs or {}))
+    return _grouped(parts, adapter_name)

@@ -8,8 +8,7 @@ from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import ModelFamily
-from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.families.registry import FAMILIES, by_class, by_modules, by_name
+from lora_adapters.convert.families.registry import FAMILIES, by_class, by_modules, by_name, in_denoiser
 from lora_adapters.convert.formats.diffusers import pattern_value
 
 from .module_patterns import first_match, left_out, names_in
@@ -128,7 +127,7 @@ class RankRule:
         self.family: ModelFamily | None = None
         lists = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
         if (blocks or family is not None) and any(getattr(ranks, name) is not None for name in lists):
-            self.family = family or by_modules(ModuleName("unet", path) for path in blocks)
+            self.family = family or by_modules(in_denoiser(blocks))
             for name in lists:
                 check_block_list(name, getattr(ranks, name), self.family.name)
 

@@ -5,11 +5,12 @@ import os
 import signal
 import time
 from types import FrameType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lora_adapters.convert.errors import StoppedError
+
+if TYPE_CHECKING:  # the programs' --help does without it
+    import torch
 
 # Ctrl-C, what batch systems and containers send before they kill, and a terminal that is closed (not on Windows).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -55,8 +56,10 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def flags(self, device: torch.device | str) -> torch.Tensor:
+    def flags(self, device: "torch.device | str") -> "torch.Tensor":
         """A one for the signal that was noted, a zero for each other one (len(SIGNALS),): to be added up."""
+        import torch
+
         return torch.stack([torch.full((), float(self.asked == number), device=device) for number in SIGNALS])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_adapters.convert.choices import MAJORITIES, METHODS
 from lora_adapters.convert.errors import AdapterError
 
 from .base import Delta
 from .sum import Sum, of_one_shape
-
-METHODS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-MAJORITIES = ("total", "frequency")
 
 
 @dataclass(frozen=True)

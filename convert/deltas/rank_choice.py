@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
+from lora_adapters.convert.choices import DYNAMIC_METHODS
 from lora_adapters.convert.errors import AdapterError
 
 RankRule = Callable[[torch.Tensor], int]
-DYNAMIC_METHODS = ("sv_ratio", "sv_cumulative", "sv_fro")
 _NONE = 1e-6  # a largest singular value below this is a module without any change
 
 

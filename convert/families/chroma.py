@@ -74,4 +74,5 @@ CHROMA = ModelFamily(
     network_module="networks.lora_flux",
     options={},
     tag="chroma",
+    single_file="ChromaPipeline",
 )

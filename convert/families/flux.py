@@ -109,4 +109,5 @@ FLUX = ModelFamily(
     network_module="networks.lora_flux",
     options={},
     tag="flux",
+    single_file="FluxPipeline",
 )

@@ -11,23 +11,36 @@ from functools import cache
 from lora_adapters.convert.errors import UnknownModuleError
 
 from .names import Lookup, ModuleName, nearest
-from .registry import FAMILIES, titles
+from .registry import DENOISER, FAMILIES, role_of, titles
 
-_UNETS = [family for family in FAMILIES if family.denoiser.name == FAMILIES[0].denoiser.name]  # others: `spelling`
+_UNETS = [family for family in FAMILIES if family.denoiser.name == DENOISER]  # others: `spelling`
+# The beginnings of flat names and of dotted ones, and the component that each is of.
 PREFIXES = {
     **{f"{part.kohya}_": part.name for family in _UNETS for part in family.components},
-    "lycoris_": FAMILIES[0].denoiser.name,  # what LyCORIS' own wrapper writes, of the one model that it wraps
+    "lycoris_": DENOISER,  # what LyCORIS' own wrapper writes, of the one model that it wraps
+}
+DOTTED = {
+    **{f"{part.name}.": part.name for family in _UNETS for part in family.components},
+    "diffusion_model.": DENOISER,  # ComfyUI's
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
 }
 
 
 @cache
-def _by_flat_name(component: str) -> dict[str, str]:
-    spelled = sorted((pair for family in FAMILIES for pair in family.spellings(component)), key=_is_path)
-    return {name.replace(".", "_"): path for name, path in spelled}  # a path goes before another family's original name
+def paths_by_flat_name(component: str, norms: bool = False) -> dict[str, str]:
+    """The path of each module of the known families, by its names with underscores for dots.
 
-
-def _is_path(spelled: tuple[str, str]) -> bool:
-    return spelled[0] == spelled[1]
+    Args:
+        component: the component's name.
+        norms: whether normalisation layers are among them, and text encoders' names without `text_model.`, as
+            transformers 5 has them: LyCORIS' files have both, kohya's neither.
+    """
+    spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms)]
+    if norms and role_of(component) == "text_encoder":
+        spelled += [(name.removeprefix("text_model."), path) for name, path in spelled]
+    spelled.sort(key=lambda pair: pair[0] == pair[1])  # a path goes before another family's original name
+    return {name.replace(".", "_"): path for name, path in spelled}
 
 
 def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
@@ -37,7 +50,7 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
     """
     for prefix, component in PREFIXES.items():
         if name.startswith(prefix):
-            table, flat = _by_flat_name(component), name.removeprefix(prefix)
+            table, flat = paths_by_flat_name(component), name.removeprefix(prefix)
             path = table.get(flat)
             if path is None and lookup is not None:
                 path = lookup(component, flat)
@@ -55,7 +68,7 @@ def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
 
     lookup: asked where no known family has such a module; AdapterError where there is none.
     """
-    table = _by_flat_name(module.component)
+    table = paths_by_flat_name(module.component)
     path = table.get(module.path.replace(".", "_"))
     if path is None and lookup is not None:
         path = lookup(module.component, module.path)

@@ -20,6 +20,7 @@ from .zimage import ZIMAGE
 # In the order in which they are tried: the first one that fits is taken, and what fits none is taken for the first.
 FAMILIES = (SD, SDXL, FLUX, CHROMA, SD3, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
 BASE_VERSION = "ss_base_model_version"
+DENOISER = FAMILIES[0].denoiser.name  # the component of names that tell none: a U-Net's
 
 
 def titles(word: str = "and") -> str:
@@ -73,13 +74,23 @@ def by_modules(modules: Iterable[ModuleName]) -> ModelFamily:
     unknown = [module for module in layers if not any(family.has([module]) for family in FAMILIES)]
     if unknown:
         raise AdapterError(f"{unknown[0]!s:.120} is not a module of {titles('or')}")
-    denoiser = layers[0].component if layers else FAMILIES[0].denoiser.name
+    denoiser = layers[0].component if layers else DENOISER
     alike = [family for family in reversed(FAMILIES) if family.denoiser.name == denoiser]
     most = max(alike, key=lambda family: sum(family.has([module]) for module in modules))
     strange = next(module for module in modules if not most.has([module]))
     raise AdapterError(
         f"modules of different architectures in one adapter: {strange} is not in {most.title}, others are"
     )
+
+
+def in_denoiser(paths: Iterable[str]) -> list[ModuleName]:
+    """The layers at these paths of a denoiser, as modules of the first family's that has one of them."""
+    paths = list(paths)
+    has_one = (
+        family for family in FAMILIES for name in [family.denoiser.name] if not family.paths(name).isdisjoint(paths)
+    )
+    family = next(has_one, FAMILIES[0])
+    return [ModuleName(family.denoiser.name, path) for path in paths]
 
 
 def by_kohya_names(names: Iterable[str]) -> ModelFamily | None:

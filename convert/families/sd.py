@@ -75,4 +75,5 @@ SD = ModelFamily(
     implementation="diffusers",
     options={"v2": "sd_v2", "v_parameterization": "sd_v2"},
     tag="stable-diffusion",
+    single_file="StableDiffusionPipeline",
 )

@@ -91,4 +91,5 @@ SD3 = ModelFamily(
     network_module="networks.lora_sd3",
     options={},
     tag="stable-diffusion-3",
+    single_file="StableDiffusion3Pipeline",
 )

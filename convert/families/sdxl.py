@@ -74,5 +74,6 @@ SDXL = ModelFamily(
     implementation="https://github.com/Stability-AI/generative-models",
     options={"sdxl": "sdxl"},
     tag="stable-diffusion-xl",
+    single_file="StableDiffusionXLPipeline",
     marks_v_prediction=True,
 )

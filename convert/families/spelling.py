@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .family import ModelFamily
 from .names import ModuleName
-from .registry import BASE_VERSION, FAMILIES, by_metadata
+from .registry import BASE_VERSION, DENOISER, FAMILIES, by_metadata
 from .tensor_slice import Part
 from .transformer import Fused, Transformer
 
@@ -120,6 +120,11 @@ def may_be_of_transformer(names: Collection[str], metadata: Mapping[str, str]) -
     if told is not None:
         return fuses(told)
     return any(_mark().match(name) for name in names)
+
+
+def denoiser_of(names: Collection[str]) -> str:
+    """The component that names of a denoiser's modules are of, which do not begin with it."""
+    return _transformers()[0].denoiser.name if may_be_of_transformer(names, {}) else DENOISER
 
 
 class Found(NamedTuple):

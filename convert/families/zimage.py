@@ -68,4 +68,5 @@ ZIMAGE = ModelFamily(
     network_module="networks.lora_zimage",
     options={},
     tag="z-image",
+    single_file="ZImagePipeline",
 )

@@ -18,7 +18,7 @@ from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import Lookup, ModuleName
-from lora_adapters.convert.families.registry import by_name, of_format
+from lora_adapters.convert.families.registry import by_name, of_format, role_of
 from lora_adapters.convert.families.text_encoder import LAYERS
 from lora_adapters.convert.parsing import json_value
 
@@ -74,7 +74,7 @@ def _walk_unet() -> Iterator[str]:
     block_parts += [f"transformer_blocks.0.attn1.{to}" for to in ("to_q", "to_k", "to_v", "to_out.0")]
     block_parts += ["transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"]
     block_parts += [f"transformer_blocks.0.attn2.{to}" for to in ("to_q", "to_k", "to_v", "to_out.0")] + ["proj_out"]
-    family = of_format("cloneofsimo")
+    family = of_format(NAME)
     known = family.paths(family.denoiser.name)
     for block in blocks:
         paths = [f"{block}.attentions.{n}.{part}" for n in range(3) for part in block_parts]
@@ -96,15 +96,19 @@ def _walk_text() -> Iterator[str]:
         yield from (f"{layer}.mlp.{part}" for part in ("fc1", "fc2"))
 
 
+def _is_denoiser(component: str) -> bool:
+    return role_of(component) == "denoiser"
+
+
 def _walk(component: str, targets: Iterable[str]) -> list[str]:
     """The layers of a component inside of the target classes, in order."""
-    table = _UNET_PARTS if component == "unet" else _TEXT_PARTS
+    table = _UNET_PARTS if _is_denoiser(component) else _TEXT_PARTS
     targets = list(targets)
     unknown = [target for target in targets if target not in table]
     if unknown:
         raise AdapterError(f"its {component} layers are in {unknown[0]}, where only {', '.join(table)} are known")
     parts = {part for target in targets for part in table[target]}
-    walked = _walk_unet() if component == "unet" else _walk_text()
+    walked = _walk_unet() if _is_denoiser(component) else _walk_text()
     return [path for path in walked if any(f".{part}" in path for part in parts)]
 
 
@@ -118,7 +122,7 @@ def _may_be(path: str, dimensions: int) -> bool:
 
 
 def _targets(metadata: Mapping[str, str], component: str) -> list[str]:
-    default = ["CrossAttention", "Attention", "GEGLU"] if component == "unet" else ["CLIPAttention"]
+    default = ["CrossAttention", "Attention", "GEGLU"] if _is_denoiser(component) else ["CLIPAttention"]
     try:
         listed = json_value(metadata.get(component, json.dumps(default)))
     except ValueError as error:
@@ -135,7 +139,7 @@ def read_modules(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         if match := _KEY.fullmatch(key):
             halves.setdefault((match[1], int(match[2])), {})[match[3]] = tensor
     modules = {}
-    for component in ("unet", "text_encoder"):
+    for component in (part.name for part in of_format(NAME).components):
         numbers = sorted(number for part, number in halves if part == component)
         if not numbers:
             continue
@@ -170,13 +174,13 @@ def other_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _plan(component: str, present: Mapping[str, LowRank]) -> tuple[tuple[str, ...], list[str]]:
     """The fewest target classes that hold all adapted layers of a component, and the layers in order."""
-    for targets in _WRITTEN_UNET if component == "unet" else _WRITTEN_TEXT:
+    for targets in _WRITTEN_UNET if _is_denoiser(component) else _WRITTEN_TEXT:
         walked = _walk(component, targets)
         if present.keys() <= set(walked):
             break
     else:
         raise AdapterError(f"cloneofsimo's format cannot hold {component}.{min(present.keys() - set(walked))}")
-    if component == "text_encoder":  # 12 layers, or SD2.x's 23: as many as there are
+    if not _is_denoiser(component):  # 12 layers, or SD2.x's 23: as many as there are
         last = max(int(path.split(".")[3]) for path in present)
         walked = [path for path in walked if int(path.split(".")[3]) <= last]
     missing = [path for path in walked if path not in present]
@@ -192,12 +196,12 @@ def to_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata; alphas go into `up`. AdapterError for SDXL, and where layers are missing in between."""
     family = by_name(architecture)
-    if "cloneofsimo" not in family.formats:
-        wanted = " and ".join(of_format("cloneofsimo").titles)
+    if NAME not in family.formats:
+        wanted = " and ".join(of_format(NAME).titles)
         raise AdapterError(f"cloneofsimo's format is for {wanted}; this adapter is for {family.title}")
     tensors = {token: tensor.contiguous() for token, tensor in embeddings.items()}
     metadata = dict.fromkeys(embeddings, EMBEDDING)
-    for component in ("unet", "text_encoder"):
+    for component in (part.name for part in of_format(NAME).components):
         mine = {module.path: one for module, one in modules.items() if module.component == component}
         if not mine:
             continue

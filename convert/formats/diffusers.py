@@ -28,9 +28,9 @@ from lora_adapters.convert.deltas.base import scalar_of
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.kohya_names import check_known
+from lora_adapters.convert.families.kohya_names import DOTTED, check_known
 from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, text_path
-from lora_adapters.convert.families.registry import role_of
+from lora_adapters.convert.families.registry import DENOISER, role_of
 from lora_adapters.convert.parsing import json_value
 
 from .contents import Contents, WriteOptions
@@ -43,9 +43,7 @@ METADATA_KEY = "lora_adapter_metadata"
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _COMPONENTS = {  # the beginnings of keys, and the component that each is of
     **{f"{component}.": component for component in COMPONENTS},
-    "diffusion_model.": "unet",
-    "text_encoders.clip_l.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    **DOTTED,
     "clip_l.": "text_encoder",
     "clip_g.": "text_encoder_2",
 }
@@ -70,7 +68,7 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 
 def split_key(key: str) -> tuple[ModuleName, str] | None:
     """Module and half ("down", "up", "alpha") of a key in any of the formats; None for any other key."""
-    component, rest = "unet", key
+    component, rest = DENOISER, key
     for start, of in _COMPONENTS.items():
         if key.startswith(start):
             component, rest = of, key.removeprefix(start)

@@ -5,9 +5,8 @@ The names are read in several spellings: kohya's flat ones, ComfyUI's and diffus
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,8 +15,8 @@ from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
-from lora_adapters.convert.families.names import ModuleName, nearest
-from lora_adapters.convert.families.registry import FAMILIES, role_of
+from lora_adapters.convert.families.kohya_names import DOTTED, PREFIXES, paths_by_flat_name
+from lora_adapters.convert.families.names import Lookup, ModuleName, nearest
 
 from .contents import Contents, Stored, WriteOptions
 from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
@@ -31,27 +30,9 @@ NAME = "lycoris"
 _RS_LORA = "rs_lora"  # of LyCORIS' network arguments
 _PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's names of tensors, which are not written here
 
-# The beginnings of names, and the components that they are of.
-_FLAT = {
-    "lora_unet_": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
-    "lycoris_": "unet",  # LyCORIS' own wrapper writes it, of the one model that it wraps
-}
-_DOTTED = {
-    "diffusion_model.": "unet",  # ComfyUI
-    "text_encoders.clip_l.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2",
-    "unet.": "unet",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-}
 # What PEFT's raw state dicts have more than its files: a level of their own, and the adapter's name in each key.
 _RAW_LEVEL = "base_model.model."
 _RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?!weight$|bias$)[^.]+")
-# Finds a module that no table has in a live model: from a component and a name, dotted or flat, to its path or None.
-Lookup = Callable[[str, str], str | None]
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -66,7 +47,7 @@ def split_key(key: str) -> tuple[str, str]:
         AdapterError: it ends in no tensor of a known kind.
     """
     key = _RAW_NAME.sub(r".\1", key.replace(_RAW_LEVEL, "", 1))
-    flat, parts = key.startswith(tuple(_FLAT)), key.split(".")
+    flat, parts = key.startswith(tuple(PREFIXES)), key.split(".")
     for length in (2, 1):
         suffix = ".".join(parts[-length:])
         if len(parts) > length and suffix in SUFFIXES:
@@ -100,12 +81,12 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
     Raises:
         UnknownModuleError: nobody knows it; the nearest known name is in the message.
     """
-    prefixes = _FLAT | _DOTTED
+    prefixes = PREFIXES | DOTTED
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
         raise UnknownModuleError(f"unknown module {name:.100}: a name begins with {', '.join(prefixes)}")
     component, rest = prefixes[prefix], name.removeprefix(prefix)
-    flat, table = rest.replace(".", "_"), _paths_by_flat_name(component)
+    flat, table = rest.replace(".", "_"), paths_by_flat_name(component, norms=True)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
         raise UnknownModuleError(f"unknown module {name:.100}{nearest(flat, table)}")
@@ -203,16 +184,3 @@ def _without_rank_stabilisation(metadata: Mapping[str, str]) -> dict[str, str]:
         return dict(metadata)
     args = {name: value for name, value in network_args(metadata).items() if name != _RS_LORA}
     return {**metadata, "ss_network_args": json.dumps(args)}
-
-
-# --- the names of all modules --------------------------------------------------------------------------------------
-
-
-@cache
-def _paths_by_flat_name(component: str) -> dict[str, str]:
-    """The path of each module of the known families, by its names with underscores for dots."""
-    spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms=True)]
-    if role_of(component) == "text_encoder":  # `text_model.` is left out by transformers 5
-        spelled += [(name.removeprefix("text_model."), path) for name, path in spelled]
-    spelled.sort(key=lambda pair: pair[0] == pair[1])  # a path goes before another family's original name
-    return {name.replace(".", "_"): path for name, path in spelled}

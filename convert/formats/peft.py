@@ -18,7 +18,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, text_path
 from lora_adapters.convert.families.registry import role_of
-from lora_adapters.convert.families.spelling import may_be_of_transformer
+from lora_adapters.convert.families.spelling import denoiser_of
 from lora_adapters.convert.parsing import json_value
 from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
@@ -121,7 +121,7 @@ def _component_of(folder: Path) -> str:
         if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors):
             return "text_encoder_2"
         names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
-        return "transformer" if may_be_of_transformer(names, {}) else "unet"
+        return denoiser_of(names)
     reads = re.compile(r"\.(self_attn\.[qkv]_proj|mlp\.fc1)\.lora_A\.weight$")  # what these have is the model's width
     wide = any(reads.search(key) and tuple(one.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, one in text.items())
     return "text_encoder_2" if wide else "text_encoder"

@@ -2,26 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 
 import torch
 
+from lora_adapters.convert import choices
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup
 
-from . import cloneofsimo, diffusers, kohya, lycoris, peft, spelled
+from . import diffusers, kohya, spelled
 from .contents import Contents, Format
 from .kinds import split_bundled, unread
 
-FORMATS: tuple[Format, ...] = (kohya, peft, diffusers, cloneofsimo, lycoris)
-NAMES = tuple(known.NAME for known in FORMATS)
+FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for name in choices.FORMATS)  # type: ignore
 
 
 def by_name(name: str) -> Format:
     """The format of that name; AdapterError where there is none."""
     found = next((known for known in FORMATS if name == known.NAME), None)
     if found is None:
-        raise AdapterError(f"unknown format {name}: {', '.join(NAMES)} are known")
+        raise AdapterError(f"unknown format {name}: {', '.join(choices.FORMATS)} are known")
     return found
 
 

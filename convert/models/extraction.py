@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora_adapters.convert.choices import EXTRACTED
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.dense_svd import best_approximation
 from lora_adapters.convert.deltas.full import Full
@@ -20,7 +21,6 @@ from lora_adapters.convert.families.registry import BASE_VERSION, is_v2, role_of
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 
-ALGORITHMS = ("lokr", "full")  # besides low-rank pairs
 Approximate = Callable[[torch.Tensor], tuple[Delta, Fit]]  # of a difference that is not all 0
 
 
@@ -85,8 +85,8 @@ def approximate_otherwise(
     `nearest_kronecker.split`; target_error: the smallest LoKr with this relative error instead. The rest, and errors,
     are those of `approximate_difference`.
     """
-    if algo not in ALGORITHMS:
-        raise AdapterError(f"unknown algo {algo}: {', '.join(ALGORITHMS)} are known")
+    if algo not in EXTRACTED:
+        raise AdapterError(f"unknown algo {algo}: {', '.join(EXTRACTED)} are known")
     if algo == "full":
         approximated: Approximate = _full
     elif target_error is not None:

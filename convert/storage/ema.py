@@ -5,6 +5,7 @@ Most programs read the other tensors, and those are what an adapter is merged in
 
 from dataclasses import replace
 
+from lora_adapters.convert.choices import EMA
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import role_of
@@ -12,7 +13,6 @@ from lora_adapters.convert.families.tensor_slice import TensorSlice
 
 from .checkpoint import Checkpoint, WeightsFile
 
-EMA = ("keep", "drop", "merge")
 _START, _MODEL = "model_ema.", "model."
 
 

@@ -1,34 +1,16 @@
-"""The options by which the merging programs put adapters together: as a sum, or by TIES, DARE or magnitude pruning."""
+"""How the merging programs put adapters together: as a sum, or by TIES, DARE or magnitude pruning."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.deltas.combined import MAJORITIES, METHODS, Combination
+from lora_adapters.convert.choices import METHODS
+from lora_adapters.convert.deltas.combined import Combination
 from lora_adapters.convert.errors import UsageError
-from lora_adapters.convert.parsing import number
 
-from .command_line import Parser
 from .merge import combination, weighted_sum
 
 _OF_METHODS = ("density", "seed", "majority_sign_method")
-
-
-def add_methods(parser: Parser) -> None:
-    """Add --method, --density, --seed and --majority_sign_method."""
-    parser.add_argument(
-        "--method",
-        choices=("linear", *METHODS),
-        default="linear",
-        help="how to put changes together: their weighted sum (linear, the default), or pruned before, as by PEFT",
-    )
-    parser.add_argument("--density", type=number, help="share of the numbers of each change that pruning keeps")
-    parser.add_argument("--seed", type=int, help="of the random pruning of dare_linear and dare_ties (default: 0)")
-    parser.add_argument(
-        "--majority_sign_method",
-        choices=MAJORITIES,
-        help="the sign that ties and dare_ties elect: of the sum (total, the default), or of most (frequency)",
-    )
 
 
 def combination_of(args: Any) -> Combination | None:

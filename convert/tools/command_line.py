@@ -1,36 +1,37 @@
 """What the command-line programs share: their one `main`, errors in one line, dtypes."""
 
 import argparse
-import json
 import logging
 import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
+from lora_adapters.convert.choices import MAJORITIES, METHODS
 from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError, first_line
+from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import tolerant_console
 from lora_adapters.convert.terminal import own_quiet, say, say_error
+from lora_adapters.convert.tools.launchers import tell_launcher
 from lora_adapters.convert.tools.parser import Parser, called_as, refuse
+
+if TYPE_CHECKING:  # --help does without it
+    import torch
 
 __all__ = ["Parser", "called_as", "refuse"]  # with what is here
 
-DTYPES = {
-    "float": torch.float32,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
+DTYPES = {  # names in kohya's scripts: PyTorch's
+    "float": "float32",
+    "float32": "float32",
+    "fp32": "float32",
+    "fp16": "float16",
+    "float16": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
 }
 
 
@@ -57,6 +58,23 @@ def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """Add --method, --density, --seed and --majority_sign_method."""
+    parser.add_argument(
+        "--method",
+        choices=("linear", *METHODS),
+        default="linear",
+        help="how to put changes together: their weighted sum (linear, the default), or pruned before, as by PEFT",
+    )
+    parser.add_argument("--density", type=number, help="share of the numbers of each change that pruning keeps")
+    parser.add_argument("--seed", type=int, help="of the random pruning of dare_linear and dare_ties (default: 0)")
+    parser.add_argument(
+        "--majority_sign_method",
+        choices=MAJORITIES,
+        help="the sign that ties and dare_ties elect: of the sum (total, the default), or of most (frequency)",
+    )
+
+
 def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
     """List the modules of an adapter that are left out; nothing where there are none."""
     listed = list(modules)
@@ -65,9 +83,11 @@ def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
         say("\n".join(f"  {printable(module)}" for module in listed))
 
 
-def dtype_of(*names: str | None) -> torch.dtype | None:
-    """The dtype of the first name that is given; None where none is."""
-    return next((DTYPES[name] for name in names if name is not None), None)
+def dtype_of(*names: str | None) -> "torch.dtype | None":
+    """The dtype of the first of these names that is not None; None if all are."""
+    import torch
+
+    return next((getattr(torch, DTYPES[name]) for name in names if name is not None), None)
 
 
 def printable(text: str) -> str:
@@ -171,17 +191,8 @@ def run(
             signal.signal(number, handler)
     text = printable(" ".join(message.split()))
     say_error(text)
-    _tell_launcher(text)
+    tell_launcher(text)
     return status
-
-
-def _tell_launcher(message: str) -> None:
-    """Leave the message where torchrun, and `accelerate launch` for several processes, look for the reason."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        about = {"message": f"error: {message}", "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
-        with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": about}), encoding="utf-8")
 
 
 def _status(error: BaseException) -> int:
@@ -198,7 +209,7 @@ def _said(error: BaseException, memory: str, stopped: str, traceback: bool) -> s
         return str(error) or stopped
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_out_of_memory(error):
         return f"the device has too little memory: {memory}"
     if isinstance(error, MemoryError):
         return "there is too little memory"
@@ -208,6 +219,12 @@ def _said(error: BaseException, memory: str, stopped: str, traceback: bool) -> s
             return "there is too little memory"
         return None if traceback else message
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has too little memory. Without torch there is no such error, and it need not be imported."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _output_is_closed() -> bool:

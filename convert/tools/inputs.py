@@ -18,8 +18,6 @@ from lora_adapters.convert.storage.sources import locate
 
 from .command_line import report_left_out
 
-ZERO_ALPHA = ("rank", "none")
-
 
 def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = False) -> Adapter:
     """An adapter whose numbers are all finite; AdapterError, with its file, where it is none.

@@ -125,6 +125,32 @@ def _details(adapter: Adapter) -> list[tuple[str, str]]:
     return rows
 
 
+def _hub_metadata(
+    adapter: Adapter,
+    base_model: str,
+    trigger: str,
+    images: Sequence[Sample],
+    license: str | None,
+    tags: Sequence[str],
+) -> Any:
+    """The card's YAML block, a `huggingface_hub.ModelCardData`."""
+    from huggingface_hub import ModelCardData
+
+    kinds = kind(adapter).lower().split(", ")
+    own = ["text-to-image", adapter.family.tag, "lora", "diffusers", "template:sd-lora", *kinds]
+    widget = [{"text": image.prompt, "output": {"url": image.path}} for image in images]
+    return ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base_model,
+        base_model_relation="adapter",
+        tags=list(dict.fromkeys([*own, *tags])),
+        instance_prompt=trigger or None,
+        widget=widget or ([{"text": trigger}] if trigger else None),
+    )
+
+
 def model_card(
     adapter: Adapter,
     repo_id: str,
@@ -156,34 +182,15 @@ def model_card(
     Returns:
         A `huggingface_hub.ModelCard`.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     base_model = base_model or base_model_of(adapter)
     trigger = ", ".join(trigger_words)
     images = [*samples, *([Sample(grid)] if grid and not samples else [])]
-    widget = [{"text": sample.prompt, "output": {"url": sample.path}} for sample in images]
-    own = [
-        "text-to-image",
-        adapter.family.tag,
-        "lora",
-        "diffusers",
-        "template:sd-lora",
-        *kind(adapter).lower().split(", "),
-    ]
-    data = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model=base_model,
-        base_model_relation="adapter",
-        tags=list(dict.fromkeys([*own, *tags])),
-        instance_prompt=trigger or None,
-        widget=widget or ([{"text": trigger}] if trigger else None),
-    )
     prompt = trigger or next((sample.prompt for sample in samples if sample.prompt != "-"), "a photo")
     ranks = _usable_ranks(adapter) if adapter.dylora is not None else []
     return ModelCard.from_template(
-        data,
+        _hub_metadata(adapter, base_model, trigger, images, license, tags),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         title=_cell(adapter.metadata.get("ss_output_name") or repo_id.split("/")[-1]),
         description=(description or "").strip(),

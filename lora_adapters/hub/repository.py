@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CARD, GRID = "README.md", "samples.png"
+# Files of components, which an earlier adapter may have had in a repository and a later one has not.
+_OF_COMPONENTS = [f"{part}/{file}" for part in COMPONENTS for file in (CONFIG, WEIGHTS)]
 
 
 def write_folder(
@@ -43,9 +45,8 @@ def write_folder(
     """Write the files of an adapter's repository.
 
     `pytorch_lora_weights.safetensors`, which diffusers looks for, is in kohya's format with one alpha for all modules,
-    which stock diffusers reads correctly; `PeftModel.from_pretrained(model, repo_id, subfolder=...)` reads the folders
-    of the components (`unet/`, `text_encoder/`, ...); README.md is the model card. An adapter that is not made of
-    low-rank pairs alone is one file in LyCORIS' format, which diffusers reads with this package imported.
+    which stock diffusers reads correctly; PEFT reads the folders of the components (`unet/`, `text_encoder/`, ...);
+    README.md is the model card. An adapter that is not made of low-rank pairs alone is one file in LyCORIS' format.
 
     Args:
         adapter: The adapter.
@@ -69,17 +70,8 @@ def write_folder(
     """
     folder = Path(folder).expanduser()
     base_model = base_model or base_model_of(adapter)
-    adapter.save(folder / DIFFUSERS_NAME, fold_alpha=adapter.has_only_pairs, dtype=dtype)
-    if adapter.has_only_pairs:
-        adapter.save(folder, "peft", dtype=dtype)
-        for component in adapter.components:
-            _name_base_model(folder / component / CONFIG, base_model)
-    shown = []
-    for number, (prompt, image) in enumerate((samples or {}).items()):
-        shown.append(Sample(f"images/sample_{number}.png", prompt or "-"))
-        _write_image(image, folder / shown[-1].path)
-    if grid is not None:
-        _write_image(grid, folder / GRID)
+    _write_weights(adapter, folder, base_model, dtype)
+    shown = _write_images(samples or {}, grid, folder)
     card = model_card(
         adapter,
         repo_id,
@@ -94,6 +86,28 @@ def write_folder(
     )
     (folder / CARD).write_text(str(card), encoding="utf-8")
     return folder
+
+
+def _write_weights(adapter: Adapter, folder: Path, base_model: str, dtype: torch.dtype | None) -> None:
+    """Write the file for diffusers, and the folders for PEFT if it can hold the adapter."""
+    adapter.save(folder / DIFFUSERS_NAME, fold_alpha=adapter.has_only_pairs, dtype=dtype)
+    if adapter.has_only_pairs:
+        adapter.save(folder, "peft", dtype=dtype)
+        for component in adapter.components:
+            _name_base_model(folder / component / CONFIG, base_model)
+
+
+def _write_images(
+    samples: "Mapping[str, str | Path | Image]", grid: "str | Path | Image | None", folder: Path
+) -> list[Sample]:
+    """Write images, by their prompts, below `folder`/images, and the grid; returns the samples of the card."""
+    if grid is not None:
+        _write_image(grid, folder / GRID)
+    written = []
+    for number, (prompt, image) in enumerate(samples.items()):
+        written.append(Sample(f"images/sample_{number}.png", prompt or "-"))
+        _write_image(image, folder / written[-1].path)
+    return written
 
 
 def push_to_hub(
@@ -111,8 +125,7 @@ def push_to_hub(
 ) -> "CommitInfo":
     """Push an adapter to the Hub in one commit.
 
-    A missing repository or branch is created. A model card without this package's mark in its last line belongs to
-    somebody else and is not changed.
+    A missing repository or branch is created. A model card that this package has not written is not changed.
 
     Args:
         adapter: The adapter.
@@ -122,8 +135,7 @@ def push_to_hub(
         token: The access token, if not the one that is logged in.
         commit_message: The commit's message.
         create_pr: Whether to open a pull request in place of a commit.
-        path_in_repo: The folder for all of the files, in repositories of several adapters; it is loaded with
-            `subfolder=`.
+        path_in_repo: The folder for all of the files, in repositories of several adapters (`subfolder=` loads it).
         endpoint: The Hub's address, if not the usual one.
         **content: What `write_folder` takes.
 
@@ -143,10 +155,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_folder(adapter, folder, repo_id, **content)  # what cannot be written must not leave an empty repository
-        with hub_errors(repo_id, revision):
-            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not re.fullmatch(r"refs/pr/\d+|[0-9a-f]{40}", revision):
-                api.create_branch(name, branch=revision, exist_ok=True)
+        name = _make_repository(api, repo_id, private, revision)
         if name != repo_id:
             write_folder(adapter, folder, name, **content)  # the card names the whole repository
         if not _card_is_ours(api, name, revision, f"{path_in_repo}/{CARD}" if path_in_repo else CARD):
@@ -159,9 +168,17 @@ def push_to_hub(
                 revision=revision,
                 commit_message=commit_message or f"Push {adapter!r}",
                 create_pr=create_pr,
-                # components that an earlier adapter had here and this one lacks
-                delete_patterns=[f"{part}/{file}" for part in COMPONENTS for file in (CONFIG, WEIGHTS)],
+                delete_patterns=_OF_COMPONENTS,
             )
+
+
+def _make_repository(api: Any, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Create the repository and the branch if they are missing; returns the repository as owner/name."""
+    with hub_errors(repo_id, revision):
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not re.fullmatch(r"refs/pr/\d+|[0-9a-f]{40}", revision):
+            api.create_branch(name, branch=revision, exist_ok=True)
+    return name
 
 
 def _card_is_ours(api: Any, repo_id: str, revision: str | None, place: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
-from lora_adapters.convert.info import as_text, facts
+from lora_adapters.convert.programs.info import as_text, facts
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.tools.extract import extract
 from lora_adapters.convert.tools.merge import merge_into_model, weighted_sum

@@ -14,8 +14,8 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.info import as_text, facts
 from lora_adapters.convert.info import main as info
+from lora_adapters.convert.programs.info import as_text, facts
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.train.data.cache_files import (
     CachedLatents,

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from lora_adapters import LierLaConfig, add_adapter, param_groups
 from lora_adapters.block_lr import block_lr_weights
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.registry import by_class
 
 
 def made_with(config: LoraConfig) -> UNet2DConditionModel:
@@ -104,3 +105,19 @@ def test_wrapped_models_have_the_same_blocks(wrap, unet) -> None:
     assert rates(param_groups(wrapped, lr=1.0, block_lr_weights=weights)) == rates(
         param_groups(unet, lr=1.0, block_lr_weights=weights)
     )
+
+
+def test_the_group_of_a_transformer_has_its_components_name() -> None:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=4, num_attention_heads=2, in_channels=4,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 0),
+    )  # fmt: skip
+    add_adapter(model, LierLaConfig(r=2))
+    assert rates(param_groups(model, lr=1e-4)) == {"transformer": 1e-4}
+    count = by_class(model).blocks.count
+    groups = rates(param_groups(model, lr=1.0, block_lr_weights=[0.5, *[1.0] * (count - 1)]))
+    assert groups["transformer_block0"] == 0.5
+    with pytest.raises(AdapterError, match=rf"has 25 values, the denoiser of .* has {count} blocks"):
+        param_groups(model, lr=1.0, block_lr_weights=[1.0] * 25)

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lora_adapters.convert.parsing import json_value, read_text
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.preparing.look import Folder
@@ -75,6 +73,8 @@ def _family(model: str) -> str:
 
 def _card() -> float:
     """Memory of the first CUDA device in GB, as cards are named; 0 without one."""
+    import torch
+
     return round(torch.cuda.get_device_properties(0).total_memory / 2**30) if torch.cuda.is_available() else 0
 
 

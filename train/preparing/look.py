@@ -1,12 +1,13 @@
 """A look at a folder of pictures: what training will read of it, and what is wrong with it."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.parsing import read_text
@@ -36,7 +37,8 @@ class Picture:
 class Folder:
     """The pictures of one folder, with their captions.
 
-    repeats and class_tokens are what a name such as `10_sks dog` says. wrong_captions: (file, reason).
+    repeats and class_tokens are what a name such as `10_sks dog` says. wrong_captions: (file, reason). others: files
+    that training does not read, such as .HEIC photos, broken links, or captions whose ending is written otherwise.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Folder:
     endings: Counter[str] = field(default_factory=Counter)
     captions: dict[str, str] = field(default_factory=dict)
     wrong_captions: list[tuple[Path, str]] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
     repeats: int = 1
     class_tokens: str | None = None
 
@@ -71,11 +74,18 @@ def look(path: str) -> list[Folder]:
     places = [top, *sorted(one for one in top.iterdir() if one.is_dir() and not one.name.startswith("."))]
     found = [_folder(place) for place in places if find_images(place)]
     if not found:
-        raise DataError(f"{top} has no pictures")
+        raise DataError(f"{top} has no pictures{_deeper(top)}")
     if not any(folder.readable for folder in found):
         first = found[0].pictures[0]
         raise DataError(f"{top}: none of its pictures can be read; the first, {first.path.name}: {first.wrong}")
     return [folder for folder in found if folder.readable]
+
+
+def _deeper(top: Path) -> str:
+    """Where pictures are if they are further down than `look` looks; an empty string if there are none."""
+    folders = (one for one in sorted(top.glob("*/*")) if one.is_dir() and find_images(one))
+    names = [str(folder) for folder in itertools.islice(folders, 3)]
+    return f" in it or in its folders, but further down: name one of {', '.join(names)}" if names else ""
 
 
 def alike(pictures: Sequence[Picture]) -> list[list[Picture]]:
@@ -102,6 +112,10 @@ def _folder(path: Path) -> Folder:
                     folder.captions.setdefault(picture.path.name, read_text(caption).strip())
                 except (OSError, ValueError) as error:
                     folder.wrong_captions.append((caption, str(error)))
+    read = {*files, *(file.with_suffix(ending) for file in files for ending in CAPTION_ENDINGS)}
+    hidden = (".", "Thumbs.db", "desktop.ini", "metadata.jsonl")
+    left = (file for file in sorted(path.iterdir()) if file not in read and not file.is_dir())
+    folder.others = [file for file in left if not file.name.startswith(hidden) and file.suffix != ".npz"]
     return folder
 
 
@@ -111,6 +125,8 @@ def _picture(path: Path) -> Picture:
         with Image.open(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
         upright = open_image(FileSource(str(path)))
+    except UnidentifiedImageError:
+        return Picture(path, wrong="not an image" if path.stat().st_size else "empty file")
     except DataError as error:
         return Picture(path, wrong=first_line(error.__cause__ or error.__context__ or error))
     except Exception as error:  # a damaged picture makes Pillow's readers raise almost anything

@@ -1,81 +1,23 @@
 """`lora-adapters init`: look at a folder of pictures, choose settings, write them, and say what was seen and chosen."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_adapters.convert.terminal import say
-from lora_adapters.convert.tools.command_line import printable, run
+from lora_adapters.convert.tools.command_line import run
 from lora_adapters.train.preparing import options
-from lora_adapters.train.preparing.choose import Plan, plan
-from lora_adapters.train.preparing.look import Folder, alike, look
-from lora_adapters.train.preparing.write import write
 
-_SHOWN = 5
 parser = options.parser
-
-
-def seen(folder: Folder, side: int) -> list[str]:
-    """What there is to say of a folder, a line each; `side` is the resolution that is trained at."""
-    pictures, unreadable = folder.readable, folder.unreadable
-    lines = [f"{folder.path}: {len(folder.pictures)} pictures"]
-    if folder.repeats > 1:
-        lines.append(f"  its name says {folder.repeats} repeats of {folder.class_tokens}")
-    areas = sorted((one.size for one in pictures), key=lambda size: size[0] * size[1])
-    shapes = Counter(_shape(*size) for size in areas)
-    small, large = ("x".join(map(str, size)) for size in (areas[0], areas[-1]))
-    lines.append(
-        f"  sizes {small} to {large}: {', '.join(f'{count} {shape}' for shape, count in shapes.most_common())}"
-    )
-    turned = sum(one.turned for one in pictures)
-    if turned:
-        lines.append(f"  {turned} are turned by their EXIF data, as training turns them too")
-    below = [one.path.name for one in pictures if one.size[0] * one.size[1] < side * side]
-    if below:
-        lines.append(f"  {len(below)} have fewer pixels than {side}x{side}, and less detail: {_names(below)}")
-    if unreadable:
-        reasons = [f"{one.path.name} ({one.wrong})" for one in unreadable]
-        lines.append(f"  {len(unreadable)} cannot be read, and are left out in training: {_names(reasons)}")
-    lines += _captions(folder)
-    groups = [[one.path.name for one in group] for group in alike(pictures)]
-    if groups:
-        extra = sum(map(len, groups)) - len(groups)
-        shown = "; ".join(" = ".join(group[:3]) for group in groups[:_SHOWN])
-        lines.append(f"  {extra} look like another one, and count more than once: {shown}{_more(len(groups))}")
-    return [printable(line) for line in lines]
-
-
-def _captions(folder: Folder) -> list[str]:
-    ending = folder.ending
-    if ending is None:
-        return ["  no captions (files such as cat.txt beside cat.jpg): all get the same, class_tokens"]
-    without = [path.name for path in folder.uncaptioned(ending)]
-    lines = [f"  {folder.endings[ending]} have a {ending} caption"]
-    if without:
-        lines.append(f"  {len(without)} have none, and get class_tokens: {_names(without)}")
-    others = {other: count for other, count in folder.endings.items() if other != ending}
-    if others:
-        listed = ", ".join(f"{count} {other}" for other, count in others.items())
-        lines.append(f"  captions of other endings are not read ({listed}): rename them to {ending}")
-    empty = [name for name, text in folder.captions.items() if not text]
-    if empty:
-        lines.append(f"  {len(empty)} captions are empty: {_names(empty)}")
-    if folder.wrong_captions:
-        wrong = [f"{path.name} ({why})" for path, why in folder.wrong_captions]
-        lines.append(f"  training will stop at captions that are not text, correct them: {_names(wrong)}")
-    return lines
-
-
-def chosen(made: Plan) -> list[str]:
-    """What was chosen, and why, a line each."""
-    subsets = [(key, one) for subset in made.subsets for key, one in subset.items() if key != "image_dir"]
-    entries = [*made.dataset.items(), *dict(subsets).items(), *made.options.items()]
-    return [printable(f"  {key} = {one.value}: {one.why} [{one.source}]") for key, one in entries]
 
 
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     path, settings = options.parse(argv)
+    from lora_adapters.train.preparing.choose import plan
+    from lora_adapters.train.preparing.describe import chosen, seen
+    from lora_adapters.train.preparing.look import look
+    from lora_adapters.train.preparing.write import write
+
     folders = look(path)
     made = plan(folders, settings)
     files = write(made, Path(settings.out), settings.overwrite)
@@ -91,15 +33,3 @@ def program(argv: Sequence[str] | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     return run(program, argv)
-
-
-def _shape(width: int, height: int) -> str:
-    return "square" if width == height else "landscape" if width > height else "portrait"
-
-
-def _names(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:_SHOWN])}{_more(len(names))}"
-
-
-def _more(count: int) -> str:
-    return f" and {count - _SHOWN} more" if count > _SHOWN else ""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_adapters.convert.adapter import FORMATS
+from lora_adapters.convert.choices import FORMATS
 from lora_adapters.convert.parsing import number
 from lora_adapters.train.studio.paths import Folders, StudioError
 

@@ -8,8 +8,8 @@ from typing import Any
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.base import alpha_in
 from lora_adapters.convert.formats.metadata import title_of
-from lora_adapters.convert.info import facts, read
 from lora_adapters.convert.parsing import json_table
+from lora_adapters.convert.programs.info import facts, read
 from lora_adapters.convert.storage.sources import locate
 
 Row = tuple[Any, ...]

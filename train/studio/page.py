@@ -3,6 +3,7 @@
 import functools
 import html
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -42,6 +43,15 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
         raise gr.Error(html.escape(said), print_exception=False)
 
     return call
+
+
+def framed(report: Path | None) -> str:
+    """A run's report within the page, as HTML: in a frame that may run no scripts and open nothing."""
+    if report is None:
+        return "There is none yet: it is written at each save."
+    text = html.escape(report.read_text(encoding="utf-8"), quote=True)
+    name = html.escape(str(report))
+    return f'<p>{name}</p><iframe sandbox srcdoc="{text}" style="width: 100%; height: 900px; border: 0"></iframe>'
 
 
 def job_bar(jobs: Jobs) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lora_adapters.convert.errors import OneLineError
 from lora_adapters.convert.portable import file_name
-from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.train.data.image_suffixes import TRAINED
 
 ADAPTER_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -44,6 +43,8 @@ class Folders:
 
     def adapter(self, source: str) -> str:
         """An adapter of the listed folders as a path, or owner/name of a repository on the Hub as it is."""
+        from lora_adapters.convert.storage.sources import is_repo_id  # imports torch
+
         if is_repo_id(source) and not Path(source).exists():  # a local folder of that name would be read instead
             return source
         return str(_existing(_below(source, (*self.adapters, self.output))))

@@ -232,6 +232,12 @@ def samples(run: Path) -> list[Path]:
     return sorted((run / "sample").glob("*.png"), key=lambda path: -path.stat().st_mtime)
 
 
+def report(run: Path) -> Path | None:
+    """The page that a run has written beside its adapter, the newest; None before it has."""
+    pages = (path for path in run.glob("*-report.html") if not path.is_symlink())
+    return max(pages, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def recipe_of(values: dict[str, Any], names: Sequence[str]) -> Recipe:
     """A recipe from what a page's fields hold: numbers that a page leaves empty are an error in one line."""
     kinds = {field.name: field.type for field in fields(Recipe)}

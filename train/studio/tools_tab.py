@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_adapters.convert.adapter import FORMATS
+from lora_adapters.convert.choices import FORMATS
 from lora_adapters.train.studio import file_tools as tools
 from lora_adapters.train.studio.jobs import Jobs
 from lora_adapters.train.studio.page import Lists, shown

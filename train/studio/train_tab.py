@@ -8,7 +8,7 @@ import pandas
 
 from lora_adapters.train.studio import presets, runs
 from lora_adapters.train.studio.jobs import Jobs
-from lora_adapters.train.studio.page import Lists, shown
+from lora_adapters.train.studio.page import Lists, framed, shown
 from lora_adapters.train.studio.paths import Folders, StudioError
 from lora_adapters.train.studio.pictures import pictures, save_caption, thumbnail
 from lora_adapters.train.studio.runs import Recipe
@@ -109,6 +109,8 @@ class TrainTab:
             )  # fmt: skip
             self.samples = gr.Gallery(label="Samples, the newest first", columns=2, height=300, interactive=False,
                                       object_fit="contain", elem_id="samples")  # fmt: skip
+        with gr.Accordion("Report of the run: charts, samples, data, settings, what to do next", open=False):
+            self.report = gr.HTML("There is none yet: it is written at each save.", elem_id="report")
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -145,21 +147,22 @@ class TrainTab:
     def follow(self, timer: Any) -> None:
         """Show the run as it is now, and whenever the timer ticks."""
         last = gr.State(None)
-        timer.tick(self._now, [self.shown_run, last], [self.losses, self.samples, last], show_progress="hidden",
-                   concurrency_limit=None)  # fmt: skip
+        timer.tick(self._now, [self.shown_run, last], [self.losses, self.samples, self.report, last],
+                   show_progress="hidden", concurrency_limit=None)  # fmt: skip
 
     def _now(self, name: str | None, before: Any) -> list[Any]:
         if name not in runs.runs(self._folders):
-            return [gr.skip()] * 3
+            return [gr.skip()] * 4
         run = self._folders.output / name
-        log, samples = runs.log_of(run), runs.samples(run)
-        now = [name, len(log), [path.name for path in samples]]
+        log, samples, report = runs.log_of(run), runs.samples(run), runs.report(run)
+        now = [name, len(log), [path.name for path in samples], report and report.stat().st_mtime]
         if now == before:
-            return [gr.skip()] * 3
+            return [gr.skip()] * 4
         frame = pandas.DataFrame(runs.losses(log), columns=["step", "loss", "which"])
         pictures_changed = before is None or before[0] != name or before[2] != now[2]
         gallery = [(str(path), path.stem) for path in samples] if pictures_changed else gr.skip()
-        return [frame, gallery, now]
+        shown_report = framed(report) if before is None or [before[0], before[3]] != [name, now[3]] else gr.skip()
+        return [frame, gallery, shown_report, now]
 
     def _show(self, folder: str | None) -> list[Any]:
         if not folder:

@@ -77,3 +77,12 @@ def test_layers_of_no_family_together_are_named():
         by_modules([second, alone])
     with pytest.raises(AdapterError, match=r"unet\.x\.y is not a module of SD1\.x, SD2\.x, SDXL, "):
         by_modules([ModuleName("unet", "x.y")])
+
+
+def test_pipelines_that_open_one_file_are_diffusers() -> None:
+    import diffusers
+
+    named = {family.name: family.single_file for family in FAMILIES}
+    assert named["sd"] == "StableDiffusionPipeline"
+    for name, pipeline in named.items():
+        assert not pipeline or hasattr(getattr(diffusers, pipeline), "from_single_file"), name

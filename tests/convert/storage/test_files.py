@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
-from lora_adapters.convert.info import block_norms
+from lora_adapters.convert.programs.info import block_norms
 from lora_adapters.convert.storage import files
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.storage.files import read_tensors
@@ -185,7 +185,7 @@ def test_what_pytorch_raises_is_one_line(error, capsys, monkeypatch):
     def raises(*_):
         raise error
 
-    monkeypatch.setattr("lora_adapters.convert.info.Adapter.load", raises)
+    monkeypatch.setattr("lora_adapters.convert.programs.info.Adapter.load", raises)
     said = fails(capsys, "info", LORA)
     assert said.startswith(f"error: {str(error).splitlines()[0] if str(error) else 'there is too little memory'}")
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
-from lora_adapters.convert.info import hash_is_right
+from lora_adapters.convert.programs.info import hash_is_right
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors
 
 MODULE = ModuleName("unet", "mid_block.attentions.0.proj_in")

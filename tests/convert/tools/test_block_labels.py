@@ -8,7 +8,7 @@ from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import by_name
-from lora_adapters.convert.info import _place
+from lora_adapters.convert.programs.info import _place
 from lora_adapters.convert.tools.block_weights import parse, weighted
 
 PATHS = {

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from lora_adapters import cli
 from lora_adapters.convert.errors import AdapterError, OneLineError, UsageError
 from lora_adapters.convert.tools.command_line import Parser, called_as, run
+from lora_adapters.convert.tools.launchers import NOTICE
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.stopping import Interrupted
 
@@ -134,6 +136,24 @@ def test_the_reason_is_left_for_a_launcher(tmp_path, monkeypatch, capsys) -> Non
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
     assert run(raising(AdapterError("no LoRA")), []) == 1
     assert capsys.readouterr().err == "error: no LoRA\n" * 2
+
+
+@pytest.mark.parametrize(("options", "notices"), [([], 1), (["--quiet"], 0)])
+def test_accelerates_traceback_is_announced(tmp_path, options, notices) -> None:
+    """`accelerate launch` for one process prints a traceback behind the reason, and cannot be kept from it."""
+    script = tmp_path / "program.py"
+    script.write_text("import sys\nfrom lora_adapters.cli import main\nsys.exit(main(['info', *sys.argv[1:]]))\n")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--cpu", *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    done = subprocess.run(
+        [*launch, str(script), "nowhere.safetensors", "--quiet"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
+    _, reason, rest = done.stderr.partition("error: nowhere.safetensors")
+    assert reason
+    assert rest.count(NOTICE) == notices
+    assert rest.count("CalledProcessError: ") == notices
+    assert rest.find(NOTICE) <= rest.find("Traceback")
 
 
 def test_an_empty_list_of_modules_is_no_warning(caplog) -> None:

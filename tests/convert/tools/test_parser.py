@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,24 @@ def test_help_is_as_it_was_read(capsys, monkeypatch, command) -> None:
     assert f"example:\n  lora-adapters {command} " in text
     assert ".py" not in usage
     assert _plain(text) == _plain((HELP / f"{command}.txt").read_text(encoding="utf-8"))
+
+
+def test_help_needs_no_slow_library() -> None:
+    """The help of every command and a wrong option are shown without what takes seconds to import."""
+    program = f"""
+import contextlib, io, sys
+from lora_adapters import cli
+for command in {list(cli.PROGRAMS)}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    slow = sorted({{"torch", "diffusers", "transformers", "peft", "accelerate", "gradio"}} & set(sys.modules))
+    assert not slow, (command, slow)
+with contextlib.redirect_stderr(io.StringIO()):
+    assert cli.main(["merge", "--wrong"]) == 2
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _plain(text: str) -> str:

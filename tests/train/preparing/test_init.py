@@ -54,11 +54,15 @@ def test_phone_photos(sd1, tmp_path, capsys) -> None:
     exif[ORIENTATION] = 6
     folder = fill(tmp_path / "phone", [(400, 300)] * 3, exif=exif)
     picture((400, 300), 9).save(folder / "wide.JPEG")
+    for name in ("IMG_1.HEIC", "IMG_2.MOV", "Thumbs.db", ".DS_Store"):
+        (folder / name).write_bytes(b"x")
     said = init(capsys, folder, sd1, "--class_tokens", "sks cat")
     assert "4 pictures\n" in said
     assert "3 portrait, 1 landscape" in said
     assert "3 are turned by their EXIF data" in said
     assert "no captions" in said
+    assert "2 other files are not read: IMG_1.HEIC, IMG_2.MOV\n" in said
+    assert "photos that have to be saved as JPEG or PNG to be trained on: IMG_1.HEIC\n" in said
     run = taken(folder)
     assert {image.found.size for image in run.data.images.images} == {(300, 400), (400, 300)}
     assert {image.found.caption for image in run.data.images.images} == {"sks cat"}
@@ -91,6 +95,7 @@ def test_corrupt_files_and_captions(sd1, tmp_path, capsys) -> None:
     (folder / "empty.png").touch()
     said = init(capsys, folder, sd1)
     assert "3 cannot be read, and are left out in training: 0001.jpg (" in said
+    assert "empty.png (empty file), text.png (not an image)" in said
     assert len(taken(folder).data.images.images) == 2
     (folder / "0000.txt").write_bytes(b"\xff\xfe\x00")
     said = init(capsys, folder, sd1, "--overwrite")
@@ -107,6 +112,13 @@ def test_tiny_pictures(sd1, tmp_path, capsys) -> None:
     assert "bucket_no_upscale = True: 2 pictures have fewer pixels than 64x64" in said
     buckets = {bucket for _, bucket in taken(folder).data.images.group_buckets}
     assert buckets == {(16, 16), (40, 24), (64, 64)}
+
+
+def test_pictures_that_are_too_small_to_learn_from(sd1, tmp_path, capsys) -> None:
+    said = init(capsys, fill(tmp_path / "stamps", [(20, 20), (31, 32), (64, 64)]), sd1)
+    assert "most have less than a quarter of that: find larger ones, or enlarge them to 64 pixels" in said
+    said = init(capsys, fill(tmp_path / "icons", [(20, 20), (32, 32), (64, 64)]), sd1, "--overwrite")
+    assert "most have" not in said
 
 
 def test_a_thousand_files(sd1, tmp_path, capsys) -> None:
@@ -171,6 +183,10 @@ def test_folders_without_pictures(tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("x")
+    fill(tmp_path / "deep" / "a" / "b", [(64, 64)])
+    assert cli.main(["init", str(tmp_path / "deep"), "--model", "a/sdxl"]) == 1
+    deep = tmp_path / "deep" / "a" / "b"
+    assert f"has no pictures in it or in its folders, but further down: name one of {deep}" in capsys.readouterr().err
     for name, message in {"none": "does not exist", "empty": "has no pictures", "bad": "none of its pictures"}.items():
         assert cli.main(["init", str(tmp_path / name), "--model", "a/sdxl"]) == 1
         assert message in capsys.readouterr().err

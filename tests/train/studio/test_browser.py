@@ -159,6 +159,11 @@ def train(browser, places, address):
     browser.until(lambda: len(browser.all("#samples img")) >= 2, "samples")
     assert browser.value("run-name") == "mine"
     shot(browser, "train")
+    browser.open("Report of the run")
+    browser.driver.switch_to.frame(browser.one("#report iframe"))
+    assert "finished: step 10 of 10" in browser.one("body").text
+    browser.driver.switch_to.default_content()
+    shot(browser, "train-report")
     run = places / "output" / "mine"
     assert Adapter.load(run / "mine.safetensors").rank == 4
     assert newest_state(run)[0] == 10

@@ -1,6 +1,7 @@
 """A page's settings as a training, and what a run's folder says."""
 
 import json
+import os
 
 import pytest
 
@@ -147,3 +148,22 @@ def test_the_trainer_prints_what_is_read(basics, capfd):
     for step, loss in shown.items():
         epoch = losses[max(0, step - run.steps_per_epoch) : step]
         assert loss == pytest.approx(sum(epoch) / len(epoch), abs=1e-4)
+
+
+def test_the_newest_report_of_a_run_is_shown_in_a_frame_without_scripts(folders):
+    pytest.importorskip("gradio")
+    from lora_adapters.train.studio.page import framed
+
+    run = folders.output / "mine"
+    run.mkdir()
+    assert runs.report(run) is None
+    assert "none yet" in framed(None)
+    (run / "old-report.html").write_text("old")
+    os.utime(run / "old-report.html", (1, 1))
+    (run / "mine-report.html").write_text('<p title="a">é</p><script>bad()</script>', encoding="utf-8")
+    (run / "link-report.html").symlink_to(folders.pictures[0])
+    report = runs.report(run)
+    assert report == run / "mine-report.html"
+    page = framed(report)
+    assert '<iframe sandbox srcdoc="&lt;p title=&quot;a&quot;&gt;é&lt;/p&gt;&lt;script&gt;' in page
+    assert "<script" not in page

@@ -1,0 +1,161 @@
+"""The command merge: LoRAs into a model, or several LoRAs into one."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.deltas.combined import Combination
+from lora_adapters.convert.deltas.reduction import reduce_modules
+from lora_adapters.convert.deltas.svd import as_written, report, rules, with_rank_facts
+from lora_adapters.convert.errors import AdapterError, UsageError
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.registry import is_v2
+from lora_adapters.convert.formats.metadata import MERGED_FACTS, merged_facts
+from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.convert.storage.ema import ema_keys
+from lora_adapters.convert.terminal import say
+from lora_adapters.convert.tools.block_weights import parse, weighted
+from lora_adapters.convert.tools.combining import combination_of, put_together
+from lora_adapters.convert.tools.command_line import dtype_of, output_file, report_left_out
+from lora_adapters.convert.tools.inputs import load, weights_alone
+from lora_adapters.convert.tools.merge import fitting, merge_into_model, weighted_sum
+from lora_adapters.convert.tools.model_arguments import read_arguments
+from lora_adapters.convert.tools.summary import written
+
+MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the adapters', for a checkpoint's header
+
+
+def load_all(
+    models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequence[str] | None, skip_unknown: bool = False
+) -> tuple[dict[str, Adapter], list[float]]:
+    """The adapters by name (block weights in them), and their ratios.
+
+    Both may stand in `models` too, behind the paths; see `model_arguments`. AdapterError where one is given twice.
+    """
+    arguments = read_arguments(models)
+    for what, listed in (("ratios", ratios), ("lbws", lbws)):
+        if listed is not None and len(listed) != len(arguments):
+            raise UsageError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
+    adapters: dict[str, Adapter] = {}
+    weights: list[float] = []
+    for place, one in enumerate(arguments):
+        if ratios is not None and one.unet is not None:
+            raise UsageError(f"{one.source} has a weight behind it and one in --ratios: give one of them")
+        if lbws is not None and one.blocks is not None:
+            raise UsageError(f"{one.source} has block weights behind it and in --lbws: give one of them")
+        adapter, ratio = one.applied(load(one.source, skip_unknown=skip_unknown))
+        if lbws is not None:
+            adapter = weighted(adapter, parse(lbws[place]))
+        adapters[one.source if one.source not in adapters else f"{one.source} ({place + 1})"] = adapter
+        weights.append(ratio if ratios is None else ratios[place])
+    return adapters, weights
+
+
+def merged_metadata(merged: Adapter, adapters: Mapping[str, Adapter], no_metadata: bool) -> dict[str, str]:
+    """The metadata of a sum: its own, and what its sources knew and are called, unless there shall be none."""
+    if no_metadata:
+        return {key: text for key, text in merged.metadata.items() if key not in MERGED_FACTS}
+    return {**merged.metadata, **merged_facts([one.metadata for one in adapters.values()], _sources(adapters))}
+
+
+def _sources(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Where the adapters of `load_all` are from, without the number that tells one that is given twice."""
+    plain = [name.rpartition(" (")[0] for name in adapters]
+    return [short if short in adapters else name for name, short in zip(adapters, plain, strict=True)]
+
+
+def merge(args: Namespace) -> None:
+    """Run the command on its options, those of the script's parser."""
+    dtype, how = dtype_of(args.save_precision, args.precision), combination_of(args)
+    if args.sd_model is None:
+        _into_one(args, dtype, how)
+        return
+    for flag in ("new_rank", "new_conv_rank", "concat", "shuffle"):
+        if getattr(args, flag) not in (None, False):
+            raise UsageError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
+    checkpoint = Checkpoint.open(args.sd_model)
+    if not checkpoint.is_folder:
+        output_file(args.save_to)
+    if args.v2 and not is_v2(checkpoint.base_version):
+        raise AdapterError(f"{args.sd_model} is not SD2.x, as --v2 says, but {checkpoint.base_version}")
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
+    if args.skip_unknown:
+        adapters = _fitting(checkpoint, adapters)
+    facts = merged_facts([one.metadata for one in adapters.values()], [args.sd_model, *_sources(adapters)])
+    count = len(adapters)
+    if how is not None:
+        adapters, ratios = {" and ".join(adapters): put_together(adapters, ratios, how)}, [1.0]
+    path = merge_into_model(
+        checkpoint,
+        args.save_to,
+        [*adapters.values()],
+        ratios,
+        [*adapters],
+        dtype,
+        {key: facts[key] for key in MODEL_FACTS if key in facts},
+        not args.no_metadata,
+        args.ema,
+    )
+    _report_ema(checkpoint, args.ema)
+    form = " (one file in the original layout)" if checkpoint.is_folder and path.is_file() else ""
+    say(f"merged {count} into {args.sd_model}: {path}{form}")
+    say(_how_to_load(path, facts.get("modelspec.trigger_phrase"), checkpoint.family))
+
+
+def _how_to_load(path: Path, words: str | None, family: ModelFamily) -> str:
+    """What to do with a merged model, which needs no adapter."""
+    lines = [f"  trigger words: {words}"] if words else []
+    if path.is_dir():
+        lines.append(f'  to load it: DiffusionPipeline.from_pretrained("{path}")')
+    elif family.single_file:
+        lines.append(f'  to load it in diffusers: {family.single_file}.from_single_file("{path}")')
+    if path.is_file():
+        lines.append("  in A1111: the file in models/Stable-diffusion; in ComfyUI: models/checkpoints")
+    return "\n".join(lines)
+
+
+def _fitting(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters without the modules that the model does not have, which are listed."""
+    found = {}
+    for name, adapter in adapters.items():
+        found[name], missing = fitting(checkpoint, adapter, name)
+        report_left_out(name, map(str, missing), f"{checkpoint.path} does not have")
+    return found
+
+
+def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
+    """Say what became of a checkpoint's averaged weights, of which some programs take the pictures."""
+    count = len(ema_keys(checkpoint))
+    if count:
+        done = {"keep": "kept as they were (--ema merge or --ema drop)", "drop": "left out", "merge": "merged too"}
+        say(f"{count} EMA tensors (model_ema.*): {done[chosen]}")
+
+
+def _into_one(args: Namespace, dtype: torch.dtype | None, how: Combination | None) -> None:
+    path = output_file(args.save_to)
+    if args.v2 or (args.new_conv_rank is not None and args.new_rank is None):
+        raise UsageError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
+    if args.concat and args.new_rank is not None:
+        raise UsageError("--concat keeps all ranks, --new_rank reduces them: give one of them")
+    if how is not None and args.new_rank is None:
+        raise UsageError(f"--method {args.method} leaves changes of every rank: give --new_rank (or --sd_model)")
+    if args.ema != "keep":
+        raise UsageError("--ema goes with --sd_model: LoRAs have no averaged weights")
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
+    if args.new_rank is None:
+        merged = weighted_sum(adapters, ratios).to(dtype or torch.float32)
+    else:
+        merged = put_together({name: weights_alone(one, name) for name, one in adapters.items()}, ratios, how)
+        exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
+        merged = merged.with_modules(exact).to(dtype or torch.float32)
+        say(report(as_written(fits, exact, merged.pairs()), "a higher --new_rank"))
+    if args.shuffle:
+        pairs = merged.pairs()
+        merged = merged.with_modules({name: one.reordered(torch.randperm(one.rank)) for name, one in pairs.items()})
+    metadata = with_rank_facts(merged.modules, merged_metadata(merged, adapters, args.no_metadata))
+    result = Adapter(merged.modules, metadata)
+    result.save(path, modelspec=not args.no_metadata)
+    say(written(path, result))
