@@ -132,10 +132,17 @@ def test_losses_are_read_from_what_the_trainer_prints():
     assert [many[0][0], many[-1][0]] == [1, 5000]
 
 
-def test_the_trainer_prints_what_is_read(basics, capfd):
+def test_the_trainer_prints_what_is_read(basics, capfd, monkeypatch):
     """The real program's output, so that a change of its bar or its lines is found here."""
     from lora_adapters.train.options.arguments import settings
+    from lora_adapters.train.training import progress
     from lora_adapters.train.training.loop import train
+
+    class Eager(progress.tqdm):
+        def __init__(self, *args, **kwargs):  # a bar leaves steps out that are faster than it may move
+            super().__init__(*args, mininterval=0, miniters=1, **kwargs)
+
+    monkeypatch.setattr(progress, "tqdm", Eager)
 
     basics |= {"max_train_steps": 3, "validation_split": 0.25}
     trained = train(settings(**basics))
