@@ -49,7 +49,7 @@ _DOTTED = {
 }
 # What PEFT's raw state dicts have more than its files: a level of their own, and the adapter's name in each key.
 _RAW_LEVEL = "base_model.model."
-_RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?!weight$|bias$)[^.]+")
+_RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|ia3_l)\.(?!weight$|bias$)[^.]+")
 # Finds a module that no table has in a live model: from a component and a name, dotted or flat, to its path or None.
 Lookup = Callable[[str, str], str | None]
 

@@ -292,6 +292,11 @@ def test_what_peft_saves_has_no_place_for_other_kinds(pipeline, tmp_path):
     model = PeftModel(pipe.unet, LycorisConfig(r=1, target_modules=["conv_in"]), "more")
     with pytest.raises(AdapterError, match=r"has an? \w+ in .*, for which PEFT's files have no place"):
         model.save_pretrained(tmp_path, selected_adapters=["default"])
+    with pytest.raises(AdapterError, match=r"has an? \w+ in .*, for which save_lora_adapter's files have no place"):
+        pipe.unet.save_lora_adapter(tmp_path / "unet")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    pipe.unet.save_lora_adapter(tmp_path / "unet", "more", weight_name="more.safetensors")  # a plain one, as before
+    assert (tmp_path / "unet" / "more.safetensors").is_file()
 
 
 def test_a_load_that_fails_leaves_what_is_fused(pipeline, monkeypatch):

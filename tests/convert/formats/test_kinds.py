@@ -11,6 +11,7 @@ from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.errors import UnknownFormatError
 from lora_adapters.convert.info import main as info
 from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.merge import weighted_sum
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
 PATH = "unet.mid_block.attentions.0.proj_in"
@@ -71,12 +72,16 @@ def test_keys_of_no_kind() -> None:
         Adapter.from_tensors({"something.else": torch.ones(1)})
 
 
-def test_bundled_embeddings_are_left_out_with_a_warning(caplog) -> None:
+def test_bundled_embeddings_are_kept_where_there_is_a_place_for_them(caplog, tmp_path) -> None:
     bundle = {"bundle_emb.mytok.string_to_param.*": torch.ones(2, 4), "bundle_emb.other.clip_l": torch.ones(2, 4)}
     with caplog.at_level(logging.WARNING):
         adapter = Adapter.from_tensors({**PAIR, **bundle})
     assert len(adapter.modules) == 1
-    assert "mytok, other" in caplog.text
+    assert list(adapter.embeddings) == ["mytok.string_to_param.*", "other.clip_l"]
+    assert list(Adapter.load(adapter.save(tmp_path / "a.safetensors")).embeddings) == list(adapter.embeddings)
+    assert not caplog.text
+    weighted_sum({"a": adapter, "b": adapter}, [1.0, 1.0])
+    assert "the sum of adapters (b) has no place for embeddings" in caplog.text
 
 
 # --- spellings of plain pairs -------------------------------------------------------------------------------------

@@ -65,14 +65,12 @@ def same(tensors, others):
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_a_file_is_written_as_it_was(ending, tmp_path, caplog):
+def test_a_file_is_written_as_it_was(ending, tmp_path):
     args = {"rs_lora": "True", "algo": "lokr"}
     metadata = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
     tensors = {**mixed(), "bundle_emb.tok.string_to_param.*": numbers(2, 4)}
     save_file(tensors, tmp_path / "a.safetensors", metadata)
-    with caplog.at_level(logging.WARNING):
-        adapter = Adapter.load(tmp_path / "a.safetensors")
-    assert "tok" in caplog.text
+    adapter = Adapter.load(tmp_path / "a.safetensors")
     assert adapter.kinds == {"norm": 2, "LoHa": 1, "LoKr": 1, "DoRA": 1, "full": 1, "IA3": 1, "OFT": 1}
     same(tensors, load_file(adapter.save(tmp_path / "b.safetensors", "lycoris")))
     if ending == "pt":
