@@ -43,6 +43,7 @@ KINDS = (
     _kind("an OFT adapter", r"\.oft_(diag|r\b)|\.(b?oft|hra)_\w+$"),
     _kind("a GLoRA adapter", r"\.[ab][12]\.weight$", is_read=True),
     _kind("an (IA)3 adapter", r"\.(on_input$|ia3_l\b)", is_read=True),
+    _kind("a T-LoRA adapter", r"\.(lambda_layer|[pq]_layer\.weight)$"),
     _kind("a VeRA adapter", r"\bvera_(lambda|A|B)"),
     _kind("an adapter with weights of norm layers", r"\.[wb]_norm$", is_read=True),
     _kind("an adapter with full differences of weights", r"\.diff(_b)?$", is_read=True),

@@ -39,14 +39,23 @@ _FLAT = {
     "lora_te_": "text_encoder",
     "lycoris_": "unet",  # LyCORIS' own wrapper writes it, of the one model that it wraps
 }
+_OF_TEXT_ENCODERS = ("text_model_", "encoder_layers_", "text_projection", "final_layer_norm")
 _DOTTED = {
     "diffusion_model.": "unet",  # ComfyUI
+    "model.diffusion_model.": "unet",  # checkpoints
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.transformer.": "text_encoder",
+    "clip_g.transformer.": "text_encoder_2",
+    "lora_unet.": "unet",  # OneTrainer's own names
+    "lora_te.": "text_encoder",
+    "lora_te1.": "text_encoder",
+    "lora_te2.": "text_encoder_2",
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
+_DOTTED_TEXT_ENCODER = re.compile(r"^(lora_te[12])\.")
 # What PEFT's raw state dicts have more than its files: a level of their own, and the adapter's name in each key.
 _RAW_LEVEL = "base_model.model."
 _RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|ia3_l)\.(?!weight$|bias$)[^.]+")
@@ -105,6 +114,8 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
     if prefix is None:
         raise UnknownModuleError(f"unknown module {name:.100}: a name begins with {', '.join(prefixes)}")
     component, rest = prefixes[prefix], name.removeprefix(prefix)
+    if prefix == "lycoris_" and rest.startswith(_OF_TEXT_ENCODERS):
+        component = "text_encoder"
     flat, table = rest.replace(".", "_"), _paths_by_flat_name(component)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
@@ -136,7 +147,8 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
         raise UnknownFormatError(f"it is {kind.name if kind else NAME} ({key:.100}), but {error}") from error
     modules = {module: one.change for module, one in stored.items()}
     own = {module: one for module, one in stored.items() if not any(end.startswith(_PEFTS) for end in one.tensors)}
-    return Contents(modules, with_family(kohya_metadata(metadata), tensors, modules), stored=own)
+    flat = [_DOTTED_TEXT_ENCODER.sub(r"\1_", key) for key in tensors]
+    return Contents(modules, with_family(kohya_metadata(metadata), flat, modules), stored=own)
 
 
 def read_modules(

@@ -18,6 +18,7 @@ PATH = "unet.mid_block.attentions.0.proj_in"
 PAIR = {f"{NAME}.lora_down.weight": torch.ones(1, 2), f"{NAME}.lora_up.weight": torch.ones(2, 1)}
 KINDS = {
     "a LoHa adapter": [f"{NAME}.{part}" for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")],
+    "a T-LoRA adapter": [f"{NAME}.{part}" for part in ("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha")],
     "a LoHa": [f"{NAME}.hada_t1"],
     "a LoKr adapter": [f"{NAME}.lokr_w1"],
     "a LoKr": ["lycoris_mid_block_attentions_0_proj_in.lokr_w1_a"],
