@@ -11,7 +11,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import BASE_VERSION, by_class, by_live_models, denoisers
 from lora_adapters.types.registry import metadata_of
 
-from . import pipeline
+from . import pipeline, token_embeddings
 from .injection import extract_changes, unwrapped
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def from_pipeline(
     adapter_type: type[A], pipe: Any, adapter_name: str = "default", metadata: Mapping[str, str] | None = None
 ) -> A:
     """An adapter in a pipeline; see `Adapter.from_pipeline`."""
-    return from_models(adapter_type, pipeline.adaptable_models(pipe), adapter_name, metadata)
+    models = pipeline.adaptable_models(pipe)
+    adapter = from_models(adapter_type, models, adapter_name, metadata)
+    return adapter.replaced(embeddings=token_embeddings.embeddings_of(models, adapter_name))
 
 
 def to_pipeline(adapter: Adapter, pipe: Any, adapter_name: str | None = None) -> None:

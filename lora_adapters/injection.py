@@ -100,6 +100,8 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
         )
     if getattr(layer, "bias", None) is None and change.bias() is not None:
         raise AdapterError(f"{name} has no bias, which the adapter changes")
+    if getattr(layer, "bias", None) is not None and getattr(change, "scales_bias", False):
+        raise AdapterError(f"{name} has a bias, which an IA3 of PEFT's scales too: that is not read")
     if getattr(layer, "weight", None) is None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 

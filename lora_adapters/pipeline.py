@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.types.registry import facts_of_metadata
 
-from . import handing_back, injection
+from . import handing_back, injection, token_embeddings
 from . import hotswap as swapping
 from .live_names import LiveNames
 from .model_state import ModelState
@@ -107,12 +108,9 @@ def _hand_back(
     place: Any = tensors
     if isinstance(source, Path) and METADATA_KEY in metadata:  # which diffusers reads from the file alone
         place, given["weight_name"] = str(source.parent), source.name
-    offloaded = pipe._optionally_disable_offloading(pipe)
-    try:
+    with _without_offloading(pipe):
         load = functools.partial(stock, place, adapter_name=adapter_name, **given)
         handing_back.load(models, load, adapter_name, tensors, metadata, reason)
-    finally:
-        _offload_again(pipe, *offloaded)
 
 
 def default_name(pipe: Any) -> str:
@@ -213,26 +211,29 @@ def _load(
     matched = _by_component(pipe, adapter, strict)
     models, facts = adaptable_models(pipe), facts_of_metadata(adapter.metadata)
     adapter_name = adapter_name or default_name(pipe)
+    tokens = token_embeddings.planned(pipe, models, adapter.embeddings, adapter_name if hotswap else None)
     if hotswap:
         swapped = _everywhere(models, matched, adapter_name)
         for component, modules in {**matched, **swapped}.items():
             swapping.check(models[component], component, modules, adapter_name)
-        for component, modules in swapped.items():
-            swapping.swap(models[component], modules, adapter_name, facts)
+        with _without_offloading(pipe, bool(tokens) or token_embeddings.has_any(models, [adapter_name])):
+            for component, modules in swapped.items():
+                swapping.swap(models[component], modules, adapter_name, facts)
+            token_embeddings.remove(models, [adapter_name])
+            token_embeddings.place(pipe, models, tokens, adapter_name)
         return
     _check_free({component: models[component] for component in matched}, adapter_name)
     before = {component: ModelState.of(models[component]) for component in matched}
-    offloaded = pipe._optionally_disable_offloading(pipe)
-    try:
-        for component, modules in matched.items():
-            injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage)
-            swapping.prepare(models[component], adapter_name)
-    except BaseException:
-        for component, state in before.items():
-            state.restore(models[component])
-        raise
-    finally:
-        _offload_again(pipe, *offloaded)
+    with _without_offloading(pipe):
+        try:
+            for component, modules in matched.items():
+                injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage)
+                swapping.prepare(models[component], adapter_name)
+            token_embeddings.place(pipe, models, tokens, adapter_name)
+        except BaseException:
+            for component, state in before.items():
+                state.restore(models[component])
+            raise
     _list_as_loadable(pipe, matched)
 
 
@@ -242,6 +243,35 @@ def _everywhere(
     """The changes for every component that has the adapter: none for one that the new adapter leaves alone."""
     here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     return {component: dict(matched.get(component, {})) for component in here}
+
+
+def forgetting(stock: Callable[..., None]) -> Callable[..., None]:
+    """Of the pipelines' `unload_lora_weights` and `delete_adapters`: token embeddings leave with their adapters."""
+
+    @functools.wraps(stock)
+    def forget(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        names = next(iter([*args, *kwargs.values()]), None) if "adapter" in stock.__name__ else None
+        names = [names] if isinstance(names, str) else names
+        models = adaptable_models(self)
+        if token_embeddings.has_any(models, names):
+            with _without_offloading(self):
+                token_embeddings.remove(models, names)
+
+    return forget
+
+
+@contextmanager
+def _without_offloading(pipe: Any, needed: bool = True) -> Iterator[None]:
+    """The pipeline's models without the hooks that offload them, where needed; then with them again."""
+    if not needed:
+        yield
+        return
+    offloaded = pipe._optionally_disable_offloading(pipe)
+    try:
+        yield
+    finally:
+        _offload_again(pipe, *offloaded)
 
 
 def _offload_again(pipe: Any, model_offload: bool, sequential_offload: bool, group_offload: bool) -> None:

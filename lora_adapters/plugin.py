@@ -101,20 +101,46 @@ def _wrap(home: Any, name: str, wrapper: Any) -> None:
 
 
 def _into_fusing(lora_base: ModuleType) -> None:
-    """`fuse_lora` of pipelines and models keeps what it overwrites, for `unfuse_lora`."""
+    """`fuse_lora` keeps what it overwrites, for `unfuse_lora`; token embeddings leave with their adapters."""
     from .adapter_weights import replace_everywhere
     from .fusing import fusing, fusing_pipelines
 
     if hasattr(lora_base, "fuse_text_encoder_lora"):
         replace_everywhere(lora_base, "fuse_text_encoder_lora", fusing)
     _wrap(lora_base.LoraBaseMixin, "fuse_lora", fusing_pipelines)
+    for name in ("unload_lora_weights", "delete_adapters"):
+        _wrap(lora_base.LoraBaseMixin, name, _forgetting)
+
+
+def _forgetting(stock: Any) -> Any:
+    """`pipeline.forgetting`, which is loaded at the first call."""
+
+    @functools.wraps(stock)
+    def forget(*args: Any, **kwargs: Any) -> None:
+        from .pipeline import forgetting
+
+        forgetting(stock)(*args, **kwargs)
+
+    return forget
 
 
 def _into_models(peft: ModuleType) -> None:
-    """See `_into_fusing`."""
+    """See `_into_fusing`; `save_lora_adapter` of models refuses what its files have no place for."""
     from .fusing import fusing
 
     _wrap(peft.PeftAdapterMixin, "fuse_lora", fusing)
+    _wrap(peft.PeftAdapterMixin, "save_lora_adapter", _saving_of_models)
+
+
+def _saving_of_models(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def save_lora_adapter(self: Any, save_directory: Any, adapter_name: str = "default", **kwargs: Any) -> None:
+        from .save_hook import check_pairs
+
+        check_pairs(self, adapter_name, "save_lora_adapter")
+        stock(self, save_directory, adapter_name, **kwargs)
+
+    return save_lora_adapter
 
 
 def _into_hotswap(hotswap: ModuleType) -> None:

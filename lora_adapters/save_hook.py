@@ -74,7 +74,6 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def get_peft_model_state_dict(model: Any, *args: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
-        from lora_adapters.types.lycoris.layer import held
         from lora_adapters.types.registry import is_ours
 
         from .injection import unwrapped
@@ -82,13 +81,7 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
         tensors, inner = stock(model, *args, adapter_name=adapter_name, **kwargs), unwrapped(model)
         if not is_ours(inner, adapter_name):
             return tensors
-        for path, layer in lora_layers.layers(inner, adapter_name):
-            if (weights := held(layer, adapter_name)) is not None:
-                kind = with_article(weights.change.kind)
-                raise AdapterError(
-                    f"adapter {adapter_name} has {kind} in {path}, for which PEFT's files have no place: save it with "
-                    "Adapter.from_models"
-                )
+        check_pairs(inner, adapter_name, "PEFT")
         ranks = {path: layer.r[adapter_name] for path, layer in lora_layers.layers(inner, adapter_name)}
         cut = {}
         for key, tensor in tensors.items():
@@ -98,6 +91,19 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
         return cut
 
     return get_peft_model_state_dict
+
+
+def check_pairs(model: nn.Module, adapter_name: str, writer: str) -> None:
+    """AdapterError where an adapter has changes that have no place in the files of PEFT or diffusers."""
+    from lora_adapters.types.lycoris.layer import held
+
+    for path, layer in lora_layers.layers(model, adapter_name):
+        if (weights := held(layer, adapter_name)) is not None:
+            kind = with_article(weights.change.kind)
+            raise AdapterError(
+                f"adapter {adapter_name} has {kind} in {path}, for which {writer}'s files have no place: save it with "
+                "Adapter.from_models"
+            )
 
 
 Found = tuple[dict[str, Any], dict[ModuleName, int]]  # a config, and the rank of each module

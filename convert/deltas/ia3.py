@@ -13,14 +13,17 @@ from .base import TensorDelta, Tensors, check_shape, check_suffixes, scalar_of, 
 class IA3(TensorDelta):
     """ΔW = W · vector, for each input channel (`on_input`) or for each output channel; the bias stays.
 
+    PEFT's factors of output channels scale the bias too (`scales_bias`): such a change is for layers without one.
+
     `vector` is (channels,), or (1, channels, 1, 1) as LyCORIS writes it for a convolution.
     """
 
     kind: ClassVar[str] = "IA3"
-    suffixes: ClassVar[tuple[str, ...]] = ("weight", "on_input")
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "on_input", "ia3_l")
 
     vector: torch.Tensor
     on_input: bool
+    scales_bias: bool = False
 
     def __post_init__(self) -> None:
         check_shape("weight", self.vector, (None,), (1, None), (1, None, 1), (1, None, 1, 1), (1, None, 1, 1, 1))
@@ -51,13 +54,33 @@ class IA3(TensorDelta):
         return base_weight.to(dtype, copy=True).mul_(factors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`weight` and `on_input`, 1 or 0."""
+        """`weight` and `on_input`, 1 or 0; PEFT's `ia3_l` where it scales the bias too."""
+        if self.scales_bias:
+            factors = self.vector.float() * self.multiplier + 1
+            return {"ia3_l": factors if factors.ndim > 1 else factors[:, None]}
         return {"on_input": torch.tensor(int(self.on_input)), "weight": times(self.vector, self.multiplier)}
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
         """The IA3 in a module's tensors; None where there is none."""
+        if "ia3_l" in tensors:
+            check_suffixes("IA3", tensors, ("ia3_l",))
+            return cls.of_peft(tensors["ia3_l"])
         if "on_input" not in tensors:
             return None
-        check_suffixes("IA3", tensors, cls.suffixes)
+        check_suffixes("IA3", tensors, ("weight", "on_input"))
         return cls(tensors["weight"], scalar_of("on_input", tensors["on_input"]) != 0)
+
+    @classmethod
+    def of_peft(cls, factors: torch.Tensor, on_input: bool = False) -> Self:
+        """The change by PEFT's factors, W + ΔW = W · factors.
+
+        Args:
+            factors: (out, 1) or (1, in) of a linear layer, (1, channels, 1, 1) of a convolution.
+            on_input: Whether those of a convolution are of its input channels, as PEFT's config says; its files do not.
+        """
+        check_shape("ia3_l", factors, (None, 1), (1, None), (1, None, 1, 1))
+        if factors.ndim == 2:
+            on_input = factors.shape[1] > 1 or (on_input and factors.shape[0] == 1)
+            factors = factors.reshape(1, -1) if on_input else factors.reshape(-1)
+        return cls(factors.float() - 1, on_input, scales_bias=not on_input)

@@ -103,8 +103,8 @@ def _canonical(tensors: Tensors) -> dict[str, torch.Tensor]:
 def _take_magnitude(own: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """The magnitude of a DoRA, removed from the tensors; None where there is none."""
     vector, magnitude = own.pop("lora_magnitude_vector", None), own.pop("dora_scale", None)
-    if vector is None:
-        return magnitude
+    if vector is None:  # a vector under the other name is what conversions of PEFT's files make
+        return magnitude_of_vector(magnitude) if magnitude is not None and magnitude.ndim == 1 else magnitude
     if magnitude is not None:
         raise AdapterError("dora_scale and lora_magnitude_vector stand for the same tensor")
     return magnitude_of_vector(vector)

@@ -6,6 +6,7 @@ modules of all families, never guessed. SDXL files carry the original code's U-N
 diffusers'; both are read, of SD1.x and SD2.x too. Paths here are diffusers' with `text_model.` kept in text encoders.
 """
 
+from collections.abc import Mapping
 from functools import cache
 
 from lora_adapters.convert.errors import UnknownModuleError
@@ -22,9 +23,24 @@ PREFIXES = {
 DOTTED = {
     **{f"{part.name}.": part.name for family in _UNETS for part in family.components},
     "diffusion_model.": DENOISER,  # ComfyUI's
+    "model.diffusion_model.": DENOISER,  # of checkpoints
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.transformer.": "text_encoder",
+    "clip_g.transformer.": "text_encoder_2",
+    "lora_unet.": DENOISER,  # OneTrainer's
+    "lora_te.": "text_encoder",
+    "lora_te1.": "text_encoder",
+    "lora_te2.": "text_encoder_2",
 }
+_OF_TEXT_ENCODERS = ("text_model_", "encoder_layers_", "text_projection", "final_layer_norm")
+
+
+def component_of(prefix: str, rest: str, prefixes: Mapping[str, str] = PREFIXES) -> str:
+    """The component of a name with one of the prefixes; LyCORIS' wrapper has the same one for whatever it wraps."""
+    if prefix == "lycoris_" and rest.startswith(_OF_TEXT_ENCODERS):
+        return "text_encoder"
+    return prefixes[prefix]
 
 
 @cache
@@ -48,9 +64,11 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
 
     lookup: asked where no known family has a module of that name; AdapterError where there is none.
     """
-    for prefix, component in PREFIXES.items():
+    for prefix in PREFIXES:
         if name.startswith(prefix):
-            table, flat = paths_by_flat_name(component), name.removeprefix(prefix)
+            flat = name.removeprefix(prefix)
+            component = component_of(prefix, flat)
+            table = paths_by_flat_name(component)
             path = table.get(flat)
             if path is None and lookup is not None:
                 path = lookup(component, flat)

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from lora_adapters.convert.errors import UnknownFormatError
 
 logger = logging.getLogger(__name__)
-_BUNDLED = re.compile(r"bundle_emb\.([^.]+)\..+")
+_BUNDLED = re.compile(r"bundle_emb\.[^.]+\..+")
 T = TypeVar("T")
 
 
@@ -39,10 +39,11 @@ KINDS = (
     _kind("a LoHa adapter", r"\.hada_[wt]\d", is_read=True),
     _kind("a LoKr adapter", r"\.lokr_[wt]\d", is_read=True),
     _kind("an OFT adapter", r"\.oft_blocks$", is_read=True),
-    _kind("an OFT adapter", r"\.oft_(diag|R\b|r\b)|\.(b?oft|hra)_\w+$"),
+    _kind("an OFT adapter of PEFT's, whose folder with adapter_config.json says how it rotates", r"\.oft_R\b"),
+    _kind("an OFT adapter", r"\.oft_(diag|r\b)|\.(b?oft|hra)_\w+$"),
     _kind("a GLoRA adapter", r"\.[ab][12]\.weight$", is_read=True),
-    _kind("an (IA)3 adapter", r"\.on_input$", is_read=True),
-    _kind("an (IA)3 adapter", r"\.ia3_l\b"),
+    _kind("an (IA)3 adapter", r"\.(on_input$|ia3_l\b)", is_read=True),
+    _kind("a T-LoRA adapter", r"\.(lambda_layer|[pq]_layer\.weight)$"),
     _kind("a VeRA adapter", r"\bvera_(lambda|A|B)"),
     _kind("an adapter with weights of norm layers", r"\.[wb]_norm$", is_read=True),
     _kind("an adapter with full differences of weights", r"\.diff(_b)?$", is_read=True),
@@ -95,21 +96,14 @@ def may_go_to_diffusers(keys: Iterable[str]) -> bool:
 def split_bundled(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     """The tensors without the embeddings that a LoRA's file carries beside it (`bundle_emb.<token>...`), and these.
 
-    The embeddings are by what is behind the `bundle_emb.` of their keys. A warning names their tokens.
+    The embeddings are by what is behind the `bundle_emb.` of their keys.
     """
-    tokens: dict[str, None] = {}
     rest, embeddings = {}, {}
     for key, tensor in tensors.items():
-        match = _BUNDLED.fullmatch(key)
-        if match is None:
+        if _BUNDLED.fullmatch(key) is None:
             rest[key] = tensor
         else:
-            tokens[match[1]] = None
             embeddings[key.removeprefix("bundle_emb.")] = tensor
-    if tokens:
-        logger.warning(
-            "The file has embeddings beside the adapter, which load_textual_inversion takes: %s", ", ".join(tokens)
-        )
     return rest, embeddings
 
 

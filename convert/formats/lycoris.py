@@ -15,7 +15,7 @@ from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
-from lora_adapters.convert.families.kohya_names import DOTTED, PREFIXES, paths_by_flat_name
+from lora_adapters.convert.families.kohya_names import DOTTED, PREFIXES, component_of, paths_by_flat_name
 from lora_adapters.convert.families.names import Lookup, ModuleName, nearest
 
 from .contents import Contents, Stored, WriteOptions
@@ -32,7 +32,8 @@ _PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's names of tens
 
 # What PEFT's raw state dicts have more than its files: a level of their own, and the adapter's name in each key.
 _RAW_LEVEL = "base_model.model."
-_RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?!weight$|bias$)[^.]+")
+_RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|ia3_l)\.(?!weight$|bias$)[^.]+")
+_DOTTED_TEXT_ENCODER = re.compile(r"^(lora_te[12])\.")
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -85,7 +86,8 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
         raise UnknownModuleError(f"unknown module {name:.100}: a name begins with {', '.join(prefixes)}")
-    component, rest = prefixes[prefix], name.removeprefix(prefix)
+    rest = name.removeprefix(prefix)
+    component = component_of(prefix, rest, prefixes)
     flat, table = rest.replace(".", "_"), paths_by_flat_name(component, norms=True)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
@@ -117,7 +119,8 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
         raise UnknownFormatError(f"it is {kind.name if kind else NAME} ({key:.100}), but {error}") from error
     modules = {module: one.change for module, one in stored.items()}
     own = {module: one for module, one in stored.items() if not any(end.startswith(_PEFTS) for end in one.tensors)}
-    return Contents(modules, with_family(kohya_metadata(metadata), tensors, modules), stored=own)
+    flat = [_DOTTED_TEXT_ENCODER.sub(r"\1_", key) for key in tensors]
+    return Contents(modules, with_family(kohya_metadata(metadata), flat, modules), stored=own)
 
 
 def read_modules(

@@ -1,4 +1,4 @@
-"""The changes in a PEFT folder's tensors, by its config: LoRA, DoRA, LoHa, LoKr and OFT."""
+"""The changes in a PEFT folder's tensors, by its config: LoRA, DoRA, LoHa, LoKr, OFT and IA3."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 
 from lora_adapters.convert.deltas import read_module
 from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.ia3 import IA3
 from lora_adapters.convert.deltas.input_rotation import InputRotation
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.reading import SUFFIXES
@@ -14,7 +15,7 @@ from lora_adapters.convert.errors import AdapterError
 
 from .diffusers import alpha_from_config, pattern_value
 
-KINDS = ("LORA", "LOHA", "LOKR", "OFT")
+KINDS = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
 _OFT = "oft_R.weight"
 _BESIDE = ("bias", "modules_to_save", "trainable_token_indices")  # options that train more than the adapter
 
@@ -29,6 +30,13 @@ def check_kind(config: Mapping[str, Any]) -> None:
             raise AdapterError(f"it was trained with {option}={config[option]!s:.60}, which is beyond an adapter")
     if kind == "OFT" and config.get("coft"):
         raise AdapterError("it is an OFT with a constraint (coft), which is not read")
+
+
+def _is_among(path: str, targets: Any) -> bool:
+    """Whether a path ends in one of these, as PEFT reads a list of modules."""
+    if targets is not None and not isinstance(targets, (list, tuple)):
+        raise AdapterError(f"feedforward_modules is {targets!r:.60}: only lists of names are read")
+    return any(path == name or path.endswith(f".{name}") for name in targets or ())
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -63,6 +71,10 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
         neumann = config.get("use_cayley_neumann", False)
         terms = int(config.get("num_cayley_neumann_terms", 5)) if neumann else 0
         return InputRotation(tensors[_OFT], terms)
+    if kind == "IA3":
+        if set(tensors) != {"ia3_l"}:
+            raise AdapterError(f"an IA3 module of PEFT's has ia3_l alone, not {', '.join(sorted(tensors))}")
+        return IA3.of_peft(tensors["ia3_l"], _is_among(path, config.get("feedforward_modules")))
     if kind == "LORA":
         down = tensors.get("lora_A.weight")
         rank = len(down) if down is not None and down.ndim else 0

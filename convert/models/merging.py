@@ -15,6 +15,7 @@ from lora_adapters.convert.families.detection import base_model_of, check_one_fa
 from lora_adapters.convert.families.names import ModuleName, bias_of, nearest
 from lora_adapters.convert.families.registry import BASE_VERSION, by_metadata
 from lora_adapters.convert.families.spelling import fuses
+from lora_adapters.convert.formats.kinds import warn_of_embeddings
 from lora_adapters.convert.storage.changed_weights import Change
 from lora_adapters.convert.storage.checkpoint import Checkpoint, WeightsFile
 from lora_adapters.convert.storage.ema import has_twin, twin, with_ema
@@ -24,13 +25,16 @@ from .finite import check_finite
 
 
 class AdapterData(Protocol):
-    """What is needed of an adapter here: its changes, and the metadata that say what it is for."""
+    """What is needed of an adapter here: its changes, the metadata that say what it is for, and token embeddings."""
 
     @property
     def modules(self) -> Mapping[ModuleName, Delta]: ...
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def embeddings(self) -> Mapping[str, torch.Tensor]: ...
 
 
 def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> dict[ModuleName, list[Delta]]:
@@ -138,6 +142,7 @@ def merge_into_model(
     known = checkpoint.parameters
     for label, adapter in named.items():
         _check_fits(checkpoint, label, adapter, known)
+        warn_of_embeddings(adapter.embeddings, f"a model into which {label} is merged")
     changes = _changes(parts)
     checkpoint = with_ema(checkpoint, ema)
     if ema == "merge":
@@ -192,6 +197,8 @@ def _check_bias(
     checkpoint: Checkpoint, name: str, module: ModuleName, change: Delta, known: Mapping[ModuleName, WeightsFile]
 ) -> None:
     difference, bias = change.bias(), bias_of(module)
+    if bias in known and getattr(change, "scales_bias", False):
+        raise AdapterError(f"{name}: {module} has a bias, which an IA3 of PEFT's scales too: that is not read")
     if difference is None:
         return
     if bias not in known:

@@ -8,6 +8,7 @@ from lora_adapters.convert.deltas.low_rank import common_scale
 from lora_adapters.convert.deltas.sum import added, as_pair
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.formats.kinds import warn_of_embeddings
 from lora_adapters.convert.formats.metadata import sum_facts
 from lora_adapters.convert.models.merging import combined_changes, gathered, merge_into_model
 from lora_adapters.convert.storage.checkpoint import Checkpoint
@@ -31,12 +32,19 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
         except AdapterError as error:
             names = [name for name, adapter in adapters.items() if module in adapter.modules]
             raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
+    _warn_of_embeddings(adapters)
     return Adapter(modules, sum_facts([one.metadata for one in adapters.values()]))
+
+
+def _warn_of_embeddings(adapters: Mapping[str, Adapter]) -> None:
+    for name, adapter in adapters.items():
+        warn_of_embeddings(adapter.embeddings, f"the sum of adapters ({name})")
 
 
 def combination(adapters: Mapping[str, Adapter], weights: Sequence[float], how: Combination) -> Adapter:
     """As `Adapter.combine`, of adapters under the names that errors shall show."""
     modules = combined_changes(adapters, weights, how)
+    _warn_of_embeddings(adapters)
     return Adapter(modules, sum_facts([one.metadata for one in adapters.values()]))
 
 

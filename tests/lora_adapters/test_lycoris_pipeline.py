@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import _collate_lora_metadata
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -292,6 +293,11 @@ def test_what_peft_saves_has_no_place_for_other_kinds(pipeline, tmp_path):
     model = PeftModel(pipe.unet, LycorisConfig(r=1, target_modules=["conv_in"]), "more")
     with pytest.raises(AdapterError, match=r"has an? \w+ in .*, for which PEFT's files have no place"):
         model.save_pretrained(tmp_path, selected_adapters=["default"])
+    with pytest.raises(AdapterError, match=r"has an? \w+ in .*, for which save_lora_adapter's files have no place"):
+        pipe.unet.save_lora_adapter(tmp_path / "unet")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    pipe.unet.save_lora_adapter(tmp_path / "unet", "more", weight_name="more.safetensors")  # a plain one, as before
+    assert (tmp_path / "unet" / "more.safetensors").is_file()
 
 
 def test_a_load_that_fails_leaves_what_is_fused(pipeline, monkeypatch):
@@ -305,3 +311,24 @@ def test_a_load_that_fails_leaves_what_is_fused(pipeline, monkeypatch):
     with pytest.raises(MemoryError):
         adapter.to_pipeline(pipe, "b")
     assert error(outputs(pipe, golden), fused, base) < 1e-6
+
+
+@pytest.mark.parametrize("first", ["offloaded", "loaded"])
+@pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"},
+                                    {"offload_type": "block_level", "num_blocks_per_group": 1}])  # fmt: skip
+def test_offloaded_in_groups(groups, first, pipeline):
+    """Whatever comes first, the pictures are the same, and so is the model without the adapter."""
+    golden, pipe, plain = expected("sd15"), pipeline(), pipeline()
+    adapter = mixed(pipe)
+    base = outputs(plain, golden)
+    adapter.to_pipeline(plain, "a")
+    wanted = outputs(plain, golden)
+    if first == "loaded":
+        adapter.to_pipeline(pipe, "a")
+    for model in (pipe.unet, pipe.text_encoder):
+        apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), **groups)
+    if first == "offloaded":
+        adapter.to_pipeline(pipe, "a")
+    assert all(torch.equal(part, wanted[name]) for name, part in outputs(pipe, golden).items())
+    pipe.delete_adapters("a")
+    assert all(torch.equal(part, base[name]) for name, part in outputs(pipe, golden).items())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_adapters import LierLaConfig, param_groups
+from lora_adapters import LierLaConfig, add_adapter, param_groups
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.kohya_options import network_options
 from lora_adapters.module_patterns import left_out, names_in, tally
@@ -79,7 +79,7 @@ def test_an_adapter_with_patterns() -> None:
 def test_rates_by_pattern() -> None:
     pipe = make_pipeline("sd15")
     for model in (pipe.unet, pipe.text_encoder):
-        model.add_adapter(LierLaConfig(r=2), adapter_name="default")
+        add_adapter(model, LierLaConfig(r=2))
     rates = {r".*attn1\..*": 3.0, r".*attn2\..*": 0.0, r".*\.mlp\..*": 5.0}
     groups = param_groups(pipe.unet, [pipe.text_encoder], lr=1.0, loraplus_unet_lr_ratio=2.0, reg_lrs=rates)
     shown = {group["name"]: (group["lr"], len(group["params"])) for group in groups}

@@ -2,10 +2,12 @@
 
 import copy
 import json
+import shutil
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_adapters import Adapter, AdapterError
 
@@ -14,6 +16,7 @@ from .golden_outputs import error, outputs
 
 TARGETS = {"target_modules": ["to_q", "to_v", "ff.net.2"]}
 WITH_CONV = {"target_modules": ["to_q", "conv1", "proj_in"]}
+FACTORS = {"IA3": ["ff.net.2"], "IA3, of inputs": TARGETS["target_modules"]}
 CONFIGS = {
     "LoHa": lambda: peft.LoHaConfig(r=3, alpha=5, rank_pattern={"to_v": 2}, alpha_pattern={"to_q": 2}, **TARGETS),
     "LoHa, convolutions": lambda: peft.LoHaConfig(r=3, alpha=5, use_effective_conv2d=True, **WITH_CONV),
@@ -24,6 +27,8 @@ CONFIGS = {
     "OFT, exact and shared": lambda: peft.OFTConfig(
         oft_block_size=4, use_cayley_neumann=False, block_share=True, **TARGETS
     ),
+    "IA3": lambda: peft.IA3Config(feedforward_modules=[], target_modules=["to_q", "to_v"]),
+    "IA3, of inputs": lambda: peft.IA3Config(feedforward_modules=WITH_CONV["target_modules"], **WITH_CONV),
     "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, alpha_pattern={"to_q": 7}, **TARGETS),
     "rsLoRA": lambda: peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, **TARGETS),
 }
@@ -35,7 +40,7 @@ def saved(pipe, config, folder):
     model = peft.get_peft_model(copy.deepcopy(pipe.unet), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("lora_A", "lora_B", "hada_", "lokr_", "oft_R")):
+            if any(part in name for part in ("lora_A", "lora_B", "hada_", "lokr_", "oft_R", "ia3_l")):
                 parameter.normal_(std=0.2)
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
@@ -67,6 +72,10 @@ def test_what_is_not_read_is_one_line(pipeline, tmp_path):
     pipe.unload_lora_weights()
     file = tmp_path / "unet" / "adapter_config.json"
     config = json.loads(file.read_text())
+    shutil.rmtree(tmp_path / "unet")
+    saved(pipe, peft.IA3Config(feedforward_modules=[], **TARGETS), tmp_path)
+    with pytest.raises(AdapterError, match=r"ff\.net\.2 has a bias, which an IA3 of PEFT's scales too"):
+        pipe.load_lora_weights(tmp_path)
     for changes, said in (
         ({"coft": True}, "with a constraint"),
         ({"peft_type": "VERA"}, "it holds a VERA adapter of PEFT's, which is not read"),
@@ -78,3 +87,21 @@ def test_what_is_not_read_is_one_line(pipeline, tmp_path):
             pipe.load_lora_weights(tmp_path)
         assert "\n" not in str(caught.value)
         assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize("name", ["IA3", "IA3, of inputs"])
+@pytest.mark.parametrize("spelling", ["unet.{}", "unet.base_model.model.{}", "diffusion_model.{}"])
+def test_raw_factors_in_one_file(name, spelling, pipeline, tmp_path):
+    """As a state dict has them, with the adapter's name; a linear layer's shape says which side they are of."""
+    pipe = pipeline()
+    base = outputs(pipe, expected("sd15"))
+    want = saved(pipe, peft.IA3Config(feedforward_modules=FACTORS[name], **TARGETS), tmp_path)
+    raw = load_file(tmp_path / "unet" / "adapter_model.safetensors")
+    paths = {key: key.removeprefix("base_model.model.").replace(".ia3_l", ".ia3_l.default") for key in raw}
+    save_file({spelling.format(paths[key]): tensor for key, tensor in raw.items()}, tmp_path / "a.safetensors")
+    pipe.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
+    assert error(outputs(pipe, expected("sd15")), want, base) < 1e-4
+    again = Adapter.from_pipeline(pipe, "a").save(tmp_path / "b.safetensors")
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(again)
+    assert error(outputs(pipe, expected("sd15")), want, base) < 1e-4

@@ -13,6 +13,7 @@ from lora_adapters import (
     C3LierConfig,
     DyLoraConfig,
     LycorisConfig,
+    add_adapter,
     set_rank,
     set_step,
     sort_components,
@@ -52,7 +53,7 @@ def test_a_sorted_pipeline_is_the_same_at_full_rank_and_svd_s_cut_at_every_other
     golden, pipe = expected("sd15"), pipeline()
     base = outputs(pipe, golden)
     for model in (pipe.unet, pipe.text_encoder):
-        model.add_adapter(dataclasses.replace(config), "a")
+        add_adapter(model, dataclasses.replace(config), "a")
         model.eval()
     random_up(pipe.unet, pipe.text_encoder)
     pipe.set_adapters(["a"], 0.7)

@@ -29,11 +29,21 @@ def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
     """
     with align_module_device(layer):
         try:
-            weight = dequantize_module_weight(layer).detach().to(device)
+            weight = _dequantised(layer).detach().to(device)
         except Exception as error:
             raise AdapterError(f"the weight of a {type(layer).__name__} cannot be read ({first_line(error)})") from None
     if not weight.is_floating_point() or tuple(weight.shape) != weight_shape(layer):
         raise AdapterError(f"the weight of a {type(layer).__name__} cannot be read: it is packed as {weight.dtype}")
+    return weight
+
+
+def _dequantised(layer: Any) -> torch.Tensor:
+    """The weight in numbers. The layer keeps its own: PEFT puts a copy there, without the scales of 8-bit layers."""
+    own = layer._parameters.get("weight")
+    place = None if own is None else own.device
+    weight = dequantize_module_weight(layer)
+    if own is not None and layer._parameters.get("weight") is not own and own.device == place:
+        layer.weight = own
     return weight
 
 

@@ -33,3 +33,21 @@ def test_delta_in_numbers():
 def test_a_shape_that_is_no_vector():
     with pytest.raises(AdapterError, match=r"weight has the shape \[2, 3\]"):
         read_module({"weight": torch.ones(2, 3), "on_input": torch.tensor(1)})
+
+
+@pytest.mark.parametrize(
+    ("factors", "on_input"),
+    [(torch.tensor([[2.0], [0.5]]), False), (torch.tensor([[2.0, 0.5, 1.0]]), True)],
+)
+def test_pefts_factors(factors, on_input):
+    """PEFT multiplies with them (`ia3_l`), LyCORIS with one more than `weight`."""
+    weight = torch.arange(6.0).reshape(2, 3)
+    change = read_module({"ia3_l": factors})
+    assert (change.on_input, change.scales_bias) == (on_input, not on_input)
+    torch.testing.assert_close(weight + change.delta(weight), weight * factors)
+    halved = change.scaled(0.5)
+    again = read_module(halved.tensors())
+    assert again.scales_bias == change.scales_bias
+    torch.testing.assert_close(again.delta(weight), halved.delta(weight))
+    with pytest.raises(AdapterError, match=r"ia3_l has the shape \[2, 3\]"):
+        read_module({"ia3_l": torch.ones(2, 3)})

@@ -11,12 +11,14 @@ from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.errors import UnknownFormatError
 from lora_adapters.convert.info import main as info
 from lora_adapters.convert.tools.inputs import load
+from lora_adapters.convert.tools.merge import weighted_sum
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
 PATH = "unet.mid_block.attentions.0.proj_in"
 PAIR = {f"{NAME}.lora_down.weight": torch.ones(1, 2), f"{NAME}.lora_up.weight": torch.ones(2, 1)}
 KINDS = {
     "a LoHa adapter": [f"{NAME}.{part}" for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")],
+    "a T-LoRA adapter": [f"{NAME}.{part}" for part in ("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha")],
     "a LoHa": [f"{NAME}.hada_t1"],
     "a LoKr adapter": [f"{NAME}.lokr_w1"],
     "a LoKr": ["lycoris_mid_block_attentions_0_proj_in.lokr_w1_a"],
@@ -71,12 +73,16 @@ def test_keys_of_no_kind() -> None:
         Adapter.from_tensors({"something.else": torch.ones(1)})
 
 
-def test_bundled_embeddings_are_left_out_with_a_warning(caplog) -> None:
+def test_bundled_embeddings_are_kept_where_there_is_a_place_for_them(caplog, tmp_path) -> None:
     bundle = {"bundle_emb.mytok.string_to_param.*": torch.ones(2, 4), "bundle_emb.other.clip_l": torch.ones(2, 4)}
     with caplog.at_level(logging.WARNING):
         adapter = Adapter.from_tensors({**PAIR, **bundle})
     assert len(adapter.modules) == 1
-    assert "mytok, other" in caplog.text
+    assert list(adapter.embeddings) == ["mytok.string_to_param.*", "other.clip_l"]
+    assert list(Adapter.load(adapter.save(tmp_path / "a.safetensors")).embeddings) == list(adapter.embeddings)
+    assert not caplog.text
+    weighted_sum({"a": adapter, "b": adapter}, [1.0, 1.0])
+    assert "the sum of adapters (b) has no place for embeddings" in caplog.text
 
 
 # --- spellings of plain pairs -------------------------------------------------------------------------------------

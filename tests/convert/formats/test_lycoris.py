@@ -65,14 +65,12 @@ def same(tensors, others):
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_a_file_is_written_as_it_was(ending, tmp_path, caplog):
+def test_a_file_is_written_as_it_was(ending, tmp_path):
     args = {"rs_lora": "True", "algo": "lokr"}
     metadata = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(args)}
     tensors = {**mixed(), "bundle_emb.tok.string_to_param.*": numbers(2, 4)}
     save_file(tensors, tmp_path / "a.safetensors", metadata)
-    with caplog.at_level(logging.WARNING):
-        adapter = Adapter.load(tmp_path / "a.safetensors")
-    assert "tok" in caplog.text
+    adapter = Adapter.load(tmp_path / "a.safetensors")
     assert adapter.kinds == {"norm": 2, "LoHa": 1, "LoKr": 1, "DoRA": 1, "full": 1, "IA3": 1, "OFT": 1}
     same(tensors, load_file(adapter.save(tmp_path / "b.safetensors", "lycoris")))
     if ending == "pt":
@@ -291,3 +289,38 @@ def test_lycoris_reads_what_is_written(kind, tmp_path):
             change = float((expected - before).norm())
             assert change > 0.01 * float(before.norm())
             assert float((got - expected).norm()) < 1e-4 * change
+
+
+LINEAR = {"unet": PATHS["to_q"], "text_encoder": "text_model.encoder.layers.0.mlp.fc1"}
+SPELLINGS = {  # a component, and how the name of its module begins
+    "model.diffusion_model.": ("unet", False),
+    "lora_unet.": ("unet", False),
+    "lora_te.": ("text_encoder", False),
+    "lora_te1.": ("text_encoder", False),
+    "lora_te2.": ("text_encoder_2", False),
+    "clip_l.transformer.": ("text_encoder", False),
+    "clip_g.transformer.": ("text_encoder_2", False),
+    "lycoris_": ("text_encoder", True),
+}
+
+
+@pytest.mark.parametrize("start", SPELLINGS)
+def test_how_names_begin(start):
+    """Checkpoints', ComfyUI's and OneTrainer's dotted names, and LyCORIS' wrapper of a text encoder."""
+    component, flat = SPELLINGS[start]
+    path = LINEAR.get(component, LINEAR["text_encoder"])
+    name = start + (path.replace(".", "_") if flat else path)
+    tensors = {f"{name}.{half}": numbers(6, 6) for half in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
+    adapter = Adapter.from_tensors(tensors)
+    assert list(adapter.modules) == [ModuleName(component, path)]
+    if start.startswith(("lora_te1", "lora_te2")):
+        assert adapter.architecture == "sdxl"
+
+
+def test_a_magnitude_without_dimensions_of_its_own():
+    """PEFT's vector under LyCORIS' name, as conversions of its files leave it: of output channels."""
+    flat = f"lora_unet_{PATHS['to_q'].replace('.', '_')}"
+    pair = {f"{flat}.lora_down.weight": numbers(2, 5), f"{flat}.lora_up.weight": numbers(6, 2)}
+    vector, weight = numbers(6).abs(), numbers(6, 5)
+    (change,) = Adapter.from_tensors({**pair, f"{flat}.dora_scale": vector}).modules.values()
+    torch.testing.assert_close((weight + change.delta(weight)).norm(dim=1), vector)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_adapters.convert import Adapter, LowRank, ModuleName
+from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.deltas import BOFT, IA3, OFT, DoRA, Full, GLoRA, Hadamard, Kronecker, Norm, Tucker, WithBias
 from lora_adapters.convert.families.names import bias_of
 from lora_adapters.convert.storage.checkpoint import Checkpoint
@@ -283,3 +283,22 @@ def test_skip_unknown_leaves_out_modules_of_other_kinds(sd1, tmp_path, capsys):
     said = run(capsys, *words, "--skip_unknown")
     assert "2 modules left out" in said
     assert "lora_unet_strange_norm" in said
+
+
+def test_factors_that_scale_biases_too(tmp_path):
+    """PEFT's IA3 of output channels: exact in a layer without a bias, refused in one with."""
+    save_file(original("sd1"), tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "model.safetensors")
+    known = checkpoint.parameters
+    plain, biased = ModuleName("unet", f"{ATTENTION}.to_q"), ModuleName("unet", "mid_block.attentions.0.proj_in")
+    weight = checkpoint.weight(plain, known[plain]).float()
+    change = IA3.of_peft(1 + numbers(len(weight), 1))
+    merged = Adapter({plain: change}).merge_into(checkpoint.path, tmp_path / "out.safetensors")
+    done = Checkpoint.open(merged)
+    torch.testing.assert_close(
+        done.weight(plain, done.parameters[plain]).float(), weight * (1 + change.vector[:, None])
+    )
+    wrong = IA3.of_peft(torch.ones(len(checkpoint.weight(biased, known[biased])), 1))
+    with pytest.raises(AdapterError, match=r"proj_in has a bias, which an IA3 of PEFT's scales too"):
+        Adapter({biased: wrong}).merge_into(checkpoint.path, tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
