@@ -1,6 +1,6 @@
 """Pipelines of full size that weigh nothing: every weight of the base model is one number, seen in the weight's shape.
 
-Adapters are loaded into them as into the real ones; only running them makes no sense.
+Adapters are loaded into them as into the real ones; running or fusing them takes a U-Net with weights of its own.
 """
 
 from pathlib import Path
@@ -39,6 +39,21 @@ def weightless(make: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
                 module._buffers[name]._is_hf_initialized = True
         module._is_hf_initialized = True
     return model.eval()
+
+
+def give_weights(model: nn.Module) -> None:
+    """Numbers of their own, in float32, for a model that `weightless` has made."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                # what trained weights multiply a signal with: about 1
+                spread = (3 / max(1, parameter[0].numel())) ** 0.5 if parameter.ndim > 1 else 0.1
+                weights = torch.empty(parameter.shape).uniform_(-spread, spread)
+                module._parameters[name] = nn.Parameter(weights, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()
 
 
 def pipeline(size: str) -> Any:
