@@ -1,4 +1,4 @@
-"""Checkpoints and adapters of the full size of SD1.5 and SDXL with random weights, for measurements.
+"""Checkpoints and adapters of the full size of SD1.5, SDXL and Flux.1 with random weights, for measurements.
 
 Checkpoints are complete, under the names of the original code, so that every program opens them. Names and shapes are
 those of diffusers' and transformers' models, which are built without weights; adapted modules stand in tests/golden.
@@ -18,11 +18,12 @@ from lora_adapters.convert.deltas.nearest_kronecker import split
 from lora_adapters.convert.families.checkpoint_names import slices_in_file
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.storage.weights_writing import Planned, stream
+from tests.benchmarks import flux_size
 from tests.convert.checkpoints import open_clip, original_unet_name
 from tests.train.single_files import vae_name
 
 MODULES = Path(__file__).resolve().parent.parent / "golden" / "modules"
-SIZES = ("sd15", "sdxl")
+SIZES = ("sd15", "sdxl", "flux")
 _SDXL_UNET = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -67,6 +68,8 @@ def _big_g(prefix: str) -> dict[str, torch.Tensor]:
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a checkpoint file."""
+    if size == "flux":
+        return flux_size.shapes()
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device("meta"):
@@ -89,7 +92,7 @@ def make_checkpoint(path: Path, size: str, tuned: bool = False, dtype: torch.dty
         return path
     table = shapes(size)
     stand_ins = {name: torch.empty(shape, device="meta") for name, shape in table.items()}
-    adapted = {place.key for place in slices_in_file(stand_ins, by_name("sdxl" if size == "sdxl" else "sd")).values()}
+    adapted = {place.key for place in slices_in_file(stand_ins, by_name("sd" if size == "sd15" else size)).values()}
     planned = {
         name: Planned(dtype, shape, lambda n=name, s=shape: _weight(n, s, tuned and n in adapted).to(dtype))
         for name, shape in table.items()
@@ -145,6 +148,8 @@ def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: 
     """A random adapter; conv_rank None is LoRA-LierLa, a number LoRA-C3Lier."""
     if path.exists():
         return path
+    if size == "flux":
+        return flux_size.make_adapter(path, rank, seed)
     torch.manual_seed(seed)
     made = {}
     for module, shape, lierla in modules(size):

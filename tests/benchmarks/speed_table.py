@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Every benchmark of the project against the peers that are installed, in one run: a markdown table and a chart.
 
-usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl] [--ranks 4 16 64] [--rounds N]
+usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl flux] [--ranks 4 16 64] [--rounds N]
                       [--kohya CHECKOUT [--kohya_python PYTHON]] [--report]
 
 live: loading adapters, changing weights of adapters and the rank of a DyLoRA, each side in processes of its own that
-take turns, on pipelines of full size. training: training.py. files: file_tools.py. Every finished measurement is kept
-in a JSON file in DIR: the same command goes on where an earlier one stopped. --report measures nothing and writes
-DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
+take turns, on pipelines of full size. training: training.py. files: file_tools.py (its part of flux takes 75 GB of
+disk). Every finished measurement is kept in a JSON file in DIR: the same command goes on where an earlier one stopped.
+--report measures nothing and writes DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
 """
 
 import argparse
@@ -221,7 +221,7 @@ def main() -> None:
         "--only", nargs="+", choices=("live", "training", "files"), default=("live", "training", "files")
     )
     parser.add_argument("--cases", nargs="+", help="of the live ones, only those with one of these words in their name")
-    parser.add_argument("--sizes", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
+    parser.add_argument("--sizes", nargs="+", choices=("sd15", "sdxl", "flux"), default=["sd15", "sdxl"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64], help="of adapters to load")
     parser.add_argument("--latent", type=int, default=32, help="side of SD1.5's latents in the training steps")
     parser.add_argument("--most", type=float, default=900, help="seconds after which a file tool is stopped")

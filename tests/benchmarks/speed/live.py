@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One measurement on a live pipeline, in a process of its own; prints one line of JSON.
 
-usage: live.py CASE --side ours|stock --size sd15|sdxl --file ADAPTER [--second ADAPTER] [--repeat N]
+usage: live.py CASE --side ours|stock --size sd15|sdxl|flux --file ADAPTER [--second ADAPTER] [--repeat N]
 
 CASE is one of: load, set_adapters, rank. "stock" is diffusers without this package. Times are CPU seconds of the
 process with one thread, about what it takes on a machine with nothing else to do; `wall` is what it took on this one.
@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--side", choices=("ours", "stock"), required=True)
-    parser.add_argument("--size", choices=("sd15", "sdxl"), required=True)
+    parser.add_argument("--size", choices=("sd15", "sdxl", "flux"), required=True)
     parser.add_argument("--file", required=True)
     parser.add_argument("--second")
     parser.add_argument("--repeat", type=int, default=3)
