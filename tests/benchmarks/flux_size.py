@@ -3,6 +3,8 @@
 Names are those of the original code, shapes those of diffusers' model, which is built without weights.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -59,6 +61,20 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
+
+
+def make_zeros(path: Path, table: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Path:
+    """A checkpoint of zeros, as a hole of 24 GB in a file: it is read and computed with as any other."""
+    header, end = {}, 0
+    for name, shape in table.items():
+        start, end = end, end + _count(shape) * dtype.itemsize
+        header[name] = {"dtype": {torch.bfloat16: "BF16"}[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def make_adapter(path: Path, rank: int, seed: int) -> Path:

@@ -87,26 +87,33 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(path: Path, size: str, tuned: bool = False, dtype: torch.dtype = torch.float16) -> Path:
-    """A random checkpoint; tuned is the same one with another random difference in every adapted module."""
+    """A random checkpoint; tuned is the same one with another random difference in every adapted module.
+
+    Flux.1's is zeros, which take no disk.
+    """
     if path.exists():
         return path
     table = shapes(size)
+    if size == "flux" and not tuned:
+        return flux_size.make_zeros(path, table, dtype)
     stand_ins = {name: torch.empty(shape, device="meta") for name, shape in table.items()}
     adapted = {place.key for place in slices_in_file(stand_ins, by_name("sd" if size == "sd15" else size)).values()}
     planned = {
-        name: Planned(dtype, shape, lambda n=name, s=shape: _weight(n, s, tuned and n in adapted).to(dtype))
+        name: Planned(
+            dtype, shape, lambda n=name, s=shape: _weight(n, s, tuned and n in adapted, size == "flux").to(dtype)
+        )
         for name, shape in table.items()
     }
     stream(path, planned, {})
     return path
 
 
-def _weight(name: str, shape: tuple[int, ...], tuned: bool) -> torch.Tensor:
-    """Random numbers; tuned ones differ by a matrix with a decaying spectrum and noise, as fine-tuning's do."""
-    if len(shape) < 2:
+def _weight(name: str, shape: tuple[int, ...], tuned: bool, zeros: bool) -> torch.Tensor:
+    """Random numbers or zeros; tuned ones differ by a matrix with a decaying spectrum and noise, as by fine-tuning."""
+    if len(shape) < 2 and not zeros:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    weight = torch.randn(shape, generator=generator) * 0.02
+    weight = torch.zeros(shape) if zeros else torch.randn(shape, generator=generator) * 0.02
     if tuned:
         flat = weight.view(shape[0], -1)
         rank = min(128, *flat.shape)
