@@ -69,11 +69,13 @@ class LatentFiles:
 
     Args:
         ending: what follows the size in a file's name, such as "_sd.npz".
+        normalised: whether the files hold latents as the denoiser reads them, not as the VAE makes them.
         unsized: the ending of older files, whose names have no size; None for a family without such files.
     """
 
     ending: str
     unsized: str | None = None
+    normalised: bool = False
 
     def path(self, stem: str, size: Size) -> str:
         """The file for the latents of the image at `stem` (its path without suffix)."""
@@ -218,12 +220,18 @@ def read_text(path: str) -> dict[str, torch.Tensor]:
         raise DataError(f"{path}: damaged text-encoder cache ({first_line(error)}); delete it") from None
 
 
-def text_fits(path: str, caption: str, encoder: str, shapes: Mapping[str, torch.Size]) -> bool:
-    """Whether the file is whole, made from this caption by this encoder, and holds tensors of `shapes`."""
+def text_fits(path: str, caption: str, encoder: str, like: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the file is whole, made from this caption by this encoder, and holds tensors as those of `like`.
+
+    Those of one number say how the others were made, and have to be equal.
+    """
     try:
         with opened(path) as file:
             same = all(name not in file or str(file[name]) == text for name, text in _origin(caption, encoder).items())
-            return same and all(file[name].shape == tuple(shape) for name, shape in shapes.items())
+            return same and all(
+                file[name].shape == tuple(value.shape) and (value.dim() > 0 or float(file[name]) == float(value))
+                for name, value in like.items()
+            )
     except Exception:  # of many kinds: see opened
         return False
 

@@ -70,6 +70,8 @@ def encode_latents(
     for numbers in missing.values():
         for chunk in _chunks(numbers, batch_size):
             made = _encode(vae, [images.images[number] for number in chunk], seed, device)
+            if files.normalised:
+                made = [_normalised(vae, one) for one in made]
             for number, latents in zip(chunk, made, strict=True):
                 if isinstance(latents, DataError):
                     cached[number] = latents
@@ -106,6 +108,7 @@ def encode_text(
     check: bool,
     rank: int,
     world_size: int,
+    ending: str = TEXT_ENDING,
 ) -> list[dict[str, torch.Tensor] | str]:
     """The text-encoder outputs of every image's caption, or the path of their file; see TrainingData.cache_text."""
     captions = [draw_caption(image.found.caption, image.subset, python_random(0), Moment()) for image in images.images]
@@ -113,14 +116,14 @@ def encode_text(
         distinct = sorted(set(captions))
         outputs = dict(zip(distinct, _encode_captions(distinct, encode, batch_size, rank), strict=True))
         return [outputs[caption] for caption in captions]
-    paths = [stem + TEXT_ENDING for stem in _stems(images.images)]
+    paths = [stem + ending for stem in _stems(images.images)]
     _one_use_each([(path,) for path in paths], captions)
     with torch.no_grad():
-        shapes = {name: value.shape[1:] for name, value in encode([""]).items()}
+        like = {name: value[0] for name, value in encode([""]).items()}
     missing = []
     for number in range(rank, len(paths), world_size):
         path, caption = paths[number], captions[number]
-        if not (text_fits(path, caption, encoder, shapes) if check else _readable(path)):
+        if not (text_fits(path, caption, encoder, like) if check else _readable(path)):
             missing.append(number)
     made = _encode_captions([captions[number] for number in missing], encode, batch_size, rank)
     for number, output in zip(missing, made, strict=True):
@@ -199,6 +202,15 @@ def _encode_whole(
         flipped = [latents if image.subset.flip_aug else None for latents, image in zip(mirrored, images, strict=True)]
     masks = [mask if image.subset.alpha_mask else None for (_, mask), image in zip(loaded, images, strict=True)]
     return [CachedLatents(*parts) for parts in zip(plain, flipped, masks, strict=True)]
+
+
+def _normalised(vae: Any, made: CachedLatents | DataError) -> CachedLatents | DataError:
+    """Latents as a denoiser reads them, (latents - shift) * scale by the VAE's config."""
+    if isinstance(made, DataError):
+        return made
+    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+    flipped = None if made.flipped is None else (made.flipped - shift) * scale
+    return CachedLatents((made.latents - shift) * scale, flipped, made.mask)
 
 
 @torch.no_grad()

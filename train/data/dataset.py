@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lora_adapters.train.data.batches import Batch
-from lora_adapters.train.data.cache_files import LatentFiles
+from lora_adapters.train.data.cache_files import TEXT_ENDING, LatentFiles
 from lora_adapters.train.data.cache_fill import encode_latents, encode_text
 from lora_adapters.train.data.captions import varying_options
 from lora_adapters.train.data.config import DataConfig, SubsetConfig
@@ -169,6 +169,7 @@ class TrainingData:
         to_disk: bool = False,
         batch_size: int = 8,
         encoder: str = "",
+        ending: str = TEXT_ENDING,
         check: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -181,6 +182,7 @@ class TrainingData:
             to_disk: whether the outputs are kept for later runs, in .npz files beside the images.
             batch_size: captions to encode at once.
             encoder: how the outputs are made (model, clip_skip, length); files with another value are made anew.
+            ending: the ending of the files' names.
             check, rank, world_size: as in `cache_latents`.
 
         Raises:
@@ -191,7 +193,9 @@ class TrainingData:
             if varying:
                 raise DataError(f"cached text-encoder outputs exclude {varying[0]} (of {subset.name})")
         for data in self._with_validation():
-            data._reader.text = encode_text(data.images, encode, to_disk, batch_size, encoder, check, rank, world_size)
+            data._reader.text = encode_text(
+                data.images, encode, to_disk, batch_size, encoder, check, rank, world_size, ending
+            )
             data._loader.restart()
 
     @property

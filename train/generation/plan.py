@@ -18,7 +18,7 @@ from lora_adapters.train.generation.png_info import prompts_in, read_text
 from lora_adapters.train.generation.prompt_lines import numbered_lines, read_prompt_file
 from lora_adapters.train.generation.requests import ImageRequest, check_sizes, requests
 from lora_adapters.train.generation.sweeps import Column, check_lines, check_rank, columns
-from lora_adapters.train.models.base import check_fixed_clip_skip, check_path, family_on_disk
+from lora_adapters.train.models.base import check_draws, check_fixed_clip_skip, check_path, family_on_disk
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.registry import KIND_FLAGS
 from lora_adapters.train.options.settings import check_ranges
@@ -142,6 +142,7 @@ def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str
 
 def _check_family(settings: GenerateSettings, found: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
+    check_draws(family, model)
     for network in found:
         own = network.adapter.family
         if own.name != family.name:

@@ -21,6 +21,7 @@ from lora_adapters.train.models.base import (
     BaseModels,
     check_clip_skip,
     check_declared_kind,
+    check_draws,
     check_fixed_clip_skip,
     load_base_models,
 )
@@ -74,6 +75,7 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
     if settings.zero_terminal_snr and not models.v_prediction:
         raise TrainingError(f"--zero_terminal_snr is for models that predict v, which {models.name} does not "
                             "(--v_parameterization says that it does)")  # fmt: skip
+    check_draws(models.family, models.name)
     check_fixed_clip_skip(models.family, settings.clip_skip)
     check_clip_skip(models, settings.clip_skip)
     for module in (*models.text_encoders, models.vae, models.denoiser):

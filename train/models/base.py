@@ -12,10 +12,12 @@ from diffusers import DDPMScheduler
 from lora_adapters.convert.parsing import json_value, read_text
 from lora_adapters.convert.portable import is_path
 from lora_adapters.train.errors import OptionError, TrainingError
+from lora_adapters.train.models.choices import ModelChoices
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.latents import LatentSpace
 from lora_adapters.train.models.loading import checkpoint_keys, load_pipeline, load_vae
 from lora_adapters.train.models.noise_schedule import (
+    FLOW,
     SD_BETAS,
     STEPS,
     betas,
@@ -31,7 +33,7 @@ from lora_adapters.train.models.registry import (
     family_of_kind,
     family_of_pipeline,
 )
-from lora_adapters.train.models.text_encoding import Encoded, Tokens, encode_tokens, tokenize
+from lora_adapters.train.models.text_encoding import Encoded, Tokens
 from lora_adapters.train.options.model import ModelSource
 from lora_adapters.train.options.values import required
 
@@ -53,6 +55,7 @@ class BaseModels:
         prediction_type: epsilon or v_prediction.
         name: where the model was loaded from.
         schedule_config: the config of the pipeline's scheduler.
+        choices: what the run chose of the model's inputs.
     """
 
     kind: str
@@ -63,6 +66,7 @@ class BaseModels:
     prediction_type: str = "epsilon"
     name: str = ""
     schedule_config: dict[str, Any] = field(default_factory=dict)
+    choices: ModelChoices = field(default_factory=ModelChoices)
 
     @property
     def family(self) -> TrainingFamily:
@@ -90,16 +94,16 @@ class BaseModels:
     @property
     def default_size(self) -> tuple[int, int]:
         """The (width, height) in pixels of images that the model was made for."""
-        side = (self.denoiser.config.sample_size or 64) * self.latent_space.factor
+        side = (getattr(self.denoiser.config, "sample_size", None) or 64) * self.latent_space.factor
         return side, side
 
     def encode(self, tokens: Sequence[Tokens], clip_skip: int | None = None, keep_mean: str = "none") -> Encoded:
-        """The text encoders' outputs for tokens of each, see `encode_tokens`."""
-        return encode_tokens(tokens, self.text_encoders, self.family.readings(clip_skip), keep_mean)
+        """The text encoders' outputs for tokens of each."""
+        return self.family.encode(tokens, self.text_encoders, clip_skip, keep_mean)
 
     def tokenize(self, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
-        """The tokens of `captions` for each text encoder, see `tokenize`."""
-        return [tokenize(tokenizer, captions, chunks, weighted) for tokenizer in self.tokenizers]
+        """The tokens of `captions` for each text encoder."""
+        return self.family.tokenize(self, captions, chunks, weighted)
 
     @property
     def betas(self) -> dict[str, Any]:
@@ -176,15 +180,17 @@ def load_base_models(settings: ModelSource, dtype: torch.dtype = torch.float32) 
         models.vae = load_vae(settings.vae, dtype, settings)
     if path.is_file():
         models.schedule_config |= marks(path)
-        models.prediction_type = models.schedule_config.get("prediction_type", "epsilon")
+        models.prediction_type = models.schedule_config.get("prediction_type", models.family.predictions[0])
     check_kind(models, settings)
-    check_schedule_config(models.schedule_config, name)
+    check_schedule_config(models.schedule_config, name, models.family.predictions)
     if settings.v_parameterization:
         models.prediction_type = "v_prediction"
     elif settings.v2:
         models.prediction_type = "epsilon"  # with --v2 it is --v_parameterization that tells
-    check_prediction(models.prediction_type, name)
-    if models.betas != SD_BETAS or models.zero_terminal_snr:
+    check_prediction(models.prediction_type, name, models.family.predictions)
+    if models.prediction_type == FLOW:
+        log.info("%s: flow matching", name)
+    elif models.betas != SD_BETAS or models.zero_terminal_snr:
         own = ", ".join(f"{key}={value}" for key, value in models.betas.items() if key != "trained_betas")
         log.info("noise schedule of %s: %s%s", name, own, ", zero terminal SNR" if models.zero_terminal_snr else "")
     for module in (*models.text_encoders, models.vae, models.denoiser):
@@ -199,7 +205,7 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
         [getattr(pipeline, part) for part in parts] for parts in (family.tokenizers, family.text_encoders)
     )
     schedule = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    prediction = schedule.get("prediction_type", "epsilon")
+    prediction = schedule.get("prediction_type", family.predictions[0])
     denoiser = getattr(pipeline, family.denoiser)
     return BaseModels(kind, tokenizers, text_encoders, pipeline.vae, denoiser, prediction, name, schedule)
 
@@ -223,6 +229,15 @@ def check_fixed_clip_skip(family: TrainingFamily, clip_skip: int | None) -> None
         )
 
 
+def check_draws(family: TrainingFamily, name: str | None) -> None:
+    """Raise TrainingError for a base model that images are not generated with here."""
+    if not family.draws:
+        raise TrainingError(
+            f"{name} is {family.title}, which is trained, not drawn with: load adapters into its pipeline of diffusers "
+            "(pipe.load_lora_weights)"
+        )
+
+
 def check_declared_kind(models: BaseModels, settings: ModelSource) -> None:
     """Raise TrainingError where an option (--v1, --v2, --sdxl) declares another kind of model than was loaded."""
     for flag, kind in KIND_FLAGS.items():
@@ -232,6 +247,8 @@ def check_declared_kind(models: BaseModels, settings: ModelSource) -> None:
 
 def check_clip_skip(models: BaseModels, clip_skip: int | None) -> None:
     """Raise TrainingError where --clip_skip, if it has an effect, skips more layers than the text encoder has."""
+    if clip_skip is None or models.family.has_flow:
+        return
     layers = models.text_encoders[0].config.num_hidden_layers
-    if clip_skip is not None and models.family.fixed_clip_skip is None and clip_skip > layers:
+    if models.family.fixed_clip_skip is None and clip_skip > layers:
         raise TrainingError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers")

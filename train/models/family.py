@@ -13,8 +13,10 @@ import torch
 
 from lora_adapters.convert.families.names import text_path
 from lora_adapters.convert.families.registry import by_name
-from lora_adapters.train.data.cache_files import LatentFiles
-from lora_adapters.train.models.text_encoding import Encoded, Reading
+from lora_adapters.train.data.cache_files import TEXT_ENDING, LatentFiles
+from lora_adapters.train.models.noise_schedule import FLOW
+from lora_adapters.train.models.schedulers import sampler
+from lora_adapters.train.models.text_encoding import Encoded, Reading, Tokens, encode_tokens, tokenize, unread_layers
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class TrainingFamily(ABC):
         latent_files: the names of the files that latents are cached in.
         fixed_clip_skip: the text encoders' layer (from the end) that the family was trained with, where --clip_skip
             has no effect; None where it has.
+        frozen_text_encoders: those that get no adapter unless asked for.
+        predictions: what its models may predict; the first is assumed where the scheduler's config says nothing.
+        text_ending: the ending of the files that outputs of text encoders are cached in.
+        pixel_step: sides of images in pixels are multiples of it.
+        guidance: the guidance scale of sample images, where a prompt has none.
+        reads_negative_prompt: whether the pipeline's pictures keep away from a second prompt.
+        picture_loss: whether flow matching compares pictures, over timesteps of --training_shift (SD3), and not
+            velocities.
+        unused_options: options of training that other families with the same objective have.
+        draws: whether the program that generates images can use its models.
         has_sizes: whether the denoiser is conditioned on `SizeConditions`.
     """
 
@@ -62,6 +74,20 @@ class TrainingFamily(ABC):
     latent_files: ClassVar[LatentFiles]
     fixed_clip_skip: ClassVar[int | None] = None
     has_sizes: ClassVar[bool] = False
+    frozen_text_encoders: ClassVar[tuple[str, ...]] = ()
+    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
+    text_ending: ClassVar[str] = TEXT_ENDING
+    pixel_step: ClassVar[int] = 8
+    guidance: ClassVar[float] = 7.5
+    reads_negative_prompt: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+    picture_loss: ClassVar[bool] = False
+    unused_options: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def has_flow(self) -> bool:
+        """Whether its models are trained by flow matching."""
+        return FLOW in self.predictions
 
     @property
     def title(self) -> str:
@@ -88,9 +114,27 @@ class TrainingFamily(ABC):
 
     # --- text -------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def readings(self, clip_skip: int | None = None) -> tuple[Reading, ...]:
-        """What the denoiser reads of each text encoder."""
+        """What the denoiser reads of each text encoder, where that is hidden states of equal length side by side."""
+        raise NotImplementedError
+
+    def tokenize(self, models: Any, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
+        """The tokens of `captions` for each text encoder of `models` (BaseModels)."""
+        return [tokenize(tokenizer, captions, chunks, weighted) for tokenizer in models.tokenizers]
+
+    def encode(
+        self,
+        tokens: Sequence[Tokens],
+        text_encoders: Sequence[Any],
+        clip_skip: int | None = None,
+        keep_mean: str = "none",
+    ) -> Encoded:
+        """The text encoders' outputs for tokens of each, see `encode_tokens`."""
+        return encode_tokens(tokens, text_encoders, self.readings(clip_skip), keep_mean)
+
+    def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
+        """The text encoders' layers that `encode` computes nothing from: they never get a gradient."""
+        return unread_layers(text_encoders, self.readings(clip_skip))
 
     @abstractmethod
     def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -103,8 +147,8 @@ class TrainingFamily(ABC):
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def conditions(self, batch: Any) -> torch.Tensor | None:
-        """What the denoiser of a training batch is conditioned on beside the text, on the CPU (n, ...)."""
+    def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
+        """What the denoiser of `models` (BaseModels) is conditioned on beside a batch's text, on the CPU (n, ...)."""
 
     @abstractmethod
     def predict(
@@ -120,6 +164,10 @@ class TrainingFamily(ABC):
     def block(self, path: str) -> int | None:
         """The number of the denoiser's block that a module is in, as presets of weights count; None outside of them."""
         return by_name(self.name).blocks.index(path)
+
+    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
+        """diffusers' scheduler for sample images, see `schedulers.sampler`; `config` is the base model's own."""
+        return sampler(name, prediction, zero_terminal_snr, base=config)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 

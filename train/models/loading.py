@@ -47,7 +47,7 @@ def _text_encoders(name: str, dtype: torch.dtype, cache: str | None, device_map:
     import transformers
 
     index, loaded = DiffusionPipeline.load_config(name, cache_dir=cache), {}
-    for part in ("text_encoder", "text_encoder_2"):
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         library, kind = index.get(part) or (None, None)
         if library == "transformers" and kind is not None:
             model, found = getattr(transformers, kind).from_pretrained(

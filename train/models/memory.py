@@ -54,12 +54,15 @@ def apply_memory_options(models: BaseModels, settings: Settings, trained_text: b
     Checkpointing acts on modules in training mode only; `set_training` sees to that.
     """
     chosen = attention(settings)
+    if chosen == "mem_eff_attn" and not hasattr(models.denoiser, "set_attention_slice"):
+        title = models.family.denoiser_title
+        raise TrainingError(f"--mem_eff_attn: the {title} has no attention in slices; leave it out")
     if chosen == "xformers":
         models.denoiser.enable_xformers_memory_efficient_attention()
         models.vae.enable_xformers_memory_efficient_attention()
     elif chosen == "mem_eff_attn":
         models.denoiser.set_attention_slice("auto")
-    elif chosen == "sdpa":
+    elif chosen == "sdpa" and hasattr(models.denoiser, "set_attention_slice"):  # others have nothing else
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         models.denoiser.set_attn_processor(AttnProcessor2_0())

@@ -1,6 +1,6 @@
 """The noise schedule that a base model was made with: its scheduler config's, Stable Diffusion's where it says none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ from lora_adapters.train.errors import TrainingError
 
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 1000
+PREDICTIONS = ("epsilon", "v_prediction")
 _KNOWN = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that training and every sampler have
-_PREDICTIONS = ("epsilon", "v_prediction")
+FLOW = "flow_matching"  # what a model predicts under flow matching: no scheduler config has a name for it
 _OTHER_KINDS = {"EDM": "EDM's continuous noise levels", "FlowMatch": "flow matching"}
 
 
@@ -27,9 +28,13 @@ def ends_in_noise(config: Mapping[str, Any]) -> bool:
     return bool(config.get("rescale_betas_zero_snr"))
 
 
-def check_schedule_config(config: Mapping[str, Any], name: str) -> None:
-    """Raise TrainingError for a base model whose noise this program cannot make."""
+def check_schedule_config(config: Mapping[str, Any], name: str, predictions: Sequence[str] = PREDICTIONS) -> None:
+    """Raise TrainingError for a base model whose noise this program cannot make; `predictions` are its family's."""
     kind = str(config.get("_class_name", ""))
+    if FLOW in predictions:
+        if not kind.startswith("FlowMatch"):
+            raise TrainingError(f"base model {name} has a scheduler without flow matching ({kind}), which it needs")
+        return
     for start, what in _OTHER_KINDS.items():
         if kind.startswith(start):
             raise TrainingError(f"base model {name} was made with {what} ({kind}), which is not supported")
@@ -44,12 +49,12 @@ def check_schedule_config(config: Mapping[str, Any], name: str) -> None:
         )
 
 
-def check_prediction(prediction_type: str, name: str) -> None:
-    """Raise TrainingError for a base model that predicts neither noise nor v."""
-    if prediction_type not in _PREDICTIONS:
+def check_prediction(prediction_type: str, name: str, predictions: Sequence[str] = PREDICTIONS) -> None:
+    """Raise TrainingError for a base model that predicts none of what its family's do: neither noise nor v."""
+    if prediction_type not in predictions:
         raise TrainingError(
             f"base model {name} has the prediction_type {prediction_type} in its scheduler config; "
-            f"{' and '.join(_PREDICTIONS)} are supported"
+            f"{' and '.join(predictions)} are supported"
         )
 
 

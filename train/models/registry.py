@@ -6,11 +6,12 @@ from typing import Any
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.flux import FLUX
 from lora_adapters.train.models.sd import SD
 from lora_adapters.train.models.sdxl import SDXL
 
 # In the order in which a model is tried: SD takes what has no mark of another family.
-FAMILIES: dict[str, TrainingFamily] = {family.name: family for family in (SDXL, SD)}
+FAMILIES: dict[str, TrainingFamily] = {family.name: family for family in (FLUX, SDXL, SD)}
 
 # By option of the command line: the kind that it declares.
 KIND_FLAGS: dict[str, str] = {
@@ -50,6 +51,7 @@ def known_titles() -> list[str]:
 
 # How repositories of models of each family are called, in the order in which they are tried.
 _REPOSITORIES = {
+    FLUX.name: re.compile(r"flux[-_.]?1|flux-dev|flux-schnell"),
     SDXL.name: re.compile(r"xl\b|xl[-_]|sdxl|pony|illustrious|noob"),
     SD.name: re.compile(r"stable-diffusion-(v?1|2)|sd[-_]?(v?1|2|turbo)|\bv1-5|v2-1"),
 }

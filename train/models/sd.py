@@ -51,7 +51,7 @@ class StableDiffusion(TrainingFamily):
     def from_cache(self, cached: Mapping[str, torch.Tensor]) -> Encoded:
         return Encoded(cached["hidden_state"])
 
-    def conditions(self, batch: Any) -> torch.Tensor | None:
+    def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
         return None
 
     def predict(

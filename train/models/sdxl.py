@@ -50,7 +50,7 @@ class StableDiffusionXL(TrainingFamily):
     def from_cache(self, cached: Mapping[str, torch.Tensor]) -> Encoded:
         return Encoded(torch.cat([cached["hidden_state1"], cached["hidden_state2"]], dim=-1), cached["pool2"])
 
-    def conditions(self, batch: Any) -> torch.Tensor | None:
+    def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
         """(n, 6): original height and width, crop top and left, target height and width, in pixels."""
         parts = [batch.original_sizes, batch.crop_top_lefts, batch.target_sizes]
         return torch.cat([torch.as_tensor(part).float() for part in parts], dim=1)

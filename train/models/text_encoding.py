@@ -15,14 +15,19 @@ _ROUND, _SQUARE = 1.1, 1 / 1.1
 
 @dataclass
 class Encoded:
-    """Text-encoder outputs: `hidden` (n, tokens, width), and `pooled` (n, width) for families that use it."""
+    """Text-encoder outputs: `hidden` (n, tokens, width), and `pooled` (n, width) for families that use it.
+
+    mask: (n, tokens) of ones, and zeros for tokens that get no attention; None where all get it.
+    """
 
     hidden: torch.Tensor
     pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoded":
         pooled = None if self.pooled is None else moved(self.pooled, device, dtype)
-        return Encoded(moved(self.hidden, device, dtype), pooled)
+        mask = None if self.mask is None else moved(self.mask, device)
+        return Encoded(moved(self.hidden, device, dtype), pooled, mask)
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,14 @@ class Reading:
 
 @dataclass
 class Tokens:
-    """`ids` (n, chunks, length), and the `weights` of the same shape where captions have weighted words."""
+    """`ids` (n, chunks, length), and the `weights` of the same shape where captions have weighted words.
+
+    mask: of the same shape, ones, and zeros for padding that gets no attention; None where all tokens get it.
+    """
 
     ids: torch.Tensor
     weights: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 def weighted_parts(text: str) -> list[tuple[str, float]]:

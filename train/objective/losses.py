@@ -1,6 +1,7 @@
 """The loss of a training step: its shape, and the weights of timesteps, masks and images."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,14 @@ class TimestepTables:
     weights: torch.Tensor
     widths: torch.Tensor | None = None
 
+    def weight_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Factor of the loss (n,) at timesteps (n,)."""
+        return self.weights[timesteps]
+
+    def width_at(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """Huber's c (n,) at timesteps (n,), or None for other losses."""
+        return None if self.widths is None else self.widths[timesteps]
+
     @classmethod
     def of(
         cls, alphas_cumprod: torch.Tensor, options: LossOptions, device: torch.device | str = "cpu"
@@ -81,7 +90,7 @@ def loss_per_sample(
     predicted: torch.Tensor,
     target: torch.Tensor,
     timesteps: torch.Tensor,
-    tables: TimestepTables,
+    tables: Any,
     loss_type: str = "l2",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -91,18 +100,19 @@ def loss_per_sample(
         predicted: (n, channels, height, width).
         target: the same shape.
         timesteps: (n,), on the device of the `tables`.
-        tables: see `TimestepTables`.
+        tables: the objective's, such as `TimestepTables`.
         loss_type: l2, l1, huber or smooth_l1.
         mask: (n, 1, h, w) or (n, h, w) in [0, 1], resized by area; None to count all pixels.
 
     Returns:
         (n,) in float32.
     """
-    width = tables.widths[timesteps].view(-1, 1, 1, 1) if tables.widths is not None else None
-    loss = elementwise(predicted.float(), target.float(), loss_type, width)
+    width = tables.width_at(timesteps)
+    shaped = None if width is None else width.view(-1, 1, 1, 1)
+    loss = elementwise(predicted.float(), target.float(), loss_type, shaped)
     if mask is not None:
         loss = loss * resized_mask(mask, loss)
-    return loss.mean(dim=(1, 2, 3)) * tables.weights[timesteps]
+    return loss.mean(dim=(1, 2, 3)) * tables.weight_at(timesteps)
 
 
 def elementwise(predicted: torch.Tensor, target: torch.Tensor, kind: str, width: torch.Tensor | None) -> torch.Tensor:

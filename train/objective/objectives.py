@@ -1,7 +1,7 @@
 """What a denoiser is trained to predict, by the name that scheduler configs have for it.
 
-An objective noises latents, and makes the target and the tables of its losses. Another one, such as flow matching, is a
-class and a line in OBJECTIVES.
+An objective draws timesteps, noises latents, and makes the target and the tables of its losses. Those of a DDPM
+schedule are here, flow matching is in `flow_matching`.
 """
 
 from abc import ABC, abstractmethod
@@ -11,10 +11,15 @@ import torch
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.objective.losses import LossOptions, TimestepTables
+from lora_adapters.train.objective.noise import NoiseOptions, draw_timesteps
 
 
 class Objective(ABC):
     """Latents, noise and targets are (n, channels, h, w), timesteps (n,)."""
+
+    @abstractmethod
+    def draw(self, generators: list[torch.Generator], noise: NoiseOptions, latents: torch.Tensor) -> torch.Tensor:
+        """One timestep a sample."""
 
     @abstractmethod
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -24,9 +29,13 @@ class Objective(ABC):
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the denoiser is to predict from the noised latents."""
 
+    def compared(self, predicted: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the loss compares with the target: the prediction itself, or what follows from it."""
+        return predicted
+
     @abstractmethod
-    def tables(self, options: LossOptions, device: torch.device | str) -> TimestepTables:
-        """What the loss needs of each timestep."""
+    def tables(self, options: LossOptions, device: torch.device | str) -> Any:
+        """What the loss needs of each timestep: `weight_at` and `width_at`."""
 
 
 class NoisePrediction(Objective):
@@ -34,6 +43,9 @@ class NoisePrediction(Objective):
 
     def __init__(self, schedule: Any):
         self.schedule = schedule
+
+    def draw(self, generators: list[torch.Generator], noise: NoiseOptions, latents: torch.Tensor) -> torch.Tensor:
+        return draw_timesteps(generators, noise)
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return self.schedule.add_noise(latents, noise, timesteps)

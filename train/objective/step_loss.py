@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.text_encoding import Encoded, Tokens, encode_tokens
+from lora_adapters.train.models.text_encoding import Encoded, Tokens
 from lora_adapters.train.moving import moved
 from lora_adapters.train.objective.losses import LossOptions, loss_per_sample
-from lora_adapters.train.objective.noise import NoiseOptions, draw_noise, draw_timesteps, generator, perturbed
-from lora_adapters.train.objective.objectives import objective
+from lora_adapters.train.objective.noise import NoiseOptions, draw_noise, generator, perturbed
+from lora_adapters.train.objective.objectives import Objective, objective
 
 
 class Denoiser(torch.nn.Module):
@@ -47,7 +47,7 @@ class Denoiser(torch.nn.Module):
     def encode(self, tokens: list[Tokens]) -> Encoded:
         """The outputs of the text encoders, with gradients only where they are trained."""
         with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-            return encode_tokens(tokens, list(self.text_encoders), self.family.readings(self.clip_skip))
+            return self.family.encode(tokens, list(self.text_encoders), self.clip_skip)
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,14 @@ class StepOptions:
 class StepLoss:
     """The loss of batches under one base model and set of options; `denoiser` may be wrapped by accelerate.
 
-    Nothing in it waits for the device: what goes there is not waited for, and nothing comes back.
+    `schedule` is a DDPM schedule, or an objective that has none. Nothing in it waits for the device: what goes there is
+    not waited for, and nothing comes back.
     """
 
     def __init__(self, models: BaseModels, denoiser: Any, schedule: Any, options: StepOptions, device: Any):
         self.models, self.denoiser, self.options, self.device = models, denoiser, options, device
-        self.objective = objective(options.loss.objective, schedule)
+        own = isinstance(schedule, Objective)
+        self.objective = schedule if own else objective(options.loss.objective, schedule)
         self.tables = self.objective.tables(options.loss, device)
 
     def training(self, batch: Any) -> torch.Tensor:
@@ -76,7 +78,7 @@ class StepLoss:
         seeds = batch.sample_seeds.tolist()
         latents = self.latents(batch, [generator("latents", seed) for seed in seeds])
         generators = [generator("noise", seed) for seed in seeds]
-        timesteps = draw_timesteps(generators, self.options.noise)
+        timesteps = self.objective.draw(generators, self.options.noise, latents)
         losses = self._losses(batch, latents, timesteps, generators, self.text(batch))
         return (losses * moved(batch.loss_weights, losses)).mean()
 
@@ -109,10 +111,10 @@ class StepLoss:
         noisy = self.objective.noised(latents, perturbed(noise, generators, self.options.noise), timesteps)
         # Measuring needs no word between processes, which the wrapper would have at every call.
         denoiser = self.denoiser if torch.is_grad_enabled() else self.denoiser_module
-        conditions = self.models.family.conditions(batch)
+        conditions = self.models.family.conditions(batch, self.models)
         if conditions is not None:
             conditions = moved(conditions, self.device)
-        predicted = denoiser(noisy, timesteps, text, conditions)
+        predicted = self.objective.compared(denoiser(noisy, timesteps, text, conditions), noisy, timesteps)
         target = self.objective.target(latents, noise, timesteps)
         return loss_per_sample(predicted, target, timesteps, self.tables, self.options.loss.loss_type, batch.masks)
 
@@ -121,6 +123,8 @@ class StepLoss:
         """Normalised latents (n, channels, h, w) in float32: cached, or the VAE's, drawn or (no generators) mean."""
         if batch.latents is not None:
             found = moved(batch.latents, self.device, torch.float32)
+            if self.models.family.latent_files.normalised:
+                return found
         else:
             vae = self.models.vae
             posterior = vae.encode(moved(batch.images, self.device, vae.dtype)).latent_dist

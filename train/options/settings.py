@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.data import DataOptions
+from lora_adapters.train.options.flow import FlowOptions
 from lora_adapters.train.options.model import ModelOptions
 from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.output import OutputOptions
@@ -36,7 +37,7 @@ class Given:
 
 
 @dataclass
-class Settings(ModelOptions, TrainingOptions, DataOptions, OutputOptions, Given):
+class Settings(ModelOptions, TrainingOptions, FlowOptions, DataOptions, OutputOptions, Given):
     """The training program's options: an attribute each, with the names of the command line."""
 
 

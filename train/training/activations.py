@@ -42,13 +42,17 @@ def activation_bytes(run: Run) -> int:
     run.training_mode()
     try:
         text, text_bytes = _text(run, dtype)
-        conditions = run.models.family.conditions(batch)
+        conditions = run.models.family.conditions(batch, run.models)
         factor = run.models.latent_space.factor
-        shape = (count, run.models.denoiser.config.in_channels, height // factor, width // factor)
+        shape = (count, run.models.latent_space.channels, height // factor, width // factor)
         inputs = [
             torch.empty(shape, device="meta"),
             torch.zeros(count, dtype=torch.long, device="meta"),
-            Encoded(_meta(text.hidden, count, text_bytes > 0), _meta(text.pooled, count, False)),
+            Encoded(
+                _meta(text.hidden, count, text_bytes > 0),
+                _meta(text.pooled, count, False),
+                _meta(text.mask, count, False),
+            ),
             _meta(conditions, count, False),
         ]
         return text_bytes * count + _denoiser_bytes(run, inputs, dtype)

@@ -24,7 +24,6 @@ from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.family import TrainingFamily, full_path, is_text_encoder
 from lora_adapters.train.models.merging import match_to_model, merge_weights
 from lora_adapters.train.models.registry import FAMILIES
-from lora_adapters.train.models.text_encoding import unread_layers
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
 from lora_adapters.train.training.pattern_counts import warn_of_idle_patterns
@@ -44,12 +43,20 @@ _SAME_OPTIONS = "the same network options, or --dim_from_weights"
 
 def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
     """What --network_module, --network_dim, --network_alpha and --network_args ask for, on a model of `family`."""
+    return _asked(settings, family)[0]
+
+
+def _asked(settings: Settings, family: TrainingFamily) -> tuple[NetworkOptions, bool]:
+    """The same, and whether text encoders that are frozen otherwise are trained, too (train_t5xxl)."""
     if not settings.network_module:
         raise OptionError("--network_module is missing: networks.lora, networks.dylora, networks.loha, ...")
     args = key_values(settings.network_args, "network_args")
+    frozen = family.frozen_text_encoders
+    all_text = frozen and str(args.pop("train_t5xxl", "")).lower() in ("true", "1")
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
     args = training_args(settings.network_module, args)
-    return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
+    asked = network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
+    return asked, bool(all_text)
 
 
 def check_network(settings: Settings, family: TrainingFamily | None) -> None:
@@ -69,6 +76,8 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
     if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
         raise OptionError(f"--scale_weight_norms must be above 0 (0: off), not {settings.scale_weight_norms}")
     args = key_values(settings.network_args, "network_args")
+    if family is not None and family.frozen_text_encoders:
+        args.pop("train_t5xxl", None)
     for name, reason in without_effect(settings.network_module or "", args).items():
         log.warning("--network_args %s is ignored: %s", name, reason)
     *others, last = [family] if family is not None else reversed(FAMILIES.values())
@@ -93,7 +102,10 @@ def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]
         wanted = text_components(wanted)
     if settings.dim_from_weights:
         return wanted
-    config = options(settings, models.family).config
+    asked, all_text = _asked(settings, models.family)
+    config = asked.config
+    if not all_text:
+        wanted = {name: model for name, model in wanted.items() if name not in models.family.frozen_text_encoders}
     trained = {name: model for name, model in wanted.items() if _has_modules(model, config)}
     if not trained:
         raise TrainingError(
@@ -259,8 +271,8 @@ def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | 
     They are saved as they are, as kohya's trainer does. With several processes, a weight that is waited for and never
     gets a gradient would stop the run.
     """
-    readings = models.family.readings(clip_skip)
-    unread = {id(part) for layer in unread_layers(models.text_encoders, readings) for part in layer.modules()}
+    layers = models.family.unread_layers(models.text_encoders, clip_skip)
+    unread = {id(part) for layer in layers for part in layer.modules()}
     count = 0
     for layer in lora_layers(text_components(trained)).values():
         if id(layer) in unread:

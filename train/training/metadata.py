@@ -11,6 +11,7 @@ from typing import Any
 import lora_adapters
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.options.data import read_size
+from lora_adapters.train.options.flow import FlowOptions
 from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
@@ -20,6 +21,9 @@ from lora_adapters.train.training.optimizers import literals, optimizer_class, o
 _ALWAYS = (
     "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
 )  # fmt: skip
+
+
+_OF_FLOW = frozenset(option.metadata for option in options_of(FlowOptions).values())
 
 
 def base_version(models: BaseModels) -> str:
@@ -37,6 +41,8 @@ def run_metadata(
 ) -> dict[str, str]:
     """What is known when training starts. All values are text, as the file format has it."""
     entries: dict[str, Any] = option_entries(settings, "ss_")
+    if not models.family.has_flow:
+        entries = {key: value for key, value in entries.items() if key not in _OF_FLOW}
     entries |= {
         "ss_max_train_steps": steps,
         "ss_cache_latents": settings.cache_latents or settings.cache_latents_to_disk,
@@ -118,8 +124,9 @@ def modelspec(settings: Settings, models: BaseModels) -> dict[str, str]:
     entries = {
         **own,
         "modelspec.title": settings.metadata_title or settings.output_name or "last",
-        "modelspec.prediction_type": "v" if models.v_prediction else "epsilon",
     }
+    if not models.family.has_flow:
+        entries["modelspec.prediction_type"] = "v" if models.v_prediction else "epsilon"
     if settings.resolution:  # else Adapter.save says that of the base model
         width, height = read_size(settings.resolution)
         entries["modelspec.resolution"] = f"{width}x{height}"

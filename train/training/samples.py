@@ -24,7 +24,7 @@ from lora_adapters.train.generation.prompt_lines import (
     whole,
 )
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.schedulers import check_sampler, sampler
+from lora_adapters.train.models.schedulers import check_sampler
 from lora_adapters.train.models.text_encoding import Encoded
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import required
@@ -38,14 +38,17 @@ _GAP = 4  # pixels between the images of a grid
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample image. `scale` is the guidance scale; without a seed, or with a negative one, the run's is used."""
+    """One sample image. `scale` is the guidance scale, None for the family's own.
+
+    Without a seed, or with a negative one, the run's is used.
+    """
 
     prompt: str
     negative_prompt: str = ""
     width: int = 512
     height: int = 512
     sample_steps: int = 30
-    scale: float = 7.5
+    scale: float | None = None
     seed: int | None = None
     sample_sampler: str | None = None
 
@@ -83,12 +86,26 @@ def check_samples(settings: Settings) -> None:
 
 def check_samplers_fit(settings: Settings, models: BaseModels, prompts: list[Prompt]) -> None:
     """Raise TrainingError for a sampler that cannot draw with the base model's own noise schedule."""
+    if models.family.has_flow:
+        _say_unread(settings, models, prompts)
+        return
     for prompt in prompts:
         name = prompt.sample_sampler or settings.sample_sampler
         try:
             check_sampler(name, models.zero_terminal_snr)
         except TrainingError as error:
             raise TrainingError(f"{models.name} was trained with zero terminal SNR, and {error}") from None
+
+
+def _say_unread(settings: Settings, models: BaseModels, prompts: list[Prompt]) -> None:
+    """Warn of what prompts and options ask for and models of flow matching do not have."""
+    title = models.family.title
+    asked = next((one.sample_sampler for one in prompts if one.sample_sampler), None)
+    asked = asked or (settings.sample_sampler if "sample_sampler" in settings.given else None)
+    if prompts and asked:
+        log.warning("the sampler %s is left out: %s has one of its own, Euler's along the flow", asked, title)
+    if not models.family.reads_negative_prompt and any(prompt.negative_prompt for prompt in prompts):
+        log.warning("negative prompts are left out: %s reads none", title)
 
 
 def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> list[Prompt]:
@@ -197,7 +214,8 @@ def sample(models: BaseModels, settings: Settings, prompts: list[Prompt], device
 
 def _draw(models: BaseModels, settings: Settings, prompt: Prompt, nth: int, context: Any) -> Any:
     name = prompt.sample_sampler or settings.sample_sampler
-    scheduler = sampler(name, models.prediction_type, settings.zero_terminal_snr, base=models.schedule_config)
+    zero = settings.zero_terminal_snr
+    scheduler = models.family.sampler(name, models.prediction_type, zero, models.schedule_config)
     pipe: Any = models.pipeline(scheduler)  # type checkers see the placeholders that diffusers has without torch
     pipe.set_progress_bar_config(disable=True)
     seed = (required(settings.seed, "--seed") + nth) % 2**64 if prompt.seed is None else prompt.seed
@@ -208,7 +226,7 @@ def _draw(models: BaseModels, settings: Settings, prompt: Prompt, nth: int, cont
             width=prompt.width,
             height=prompt.height,
             num_inference_steps=prompt.sample_steps,
-            guidance_scale=prompt.scale,
+            guidance_scale=models.family.guidance if prompt.scale is None else prompt.scale,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
 

@@ -29,10 +29,14 @@ from lora_adapters.train.models.base import (
     family_on_disk,
     load_base_models,
 )
+from lora_adapters.train.models.choices import ModelChoices
 from lora_adapters.train.models.memory import apply_memory_options, check_machine, set_training, weight_type
+from lora_adapters.train.models.noise_schedule import FLOW
+from lora_adapters.train.objective.flow_matching import FlowMatching, FlowOptions
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
+from lora_adapters.train.options.families import check_family_options
 from lora_adapters.train.options.inert import leave_out_inert
 from lora_adapters.train.options.settings import Settings, check_ranges
 from lora_adapters.train.options.unsupported import refuse
@@ -154,7 +158,10 @@ def check(settings: Settings) -> None:
     refuse(settings)
     check_machine(settings)
     check_path(settings)
-    adapters.check_network(settings, family_on_disk(settings))
+    family = family_on_disk(settings)
+    if family is not None:
+        check_family_options(settings, family)
+    adapters.check_network(settings, family)
     check_average(settings, optimizer_class(optimizer_name(settings))[0])
     check_schedule(settings)
     check_samples(settings)
@@ -255,7 +262,10 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     uploads = _uploads(settings, accelerator)
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
+    check_family_options(settings, models.family)
     check_clip_skip(models, settings.clip_skip)
+    check_sizes(models, data)
+    models.choices = ModelChoices.of(settings)
     prompts = (
         read_prompts(Path(required(settings.sample_prompts, "--sample_prompts"))) if wants_samples(settings) else []
     )
@@ -277,9 +287,8 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     if not settings.dry_run:
         _to_device(settings, models, plain, device)
         cache(settings, models, plain, data, accelerator, options)
-    noise_schedule = models.noise_schedule(settings.zero_terminal_snr)
     denoiser, optimizer = accelerator.prepare(plain, optimizer)
-    step_loss = StepLoss(models, denoiser, noise_schedule, options, device)
+    step_loss = StepLoss(models, denoiser, _noise_schedule(settings, models), options, device)
     return Run(
         settings=settings,
         accelerator=accelerator,
@@ -297,6 +306,24 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
         prompts=prompts,
         layers=list(adapters.lora_layers(trained).values()),
     )
+
+
+def _noise_schedule(settings: Settings, models: BaseModels) -> Any:
+    """The DDPM schedule of the base model; for one of flow matching, that objective."""
+    if models.prediction_type == FLOW:
+        return FlowMatching(FlowOptions.of(settings, models.family.picture_loss))
+    return models.noise_schedule(settings.zero_terminal_snr)
+
+
+def check_sizes(models: BaseModels, data: TrainingData) -> None:
+    """Raise OptionError for buckets whose sides the denoiser cannot read."""
+    step = models.family.pixel_step
+    for _, (width, height) in data.images.group_buckets:
+        if width % step or height % step:
+            raise OptionError(
+                f"a bucket of {width}x{height} pixels: sides must be multiples of {step} for {models.family.title}; "
+                f"give a --resolution and --bucket_reso_steps that are"
+            )
 
 
 def _optimizer(settings: Settings, models: BaseModels, trained: dict[str, Any], is_main: bool) -> torch.optim.Optimizer:
@@ -362,7 +389,11 @@ def cache(
         if to_disk:  # reading all weights takes a while, and only files need to tell
             made = f"{text_identity(models.text_encoders)} clip_skip={settings.clip_skip} chunks={options.chunks}"
             made += " weighted" if options.weighted_captions else ""
-        data.cache_text(encode, to_disk=to_disk, encoder=made, check=check_disk, **place)
+        choices = models.choices
+        if models.family.has_flow:
+            made += f" t5={choices.t5_length} mask={choices.t5_mask}"
+        ending = models.family.text_ending
+        data.cache_text(encode, to_disk=to_disk, encoder=made, ending=ending, check=check_disk, **place)
         denoiser.text_encoders = torch.nn.ModuleList()  # accelerate would take them back to the device
         for encoder in models.text_encoders:
             encoder.to(away)

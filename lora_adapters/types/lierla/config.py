@@ -35,7 +35,7 @@ class LierLaType(AdapterType):
     """Plain LoRA in kohya's default coverage."""
 
     name, title, config = "LierLa", "LoRA-LierLa", LierLaConfig
-    network_modules = ("networks.lora", "network.lora", "lora", "lierla")
+    network_modules = ("networks.lora", "network.lora", "lora", "lierla", "networks.lora_flux", "networks.lora_sd3")
     with_conv = "C3Lier"
 
 

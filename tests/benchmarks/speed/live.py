@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One measurement on a live pipeline, in a process of its own; prints one line of JSON.
 
-usage: live.py CASE --side ours|stock --size sd15|sdxl --file ADAPTER [--second ADAPTER] [--number N] [--repeat N]
+usage: live.py CASE --side ours|stock --size sd15|sdxl|flux --file ADAPTER [--second ADAPTER] [--number N] [--repeat N]
 
 CASE is one of: load (with N adapters there already), set_adapters (which are active, and their weights), weights (of
 active adapters, again and again), rank, draw (one call of the U-Net with N adapters active), fuse, unfuse (of N
@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--side", choices=("ours", "stock"), required=True)
-    parser.add_argument("--size", choices=("sd15", "sdxl"), required=True)
+    parser.add_argument("--size", choices=("sd15", "sdxl", "flux"), required=True)
     parser.add_argument("--file", required=True)
     parser.add_argument("--second")
     parser.add_argument("--number", type=int, default=0, help="of adapters that are there")

@@ -23,10 +23,11 @@ def test_families_have_the_names_that_they_have_in_files() -> None:
 
 def test_a_kind_is_of_one_family() -> None:
     kinds = [kind for family in FAMILIES.values() for kind in family.kinds]
-    assert sorted(kinds) == ["sd1", "sd2", "sdxl"]
-    assert {kind: family_of_kind(kind).name for kind in kinds} == {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+    assert sorted(kinds) == ["flux_dev", "flux_schnell", "sd1", "sd2", "sdxl"]
+    names = {"flux_dev": "flux", "flux_schnell": "flux", "sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+    assert {kind: family_of_kind(kind).name for kind in kinds} == names
     assert KIND_FLAGS == {"v1": "sd1", "v2": "sd2", "sdxl": "sdxl"}
-    assert known_titles() == ["SD1.x", "SD2.x", "SDXL"]
+    assert known_titles() == ["SD1.x", "SD2.x", "SDXL", "Flux.1 dev", "Flux.1 schnell"]
 
 
 @pytest.mark.parametrize("path", ELSEWHERE, ids=lambda path: str(path.relative_to(TRAIN)))

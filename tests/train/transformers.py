@@ -1,0 +1,78 @@
+"""Tiny pipelines of diffusion transformers with all their parts, as folders: 16 latent channels, CLIP and T5."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from .conftest import WORDS, text_config, tiny_tokenizer
+
+CHANNELS = 4
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words, an end token and padding, as T5's."""
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=16, **tokens)
+
+
+def t5(width: int = 24) -> T5EncoderModel:
+    config = T5Config(vocab_size=16, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                      feed_forward_proj="gated-gelu")  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        sample_size=64,
+        latent_channels=CHANNELS,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def build_flux(folder: Path, guidance: bool = True) -> Path:
+    """Flux.1's layout: two double blocks, two single ones, tokens of 2x2 latents; dev's with guidance."""
+    torch.manual_seed(0)
+    clip = tiny_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * CHANNELS,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(clip)),
+        tokenizer=clip,
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+    )
+    pipe.save_pretrained(folder)
+    return folder

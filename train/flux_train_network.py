@@ -1,0 +1,18 @@
+#!/usr/bin/env python3
+"""Train an adapter for Flux.1: `train_network.py` under the name that kohya's scripts have for it.
+
+usage: accelerate launch flux_train_network.py --pretrained_model_name_or_path=... --dataset_config=... --output_dir=...
+       --network_module=networks.lora_flux ...   (all options: --help)
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a file from a checkout: this folder is where Python looks first, the package is beside its parent.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lora_adapters.train.train_network import main
+
+if __name__ == "__main__":
+    sys.exit(main())

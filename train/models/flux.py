@@ -1,0 +1,162 @@
+"""Flux.1: CLIP-L's pooled output and T5's states, a transformer over tokens of 2x2 latents, flow matching."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+
+from lora_adapters.convert.families.registry import by_name
+from lora_adapters.train.data.cache_files import LatentFiles
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.noise_schedule import FLOW
+from lora_adapters.train.models.text_encoding import Encoded, Tokens
+from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
+
+_T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
+
+
+class Flux1(TrainingFamily):
+    """Flux.1: dev, which is told a guidance scale, and schnell, which is not."""
+
+    name = "flux"
+    kinds: ClassVar[Mapping[str, Any]] = {"flux_dev": "Flux.1 dev", "flux_schnell": "Flux.1 schnell"}
+    denoiser, denoiser_title = "transformer", "transformer"
+    tokenizers, text_encoders = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
+    frozen_text_encoders = ("text_encoder_2",)
+    pipeline_class, image_to_image_class = FluxPipeline, FluxImg2ImgPipeline
+    latent_files = LatentFiles("_flux.npz", normalised=True)
+    text_ending = "_flux_te.npz"
+    predictions = (FLOW,)
+    pixel_step = 16
+    guidance = 3.5
+    reads_negative_prompt = False
+    draws = False
+    unused_options = ("training_shift", "apply_lg_attn_mask")
+
+    def in_folder(self, index: Mapping[str, Any]) -> bool:
+        return (index.get("transformer") or (None, None))[1] == FluxTransformer2DModel.__name__
+
+    def in_checkpoint(self, keys: Collection[str]) -> bool:
+        marks = by_name(self.name).marks.tensors
+        return any(key.startswith(marks) for key in keys)
+
+    def kind_of(self, pipeline: Any) -> str | None:
+        model = getattr(pipeline, "transformer", None)
+        if not isinstance(model, FluxTransformer2DModel) or pipeline.vae is None:
+            return None
+        if model.config.in_channels != 4 * pipeline.vae.config.latent_channels:
+            return None  # Fill and Control read pictures beside the latents
+        return "flux_dev" if model.config.guidance_embeds else "flux_schnell"
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, models: Any, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
+        """CLIP's 77 tokens and T5's; there is one window, and words have no weights."""
+        clip, t5 = models.tokenizers
+        length = models.choices.t5_length or _T5_LENGTH[models.kind]
+        return [clip_tokens(clip, captions), t5_tokens(t5, captions, length, models.choices.t5_mask)]
+
+    def encode(
+        self,
+        tokens: Sequence[Tokens],
+        text_encoders: Sequence[Any],
+        clip_skip: int | None = None,
+        keep_mean: str = "none",
+    ) -> Encoded:
+        """T5's states, and CLIP's pooled output."""
+        clip, t5 = text_encoders
+        pooled = clip(tokens[0].ids[:, 0].to(next(clip.parameters()).device)).pooler_output
+        states, mask = t5_states(t5, tokens[1])
+        return Encoded(states, pooled, mask)
+
+    def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
+        return []
+
+    def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:
+        assert encoded.pooled is not None
+        n, tokens = encoded.hidden.shape[:2]
+        mask = torch.ones(n, tokens) if encoded.mask is None else encoded.mask
+        return {
+            "l_pooled": encoded.pooled,
+            "t5_out": encoded.hidden,
+            "txt_ids": torch.zeros(n, tokens, 3),
+            "t5_attn_mask": mask,
+            "apply_t5_attn_mask": torch.full((n,), encoded.mask is not None),
+        }
+
+    def from_cache(self, cached: Mapping[str, torch.Tensor]) -> Encoded:
+        mask = cached["t5_attn_mask"] if bool(cached["apply_t5_attn_mask"].all()) else None
+        return Encoded(cached["t5_out"], cached["l_pooled"], mask)
+
+    # --- the denoiser -----------------------------------------------------------------------------------------------
+
+    def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
+        """(n,): the guidance scale, for models that are told one."""
+        if not models.denoiser.config.guidance_embeds:
+            return None
+        return torch.full((len(batch.captions),), float(models.choices.guidance))
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Encoded,
+        conditions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        height, width = noisy.shape[2:]
+        attention = {} if text.mask is None else {"attention_mask": _attention(text.mask, height * width // 4)}
+        predicted = denoiser(
+            hidden_states=packed(noisy),
+            encoder_hidden_states=text.hidden,
+            pooled_projections=text.pooled,
+            timestep=timesteps.float() / 1000,
+            img_ids=image_ids(height // 2, width // 2, noisy.device),
+            txt_ids=torch.zeros(text.hidden.shape[1], 3, device=noisy.device),
+            guidance=conditions,
+            joint_attention_kwargs=attention,
+            return_dict=False,
+        )[0]
+        return unpacked(predicted, height, width)
+
+    # --- the pipeline -----------------------------------------------------------------------------------------------
+
+    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
+        """The base model's own: Euler's steps along the flow."""
+        return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+
+    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
+        return {"prompt_embeds": wanted.hidden, "pooled_prompt_embeds": wanted.pooled}
+
+    def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
+        return {"ss_v2": False, "ss_base_model_version": by_name(self.name).stated}
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (n, channels, h, w) as tokens of 2x2: (n, h/2 · w/2, 4 · channels)."""
+    n, channels, height, width = latents.shape
+    tokens = latents.view(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(n, height * width // 4, 4 * channels)
+
+
+def unpacked(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The reverse: (n, h/2 · w/2, 4 · channels) as (n, channels, h, w)."""
+    n, _, size = tokens.shape
+    latents = tokens.view(n, height // 2, width // 2, size // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(n, size // 4, height, width)
+
+
+def image_ids(rows: int, columns: int, device: Any) -> torch.Tensor:
+    """The place of each token of an image: (rows · columns, 3) of 0, row, column."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).float().to(device)
+
+
+def _attention(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(n, 1, 1, text and image tokens): True where there is attention, which images always get."""
+    image = torch.ones(len(mask), tokens, dtype=torch.bool, device=mask.device)
+    return torch.cat([mask.bool(), image], dim=1)[:, None, None]
+
+
+FLUX = Flux1()

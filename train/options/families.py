@@ -1,0 +1,31 @@
+"""Options that belong to one kind of base model: refused in a line beside another one, since they would do nothing."""
+
+from typing import Any
+
+from lora_adapters.train.errors import OptionError
+from lora_adapters.train.options.flow import FlowOptions
+from lora_adapters.train.options.option import options_of
+from lora_adapters.train.options.settings import Settings
+
+# Of noise and v prediction under a DDPM schedule, of attention in U-Nets, and of windows of CLIP's tokens.
+_NOT_FLOW = (
+    "v2", "v_parameterization", "min_snr_gamma", "noise_offset", "multires_noise_iterations", "ip_noise_gamma",
+    "zero_terminal_snr", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
+    "clip_skip", "max_token_length", "weighted_captions", "xformers",
+)  # fmt: skip
+
+
+def check_family_options(settings: Settings, family: Any) -> None:
+    """Raise OptionError for the first option that a base model of `family` (TrainingFamily) makes no use of."""
+    known = options_of(Settings)
+    names = _NOT_FLOW if family.has_flow else tuple(options_of(FlowOptions))
+    other = "noise or v prediction with a U-Net" if family.has_flow else "flow matching"
+    names += family.unused_options
+    for name in names:
+        if getattr(settings, name) != known[name].default:
+            reason = f"{other}" if name not in family.unused_options else "other models"
+            raise OptionError(f"{known[name].flag} is for {reason}, and the base model is {family.title}: leave it out")
+    if family.has_flow and settings.loss_type in ("huber", "smooth_l1") and settings.huber_schedule == "snr":
+        raise OptionError(
+            "--huber_schedule snr is for noise schedules, which flow matching has none of: give constant or exponential"
+        )

@@ -1,0 +1,69 @@
+"""Options: flow matching, and the text that transformers read (Flux.1, SD3)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lora_adapters.train.options.model import ZERO
+from lora_adapters.train.options.option import Inert, option
+
+_PARTS = "base models are read whole: give a Diffusers folder, or a hub id, with all parts of the model"
+_SWAP = "blocks are not swapped: use --gradient_checkpointing and --cache_text_encoder_outputs"
+
+
+def _part(what: str) -> Any:
+    """A part of the base model in a file of its own."""
+    return option(None, f"{what} in a file of its own", unsupported=_PARTS)
+
+
+def _rate(what: str) -> Any:
+    """How often a text encoder's output is left out."""
+    reason = "the outputs of single text encoders are not dropped: use caption_dropout_rate in the dataset file"
+    case = Inert(lambda value, _: value == 0, "0 drops nothing")
+    return option(None, f"share of steps without {what}'s output", parse=float, unsupported=reason, inert=(case,))
+
+
+@dataclass
+class FlowOptions:
+    """Flow matching."""
+
+    title: ClassVar[str] = "flow matching (Flux.1, SD3)"
+    timestep_sampling: str = option(
+        "sigma",
+        "how timesteps are drawn",
+        choices=["sigma", "uniform", "sigmoid", "shift", "flux_shift"],
+        metadata=True,
+    )
+    sigmoid_scale: float = option(1.0, "factor of the normal number under sigmoid, shift and flux_shift", metadata=True)
+    discrete_flow_shift: float = option(3.0, "shift towards noise under sigma and shift", above=0, metadata=True)
+    training_shift: float = option(1.0, "SD3: shift towards noise", above=0, metadata=True)
+    model_prediction_type: str = option(
+        "raw",
+        "what the loss compares: the velocity (raw), or the picture that it leads to (sigma_scaled)",
+        choices=["raw", "additive", "sigma_scaled"],
+        metadata=True,
+    )
+    weighting_scheme: str | None = option(
+        None,
+        "density of timesteps under sigma (logit_normal, mode), or weight of the loss of sigma_scaled",
+        unset="none",
+        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"],
+        metadata=True,
+    )
+    logit_mean: float = option(0.0, "mean of logit_normal", metadata=True)
+    logit_std: float = option(1.0, "deviation of logit_normal", above=0, metadata=True)
+    mode_scale: float = option(1.29, "scale of mode", metadata=True)
+    guidance_scale: float = option(3.5, "guidance that Flux.1 dev is told while it is trained", metadata=True)
+    t5xxl_max_token_length: int | None = option(
+        None, "tokens of a caption for T5", unset="512; Flux.1 schnell and SD3: 256", at_least=1, metadata=True
+    )
+    apply_t5_attn_mask: bool = option(False, "no attention to T5's padding", metadata=True)
+    apply_lg_attn_mask: bool = option(False, "SD3: CLIP's padding is zeros", metadata=True)
+    clip_l: str | None = _part("CLIP-L")
+    clip_g: str | None = _part("CLIP-G")
+    t5xxl: str | None = _part("T5")
+    ae: str | None = _part("the VAE")
+    clip_l_dropout_rate: float | None = _rate("CLIP-L")
+    clip_g_dropout_rate: float | None = _rate("CLIP-G")
+    t5_dropout_rate: float | None = _rate("T5")
+    blocks_to_swap: int | None = option(None, "blocks that wait in main memory", unsupported=_SWAP, inert=(ZERO,))
+    split_mode: bool = option(False, "half of the model at a time", unsupported=_SWAP)
