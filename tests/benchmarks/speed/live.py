@@ -5,8 +5,8 @@ usage: live.py CASE --side ours|stock --size sd15|sdxl|flux --file ADAPTER [--se
 
 CASE is one of: load (with N adapters there already), set_adapters (which are active, and their weights), weights (of
 active adapters, again and again), rank, draw (one call of the U-Net with N adapters active), fuse, unfuse (of N
-adapters). "stock" is diffusers without this package. Times are CPU seconds of the process with one thread, about what it
-takes on a machine with nothing else to do; `wall` is what it took on this one.
+adapters). "stock" is diffusers without this package. Times are CPU seconds of the process with one thread, about what
+it takes on a machine with nothing else to do; `wall` is what it took on this one.
 """
 
 import argparse
