@@ -13,11 +13,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.formats.diffusers import alpha_of
 from lora_adapters.types.layers import DOWN_HELD, HELD
 
 from .model_state import ModelState
+
+
+class RefusedError(UnknownFormatError, RuntimeError):
+    """Neither this package nor diffusers can load it; of the type, too, that diffusers and torch raise themselves."""
 
 
 def load(
@@ -48,11 +52,17 @@ def load(
         raise
 
 
-def leave(models: Mapping[str, nn.Module], stock: Callable[[], None], reason: AdapterError) -> None:
+def leave(
+    models: Mapping[str, nn.Module],
+    stock: Callable[[], None],
+    reason: AdapterError,
+    contents: Callable[[], Mapping[str, torch.Tensor]],
+) -> None:
     """Let diffusers load what it can for a transformer whose files it converts itself: it is asked no more than that.
 
     stock: what loads it into the models (by component). reason: why this package does not read it, the error where
-    diffusers does not load it either, or nothing of it; everything is then as it was before.
+    diffusers does not load it either, or nothing of it; everything is then as it was before. contents: the tensors of
+    the source. Where there is no layer's among them, diffusers' answer to that stands, which is a line in the log.
     """
     before = {component: _Whole.of(model) for component, model in models.items()}
     adapters = {component: set(getattr(model, "peft_config", {})) for component, model in models.items()}
@@ -61,10 +71,18 @@ def leave(models: Mapping[str, nn.Module], stock: Callable[[], None], reason: Ad
     except Exception as error:
         for component, whole in before.items():
             whole.restore(models[component])
+        if isinstance(error, RuntimeError):
+            raise RefusedError(f"{reason}; diffusers: {' '.join(str(error).split()):.200}") from error
         raise reason from error
     norms = any(getattr(model, "_transformer_norm_layers", None) for model in models.values())
-    if not norms and all(set(getattr(models[name], "peft_config", {})) == known for name, known in adapters.items()):
+    loaded = norms or any(set(getattr(models[name], "peft_config", {})) != had for name, had in adapters.items())
+    if not loaded and any(_is_for_a_layer(key, tensor) for key, tensor in contents().items()):
         raise reason
+
+
+def _is_for_a_layer(key: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is more than a number that is no module's, or a weight of a norm, which diffusers looks for."""
+    return not (("." not in key and tensor.ndim == 0) or ("norm" in key and "lora" not in key))
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def load(
                 raise
             if is_known(pipe):
                 own = functools.partial(stock, source, adapter_name=adapter_name, hotswap=hotswap, **options)
-                handing_back.leave(adaptable_models(pipe), own, error)
+                handing_back.leave(adaptable_models(pipe), own, error, functools.partial(_contents, path or source))
                 return
             _hand_back(pipe, stock, path or source, adapter_name, hotswap, error, options)
     except AdapterError as error:
@@ -85,6 +85,10 @@ def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapte
     if isinstance(source, Path):
         return Adapter.from_path(source, names, family=names.family)
     return Adapter.from_tensors(dict(source), None, names, family=names.family)
+
+
+def _contents(source: Mapping[str, torch.Tensor] | Path) -> Mapping[str, torch.Tensor]:
+    return read_tensors(source)[0] if isinstance(source, Path) else source
 
 
 def _hand_back(

@@ -17,7 +17,12 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CLIP = "peft-internal-testing/tiny-clip-text-2"
+CLIPS = (
+    "peft-internal-testing/tiny-clip-text-2",
+    "hf-internal-testing/tiny-random-clip",
+    "hf-internal-testing/tiny-sd3-text_encoder",
+    "hf-internal-testing/tiny-sd3-text_encoder-2",
+)
 T5 = "hf-internal-testing/tiny-random-t5"
 # Modules in the order in which a run imports them before its tests.
 RUNS = {
@@ -27,11 +32,11 @@ RUNS = {
 }
 
 
-def make_clip(cache: Path) -> None:
-    """Put a random text encoder, and the tokenizer of examples/tiny-sd, where the Hub's library keeps `CLIP`."""
+def make_clip(cache: Path, repository: str) -> None:
+    """Put a random text encoder, and the tokenizer of examples/tiny-sd, where the Hub's library keeps a repository."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-    snapshot = _snapshot(cache, CLIP)
+    snapshot = _snapshot(cache, repository)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "examples" / "tiny-sd" / "tokenizer")
     tokenizer.save_pretrained(snapshot)
     config = CLIPTextConfig(
@@ -106,7 +111,8 @@ def main(checkout: str, *arguments: str) -> int:
     """Run, compare, print; 1 where a test only fails with this package, else 0."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_clip(folder / "hub")
+        for repository in CLIPS:
+            make_clip(folder / "hub", repository)
         make_t5(folder / "hub")
         results = {name: run(Path(checkout).resolve(), name, list(arguments), folder) for name in RUNS}
     without, worse = results["without"], 0

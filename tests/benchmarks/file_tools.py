@@ -4,11 +4,12 @@
 usage: file_tools.py [--folder DIR] [--only WORD ...] [--results FILE.json] [--markdown FILE.md]
                      [--missing] [--kohya CHECKOUT --kohya_python PYTHON] [--check]
 
-Makes complete checkpoints and adapters of SD1.5's and SDXL's shapes with random weights in the folder, runs each tool
-on them, and prints wall time, CPU time (little of it, where a tool waits for the disk), peak resident memory, and the
-peak of anonymous memory (what is not a mapped file), sampled every 20 ms from /proc (Linux only). --check compares the
-error that extraction left with the optimum, from all singular values of every module. --results keeps the numbers, so
-that a later call can measure other cases (with --missing, those that are not there) and --markdown write them all.
+Makes complete checkpoints and adapters of SD1.5's, SDXL's and Flux.1's shapes with random weights in the folder, runs
+each tool on them, and prints wall time, CPU time (little of it, where a tool waits for the disk), peak resident memory,
+and the peak of anonymous memory (what is not a mapped file), sampled every 20 ms from /proc (Linux only). Flux.1's
+files take 75 GB: they are made where --only has the word flux. --check compares the error that extraction left with the
+optimum, from all singular values of every module. --results keeps the numbers, so that a later call can measure other
+cases (with --missing, those that are not there) and --markdown write them all.
 """
 
 import argparse
@@ -118,6 +119,10 @@ def cases(folder: Path, size: str) -> Iterator[Case]:
 
     into = ["--sd_model", str(base), *to, "--save_precision", "fp16"]
     models = ["--model_org", str(base), "--model_tuned", str(tuned), *to]
+    if size == "flux":
+        yield Case("flux merge 2 into the model", "merge_lora", ["--sd_model", str(base), *to, *pair], out)
+        yield Case("flux extract dim 32", "extract_lora_from_models", [*models, "--dim", "32"], out, (base, tuned))
+        return
     yield Case(f"{size} svd-merge 32 + 16 to 32", "svd_merge_lora", [*to, "--new_rank", "32", *pair], out)
     yield Case(f"{size} merge 2 into the model", "merge_lora", [*into, *pair], out)
     for kind in KINDS:
@@ -134,16 +139,23 @@ def cases(folder: Path, size: str) -> Iterator[Case]:
     yield Case(f"{size} curve: merge 1 into the model in float32", "merge_lora", wider, out)
 
 
+def sizes(words: list[str] | None) -> tuple[str, ...]:
+    """The sizes to measure where these words are asked for; Flux.1 is too large to be one of all."""
+    return SIZES if words and "flux" in words else tuple(size for size in SIZES if size != "flux")
+
+
 def make_inputs(folder: Path, size: str, options: list[str]) -> None:
     """Make the files that a measurement reads, where they are not there yet."""
     make_adapter(folder / f"{size}-a.safetensors", size, 32, None, 1)
     make_adapter(folder / f"{size}-b.safetensors", size, 16, None, 2)
-    make_adapter(folder / f"{size}-lora.safetensors", size, 16, 16, 3)
-    for kind in KINDS[1:]:
-        make_lycoris(folder / f"{size}-{kind}.safetensors", size, kind, 3)
+    if size != "flux":
+        make_adapter(folder / f"{size}-lora.safetensors", size, 16, 16, 3)
+        for kind in KINDS[1:]:
+            make_lycoris(folder / f"{size}-{kind}.safetensors", size, kind, 3)
+    half = torch.bfloat16 if size == "flux" else torch.float16
     for name, tuned, dtype in (
-        ("", False, torch.float16),
-        ("-tuned", True, torch.float16),
+        ("", False, half),
+        ("-tuned", True, half),
         ("-float", False, torch.float32),
     ):
         path = folder / f"{size}{name}.safetensors"
@@ -201,7 +213,7 @@ def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to make the files, and keep them (default: a temporary one)")
-    parser.add_argument("--only", nargs="*", help="only measurements with all of these words in their name")
+    parser.add_argument("--only", nargs="*", help="only what has all of these words in its name")
     parser.add_argument("--missing", action="store_true", help="only what has no numbers in --results yet")
     parser.add_argument("--make", action="store_true", help="only make the files that the measurements read")
     parser.add_argument("--check", action="store_true", help="compare errors of extraction with the optimum (minutes)")
@@ -216,7 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for case in (case for size in SIZES for case in cases(folder, size)):
+        for case in (case for size in sizes(args.only) for case in cases(folder, size)):
             if args.only is not None and not all(word in case.name.split() for word in args.only):
                 continue
             commands = {"ours": ([sys.executable, str(ROOT / "convert" / f"{case.script}.py"), *case.options], None)}

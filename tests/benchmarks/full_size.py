@@ -1,4 +1,4 @@
-"""Checkpoints and adapters of the full size of SD1.5 and SDXL with random weights, for measurements.
+"""Checkpoints and adapters of the full size of SD1.5, SDXL and Flux.1 with random weights, for measurements.
 
 Checkpoints are complete, under the names of the original code, so that every program opens them. Names and shapes are
 those of diffusers' and transformers' models, which are built without weights; adapted modules stand in tests/golden.
@@ -18,11 +18,12 @@ from lora_adapters.convert.deltas.nearest_kronecker import split
 from lora_adapters.convert.families.checkpoint_names import slices_in_file
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.storage.weights_writing import Planned, stream
+from tests.benchmarks import flux_size
 from tests.convert.checkpoints import open_clip, original_unet_name
 from tests.train.single_files import vae_name
 
 MODULES = Path(__file__).resolve().parent.parent / "golden" / "modules"
-SIZES = ("sd15", "sdxl")
+SIZES = ("sd15", "sdxl", "flux")
 _SDXL_UNET = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -67,6 +68,8 @@ def _big_g(prefix: str) -> dict[str, torch.Tensor]:
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a checkpoint file."""
+    if size == "flux":
+        return flux_size.shapes()
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device("meta"):
@@ -84,26 +87,33 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(path: Path, size: str, tuned: bool = False, dtype: torch.dtype = torch.float16) -> Path:
-    """A random checkpoint; tuned is the same one with another random difference in every adapted module."""
+    """A random checkpoint; tuned is the same one with another random difference in every adapted module.
+
+    Flux.1's is zeros, which take no disk.
+    """
     if path.exists():
         return path
     table = shapes(size)
+    if size == "flux" and not tuned:
+        return flux_size.make_zeros(path, table, dtype)
     stand_ins = {name: torch.empty(shape, device="meta") for name, shape in table.items()}
-    adapted = {place.key for place in slices_in_file(stand_ins, by_name("sdxl" if size == "sdxl" else "sd")).values()}
+    adapted = {place.key for place in slices_in_file(stand_ins, by_name("sd" if size == "sd15" else size)).values()}
     planned = {
-        name: Planned(dtype, shape, lambda n=name, s=shape: _weight(n, s, tuned and n in adapted).to(dtype))
+        name: Planned(
+            dtype, shape, lambda n=name, s=shape: _weight(n, s, tuned and n in adapted, size == "flux").to(dtype)
+        )
         for name, shape in table.items()
     }
     stream(path, planned, {})
     return path
 
 
-def _weight(name: str, shape: tuple[int, ...], tuned: bool) -> torch.Tensor:
-    """Random numbers; tuned ones differ by a matrix with a decaying spectrum and noise, as fine-tuning's do."""
-    if len(shape) < 2:
+def _weight(name: str, shape: tuple[int, ...], tuned: bool, zeros: bool) -> torch.Tensor:
+    """Random numbers or zeros; tuned ones differ by a matrix with a decaying spectrum and noise, as by fine-tuning."""
+    if len(shape) < 2 and not zeros:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    weight = torch.randn(shape, generator=generator) * 0.02
+    weight = torch.zeros(shape) if zeros else torch.randn(shape, generator=generator) * 0.02
     if tuned:
         flat = weight.view(shape[0], -1)
         rank = min(128, *flat.shape)
@@ -145,6 +155,8 @@ def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: 
     """A random adapter; conv_rank None is LoRA-LierLa, a number LoRA-C3Lier."""
     if path.exists():
         return path
+    if size == "flux":
+        return flux_size.make_adapter(path, rank, seed)
     torch.manual_seed(seed)
     made = {}
     for module, shape, lierla in modules(size):

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Every benchmark of the project against the peers that are installed, in one run: a markdown table and a chart.
 
-usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl] [--ranks 4 16 64] [--rounds N]
+usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl flux] [--ranks 4 16 64] [--rounds N]
                       [--kohya CHECKOUT [--kohya_python PYTHON]] [--report]
 
 live: loading adapters, changing weights of adapters and the rank of a DyLoRA, each side in processes of its own that
-take turns, on pipelines of full size. training: training.py. files: file_tools.py. Every finished measurement is kept
-in a JSON file in DIR: the same command goes on where an earlier one stopped. --report measures nothing and writes
-DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
+take turns, on pipelines of full size. training: training.py. files: file_tools.py (its part of flux takes 75 GB of
+disk). Every finished measurement is kept in a JSON file in DIR: the same command goes on where an earlier one stopped.
+--report measures nothing and writes DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,13 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIDES = ("ours", "stock")
-KEPT = ("seconds", "MiB")
+KEPT = ("seconds", "MiB", "operations")
+DRAWN = ("sd15",)  # whose U-Net's weights are made: 3.4 GB in float32
 Results = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A measurement on a live pipeline: what it is called, live.py's case, and its files."""
+    """A measurement on a live pipeline: what it is called, live.py's case, its files, how many adapters are there."""
 
     name: str
     case: str
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     rank: int
     file: Path
     second: Path | None = None
+    number: int = 0
 
 
 def kept_in(file: Path) -> Any:
@@ -67,9 +69,16 @@ def live_cases(folder: Path, sizes: list[str], ranks: list[int]) -> Iterator[Cas
             yield Case(f"{size} load rank {rank}", "load", size, rank, folder / f"{size}-lora-{rank}.safetensors")
         rank = ranks[len(ranks) // 2]
         one, two = (folder / f"{size}-lora-{number}.safetensors" for number in (rank, f"{rank}-b"))
+        yield Case(f"{size} load an eighth adapter, rank {rank}", "load", size, rank, one, two, 7)
         yield Case(f"{size} set_adapters", "set_adapters", size, rank, one, two)
+        yield Case(f"{size} set_adapters, other weights", "weights", size, rank, one, two, 2)
         dial, cut = folder / f"{size}-dylora-16.safetensors", folder / f"{size}-dylora-4.safetensors"
         yield Case(f"{size} set_rank", "rank", size, 16, dial, cut)
+        if size in DRAWN:
+            for number in (0, 1, 3, 8):
+                yield Case(f"{size} draw with {number}", "draw", size, rank, one, two, number)
+            for case in ("fuse", "unfuse"):
+                yield Case(f"{size} {case} 3", case, size, rank, one, two, 3)
 
 
 def make_files(case: Case) -> None:
@@ -98,16 +107,23 @@ def measure_live(case: Case, rounds: int) -> dict[str, Any]:
             command = [sys.executable, str(HERE / "speed" / "live.py"), case.case, "--side", side]
             command += ["--size", case.size, "--file", str(case.file)]
             command += ["--second", str(case.second)] if case.second else []
+            command += ["--number", str(case.number)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"error: {case.name}, {side}: {done.stderr.strip().splitlines()[-1]}")
             found[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
     pairs = zip(found["ours"], found["stock"], strict=True)
     return {
-        **{side: {key: statistics.median(one[key] for one in runs) for key in KEPT} for side, runs in found.items()},
+        **{side: {key: middle(one[key] for one in runs) for key in KEPT} for side, runs in found.items()},
         "ratio": statistics.median(ours["seconds"] / stock["seconds"] for ours, stock in pairs),
         "rounds": rounds,
     }  # fmt: skip
+
+
+def middle(values: Iterable[float | None]) -> float | None:
+    """The median; None where nothing was counted."""
+    counted = [value for value in values if value is not None]
+    return statistics.median(counted) if counted else None
 
 
 def training(args: argparse.Namespace) -> None:
@@ -140,13 +156,15 @@ def table(results: Results, out: Path) -> str:
     lines = [f"Machine: {results['machine']}.", ""]
     lines += ["CPU seconds of one thread (medians of processes that took turns), and memory above the pipeline's.", ""]
     lines += [
-        "| | ours | diffusers alone | ours / diffusers | memory ours | memory diffusers |",
-        "|---|---|---|---|---|---|",
+        "| | ours | diffusers alone | ours / diffusers | memory ours | memory diffusers | operations of torch |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, one in results["live"].items():
         ours, stock = one["ours"], one["stock"]
         cells = [name, seconds(ours["seconds"]), seconds(stock["seconds"]), f"{one['ratio']:.3f}"]
         cells += [f"{ours['MiB']:.0f} MiB", f"{stock['MiB']:.0f} MiB"]
+        counts = ours.get("operations"), stock.get("operations")
+        cells.append("" if None in counts else f"{counts[0]:.0f}, {counts[1]:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     steps = kept_in(out / "training.json")
     if steps:
@@ -179,7 +197,9 @@ def chart(results: Results, out: Path) -> None:
         "a step / plain PEFT or bare step",
     )
     for size in dict.fromkeys(name.split()[0] for name in results["live"]):
-        loads = {int(name.split()[-1]): one for name, one in results["live"].items() if name.startswith(f"{size} load")}
+        loads = {
+            int(name.split()[-1]): one for name, one in results["live"].items() if name.startswith(f"{size} load rank")
+        }
         for side, line in (("ours", "-"), ("stock", "--")):
             times = [loads[rank][side]["seconds"] for rank in sorted(loads)]
             label = f"{size}, {side if side == 'ours' else 'diffusers alone'}"
@@ -221,7 +241,7 @@ def main() -> None:
         "--only", nargs="+", choices=("live", "training", "files"), default=("live", "training", "files")
     )
     parser.add_argument("--cases", nargs="+", help="of the live ones, only those with one of these words in their name")
-    parser.add_argument("--sizes", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
+    parser.add_argument("--sizes", nargs="+", choices=("sd15", "sdxl", "flux"), default=["sd15", "sdxl"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64], help="of adapters to load")
     parser.add_argument("--latent", type=int, default=32, help="side of SD1.5's latents in the training steps")
     parser.add_argument("--most", type=float, default=900, help="seconds after which a file tool is stopped")

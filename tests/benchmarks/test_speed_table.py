@@ -20,16 +20,33 @@ LIVE = {
     "ratio": 0.794,
     "rounds": 3,
 }
+SIDES_OF = (("ours", 0), ("stock", 2848))
 
 
 def test_the_table_has_every_measurement(tmp_path) -> None:
     (tmp_path / "training.json").write_text(json.dumps([STEP, LOOP]))
     (tmp_path / "files.md").write_text("| merge | 6.0 s |\n")
     lines = speed_table.table({"machine": "this", "live": {"sd15 load rank 16": LIVE}}, tmp_path).splitlines()
-    assert "| sd15 load rank 16 | 267 ms | 332 ms | 0.794 | 67 MiB | 73 MiB |" in lines
+    assert "| sd15 load rank 16 | 267 ms | 332 ms | 0.794 | 67 MiB | 73 MiB |  |" in lines
     assert "| sd15: LierLa | 1237.5 | 1.005 | 324 |" in lines
     assert "| sd15: training loop | 1748.6 | 1.033 |  |" in lines
     assert "| merge | 6.0 s |" in lines
+
+
+def test_operations_stand_beside_what_is_drawn(tmp_path) -> None:
+    drawn = LIVE | {side: {"seconds": 4.0, "MiB": 1.0, "operations": 3953 + extra} for side, extra in SIDES_OF}
+    lines = speed_table.table({"machine": "this", "live": {"sd15 draw with 3": drawn}}, tmp_path).splitlines()
+    assert lines[-1].endswith("| 3953, 6801 |")
+    assert speed_table.middle([3, None, 1, 2]) == 2
+    assert speed_table.middle([None]) is None
+
+
+def test_the_cases_of_a_size(tmp_path) -> None:
+    names = [case.name for case in speed_table.live_cases(tmp_path, ["sd15", "sdxl"], [4, 16])]
+    assert len(set(names)) == len(names)
+    assert "sd15 draw with 8" in names
+    assert "sdxl load an eighth adapter, rank 16" in names
+    assert not any(name.startswith("sdxl draw") for name in names)
 
 
 def test_training_is_not_measured_again(tmp_path, monkeypatch) -> None:

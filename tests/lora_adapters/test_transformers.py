@@ -169,6 +169,35 @@ def test_what_diffusers_does_not_load_either_is_an_error():
     assert not hasattr(pipe.transformer, "peft_config")
 
 
+@pytest.mark.parametrize("key", ["lora_foo", "transformer.transformer_blocks.0.attn.norm_k_unknown.weight"])
+def test_where_no_layer_is_named_diffusers_answer_stands(key):
+    """A line in its log, and nothing loaded; diffusers' own tests ask for it."""
+    pipe = flux()
+    before = weights(pipe)
+    pipe.load_lora_weights({key: torch.tensor(2.0)})
+    assert weights(pipe).keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(pipe).items())
+    assert not hasattr(pipe.transformer, "peft_config")
+
+
+def test_a_control_lora_behind_a_lora_of_the_narrow_input_is_an_error_of_both_kinds():
+    """Diffusers' message and type, after the reason for which this package does not read it."""
+    pipe = flux()
+    narrow, wide = (
+        {key: value for key, value in control_lora(columns).items() if "norm" not in key} for columns in (4, 8)
+    )
+    pipe.load_lora_weights(narrow, adapter_name="a")
+    before = weights(pipe)
+    told = r"x_embedder is made for a weight of \[16, 8\].*size mismatch for x_embedder.lora_A.b.weight"
+    with pytest.raises(AdapterError, match=told) as caught:
+        pipe.load_lora_weights(wide, adapter_name="b")
+    assert isinstance(caught.value, RuntimeError)
+    assert "\n" not in str(caught.value)
+    assert weights(pipe).keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(pipe).items())
+    assert pipe.get_active_adapters() == ["a"]
+
+
 def test_a_transformer_of_no_family_is_left_to_diffusers(monkeypatch):
     pipe = flux()
     called = []

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """One measurement on a live pipeline, in a process of its own; prints one line of JSON.
 
-usage: live.py CASE --side ours|stock --size sd15|sdxl --file ADAPTER [--second ADAPTER] [--repeat N]
+usage: live.py CASE --side ours|stock --size sd15|sdxl|flux --file ADAPTER [--second ADAPTER] [--number N] [--repeat N]
 
-CASE is one of: load, set_adapters, rank. "stock" is diffusers without this package. Times are CPU seconds of the
-process with one thread, about what it takes on a machine with nothing else to do; `wall` is what it took on this one.
+CASE is one of: load (with N adapters there already), set_adapters (which are active, and their weights), weights (of
+active adapters, again and again), rank, draw (one call of the U-Net with N adapters active), fuse, unfuse (of N
+adapters). "stock" is diffusers without this package. Times are CPU seconds of the process with one thread, about what
+it takes on a machine with nothing else to do; `wall` is what it took on this one.
 """
 
 import argparse
@@ -16,18 +18,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent.parent))
 
 from peak_memory import peak_above_rest
 
-from speed.pipelines import pipeline
+from speed.pipelines import give_weights, pipeline
 
-Measured = tuple[list[tuple[float, float]], float]
+LATENT = 32  # side of the latents that are drawn: pictures of 256 pixels, with and without the prompt
+CALLS = 50  # of what takes about a millisecond
+
+
+class Measured(NamedTuple):
+    """CPU and wall seconds of each call, the MiB of one, and how many operations of torch it consists of."""
+
+    times: list[tuple[float, float]]
+    memory: float
+    operations: int | None = None
 
 
 def timed(action: Callable[[], Any], undo: Callable[[], Any], repeat: int) -> Measured:
@@ -42,16 +54,36 @@ def timed(action: Callable[[], Any], undo: Callable[[], Any], repeat: int) -> Me
         action()
         found.append((time.process_time() - cpu, time.perf_counter() - start))
         undo()
-    return found, memory
+    return Measured(found, memory)
 
 
 def nothing() -> None:
     """Nothing to undo."""
 
 
+class Operations(TorchDispatchMode):
+    """Counts what is computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def several(pipe: Any, args: argparse.Namespace) -> list[str]:
+    """Load `--number` adapters; returns their names."""
+    names = [f"adapter{number}" for number in range(args.number)]
+    for number, name in enumerate(names):
+        pipe.load_lora_weights(args.second if number % 2 else args.file, adapter_name=name)
+    return names
+
+
 def load(pipe: Any, args: argparse.Namespace) -> Measured:
     """`pipe.load_lora_weights(file)`."""
-    return timed(lambda: pipe.load_lora_weights(args.file, adapter_name="a"), pipe.unload_lora_weights, args.repeat)
+    several(pipe, args)
+    undo = (lambda: pipe.delete_adapters("a")) if args.number else pipe.unload_lora_weights
+    return timed(lambda: pipe.load_lora_weights(args.file, adapter_name="a"), undo, args.repeat)
 
 
 def set_adapters(pipe: Any, args: argparse.Namespace) -> Measured:
@@ -59,6 +91,51 @@ def set_adapters(pipe: Any, args: argparse.Namespace) -> Measured:
     pipe.load_lora_weights(args.file, adapter_name="a")
     pipe.load_lora_weights(args.second, adapter_name="b")
     return timed(lambda: pipe.set_adapters(["a", "b"], [0.7, 0.3]), lambda: pipe.set_adapters(["b"]), args.repeat)
+
+
+def weights(pipe: Any, args: argparse.Namespace) -> Measured:
+    """`pipe.set_adapters` with other weights for the adapters that are active: somebody moves a slider."""
+    names = several(pipe, args)
+
+    def slide() -> None:
+        for call in range(CALLS):
+            pipe.set_adapters(names, [(call + number) / CALLS for number in range(len(names))])
+
+    found = timed(slide, nothing, args.repeat)
+    return Measured([(cpu / CALLS, wall / CALLS) for cpu, wall in found.times], found.memory)
+
+
+def draw(pipe: Any, args: argparse.Namespace) -> Measured:
+    """One call of the U-Net, in float32."""
+    names = several(pipe, args)
+    if names:
+        pipe.set_adapters(names, [1 / len(names)] * len(names))
+    give_weights(pipe.unet)
+    config = pipe.unet.config
+    given = torch.randn(2, config.in_channels, LATENT, LATENT), 500, torch.randn(2, 77, config.cross_attention_dim)
+
+    def call() -> None:
+        with torch.no_grad():
+            pipe.unet(*given)
+
+    with Operations() as counted:
+        call()
+    return timed(call, nothing, args.repeat)._replace(operations=counted.count)
+
+
+def fuse(pipe: Any, args: argparse.Namespace) -> Measured:
+    """`pipe.fuse_lora()` of the U-Net's adapters, in float32."""
+    pipe.set_adapters(several(pipe, args))
+    give_weights(pipe.unet)
+    return timed(lambda: pipe.fuse_lora(["unet"]), lambda: pipe.unfuse_lora(["unet"]), args.repeat)
+
+
+def unfuse(pipe: Any, args: argparse.Namespace) -> Measured:
+    """`pipe.unfuse_lora()`."""
+    pipe.set_adapters(several(pipe, args))
+    give_weights(pipe.unet)
+    pipe.fuse_lora(["unet"])
+    return timed(lambda: pipe.unfuse_lora(["unet"]), lambda: pipe.fuse_lora(["unet"]), args.repeat)
 
 
 def rank(pipe: Any, args: argparse.Namespace) -> Measured:
@@ -76,7 +153,15 @@ def rank(pipe: Any, args: argparse.Namespace) -> Measured:
     return timed(lambda: change(args.second), lambda: change(args.file), args.repeat)
 
 
-CASES = {"load": load, "set_adapters": set_adapters, "rank": rank}
+CASES = {
+    "load": load,
+    "set_adapters": set_adapters,
+    "weights": weights,
+    "rank": rank,
+    "draw": draw,
+    "fuse": fuse,
+    "unfuse": unfuse,
+}
 
 
 def main() -> None:
@@ -84,9 +169,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--side", choices=("ours", "stock"), required=True)
-    parser.add_argument("--size", choices=("sd15", "sdxl"), required=True)
+    parser.add_argument("--size", choices=("sd15", "sdxl", "flux"), required=True)
     parser.add_argument("--file", required=True)
     parser.add_argument("--second")
+    parser.add_argument("--number", type=int, default=0, help="of adapters that are there")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -94,10 +180,10 @@ def main() -> None:
     if args.side == "ours":
         import lora_adapters  # noqa: F401
     pipe = pipeline(args.size)
-    times, memory = CASES[args.case](pipe, args)
+    found = CASES[args.case](pipe, args)
     assert ("lora_adapters" in sys.modules) == (args.side == "ours")
-    cpu, wall = (statistics.median(column) for column in zip(*times, strict=True))
-    print(json.dumps({"seconds": cpu, "wall": wall, "MiB": memory}))
+    cpu, wall = (statistics.median(column) for column in zip(*found.times, strict=True))
+    print(json.dumps({"seconds": cpu, "wall": wall, "MiB": found.memory, "operations": found.operations}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pipelines of full size that weigh nothing: every weight of the base model is one number, seen in the weight's shape.
 
-Adapters are loaded into them as into the real ones; only running them makes no sense.
+Adapters are loaded into them as into the real ones; running or fusing them takes a U-Net with weights of its own.
 """
 
 from pathlib import Path
@@ -10,15 +10,26 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 TINY = Path(__file__).resolve().parent.parent.parent.parent / "examples" / "tiny-sd"
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 
 
@@ -41,9 +52,24 @@ def weightless(make: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
     return model.eval()
 
 
+def give_weights(model: nn.Module) -> None:
+    """Numbers of their own, in float32, for a model that `weightless` has made."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                # what trained weights multiply a signal with: about 1
+                spread = (3 / max(1, parameter[0].numel())) ** 0.5 if parameter.ndim > 1 else 0.1
+                weights = torch.empty(parameter.shape).uniform_(-spread, spread)
+                module._parameters[name] = nn.Parameter(weights, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()
+
+
 def pipeline(size: str) -> Any:
-    """A StableDiffusionPipeline ("sd15") or StableDiffusionXLPipeline ("sdxl") with the module names and shapes of the
-    published models."""
+    """A StableDiffusionPipeline ("sd15"), StableDiffusionXLPipeline ("sdxl") or FluxPipeline ("flux") with the module
+    names and shapes of the published models."""
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
     parts = {
         "vae": weightless(lambda: AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)),
@@ -51,6 +77,15 @@ def pipeline(size: str) -> Any:
         "scheduler": EulerDiscreteScheduler(),
     }
     text = weightless(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L)))
+    if size == "flux":
+        t5 = T5Config(**T5_XXL, feed_forward_proj="gated-gelu")
+        return FluxPipeline(
+            **parts | {"scheduler": FlowMatchEulerDiscreteScheduler()},
+            text_encoder=text,
+            text_encoder_2=weightless(lambda: T5EncoderModel(t5)),
+            tokenizer_2=tokenizer,
+            transformer=weightless(lambda: FluxTransformer2DModel(guidance_embeds=True), torch.bfloat16),
+        )
     if size == "sd15":
         unet = weightless(lambda: UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8))
         return StableDiffusionPipeline(
