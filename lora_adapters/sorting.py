@@ -35,7 +35,7 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
     Args:
         target: A pipeline, a model, or a list of models.
         optimizer: The optimizer that trains them; None where there is none, or none yet.
-        adapter_name: The adapter; None for all LoRAs and DyLoRAs.
+        adapter_name: The adapter; None for all LoRAs and DyLoRAs, beside which there may be other kinds.
 
     Raises:
         AdapterError: There is no such adapter, it is more than low-rank pairs (DoRA, lora_bias, PEFT's variants), it is
@@ -44,6 +44,8 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
     adapters = list(_adapters(target, adapter_name))
     if not adapters:
         raise AdapterError(f"there is no LoRA {adapter_name or ''} here whose components could be sorted")
+    if adapter_name is None:
+        adapters = [one for one in adapters if not _is_of_another_kind(*one)] or adapters
     for model, name in adapters:
         _check(model, name)
     trained = [
@@ -60,6 +62,11 @@ def _adapters(target: Any, adapter_name: str | None) -> Iterator[tuple[nn.Module
         for name in getattr(model, "peft_config", {}):
             if adapter_name in (None, name) and any(has_adapter(module, name) for module in model.modules()):
                 yield model, name
+
+
+def _is_of_another_kind(model: nn.Module, name: str) -> bool:
+    """Whether an adapter has changes that are no low-rank pairs."""
+    return any(held(layer, name) is not None for _, layer in layers(model, name))
 
 
 def _check(model: nn.Module, name: str) -> None:

@@ -129,6 +129,24 @@ def test_what_cannot_be_sorted_is_left_alone():
     assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
 
 
+def test_all_loras_are_sorted_beside_another_kind():
+    torch.manual_seed(0)
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)), "plain")
+    model = inject_adapter_in_model(LycorisConfig(r=2, algo="loha", target_modules=["0"]), model, "other")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    others = {name: value.clone() for name, value in model.state_dict().items() if "plain" not in name}
+    pair = model[0].lora_B["plain"].weight @ model[0].lora_A["plain"].weight
+    sort_components(model)
+    up, down = model[0].lora_B["plain"].weight, model[0].lora_A["plain"].weight
+    torch.testing.assert_close(up @ down, pair)
+    torch.testing.assert_close((up.T @ up)[0, 1], torch.zeros(()), atol=1e-5, rtol=0)
+    for name, value in others.items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+    with pytest.raises(AdapterError, match="another kind"):
+        sort_components(model, adapter_name="other")
+
+
 def test_an_untrained_adapter_can_still_learn_after_sorting():
     model = inject_adapter_in_model(LoraConfig(r=3, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)))
     down = model[0].lora_A["default"].weight.detach().clone()
