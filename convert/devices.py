@@ -6,9 +6,17 @@ from lora_adapters.convert.errors import AdapterError, first_line
 
 
 def device_of(name: str | None, dtype: torch.dtype = torch.float64) -> torch.device:
-    """A device that is there and has numbers of `dtype`, the CPU by default; AdapterError for any other.
+    """The device of a name.
 
-    Apple's (mps) has no float64, in which the file tools compute.
+    Args:
+        name: PyTorch's name, such as "cuda:1"; None is the CPU.
+        dtype: What it has to compute in. Apple's mps has no float64, which the file tools use.
+
+    Returns:
+        The device.
+
+    Raises:
+        AdapterError: It is missing, or does not have the dtype.
     """
     try:
         device = torch.device(name or "cpu")

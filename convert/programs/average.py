@@ -14,7 +14,15 @@ from lora_adapters.convert.tools.summary import written
 
 
 def average_files(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters average`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     path = output_file(args.save_to)
     if len(args.models) < 2:
         raise UsageError("one file is its own average: name two or more")

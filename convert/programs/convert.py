@@ -106,7 +106,15 @@ def as_lora(
 
 
 def convert(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters convert`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     _check_target(args)
     path = Path(args.save_to).expanduser() if args.format == "peft" else output_file(args.save_to)
     if args.embeddings and args.format != "cloneofsimo":

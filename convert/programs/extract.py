@@ -14,7 +14,15 @@ from lora_adapters.convert.tools.summary import written
 
 
 def extract_adapter(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters extract`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     path, device = output_file(args.save_to), device_of(args.device)
     _check_options(args)
     _check_version(args)

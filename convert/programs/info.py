@@ -216,7 +216,15 @@ def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
 
 
 def info(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters info`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     places = {model: locate(model) for model in args.models}
     found = {model: read(path) for model, path in places.items()}
     adapters = {model: adapter for model, (adapter, _) in found.items()}

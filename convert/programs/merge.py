@@ -68,7 +68,15 @@ def _sources(adapters: Mapping[str, Adapter]) -> list[str]:
 
 
 def merge(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters merge`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     dtype, how = dtype_of(args.save_precision, args.precision), combination_of(args)
     if args.sd_model is None:
         _into_one(args, dtype, how)

@@ -32,7 +32,15 @@ def chosen_rules(args: Namespace) -> Rules:
 
 
 def resize(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters resize`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
     adapter = weights_alone(load(args.model, skip_unknown=args.skip_unknown), args.model)
     modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)

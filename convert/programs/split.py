@@ -28,7 +28,15 @@ def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
 
 
 def split(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters split`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     path = output_file(args.save_to)
     adapter = load(args.model, skip_unknown=args.skip_unknown)
     adapter = adapter.sorted() if args.sort else adapter

@@ -15,7 +15,15 @@ from lora_adapters.convert.tools.summary import written
 
 
 def svd_merge(args: Namespace) -> None:
-    """Run the command on its options, those of the script's parser."""
+    """Run `lora-adapters svd-merge`.
+
+    Args:
+        args: The options of the script's parser.
+
+    Raises:
+        UsageError: Options that do not go together.
+        AdapterError: Files that cannot be read, or do not fit.
+    """
     path, device, how = output_file(args.save_to), device_of(args.device), combination_of(args)
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
     chosen = rules(rank, args.new_conv_rank, args.target_error)

@@ -145,9 +145,17 @@ def _block(name: str) -> str:
 
 
 def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnAdapter:
-    """The adapter with each module scaled by the weight of its block, the text encoders' by that of BASE.
+    """Scale each module by the weight of its block, those of text encoders by the weight of BASE.
 
-    weights: of `parse`, or 12, 17, 20 or 26 numbers as there. AdapterError where they are for another architecture.
+    Args:
+        adapter: The adapter.
+        weights: What `parse` returns, or 12, 17, 20 or 26 numbers as described there.
+
+    Returns:
+        The scaled adapter.
+
+    Raises:
+        AdapterError: The weights are for another architecture.
     """
     family = by_name(adapter.architecture)
     given = (weights if isinstance(weights, BlockWeights) else listed(weights)).of(family)

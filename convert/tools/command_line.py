@@ -41,7 +41,17 @@ def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
 
 
 def rank_option(text: str) -> int:
-    """The type of an option that takes a rank."""
+    """The `type` of an argparse option that takes a rank.
+
+    Args:
+        text: The option's value.
+
+    Returns:
+        The rank, at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not a whole number, or below 1.
+    """
     try:
         number = int(text)
     except ValueError:
@@ -76,7 +86,13 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 
 
 def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
-    """List the modules of an adapter that are left out; nothing where there are none."""
+    """Print the modules of an adapter that are left out, if there are any.
+
+    Args:
+        where: The adapter's name.
+        modules: The names of the modules.
+        why: What they do, to follow "modules left out, which".
+    """
     listed = list(modules)
     if listed:
         say(f"{where}: {len(listed)} modules left out, which {why}:")
@@ -100,7 +116,17 @@ def printable(text: str) -> str:
 
 
 def output_file(path: str) -> Path:
-    """The path of a weights file to write; UsageError if its ending names no format for one."""
+    """The path of a weights file to write.
+
+    Args:
+        path: As on the command line; `~` is the home folder.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: Its suffix is not that of a weights file.
+    """
     endings = (".safetensors", ".ckpt", ".pt", ".pth")
     if not path.endswith(endings):
         raise UsageError(f"{path} has no ending of a weights file: {', '.join(endings)} can be written")

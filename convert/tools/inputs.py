@@ -20,10 +20,18 @@ from .command_line import report_left_out
 
 
 def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = False) -> Adapter:
-    """An adapter whose numbers are all finite; AdapterError, with its file, where it is none.
+    """Load an adapter for a program, and check that its values are finite.
 
-    zero_alpha: what an alpha of 0 means, the "rank" or "none" at all; None refuses it, since programs differ in this.
-    skip_unknown: leave out, with a list on stdout, modules of a file that no known model has.
+    Args:
+        model: A file, a PEFT folder or a Hub repository.
+        zero_alpha: What an alpha of 0 means: the "rank", or no effect ("none"). None refuses it, since programs differ.
+        skip_unknown: Whether to leave out modules that no known model has; they are listed on stdout.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterError: It cannot be read, or has values that are not finite; the message begins with the file.
     """
     path = locate(model)
     if path.is_dir():
@@ -51,7 +59,18 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
 
 
 def weights_alone(adapter: Adapter, name: str) -> Adapter:
-    """The adapter without changes of norms and biases, which no pair can stand for; they are listed on stdout."""
+    """The adapter without changes of norms and biases, which low-rank pairs cannot hold.
+
+    Args:
+        adapter: The adapter.
+        name: Its name in messages. What is left out is listed on stdout.
+
+    Returns:
+        The adapter, the same one if nothing is left out.
+
+    Raises:
+        AdapterError: Nothing is left of it.
+    """
     kept, left_out = weights_only(adapter.modules)
     report_left_out(name, left_out, "low-rank pairs cannot hold")
     if not kept:
@@ -69,9 +88,15 @@ _MODULE_END = re.compile(
 def without_unknown(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of an adapter's file without those of modules that no known model has, and these.
+    """Split off the tensors of modules that no known model has.
 
-    All of them, and no names, where the adapter is for another kind of model altogether.
+    Args:
+        tensors: The file's tensors.
+        metadata: The file's metadata.
+
+    Returns:
+        The other tensors, and the names of the unknown modules. If the adapter is for another kind of model altogether:
+        all tensors, and no names.
     """
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

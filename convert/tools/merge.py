@@ -17,11 +17,18 @@ __all__ = ["combination", "fitting", "merge_into_model", "weighted_sum"]
 
 
 def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
-    """Σ weight · ΔW, exactly, of adapters under the names that errors shall show; modules of only some stay.
+    """The exact weighted sum Σ weight · ΔW.
 
-    Modules that are not pairs in all of them become a `deltas.sum.Sum`, which no file holds before it is reduced.
+    Args:
+        adapters: By their names in error messages. A module that one of them does not have is not changed by it.
+        weights: One for each adapter.
 
-    Metadata: the base model's, the tags and trigger words of all; AdapterError where adapters are for different models.
+    Returns:
+        The sum. Its ranks are the sums of the ranks; a module that is not a pair in all of them is a `deltas.sum.Sum`,
+        which has to be reduced before it is saved. The metadata are the base model's, with all tags and trigger words.
+
+    Raises:
+        AdapterError: The adapters are for different models, or a module has different shapes.
     """
     modules, parts_of = {}, gathered(adapters, weights)
     pairs = (as_pair(one) for parts in parts_of.values() for one in parts)
@@ -42,16 +49,37 @@ def _warn_of_embeddings(adapters: Mapping[str, Adapter]) -> None:
 
 
 def combination(adapters: Mapping[str, Adapter], weights: Sequence[float], how: Combination) -> Adapter:
-    """As `Adapter.combine`, of adapters under the names that errors shall show."""
+    """Combine adapters by pruning (TIES, DARE, magnitude); see `Adapter.combine`.
+
+    Args:
+        adapters: By their names in error messages.
+        weights: One for each adapter.
+        how: The method and its density.
+
+    Returns:
+        The combination, whose changes are dense.
+
+    Raises:
+        AdapterError: The adapters are for different models, or a module has different shapes.
+    """
     modules = combined_changes(adapters, weights, how)
     _warn_of_embeddings(adapters)
     return Adapter(modules, sum_facts([one.metadata for one in adapters.values()]))
 
 
 def fitting(checkpoint: Checkpoint, adapter: Adapter, name: str) -> tuple[Adapter, list[ModuleName]]:
-    """The adapter without the modules that the model does not have, and those modules.
+    """Split an adapter's modules into those that a model has and those that it does not have.
 
-    AdapterError, with the adapter's name, where the model has none of its modules.
+    Args:
+        checkpoint: The model.
+        adapter: The adapter.
+        name: The adapter's name in error messages.
+
+    Returns:
+        The adapter with the modules of the model, and the other modules.
+
+    Raises:
+        AdapterError: The model has none of the modules.
     """
     known = checkpoint.parameters
     missing = [module for module in adapter.modules if module not in known]

@@ -28,8 +28,11 @@ _OF_STEPS = ("start", "stop", "step")
 class ModelArgument:
     """One adapter of a command line.
 
-    source: file, folder or repository. text, unet: the weights of the text encoders and the U-Net; None where the
-    argument says none. blocks: its block weights.
+    Args:
+        source: File, folder or Hub repository.
+        text: The weight of the text encoders; None if it is not given.
+        unet: The weight of the U-Net or transformer; None if it is not given.
+        blocks: Block weights; None if they are not given.
     """
 
     source: str
@@ -52,9 +55,16 @@ class ModelArgument:
 
 
 def read_arguments(texts: Sequence[str]) -> list[ModelArgument]:
-    """The adapters that arguments name; one argument may hold several of A1111's tags.
+    """Read the adapters of a command line.
 
-    AdapterError, with the argument, where it cannot be read.
+    Args:
+        texts: Paths with weights behind them, or A1111's tags, of which one argument may hold several.
+
+    Returns:
+        One entry for each adapter, in order.
+
+    Raises:
+        AdapterError: An argument cannot be read; it is in the message.
     """
     found = []
     for text in texts:

@@ -21,9 +21,15 @@ def shown_size(count: float) -> str:
 
 
 def written(path: Path, adapter: Adapter, trigger_words: str | None = None) -> str:
-    """The summary of an adapter that was written to `path`, a few lines.
+    """Describe an adapter that was written: file, size, kind, ranks, trigger words, how to load it.
 
-    trigger_words: those of a training, where the metadata has none.
+    Args:
+        path: The file, or the PEFT folder.
+        adapter: What it holds.
+        trigger_words: Those of the training, if the metadata have none.
+
+    Returns:
+        A few lines.
     """
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     ranks = rank_range(one.rank for one in adapter.modules.values() if one.rank is not None)
