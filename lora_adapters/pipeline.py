@@ -220,11 +220,10 @@ def _load(
         swapped = _everywhere(models, matched, adapter_name)
         for component, modules in {**matched, **swapped}.items():
             swapping.check(models[component], component, modules, adapter_name)
-        with _without_offloading(pipe, bool(tokens) or token_embeddings.has_any(models, [adapter_name])):
-            for component, modules in swapped.items():
-                swapping.swap(models[component], modules, adapter_name, facts)
-            token_embeddings.remove(models, [adapter_name])
-            token_embeddings.place(pipe, models, tokens, adapter_name)
+        for component, modules in swapped.items():
+            swapping.swap(models[component], modules, adapter_name, facts)
+        token_embeddings.remove(models, [adapter_name])
+        token_embeddings.place(pipe, models, tokens, adapter_name)
         return
     _check_free({component: models[component] for component in matched}, adapter_name)
     before = {component: ModelState.of(models[component]) for component in matched}
@@ -257,20 +256,25 @@ def forgetting(stock: Callable[..., None]) -> Callable[..., None]:
         stock(self, *args, **kwargs)
         names = next(iter([*args, *kwargs.values()]), None) if "adapter" in stock.__name__ else None
         names = [names] if isinstance(names, str) else names
-        models = adaptable_models(self)
-        if token_embeddings.has_any(models, names):
-            with _without_offloading(self):
-                token_embeddings.remove(models, names)
+        token_embeddings.remove(adaptable_models(self), names)
 
     return forget
 
 
+def inverting(stock: Callable[..., None]) -> Callable[..., None]:
+    """Of the pipelines' own `load_textual_inversion` and `unload_textual_inversion`, which number all tokens anew."""
+
+    @functools.wraps(stock)
+    def invert(self: Any, *args: Any, **kwargs: Any) -> None:
+        with token_embeddings.set_aside(adaptable_models(self)):
+            stock(self, *args, **kwargs)
+
+    return invert
+
+
 @contextmanager
-def _without_offloading(pipe: Any, needed: bool = True) -> Iterator[None]:
-    """The pipeline's models without the hooks that offload them, where needed; then with them again."""
-    if not needed:
-        yield
-        return
+def _without_offloading(pipe: Any) -> Iterator[None]:
+    """The pipeline's models without the hooks that offload them; then with them again."""
     offloaded = pipe._optionally_disable_offloading(pipe)
     try:
         yield

@@ -24,6 +24,7 @@ def plug_in() -> None:
     wrapt.register_post_import_hook(_into_scaling, "diffusers.utils.peft_utils")
     wrapt.register_post_import_hook(_into_block_weights, "diffusers.loaders.unet_loader_utils")
     wrapt.register_post_import_hook(_into_fusing, "diffusers.loaders.lora_base")
+    wrapt.register_post_import_hook(_into_inversion, "diffusers.loaders.textual_inversion")
     wrapt.register_post_import_hook(_into_models, "diffusers.loaders.peft")
     wrapt.register_post_import_hook(_into_adapters, "lora_adapters.convert.live")
 
@@ -69,6 +70,10 @@ def _later(load: Callable[[], ModuleType], name: str) -> Callable[[Any], Any]:
     return wrapper
 
 
+def _pipeline() -> ModuleType:
+    return importlib.import_module("lora_adapters.pipeline")
+
+
 def _save_hook() -> ModuleType:
     return importlib.import_module("lora_adapters.save_hook")
 
@@ -109,19 +114,13 @@ def _into_fusing(lora_base: ModuleType) -> None:
         replace_everywhere(lora_base, "fuse_text_encoder_lora", fusing)
     _wrap(lora_base.LoraBaseMixin, "fuse_lora", fusing_pipelines)
     for name in ("unload_lora_weights", "delete_adapters"):
-        _wrap(lora_base.LoraBaseMixin, name, _forgetting)
+        _wrap(lora_base.LoraBaseMixin, name, _later(_pipeline, "forgetting"))
 
 
-def _forgetting(stock: Any) -> Any:
-    """`pipeline.forgetting`, which is loaded at the first call."""
-
-    @functools.wraps(stock)
-    def forget(*args: Any, **kwargs: Any) -> None:
-        from .pipeline import forgetting
-
-        forgetting(stock)(*args, **kwargs)
-
-    return forget
+def _into_inversion(textual_inversion: ModuleType) -> None:
+    """Token embeddings of adapters stay behind those that pipelines load themselves."""
+    for name in ("load_textual_inversion", "unload_textual_inversion"):
+        _wrap(textual_inversion.TextualInversionLoaderMixin, name, _later(_pipeline, "inverting"))
 
 
 def _into_models(peft: ModuleType) -> None:

@@ -2,13 +2,14 @@
 
 They go into the tokenizers and text encoders with the adapter, under the names that
 `diffusers.loaders.TextualInversionLoaderMixin` gives them: a token of several vectors is `token token_1 token_2 ...`,
-which a pipeline makes of `token` in prompts. They leave with the adapter: then the vocabularies and the embeddings of
-the text encoders are what they would be without it.
+which a pipeline makes of `token` in prompts. The weights of the text encoders stay as they are, in their shapes too:
+the vectors of the new ids are looked up beside them. They leave with the adapter, and so do the tokens.
 """
 
 import copy
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,21 +36,43 @@ class Embedding(NamedTuple):
     vectors: torch.Tensor
 
 
+class _Lookup:
+    """Vectors for the ids behind a tokenizer's own, in an embedding layer's hooks: before its forward and after it."""
+
+    def __init__(self) -> None:
+        self.first, self.vectors = 0, torch.empty(0)
+        self._ids = torch.empty(0)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The ids, those of new tokens replaced by one that the layer has."""
+        self._ids = args[0]
+        return (self._ids.where(self._ids < self.first, 0), *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """The layer's vectors, (..., width), those of new tokens put in."""
+        ids = self._ids.to(output.device)
+        is_new = (ids >= self.first)[..., None]
+        vectors = self.vectors.to(output)[(ids - self.first).clamp(min=0)]
+        return torch.where(is_new, vectors, output)
+
+
 @dataclass
 class _State:
-    """The embeddings in a text encoder: whose they are, and what vocabulary and weights were without them."""
+    """The embeddings in a text encoder: whose they are, and what the vocabulary was without them."""
 
     tokenizer: Any
     before: Any  # a copy of the tokenizer
-    tail: torch.Tensor  # rows that the tokens' ids had already
     legacy: list[nn.Module]  # modules that take the highest id for the end of a text
     by_adapter: dict[str, list[Embedding]] = field(default_factory=dict)
-    added: set[str] = field(default_factory=set)
+    lookup: _Lookup = field(default_factory=_Lookup)
 
     @property
-    def held(self) -> set[str]:
-        """The tokens that an adapter needs."""
-        return {token for parts in self.by_adapter.values() for part in parts for token in part.tokens}
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """The vector of each token that is not in the vocabulary without the adapters, in the order of their ids."""
+        own = self.before.get_vocab()
+        parts = [part for listed in self.by_adapter.values() for part in listed]
+        pairs = [pair for part in parts for pair in zip(part.tokens, part.vectors, strict=True)]
+        return {token: vector for token, vector in pairs if token not in own}
 
 
 Plan = dict[str, list[Embedding]]
@@ -113,18 +136,24 @@ def _check(one: Embedding, component: str, tokenizer: Any, model: Any, replaced:
             f"{weight.shape[1]} wide"
         )
     state: _State | None = getattr(model, _STATE, None)
-    others = state.by_adapter if state is not None else {}
-    held = {token for name, parts in others.items() if name != replaced for part in parts for token in part.tokens}
-    vocabulary = tokenizer.get_vocab()
-    for token, vector in zip(one.tokens, one.vectors, strict=True):
-        if token not in vocabulary or (state is not None and token in state.added - held):
-            continue
-        found = weight[vocabulary[token]]
-        if found.is_meta or not torch.equal(found, vector.to(found)):
+    others = {name: parts for name, parts in state.by_adapter.items() if name != replaced} if state is not None else {}
+    new = {token: vector for parts in others.values() for part in parts for token, vector in _pairs(part)}
+    vocabulary = (tokenizer if state is None else state.before).get_vocab()
+    for token, vector in _pairs(one):
+        found = new.get(token) if token in new else weight[vocabulary[token]] if token in vocabulary else vector
+        if found is None or found.is_meta or not _are_equal(found, vector, weight.dtype):
             raise AdapterError(
                 f"the tokenizer has the token {token:.80} already, with another embedding: take that one out first, "
                 "or load Adapter.load(path).replaced(embeddings={})"
             )
+
+
+def _are_equal(vector: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(vector.to("cpu", dtype), other.to("cpu", dtype))
+
+
+def _pairs(one: Embedding) -> list[tuple[str, torch.Tensor]]:
+    return list(zip(one.tokens, one.vectors, strict=True))
 
 
 def place(pipe: Any, models: Mapping[str, nn.Module], plan: Plan, adapter_name: str) -> None:
@@ -138,24 +167,29 @@ def place(pipe: Any, models: Mapping[str, nn.Module], plan: Plan, adapter_name: 
         raise
 
 
-@torch.no_grad()
 def _place(tokenizer: Any, model: Any, parts: list[Embedding], adapter_name: str) -> None:
     state: _State | None = getattr(model, _STATE, None)
     if state is None:
-        tail = model.get_input_embeddings().weight[len(tokenizer) :].clone()
-        state = _State(tokenizer, copy.deepcopy(tokenizer), tail, _legacy(model, tokenizer))
+        state = _State(tokenizer, copy.deepcopy(tokenizer), _legacy(model, tokenizer))
         setattr(model, _STATE, state)
+        layer = model.get_input_embeddings()
+        layer.register_forward_pre_hook(state.lookup.before)
+        layer.register_forward_hook(state.lookup.after)
     state.by_adapter[adapter_name] = parts
-    new = {}
-    for part in parts:
-        new |= dict(zip(part.tokens, part.vectors, strict=True))
-    for token in list(new):
-        if token in tokenizer.get_vocab():  # another adapter's, or a user's: the same vector
-            del new[token]
-            continue
-        state.added.add(token)
+    _settle(state)
+
+
+def _settle(state: _State) -> None:
+    """Give the tokenizer the tokens that adapters need, behind its own, and the lookup their vectors."""
+    tokenizer, vectors = state.tokenizer, state.vectors
+    own = vars(copy.deepcopy(state.before))
+    vars(tokenizer).clear()  # the object itself stays: other pipelines may have it, too
+    vars(tokenizer).update(own)
+    state.lookup.first = len(tokenizer)
+    for token in vectors:
         tokenizer.add_tokens(token)
-    _put(model, tokenizer, new)
+    if vectors:
+        state.lookup.vectors = torch.stack(list(vectors.values()))
 
 
 def _legacy(model: Any, tokenizer: Any) -> list[nn.Module]:
@@ -169,73 +203,43 @@ def _legacy(model: Any, tokenizer: Any) -> list[nn.Module]:
     return found
 
 
-def _put(model: Any, tokenizer: Any, rows: Mapping[str, torch.Tensor]) -> None:
-    """Write the embeddings of tokens, behind the rows that there are where their ids are higher."""
-    weight = model.get_input_embeddings().weight
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in rows]
-    more = max([*ids, len(weight) - 1]) + 1 - len(weight)
-    total = torch.cat([weight, weight.new_zeros(more, weight.shape[1])]) if more else weight.clone()
-    for number, vector in zip(ids, rows.values(), strict=True):
-        total[number] = vector.to(total)
-    _replace(model, total)
-
-
-def _replace(model: Any, weight: torch.Tensor) -> None:
-    embedding = model.get_input_embeddings()
-    embedding.weight = nn.Parameter(weight, requires_grad=embedding.weight.requires_grad)
-    embedding.num_embeddings = model.config.vocab_size = len(weight)
-
-
-def has_any(models: Mapping[str, nn.Module], adapter_names: Collection[str] | None) -> bool:
-    """Whether adapters of these names, or any where None, have embeddings in the models."""
-    return any(
-        adapter_names is None or any(name in adapter_names for name in state.by_adapter) for _, state in _states(models)
-    )
-
-
 def _states(models: Mapping[str, nn.Module]) -> Iterator[tuple[Any, _State]]:
     for model in models.values():
         if hasattr(model, _STATE):
             yield model, getattr(model, _STATE)
 
 
-@torch.no_grad()
 def remove(models: Mapping[str, nn.Module], adapter_names: Collection[str] | None) -> None:
-    """Take the embeddings of adapters out, those of all where None.
-
-    Embeddings that came otherwise stay; their ids move up into the place of those that are gone.
-    """
+    """Take the embeddings of adapters out, those of all where None."""
     for model, state in list(_states(models)):
+        before = len(state.by_adapter)
         for name in list(state.by_adapter):
             if adapter_names is None or name in adapter_names:
                 del state.by_adapter[name]
-        gone = state.added - state.held
-        if gone:
-            _take_out(model, state, gone)
-            state.added -= gone
+        if len(state.by_adapter) < before:
+            _settle(state)
         if not state.by_adapter:
             for part in state.legacy:
                 part.eos_token_id = 2  # type: ignore[assignment]
+            layer = model.get_input_embeddings()
+            for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Lookup)]:
+                    del hooks[key]
             delattr(model, _STATE)
 
 
-def _take_out(model: Any, state: _State, gone: set[str]) -> None:
-    tokenizer, before = state.tokenizer, len(state.before)
-    weight = model.get_input_embeddings().weight
-    known = set(state.before.added_tokens_encoder)
-    kept = [
-        (token, weight[number].clone())
-        for number, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.content not in gone and token.content not in known
-    ]
-    own = vars(copy.deepcopy(state.before))
-    vars(tokenizer).clear()  # the object itself stays: other pipelines may have it, too
-    vars(tokenizer).update(own)
-    for token, _ in kept:
-        tokenizer.add_tokens(token)
-    _replace(model, torch.cat([weight[:before], state.tail.to(weight)]))
-    if kept:
-        _put(model, tokenizer, {token.content: row for token, row in kept})
+@contextmanager
+def set_aside(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Without the embeddings of any adapter in the block; behind it they follow on the tokens that there are then."""
+    states = list(_states(models))
+    by_adapter = [dict(state.by_adapter) for _, state in states]
+    remove(models, None)
+    try:
+        yield
+    finally:
+        for (model, state), parts in zip(states, by_adapter, strict=True):
+            for name, listed in parts.items():
+                _place(state.tokenizer, model, listed, name)
 
 
 def embeddings_of(models: Mapping[str, nn.Module], adapter_name: str) -> dict[str, torch.Tensor]:

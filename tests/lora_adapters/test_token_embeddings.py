@@ -1,5 +1,6 @@
 """Embeddings of tokens that a file has beside its adapter: in the pipeline with it, and gone with it."""
 
+import copy
 import logging
 
 import pytest
@@ -71,7 +72,7 @@ def assert_same(pipe, before):
 
 
 def row(text, tokenizer, token):
-    return text.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)]
+    return text.get_input_embeddings()(torch.tensor([tokenizer.convert_tokens_to_ids(token)]))[0]
 
 
 @pytest.mark.parametrize("end", ["string_to_param.*", "emb_params", "clip_l", "<mytok>"])
@@ -84,6 +85,7 @@ def test_the_pictures_are_those_of_a_textual_inversion(sd, folder, tmp_path, end
     theirs.load_lora_weights(tensors, adapter_name="a")
     theirs.load_textual_inversion({"mytok": vectors})
     assert sd.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+    assert sd.text_encoder.state_dict().keys() == make("StableDiffusion", folder).text_encoder.state_dict().keys()
     ours, wanted = (
         pipe("a mytok of", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").images
         for pipe in (sd, theirs)
@@ -204,3 +206,15 @@ def test_saved_again_from_the_pipeline(sd, tmp_path):
     sd.load_lora_weights({**adapter_of(sd), "bundle_emb.mytok.emb_params": vectors}, adapter_name="a")
     again = Adapter.load(Adapter.from_pipeline(sd, "a").save(tmp_path / "a.safetensors"))
     assert torch.equal(again.embeddings["mytok.emb_params"], vectors)
+
+
+def test_a_copy_of_the_pipeline(sd):
+    """It has the embeddings, too, and loses them by itself."""
+    before, vectors = state(sd), torch.randn(2, sd.text_encoder.config.hidden_size)
+    sd.load_lora_weights({**adapter_of(sd), "bundle_emb.mytok.emb_params": vectors}, adapter_name="a")
+    twin = type(sd)(**copy.deepcopy(sd.components), requires_safety_checker=False)
+    wanted = encoded(sd, "a mytok")[0]
+    assert torch.equal(encoded(twin, "a mytok")[0], wanted)
+    twin.delete_adapters("a")
+    assert_same(twin, before)
+    assert torch.equal(encoded(sd, "a mytok")[0], wanted)
