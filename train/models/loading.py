@@ -85,6 +85,10 @@ def _unused_parts(name: str) -> dict[str, None]:
 def _from_file(path: Path, settings: ModelSource, dtype: torch.dtype) -> Any:
     """A single file needs configs and a tokenizer: --model_config's, or those of the hub's original model."""
     family = family_of_checkpoint(checkpoint_keys(path))
+    if family.has_flow:
+        raise TrainingError(
+            f"{path} is a checkpoint file of {family.title}, which trains from a Diffusers folder or a hub id: give one"
+        )
     options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
     options |= family.checkpoint_options
     if settings.model_config:

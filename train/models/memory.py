@@ -3,6 +3,8 @@
 import logging
 
 import torch
+from diffusers.hooks import apply_layerwise_casting
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 
 from lora_adapters.compat import checkpoint_activations
 from lora_adapters.train.errors import OptionError, TrainingError
@@ -70,6 +72,29 @@ def apply_memory_options(models: BaseModels, settings: Settings, trained_text: b
         models.denoiser.enable_gradient_checkpointing()
         for encoder in models.text_encoders if trained_text else ():
             checkpoint_activations(encoder)
+
+
+def keep_in_float8(models: BaseModels, settings: Settings) -> None:
+    """With --fp8_base: weights of the denoiser's linear layers in float8, in the run's precision while one computes.
+
+    Norms and embeddings of positions stay as they are, as diffusers has it, and so do convolutions, whose backward
+    pass reads the weight again. Call it after adapters are added: their own weights are left alone.
+    """
+    if not (settings.fp8_base or settings.fp8_base_unet):
+        return
+    if not settings.gradient_checkpointing:
+        log.warning(
+            "--fp8_base: without --gradient_checkpointing the weights of all layers wait for the backward pass in the "
+            "run's precision, and no memory is saved"
+        )
+    own = tuple(getattr(models.denoiser, "_skip_layerwise_casting_patterns", None) or ())
+    apply_layerwise_casting(
+        models.denoiser,
+        torch.float8_e4m3fn,
+        weight_type(settings.mixed_precision),
+        skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, *own, "lora_"),
+        skip_modules_classes=(torch.nn.Conv2d,),
+    )
 
 
 def set_training(models: BaseModels, training: bool, text: bool) -> None:

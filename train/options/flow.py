@@ -7,7 +7,7 @@ from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import Inert, option
 
 _PARTS = "base models are read whole: give a Diffusers folder, or a hub id, with all parts of the model"
-_SWAP = "blocks are not swapped: use --gradient_checkpointing and --cache_text_encoder_outputs"
+_SWAP = "blocks are not swapped: use --gradient_checkpointing, --fp8_base and --cache_text_encoder_outputs"
 
 
 _POSITIONS = "positions are those that diffusers' transformer gives each size"

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from lora_adapters.train.options.option import Inert, option
 
 _DEEPSPEED = "DeepSpeed is not supported: an adapter's optimizer is small; use several devices through accelerate"
-_FP8 = "float8 base weights are not supported; use --mixed_precision bf16"
 _BACKENDS = "no eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm"
 MAX_SEED = 2**64 - 1
 ZERO = Inert(lambda value, _: value == 0, "0 is taken as not given")
@@ -69,8 +68,12 @@ class MachineOptions(AttentionOptions):
         False, "accepted; adapter and gradients stay in fp32; needs --mixed_precision fp16", metadata=True
     )
     full_bf16: bool = option(False, "adapter and gradients in bf16; needs --mixed_precision bf16", metadata=True)
-    fp8_base: bool = option(False, "frozen weights in float8", metadata=True, unsupported=_FP8)
-    fp8_base_unet: bool = option(False, "frozen U-Net weights in float8", metadata=True, unsupported=_FP8)
+    fp8_base: bool = option(
+        False,
+        "the denoiser's linear layers keep their weights in float8 (e4m3); goes with --gradient_checkpointing",
+        metadata=True,
+    )
+    fp8_base_unet: bool = option(False, "the same as --fp8_base: text encoders stay as they are", metadata=True)
     no_half_vae: bool = option(False, "the VAE stays in fp32 under mixed precision")
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass: slower, far less memory", metadata=True

@@ -30,7 +30,13 @@ from lora_adapters.train.models.base import (
     load_base_models,
 )
 from lora_adapters.train.models.choices import ModelChoices
-from lora_adapters.train.models.memory import apply_memory_options, check_machine, set_training, weight_type
+from lora_adapters.train.models.memory import (
+    apply_memory_options,
+    check_machine,
+    keep_in_float8,
+    set_training,
+    weight_type,
+)
 from lora_adapters.train.models.noise_schedule import FLOW
 from lora_adapters.train.objective.flow_matching import FlowMatching, FlowOptions
 from lora_adapters.train.objective.losses import LossOptions
@@ -278,6 +284,9 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     apply_memory_options(models, settings, train_text)
     adapters.merge_base_weights(settings, models)
     adapters.add(settings, models, trained)
+    adapters.check_writable(models, trained)
+    adapters.check_float8(settings, trained)
+    keep_in_float8(models, settings)
     plain = Denoiser(models, settings.clip_skip, train_text)
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
     chunks = (settings.max_token_length or 75) // 75

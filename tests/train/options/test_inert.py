@@ -90,7 +90,7 @@ def test_it_is_taken_without_a_word(options, caplog) -> None:
         {"deepspeed": True, "zero_stage": 3},
         {"initial_epoch": 2},
         {"initial_step": 5, "skip_until_initial_step": True},
-        {"fp8_base": True},
+        {"blocks_to_swap": 3},
         {"save_every_n_steps": -1},
         {"train_batch_size": 0},
     ],

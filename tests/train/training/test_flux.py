@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import OneLineError
@@ -250,3 +250,22 @@ def test_the_generator_refuses_flux_in_a_line(flux, capsys) -> None:
 
     assert main(["--ckpt", str(flux), "--prompt", "x"]) != 0
     assert "load adapters into its pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["networks.loha", "networks.lokr"])
+def test_other_kinds_are_refused_where_files_fuse_layers_and_trained_elsewhere(options, module) -> None:
+    options |= {"network_module": module, "max_train_steps": 2, "learning_rate": 0.1}
+    with pytest.raises(OneLineError, match="part of a fused layer"):
+        prepare(settings(**options))
+    options |= {"network_args": [r"exclude_patterns=['.*attn\\..*', '.*proj_mlp']"]}
+    trained = train(settings(**options))
+    again = Adapter.load(Path(options["output_dir"]) / "last.safetensors")
+    assert set(again.modules) == set(trained.adapter.modules)
+    for name, change in trained.adapter.modules.items():
+        torch.testing.assert_close(again.modules[name].delta(), change.delta(), atol=1e-6, rtol=1e-4)
+
+
+def test_a_checkpoint_file_is_refused_in_a_line(options, flux, tmp_path) -> None:
+    save_file({"double_blocks.0.img_mod.lin.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
+    with pytest.raises(OneLineError, match="give one"):
+        prepare(settings(**options | {"pretrained_model_name_or_path": str(tmp_path / "flux.safetensors")}))
