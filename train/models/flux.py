@@ -15,6 +15,8 @@ from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, 
 
 _T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
 
+_TRANSFORMER: Any = FluxTransformer2DModel  # type checkers see the placeholder that diffusers has without torch
+
 
 class Flux1(TrainingFamily):
     """Flux.1: dev, which is told a guidance scale, and schnell, which is not."""
@@ -56,8 +58,8 @@ class Flux1(TrainingFamily):
         return any(key.startswith(marks) for key in keys)
 
     def kind_of(self, pipeline: Any) -> str | None:
-        model = getattr(pipeline, "transformer", None)
-        if not isinstance(model, FluxTransformer2DModel) or pipeline.vae is None:
+        model: Any = getattr(pipeline, "transformer", None)
+        if not isinstance(model, _TRANSFORMER) or pipeline.vae is None:
             return None
         if model.config.in_channels != 4 * pipeline.vae.config.latent_channels:
             return None  # Fill and Control read pictures beside the latents

@@ -23,6 +23,8 @@ _CLIP_TOKENS = 77
 _T5_LENGTH = 256
 _KINDS = ("sd3_medium", "sd35_medium", "sd35_large")  # in the order of the family's versions
 
+_TRANSFORMER: Any = SD3Transformer2DModel  # type checkers see the placeholder that diffusers has without torch
+
 
 class StableDiffusion3(TrainingFamily):
     """SD3 medium, SD3.5 medium and SD3.5 large, with all three text encoders."""
@@ -63,8 +65,8 @@ class StableDiffusion3(TrainingFamily):
         return any(key.startswith(marks) for key in keys)
 
     def kind_of(self, pipeline: Any) -> str | None:
-        model = getattr(pipeline, "transformer", None)
-        if not isinstance(model, SD3Transformer2DModel):
+        model: Any = getattr(pipeline, "transformer", None)
+        if not isinstance(model, _TRANSFORMER):
             return None
         paths = {path for path, _ in model.named_modules()}
         first, *others = zip(_KINDS, by_name(self.name).versions, strict=True)

@@ -24,7 +24,6 @@ from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import (
     BaseModels,
-    check_clip_skip,
     check_path,
     family_on_disk,
     load_base_models,
@@ -37,8 +36,6 @@ from lora_adapters.train.models.memory import (
     set_training,
     weight_type,
 )
-from lora_adapters.train.models.noise_schedule import FLOW
-from lora_adapters.train.objective.flow_matching import FlowMatching, FlowOptions
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
@@ -50,6 +47,7 @@ from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.average import WeightAverage, check_average
 from lora_adapters.train.training.checkpoints import load_position
+from lora_adapters.train.training.fitting import check_base_model, noise_schedule
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
 from lora_adapters.train.training.optimizers import check_sortable, create_optimizer, optimizer_class, optimizer_name
 from lora_adapters.train.training.samples import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
@@ -268,11 +266,7 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     uploads = _uploads(settings, accelerator)
     dtype, device = weight_type(settings.mixed_precision), accelerator.device
     models = models or load_base_models(settings, dtype)
-    check_family_options(settings, models.family)
-    if family_on_disk(settings) is None:
-        adapters.warn_without_effect(settings, models.family)
-    check_clip_skip(models, settings.clip_skip)
-    check_sizes(models, data)
+    check_base_model(settings, models, data)
     models.choices = ModelChoices.of(settings)
     prompts = (
         read_prompts(Path(required(settings.sample_prompts, "--sample_prompts"))) if wants_samples(settings) else []
@@ -299,7 +293,7 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
         _to_device(settings, models, plain, device)
         cache(settings, models, plain, data, accelerator, options)
     denoiser, optimizer = accelerator.prepare(plain, optimizer)
-    step_loss = StepLoss(models, denoiser, _noise_schedule(settings, models), options, device)
+    step_loss = StepLoss(models, denoiser, noise_schedule(settings, models), options, device)
     return Run(
         settings=settings,
         accelerator=accelerator,
@@ -317,24 +311,6 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
         prompts=prompts,
         layers=list(adapters.lora_layers(trained).values()),
     )
-
-
-def _noise_schedule(settings: Settings, models: BaseModels) -> Any:
-    """The DDPM schedule of the base model; for one of flow matching, that objective."""
-    if models.prediction_type == FLOW:
-        return FlowMatching(FlowOptions.of(settings, models.family.picture_loss))
-    return models.noise_schedule(settings.zero_terminal_snr)
-
-
-def check_sizes(models: BaseModels, data: TrainingData) -> None:
-    """Raise OptionError for buckets whose sides the denoiser cannot read."""
-    step = models.family.pixel_step
-    for _, (width, height) in data.images.group_buckets:
-        if width % step or height % step:
-            raise OptionError(
-                f"a bucket of {width}x{height} pixels: sides must be multiples of {step} for {models.family.title}; "
-                f"give a --resolution and --bucket_reso_steps that are"
-            )
 
 
 def _optimizer(settings: Settings, models: BaseModels, trained: dict[str, Any], is_main: bool) -> torch.optim.Optimizer:

@@ -71,7 +71,7 @@ def test_kinds_that_read_the_base_weights_are_refused(options) -> None:
                 **options
                 | {
                     "network_module": "networks.loha",
-                    "network_args": [r"exclude_patterns=['.*attn\\..*', '.*proj_mlp']"],
+                    "network_args": args,
                 },
                 fp8_base=True,
             )

@@ -1,0 +1,39 @@
+"""Whether options and pictures fit the base model that was loaded, and the noise that it is trained with."""
+
+from typing import Any
+
+from lora_adapters.train.data.dataset import TrainingData
+from lora_adapters.train.errors import OptionError
+from lora_adapters.train.models.base import BaseModels, check_clip_skip, family_on_disk
+from lora_adapters.train.models.noise_schedule import FLOW
+from lora_adapters.train.objective.flow_matching import FlowMatching, FlowOptions
+from lora_adapters.train.options.families import check_family_options
+from lora_adapters.train.options.settings import Settings
+from lora_adapters.train.training import adapters
+
+
+def check_base_model(settings: Settings, models: BaseModels, data: TrainingData) -> None:
+    """Raise OptionError for options and pictures that are not for this base model."""
+    check_family_options(settings, models.family)
+    if family_on_disk(settings) is None:
+        adapters.warn_without_effect(settings, models.family)
+    check_clip_skip(models, settings.clip_skip)
+    check_sizes(models, data)
+
+
+def noise_schedule(settings: Settings, models: BaseModels) -> Any:
+    """The DDPM schedule of the base model; for one of flow matching, that objective."""
+    if models.prediction_type == FLOW:
+        return FlowMatching(FlowOptions.of(settings, models.family.picture_loss))
+    return models.noise_schedule(settings.zero_terminal_snr)
+
+
+def check_sizes(models: BaseModels, data: TrainingData) -> None:
+    """Raise OptionError for buckets whose sides the denoiser cannot read."""
+    step = models.family.pixel_step
+    for _, (width, height) in data.images.group_buckets:
+        if width % step or height % step:
+            raise OptionError(
+                f"a bucket of {width}x{height} pixels: sides must be multiples of {step} for {models.family.title}; "
+                f"give a --resolution and --bucket_reso_steps that are"
+            )
