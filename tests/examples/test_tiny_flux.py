@@ -61,6 +61,7 @@ def test_padding_means_nothing(pipe):
     assert apart < 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dylora"])
 def test_a_few_steps_of_the_recipe_lower_the_held_out_loss(name, script, pipe, tmp_path):
     data, file = TINY.parent / "pictures" / "delft", tmp_path / f"{name}.safetensors"
