@@ -68,6 +68,17 @@ def _has_own_width(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> 
     )
 
 
+def reads_other_text_than(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> bool:
+    """Whether the denoiser has a layer that reads text of another width than that of all versions of the family."""
+    denoiser, widths = family.denoiser.name, {version.text_width for version in family.versions} - {None}
+    layers = (
+        change.out_in
+        for module, change in modules.items()
+        if module.component == denoiser and module.path.endswith(_READ_TEXT)
+    )
+    return bool(widths) and any(out_in is not None and out_in[1] not in widths for out_in in layers)
+
+
 def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> BaseModel:
     """The family and, by the widths of the modules or else by the metadata, the version that an adapter is for."""
     family = family_of(modules, metadata)

@@ -15,6 +15,7 @@ from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.tucker import Tucker, read_lora
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families import kohya_names
+from lora_adapters.convert.families.detection import Sized, reads_other_text_than
 from lora_adapters.convert.families.names import Lookup, ModuleName
 from lora_adapters.convert.families.registry import BASE_VERSION, by_kohya_names, by_name
 
@@ -47,11 +48,17 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
     return Contents(modules, with_family(metadata, tensors, modules))
 
 
-def with_family(metadata: Mapping[str, str], keys: Collection[str], modules: Collection[ModuleName]) -> dict[str, str]:
-    """The metadata with the version of the base model, where only one family's modules are called like that."""
+def with_family(
+    metadata: Mapping[str, str], keys: Collection[str], modules: Mapping[ModuleName, Sized]
+) -> dict[str, str]:
+    """The metadata with the version of the base model, where only one family's modules are called like that.
+
+    Programs other than kohya's have the original code's names for other families, too, of which the widths tell.
+    """
     family = by_kohya_names(keys)
-    told = {BASE_VERSION: family.versions[0].value} if family is not None and family.has(modules) else {}
-    return {**told, **metadata}
+    if family is None or not family.has(modules) or reads_other_text_than(family, modules):
+        return dict(metadata)
+    return {BASE_VERSION: family.versions[0].value, **metadata}
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:
