@@ -183,50 +183,70 @@ def table(results: Results, out: Path) -> str:
 
 
 def chart(results: Results, out: Path) -> None:
-    """DIR/chart.png: ratios to diffusers and to PEFT, the curve of loading against rank, file tools beside kohya's."""
+    """DIR/chart.png: ratios to diffusers and to PEFT, the curve of loading against rank, file tools beside kohya's.
+
+    A panel for each of them that was measured.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, ((live, steps), (curve, files)) = pyplot.subplots(2, 2, figsize=(15, 12))
-    bars(live, {name: one["ratio"] for name, one in results["live"].items()}, "time, ours / diffusers alone")
-    bars(
-        steps,
-        {one["name"]: one["ratio"] for one in kept_in(out / "training.json") or []},
-        "a step / plain PEFT or bare step",
-    )
-    for size in dict.fromkeys(name.split()[0] for name in results["live"]):
-        loads = {
-            int(name.split()[-1]): one for name, one in results["live"].items() if name.startswith(f"{size} load rank")
-        }
-        for side, line in (("ours", "-"), ("stock", "--")):
-            times = [loads[rank][side]["seconds"] for rank in sorted(loads)]
-            label = f"{size}, {side if side == 'ours' else 'diffusers alone'}"
-            curve.plot(sorted(loads), times, line, marker="o", label=label)
-    curve.set_xscale("log", base=2)
-    curve.set_xlabel("rank")
-    curve.set_ylabel("CPU seconds")
-    curve.set_title("load_lora_weights")
-    curve.legend()
-    tools = kept_in(out / "files.json") or {}
-    for who, color, shift in (("ours", "tab:blue", -0.2), ("kohya", "tab:orange", 0.2)):
-        rows = [(n, row[who]["seconds"]) for n, row in enumerate(tools.values()) if who in row]
-        files.barh([n + shift for n, _ in rows], [value for _, value in rows], 0.4, color=color, label=who)
-    files.set_yticks(range(len(tools)), tools)
-    files.invert_yaxis()
-    files.set_xscale("log")
-    files.set_xlim(left=1)
-    files.set_xlabel("seconds")
-    files.set_title("file tools, whole processes")
-    files.legend()
+    steps, tools = kept_in(out / "training.json") or [], kept_in(out / "files.json") or {}
+    panels = [
+        (results["live"], lambda axes: bars(axes, ratios(results["live"].items()), "time, ours / diffusers alone")),
+        (results["live"], lambda axes: loading(axes, results["live"])),
+        (steps, lambda axes: bars(axes, ratios((s["name"], s) for s in steps), "a step / plain PEFT or bare step")),
+        (tools, lambda axes: file_tools(axes, tools)),
+    ]
+    draw = [panel for measured, panel in panels if measured]
+    rows = -(-len(draw) // 2)
+    figure, grid = pyplot.subplots(rows, 2, figsize=(15, 6 * rows), squeeze=False)
+    for axes, panel in zip(grid.flat, draw, strict=False):
+        panel(axes)
+    for axes in list(grid.flat)[len(draw) :]:
+        axes.set_axis_off()
     figure.tight_layout()
     figure.savefig(out / "chart.png", dpi=90)
 
 
-def bars(axes: Any, ratios: dict[str, float], title: str) -> None:
+def ratios(measured: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, float]:
+    """The ratio of each measurement, by its name."""
+    return {name: one["ratio"] for name, one in measured}
+
+
+def loading(axes: Any, live: Results) -> None:
+    """Seconds of loading against the rank."""
+    for size in dict.fromkeys(name.split()[0] for name in live):
+        loads = {int(name.split()[-1]): one for name, one in live.items() if name.startswith(f"{size} load rank")}
+        for side, line in (("ours", "-"), ("stock", "--")):
+            times = [loads[rank][side]["seconds"] for rank in sorted(loads)]
+            label = f"{size}, {side if side == 'ours' else 'diffusers alone'}"
+            axes.plot(sorted(loads), times, line, marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("CPU seconds")
+    axes.set_title("load_lora_weights")
+    axes.legend()
+
+
+def file_tools(axes: Any, tools: dict[str, Any]) -> None:
+    """Seconds of file tools, kohya's beside ours."""
+    for who, color, shift in (("ours", "tab:blue", -0.2), ("kohya", "tab:orange", 0.2)):
+        rows = [(n, row[who]["seconds"]) for n, row in enumerate(tools.values()) if who in row]
+        axes.barh([n + shift for n, _ in rows], [value for _, value in rows], 0.4, color=color, label=who)
+    axes.set_yticks(range(len(tools)), tools)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(left=1)
+    axes.set_xlabel("seconds")
+    axes.set_title("file tools, whole processes")
+    axes.legend()
+
+
+def bars(axes: Any, values: dict[str, float], title: str) -> None:
     """Horizontal bars, and where 1 is."""
-    axes.barh(list(ratios), list(ratios.values()))
+    axes.barh(list(values), list(values.values()))
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)

@@ -41,6 +41,20 @@ def test_operations_stand_beside_what_is_drawn(tmp_path) -> None:
     assert speed_table.middle([None]) is None
 
 
+@pytest.mark.parametrize("kept", [(), ("training.json", "files.json")])
+def test_the_chart_has_a_panel_for_each_part_that_was_measured(kept, tmp_path, monkeypatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    contents = {"training.json": [STEP], "files.json": {"merge": {"ours": {"seconds": 6.0}, "kohya": {"seconds": 9.0}}}}
+    for name in kept:
+        (tmp_path / name).write_text(json.dumps(contents[name]))
+    figures = []
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda self, path, **_: figures.append(self))
+    speed_table.chart({"live": {"sd15 load rank 16": LIVE}}, tmp_path)
+    titles = [axes.get_title() for axes in figures[0].axes if axes.axison]
+    assert len(titles) == 2 + len(kept)
+    assert "load_lora_weights" in titles
+
+
 def test_the_cases_of_a_size(tmp_path) -> None:
     names = [case.name for case in speed_table.live_cases(tmp_path, ["sd15", "sdxl"], [4, 16])]
     assert len(set(names)) == len(names)
