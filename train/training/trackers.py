@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -88,8 +89,16 @@ def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
         raise TrainingError(f"--log_with {settings.log_with or names[0]} cannot start ({first_line(error)})") from error
 
 
+# Process groups that training has ended. The gradient reducer of a model in several processes would otherwise be the
+# last to let go of its group, and the group's destructor then waits, with Python's lock held, for a thread of its own
+# that may be waiting for the lock: seen with gloo in torch 2.13. Freed by Python itself, a group leaves the lock.
+_ended_groups: list[Any] = []
+
+
 def end_trackers(accelerator: Accelerator) -> None:
     """Close the logs. Everything is saved by now: a log that cannot be written to the end is said, and no error."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _ended_groups.append(torch.distributed.group.WORLD)
     try:
         accelerator.end_training()
     except Exception as error:

@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_adapters.convert import Adapter
 from lora_adapters.train.options.arguments import settings
+from lora_adapters.train.training import trackers
 from lora_adapters.train.training.loop import train
+from lora_adapters.train.training.trackers import end_trackers
 from tests.train.training.test_resume import PROGRAM, command_line
 
 
@@ -95,3 +98,14 @@ def test_two_processes_equal_one(basics, tmp_path, sort_at) -> None:
         if sort_at == "0":  # else rounding is larger in the factors of small components than in what they do
             torch.testing.assert_close(adapter.modules[name].up, expected.up, rtol=1e-3, atol=2e-5)
             torch.testing.assert_close(adapter.modules[name].down, expected.down, rtol=1e-3, atol=2e-5)
+
+
+def test_a_process_group_is_not_freed_by_the_models_that_were_trained_with_it(tmp_path) -> None:
+    """Else a run in several processes may never end, once in a few hundred runs."""
+    distributed = torch.distributed
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    group = distributed.group.WORLD
+    end_trackers(SimpleNamespace(end_training=distributed.destroy_process_group))
+    assert not distributed.is_initialized()
+    assert any(kept is group for kept in trackers._ended_groups)
