@@ -15,6 +15,7 @@ from lora_adapters.convert.errors import OneLineError
 from lora_adapters.train.models.base import from_pipeline
 from lora_adapters.train.models.flux import FLUX, image_ids, packed, unpacked
 from lora_adapters.train.options.arguments import settings
+from lora_adapters.train.training.activations import activation_bytes
 from lora_adapters.train.training.loop import train
 from lora_adapters.train.training.setup import prepare
 
@@ -209,6 +210,12 @@ def test_the_saved_file_says_what_it_is_for(options) -> None:
     entries = adapter.metadata
     assert entries["ss_base_model_version"] == "flux1"
     assert (entries["ss_timestep_sampling"], entries["ss_guidance_scale"]) == ("shift", "3.5")
+    assert "modelspec.prediction_type" not in entries
+
+
+def test_activations_are_estimated_for_a_dylora_that_is_to_be_sorted(options) -> None:
+    options |= {"network_module": "networks.dylora", "network_args": ["sort_at=0.3"], "max_train_steps": 4}
+    assert activation_bytes(prepare(settings(**options))) > 100_000
 
 
 def test_t5_is_trained_where_that_is_asked_for(options) -> None:
