@@ -26,7 +26,10 @@ def program(argv: Sequence[str] | None) -> None:
 
     with StopSignals(at_once=True):
         settings = parse(argv)
-        not_pushed = _train(settings)
+        from lora_adapters.train.training.trackers import console
+
+        with console(settings):
+            not_pushed = _train(settings)
     if not_pushed:
         raise TrainingError(
             f"{not_pushed} of the saves did not reach the Hub (see above); they are in {settings.output_dir}"
@@ -35,9 +38,6 @@ def program(argv: Sequence[str] | None) -> None:
 
 def _train(settings) -> int:
     """Train; returns how many saves did not reach the Hub."""
-    from lora_adapters.train.training.trackers import start_console
-
-    start_console(settings)
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 

@@ -52,6 +52,7 @@ CHROMA = ModelFamily(
             resolution="1024x1024",
             repository="lodestones/Chroma1-HD",
             text_width=4096,
+            prediction=None,
         ),
     ),
     metadata=("chroma",),

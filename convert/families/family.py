@@ -19,8 +19,8 @@ class Version(NamedTuple):
     title, long_title: "SD1.x", "Stable Diffusion 1.x". value: kohya's ss_base_model_version. modelspec: the beginning
     of modelspec.architecture. resolution: of modelspec. repository: the Hub's of the model that others stem from.
     text_width: of the text encoders' output, which the denoiser reads. prediction: what the denoiser was trained to
-    tell, epsilon or v. projections: what the attention's proj_in and proj_out are. mark: the path of a layer that only
-    this version's denoiser has.
+    tell, epsilon or v; None: flow matching's velocity, for which modelspec has no word. projections: what the
+    attention's proj_in and proj_out are. mark: the path of a layer that only this version's denoiser has.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Version(NamedTuple):
     resolution: str
     repository: str
     text_width: int
-    prediction: Literal["epsilon", "v"] = "epsilon"
+    prediction: Literal["epsilon", "v"] | None = "epsilon"
     projections: Kind = "linear"
     mark: str | None = None
 

@@ -83,6 +83,7 @@ FLUX = ModelFamily(
             resolution="1024x1024",
             repository="black-forest-labs/FLUX.1-dev",
             text_width=4096,
+            prediction=None,
         ),
     ),
     metadata=("flux1", "flux_kontext", "flux_dev", "flux_schnell"),

@@ -51,6 +51,7 @@ FLUX2 = ModelFamily(
             resolution="1024x1024",
             repository="black-forest-labs/FLUX.2-dev",
             text_width=15360,
+            prediction=None,
         ),
     ),
     metadata=("flux_2", "flux2"),

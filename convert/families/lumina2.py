@@ -42,6 +42,7 @@ LUMINA2 = ModelFamily(
             resolution="1024x1024",
             repository="Alpha-VLLM/Lumina-Image-2.0",
             text_width=2304,
+            prediction=None,
         ),
     ),
     metadata=("lumina2",),

@@ -40,6 +40,7 @@ QWEN_IMAGE = ModelFamily(
             resolution="1328x1328",
             repository="Qwen/Qwen-Image",
             text_width=3584,
+            prediction=None,
         ),
     ),
     metadata=("qwen_image", "qwen-image"),

@@ -48,6 +48,7 @@ def _version(title: str, value: str, model: str) -> Version:
         resolution="1024x1024",
         repository=f"stabilityai/stable-diffusion-{model}",
         text_width=4096,
+        prediction=None,
     )
 
 

@@ -48,6 +48,7 @@ ZIMAGE = ModelFamily(
             resolution="1024x1024",
             repository="Tongyi-MAI/Z-Image",
             text_width=2560,
+            prediction=None,
         ),
     ),
     metadata=("z_image", "zimage"),

@@ -132,8 +132,9 @@ def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: f
         "modelspec.title": metadata.get("ss_output_name", "LoRA"),
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
         "modelspec.resolution": (version or family.versions[0]).resolution,
-        "modelspec.prediction_type": "v" if base.endswith("_v") else "epsilon",
     }
+    if family.versions[0].prediction is not None:
+        defaults["modelspec.prediction_type"] = "v" if base.endswith("_v") else "epsilon"
     kept = {key: value for key, value in metadata.items() if key not in _HASHES}
     return {**defaults, **kept}
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lora_adapters.convert import Adapter, LowRank, ModuleName
 from lora_adapters.train.options.arguments import settings
-from lora_adapters.train.training.trackers import start_console
+from lora_adapters.train.training.trackers import console
 
 QUERY = ModuleName("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
 CP1252 = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
@@ -51,11 +51,6 @@ def test_errors_name_files_in_any_script(name, tmp_path):
 
 
 def test_the_log_file_takes_any_text(tmp_path):
-    before = logging.root.handlers[:]
-    try:
-        start_console(settings(console_log_file=str(tmp_path / "log")))
+    with console(settings(console_log_file=str(tmp_path / "log"))):
         logging.getLogger("lora_adapters").info("猫 →")
-        logging.root.handlers[0].close()
-    finally:
-        logging.root.handlers[:] = before
     assert "猫 →" in (tmp_path / "log").read_bytes().decode("utf-8")

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from lora_adapters.train.models.memory import weight_type
 from lora_adapters.train.models.text_encoding import Encoded
 from lora_adapters.train.training.setup import Run
+from lora_adapters.train.training.sorting import before_sorting
 
 _LOW = (torch.nn.functional.linear, torch.nn.functional.conv2d)
 _FULL = (torch.nn.functional.group_norm, torch.nn.functional.layer_norm)
@@ -41,7 +42,8 @@ def activation_bytes(run: Run) -> int:
     dtype = weight_type(run.settings.mixed_precision)
     run.training_mode()
     try:
-        text, text_bytes = _text(run, dtype)
+        with before_sorting(run):
+            text, text_bytes = _text(run, dtype)
         conditions = run.models.family.conditions(batch, run.models)
         factor = run.models.latent_space.factor
         shape = (count, run.models.latent_space.channels, height // factor, width // factor)
@@ -55,7 +57,8 @@ def activation_bytes(run: Run) -> int:
             ),
             _meta(conditions, count, False),
         ]
-        return text_bytes * count + _denoiser_bytes(run, inputs, dtype)
+        with before_sorting(run):
+            return text_bytes * count + _denoiser_bytes(run, inputs, dtype)
     finally:
         run.training_mode(False)
 

@@ -49,6 +49,22 @@ def warmed_up(run: Run, step: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def before_sorting(run: Run) -> Iterator[None]:
+    """In the block a step trains the full rank where components are to be sorted, whatever step that is to come at.
+
+    For steps that are none of the training's: these know neither their number nor that of all.
+    """
+    waiting = [(dial, dial.nested_from, dial.step, dial.unsorted) for dial in run.dials if dial.sort_at]
+    for dial, _, step, _ in waiting:
+        dial.nested_from = step + 1
+    try:
+        yield
+    finally:
+        for dial, dial.nested_from, dial.step, dial.unsorted in waiting:
+            dial.drawn = False
+
+
+@contextlib.contextmanager
 def as_if_sorted(run: Run) -> Iterator[None]:
     """In the block the components are sorted, so that low ranks mean something before the sorting step as well."""
     unsorted = [dial for dial in run.dials if dial.unsorted]

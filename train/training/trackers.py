@@ -1,10 +1,12 @@
 """Where losses, learning rates and images are logged: TensorBoard and Weights & Biases, through accelerate."""
 
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ _LIBRARIES = (
     "diffusers",
     "filelock",
     "httpx",
+    "httpx2",
     "matplotlib",
     "PIL",
     "transformers",
@@ -126,20 +129,31 @@ def read_sections(file: Path) -> dict[str, Any]:
         raise TrainingError(f"--log_tracker_config {file} is not toml: {error}") from None
 
 
-def start_console(settings: Settings) -> None:
-    """Messages on the console, or in --console_log_file."""
+@contextlib.contextmanager
+def console(settings: Settings) -> Iterator[None]:
+    """Within it, messages are on the console, or in --console_log_file; after it, logging is as it was.
+
+    A handler that stayed would go on writing to this console, which may be closed when the process runs more.
+    """
     form = "%(message)s" if settings.console_log_simple else "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(
-        level=settings.console_log_level or ("WARNING" if is_quiet() else "INFO"),
-        filename=settings.console_log_file,
-        encoding="utf-8",
-        force=True,
-    )
-    logging.getLogger().handlers[0].setFormatter(
-        logging.Formatter(form) if settings.console_log_file else _Coloured(form)
-    )
-    for library in _LIBRARIES:
-        logging.getLogger(library).setLevel(logging.WARNING)
+    root, libraries = logging.getLogger(), [logging.getLogger(name) for name in _LIBRARIES]
+    handlers, levels = root.handlers[:], [one.level for one in (root, *libraries)]
+    own: logging.Handler = logging.StreamHandler()
+    own.setFormatter(_Coloured(form))
+    if settings.console_log_file:
+        own = logging.FileHandler(settings.console_log_file, encoding="utf-8")
+        own.setFormatter(logging.Formatter(form))
+    try:
+        root.handlers[:] = [own]
+        root.setLevel(settings.console_log_level or ("WARNING" if is_quiet() else "INFO"))
+        for library in libraries:
+            library.setLevel(logging.WARNING)
+        yield
+    finally:
+        root.handlers[:] = handlers
+        for logger, level in zip((root, *libraries), levels, strict=True):
+            logger.setLevel(level)
+        own.close()
 
 
 class _Coloured(logging.Formatter):

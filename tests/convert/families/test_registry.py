@@ -7,6 +7,7 @@ from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.families.detection import base_model_of
 from lora_adapters.convert.families.registry import FAMILIES, by_metadata, by_modules, by_name, titles
 from lora_adapters.convert.families.tensor_slice import Share, TensorSlice
+from lora_adapters.convert.formats.metadata import complete
 
 
 def layer(family, component, path):
@@ -43,6 +44,19 @@ def test_a_slice_is_a_view_of_rows_and_columns():
     part.zero_()
     assert tensor[3:7, 3:6].eq(0).all()
     assert tensor[:3].ne(0).sum() == 17
+
+
+def test_flow_matching_has_no_prediction_type_in_modelspec():
+    said = {
+        version.value: complete({"ss_base_model_version": version.value}, family.name, 4, 1.0).get(
+            "modelspec.prediction_type"
+        )
+        for family in FAMILIES
+        for version in family.versions
+    }
+    unets = {"sd_v1": "epsilon", "sd_v2": "epsilon", "sd_v2_v": "v", "sdxl_base_v1-0": "epsilon"}
+    assert said == {**dict.fromkeys(said), **unets}
+    assert len(said) > 10
 
 
 def test_blocks_have_labels():

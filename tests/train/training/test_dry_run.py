@@ -106,6 +106,18 @@ def test_activations_are_what_autograd_keeps(basics, options) -> None:
     assert said == pytest.approx(measured, rel=0.06)
 
 
+@pytest.mark.parametrize("part", [{}, {"network_train_unet_only": True}])
+def test_activations_of_a_dylora_whose_components_are_to_be_sorted(basics, part) -> None:
+    """Before and after the sorting a step keeps the same, and the estimate leaves the training as it was."""
+    options = {**basics, **part, "network_module": "networks.dylora", "max_train_steps": 4, "dry_run": True}
+    runs = {at: prepare(settings(**options, network_args=[f"sort_at={at}"])) for at in (0, 0.1, 0.5)}
+    said = {at: activation_bytes(run) for at, run in runs.items()}
+    assert said[0.1] == said[0.5] == pytest.approx(said[0], rel=0.01)
+    dials = runs[0.5].dials
+    assert [(dial.step, dial.unsorted, dial.nested_from) for dial in dials] == [(0, False, None)] * len(dials)
+    assert "estimated: not known" not in report(runs[0.5])
+
+
 @pytest.mark.slow
 def test_checkpointing_and_precision_lower_the_estimate(basics) -> None:
     sizes = {

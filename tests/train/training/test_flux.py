@@ -15,6 +15,7 @@ from lora_adapters.convert.errors import OneLineError
 from lora_adapters.train.models.base import from_pipeline
 from lora_adapters.train.models.flux import FLUX, image_ids, packed, unpacked
 from lora_adapters.train.options.arguments import settings
+from lora_adapters.train.training.activations import activation_bytes
 from lora_adapters.train.training.loop import train
 from lora_adapters.train.training.setup import prepare
 
@@ -201,6 +202,29 @@ def test_the_file_opens_in_the_stock_pipeline_with_the_trained_pictures(
     assert (bare - stock).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("module", ["networks.lora", "networks.dylora"])
+def test_a_file_in_kohyas_names_opens_here_whatever_the_width(options, flux, module) -> None:
+    """With the single blocks, whose fused layers the stock reader cuts as if every model were 3072 wide."""
+    options |= {"network_module": module, "max_train_steps": 2, "learning_rate": 0.05, "network_train_unet_only": True}
+    trained = train(settings(**options))
+    file = Path(options["output_dir"]) / "last.safetensors"
+    assert any("single_blocks_0_linear1" in name for name in pairs(file))
+    pipe = FluxPipeline.from_pretrained(flux)
+    draw = {"width": 64, "height": 64, "num_inference_steps": 2, "max_sequence_length": 16, "output_type": "pt"}
+
+    def images(pipe: FluxPipeline) -> torch.Tensor:
+        return pipe("a red disc", generator=torch.Generator().manual_seed(0), **draw).images
+
+    bare = images(pipe)
+    pipe.load_lora_weights(file)
+    loaded = images(pipe)
+    models = trained.models
+    torch.testing.assert_close(
+        loaded, images(models.pipeline(FLUX.sampler("", "", False, models.schedule_config))), atol=1e-4, rtol=1e-4
+    )
+    assert (bare - loaded).abs().max() > 1e-3
+
+
 def test_the_saved_file_says_what_it_is_for(options) -> None:
     train(settings(**options | {"max_train_steps": 1, "timestep_sampling": "shift"}))
     adapter = Adapter.load(Path(options["output_dir"]) / "last.safetensors")
@@ -209,6 +233,12 @@ def test_the_saved_file_says_what_it_is_for(options) -> None:
     entries = adapter.metadata
     assert entries["ss_base_model_version"] == "flux1"
     assert (entries["ss_timestep_sampling"], entries["ss_guidance_scale"]) == ("shift", "3.5")
+    assert "modelspec.prediction_type" not in entries
+
+
+def test_activations_are_estimated_for_a_dylora_that_is_to_be_sorted(options) -> None:
+    options |= {"network_module": "networks.dylora", "network_args": ["sort_at=0.3"], "max_train_steps": 4}
+    assert activation_bytes(prepare(settings(**options))) > 100_000
 
 
 def test_t5_is_trained_where_that_is_asked_for(options) -> None:

@@ -1,5 +1,6 @@
 """What is seen while a run trains."""
 
+import contextlib
 import logging
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training.checkpoints import Position
 from lora_adapters.train.training.progress import Progress
 from lora_adapters.train.training.step_values import StepValues
-from lora_adapters.train.training.trackers import start_console
+from lora_adapters.train.training.trackers import console
 
 
 @pytest.fixture
@@ -21,12 +22,13 @@ def run(tmp_path):
 
 
 def test_messages_have_lines_of_their_own(run, capsys):
-    logging.basicConfig(format="%(message)s", level="INFO", force=True)
+    run.settings.console_log_simple = True
     log = logging.getLogger("lora_adapters.train.training.saving")
-    with Progress(run, 0) as progress:
-        progress.bar.update()
-        log.info("saved mine.safetensors")
-    log.info("done")
+    with console(run.settings):
+        with Progress(run, 0) as progress:
+            progress.bar.update()
+            log.info("saved mine.safetensors")
+        log.info("done")
     shown = capsys.readouterr()
     lines = [
         line for line in (shown.out + shown.err).replace("\r", "\n").splitlines() if "mine" in line or "done" in line
@@ -53,8 +55,7 @@ def test_held_out_losses_are_named_by_rank(run, capsys):
 def test_quiet(run, capsys):
     with own_quiet():
         be_quiet()
-        start_console(run.settings)
-        with Progress(run, 0) as progress:
+        with console(run.settings), Progress(run, 0) as progress:
             progress.held_out(4, {"loss/validation": 0.5})
             logging.getLogger("lora_adapters").info("saved")
             logging.getLogger("lora_adapters").warning("odd")
@@ -65,9 +66,21 @@ def test_quiet(run, capsys):
 
 
 def test_libraries_say_warnings_only(run, capsys):
-    start_console(run.settings)
-    for name in ("diffusers.models", "PIL.PngImagePlugin", "httpx"):
-        logging.getLogger(name).info("a detail")
-    logging.getLogger("lora_adapters").info("a step")
+    with console(run.settings):
+        for name in ("diffusers.models", "PIL.PngImagePlugin", "httpx", "httpx2"):
+            logging.getLogger(name).info("a detail")
+        logging.getLogger("lora_adapters").info("a step")
+        assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
     assert capsys.readouterr().err.endswith("INFO lora_adapters: a step\n")
-    assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
+
+
+@pytest.mark.parametrize("file", [None, "log"])
+def test_logging_is_afterwards_as_it_was(run, tmp_path, file):
+    """A process may go on when the program ends, with another console, or none."""
+    run.settings.console_log_file = file and str(tmp_path / file)
+    root, library = logging.getLogger(), logging.getLogger("httpx")
+    before = root.handlers[:], root.level, library.level
+    with contextlib.suppress(ZeroDivisionError), console(run.settings):
+        assert root.handlers[:] != before[0]
+        raise ZeroDivisionError
+    assert (root.handlers[:], root.level, library.level) == before

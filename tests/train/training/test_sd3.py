@@ -157,6 +157,7 @@ def test_the_saved_file_says_what_it_is_for(options) -> None:
     assert set(trained.adapter.components) == {"transformer", "text_encoder", "text_encoder_2"}
     assert adapter.metadata["ss_base_model_version"] == "medium"
     assert adapter.metadata["ss_training_shift"] == "3.0"
+    assert "modelspec.prediction_type" not in adapter.metadata
 
 
 @pytest.mark.parametrize(
