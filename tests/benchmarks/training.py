@@ -185,7 +185,7 @@ def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> Iterato
     from lora_adapters.train.training.loop import train_prepared
     from lora_adapters.train.training.setup import prepare
 
-    for module, args in (("networks.lora", None), ("networks.dylora", [f"unit={max(1, rank // 4)}"])):
+    for module, args in (("networks.lora", None), ("networks.dylora", [f"unit={max(1, rank // 4)}", "sort_at=0"])):
         with tempfile.TemporaryDirectory() as folder:
             pictures = _pictures(Path(folder) / "pictures" / "1_x", max(8, batch), 8 * latent)
             options = settings(
