@@ -225,12 +225,23 @@ def network_options(
     network_args: Mapping[str, str] | None = None,
     architecture: str = "sd",
 ) -> NetworkOptions:
-    """The config and rates that kohya's options mean, for a family of that name: "sd" (SD1.x, SD2.x) or "sdxl".
+    """The config and the learning rates that kohya's options stand for.
 
-    Rank and alpha default to 4 and 1; an alpha of 0 is the rank, as in kohya's trainer. Where kohya's trainer
-    ignores an option without a word (block_alphas or conv_block_dims alone) or fails on it (one number as a block
-    weight), it means here what it says. Options of which `without_effect` says so are left out with a warning.
-    AdapterError for unknown modules, wrong values and wrong list lengths.
+    Options that kohya's trainer silently ignores (block_alphas or conv_block_dims alone) or fails on (one number as a
+    block weight) take effect here. Options that have none (`without_effect`) are left out with a warning.
+
+    Args:
+        network_module: "networks.lora", "networks.dylora", "networks.loha", "lycoris.kohya", ... or "lierla", ...
+        network_dim: The rank; 4 by default.
+        network_alpha: 1 by default; 0 stands for the rank, as in kohya's trainer.
+        network_args: Names and values as in `--network_args`, both text.
+        architecture: The base model's family: "sd" (SD1.x and SD2.x), "sdxl", "flux", "sd3".
+
+    Returns:
+        The config for PEFT, the learning rates, and what else the options say.
+
+    Raises:
+        AdapterError: The module is unknown, a value is wrong, or a list has the wrong length.
 
     >>> asked = network_options("networks.dylora", 16, 16, {"unit": "4", "conv_dim": "8"})
     >>> type(asked.config).__name__, asked.config.r, asked.config.conv_dim, asked.config.unit

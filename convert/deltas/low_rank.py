@@ -116,8 +116,12 @@ class LowRank:
     ) -> torch.Tensor:
         """ΔW in full, (out, in) or (out, in, height, width), computed in `dtype`.
 
-        The weight that it changes only tells the shape; AdapterError where it is for another. A dtype may be given
-        alone, as the first argument.
+        Args:
+            base_weight: The weight that is changed, of which only the shape matters here; or the dtype.
+            dtype: In which to compute.
+
+        Raises:
+            AdapterError: The change is for a weight of another shape.
         """
         if isinstance(base_weight, torch.dtype):
             dtype, base_weight = base_weight, None
@@ -143,9 +147,10 @@ class LowRank:
         return replace(self, alpha=self.alpha * weight)
 
     def with_alpha(self, alpha: float) -> "LowRank":
-        """The same ΔW with this alpha, which is not 0: the factors take up the difference, rounded to their dtypes.
+        """The same ΔW with another alpha: `up` is multiplied, or both factors where `up` would lose small numbers.
 
-        `up` alone, unless it would lose small numbers in its dtype.
+        Args:
+            alpha: Not 0.
         """
         if alpha == 0:
             raise AdapterError("an alpha of 0 has no effect: scale the adapter by 0 instead")
@@ -164,10 +169,16 @@ class LowRank:
         return self.with_alpha(float(self.rank)) if self.alpha else self
 
     def truncated(self, rank: int, rank_scaling: str = "constant") -> "LowRank":
-        """The first `rank` components (all, where there are fewer), as DyLoRA uses them.
+        """The first components, as DyLoRA uses them.
 
-        "constant" keeps the scale that the components were trained with, alpha/R; "rank" keeps alpha, so that the
-        scale is alpha/rank as in the DyLoRA paper (arXiv:2210.07558) and in kohya's splitter; "sqrt" is between them.
+        Args:
+            rank: How many; all where there are fewer.
+            rank_scaling: "constant" keeps the scale that the components were trained with, alpha/R; "rank" keeps alpha,
+                so that the scale is alpha/rank as in the DyLoRA paper (arXiv:2210.07558) and in kohya's splitter;
+                "sqrt" is between them.
+
+        Raises:
+            AdapterError: The rank is below 1.
         """
         if rank >= self.rank:
             return self

@@ -125,14 +125,29 @@ def merge_into_model(
     keep_metadata: bool = True,
     ema: str = "keep",
 ) -> Path:
-    """Write a model with Σ weight · ΔW added to its weights, and biases likewise; returns its path.
+    """Write a model with Σ weight · ΔW added to its weights, and biases likewise.
 
-    Changes that depend on the model's weights (DoRA, OFT, ...) are each made from the weights as they are in the model.
-    A file is written as a file and a Diffusers folder as a folder, or, where target ends in .safetensors or .ckpt, as
-    one file in the original layout.
-    Tensors that no adapter touches are copied bit for bit; the others are computed in float32 and written in their old
-    dtype. With `dtype` all floating point tensors are written in that. The whole is written or nothing. `names` are the
-    adapters' for error messages. ema: what becomes of averaged weights in a checkpoint file, see `ema.with_ema`.
+    Changes that depend on the model's weights (DoRA, OFT, ...) are each computed from the weights of the unmerged model.
+    Tensors that no adapter changes are copied bit for bit; the others are computed in float32. If anything fails, nothing
+    is written.
+
+    Args:
+        model: A checkpoint file or a Diffusers folder.
+        target: Where to write. A file is written as a file and a folder as a folder, or as one file in the original
+            layout where target ends in .safetensors or .ckpt.
+        adapters: The adapters to add.
+        weights: One for each adapter.
+        names: The adapters' names for error messages.
+        dtype: Of all floating point tensors; None leaves each as it is.
+        metadata: Entries for the file's metadata.
+        keep_metadata: Whether the model's own entries are kept beside them.
+        ema: What becomes of averaged weights in a checkpoint file; see `ema.with_ema`.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        AdapterError: An adapter does not fit the model, or the target cannot be written.
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     labels = list(names or (f"adapter {number}" for number in range(1, len(adapters) + 1)))

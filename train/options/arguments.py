@@ -29,8 +29,11 @@ def parser(defaults: bool = True) -> Parser:
 def settings(**options: Any) -> Settings:
     """The defaults with `options` put in: what `train` takes when it is called from Python.
 
-    Names and meanings are those of the command line, values are Python's (`network_args` may be a dict). Raises
-    OptionError for a name that is not an option, or a value that is not among its choices.
+    Args:
+        options: Named as on the command line, with Python's values (`network_args` may be a dict).
+
+    Raises:
+        OptionError: A name is not an option, or a value is not among its choices.
     """
     known = options_of(Settings)
     for name in options:
@@ -42,8 +45,14 @@ def settings(**options: Any) -> Settings:
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Options from `argv`, then from its --config_file, then the defaults.
 
-    With --output_config the options are written to --config_file and the program ends. An empty text is as good as an
-    option that is not given, where that is the default.
+    With --output_config the options are written to --config_file and the program ends. An empty value counts as not
+    given where the default is an empty value.
+
+    Args:
+        argv: The words of the command line; None for the program's own.
+
+    Raises:
+        OptionError: An option or the configuration file is wrong.
     """
     line = vars(parser(defaults=False).parse_args(argv))
     chosen = made(Settings, line)

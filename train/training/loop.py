@@ -53,9 +53,13 @@ class Trained:
 def train(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
     """Train an adapter, save it under --output_dir, and give it back.
 
-    settings: from `arguments.settings(...)` or `arguments.parse(argv)`. models: a base model that is loaded already;
-    the adapter stays on it. data: images that are opened already. Raises TrainingError, DataError or AdapterError,
-    each with one line that says what to do.
+    Args:
+        settings: From `arguments.settings(...)` or `arguments.parse(argv)`.
+        models: A base model that is loaded already; the adapter stays on it.
+        data: Images that are opened already.
+
+    Raises:
+        TrainingError, DataError, AdapterError: With one line that says what is wrong and what to do.
     """
     run = prepare(settings, models, data)
     return train_prepared(run)

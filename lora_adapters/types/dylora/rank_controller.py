@@ -290,10 +290,16 @@ def controllers(target: Any, adapter_name: str | None = None) -> list[RankContro
 
 
 def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
-    """Set the rank that DyLoRA adapters work at from now on, live: of one adapter, or of all in the target.
+    """Set the rank of DyLoRA adapters in live models.
 
-    target: a pipeline, a model, or a list of models. AdapterError where there is no such DyLoRA, where the rank is none
-    of its own (they are listed), or while it is fused into the weights; then nothing is changed.
+    Args:
+        target: A pipeline, a model, or a list of models.
+        rank: One of the adapter's ranks: a multiple of its unit, up to its full rank.
+        adapter_name: The adapter; None for all DyLoRAs of the target.
+
+    Raises:
+        AdapterError: There is no such DyLoRA, it has no such rank (its ranks are listed), or it is fused into the
+            weights. Then nothing is changed.
 
     >>> from lora_adapters import DyLoraConfig, set_rank
     >>> from peft import inject_adapter_in_model

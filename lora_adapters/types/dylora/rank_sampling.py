@@ -20,12 +20,21 @@ def _shares(ranks: tuple[int, ...]) -> list[float]:
 def ranks_of_step(
     ranks: tuple[int, ...], sampling: str, seed: int, step: int, samples: range = range(1), total: int = 1
 ) -> list[int]:
-    """A function of its arguments alone: the rank for each of `samples`, out of `total` in the batch.
+    """The rank of each sample in a training step, which depends on the arguments alone.
 
-    sampling "uniform": each rank is as likely as any other, and the same for all samples, as in the DyLoRA paper
-    (arXiv:2210.07558). "spread": each sample has a rank of its own, spread evenly over a distribution that prefers low
-    ranks and the highest, so that a batch of some size trains low, middle and full ranks in every step; in small
-    batches, neighbouring steps complete each other (a golden-ratio sequence).
+    Args:
+        ranks: The adapter's ranks, ascending.
+        sampling: "uniform": each rank is equally likely and the same for all samples, as in the DyLoRA paper
+            (arXiv:2210.07558). "spread": each sample has its own rank, spread evenly over a distribution that prefers
+            low ranks and the highest, so that a larger batch trains low, middle and full ranks in every step; in small
+            batches, neighbouring steps complete each other (a golden-ratio sequence).
+        seed: Of the run.
+        step: Number of the step.
+        samples: This process' samples of the batch.
+        total: Samples in the batch of all processes.
+
+    Returns:
+        One rank for each of `samples`.
 
     >>> ranks_of_step((4, 8, 12, 16), "uniform", seed=0, step=1, samples=range(3), total=3)
     [16, 16, 16]
