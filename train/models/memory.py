@@ -9,6 +9,7 @@ from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from lora_adapters.compat import checkpoint_activations
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.quantised import bitsandbytes
 from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ def check_machine(settings: Settings) -> None:
             "--full_fp16: the adapter's weights, gradients and optimizer stay in fp32, where they do not underflow; "
             "frozen weights and the forward pass are in fp16, as with --mixed_precision fp16 alone"
         )
+    if settings.quantize_base:
+        if settings.fp8_base or settings.fp8_base_unet:
+            raise OptionError("--quantize_base and --fp8_base exclude each other")
+        bitsandbytes()
     instead = {}
     if settings.mixed_precision == "fp16":
         instead["--mixed_precision fp16"] = "--mixed_precision bf16 or no"

@@ -74,6 +74,13 @@ class MachineOptions(AttentionOptions):
         metadata=True,
     )
     fp8_base_unet: bool = option(False, "the same as --fp8_base: text encoders stay as they are", metadata=True)
+    quantize_base: str | None = option(
+        None,
+        "the denoiser's linear layers keep their weights in 4 bits (nf4) or 8 (int8), by bitsandbytes",
+        unset="as they are",
+        choices=["nf4", "int8"],
+        metadata=True,
+    )
     no_half_vae: bool = option(False, "the VAE stays in fp32 under mixed precision")
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass: slower, far less memory", metadata=True

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lora_adapters.train.models.memory import weight_type
+from lora_adapters.train.models.quantised import on_shapes
 from lora_adapters.train.models.text_encoding import Encoded
 from lora_adapters.train.training.setup import Run
 from lora_adapters.train.training.sorting import before_sorting
@@ -140,7 +141,7 @@ def _denoiser_bytes(run: Run, inputs: list[Any], dtype: torch.dtype) -> int:
         return torch.func.functional_call(denoiser, {**weights, **buffers}, args, kwargs)
 
     tally = _Tally({weight.untyped_storage()._cdata for weight in weights.values()})
-    with _counted_checkpoints(denoiser, tally) as largest, tally.hooks(), _OnAGpu(dtype):
+    with on_shapes(denoiser, dtype), _counted_checkpoints(denoiser, tally) as largest, tally.hooks(), _OnAGpu(dtype):
         noisy, *rest = inputs
         prediction = run.models.family.predict(called, noisy.to(dtype), *rest)
     del prediction

@@ -166,13 +166,14 @@ def check_writable(models: BaseModels, trained: dict[str, Any]) -> None:
                 )
 
 
-def check_float8(settings: Settings, trained: dict[str, Any]) -> None:
-    """Raise OptionError for --fp8_base with changes that are computed from the base weights themselves."""
-    if not (settings.fp8_base or settings.fp8_base_unet):
+def check_low_precision(settings: Settings, trained: dict[str, Any]) -> None:
+    """Raise OptionError for --fp8_base or --quantize_base with changes that are computed from the base weights."""
+    if not (settings.fp8_base or settings.fp8_base_unet or settings.quantize_base):
         return
+    option = "--quantize_base" if settings.quantize_base else "--fp8_base"
     if any(held(layer, ADAPTER) is not None for layer in lora_layers(trained).values()):
         raise OptionError(
-            "--fp8_base goes with LoRA, C3Lier and DyLoRA: other kinds may read the base weights; "
+            f"{option} goes with LoRA, C3Lier and DyLoRA: other kinds may read the base weights; "
             "give --mixed_precision bf16 instead"
         )
 

@@ -11,6 +11,7 @@ from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.train.data.captions import Moment, draw_caption
+from lora_adapters.train.models.quantised import scale_bytes
 from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.activations import activation_bytes, largest_batch
@@ -75,6 +76,7 @@ def memory(run: Run) -> dict[str, int | None]:
         name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
         for name, part in parts.items()
     }
+    found[denoiser] = (found[denoiser] or 0) + scale_bytes(run.models.denoiser)
     optimizer = f"optimizer ({optimizer_name(run.settings)})"
     return {**found, "adapter and gradients": 2 * trained, optimizer: state_bytes(run.settings, run.parameters)}
 

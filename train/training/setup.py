@@ -36,6 +36,7 @@ from lora_adapters.train.models.memory import (
     set_training,
     weight_type,
 )
+from lora_adapters.train.models.quantised import quantise
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
@@ -277,14 +278,14 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     train_text = bool(adapters.text_components(trained))
     apply_memory_options(models, settings, train_text)
     adapters.merge_base_weights(settings, models)
+    quantise(models, settings.quantize_base, dtype, device)
     adapters.add(settings, models, trained)
     adapters.check_writable(models, trained)
-    adapters.check_float8(settings, trained)
+    adapters.check_low_precision(settings, trained)
     keep_in_float8(models, settings)
     plain = Denoiser(models, settings.clip_skip, train_text)
     noise, loss = NoiseOptions.of(settings), LossOptions.of(settings, models.v_prediction)
-    chunks = (settings.max_token_length or 75) // 75
-    options = StepOptions(noise, loss, chunks, settings.weighted_captions)
+    options = StepOptions(noise, loss, (settings.max_token_length or 75) // 75, settings.weighted_captions)
     optimizer = _optimizer(settings, models, trained, accelerator.is_main_process)
     steps, epochs = length(settings, data.batches_per_epoch(accelerator.num_processes))
     schedule = create_schedule(settings, optimizer, steps)
