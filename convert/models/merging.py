@@ -127,9 +127,9 @@ def merge_into_model(
 ) -> Path:
     """Write a model with Σ weight · ΔW added to its weights, and biases likewise.
 
-    Changes that depend on the model's weights (DoRA, OFT, ...) are each computed from the weights of the unmerged model.
-    Tensors that no adapter changes are copied bit for bit; the others are computed in float32. If anything fails, nothing
-    is written.
+    Changes that depend on the model's weights (DoRA, OFT, ...) are each computed from those of the unmerged model.
+    Tensors that no adapter changes are copied bit for bit; the others are computed in float32. If anything fails,
+    nothing is written.
 
     Args:
         model: A checkpoint file or a Diffusers folder.
