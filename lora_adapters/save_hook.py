@@ -1,4 +1,4 @@
-"""What diffusers is told to save of this package's adapters, made complete.
+"""Completes what diffusers saves of this package's adapters.
 
 Training scripts take the tensors out of a model (`get_peft_model_state_dict`), rename them
 (`convert_state_dict_to_diffusers`) and give them to `save_lora_weights`. Many leave the config out, without which alpha

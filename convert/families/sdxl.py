@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a U-Net that is told the picture's size, and two text encoders, CLIP's and open_clip's."""
+"""Stable Diffusion XL: a U-Net conditioned on the image size, and two text encoders, CLIP's and open_clip's."""
 
 from .blocks import Blocks
 from .family import Component, Kind, Marks, ModelFamily, Version

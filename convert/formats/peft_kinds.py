@@ -62,7 +62,7 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
         tensors: By the ends of their keys.
 
     Raises:
-        AdapterError: Tensors are missing, or of another kind.
+        AdapterError: Tensors are missing, or belong to another type of adapter.
     """
     kind = config.get("peft_type")
     if kind == "OFT":

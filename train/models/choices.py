@@ -11,7 +11,7 @@ class ModelChoices:
     Args:
         t5_length: tokens of a caption for T5; None for the family's own.
         t5_mask: whether T5's padding is left out of all attention.
-        guidance: the guidance scale that a model with an embedding of it is told.
+        guidance: the guidance scale, for models with a guidance embedding.
     """
 
     t5_length: int | None = None

@@ -19,7 +19,7 @@ _TRANSFORMER: Any = FluxTransformer2DModel  # type checkers see the placeholder 
 
 
 class Flux1(TrainingFamily):
-    """Flux.1: dev, which is told a guidance scale, and schnell, which is not."""
+    """Flux.1: dev, which has a guidance embedding, and schnell, which has none."""
 
     name = "flux"
     kinds: ClassVar[Mapping[str, Any]] = {"flux_dev": "Flux.1 dev", "flux_schnell": "Flux.1 schnell"}
@@ -108,7 +108,7 @@ class Flux1(TrainingFamily):
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
-        """(n,): the guidance scale, for models that are told one."""
+        """(n,): the guidance scale, for models with a guidance embedding."""
         if not models.denoiser.config.guidance_embeds:
             return None
         return torch.full((len(batch.captions),), float(models.choices.guidance))

@@ -55,7 +55,7 @@ class FlowOptions:
     logit_mean: float = option(0.0, "mean of logit_normal", metadata=True)
     logit_std: float = option(1.0, "deviation of logit_normal", above=0, metadata=True)
     mode_scale: float = option(1.29, "scale of mode", metadata=True)
-    guidance_scale: float = option(3.5, "guidance that Flux.1 dev is told while it is trained", metadata=True)
+    guidance_scale: float = option(3.5, "guidance scale that Flux.1 dev is trained with", metadata=True)
     t5xxl_max_token_length: int | None = option(
         None, "tokens of a caption for T5", unset="512; Flux.1 schnell and SD3: 256", at_least=1, metadata=True
     )

@@ -1,6 +1,6 @@
 """kohya's network_args for transformers as ranks by pattern: ranks of kinds of layers, and which blocks are trained.
 
-Which patterns an option means is told by the family (`TrainingFamily.rank_args`, `block_args`).
+The family says which patterns an option stands for (`TrainingFamily.rank_args`, `block_args`).
 """
 
 from collections.abc import Mapping
