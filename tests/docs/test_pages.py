@@ -29,6 +29,9 @@ NOT_RUN = {  # what a block has in it, and why it is not run
     "(the same options)": "leaves options to the reader",
     "a/diffusers/folder ...": "leaves options to the reader",
     "me/": "needs the Hub",
+    "black-forest-labs/": "needs a model of 24 GB",
+    "--dataset_config=delft.toml": "trains for minutes; see tests/examples/test_tiny_flux",
+    "tiny-flux-style/dylora.safetensors": "goes on with what style.py has trained for minutes",
     "lora-adapters studio": "goes on until it is stopped; see test_browser",
 }
 TINY = REPOSITORY / "examples" / "tiny-sd"
