@@ -230,7 +230,8 @@ def main() -> None:
     emoji = all_emoji(font)
     prompts = [(one.name, one.caption) for one in emoji]
     vae = AutoencoderKL.from_pretrained(TINY_SD / "vae", torch_dtype=torch.float32).requires_grad_(False)
-    vae.register_to_config(shift_factor=0.0)  # FluxPipeline adds it, so it may not be null
+    # FluxPipeline adds the shift, so it may not be null. The name would be a path of the machine that this runs on.
+    vae.register_to_config(shift_factor=0.0, _name_or_path="examples/tiny-sd/vae")
     clip_tokenizer = CLIPTokenizer.from_pretrained(TINY_SD / "tokenizer")
     tokenizer = t5_tokenizer([text for pair in prompts for text in pair])
     captions = Captions(prompts, clip_tokenizer, tokenizer)

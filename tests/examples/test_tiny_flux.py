@@ -41,6 +41,10 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in TINY.rglob("*.safetensors")) < 25e6
 
 
+def test_its_configs_name_no_folder_of_the_machine_that_made_it():
+    assert [file for file in TINY.glob("**/*.json") if '": "/' in file.read_text(encoding="utf-8")] == []
+
+
 def test_it_draws_what_is_asked_for(pipe):
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     apple, cactus = pipe(["a red apple", "a cactus"], num_inference_steps=8, generator=generators, **SIZE).images

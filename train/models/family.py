@@ -150,9 +150,9 @@ class TrainingFamily(ABC):
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
         """What the denoiser of `models` (BaseModels) is conditioned on beside a batch's text, on the CPU (n, ...)."""
+        return None
 
     @abstractmethod
     def predict(

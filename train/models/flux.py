@@ -1,16 +1,15 @@
 """Flux.1: CLIP-L's pooled output and T5's states, a transformer over tokens of 2x2 latents, flow matching."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.train.data.cache_files import LatentFiles
-from lora_adapters.train.models.family import TrainingFamily
-from lora_adapters.train.models.noise_schedule import FLOW
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
+from lora_adapters.train.models.transformer import TransformerFamily
 from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
 
 _T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
@@ -18,22 +17,19 @@ _T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
 _TRANSFORMER: Any = FluxTransformer2DModel  # type checkers see the placeholder that diffusers has without torch
 
 
-class Flux1(TrainingFamily):
+class Flux1(TransformerFamily):
     """Flux.1: dev, which has a guidance embedding, and schnell, which has none."""
 
     name = "flux"
     kinds: ClassVar[Mapping[str, Any]] = {"flux_dev": "Flux.1 dev", "flux_schnell": "Flux.1 schnell"}
-    denoiser, denoiser_title = "transformer", "transformer"
+    transformer_class = FluxTransformer2DModel
     tokenizers, text_encoders = ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2")
     frozen_text_encoders = ("text_encoder_2",)
     pipeline_class, image_to_image_class = FluxPipeline, FluxImg2ImgPipeline
     latent_files = LatentFiles("_flux.npz", normalised=True)
     text_ending = "_flux_te.npz"
-    predictions = (FLOW,)
-    pixel_step = 16
     guidance = 3.5
     reads_negative_prompt = False
-    draws = False
     unused_options = ("training_shift",)
     rank_args: ClassVar[Mapping[str, str]] = {
         "img_attn_dim": r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)",
@@ -49,13 +45,6 @@ class Flux1(TrainingFamily):
         "train_double_block_indices": "transformer_blocks",
         "train_single_block_indices": "single_transformer_blocks",
     }
-
-    def in_folder(self, index: Mapping[str, Any]) -> bool:
-        return (index.get("transformer") or (None, None))[1] == FluxTransformer2DModel.__name__
-
-    def in_checkpoint(self, keys: Collection[str]) -> bool:
-        marks = by_name(self.name).marks.tensors
-        return any(key.startswith(marks) for key in keys)
 
     def kind_of(self, pipeline: Any) -> str | None:
         model: Any = getattr(pipeline, "transformer", None)
@@ -85,9 +74,6 @@ class Flux1(TrainingFamily):
         pooled = clip(tokens[0].ids[:, 0].to(next(clip.parameters()).device)).pooler_output
         states, mask = t5_states(t5, tokens[1])
         return Encoded(states, pooled, mask)
-
-    def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
-        return []
 
     def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:
         assert encoded.pooled is not None
@@ -137,10 +123,6 @@ class Flux1(TrainingFamily):
         return unpacked(predicted, height, width)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
-
-    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
-        """The base model's own: Euler's steps along the flow."""
-        return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
 
     def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
         return {"prompt_embeds": wanted.hidden, "pooled_prompt_embeds": wanted.pooled}

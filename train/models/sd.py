@@ -51,9 +51,6 @@ class StableDiffusion(TrainingFamily):
     def from_cache(self, cached: Mapping[str, torch.Tensor]) -> Encoded:
         return Encoded(cached["hidden_state"])
 
-    def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
-        return None
-
     def predict(
         self,
         denoiser: Any,

@@ -1,12 +1,11 @@
 """SD3 and SD3.5: CLIP-L, CLIP-G and T5, a transformer over latents, flow matching that compares pictures."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
@@ -14,9 +13,8 @@ from diffusers import (
 
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.train.data.cache_files import LatentFiles
-from lora_adapters.train.models.family import TrainingFamily
-from lora_adapters.train.models.noise_schedule import FLOW
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
+from lora_adapters.train.models.transformer import TransformerFamily
 from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
 
 _CLIP_TOKENS = 77
@@ -26,23 +24,20 @@ _KINDS = ("sd3_medium", "sd35_medium", "sd35_large")  # in the order of the fami
 _TRANSFORMER: Any = SD3Transformer2DModel  # type checkers see the placeholder that diffusers has without torch
 
 
-class StableDiffusion3(TrainingFamily):
+class StableDiffusion3(TransformerFamily):
     """SD3 medium, SD3.5 medium and SD3.5 large, with all three text encoders."""
 
     name = "sd3"
     kinds: ClassVar[Mapping[str, Any]] = dict(
         zip(_KINDS, (version.title for version in by_name("sd3").versions), strict=True)
     )
-    denoiser, denoiser_title = "transformer", "transformer"
+    transformer_class = SD3Transformer2DModel
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     frozen_text_encoders = ("text_encoder_3",)
     pipeline_class, image_to_image_class = StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline
     latent_files = LatentFiles("_sd3.npz")
     text_ending = "_sd3_te.npz"
-    predictions = (FLOW,)
-    pixel_step = 16
-    draws = False
     picture_loss = True
     rank_args: ClassVar[Mapping[str, str]] = {
         "context_attn_dim": r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
@@ -56,13 +51,6 @@ class StableDiffusion3(TrainingFamily):
     unused_options = (
         "timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type", "guidance_scale",
     )  # fmt: skip
-
-    def in_folder(self, index: Mapping[str, Any]) -> bool:
-        return (index.get("transformer") or (None, None))[1] == SD3Transformer2DModel.__name__
-
-    def in_checkpoint(self, keys: Collection[str]) -> bool:
-        marks = by_name(self.name).marks.tensors
-        return any(key.startswith(marks) for key in keys)
 
     def kind_of(self, pipeline: Any) -> str | None:
         model: Any = getattr(pipeline, "transformer", None)
@@ -98,9 +86,6 @@ class StableDiffusion3(TrainingFamily):
         t5_out, mask = t5_states(t5, tokens[-1])
         return Encoded(_below(torch.cat(states, dim=-1), t5_out), torch.cat(pooled, dim=-1), mask)
 
-    def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
-        return []
-
     def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:
         assert encoded.pooled is not None
         n, tokens = len(encoded.hidden), encoded.hidden.shape[1] - _CLIP_TOKENS
@@ -121,9 +106,6 @@ class StableDiffusion3(TrainingFamily):
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
-    def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
-        return None
-
     def predict(
         self,
         denoiser: Any,
@@ -142,10 +124,6 @@ class StableDiffusion3(TrainingFamily):
         )[0]
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
-
-    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
-        """The base model's own: Euler's steps along the flow."""
-        return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
 
     def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
         pooled = {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
