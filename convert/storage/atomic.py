@@ -37,10 +37,22 @@ def aside(target: Path, ending: str) -> Path:
 
 @contextmanager
 def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
-    """A path beside `target` to write to; renamed to it when the block ends well, removed when it does not.
+    """Write a file whole or not at all: under another name first, renamed to `target` when the block ends without an
+    error.
 
-    The target's folder is created where it is missing. Until the rename, an existing target stays as it was; its
-    permissions are kept. With `durable` the contents reach the disk before the rename.
+    The parent folder is created if it is missing. Until the rename an existing target stays unchanged; its permissions
+    are kept.
+
+    Args:
+        target: The file to write or replace.
+        durable: Flush the contents to the disk before the rename.
+
+    Yields:
+        A path in the same folder to write to. It is deleted if the block raises.
+
+    Raises:
+        IsADirectoryError: `target` is a folder.
+        OSError: The file cannot be written or renamed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
@@ -63,11 +75,22 @@ def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
 def replacing_folder(
     target: Path, keep: Callable[[Path], Iterable[str]] = lambda made: (), file_by_file: bool = False
 ) -> Iterator[Path]:
-    """A folder beside `target` to fill; takes its place when the block ends well, removed when it does not.
+    """Write a folder whole or not at all: under another name first, renamed to `target` when the block ends without an
+    error.
 
-    keep: given the filled folder, names in the old one that move to the new one. A process killed during the exchange
-    leaves the old folder under `aside(target, "old")`. file_by_file: where Windows refuses to rename the old folder,
-    since files in it are mapped, the files are replaced one after another instead.
+    A process that is killed during the exchange leaves the old folder under `aside(target, "old")`.
+
+    Args:
+        target: The folder to write or replace.
+        keep: Called with the filled folder; returns the names in the old folder that are moved to the new one.
+        file_by_file: Replace the files one at a time if Windows refuses to rename the old folder because files in it
+            are mapped.
+
+    Yields:
+        A path in the same folder to create files in. It is deleted if the block raises.
+
+    Raises:
+        OSError: The folder cannot be written or exchanged; the old one is then in its place.
     """
     partial, old, kept = aside(target, "partial"), aside(target, "old"), []
     try:
@@ -117,9 +140,16 @@ def _replace_files(target: Path, made: Path, kept: Iterable[str]) -> None:
 def move(source: Path, target: Path) -> None:
     """Rename a file, replacing `target`.
 
-    Where Windows refuses because the old file is mapped, that file is first renamed to a hidden name, which Windows
-    allows, and deleted as soon as it can be: now, when the next file is replaced, or when the program ends.
-    PermissionError where a program keeps the old file open.
+    If Windows refuses because the old file is mapped, the old file is renamed to a hidden name, which Windows allows,
+    and deleted as soon as possible: now, when the next file is replaced, or at exit.
+
+    Args:
+        source: The file to rename.
+        target: Its new path, on the same file system.
+
+    Raises:
+        PermissionError: Another program keeps the old file open.
+        OSError: The file cannot be renamed.
     """
 
     def attempt() -> None:
@@ -146,9 +176,15 @@ def move(source: Path, target: Path) -> None:
 
 
 def delete(file: Path) -> bool:
-    """Delete a file if there is one; False where that cannot be done now.
+    """Delete a file if it exists.
 
-    A file that is mapped on Windows gets a hidden name; deleting is tried again, at exit at the latest.
+    A mapped file is renamed to a hidden name on Windows, and deletion is tried again later, at exit at the latest.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Whether nothing is left under this name.
     """
     try:
         if LOCKING and file.exists():

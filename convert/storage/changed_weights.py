@@ -50,7 +50,17 @@ def cast(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def changed(
     read: Callable[..., torch.Tensor], changes: list[tuple[TensorSlice, Change, ModuleName]], dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
-    """read: as `tensor.to`, gives a new tensor of float32 or float64."""
+    """A function that makes the new tensor of a checkpoint from the old one.
+
+    Args:
+        read: Returns a new tensor that may be modified; takes the same arguments as `tensor.to` (dtype, copy).
+        changes: At least one; for each, the rows or columns that it changes, the change, and the module for messages.
+        dtype: Of the new tensor. Changes are computed in float32, or in float64 if that is the dtype.
+
+    Returns:
+        A function without arguments that returns the new tensor, in the shape of the old one. It raises AdapterError if
+        a number is NaN, infinite or too large for the dtype.
+    """
     module = changes[0][2]
 
     def make() -> torch.Tensor:

@@ -91,9 +91,19 @@ class WeightsFile:
         metadata: Mapping[str, str],
         replaces: bool | None = None,
     ) -> None:
-        """Write it with the modules' weights changed; all other tensors stay as they are unless dtype is given.
+        """Write this file with changed weights, as `weights_writing.write` does.
 
-        replaces: see `weights_writing.write`.
+        Args:
+            target: The file to write.
+            changes: For each module to change, the function that computes the new weight.
+            dtype: Of all floating point tensors. None keeps the dtype of each, and copies unchanged tensors bit for
+                bit.
+            metadata: Of the new file.
+            replaces: See `weights_writing.write`.
+
+        Raises:
+            AdapterError: A weight to change is quantised in a way that cannot be read, or a number does not fit the
+                dtype.
         """
         metadata = metadata if dtype is None else without_scales(metadata)
         write(target, self.planned(changes, dtype), metadata, self.path.suffix != ".bin", replaces)
@@ -108,10 +118,10 @@ class WeightsFile:
         if dtype is not None:
             refuse(self.neighbours.foreign, self.neighbours.foreign, f"{self.path}: no other precision")
         planned: dict[str, Planned] = {}
-        for key, tensor in self.tensors.items():
-            planned.update(self._planned(key, tensor, by_key.get(key, []), dtype))
+        for key, stored in self.tensors.items():
+            planned.update(self._planned(key, stored, by_key.get(key, []), dtype))
         whole = _Whole(self.path)
-        return {key: one._replace(make=bound(whole.checked, one.make)) for key, one in planned.items()}
+        return {key: tensor._replace(make=bound(whole.checked, tensor.make)) for key, tensor in planned.items()}
 
     def _planned(
         self,
@@ -173,7 +183,14 @@ class Checkpoint:
     def open(cls, source: str | Path) -> "Checkpoint":
         """Open a checkpoint file (.safetensors, .ckpt) or a Diffusers folder.
 
-        AdapterError where it is missing, broken, or holds no denoiser of a known family.
+        Args:
+            source: The file or folder; `~` is the home folder.
+
+        Returns:
+            The checkpoint. Tensors are mapped into memory and read when they are used.
+
+        Raises:
+            AdapterError: It is missing or damaged, or has no denoiser of a known family.
         """
         path = Path(source).expanduser()
         if path.is_dir():
@@ -245,10 +262,19 @@ class Checkpoint:
             refuse(foreign, (key for key in foreign if key not in file.tensors), str(file.path))
 
     def read(self, module: ModuleName, file: WeightsFile) -> torch.Tensor:
-        """The numbers of a module's weight: those of the file, or float32 where it is scaled.
+        """The weight of a module, as stored, or dequantised to float32 if it has a scale.
 
-        Mapped for this tensor only: reading many does not keep the whole file resident. AdapterError where the weight
-        is quantised in another way, or the file is no longer what it was.
+        The file is mapped for this tensor only, so that reading many tensors does not keep the whole file in memory.
+
+        Args:
+            module: The module.
+            file: The file that contains it; see `parameters`.
+
+        Returns:
+            The weight, (out, in) or (out, in, height, width).
+
+        Raises:
+            AdapterError: The weight is quantised in another way, or the file has changed since it was opened.
         """
         file.check(module)
         place = file.places[module]
@@ -292,9 +318,18 @@ class Checkpoint:
     ) -> Path:
         """Write the model with changed weights, whole or not at all: a file as a file, a folder as a folder.
 
-        changes: for some modules, what makes a new weight of the old (float32, same shape, in place or not). The result
-        has the old dtype, or `dtype`, which then holds for all floating point tensors. metadata: entries to add; None
-        leaves out the source's too.
+        Args:
+            target: The file or folder to write.
+            changes: For each module to change, a function from its old weight (float32) to the new one, in the same
+                shape; it may work in place. The result has the old dtype, or `dtype`.
+            dtype: Of all floating point tensors; None keeps the dtype of each.
+            metadata: Entries to add to the metadata; None also removes those of the source.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            AdapterError: A changed weight cannot be read, or does not fit the dtype.
         """
         target = Path(target).expanduser()
         if not self.is_folder:
@@ -337,9 +372,9 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
-def _same_set(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
+def _same_set(first: tuple[str, Path], second: tuple[str, Path]) -> bool:
     """Whether two files are different shards of the same weights; each is (component, file)."""
-    return one[0] == other[0] and one[1] != other[1] and variant(one[1]) == variant(other[1])
+    return first[0] == second[0] and first[1] != second[1] and variant(first[1]) == variant(second[1])
 
 
 @contextmanager

@@ -32,9 +32,18 @@ def twin(module: ModuleName) -> ModuleName:
 
 
 def with_ema(checkpoint: Checkpoint, chosen: str) -> Checkpoint:
-    """The checkpoint without its averaged weights ("drop"), with places for them ("merge"), or as it is ("keep").
+    """Apply a choice about the averaged weights (`model_ema.*`) of a checkpoint.
 
-    AdapterError where there are none to drop or merge.
+    Args:
+        checkpoint: The checkpoint.
+        chosen: "keep" (nothing is changed), "drop" (without them), or "merge" (they become modules that changes apply
+            to).
+
+    Returns:
+        A checkpoint of the same path.
+
+    Raises:
+        AdapterError: The choice is unknown, or there are no averaged weights to drop or merge.
     """
     if chosen not in EMA:
         raise AdapterError(f"ema {chosen}: {', '.join(EMA)} are known")

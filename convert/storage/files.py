@@ -63,11 +63,20 @@ def shards(index: Path) -> list[Path]:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a .safetensors file or of a PyTorch pickle, memory-mapped, and the metadata ({} of a pickle).
+    """Read the tensors of a .safetensors file or a PyTorch pickle, memory-mapped.
 
-    An index stands for all files that it names. Which of the two kinds a file is tell its first bytes, not its name.
-    Pickles are read without executing anything (`weights_only`). AdapterError where the file is missing, truncated, or
-    a pickle that is called .safetensors.
+    The first bytes decide which of the two a file is, not its name. For an index (.index.json) all files that it lists
+    are read. Pickles are read without executing anything (`weights_only`).
+
+    Args:
+        file: The file.
+
+    Returns:
+        The tensors by their names, and the metadata (empty for a pickle).
+
+    Raises:
+        AdapterError: The file is missing, truncated, contains anything but named tensors, or is a pickle named
+            .safetensors.
     """
     check_regular(file)
     if is_index(file):
@@ -147,9 +156,17 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def load_plain(file: Path, mapped: bool = True) -> Any:
-    """What a PyTorch pickle holds, on the CPU and, if `mapped`, mapped where it can be; nothing in it is executed.
+    """Load a PyTorch pickle to the CPU without executing anything in it.
 
-    AdapterError where it cannot be read.
+    Args:
+        file: The file.
+        mapped: Map tensors into memory if the file allows it.
+
+    Returns:
+        The object in it: usually a dictionary.
+
+    Raises:
+        AdapterError: It cannot be read, or contains objects that are not plain data.
     """
     check_regular(file)
     try:
@@ -217,9 +234,19 @@ def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def all_or_none(folder: Path) -> Iterator[Path]:
-    """An empty folder in `folder` to fill; its files are moved to `folder` when the block ends well, else removed.
+    """Write several files into a folder, all of them or none.
 
-    They replace files of the same name, in folders of the same name. AdapterError where that cannot be done.
+    They replace files of the same name, in folders of the same name.
+
+    Args:
+        folder: The folder; created if it is missing.
+
+    Yields:
+        An empty folder in `folder` to write to. Its files are moved to `folder` when the block ends without an error,
+        and deleted otherwise.
+
+    Raises:
+        AdapterError: The folder cannot be written to, or has a folder under the name of a new file.
     """
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     own = folder / f".{secrets.token_hex(4)}.partial"

@@ -47,10 +47,16 @@ def _components(folder: Path) -> dict[str, str | None]:
 
 
 def pipeline_files(folder: Path) -> Iterator[Path]:
-    """The files that the folder's pipeline needs: its index, those of its components (which may be links), its licence.
+    """The files that the pipeline of a Diffusers folder needs: its index, those of its components, its licence.
 
-    Left out: whatever else is in the folder or in a component's, and weights that are not read (of other frameworks,
-    .bin beside .safetensors of the same variant).
+    Not included: other files in the folder or in that of a component, and weights that are not read (of other
+    frameworks, or .bin beside .safetensors of the same variant).
+
+    Args:
+        folder: The Diffusers folder; components may be links.
+
+    Yields:
+        Paths of files below `folder`.
     """
     index = folder / INDEX
     if index.is_file():
@@ -76,26 +82,35 @@ def _is_index(file: Path, weights: Collection[Path]) -> bool:
         return False
     ending = ".bin" if ".bin." in file.name else ".safetensors"
     kind = (stem_of(file), variant(file))
-    return any((stem_of(one), variant(one)) == kind and one.name.endswith(ending) for one in weights)
+    return any(
+        (stem_of(weights_file), variant(weights_file)) == kind and weights_file.name.endswith(ending)
+        for weights_file in weights
+    )
 
 
 def other_entries(folder: Path) -> list[Path]:
-    """What is in a Diffusers folder and no part of the model, relative to it: pictures, .git, checkpoints, notes.
+    """Entries of a Diffusers folder that do not belong to the model: images, .git, checkpoints, notes.
 
-    Weights in a component's folder belong to the model, even where no pipeline would read them.
+    All weights in the folder of a component belong to the model, even those that no pipeline would read.
+
+    Args:
+        folder: The folder; it need not exist.
+
+    Returns:
+        Their paths, relative to `folder`.
     """
     if not folder.is_dir():
         return []
     components = [*_components(folder), *_USUAL]
-    found = []
+    others = []
     for entry in folder.iterdir():
         if entry.name == INDEX:
             continue
         if entry.name not in components:
-            found.append(entry)
+            others.append(entry)
         elif entry.is_dir() and not entry.is_symlink():  # what a link leads to is not the folder's
-            found += [one for one in entry.iterdir() if one.is_dir() or not _of_the_model(one.name)]
-    return [entry.relative_to(folder) for entry in found]
+            others += [inner for inner in entry.iterdir() if inner.is_dir() or not _of_the_model(inner.name)]
+    return [entry.relative_to(folder) for entry in others]
 
 
 def _of_the_model(name: str) -> bool:

@@ -21,23 +21,31 @@ def variant(file: Path) -> str:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The weights files of a component, those of its main variant first.
+    """The weights files of a component, the main variant first.
 
-    Of each variant: the shards that its index names, or the one file; .safetensors before .bin. Files that no library
-    would load (shards that no index names, copies under other names) are left out. AdapterError where the index is
-    broken, or names a file that is not there.
+    For each variant these are the shards that its index lists, or its one file; .safetensors is preferred to .bin.
+    Files that no library would load (shards in no index, copies under other names) are left out.
+
+    Args:
+        folder: The folder of the component; it need not exist.
+
+    Returns:
+        The files, one variant after the other.
+
+    Raises:
+        AdapterError: The index is damaged or lists a missing file, or there are shards without an index.
     """
     if not folder.is_dir():
         return []
-    found = [file for file in sorted(folder.iterdir()) if "model" in file.name and file.is_file()]
-    weights = [file for file in found if file.name.endswith((".safetensors", ".bin"))]
-    indices = [file for file in found if file.name.endswith(".json") and ".index." in file.name]
+    files = [file for file in sorted(folder.iterdir()) if "model" in file.name and file.is_file()]
+    weights = [file for file in files if file.name.endswith((".safetensors", ".bin"))]
+    indices = [file for file in files if file.name.endswith(".json") and ".index." in file.name]
     chosen: list[Path] = []
-    for one in sorted({variant(file) for file in weights + indices}, key=lambda name: (name != "", name)):
+    for name in sorted({variant(file) for file in weights + indices}, key=lambda name: (name != "", name)):
         for ending in (".safetensors", ".bin"):
-            files = [file for file in weights if variant(file) == one and file.name.endswith(ending)]
-            tables = [file for file in indices if variant(file) == one and f"{ending}." in file.name]
-            listed = _of_one_variant(folder, files, tables)
+            of_variant = [file for file in weights if variant(file) == name and file.name.endswith(ending)]
+            tables = [file for file in indices if variant(file) == name and f"{ending}." in file.name]
+            listed = _of_one_variant(folder, of_variant, tables)
             if listed:
                 chosen += listed
                 break

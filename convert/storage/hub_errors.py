@@ -38,8 +38,8 @@ def is_missing_there(error: BaseException | None) -> bool:
 
 def incomplete_snapshot(error: BaseException) -> Path | None:
     """The cached folder of a repository that is there in part; None of any other error, and before version 1.0."""
-    found = getattr(error, "snapshot_path", None)
-    return Path(found) if found is not None else None
+    path = getattr(error, "snapshot_path", None)
+    return Path(path) if path is not None else None
 
 
 def _network_error() -> type[Exception]:

@@ -93,12 +93,12 @@ def _owner(key: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str | None, s
 
 def _kind(name: str, weight: torch.Tensor | None) -> str | None:
     """The kind of quantisation that a neighbour's name tells, None where it tells none."""
-    found = next((kind for pattern, kind in _KINDS if re.search(pattern, name)), None)
-    if found != _ANY:
-        return found
+    kind = next((label for pattern, label in _KINDS if re.search(pattern, name)), None)
+    if kind != _ANY:
+        return kind
     if weight is None:  # nothing but a name with such a word in it, as CLIP's logit_scale
         return None
-    return found if weight.is_floating_point() else _INTEGER
+    return kind if weight.is_floating_point() else _INTEGER
 
 
 def _recipe(tensor: torch.Tensor) -> str:
@@ -111,9 +111,18 @@ def _recipe(tensor: torch.Tensor) -> str:
 
 
 def aligned(scale: torch.Tensor, weight: torch.Tensor, key: str) -> torch.Tensor:
-    """The scale (one number, or one for each row) in a shape that multiplies the weight, float32.
+    """A scale in a shape that broadcasts to the weight.
 
-    AdapterError for any other shape (scales of blocks or columns), and for NaN or infinite scales.
+    Args:
+        scale: One number, or one for each row; any dtype.
+        weight: (out, ...), the quantised weight.
+        key: The name of the scale, for messages.
+
+    Returns:
+        The scale in float32, of shape () or (out, 1, ...).
+
+    Raises:
+        AdapterError: The scale has another shape (one for each block or column), or NaN or infinite numbers.
     """
     rows = len(weight) if weight.ndim else 1
     if scale.numel() != 1 and not (scale.ndim and len(scale) == scale.numel() == rows):
@@ -135,10 +144,22 @@ def dequantised(weight: torch.Tensor, scale: torch.Tensor, key: str) -> torch.Te
 def requantised(
     value: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor, key: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight in `dtype` and a scale like the given one (dtype, shape) that stand for `value` (float32).
+    """Quantise a changed weight.
 
-    The scale is the given one, or the one that puts the largest number at the end of dtype's range where that is much
-    closer to the value, as it is after an overflow; chosen for each row where scales are of rows.
+    The new scale is the old one, or the one that maps the largest number to the end of the range of `dtype` if that is
+    much more precise, as after an overflow. Scales of rows are chosen for each row.
+
+    Args:
+        value: (out, ...), the weight in float32.
+        dtype: The float8 dtype to quantise to.
+        scale: The old scale: () or one number, or one for each row.
+        key: The name of the scale, for messages.
+
+    Returns:
+        The quantised weight, and its scale in the dtype and shape of the old scale.
+
+    Raises:
+        AdapterError: The old scale cannot be read; see `aligned`.
     """
     most = torch.finfo(dtype).max
     old = aligned(scale, value, key)
@@ -146,15 +167,15 @@ def requantised(
     largest = value.abs().amax(rows, keepdim=True) if old.ndim else value.abs().amax()
     fresh = (largest / most).to(scale.dtype).to(torch.float32)
     best, chosen, least = None, old, None
-    for one in (old, fresh):
-        number = (value / torch.where(one == 0, 1.0, one)).clamp_(-most, most).to(dtype)
-        missing = (number.to(torch.float32) * one).sub_(value).square_()
+    for candidate in (old, fresh):
+        number = (value / torch.where(candidate == 0, 1.0, candidate)).clamp_(-most, most).to(dtype)
+        missing = (number.to(torch.float32) * candidate).sub_(value).square_()
         lost = missing.sum(rows, keepdim=True, dtype=torch.float64) if old.ndim else missing.sum(dtype=torch.float64)
         if best is None or least is None:
             best, least = number, lost
             continue
         better = lost < _WORTH_IT * least
-        chosen = torch.where(better, one, chosen)
+        chosen = torch.where(better, candidate, chosen)
         best = torch.where(better, number.view(torch.uint8), best.view(torch.uint8)).view(dtype)  # no `where` of float8
     assert best is not None
     return best, chosen.to(scale.dtype).reshape(scale.shape)

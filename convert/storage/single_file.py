@@ -46,17 +46,20 @@ def write_single_file(
 ) -> Path:
     """Write a Diffusers folder as one file, with changed weights; whole or not at all.
 
-    U-Net, VAE and text encoders are in it; tokenizers, scheduler and safety checker are not, as in any such file.
+    The file has the U-Net, the VAE and the text encoders. Tokenizers, scheduler and safety checker have no place in it.
 
     Args:
-        checkpoint: an opened Diffusers folder.
-        target: the file, .safetensors or .ckpt.
-        changes: for some modules, what makes the new weight of the old; see `Checkpoint.write`.
-        dtype: of all floating point tensors; None keeps each tensor's own.
-        metadata: entries for the header of a .safetensors file.
+        checkpoint: An opened Diffusers folder.
+        target: The file, .safetensors or .ckpt.
+        changes: For each module to change, a function from its old weight to the new one; see `Checkpoint.write`.
+        dtype: Of all floating point tensors; None keeps the dtype of each.
+        metadata: Entries for the header of a .safetensors file.
+
+    Returns:
+        The path that was written.
 
     Raises:
-        AdapterError: a part is missing, or has tensors that the original layout has no names for.
+        AdapterError: A component is missing, or has tensors without a name in the original layout.
     """
     target = Path(target).expanduser()
     if target.suffix not in ENDINGS:
@@ -81,7 +84,9 @@ def write_single_file(
             made = origins(parts)
         except AdapterError as error:
             raise AdapterError(f"{checkpoint.path / component}: {error}") from None
-        planned |= {name: _combined(name, [parts[key] for key in one.keys], one.form) for name, one in made.items()}
+        planned |= {
+            name: _combined(name, [parts[key] for key in origin.keys], origin.form) for name, origin in made.items()
+        }
     planned |= _prediction_marks(checkpoint)
     write(target, planned, {"format": "pt", **(metadata or {})})
     return target
@@ -141,10 +146,10 @@ def _prediction_marks(checkpoint: Checkpoint) -> dict[str, Planned]:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        found = json_value(read_text(file))
+        config = json_value(read_text(file))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _combined(name: str, parts: Sequence[Planned], form: str) -> Planned:
@@ -156,7 +161,7 @@ def _combined(name: str, parts: Sequence[Planned], form: str) -> Planned:
         return Planned(first.dtype, (*first.shape, 1, 1), lambda: first.make()[:, :, None, None])
     if form == "transposed":
         return Planned(first.dtype, first.shape[::-1], lambda: first.make().T)
-    if any(one.dtype != first.dtype or one.shape[1:] != first.shape[1:] for one in parts):
+    if any(part.dtype != first.dtype or part.shape[1:] != first.shape[1:] for part in parts):
         raise AdapterError(f"{name}: q, k and v differ in dtype or width, but are one tensor in the original layout")
-    shape = (sum(one.shape[0] for one in parts), *first.shape[1:])
-    return Planned(first.dtype, shape, lambda: torch.cat([one.make() for one in parts]))
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return Planned(first.dtype, shape, lambda: torch.cat([part.make() for part in parts]))

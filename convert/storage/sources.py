@@ -45,11 +45,23 @@ def _choose(names: list[str], place: str) -> str:
 
 
 def locate(source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:
-    """The local path of an adapter's file or PEFT folder; a repository is downloaded to the Hub's cache.
+    """The local path of an adapter; a repository is downloaded to the Hub's cache.
 
-    `hub` goes to `huggingface_hub.hf_hub_download` (token, revision, cache_dir, local_files_only, endpoint, ...).
-    AdapterError where there is nothing, or more than one file to choose from; HubError, an AdapterError whose cause is
-    the Hub library's own error, where a repository cannot be had: missing, private, gated, another revision, offline.
+    Args:
+        source: A file, a folder, or owner/name of a repository.
+        weight_name: The file in the folder or repository. None chooses it: the name that diffusers looks for, a PEFT
+            folder, or the only weights file.
+        subfolder: The folder in the folder or repository.
+        **hub: Options of `huggingface_hub.hf_hub_download` (token, revision, cache_dir, local_files_only, endpoint,
+            ...).
+
+    Returns:
+        The path of a file or a PEFT folder.
+
+    Raises:
+        AdapterError: There is no such source, no adapter in it, or several to choose from.
+        HubError: The repository cannot be downloaded: missing, private, gated, no such revision, offline. It is an
+            AdapterError whose cause is the error of huggingface_hub.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -116,8 +128,8 @@ def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download:
     places = [f"{start}{part}/" if part else start for part in ("", *COMPONENTS)]
     peft = [place for place in places if f"{place}{peft_folder.CONFIG}" in files]
     if peft:
-        wanted = (peft_folder.CONFIG, peft_folder.WEIGHTS, peft_folder.WEIGHTS_PICKLED)
-        patterns = [f"{place}{name}" for place in peft for name in wanted]
+        needed = (peft_folder.CONFIG, peft_folder.WEIGHTS, peft_folder.WEIGHTS_PICKLED)
+        patterns = [f"{place}{name}" for place in peft for name in needed]
         with hub_errors(repo, revision):
             return Path(snapshot_download(repo, allow_patterns=patterns, **options)) / start
     names = [name.removeprefix(start) for name in files if name.startswith(start)]

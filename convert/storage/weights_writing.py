@@ -92,7 +92,7 @@ def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, st
     with file.open("wb") as out, _Flusher(out.fileno()) as flusher:
         header = _header(ordered, metadata)
         out.write(header)
-        starts = accumulate((one.size for one in ordered.values()), initial=len(header))
+        starts = accumulate((planned.size for planned in ordered.values()), initial=len(header))
         start_of = dict(zip(ordered, starts, strict=False))  # the last one is the end
         in_turn = sorted(ordered.items(), key=lambda item: item[1].late)
         for name, planned in progress(in_turn, "writing", len(ordered)):
@@ -121,11 +121,21 @@ def write(
     wrapped: bool = True,
     replaces: bool | None = None,
 ) -> None:
-    """Write a weights file in the format of its ending: .safetensors, or a pickle for any other.
+    """Write a weights file in the format of its suffix: .safetensors, or a pickle for any other.
 
-    A pickle is made from a .safetensors file beside it that is streamed first and then mapped, so that the tensors need
-    not be in memory together. `wrapped` puts them under `state_dict`, as Stable Diffusion's own checkpoints are.
-    Where something else goes for it (`replaces`, by default an existing target) the new file is on the disk before.
+    A pickle is made from a temporary .safetensors file, which is streamed and then mapped, so that the tensors need not
+    fit into memory together.
+
+    Args:
+        target: The file to write.
+        tensors: What to write, by name; each tensor is made when it is written.
+        metadata: Entries for the header of a .safetensors file; pickles have none.
+        wrapped: Put the tensors of a pickle under the key `state_dict`, as in the checkpoints of Stable Diffusion.
+        replaces: Flush the new file to the disk before the rename, because something else is deleted for it. None: if
+            `target` exists.
+
+    Raises:
+        AdapterError: A tensor has a dtype that .safetensors does not support, or its source changed while it was read.
     """
     replaces = target.exists() if replaces is None else replaces
     with replacing(target, durable=replaces) as partial:
