@@ -22,20 +22,23 @@ from .svd import Fit, reduced
 
 
 def mean(changes: Sequence[Delta], count: int, unit: int | None = None) -> tuple[Delta, Fit]:
-    """The mean of `count` changes, of which those that are not among `changes` are none; and how well it is met.
+    """The mean of changes, and its approximation error.
 
-    The mean of low-rank pairs has a higher rank than they: it is the best approximation of the highest of theirs, at
-    alpha / rank of the first. The mean of full changes and norms is exact.
+    The mean of low-rank pairs has a higher rank than the pairs: it is approximated at the largest of their ranks, with
+    the alpha / rank of the first pair that has an effect. The mean of full changes and norms is exact.
 
     Args:
-        changes: at least one.
-        count: what the sum is divided by.
-        unit: distance of the ranks that a DyLoRA can be cut to; None for others. At each of these ranks the result is
-            close to the mean of the cut changes: every `unit` components are the best ones to add to those before.
+        changes: At least one.
+        count: The divisor of the sum. If it is more than `len(changes)`, the others are zero.
+        unit: For DyLoRAs, the distance of the ranks that they can be cut to: the result cut to any of these ranks is
+            close to the mean of the changes cut to it. None for other changes.
+
+    Returns:
+        The mean, of the same kind, and how well it approximates the exact one.
 
     Raises:
-        AdapterError: they are of kinds without a mean of the same kind, or for different weights; or DyLoRAs of
-            different ranks.
+        AdapterError: Their kinds differ or have no mean of the same kind, they are for weights of different shapes, or
+            DyLoRAs have different ranks.
     """
     pairs = [pair for change in changes if (pair := as_pair(change)) is not None]
     if len(pairs) == len(changes):
@@ -100,7 +103,7 @@ def _mean_of_full(changes: Sequence[Full], count: int) -> Full:
 
     return replace(
         first,
-        diff=mean_of([None if one.diff is None else one.diff.float() * one.multiplier for one in changes]),
-        diff_b=mean_of([one.bias() for one in changes]),
+        diff=mean_of([None if change.diff is None else change.diff.float() * change.multiplier for change in changes]),
+        diff_b=mean_of([change.bias() for change in changes]),
         multiplier=1.0,
     )

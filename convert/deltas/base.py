@@ -41,18 +41,18 @@ class Delta(Protocol):
         """Whether it changes the weight, and not the bias alone."""
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full, a new tensor that the caller may change.
+        """ΔW in full: a new tensor that the caller may modify.
 
         Args:
-            base_weight: W, any floating dtype. Without it ΔW has the shape in which the file describes it, in which a
-                kernel may be flattened: (out, in * height * width).
-            dtype: the dtype of ΔW and of the arithmetic.
+            base_weight: W, any floating dtype. None: ΔW is returned in the shape that the file describes, which may
+                have a flattened kernel, (out, in * height * width).
+            dtype: The dtype of ΔW and of the arithmetic.
 
         Returns:
             ΔW, in the shape of `base_weight`.
 
         Raises:
-            AdapterError: `base_weight` is needed and missing, or has a shape that this delta is not for.
+            AdapterError: `base_weight` is needed and missing, or has another shape than this change is for.
         """
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
@@ -71,10 +71,13 @@ class Delta(Protocol):
         """Whether no number in its tensors is NaN or infinite."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by the ends of their keys in LyCORIS' and kohya's files ("lora_up.weight", "alpha").
+        """The tensors as files have them.
+
+        Returns:
+            Tensors by the ends of their keys in the files of LyCORIS and kohya ("lora_up.weight", "alpha").
 
         Raises:
-            AdapterError: it was scaled, and files of its kind have no place for a weight.
+            AdapterError: It was scaled, and files of this kind cannot store a weight.
         """
 
 
@@ -178,12 +181,16 @@ class TensorDelta:
 
 
 def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor], prefix: str = "") -> Any:
-    """The same change with other tensors, also in the changes that it is made of.
+    """A copy of a change with other tensors, including those of the changes inside of it.
 
     Args:
-        change: a delta.
-        take: gives the new tensor for the name of a field and its tensor; fields of an inner change are named
-            `<field>_<inner field>`, those of a sum's parts `parts_<number>_<field>`.
+        change: A delta.
+        take: Called with the name of each field and its tensor; returns the new tensor. Fields of an inner change are
+            named `<field>_<inner field>`, those of the parts of a sum `parts_<number>_<field>`.
+        prefix: Is put before all names.
+
+    Returns:
+        A delta of the same kind.
     """
     values: dict[str, Any] = {}
     for item in fields(change):
@@ -225,7 +232,10 @@ def check_shape(name: str, tensor: torch.Tensor, *allowed: tuple[int | None, ...
             size > 0 if want is None else size == want for size, want in zip(tensor.shape, shape, strict=True)
         ):
             return
-    texts = " or ".join("[" + ", ".join("any" if size is None else str(size) for size in one) + "]" for one in allowed)
+    texts = " or ".join(
+        "[" + ", ".join("any" if size is None else str(size) for size in shape_allowed) + "]"
+        for shape_allowed in allowed
+    )
     raise AdapterError(f"{name} has the shape {list(tensor.shape)}, expected {texts}")
 
 

@@ -14,13 +14,21 @@ Key = TypeVar("Key")
 
 
 def cast_pairs(pairs: Mapping[Key, LowRank], dtype: torch.dtype | None, keep_alpha: bool = False) -> dict[Key, LowRank]:
-    """The pairs with their factors in another dtype; None keeps them.
+    """Convert the factors of low-rank pairs to another dtype.
 
-    Where factors would lose small numbers in it, they are balanced by powers of two, and where that is not enough all
-    alphas become smaller by the same factor (not with keep_alpha): ΔW is the same.
+    If factors would lose small numbers, they are balanced by powers of two first, which keeps ΔW. If that is not
+    enough, all factors are multiplied by one power of two and all alphas become smaller to match.
+
+    Args:
+        pairs: The pairs, by any key.
+        dtype: The new dtype; None keeps the pairs.
+        keep_alpha: Never change an alpha.
+
+    Returns:
+        The new pairs, by the same keys.
 
     Raises:
-        AdapterError: a number is too large for the dtype; with the key.
+        AdapterError: A number is too large for the dtype; the message begins with the key.
     """
     if dtype is None:
         return dict(pairs)

@@ -70,9 +70,15 @@ class Combination:
 
 
 def prune_small(change: torch.Tensor, density: float) -> torch.Tensor:
-    """The change with its smallest numbers set to 0, in place; `density` is the share that is kept, rounded down.
+    """Set the smallest numbers of a change to 0, in place.
 
-    Numbers of the same size as the smallest that is kept are kept too.
+    Args:
+        change: Any shape.
+        density: Share of the numbers to keep, 0 to 1; their count is rounded down. Numbers that are as large as the
+            smallest one kept are also kept.
+
+    Returns:
+        `change`.
     """
     count = int(density * change.numel())
     if count >= change.numel():
@@ -118,7 +124,7 @@ class Combined(Sum):
 
     def scaled(self, weight: float) -> "Combined":
         """The whole at another weight."""
-        return replace(self, weights=tuple(weight * one for one in self.weights))
+        return replace(self, weights=tuple(weight * factor for factor in self.weights))
 
     def to(self, dtype: torch.dtype | None) -> "Combined":
         """The same changes with their tensors in another dtype; None keeps them."""

@@ -31,16 +31,16 @@ def _range_finder(matrix: torch.Tensor, rank: int, energy: float) -> tuple[torch
     rows, columns = matrix.shape
     size = min(rank + max(_OVERSAMPLING, rank // 4), rows, columns)
     generator = torch.Generator().manual_seed(0)
-    found = matrix @ torch.randn(columns, size, generator=generator).to(matrix)
+    sample = matrix @ torch.randn(columns, size, generator=generator).to(matrix)
     missing = energy
     for _ in range(_MOST_ITERATIONS):
-        basis = orthonormal(found)[0].to(matrix.dtype)
+        basis = orthonormal(sample)[0].to(matrix.dtype)
         # The singular values of matrixᵀ · basis are those found so far; its directions start the next iteration.
         directions, values, vh = gram_svd(matrix.T @ basis)
         before, missing = missing, max(energy - float(values[:rank].square().sum()), 0.0)
         if before - missing <= 2 * _STANDSTILL * missing + 1e-9 * energy:
             break
-        found = matrix @ directions.to(matrix.dtype)
+        sample = matrix @ directions.to(matrix.dtype)
     up = basis @ (vh.T * values).to(matrix.dtype)
     return values, up, directions.T.to(matrix.dtype)
 
@@ -48,10 +48,17 @@ def _range_finder(matrix: torch.Tensor, rank: int, energy: float) -> tuple[torch
 def best_approximation(
     matrix: torch.Tensor, rule: RankRule, most: int | None, direct: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Fit]:
-    """up (rows, k) and down (k, columns), down with orthonormal rows, and how well up · down meets the matrix.
+    """The best low-rank approximation of a matrix.
 
-    rule: chooses k from the singular values; most: the largest k that it can choose, None where that is not known;
-    direct: by LAPACK's SVD, whose signs of singular vectors are kohya's (see `svd.decompose_dense`).
+    Args:
+        matrix: (rows, columns), float32 or float64.
+        rule: Chooses the rank k from the singular values.
+        most: The largest k that the rule can choose; None if that is not known. A small one is faster.
+        direct: Use LAPACK's SVD, which gives singular vectors the signs that kohya's tools have; see
+            `svd.decompose_dense`.
+
+    Returns:
+        up (rows, k), down (k, columns) with orthonormal rows, and the approximation error of up · down.
     """
     rows, columns = matrix.shape
     energy = _norm_squared(matrix)

@@ -73,11 +73,18 @@ class IA3(TensorDelta):
 
     @classmethod
     def of_peft(cls, factors: torch.Tensor, on_input: bool = False) -> Self:
-        """The change by PEFT's factors, W + ΔW = W · factors.
+        """The change of PEFT's factors, W + ΔW = W · factors.
 
         Args:
             factors: (out, 1) or (1, in) of a linear layer, (1, channels, 1, 1) of a convolution.
-            on_input: Whether those of a convolution are of its input channels, as PEFT's config says; its files do not.
+            on_input: Whether the factors of a convolution are for its input channels; PEFT's config says so, not the
+                file.
+
+        Returns:
+            The change.
+
+        Raises:
+            AdapterError: The factors have another shape.
         """
         check_shape("ia3_l", factors, (None, 1), (1, None), (1, None, 1, 1))
         if factors.ndim == 2:

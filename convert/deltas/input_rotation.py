@@ -66,8 +66,8 @@ class InputRotation(TensorDelta):
         skew = skew.index_put((blocks, rows, columns), self.upper.to(dtype))
         skew = skew - skew.mT
         if self.terms == 0:
-            one = torch.eye(self.size, dtype=dtype, device=skew.device)
-            return (torch.linalg.solve(one + skew, one - skew) - one) * self.multiplier
+            identity = torch.eye(self.size, dtype=dtype, device=skew.device)
+            return (torch.linalg.solve(identity + skew, identity - skew) - identity) * self.multiplier
         highest = self.terms - 1 if self.terms < 3 else max(self.terms - 1, 3)
         power, total = skew, torch.zeros_like(skew)
         for exponent in range(1, highest + 1):

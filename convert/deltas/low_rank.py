@@ -22,13 +22,22 @@ def finite(factor: torch.Tensor) -> bool:
 
 
 def with_alpha(tensors: dict[str, torch.Tensor], alpha: float, rank: int, factor: str) -> dict[str, torch.Tensor]:
-    """The tensors and their alpha, in the dtype of `tensors[factor]`, or float32 where that would round it.
+    """Add the tensor `alpha` to the tensors of a module, as files have it.
 
-    An alpha of 0, also one that float32 makes 0, would be read as "the rank": it is written as the rank, with `factor`
-    all zeros.
+    It has the dtype of `tensors[factor]`, or float32 if that dtype would round it. Readers take an alpha of 0 for the
+    rank, so if alpha is 0 in float32, the rank is written and `tensors[factor]` is replaced by zeros.
+
+    Args:
+        tensors: The tensors of a module, by the ends of their keys.
+        alpha: The alpha.
+        rank: The rank of the module.
+        factor: The key of the factor that decides the dtype.
+
+    Returns:
+        The tensors with `alpha` first.
 
     Raises:
-        AdapterError: alpha is beyond float32.
+        AdapterError: alpha is too large for float32.
     """
     if float(torch.tensor(alpha, dtype=torch.float32)) == 0:
         tensors, alpha = {**tensors, factor: torch.zeros_like(tensors[factor])}, float(rank)
@@ -114,11 +123,14 @@ class LowRank:
     def delta(
         self, base_weight: torch.Tensor | torch.dtype | None = None, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """ΔW in full, (out, in) or (out, in, height, width), computed in `dtype`.
+        """ΔW in full.
 
         Args:
-            base_weight: The weight that is changed, of which only the shape matters here; or the dtype.
-            dtype: In which to compute.
+            base_weight: The weight that is changed, of which only the shape matters; or the dtype.
+            dtype: The dtype of ΔW and of the arithmetic.
+
+        Returns:
+            (out, in) or (out, in, height, width), in the shape of `base_weight` if that is given.
 
         Raises:
             AdapterError: The change is for a weight of another shape.
@@ -147,10 +159,16 @@ class LowRank:
         return replace(self, alpha=self.alpha * weight)
 
     def with_alpha(self, alpha: float) -> "LowRank":
-        """The same ΔW with another alpha: `up` is multiplied, or both factors where `up` would lose small numbers.
+        """The same ΔW with another alpha: `up` is multiplied, or both factors if `up` would lose small numbers.
 
         Args:
             alpha: Not 0.
+
+        Returns:
+            The pair, with factors in the same dtypes (`up` in float16 if it was float8).
+
+        Raises:
+            AdapterError: alpha is 0.
         """
         if alpha == 0:
             raise AdapterError("an alpha of 0 has no effect: scale the adapter by 0 instead")
@@ -172,10 +190,13 @@ class LowRank:
         """The first components, as DyLoRA uses them.
 
         Args:
-            rank: How many; all where there are fewer.
-            rank_scaling: "constant" keeps the scale that the components were trained with, alpha/R; "rank" keeps alpha,
+            rank: Their number; all components if it is larger than the rank of this pair, R.
+            rank_scaling: "constant" keeps the scale alpha/R that the components were trained with; "rank" keeps alpha,
                 so that the scale is alpha/rank as in the DyLoRA paper (arXiv:2210.07558) and in kohya's splitter;
-                "sqrt" is between them.
+                "sqrt" is between them, alpha/R · √(R/rank).
+
+        Returns:
+            The pair of this rank.
 
         Raises:
             AdapterError: The rank is below 1.
@@ -192,10 +213,16 @@ class LowRank:
         return replace(self, down=self.down[order], up=self.up[:, order])
 
     def to(self, dtype: torch.dtype | None) -> "LowRank":
-        """Factors in another dtype; None keeps them.
+        """The same change with factors in another dtype.
 
-        Where one of them would lose small numbers in it, both are balanced first: each component of one is multiplied
-        by a power of two, and of the other divided by it.
+        If a factor would lose small numbers, both are balanced first: each component of one is multiplied by a power of
+        two, and of the other divided by it.
+
+        Args:
+            dtype: The new dtype; None keeps the factors.
+
+        Returns:
+            The pair.
         """
         return self if dtype is None else self._to(dtype, self.loses(dtype))
 
@@ -224,48 +251,62 @@ class LowRank:
         return add_up([self, other])
 
 
-def _wide(one: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+def _wide(pair: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
     """Its factors, down and up, in at least float32."""
-    return widened(one.down), widened(one.up)
+    return widened(pair.down), widened(pair.up)
 
 
-def to_narrow(ones: Mapping[Key, LowRank], dtype: torch.dtype, keep_alpha: bool = False) -> dict[Key, LowRank]:
-    """`LowRank.to` for all modules of an adapter.
+def to_narrow(pairs: Mapping[Key, LowRank], dtype: torch.dtype, keep_alpha: bool = False) -> dict[Key, LowRank]:
+    """Convert all pairs of an adapter to another dtype; see `LowRank.to`.
 
-    Where balanced factors would still lose small numbers, the factors of all are multiplied by a power of two and every
-    alpha is divided by its square: programs that read the alpha of one module for all still read the same change.
-    keep_alpha: not that.
+    If balanced factors would still lose small numbers, all factors are multiplied by a power of two and every alpha is
+    divided by its square, so that programs that read one alpha for all modules still read the same change.
+
+    Args:
+        pairs: The pairs, by any key.
+        dtype: The new dtype.
+        keep_alpha: Never change an alpha.
+
+    Returns:
+        The new pairs, by the same keys.
     """
-    losing = {key for key, one in ones.items() if one.loses(dtype)}
-    narrow = {key: one._to(dtype, key in losing) for key, one in ones.items()}
-    low = [] if keep_alpha else [balanced(*_wide(ones[key])) for key in losing]
+    losing = {key for key, pair in pairs.items() if pair.loses(dtype)}
+    narrow = {key: pair._to(dtype, key in losing) for key, pair in pairs.items()}
+    low = [] if keep_alpha else [balanced(*_wide(pairs[key])) for key in losing]
     low = [(down, up) for down, up in low if loses(down, dtype, 0) or loses(up, dtype, 1)]
     if not low:
         return narrow
-    wanted = max(headroom(*pair, dtype)[1] for pair in low)
-    shift = min([wanted, *(headroom(*balanced(*_wide(one)), dtype)[0] for one in ones.values())])
+    enough = max(headroom(*factors, dtype)[1] for factors in low)
+    shift = min([enough, *(headroom(*balanced(*_wide(pair)), dtype)[0] for pair in pairs.values())])
     if shift <= 0:
         return narrow
     shifted = {}
-    for key, one in ones.items():
-        down, up = balanced(*_wide(one), shift)
-        alpha = math.ldexp(one.alpha, -2 * shift)
-        shifted[key] = replace(one, down=down.to(dtype), up=up.to(dtype), alpha=alpha)
+    for key, pair in pairs.items():
+        down, up = balanced(*_wide(pair), shift)
+        alpha = math.ldexp(pair.alpha, -2 * shift)
+        shifted[key] = replace(pair, down=down.to(dtype), up=up.to(dtype), alpha=alpha)
     return shifted
 
 
 def add_up(parts: Sequence[LowRank], scale: float | None = None) -> LowRank:
-    """The sum of the changes, exactly: ranks are concatenated (float32).
+    """The exact sum of changes: their ranks are concatenated.
 
-    alpha / rank of the sum is `scale`, by default the largest of the parts: what differs from it goes into `up`. Its
-    factors have as many dimensions as the first one's. AdapterError where they are for different weights.
+    Args:
+        parts: At least one pair.
+        scale: alpha / rank of the sum; None takes the largest of the parts. Other scales are multiplied into `up`.
+
+    Returns:
+        The sum in float32, with factors in as many dimensions as those of the first part; a single part itself.
+
+    Raises:
+        AdapterError: The parts are for weights of different shapes.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
     for part in parts[1:]:
         if (part.out_in, part.kernel) != (first.out_in, first.kernel):
-            shapes = [[*one.out_in, *one.kernel] for one in (first, part)]
+            shapes = [[*pair.out_in, *pair.kernel] for pair in (first, part)]
             raise AdapterError(f"one is for a weight of {shapes[0]}, the other of {shapes[1]}")
     shape = (first.up.shape[0], *first.down.shape[1:])
     alike = [part.shaped_like(shape) for part in parts]
@@ -280,10 +321,16 @@ def common_scale(parts: Iterable[LowRank]) -> float:
 
 
 def rank_range(ranks: Iterable[int]) -> str:
-    """The ranks of an adapter's modules, for people.
+    """The ranks of the modules of an adapter as text.
+
+    Args:
+        ranks: One for each module, in any order.
+
+    Returns:
+        The rank, or the lowest and the highest.
 
     >>> rank_range([16, 16]), rank_range([16, 8, 36]), rank_range([])
     ('16', '8 to 36', '0')
     """
-    found = sorted(set(ranks)) or [0]
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    different = sorted(set(ranks)) or [0]
+    return str(different[0]) if len(different) == 1 else f"{different[0]} to {different[-1]}"

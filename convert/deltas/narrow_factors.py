@@ -37,9 +37,17 @@ def loses(factor: torch.Tensor, dtype: torch.dtype, dim: int) -> bool:
 
 
 def balanced(down: torch.Tensor, up: torch.Tensor, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same up · down with the largest numbers of both factors alike in each component, times 2^(2 · shift).
+    """Factors with the same product, whose largest numbers are equal in each component, times 2^shift each.
 
-    down is (rank, ...), up is (out, rank, ...); float32 or float64. Multiplied by powers of two, so nothing is rounded.
+    The factors are multiplied by powers of two, so nothing is rounded.
+
+    Args:
+        down: (rank, ...), float32 or float64.
+        up: (out, rank, ...), float32 or float64.
+        shift: Multiplies the product by 2^(2 · shift).
+
+    Returns:
+        The new down and up.
     """
     exponents = _exponents(down, up)
     by_down = [math.ldexp(1.0, shift - exponent) for exponent in exponents]
@@ -51,11 +59,11 @@ def balanced(down: torch.Tensor, up: torch.Tensor, shift: int = 0) -> tuple[torc
 
 def _exponents(down: torch.Tensor, up: torch.Tensor) -> list[int]:
     """For each component the power of two that `up` is multiplied by, and `down` divided by."""
-    found = []
+    exponents = []
     for low, high in zip(_largest(down, 0), _largest(up, 1), strict=True):
         usable = low > 0 and high > 0 and math.isfinite(low) and math.isfinite(high)
-        found.append(round((math.log2(low) - math.log2(high)) / 2) if usable else 0)
-    return found
+        exponents.append(round((math.log2(low) - math.log2(high)) / 2) if usable else 0)
+    return exponents
 
 
 def _largest(factor: torch.Tensor, dim: int) -> list[float]:

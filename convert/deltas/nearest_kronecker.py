@@ -15,11 +15,14 @@ FACTORS = (16, 8, 4, 2, 1)  # tried for a target error, from small files to larg
 
 
 def nearest_kronecker(delta: torch.Tensor, factor: int) -> tuple[Kronecker, Fit]:
-    """The LoKr whose ΔW is nearest to `delta`, and how well it meets it.
+    """The LoKr whose ΔW is nearest to a change.
 
     Args:
         delta: (out, in) or (out, in, height, width), float32.
-        factor: the size of w1 is what divides `out` and `in`, near `factor` (see `split`).
+        factor: w1 has the sizes that divide `out` and `in` near `factor`; see `split`.
+
+    Returns:
+        The LoKr with two full factors, and its approximation error.
     """
     (rows, height), (columns, width) = (split(side, factor) for side in delta.shape[:2])
     kernel = delta.shape[2:]
@@ -33,15 +36,22 @@ def nearest_kronecker(delta: torch.Tensor, factor: int) -> tuple[Kronecker, Fit]
 
 def nearest_within(delta: torch.Tensor, error: float) -> tuple[Kronecker, Fit]:
     """The smallest of the nearest LoKrs with `FACTORS` whose relative error is at most `error`; factor 1 has none."""
-    found = (nearest_kronecker(delta, factor) for factor in FACTORS)
-    return next((change, fit) for change, fit in found if fit.error <= error or change.shape == _second(change))
+    candidates = (nearest_kronecker(delta, factor) for factor in FACTORS)
+    return next((change, fit) for change, fit in candidates if fit.error <= error or change.shape == _second(change))
 
 
 def split(side: int, factor: int) -> tuple[int, int]:
-    """Two whole numbers whose product is `side`, the smaller one first.
+    """Two integers whose product is `side`, the smaller one first.
 
-    The smaller one is `factor` where that divides the side, else its largest divisor below; -1 asks for two that are
-    as near to each other as there are. As LyCORIS', of the sides that models have.
+    The smaller one is `factor` if that divides the side, otherwise the largest divisor below it. This is the split of
+    LyCORIS for the sides that models have.
+
+    Args:
+        side: The number of rows or columns.
+        factor: The largest value of the smaller integer; -1 asks for the two integers that are closest to each other.
+
+    Returns:
+        The smaller and the larger integer.
 
     >>> split(1280, 8), split(1280, -1), split(77, 8)
     ((8, 160), (32, 40), (7, 11))

@@ -27,8 +27,8 @@ def rotations(blocks: torch.Tensor, limit: float, dtype: torch.dtype) -> torch.T
     skew = blocks - blocks.mT
     if limit > 0:
         skew = skew * (limit / torch.linalg.vector_norm(skew).clamp(min=limit))
-    one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(one - skew, one + skew).to(dtype)  # both factors commute
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(identity - skew, identity + skew).to(dtype)  # both factors commute
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,7 +53,7 @@ class Rotation(TensorDelta):
         check_shape("oft_blocks", self.blocks, (*self.blocks.shape[:-1], self.blocks.shape[-2]))
         if self.rescale is not None:
             rows = self._rows
-            check_shape("rescale", self.rescale, *((rows, *[1] * ones) for ones in range(5)))
+            check_shape("rescale", self.rescale, *((rows, *[1] * dims) for dims in range(5)))
         if not math.isfinite(self.constraint):
             raise AdapterError(f"alpha is {self.constraint}")
         self._check_floating()

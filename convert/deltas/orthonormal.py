@@ -10,9 +10,13 @@ _NOTHING = 1e-14  # of the largest eigenvalue: 1e-7 of the largest singular valu
 
 
 def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """basis (rows, n) with orthonormal columns and root (n, columns), float64, with basis · root = matrix (float32).
+    """Factor a matrix as basis · root, where the basis has orthonormal columns.
 
-    n is the numerical rank.
+    Args:
+        matrix: (rows, columns), float32.
+
+    Returns:
+        basis (rows, n) and root (n, columns), float64; n is the numerical rank.
     """
     basis, values, vh = gram_svd(matrix)
     return basis, values[:, None] * vh

@@ -36,10 +36,19 @@ def by_error(target: float, most: int | None = None) -> RankRule:
 
 
 def dynamic(method: str, parameter: float, most: int) -> RankRule:
-    """The rules of kohya's resize_lora: sv_ratio, sv_cumulative and sv_fro, of at most `most`.
+    """The rules of kohya's resize_lora (since v0.11; before, it kept one component more).
 
-    sv_ratio keeps values above the largest by `parameter`; sv_cumulative the fewest with this share of their sum,
-    sv_fro with this share of the Frobenius norm. (kohya's kept one more before v0.11.)
+    Args:
+        method: "sv_ratio" keeps the singular values above the largest one divided by `parameter`; "sv_cumulative" keeps
+            the fewest that have this share of the sum, "sv_fro" of the Frobenius norm.
+        parameter: At least 2 for sv_ratio, 0 to 1 for the others.
+        most: The largest rank to choose.
+
+    Returns:
+        A function from the singular values, largest first, to the rank.
+
+    Raises:
+        AdapterError: The method is unknown, or the parameter or `most` is out of range.
     """
     if method not in DYNAMIC_METHODS:
         raise AdapterError(f"unknown dynamic method {method}: {', '.join(DYNAMIC_METHODS)} are known")

@@ -55,21 +55,24 @@ SUFFIXES = frozenset([*_ALIASES, *_BESIDE, *(suffix for kind in KINDS for suffix
 
 
 def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
-    """The change that a module's tensors describe.
+    """The change that the tensors of a module describe. Tensors are not copied.
 
-    Any kind may have a `dora_scale` or PEFT's `lora_magnitude_vector` (DoRA), a `diff_b` (a change of the bias) and a
-    `scalar` (a factor of the change, which some versions of LyCORIS wrote) beside its own tensors, and a LoRA the bias
-    of its second layer (PEFT's `lora_bias`). Tensors are not copied.
+    Beside its own tensors any kind may have a `dora_scale` or PEFT's `lora_magnitude_vector` (DoRA), a `diff_b` (a
+    change of the bias) and a `scalar` (a factor of the change, which some versions of LyCORIS wrote). A LoRA may have
+    the bias of its second layer (PEFT's `lora_bias`).
 
     Args:
-        tensors: the module's tensors by the ends of their keys, as kohya, LyCORIS and ComfyUI write them:
-            "lora_up.weight", "hada_w1_a", "alpha".
-        rs_lora: whether LyCORIS trained it with `rs_lora`, as a file's metadata say. Only
-            GLoRA and LoKr with two full factors are read differently then: their files do not hold the scale.
+        tensors: The tensors by the ends of their keys, as kohya, LyCORIS and ComfyUI write them: "lora_up.weight",
+            "hada_w1_a", "alpha".
+        rs_lora: Whether the metadata say that LyCORIS trained it with `rs_lora`. It matters for GLoRA and for LoKr with
+            two full factors, whose files do not contain the scale.
+
+    Returns:
+        The change.
 
     Raises:
-        AdapterError: names that no kind has, a kind with tensors missing, or shapes that do not fit. The message does
-            not name the module.
+        AdapterError: A name belongs to no kind, a tensor is missing, or the shapes do not match. The message does not
+            name the module.
     """
     own = _canonical(tensors)
     magnitude = _take_magnitude(own)

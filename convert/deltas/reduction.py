@@ -31,19 +31,23 @@ def reduce_modules(
     keep_scale: bool = False,
     base_weight: Callable[[ModuleName], torch.Tensor] | None = None,
 ) -> tuple[dict[ModuleName, LowRank], dict[ModuleName, Fit]]:
-    """The best pair for the change of every module, and how well it fits.
+    """The best low-rank approximation of the change of every module.
 
     Args:
-        modules: changes of weights, not of norms or biases (see `weights_only`). Pairs are reduced from their factors,
+        modules: Changes of weights, not of norms or biases; see `weights_only`. Pairs are reduced from their factors,
             other kinds from ΔW in full.
-        rules: choose the ranks.
-        clamp_quantile: see `svd.clamp`.
-        device: where to compute; None for where the tensors are.
-        keep_scale: keep alpha / rank of pairs instead of making it 1.
-        base_weight: gives a module's weight in the model, for changes that depend on it.
+        rules: Choose the ranks.
+        clamp_quantile: See `svd.clamp`; None does not clamp.
+        device: Where to compute; None computes where the tensors are.
+        keep_scale: Keep alpha / rank of pairs instead of setting it to 1.
+        base_weight: Returns the weight of a module in the model, for changes that depend on it.
+
+    Returns:
+        The new pairs and their approximation errors, by module.
 
     Raises:
-        AdapterError: numbers that are not finite, or a change that depends on the model's weight; with the module.
+        AdapterError: A number is not finite, or a change depends on the model's weight and `base_weight` is None; the
+            message begins with the module.
     """
     results, fits = {}, {}
     for module, change in progress(modules.items(), "SVD", len(modules)):

@@ -89,32 +89,35 @@ def _tensors_of(change: Full) -> dict[str, torch.Tensor | None]:
 
 
 def joined(pairs: Sequence[LowRank | None], rows: Sequence[int]) -> LowRank:
-    """One pair for a fused layer; the reverse of `cut`.
+    """One pair for a fused layer; the inverse of `cut`.
 
-    Parts that have the same `down` and scale share it; the components of others are one after the other, and what
-    differs in their scales goes into `up`.
+    Parts with the same `down` and scale share it. The components of other parts are concatenated, and differences of
+    their scales are multiplied into `up`.
 
     Args:
-        pairs: those of its parts, in order; None for a part that does not change.
-        rows: how many rows each part has.
+        pairs: The pairs of the parts, in order; None for a part that does not change.
+        rows: The number of rows of each part.
+
+    Returns:
+        The pair, whose rank is the sum of the ranks of different parts.
 
     Raises:
-        AdapterError: the parts' inputs are not equally wide.
+        AdapterError: The inputs of the parts have different widths.
     """
-    found = [pair for pair in pairs if pair is not None]
-    if len({pair.down.shape[1:] for pair in found}) != 1:
+    changing = [pair for pair in pairs if pair is not None]
+    if len({pair.down.shape[1:] for pair in changing}) != 1:
         raise AdapterError("the parts of a fused layer have inputs of different widths")
-    scale = max((abs(pair.scale) for pair in found), default=0.0) or 1.0
-    alike = all(pair.scale == found[0].scale for pair in found)
-    scale = found[0].scale if alike else scale
+    scale = max((abs(pair.scale) for pair in changing), default=0.0) or 1.0
+    alike = all(pair.scale == changing[0].scale for pair in changing)
+    scale = changing[0].scale if alike else scale
     owners: list[LowRank] = []
     starts: list[int] = []
-    for pair in found:
+    for pair in changing:
         if not any(_same_down(pair, owner) for owner in owners):
             starts.append(sum(owner.rank for owner in owners))
             owners.append(pair)
     rank = sum(owner.rank for owner in owners)
-    dtype = torch.promote_types(found[0].up.dtype, found[-1].up.dtype) if alike else torch.float32
+    dtype = torch.promote_types(changing[0].up.dtype, changing[-1].up.dtype) if alike else torch.float32
     up = torch.zeros(sum(rows), rank, dtype=dtype)
     at = 0
     for part, count in zip(pairs, rows, strict=True):
@@ -143,17 +146,17 @@ def whole(parts: Sequence[Delta | None], rows: Sequence[int]) -> Delta:
     pairs = [part for part in parts if part is None or isinstance(part, LowRank)]
     if len(pairs) == len(parts):
         return joined(pairs, rows)
-    found = [part for part in parts if part is not None]
-    first = found[0]
-    if len(found) < len(parts) or any(type(part) is not type(first) for part in found):
+    changing = [part for part in parts if part is not None]
+    first = changing[0]
+    if len(changing) < len(parts) or any(type(part) is not type(first) for part in changing):
         raise _apart(first)
     if isinstance(first, Rows):
-        return _whole_of_rows([part for part in found if isinstance(part, Rows)], sum(rows))
+        return _whole_of_rows([part for part in changing if isinstance(part, Rows)], sum(rows))
     if isinstance(first, WithBias | DoRA):
-        inner = whole([part.change for part in found], rows)  # type: ignore[attr-defined]
-        return replace(_alike(found, by_rows=_BY_ROWS[type(first)]), change=inner)
+        inner = whole([part.change for part in changing], rows)  # type: ignore[attr-defined]
+        return replace(_alike(changing, by_rows=_BY_ROWS[type(first)]), change=inner)
     if type(first) in _BY_ROWS and getattr(first, "t1", None) is None:
-        return _alike(found, by_rows=_BY_ROWS[type(first)])
+        return _alike(changing, by_rows=_BY_ROWS[type(first)])
     raise _apart(first)
 
 
@@ -180,10 +183,10 @@ def _alike(parts: Sequence[Any], by_rows: tuple[str, ...]) -> Any:
     return replace(first, **values)
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one is other or (one.shape == other.shape and torch.equal(one, other))
-    return one is other or bool(one == other)
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first is second or (first.shape == second.shape and torch.equal(first, second))
+    return first is second or bool(first == second)
 
 
 def _whole_of_rows(parts: "Sequence[Rows]", count: int) -> Delta:
@@ -204,13 +207,13 @@ def _apart(part: Delta) -> AdapterError:
     )
 
 
-def _same_down(one: LowRank, other: LowRank) -> bool:
-    first, second = one.down, other.down
-    if one is other:
+def _same_down(first: LowRank, second: LowRank) -> bool:
+    down, other = first.down, second.down
+    if first is second:
         return True
-    if first.shape != second.shape or first.dtype != second.dtype or one.scale != other.scale:
+    if down.shape != other.shape or down.dtype != other.dtype or first.scale != second.scale:
         return False
-    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+    return down.data_ptr() == other.data_ptr() or torch.equal(down, other)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -241,8 +244,8 @@ class Rows(Wrapper):
         """ΔW in full; see `Delta.delta`."""
         if base_weight is not None and not self.fits(tuple(base_weight.shape)):
             raise AdapterError(f"made for {list(self.out_in or ())}, but the model's is {list(base_weight.shape)}")
-        found = self._of(self.change.delta(None, dtype))
-        return found if base_weight is None else found.reshape(base_weight.shape)
+        rows = self._of(self.change.delta(None, dtype))
+        return rows if base_weight is None else rows.reshape(base_weight.shape)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         """The change of the bias; None where it stays."""

@@ -43,9 +43,9 @@ class Rules:
     conv: RankRule
     most: tuple[int | None, int | None] = (None, None)  # the largest ranks that they can choose, where that is known
 
-    def of(self, one: LowRank) -> RankRule:
+    def of(self, pair: LowRank) -> RankRule:
         """The rule for one module."""
-        return self.linear if one.kernel == (1, 1) else self.conv
+        return self.linear if pair.kernel == (1, 1) else self.conv
 
 
 def rules(rank: int | None, conv_rank: int | None = None, target_error: float | None = None) -> Rules:
@@ -58,28 +58,46 @@ def rules(rank: int | None, conv_rank: int | None = None, target_error: float | 
     return Rules(fixed(rank), fixed(conv), (rank, conv))
 
 
-def decompose(one: LowRank, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U (out, n), singular values (n), Vᵀ (n, in·height·width) of ΔW, float64; n is its rank, at most one.rank.
+def decompose(pair: LowRank, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular value decomposition of ΔW, from the factors.
 
-    AdapterError where a factor has NaN or infinite numbers.
+    Args:
+        pair: A low-rank pair.
+        device: Where to compute; None computes where the factors are.
+
+    Returns:
+        U (out, n), singular values (n), Vᵀ (n, in·height·width), float64; n is the rank of ΔW, at most `pair.rank`.
+
+    Raises:
+        AdapterError: A factor has NaN or infinite numbers.
     """
-    up, down = (factor.to(device) for factor in one.matrices())
+    up, down = (factor.to(device) for factor in pair.matrices())
     if not (math.isfinite(float(up.sum())) and math.isfinite(float(down.sum()))):
         raise AdapterError("there are NaN or infinite numbers in it")
     basis, root = orthonormal(down.T)
-    u, values, vh = gram_svd(up.double() @ root.T * one.scale)
+    u, values, vh = gram_svd(up.double() @ root.T * pair.scale)
     return u, values, vh @ basis.T
 
 
 def decompose_dense(
-    one: LowRank, device: torch.device | None = None
+    pair: LowRank, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `decompose`, but n is the shorter side of ΔW, and the signs of singular vectors are those of kohya's tools.
+    """The singular value decomposition of ΔW, computed by LAPACK from the full matrix.
 
-    They are arbitrary, and so is what clamping makes of them: it is kohya's only after LAPACK's SVD of the full matrix,
-    which takes as long as kohya's.
+    The signs of singular vectors are arbitrary, and clamping depends on them: LAPACK gives the signs that kohya's tools
+    have, and takes as long as they do.
+
+    Args:
+        pair: A low-rank pair.
+        device: Where to compute; None computes where the factors are.
+
+    Returns:
+        As `decompose`, but n is the shorter side of ΔW.
+
+    Raises:
+        AdapterError: ΔW has NaN or infinite numbers.
     """
-    matrix = one.delta().flatten(1).to(device)
+    matrix = pair.delta().flatten(1).to(device)
     if not math.isfinite(float(matrix.sum())):
         raise AdapterError("there are NaN or infinite numbers in it")
     if not bool(matrix.any()):
@@ -88,20 +106,25 @@ def decompose_dense(
     return u.double(), values.double(), vh.double()
 
 
-def by_size(one: LowRank) -> LowRank:
-    """The same change with the components of its SVD, the largest first, shared evenly by both factors.
+def by_size(pair: LowRank) -> LowRank:
+    """The same change with the components of its SVD, the largest first: up = U·√Σ and down = √Σ·Vᵀ.
 
-    up = U·√Σ and down = √Σ·Vᵀ (float64), with the alpha that it has: its first b components at the scale alpha/rank are
-    the best approximation of rank b. Components that it does not need, as its rank is lower, get an `up` of zeros and
-    keep a `down`, so that they can still learn. The signs are those with which the largest number of each column of
-    `up` is positive.
+    At the scale alpha/rank the first b components are the best approximation of rank b. If the rank of ΔW is lower than
+    that of the pair, the remaining components have an `up` of zeros and keep their `down`, so that they can still be
+    trained. Signs are chosen so that the largest number of each column of `up` is positive.
+
+    Args:
+        pair: The pair.
+
+    Returns:
+        A pair of the same rank and alpha, on the CPU, float64.
     """
-    u, values, vh = decompose(LowRank(one.down.cpu(), one.up.cpu(), float(one.rank)))  # at the scale 1
+    u, values, vh = decompose(LowRank(pair.down.cpu(), pair.up.cpu(), float(pair.rank)))  # at the scale 1
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    up, down = one.up.detach().cpu().double().flatten(1), one.down.detach().cpu().double().flatten(1)
+    up, down = pair.up.detach().cpu().double().flatten(1), pair.down.detach().cpu().double().flatten(1)
     up, down = torch.zeros_like(up), down.clone()
     up[:, : len(values)], down[: len(values)] = u * signs * values.sqrt(), (values.sqrt() * signs).T * vh
-    return LowRank(down.reshape(one.down.shape), up.reshape(one.up.shape), one.alpha)
+    return LowRank(down.reshape(pair.down.shape), up.reshape(pair.up.shape), pair.alpha)
 
 
 def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,12 +143,26 @@ def product_norm_squared(up: torch.Tensor, down: torch.Tensor) -> float:
 
 
 def reduced(
-    one: LowRank, rule: RankRule, clamp_quantile: float | None = None, device: torch.device | None = None
+    pair: LowRank, rule: RankRule, clamp_quantile: float | None = None, device: torch.device | None = None
 ) -> tuple[LowRank, Fit]:
-    """The change with the number of components that the rule chooses, alpha = rank, and how well it fits."""
-    u, values, vh = decompose(one, device) if clamp_quantile is None else decompose_dense(one, device)
+    """The best approximation of a change at the rank that a rule chooses.
+
+    Args:
+        pair: The change.
+        rule: Chooses the rank from the singular values.
+        clamp_quantile: Clamp both factors as kohya's tools do (see `clamp`), which needs the SVD of the full matrix;
+            None does not.
+        device: Where to compute; None computes where the factors are.
+
+    Returns:
+        A pair in float32 on the CPU with alpha = rank, and its approximation error.
+
+    Raises:
+        AdapterError: A factor has NaN or infinite numbers.
+    """
+    u, values, vh = decompose(pair, device) if clamp_quantile is None else decompose_dense(pair, device)
     if len(values) == 0:  # no change at all: one component of zeros
-        none = one.truncated(1)
+        none = pair.truncated(1)
         return LowRank(none.down.float(), torch.zeros_like(none.up).float(), 1.0), Fit(0.0, 0.0)
     rank = rule(values)
     energy = values.square()
@@ -135,7 +172,7 @@ def reduced(
         up, down = clamp(up, down, clamp_quantile)
         missing = product_norm_squared(torch.cat([u * values, -up], dim=1), torch.cat([vh, down]))
         fit = Fit(fit.total, missing)
-    shape, extra = one.down.shape[1:], (1,) * (one.up.ndim - 2)
+    shape, extra = pair.down.shape[1:], (1,) * (pair.up.ndim - 2)
     up, down = (factor.float().cpu().contiguous() for factor in (up, down))
     return LowRank(down.reshape(rank, *shape), up.reshape(*up.shape, *extra), float(rank)), fit
 
@@ -150,15 +187,15 @@ def as_written(
     }
 
 
-def _distance_squared(one: Delta, other: Delta) -> float:
+def _distance_squared(first: Delta, second: Delta) -> float:
     """‖ΔW - ΔW'‖² of two changes of one weight, in full where they are no pairs."""
-    if not (isinstance(one, LowRank) and isinstance(other, LowRank)):
-        return 0.0 if one is other else float((one.delta() - other.delta()).double().square().sum())
-    if one.alpha == other.alpha and one.up is other.up and one.down is other.down:
+    if not (isinstance(first, LowRank) and isinstance(second, LowRank)):
+        return 0.0 if first is second else float((first.delta() - second.delta()).double().square().sum())
+    if first.alpha == second.alpha and first.up is second.up and first.down is second.down:
         return 0.0
-    (up, down), (other_up, other_down) = one.matrices(torch.float64), other.matrices(torch.float64)
-    ups = torch.cat([up * one.scale, other_up * -other.scale], dim=1)
-    return max(product_norm_squared(ups, torch.cat([down, other_down])), 0.0)
+    (up, down), (second_up, second_down) = first.matrices(torch.float64), second.matrices(torch.float64)
+    ups = torch.cat([up * first.scale, second_up * -second.scale], dim=1)
+    return max(product_norm_squared(ups, torch.cat([down, second_down])), 0.0)
 
 
 def total(fits: Iterable[Fit]) -> Fit:
@@ -168,9 +205,14 @@ def total(fits: Iterable[Fit]) -> Fit:
 
 
 def report(fits: Mapping[ModuleName, Fit], more: str | None = None) -> str:
-    """The relative error of each component and of all, with the worst module, and whether that is much.
+    """The approximation errors of an adapter as text: of each component, of all, and of the worst module.
 
-    more: the options that keep more of the change, such as "a higher --new_rank"; None where there are none.
+    Args:
+        fits: The errors, by module; at least one.
+        more: Options that reduce the error, such as "a higher --new_rank"; None if there are none.
+
+    Returns:
+        Two lines.
     """
     parts = []
     for component in COMPONENTS:
@@ -186,7 +228,13 @@ def report(fits: Mapping[ModuleName, Fit], more: str | None = None) -> str:
 
 
 def verdict(error: float) -> str:
-    """What a relative error means: whether it is much, and the share of the squared change that is kept.
+    """What a relative error means, as text.
+
+    Args:
+        error: ‖ΔW - ΔW'‖ / ‖ΔW‖.
+
+    Returns:
+        Whether it is much, and the share of the squared norm that is kept.
 
     >>> verdict(0.39)
     'much of the change is lost (84.79 % of its squared norm is kept)'
@@ -197,7 +245,7 @@ def verdict(error: float) -> str:
 
 def with_rank_facts(modules: Mapping[ModuleName, Delta], metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata with ss_network_args that name the rank of the larger convolutions, where there are any."""
-    conv = [one.rank for one in modules.values() if isinstance(one, LowRank) and one.kernel != (1, 1)]
+    conv = [change.rank for change in modules.values() if isinstance(change, LowRank) and change.kernel != (1, 1)]
     if not conv:
         return dict(metadata)
     common = max(set(conv), key=conv.count)
