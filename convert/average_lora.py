@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, run
+from lora_adapters.convert.tools.startup import importing
 
 
 def parser() -> Parser:
@@ -35,7 +36,8 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    from lora_adapters.convert.programs.average import average_files  # imports torch, which --help does without
+    with importing():  # of torch, which --help does without
+        from lora_adapters.convert.programs.average import average_files
 
     average_files(args)
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from lora_adapters.convert.choices import FORMATS, ZERO_ALPHA
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, run
+from lora_adapters.convert.tools.startup import importing
 
 
 def parser() -> Parser:
@@ -52,7 +53,8 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    from lora_adapters.convert.programs.convert import convert  # imports torch, which --help does without
+    with importing():  # of torch, which --help does without
+        from lora_adapters.convert.programs.convert import convert
 
     convert(args)
 

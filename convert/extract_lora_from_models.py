@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from lora_adapters.convert.choices import EXTRACTED
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, rank_option, refuse, run
+from lora_adapters.convert.tools.startup import importing
 
 
 def parser() -> Parser:
@@ -62,7 +63,8 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    from lora_adapters.convert.programs.extract import extract_adapter  # imports torch, which --help does without
+    with importing():  # of torch, which --help does without
+        from lora_adapters.convert.programs.extract import extract_adapter
 
     extract_adapter(args)
 

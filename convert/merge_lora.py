@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from lora_adapters.convert.choices import EMA
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_methods, add_skip_unknown, rank_option, run
+from lora_adapters.convert.tools.startup import importing
 
 MODELS_HELP = (
     "LoRA files, PEFT folders or Hub repositories; a weight and block weights may stand behind (a.safetensors:0.8, "
@@ -66,7 +67,8 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    from lora_adapters.convert.programs.merge import merge  # imports torch, which --help does without
+    with importing():  # of torch, which --help does without
+        from lora_adapters.convert.programs.merge import merge
 
     merge(args)
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from lora_adapters.convert.choices import DYNAMIC_METHODS
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, rank_option, run
+from lora_adapters.convert.tools.startup import importing
 
 
 def parser() -> Parser:
@@ -45,7 +46,8 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    from lora_adapters.convert.programs.resize import resize  # imports torch, which --help does without
+    with importing():  # of torch, which --help does without
+        from lora_adapters.convert.programs.resize import resize
 
     resize(args)
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_methods, add_skip_unknown, rank_option, run
+from lora_adapters.convert.tools.startup import importing
 
 
 def parser() -> Parser:
@@ -51,7 +52,8 @@ def parser() -> Parser:
 def program(argv: Sequence[str] | None) -> None:
     """The program's body."""
     args = parser().parse_args(argv)
-    from lora_adapters.convert.programs.svd_merge import svd_merge  # imports torch, which --help does without
+    with importing():  # of torch, which --help does without
+        from lora_adapters.convert.programs.svd_merge import svd_merge
 
     svd_merge(args)
 
