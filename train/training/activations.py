@@ -105,9 +105,9 @@ class _OnAGpu(TorchFunctionMode):
         if function is torch.nn.functional.scaled_dot_product_attention:
             return _Attention.apply(*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))
         if self.dtype != torch.float32 and function in (*_LOW, *_FULL):
-            wanted = self.dtype if function in _LOW else torch.float32
-            args = [_cast(one, wanted) for one in args]
-            kwargs = {name: _cast(one, wanted) for name, one in kwargs.items()}
+            dtype = self.dtype if function in _LOW else torch.float32
+            args = [_cast(value, dtype) for value in args]
+            kwargs = {name: _cast(value, dtype) for name, value in kwargs.items()}
         return function(*args, **kwargs)
 
 

@@ -55,9 +55,16 @@ def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
 
 
 def check_network(settings: Settings, family: TrainingFamily | None) -> None:
-    """Raise an error for network options that are wrong or contradict each other.
+    """Check the network options before the base model is loaded.
 
-    `family` is None where it is not known before the base model is loaded: the options must suit one family then.
+    Args:
+        settings: The settings of the run.
+        family: The family of the base model. None if it is not known yet: the options must then suit at least one
+            family.
+
+    Raises:
+        OptionError: Options contradict each other, or a value is out of range.
+        AdapterError: A value of --network_args is wrong.
     """
     if settings.network_train_unet_only and settings.network_train_text_encoder_only:
         raise OptionError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
@@ -90,24 +97,32 @@ def warn_without_effect(settings: Settings, family: TrainingFamily) -> None:
 
 
 def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]:
-    """The models that get an adapter, by the name of their part in a pipeline.
+    """The models that get an adapter.
 
-    Without those that get no module; TrainingError where nothing is left then.
+    Args:
+        settings: The settings of the run.
+        models: The base model.
+
+    Returns:
+        Models by the name of their component in a pipeline, without those of which no module is covered.
+
+    Raises:
+        TrainingError: No module is left to train.
     """
-    wanted = models.components
+    chosen = models.components
     if settings.network_train_unet_only:
-        wanted = {models.denoiser_name: models.denoiser}
+        chosen = {models.denoiser_name: models.denoiser}
     elif settings.network_train_text_encoder_only:
-        wanted = text_components(wanted)
+        chosen = text_components(chosen)
     if settings.dim_from_weights:
-        return wanted
+        return chosen
     config = options(settings, models.family).config
     if not trains_frozen_text(key_values(settings.network_args, "network_args")):
-        wanted = {name: model for name, model in wanted.items() if name not in models.family.frozen_text_encoders}
-    trained = {name: model for name, model in wanted.items() if _has_modules(model, config)}
+        chosen = {name: model for name, model in chosen.items() if name not in models.family.frozen_text_encoders}
+    trained = {name: model for name, model in chosen.items() if _has_modules(model, config)}
     if not trained:
         raise TrainingError(
-            f"nothing is left to train in {', '.join(wanted)}: every block has rank or weight 0, or preset, "
+            f"nothing is left to train in {', '.join(chosen)}: every block has rank or weight 0, or preset, "
             "include_patterns and exclude_patterns leave all modules out"
         )
     return trained
@@ -180,19 +195,27 @@ def check_low_precision(settings: Settings, trained: dict[str, Any]) -> None:
 
 def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
     """The trained modules by name; names keep the `text_model.` that transformers may leave out."""
-    found = {}
+    layers = {}
     for component, model in trained.items():
         for path, module in model.named_modules():
             if has_adapter(module, ADAPTER):
-                found[ModuleName(component, full_path(component, path))] = module
-    return found
+                layers[ModuleName(component, full_path(component, path))] = module
+    return layers
 
 
 def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
-    """Start from an adapter's changes: modules that only one side has are left alone.
+    """Start from the changes of a saved adapter. Modules that only one of the two sides has are left unchanged.
 
-    Where the file's alpha is another than the one that is trained with, `up` takes up the difference, so that training
-    starts from the change that the file means. TrainingError where ranks differ.
+    If alpha / rank of the file differs from the trained one, `up` is multiplied by the ratio, so that training starts
+    from the change that the file describes.
+
+    Args:
+        trained: The trained models, by component.
+        start: The saved adapter.
+        source: Its name, for messages.
+
+    Raises:
+        TrainingError: Kinds or ranks differ, or the file has none of the trained modules.
     """
     layers = lora_layers(trained)
     used = 0
@@ -289,10 +312,18 @@ def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, 
 
 
 def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | None) -> int:
-    """No gradients for adapters of text-encoder layers that are never read; returns how many modules these are.
+    """Turn off gradients for adapters of text-encoder layers whose output is not used.
 
-    They are saved as they are, as kohya's trainer does. With several processes, a weight that is waited for and never
-    gets a gradient would stop the run.
+    They are saved unchanged, as kohya's trainer does. With several processes, a parameter that never gets a gradient
+    would make the others wait forever.
+
+    Args:
+        trained: The trained models, by component.
+        models: The base model.
+        clip_skip: The option --clip_skip; None is the default of the family.
+
+    Returns:
+        The number of modules that are turned off.
     """
     layers = models.family.unread_layers(models.text_encoders, clip_skip)
     unread = {id(part) for layer in layers for part in layer.modules()}

@@ -38,9 +38,9 @@ class Block:
 def blocks(run: Run) -> dict[str, Block]:
     """Name -> Block: text encoders first, then the denoiser from its input to its output."""
     rates = {id(p): _rate(group) for group in run.optimizer.param_groups for p in group["params"]}
-    found: dict[str, Block] = defaultdict(Block)
+    by_label: dict[str, Block] = defaultdict(Block)
     for name, layer in adapters.lora_layers(run.trained).items():
-        block = found[by_name(run.models.family.name).block_label(name)]
+        block = by_label[by_name(run.models.family.name).block_label(name)]
         own = [weight for _, part in parts_of(layer, adapters.ADAPTER) for weight in part.parameters()]
         change = delta_of(layer, adapters.ADAPTER)
         alpha = alpha_in(change)
@@ -54,7 +54,7 @@ def blocks(run: Run) -> dict[str, Block]:
         block.rates |= {
             rates.get(id(weight), "not trained") if weight.requires_grad else "not trained" for weight in own
         }
-    return dict(sorted(found.items(), key=lambda entry: entry[1].place))
+    return dict(sorted(by_label.items(), key=lambda entry: entry[1].place))
 
 
 def table(run: Run) -> list[str]:

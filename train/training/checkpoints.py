@@ -169,8 +169,8 @@ def prune_steps(settings: Settings, output: Path, step: int) -> None:
 def _remove(output: Path, pattern: str, newest: int) -> None:
     """Delete what matches `pattern` and has a number of at most `newest`."""
     for path in output.iterdir():
-        found = re.fullmatch(pattern, path.name)
-        if found and int(found.group(1)) <= newest:
+        match = re.fullmatch(pattern, path.name)
+        if match and int(match.group(1)) <= newest:
             log.info("removing %s", path)
             if not remove(path):
                 log.warning("%s cannot be removed (is it open in another program?)", path)

@@ -52,18 +52,18 @@ def _ranks(layers: Mapping[ModuleName, Any]) -> str:
 
 def captions(run: Run) -> list[tuple[str, str]]:
     """(image, caption) of the first images of each subset, with everything done to the caption that options ask."""
-    found: list[tuple[str, str]] = []
-    shown: Counter[int] = Counter()
+    shown: list[tuple[str, str]] = []
+    counts: Counter[int] = Counter()
     seen: set[int] = set()
     for entry, number in enumerate(run.data.images.entries):
         image = run.data.images.images[number]
-        if number not in seen and shown[id(image.subset)] < _CAPTIONS_SHOWN:
+        if number not in seen and counts[id(image.subset)] < _CAPTIONS_SHOWN:
             seen.add(number)
-            shown[id(image.subset)] += 1
+            counts[id(image.subset)] += 1
             rng = python_random(run.seed, "caption", 0, entry)
-            caption = draw_caption(image.found.caption, image.subset, rng, Moment(0, 0, run.steps))
-            found.append((image.found.source.name, caption))
-    return found
+            caption = draw_caption(image.origin.caption, image.subset, rng, Moment(0, 0, run.steps))
+            shown.append((image.origin.source.name, caption))
+    return shown
 
 
 def memory(run: Run) -> dict[str, int | None]:
@@ -72,13 +72,13 @@ def memory(run: Run) -> dict[str, int | None]:
     encoders = torch.nn.ModuleList(run.models.text_encoders)
     denoiser = run.models.family.denoiser_title
     parts = {denoiser: run.models.denoiser, "text encoders": encoders, "VAE": run.models.vae}
-    found: dict[str, int | None] = {
+    sizes: dict[str, int | None] = {
         name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
         for name, part in parts.items()
     }
-    found[denoiser] = (found[denoiser] or 0) + scale_bytes(run.models.denoiser)
+    sizes[denoiser] = (sizes[denoiser] or 0) + scale_bytes(run.models.denoiser)
     optimizer = f"optimizer ({optimizer_name(run.settings)})"
-    return {**found, "adapter and gradients": 2 * trained, optimizer: state_bytes(run.settings, run.parameters)}
+    return {**sizes, "adapter and gradients": 2 * trained, optimizer: state_bytes(run.settings, run.parameters)}
 
 
 def _memory_lines(run: Run) -> list[str]:

@@ -53,11 +53,11 @@ def _draw(run: Run, position: Position) -> None:
 
 def name_damaged(run: Run) -> dict[str, str]:
     """What some process could not use: the reason, by name. For the end of a run; every process calls it."""
-    found = dict(gather_object(list(run.data.damaged.items())))
-    if found and run.accelerator.is_main_process:
-        names = sorted(found)[:_NAMES_SHOWN] + (["..."] if len(found) > _NAMES_SHOWN else [])
-        log.warning("%d images could not be used, others were used in their place: %s", len(found), ", ".join(names))
-    return found
+    damaged = dict(gather_object(list(run.data.damaged.items())))
+    if damaged and run.accelerator.is_main_process:
+        names = sorted(damaged)[:_NAMES_SHOWN] + (["..."] if len(damaged) > _NAMES_SHOWN else [])
+        log.warning("%d images could not be used, others were used in their place: %s", len(damaged), ", ".join(names))
+    return damaged
 
 
 def _name(measurement: HeldOut) -> str:

@@ -51,24 +51,38 @@ class Trained:
 
 
 def train(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Trained:
-    """Train an adapter, save it under --output_dir, and give it back.
+    """Train an adapter and save it in --output_dir.
 
     Args:
         settings: From `arguments.settings(...)` or `arguments.parse(argv)`.
-        models: A base model that is loaded already; the adapter stays on it.
-        data: Images that are opened already.
+        models: A base model that is already loaded; the adapter stays on it. None loads it.
+        data: Images that are already open. None opens them.
+
+    Returns:
+        The adapter, and the losses and files of the run.
 
     Raises:
-        TrainingError, DataError, AdapterError: With one line that says what is wrong and what to do.
+        TrainingError: The settings, the model or the run fail; the message has one line.
+        DataError: The images cannot be used.
+        AdapterError: An adapter cannot be read.
+        Interrupted: The run was stopped; see `train_prepared`.
     """
     run = prepare(settings, models, data)
     return train_prepared(run)
 
 
 def train_prepared(run: Run) -> Trained:
-    """The loop over a run that `prepare` has set up; pushes that are under way finish, also where it fails.
+    """Run the training loop of a prepared run. Uploads in progress are finished, also after an error.
 
-    Ctrl-C, SIGTERM and SIGHUP let the step end, save the adapter and the state, and raise Interrupted.
+    Args:
+        run: From `prepare`.
+
+    Returns:
+        The adapter, and the losses and files of the run.
+
+    Raises:
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP: the step is finished, and the adapter and the state are saved.
+        TrainingError: The run fails, as by an infinite loss.
     """
     try:
         with StopSignals() as signals:

@@ -70,21 +70,30 @@ def optimizer_name(settings: Settings) -> str:
 
 def literals(pairs: list[str] | dict[str, Any] | None, option: str) -> dict[str, Any]:
     """key=value items with the values as Python literals: `betas=0.9,0.99` is a tuple."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, text in key_values(pairs, option).items():
         try:
-            found[key] = ast.literal_eval(text)
+            values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             capital = text.strip().capitalize()  # true, false, none: as TOML and JSON have them
             hint = f"write {key}={capital}" if capital in ("True", "False", "None") else f"quote text: {key}='...'"
             raise TrainingError(f"--{option}: {key}={text} is not a Python literal; {hint}") from None
-    return found
+    return values
 
 
 def find_class(name: str, home: str, known: Iterable[str] = ()) -> type:
-    """The class called `name` in the module `home`, or under a dotted name.
+    """Find a class by name.
 
-    TrainingError if there is none; it says which of `known` and of the module's own may have been meant.
+    Args:
+        name: The name of a class in the module `home`, or a dotted name.
+        home: The module of names without a dot.
+        known: Names to suggest beside those of the module.
+
+    Returns:
+        The class.
+
+    Raises:
+        TrainingError: There is no such module or class; the message suggests a similar name.
     """
     module, _, attribute = name.rpartition(".")
     try:
@@ -92,8 +101,15 @@ def find_class(name: str, home: str, known: Iterable[str] = ()) -> type:
     except ImportError as error:
         raise TrainingError(f"{name}: {error}") from None
     except AttributeError:
-        names = [*known, *(one for one in vars(importlib.import_module(module or home)) if one[0].isupper())]
-        near = did_you_mean(attribute, {one.lower(): one for one in names}.values())
+        names = [
+            *known,
+            *(
+                attribute_name
+                for attribute_name in vars(importlib.import_module(module or home))
+                if attribute_name[0].isupper()
+            ),
+        ]
+        near = did_you_mean(attribute, {attribute_name.lower(): attribute_name for attribute_name in names}.values())
         raise TrainingError(f"there is no {attribute} in {module or home}{near}") from None
 
 
@@ -101,7 +117,7 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
     """The class of an optimizer and its default arguments; names a missing package and how to install it."""
     kind = KINDS.get(name.lower())
     if kind is None:
-        return find_class(name, "torch.optim", [one.name for one in KINDS.values()]), {}
+        return find_class(name, "torch.optim", [known.name for known in KINDS.values()]), {}
     try:
         return getattr(importlib.import_module(kind.module), kind.name), kind.defaults
     except ImportError as error:
@@ -120,9 +136,17 @@ def uses_relative_step(settings: Settings) -> bool:
 
 
 def create_optimizer(settings: Settings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer over `groups`, each with params, lr and name.
+    """Create the optimizer.
 
-    Raises TrainingError for an unknown name, a missing package, or arguments that the class does not take.
+    Args:
+        settings: The settings of the run.
+        groups: Parameter groups, each with params, lr and name.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        TrainingError: Its name is unknown, its package is not installed, or it does not accept the arguments.
     """
     name = optimizer_name(settings)
     kind, defaults = optimizer_class(name)
@@ -194,9 +218,16 @@ def settle_weights(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def weights_to_keep(optimizer: Any) -> Iterator[None]:
-    """Within it the weights are those to save, sample and measure; afterwards they are bit for bit what they were.
+    """A context in which the parameters have the values to save, sample and evaluate.
 
-    Schedule-free optimizers train other weights than the averaged ones they are about.
+    Schedule-free optimizers evaluate an average, and train other values. Afterwards the parameters are bit for bit as
+    before.
+
+    Args:
+        optimizer: The optimizer, also one wrapped by Accelerate.
+
+    Yields:
+        None.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if not (callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))):

@@ -11,9 +11,15 @@ log = logging.getLogger(__name__)
 
 
 def pattern_counts(asked: NetworkOptions, trained: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """How many modules of the models each regular expression of --network_args decides, by the name of its option.
+    """Count the modules that each regular expression of --network_args decides.
 
-    For exclude_patterns these are the modules that are left out, for the others those that get an adapter.
+    Args:
+        asked: The network options.
+        trained: The trained models, by component.
+
+    Returns:
+        For each option with patterns, the count of each pattern: of modules left out for exclude_patterns, of modules
+            with an adapter for the others.
     """
     config, kept, gone = asked.config, list[tuple[str, ...]](), list[tuple[str, ...]]()
     for model in trained.values():

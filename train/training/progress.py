@@ -86,11 +86,11 @@ def _short(name: str) -> str:
 
 def learning_rates(optimizer: Any) -> dict[str, float]:
     """The learning rate of each group by name; with D-Adaptation and Prodigy also the rate times their d."""
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for number, group in enumerate(optimizer.param_groups):
         name = group.get("name", str(number))
         if group["lr"] is not None:
-            found[name] = float(group["lr"])
+            rates[name] = float(group["lr"])
             if "d" in group:
-                found[f"d*{name}"] = float(torch.as_tensor(group["d"]) * group["lr"])
-    return found
+                rates[f"d*{name}"] = float(torch.as_tensor(group["d"]) * group["lr"])
+    return rates

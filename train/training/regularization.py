@@ -23,11 +23,18 @@ _STACKED = 2**24  # weights that are computed on together: 64 MiB
 def add_dropouts(
     layers: Iterable[Any], adapter: str, network: float | None, rank: float | None, module: float | None
 ) -> None:
-    """Dropouts that act in training mode only.
+    """Add dropouts, which act in training mode only.
 
-    network: single activations between `down` and `up`. rank: whole components of one sample, or, of a change that is
-    no pair, whole output channels; what stays is divided by 1 - rank. module: the layer's whole change, without making
-    up for it. TrainingError for a network dropout where a change is no pair.
+    Args:
+        layers: Layers with the adapter.
+        adapter: The name of the adapter.
+        network: Probability to drop single activations between `down` and `up`; None or 0 is off.
+        rank: Probability to drop whole components of a sample, or whole output channels for a change that is not a
+            low-rank pair; the others are divided by 1 - rank.
+        module: Probability to drop the whole change of a layer; the others are not scaled.
+
+    Raises:
+        TrainingError: A probability is not in [0, 1), or `network` is used with a change that is not a low-rank pair.
     """
     for name, value in (("network_dropout", network), ("rank_dropout", rank), ("module_dropout", module)):
         if value is not None and not 0 <= value < 1:
@@ -120,16 +127,23 @@ def _shrink(weights: DeltaWeights, factor: torch.Tensor) -> None:
 
 @torch.no_grad()
 def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
-    """Frobenius norm of each layer's change of weight: (layers,), on their device.
+    """The Frobenius norm of each layer's change of weight.
 
-    Of pairs it is not formed: ||UD||^2 is the sum over (UᵀU) * (DDᵀ), which are rank by rank. Layers of one shape are
-    computed together.
+    For low-rank pairs ΔW is not formed: ‖UD‖² is the sum over (UᵀU) * (DDᵀ), which are (rank, rank). Layers of one
+    shape are computed together.
+
+    Args:
+        layers: Layers with the adapter.
+        adapter: The name of the adapter.
+
+    Returns:
+        (layers,), on their device.
     """
     alike: dict[Any, list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    found: list[tuple[int, torch.Tensor]] = []
+    numbered: list[tuple[int, torch.Tensor]] = []
     for number, layer in enumerate(layers):
         if (weights := held(layer, adapter)) is not None:
-            found.append((number, _dense_norm(layer, weights, float(layer.scaling[adapter]))))
+            numbered.append((number, _dense_norm(layer, weights, float(layer.scaling[adapter]))))
             continue
         down, up = (factor.weight.flatten(1) for factor in factors(layer, adapter))
         alike[down.shape, up.shape, float(layer.scaling[adapter])].append((number, down, up))
@@ -138,16 +152,16 @@ def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
         for start in range(0, len(members), size):
             numbers, downs, ups = zip(*members[start : start + size], strict=True)
             own = _norms(torch.stack(downs).float(), torch.stack(ups).float()) * scale
-            found += zip(numbers, own.unbind(), strict=True)
-    return torch.stack([norm for _, norm in sorted(found, key=lambda item: item[0])])
+            numbered += zip(numbers, own.unbind(), strict=True)
+    return torch.stack([norm for _, norm in sorted(numbered, key=lambda item: item[0])])
 
 
 @torch.no_grad()
 def limit_norms(layers: Sequence[Any], adapter: str, largest: float) -> torch.Tensor:
     """Scale down every change whose norm is above `largest`, evenly in all its factors; returns how many were, ()."""
-    found = norms(layers, adapter)
-    above = found > largest
-    scales = torch.where(above, largest / found, torch.ones_like(found))
+    sizes = norms(layers, adapter)
+    above = sizes > largest
+    scales = torch.where(above, largest / sizes, torch.ones_like(sizes))
     for layer, scale, root in zip(layers, scales.unbind(), scales.sqrt().unbind(), strict=True):
         if (weights := held(layer, adapter)) is not None:
             _shrink(weights, scale)

@@ -100,7 +100,7 @@ def check_samplers_fit(settings: Settings, models: BaseModels, prompts: list[Pro
 def _say_unread(settings: Settings, models: BaseModels, prompts: list[Prompt]) -> None:
     """Warn of what prompts and options ask for and models of flow matching do not have."""
     title = models.family.title
-    asked = next((one.sample_sampler for one in prompts if one.sample_sampler), None)
+    asked = next((prompt.sample_sampler for prompt in prompts if prompt.sample_sampler), None)
     asked = asked or (settings.sample_sampler if "sample_sampler" in settings.given else None)
     if prompts and asked:
         log.warning("the sampler %s is left out: %s has one of its own, Euler's along the flow", asked, title)
@@ -109,11 +109,22 @@ def _say_unread(settings: Settings, models: BaseModels, prompts: list[Prompt]) -
 
 
 def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> list[Prompt]:
-    """Prompts from a txt file (one a line, options like --w 512 after it; # is a comment), a toml or a json file.
+    """Read sample prompts from a file.
 
-    toml: [prompt] with common options and [[prompt.subset]] for each prompt; json: a list of objects or of such lines.
-    `leave_out` is called with a message for each option of a prompt that cannot be read; the prompt is drawn without
-    it, as kohya's trainer does. TrainingError where there is no file or no prompt in it.
+    A txt file has one prompt in each line, followed by options such as --w 512; # begins a comment. A toml file has
+    [prompt] with common options and [[prompt.subset]] for each prompt. A json file has a list of objects or of such
+    lines.
+
+    Args:
+        file: The file.
+        leave_out: Called with a message for each option of a prompt that cannot be read. The prompt is drawn without
+            it, as kohya's trainer does.
+
+    Returns:
+        The prompts, at least one.
+
+    Raises:
+        TrainingError: The file is missing, has no prompt, or cannot be read.
     """
     named = f"--sample_prompts {file}"
     text = read_prompt_file(file, "--sample_prompts")
@@ -184,14 +195,22 @@ def spread(ranks: list[int], most: int) -> list[int]:
 
 @torch.no_grad()
 def sample(models: BaseModels, settings: Settings, prompts: list[Prompt], device: Any, context: Any) -> Image.Image:
-    """An image with a column for each prompt and, with DyLoRA, a labelled row for each of up to four ranks.
+    """Draw the sample prompts with the current weights.
 
-    `context` is entered around the pipeline (mixed precision). The models must be in evaluation mode.
+    Args:
+        models: The base model with the adapter, in evaluation mode.
+        settings: The settings of the run.
+        prompts: At least one.
+        device: The device to draw on. The VAE and the text encoders are moved there and back.
+        context: A function that returns a context manager for the pipeline, for mixed precision.
+
+    Returns:
+        An image with a column for each prompt and, for DyLoRA, a labelled row for each of up to four ranks.
     """
     adapters = list(models.components.values())
-    found = controllers(adapters)
-    at = {id(dial): dial.rank for dial in found}
-    ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 4)) if found else [None]
+    dials = controllers(adapters)
+    at = {id(dial): dial.rank for dial in dials}
+    ranks: list[int | None] = list(spread(max((dial.ranks for dial in dials), key=len), 4)) if dials else [None]
     home = [next(module.parameters()).device for module in (models.vae, *models.text_encoders)]
     for module in (models.vae, *models.text_encoders):
         module.to(device)
@@ -202,11 +221,11 @@ def sample(models: BaseModels, settings: Settings, prompts: list[Prompt], device
                 set_rank(adapters, rank)
             rows.append([_draw(models, settings, prompt, nth, context) for nth, prompt in enumerate(prompts)])
     finally:
-        for dial in found:
+        for dial in dials:
             dial.set_rank(at[id(dial)])
         for module, place in zip((models.vae, *models.text_encoders), home, strict=True):
             module.to(place)
-    if not found:
+    if not dials:
         return grid(rows)
     labels = [f"rank {rank}" for rank in ranks]
     return draw_sheet(list(zip(labels, rows, strict=True)), [prompt.prompt for prompt in prompts])
@@ -220,9 +239,9 @@ def _draw(models: BaseModels, settings: Settings, prompt: Prompt, nth: int, cont
     pipe.set_progress_bar_config(disable=True)
     seed = (required(settings.seed, "--seed") + nth) % 2**64 if prompt.seed is None else prompt.seed
     with context():
-        wanted, unwanted = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
+        positive, negative = (_encode(models, settings, text) for text in (prompt.prompt, prompt.negative_prompt))
         return pipe(
-            **models.family.prompt_arguments(wanted, unwanted),
+            **models.family.prompt_arguments(positive, negative),
             width=prompt.width,
             height=prompt.height,
             num_inference_steps=prompt.sample_steps,

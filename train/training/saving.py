@@ -57,9 +57,16 @@ def save_interrupted(run: Run, position: Position) -> Path | None:
 
 
 def save_final(run: Run, position: Position) -> Adapter:
-    """The save at the end of the run. From here on the models have the weights that were saved.
+    """Save the adapter at the end of a run. From here on the models have the weights that were saved.
 
-    A disk that is full is tried again for some minutes, since nothing else would keep what was trained.
+    If the disk is full, saving is tried again for some minutes, since the training would be lost otherwise.
+
+    Args:
+        run: The run.
+        position: The step and epoch that it has reached.
+
+    Returns:
+        The adapter that was saved.
     """
     settings = run.settings
     with weights_to_keep(run.optimizer):
@@ -71,7 +78,7 @@ def save_final(run: Run, position: Position) -> Adapter:
             _patiently(lambda: _save_state(run, position, files.final_name(settings)))
         if run.uploads is not None:
             subsets = [loaded for loaded in run.data.images.subsets if not loaded.config.is_reg]
-            captions = [found.caption for loaded in subsets for found in loaded.images]
+            captions = [image.caption for loaded in subsets for image in loaded.images]
             run.uploads.final(final_file(run), captions, run.samples)
     run.accelerator.wait_for_everyone()
     settle_weights(run.optimizer)
@@ -86,8 +93,8 @@ def final_file(run: Run) -> Path:
 def latest_state(run: Run) -> Path | None:
     """The folder of the state that was saved last; None if there is none."""
     name = files.final_name(run.settings)
-    found = [folder for folder in run.output.glob(f"{glob.escape(name)}*-state") if folder.is_dir()]
-    return max(found, key=lambda folder: folder.stat().st_mtime_ns, default=None)
+    states = [folder for folder in run.output.glob(f"{glob.escape(name)}*-state") if folder.is_dir()]
+    return max(states, key=lambda folder: folder.stat().st_mtime_ns, default=None)
 
 
 def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:

@@ -155,9 +155,15 @@ class Run:
 
 
 def check(settings: Settings) -> None:
-    """Raise TrainingError for all that can be known to fail before anything is loaded.
+    """Check all settings that can be checked before anything is loaded.
 
-    Values that change nothing are put back to their defaults, with a warning each.
+    Values without an effect are set back to their defaults, with a warning for each.
+
+    Args:
+        settings: The settings of the run; changed in place.
+
+    Raises:
+        TrainingError: A setting is wrong, contradicts another, or names something that does not exist.
     """
     leave_out_inert(settings)
     refuse(settings)
@@ -329,8 +335,8 @@ def _optimizer(settings: Settings, models: BaseModels, trained: dict[str, Any], 
 
 def _uploads(settings: Settings, accelerator: Accelerator) -> Uploads | None:
     """The main process's uploads: a wrong name or token shows before anything is loaded or encoded."""
-    wanted = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
-    return Uploads(settings) if wanted else None
+    active = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
+    return Uploads(settings) if active else None
 
 
 def _to_device(settings: Settings, models: BaseModels, denoiser: Denoiser, device: torch.device) -> None:

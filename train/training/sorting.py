@@ -50,9 +50,15 @@ def warmed_up(run: Run, step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_sorting(run: Run) -> Iterator[None]:
-    """In the block a step trains the full rank where components are to be sorted, whatever step that is to come at.
+    """A context in which steps train the full rank if components are going to be sorted, whatever their number.
 
-    For steps that are none of the training's: these know neither their number nor that of all.
+    It is for steps that do not belong to the training, such as trial steps, which have no step number.
+
+    Args:
+        run: The run; its step counters are restored afterwards.
+
+    Yields:
+        None.
     """
     waiting = [(dial, dial.nested_from, dial.step, dial.unsorted) for dial in run.dials if dial.sort_at]
     for dial, _, step, _ in waiting:

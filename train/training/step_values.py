@@ -29,9 +29,15 @@ def fetch(accelerator: Any, loss: torch.Tensor, flags: torch.Tensor, others: dic
 
 
 def check_finite(values: StepValues, step: int, scaled: bool) -> None:
-    """Raise TrainingError where the loss of step number `step` (from 1) or its gradient is infinite or not a number.
+    """Stop a training whose loss or gradient is NaN or infinite.
 
-    scaled: a gradient scaler skips steps whose gradient is infinite.
+    Args:
+        values: The loss and the gradient norm of the step.
+        step: The number of the step, from 1.
+        scaled: Whether a gradient scaler skips steps with an infinite gradient, so that they are no error.
+
+    Raises:
+        TrainingError: The loss, or the gradient without a scaler, is NaN or infinite.
     """
     if not math.isfinite(values.loss):
         raise TrainingError(

@@ -131,13 +131,19 @@ def read_sections(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def console(settings: Settings) -> Iterator[None]:
-    """Within it, messages are on the console, or in --console_log_file; after it, logging is as it was.
+    """A context in which log messages go to the console or to --console_log_file. Afterwards logging is restored.
 
-    A handler that stayed would go on writing to this console, which may be closed when the process runs more.
+    A handler that stayed would write to a console that may be closed when the process runs another training.
+
+    Args:
+        settings: The settings of the run.
+
+    Yields:
+        None.
     """
     form = "%(message)s" if settings.console_log_simple else "%(asctime)s %(levelname)s %(name)s: %(message)s"
     root, libraries = logging.getLogger(), [logging.getLogger(name) for name in _LIBRARIES]
-    handlers, levels = root.handlers[:], [one.level for one in (root, *libraries)]
+    handlers, levels = root.handlers[:], [source.level for source in (root, *libraries)]
     own: logging.Handler = logging.StreamHandler()
     own.setFormatter(_Coloured(form))
     if settings.console_log_file:

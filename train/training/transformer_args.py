@@ -14,14 +14,21 @@ _TRUE = ("true", "1")
 
 
 def translated(args: Mapping[str, str], family: TrainingFamily) -> dict[str, str]:
-    """The network_args with those of a transformer of `family` put into network_reg_dims; others as they are.
+    """Translate kohya's network_args of transformers into regular expressions with ranks (network_reg_dims).
 
-    The user's own patterns come first; blocks that are left out win over ranks of kinds of layers.
+    Patterns of the user come first. Blocks that are left out have priority over ranks of kinds of layers.
+
+    Args:
+        args: The network_args.
+        family: The family of the base model; nothing is translated if it has no such arguments.
+
+    Returns:
+        The network_args, of which those for transformers are part of network_reg_dims.
 
     Raises:
-        AdapterError: for values that cannot be read, and for layers outside of the blocks.
+        AdapterError: A value cannot be read, or asks for layers outside of the blocks.
     """
-    rest, found = dict(args), list[str]()
+    rest, patterns = dict(args), list[str]()
     if not family.rank_args:
         return rest
     for name in _OUTSIDE:
@@ -33,13 +40,13 @@ def translated(args: Mapping[str, str], family: TrainingFamily) -> dict[str, str
     rest.pop("split_qkv", None)  # q, k and v have modules of their own in diffusers' models in any case
     for name, stack in family.block_args.items():
         if name in rest:
-            found += _left_out(name, rest.pop(name), stack)
+            patterns += _left_out(name, rest.pop(name), stack)
     for name, pattern in family.rank_args.items():
         if name in rest:
-            found.append(f"{pattern}={_rank(name, rest.pop(name))}")
-    if found:
+            patterns.append(f"{pattern}={_rank(name, rest.pop(name))}")
+    if patterns:
         own = [rest["network_reg_dims"]] if rest.get("network_reg_dims") else []
-        rest["network_reg_dims"] = ",".join(own + found)
+        rest["network_reg_dims"] = ",".join(own + patterns)
     return rest
 
 

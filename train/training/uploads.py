@@ -99,9 +99,16 @@ def check_uploads(settings: Settings) -> None:
 
 
 def state_folder(settings: Settings) -> Path:
-    """The folder that --resume names; with --resume_from_huggingface it is downloaded.
+    """The folder of the state to resume from; with --resume_from_huggingface it is downloaded.
 
-    It is then written `user/repository/folder[:revision[:repo_type]]`.
+    Args:
+        settings: The settings; `resume` is a path, or `user/repository/folder[:revision[:repo_type]]` for a download.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        TrainingError: --resume is missing, or the state cannot be downloaded.
     """
     if not settings.resume_from_huggingface:
         return Path(required(settings.resume, "--resume"))

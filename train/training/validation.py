@@ -35,13 +35,22 @@ def held_out_losses(
     accelerator: Any,
     most: int | None,
 ) -> list[HeldOut]:
-    """The held-out loss now, for DyLoRA at each of up to eight ranks; the images are shared among the processes.
+    """Measure the held-out loss; for DyLoRA at each of up to eight ranks.
 
-    `most` is the largest number of batches. The models must be in evaluation mode.
+    Args:
+        step_loss: Computes the loss of a batch.
+        data: The images; the held-out ones are divided among the processes.
+        models: The models with the adapter, in evaluation mode.
+        step: The number of the step, for the results.
+        accelerator: Accelerate's `Accelerator`.
+        most: The largest number of batches; None uses all.
+
+    Returns:
+        One measurement, or one for each rank.
     """
-    found = controllers(models)
-    at = {id(dial): dial.rank for dial in found}
-    ranks: list[int | None] = list(spread(max((dial.ranks for dial in found), key=len), 8)) if found else [None]
+    dials = controllers(models)
+    at = {id(dial): dial.rank for dial in dials}
+    ranks: list[int | None] = list(spread(max((dial.ranks for dial in dials), key=len), 8)) if dials else [None]
     try:
         measured = []
         for rank in ranks:
@@ -49,7 +58,7 @@ def held_out_losses(
                 set_rank(models, rank)
             measured.append(HeldOut(step, rank, mean_loss(step_loss, data, accelerator, most)))
     finally:
-        for dial in found:
+        for dial in dials:
             dial.set_rank(at[id(dial)])
     return measured
 

@@ -24,7 +24,7 @@ def page(run: Run, record: Record, step: int) -> str:
     settings, file = run.settings, final_file(run)
     losses = last_by_rank(record)
     made = Environment(loader=PackageLoader("lora_adapters.train.training.report", ""), autoescape=True)
-    lowest = min(((at, loss) for at, _, loss in record.held_out), key=lambda one: one[1], default=None)
+    lowest = min(((at, loss) for at, _, loss in record.held_out), key=lambda measured: measured[1], default=None)
     return made.get_template("page.html.jinja").render(
         title=settings.output_name or "last",
         state=f"{'finished' if step >= run.steps else 'training'}: step {step} of {run.steps}",
@@ -49,25 +49,25 @@ def commands(run: Run, file: Path, rank: int | None) -> list[tuple[str, str]]:
     model, name = str(run.settings.pretrained_model_name_or_path), str(file)
     prompt = run.prompts[0].prompt if run.prompts else next(iter(run.data.trigger_words), "a photo")
     base = ["lora-adapters", "generate", "--ckpt", model, "--network_weights", name, "--prompt", prompt]
-    found = [
+    lines = [
         ("What is in the file:", ["lora-adapters", "info", name]),
         ("Draw with it, at several weights:", [*base, "--sweep", "weight=0,0.5,0.8,1"]),
     ]
     if rank is not None:
         split = f"{file.with_name(f'{file.stem}-of-rank{file.suffix}')}"
-        found += [
+        lines += [
             ("Draw with it, at several ranks:", [*base, "--sweep", f"rank={','.join(map(str, _ranks(run)))}"]),
             (f"Cut it to rank {rank}, for programs that do not know DyLoRA:",
              ["lora-adapters", "split", "--model", name, "--ranks", str(rank), "--save_to", split]),
         ]  # fmt: skip
     merged = str(file.with_name(f"{file.stem}-merged"))
-    found.append(("Put it into the model:",
+    lines.append(("Put it into the model:",
                   ["lora-adapters", "merge", "--sd_model", model, "--models", name, "--save_to", merged]))  # fmt: skip
     state = latest_state(run)
     if state is not None:
-        go_on = ["lora-adapters", "train", *_as_words(run.settings), f"--resume={state}"]
-        found.append(("Train on from the last state (with a larger max_train_steps, if it has ended):", go_on))
-    return [(purpose, shlex.join(words)) for purpose, words in found]
+        resuming = ["lora-adapters", "train", *_as_words(run.settings), f"--resume={state}"]
+        lines.append(("Resume from the last state (with a larger max_train_steps, if it has ended):", resuming))
+    return [(purpose, shlex.join(words)) for purpose, words in lines]
 
 
 def _ranks(run: Run) -> list[int]:

@@ -24,7 +24,7 @@ class Record:
     def add_held_out(self, measured: Iterable[HeldOut]) -> None:
         """Take up the measurements that are not in it yet."""
         known = {(step, rank) for step, rank, _ in self.held_out}
-        self.held_out += [(one.step, one.rank, one.loss) for one in measured if (one.step, one.rank) not in known]
+        self.held_out += [(loss.step, loss.rank, loss.loss) for loss in measured if (loss.step, loss.rank) not in known]
 
     def before(self, step: int) -> "Record":
         """The part up to a step, which a resumed run goes on from."""
@@ -38,8 +38,8 @@ class Record:
 def read_record(page: Path) -> Record:
     """The record in a page that was written before; an empty one where there is none, or it cannot be read."""
     try:
-        found = _DATA.search(page.read_text(encoding="utf-8"))
-        content = json.loads(found[1]) if found else {}
+        match = _DATA.search(page.read_text(encoding="utf-8"))
+        content = json.loads(match[1]) if match else {}
         return Record(**{name: [tuple(entry) for entry in content[name]] for name in vars(Record())})
     except (OSError, ValueError, KeyError, TypeError):
         return Record()
@@ -59,7 +59,13 @@ def last_by_rank(record: Record) -> dict[int, float]:
 
 
 def recommended_rank(losses: dict[int, float]) -> int | None:
-    """The lowest rank whose held-out loss is within 1 % of the lowest; None without measurements.
+    """The lowest rank whose held-out loss is within 1 % of the lowest loss.
+
+    Args:
+        losses: The held-out loss of each rank.
+
+    Returns:
+        The rank; None without measurements.
 
     >>> recommended_rank({4: 0.153, 8: 0.1452, 16: 0.145})
     8
