@@ -69,10 +69,20 @@ def batch_count(groups: Sequence[Group], world_size: int) -> int:
 
 
 def plan_epoch(groups: Sequence[Group], seed: int, epoch: int, world_size: int, *, shuffle: bool) -> list[list[int]]:
-    """The epoch's batches over all processes together, in order.
+    """The batches of an epoch over all processes together, in order.
 
-    Each group is shuffled and cut into batches of batch_size x world_size, the last of a group perhaps smaller; then
-    the batches are shuffled. So w processes with batch b see the batches of one process with batch w*b.
+    Each group is shuffled and cut into batches of batch_size * world_size, of which the last may be smaller; then the
+    batches are shuffled. So w processes with batch size b see the batches of one process with batch size w * b.
+
+    Args:
+        groups: Images that may share a batch: those of one dataset and bucket.
+        seed: The seed of the run.
+        epoch: The number of the epoch, from 0.
+        world_size: The number of processes.
+        shuffle: False keeps the order of the entries.
+
+    Returns:
+        Lists of entries.
     """
     batches = []
     for number, group in enumerate(groups):
@@ -87,11 +97,19 @@ def plan_epoch(groups: Sequence[Group], seed: int, epoch: int, world_size: int, 
 
 
 def share(batch: Sequence[int], rank: int, world_size: int) -> Share:
-    """Process `rank`'s consecutive part of a batch over all processes.
+    """The part of a batch that a process trains, with weights that make the gradients those of one process.
 
-    A batch that does not divide evenly is spread as evenly as it goes, and one with fewer entries than processes gives
-    the others its first entry with weight 0. The weights make the mean over processes of the mean over each part equal
-    to the mean over the whole batch, so the gradients are those of one process.
+    A batch that does not divide evenly is distributed as evenly as possible. If it has fewer entries than there are
+    processes, the others get its first entry with weight 0. With the weights the mean over processes of the mean over
+    each part equals the mean over the whole batch.
+
+    Args:
+        batch: The entries of the batch of all processes.
+        rank: The number of the process, from 0.
+        world_size: The number of processes.
+
+    Returns:
+        Consecutive entries and their weights.
     """
     total = len(batch)
     size, rest = divmod(total, world_size)

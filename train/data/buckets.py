@@ -27,10 +27,18 @@ def cover(size: Size, target: Size) -> Size:
 
 
 def bucket_sizes(resolution: Size, smallest: int, largest: int, steps: int) -> list[Size]:
-    """Every size with sides that are multiples of `steps` from `smallest` to `largest`, as large as fits the area.
+    """All bucket sizes whose sides are multiples of `steps` and whose area is at most that of the resolution.
 
-    For each side the other is the longest with width x height <= the area of `resolution`. `smallest` is rounded down
-    to `steps` and `largest` up.
+    For each side the other side is the longest that fits the area.
+
+    Args:
+        resolution: (width, height) in pixels.
+        smallest: The shortest side in pixels, rounded down to a multiple of `steps`.
+        largest: The longest side in pixels, rounded up to a multiple of `steps`.
+        steps: The step between side lengths in pixels.
+
+    Returns:
+        (width, height) of each bucket, sorted.
     """
     area = resolution[0] * resolution[1]
     smallest, largest = max(steps, smallest // steps * steps), math.ceil(largest / steps) * steps

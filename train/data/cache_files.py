@@ -155,10 +155,14 @@ def read_latents(path: str, bucket: Size) -> CachedLatents:
 
 
 def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted, *, keep_all: bool = False) -> None:
-    """Write the entry for a bucket into a latents file in one piece. Entries for other buckets stay.
+    """Write the entry for a bucket into a latents file, all of it or nothing. Entries for other buckets are kept.
 
-    An entry that does not say which image it was made from goes where the file is older than the image, unless
-    `keep_all`: in a file that is written now, nothing would show any more that it is outdated.
+    Args:
+        path: The .npz file.
+        cached: The latents, and those of the flipped image and the mask if there are any.
+        wanted: The image and the options that the latents were made with; stored for later checks.
+        keep_all: Keep entries that do not say which image they were made from even if the file is older than the image.
+            By default these are removed, since the new file no longer shows that they are outdated.
     """
     latents = cached.latents.float().numpy()
     entry: dict[str, Any] = {
@@ -195,8 +199,8 @@ def _other_entries(path: str, suffix: str, modified: int) -> dict[str, Any]:
 
 
 def _suffix(name: str) -> str:
-    found = re.search(r"_[0-9]+x[0-9]+$", name)
-    return found[0] if found else ""
+    match = re.search(r"_[0-9]+x[0-9]+$", name)
+    return match[0] if match else ""
 
 
 def _checksum(array: np.ndarray) -> int:
@@ -221,9 +225,17 @@ def read_text(path: str) -> dict[str, torch.Tensor]:
 
 
 def text_fits(path: str, caption: str, encoder: str, like: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the file is whole, made from this caption by this encoder, and holds tensors as those of `like`.
+    """Whether a file has usable text-encoder outputs of a caption.
 
-    Those of one number say how the others were made, and have to be equal.
+    Args:
+        path: The .npz file.
+        caption: The caption that it must be made from.
+        encoder: The identity of the text encoders.
+        like: Tensors of the same names and shapes. Those with one number say how the others were made, and must be
+            equal.
+
+    Returns:
+        False also for a missing or damaged file.
     """
     try:
         with opened(path) as file:
@@ -253,9 +265,17 @@ def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Any]:
-    """The arrays of an .npz file, by name, loaded when they are asked for.
+    """Open an .npz file; its arrays are read when they are used.
 
-    numpy's and zipfile's readers raise almost anything on damaged files. ValueError for what would fill the memory.
+    Args:
+        path: The file.
+
+    Yields:
+        The arrays by name, as `numpy.load` returns them.
+
+    Raises:
+        ValueError: It is not an archive, or an array would fill the memory. The readers of numpy and zipfile raise
+            almost any other error for damaged files.
     """
     with np.load(path, allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile):

@@ -51,38 +51,38 @@ def encode_latents(
     if factor != VAE_FACTOR:
         raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
     identity = vae_identity(vae)
-    wanted = [_latents_wanted(image, identity) for image in images.images]
-    cached: list[CachedLatents | str | DataError | None] = [None] * len(wanted)
+    requests = [_latents_wanted(image, identity) for image in images.images]
+    cached: list[CachedLatents | str | DataError | None] = [None] * len(requests)
     paths: list[str] = []
     if to_disk:
         stems = _stems(images.images)
-        paths = [files.path(stem, want.size) for stem, want in zip(stems, wanted, strict=True)]
-        _one_use_each([(path, want.bucket) for path, want in zip(paths, wanted, strict=True)], wanted)
-        for number, want in enumerate(wanted):
-            cached[number] = files.existing(stems[number], want, check=check)
-    numbers = [number for number, entry in enumerate(cached) if entry is None]
+        paths = [files.path(stem, request.size) for stem, request in zip(stems, requests, strict=True)]
+        _one_use_each([(path, request.bucket) for path, request in zip(paths, requests, strict=True)], requests)
+        for number, request in enumerate(requests):
+            cached[number] = files.existing(stems[number], request, check=check)
+    numbers = [number for number, result in enumerate(cached) if result is None]
     if to_disk:
-        numbers = _share(numbers, paths, [want.bucket for want in wanted], rank, world_size)
+        numbers = _share(numbers, paths, [request.bucket for request in requests], rank, world_size)
     missing: dict[Size, list[int]] = defaultdict(list)
     for number in numbers:
-        missing[wanted[number].bucket].append(number)
+        missing[requests[number].bucket].append(number)
     bar = tqdm(total=sum(map(len, missing.values())), desc="caching latents", disable=is_quiet() or rank != 0)
     for numbers in missing.values():
         for chunk in _chunks(numbers, batch_size):
             made = _encode(vae, [images.images[number] for number in chunk], seed, device)
             if files.normalised:
-                made = [_normalised(vae, one) for one in made]
+                made = [_normalised(vae, entry) for entry in made]
             for number, latents in zip(chunk, made, strict=True):
                 if isinstance(latents, DataError):
                     cached[number] = latents
                 elif to_disk:
-                    write_latents(paths[number], latents, wanted[number], keep_all=not check)
+                    write_latents(paths[number], latents, requests[number], keep_all=not check)
                 else:
                     cached[number] = latents
             bar.update(len(chunk))
     bar.close()
-    _warn_of_damaged([str(entry) for entry in cached if isinstance(entry, DataError)])
-    return [entry if entry is not None else paths[number] for number, entry in enumerate(cached)]
+    _warn_of_damaged([str(result) for result in cached if isinstance(result, DataError)])
+    return [result if result is not None else paths[number] for number, result in enumerate(cached)]
 
 
 def _share(
@@ -111,7 +111,7 @@ def encode_text(
     ending: str = TEXT_ENDING,
 ) -> list[dict[str, torch.Tensor] | str]:
     """The text-encoder outputs of every image's caption, or the path of their file; see TrainingData.cache_text."""
-    captions = [draw_caption(image.found.caption, image.subset, python_random(0), Moment()) for image in images.images]
+    captions = [draw_caption(image.origin.caption, image.subset, python_random(0), Moment()) for image in images.images]
     if not to_disk:
         distinct = sorted(set(captions))
         outputs = dict(zip(distinct, _encode_captions(distinct, encode, batch_size, rank), strict=True))
@@ -132,15 +132,15 @@ def encode_text(
 
 
 def _latents_wanted(image: TrainingImage, identity: str) -> LatentsWanted:
-    found, subset = image.found, image.subset
+    origin, subset = image.origin, image.subset
     return LatentsWanted(
-        size=found.size,
+        size=origin.size,
         bucket=image.placement.bucket,
         flip=subset.flip_aug,
         alpha_mask=subset.alpha_mask,
         vae=identity,
-        modified=found.source.modified(),
-        length=found.source.length(),
+        modified=origin.source.modified(),
+        length=origin.source.length(),
         interpolation=subset.resize_interpolation or "",
     )
 
@@ -148,9 +148,9 @@ def _latents_wanted(image: TrainingImage, identity: str) -> LatentsWanted:
 def _stems(images: Sequence[TrainingImage]) -> list[str]:
     stems = []
     for image in images:
-        if image.found.cache_stem is None:
+        if image.origin.cache_stem is None:
             raise DataError(f"{image.subset.name}: caches on disk need a folder: give cache_dir in its subset")
-        stems.append(image.found.cache_stem)
+        stems.append(image.origin.cache_stem)
     return stems
 
 
@@ -222,10 +222,10 @@ def _sample_latents(
     means, spreads = posterior.mean.float().cpu(), posterior.std.float().cpu()
     samples = []
     for image, mean, spread in zip(images, means, spreads, strict=True):
-        latents = mean + spread * normal_noise(mean.shape, seed, "posterior", kind, image.found.source.name)
+        latents = mean + spread * normal_noise(mean.shape, seed, "posterior", kind, image.origin.source.name)
         if not torch.isfinite(latents).all():
             raise DataError(
-                f"{image.found.source.name}: the VAE gives NaN in {vae.dtype}: run it in float32 (--no_half_vae)"
+                f"{image.origin.source.name}: the VAE gives NaN in {vae.dtype}: run it in float32 (--no_half_vae)"
             )
         samples.append(latents)
     return samples

@@ -29,11 +29,20 @@ def varying_options(subset: SubsetConfig) -> list[str]:
 
 
 def draw_caption(caption: str, subset: SubsetConfig, rng: random.Random, moment: Moment) -> str:
-    """One reading of `caption` under the options of `subset`; all chance comes from `rng`.
+    """Apply the random and fixed changes of a subset to a caption.
 
-    The order: prefix and suffix (joined by a space), dropout of the whole caption, wildcards or the first line, kept
-    and shuffled tags, tag warm-up and dropout, joining by the separator and a space, and the secondary separator turned
-    into the first.
+    In this order: prefix and suffix (joined by a space), dropout of the whole caption, wildcards or the first line,
+    shuffled tags with those to keep first, tag warm-up and dropout, joining by the separator and a space, and
+    replacement of the secondary separator by the first.
+
+    Args:
+        caption: The caption of the image, perhaps several lines.
+        subset: The options.
+        rng: The only source of randomness.
+        moment: The step and epoch, for warm-up and for dropout of whole epochs.
+
+    Returns:
+        The caption to train with.
     """
     if subset.caption_prefix:
         caption = f"{subset.caption_prefix} {caption}"

@@ -12,10 +12,20 @@ NAME = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 
 
 def class_folders(parent: Path, flag: str, *, is_reg: bool) -> list[dict[str, Any]]:
-    """One subset table for each `N_class` folder in `parent`, sorted by name: N repeats, class as caption.
+    """Read folders named `N_class` as kohya's trainer does: N repeats, with the class as caption of images without one.
 
-    `N` and `N_` have no class. `flag` names the option in messages. Raises DataError where there is no such folder;
-    others are left out with a warning.
+    Folders named `N` or `N_` have no class. Others are left out with a warning.
+
+    Args:
+        parent: The folder that contains them.
+        flag: The option, for messages.
+        is_reg: Whether the images are for regularisation.
+
+    Returns:
+        A table of subset options for each folder, sorted by name.
+
+    Raises:
+        DataError: There is no such folder, or none of its folders has such a name.
     """
     if not parent.is_dir():
         raise DataError(f"{flag}: {parent} is not a folder")

@@ -93,20 +93,27 @@ class DataConfig:
 
 
 def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
-    """The data that a command line asks for.
+    """Read the data options of a command line.
 
-    `arguments` maps the training program's option names to values, as vars() of parsed arguments does; None means not
-    given and names that do not concern data are left alone. Of use here: `dataset_config`, or `train_data_dir` with
-    `reg_data_dir` or with `in_json`, and every option of DataOptions that a table of the file may contain. Raises
-    DataError.
+    Args:
+        arguments: Names and values of options, as `vars()` of parsed arguments; None means not given, and other options
+            are ignored. Needed are `dataset_config`, or `train_data_dir`, perhaps with `reg_data_dir` or `in_json`.
+            Options of DataOptions are defaults for the tables of the file.
+
+    Returns:
+        The datasets with all their options.
+
+    Raises:
+        DataOptionError: The options name no data or contradict each other.
+        DataError: A file cannot be read, or has a wrong value.
     """
-    given = _command_line(arguments)
+    options = _command_line(arguments)
     file, folder = arguments.get("dataset_config"), arguments.get("train_data_dir")
     beside = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if arguments.get(name)]
     if file and beside:
         logger.warning("%s: not used, since --dataset_config %s says what to train on", ", ".join(beside), file)
     if file:
-        return _from_file(Path(file), given)
+        return _from_file(Path(file), options)
     if not folder:
         raise DataOptionError("nothing to train on: give --dataset_config or --train_data_dir")
     subsets: list[dict[str, Any]]
@@ -118,7 +125,7 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
         subsets = class_folders(Path(folder), "--train_data_dir", is_reg=False)
         if arguments.get("reg_data_dir"):
             subsets += class_folders(Path(arguments["reg_data_dir"]), "--reg_data_dir", is_reg=True)
-    return _build({"datasets": [{"subsets": subsets}]}, given, "command line", None)
+    return _build({"datasets": [{"subsets": subsets}]}, options, "command line", None)
 
 
 def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,15 +133,15 @@ def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
     spelled = dict(arguments)
     if spelled.get("caption_extention") is not None:  # an old spelling that people's scripts still have
         spelled["caption_extension"] = spelled["caption_extention"]
-    known, given = rules(SubsetConfig) | rules(DatasetConfig), {}
+    known, options = rules(SubsetConfig) | rules(DatasetConfig), {}
     for flag, declared in rules(DataOptions).items():
         if spelled.get(flag) is not None:
             name = declared.toml_name or flag
-            given[name] = check_value(known[name], spelled[flag], f"--{flag}")
-    return given
+            options[name] = check_value(known[name], spelled[flag], f"--{flag}")
+    return options
 
 
-def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
+def _from_file(file: Path, options: dict[str, Any]) -> DataConfig:
     try:
         text = read_text(file)
         if file.suffix.lower() == ".json":
@@ -149,10 +156,10 @@ def _from_file(file: Path, given: dict[str, Any]) -> DataConfig:
         raise DataError(f"{file}: {error.strerror or error}") from None
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
-    return _build(table, given, str(file), file)
+    return _build(table, options, str(file), file)
 
 
-def _build(table: Any, given: dict[str, Any], source: str, file: Path | None) -> DataConfig:
+def _build(table: Any, options: dict[str, Any], source: str, file: Path | None) -> DataConfig:
     if not isinstance(table, dict):
         raise DataError(f"{source}: must hold a table with general and datasets, not {show(table)}")
     top = ("general", "datasets")
@@ -163,7 +170,7 @@ def _build(table: Any, given: dict[str, Any], source: str, file: Path | None) ->
     for index, entry in enumerate(_tables(table, "datasets", "datasets", source)):
         path = f"datasets[{index}]"
         own = check_table(both, {key: entry[key] for key in entry if key != "subsets"}, "D", path, source, unknown)
-        outer = given | general | own
+        outer = options | general | own
         names = rules(SubsetConfig)
         inherited = {key: value for key, value in outer.items() if key in names}
         subsets: list[SubsetConfig] = []

@@ -99,22 +99,25 @@ class TrainingData:
     def batches(
         self, epoch: int, start: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
-        """Process `rank`'s batches of `epoch` (from 0), from number `start` on; earlier ones are not loaded.
+        """The batches of an epoch for one process.
 
-        w processes with batch b get the batches of one process with batch w*b, each its part; if a bucket's last batch
-        does not divide, loss_weights keep the gradients those of one process (see `batches.share`). Validation data is
-        the same in every epoch. An image that cannot be decoded is replaced by another one of its bucket, and noted in
-        `damaged`.
+        w processes with batch size b get the batches of one process with batch size w * b, each its part. If the last
+        batch of a bucket does not divide evenly, loss_weights keep the gradients those of one process (see
+        `batches.share`). Validation data is the same in every epoch. An image that cannot be decoded is replaced by
+        another one of its bucket, and noted in `damaged`.
 
         Args:
-            epoch: from 0.
-            start: the number of the first batch.
-            rank: this process's number.
-            world_size: how many processes train.
-            workers: loading processes of this process; 0 to load in this one.
+            epoch: The number of the epoch, from 0.
+            start: The number of the first batch; earlier ones are not loaded.
+            rank: The number of this process, from 0.
+            world_size: The number of processes that train.
+            workers: The number of loading processes of this process; 0 loads in this process.
+
+        Yields:
+            The batches in order.
 
         Raises:
-            DataError: if no image of a bucket can be decoded.
+            DataError: No image of a bucket can be decoded.
         """
         if self.needs_max_train_steps and self._reader.max_train_steps is None:
             raise DataError("token_warmup_step below 1 is a share of max_train_steps: call set_schedule first")

@@ -12,10 +12,19 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def eight_bit_grey(image: Image.Image) -> Image.Image:
-    """The image in mode L.
+    """Convert a grey image of 16 bits or floating point to 8 bits.
 
-    Integers are 16-bit: 65535 is white. In floating point 1 is white, as other programs write it, and what is slightly
-    beyond black and white is cut off. ValueError, with the reason, for values of another scale, whose white is unknown.
+    For integers 65535 is white. In floating point 1 is white, as other programs write it, and small excesses beyond
+    black and white are cut off.
+
+    Args:
+        image: An image of one channel, mode I, I;16 or F.
+
+    Returns:
+        The image in mode L.
+
+    Raises:
+        ValueError: The values are NaN, infinite or of another scale, whose white is unknown; the message says which.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():

@@ -17,10 +17,18 @@ SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 
 
 def hub_candidates(subset: SubsetConfig) -> list[Candidate]:
-    """Every row of the subset's split. A caption may be a string, several (a line each), or a class label.
+    """Read the rows of a Hugging Face dataset's split.
 
-    Without `caption_column` the column "text" is taken where there is one. Raises DataError where the dataset, the
-    split or a column does not exist.
+    A caption may be a string, several strings (one line each), or a class label.
+
+    Args:
+        subset: The options. Without `caption_column` the column "text" is used if it exists.
+
+    Returns:
+        A candidate for each row.
+
+    Raises:
+        DataError: The dataset, the split or a column does not exist.
     """
     name, data = f"{subset.dataset_name}[{subset.split}]", _load(subset)
     if subset.image_column not in data.column_names:

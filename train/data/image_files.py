@@ -74,9 +74,15 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def size_if_whole(source: Source) -> tuple[int, int] | str:
-    """(width, height) as shown, with EXIF rotation; or why the image cannot be read, in a few words.
+    """The size of an image, or why it cannot be read.
 
-    Only the header is decoded, unless the file does not end as its format must or has more than 8 bits a pixel.
+    Only the header is decoded, unless the file does not end as its format must or has more than 8 bits for a channel.
+
+    Args:
+        source: The image.
+
+    Returns:
+        (width, height) in pixels after EXIF rotation; or the reason in a few words.
     """
     try:
         with source.stream() as stream:

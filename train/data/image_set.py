@@ -8,7 +8,7 @@ from typing import Any
 from lora_adapters.train.data.batches import Group
 from lora_adapters.train.data.buckets import Buckets, Placement, Size
 from lora_adapters.train.data.config import DataConfig, DatasetConfig, SubsetConfig
-from lora_adapters.train.data.sources import Found, SubsetImages, load_subset
+from lora_adapters.train.data.sources import SourceImage, SubsetImages, load_subset
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.seeding import python_random
 
@@ -25,7 +25,7 @@ STEADY: dict[str, Any] = {
 class TrainingImage:
     """One image of one subset."""
 
-    found: Found
+    origin: SourceImage
     subset: SubsetConfig
     dataset: int
     placement: Placement
@@ -37,7 +37,7 @@ class LoadedSubset:
 
     config: SubsetConfig
     dataset: int
-    images: list[Found]
+    images: list[SourceImage]
     skipped: int = 0
     without_caption: int = 0
 
@@ -72,9 +72,9 @@ class ImageSet:
         training: list[tuple[int, int]] = []  # (image, repeats)
         regularisation: list[tuple[int, int]] = []
         for loaded in (loaded for loaded in self.subsets if loaded.dataset == number):
-            for found in loaded.images:
+            for origin in loaded.images:
                 image = len(self.images)
-                self.images.append(TrainingImage(found, loaded.config, number, buckets.place(found.size)))
+                self.images.append(TrainingImage(origin, loaded.config, number, buckets.place(origin.size)))
                 kind = regularisation if loaded.config.is_reg else training
                 kind.append((image, loaded.config.num_repeats))
         uses = training + matched(regularisation, sum(repeats for _, repeats in training))
@@ -88,9 +88,15 @@ class ImageSet:
 
 
 def matched(regularisation: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Regularisation images with their repeats raised, one by one from the first, until they number `count`.
+    """Choose regularisation images for a number of training images.
 
-    Their own repeats come first; images beyond `count` are not used.
+    Args:
+        regularisation: (image, repeats) of each regularisation image.
+        count: The number of training images, with repeats.
+
+    Returns:
+        (image, repeats) of the images to use. Their repeats are raised by one, from the first image on, until they add
+        up to `count`; images beyond it are not used.
     """
     uses: dict[int, int] = {}
     total = 0
@@ -113,7 +119,7 @@ def load_images(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet | Non
         validation_seed = seed if dataset.validation_seed is None else dataset.validation_seed
         for subset in _distinct(dataset):
             loaded = load_subset(subset)
-            keep, hold = loaded.images, list[Found]()
+            keep, hold = loaded.images, list[SourceImage]()
             if dataset.validation_split > 0 and not subset.is_reg:
                 keep, hold = split(loaded, dataset.validation_split, validation_seed)
             training.append(LoadedSubset(subset, number, keep, len(loaded.skipped), loaded.without_caption))
@@ -123,18 +129,18 @@ def load_images(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet | Non
     if images.count(regularisation=False) == 0:
         only = "only regularisation images" if training else "every subset has num_repeats 0"
         raise DataError(f"nothing to train on: {only}")
-    wanted = [dataset for dataset in config.datasets if dataset.validation_split > 0]
-    if wanted and not held_out:
+    validated = [dataset for dataset in config.datasets if dataset.validation_split > 0]
+    if validated and not held_out:
         raise DataError("validation_split leaves no image for validation: the subsets have one image each")
     return images, ImageSet(config.datasets, held_out, shuffle=False) if held_out else None
 
 
-def split(loaded: SubsetImages, part: float, seed: int) -> tuple[list[Found], list[Found]]:
+def split(loaded: SubsetImages, part: float, seed: int) -> tuple[list[SourceImage], list[SourceImage]]:
     """(kept, held out): `part` of the images, at least one where there are two, drawn by `seed` and kept in order."""
     count = len(loaded.images)
     hold = min(max(1, round(count * part)), count - 1)
     chosen = set(python_random(seed, "validation", count).sample(range(count), hold))
-    kept = [found for index, found in enumerate(loaded.images) if index not in chosen]
+    kept = [image for index, image in enumerate(loaded.images) if index not in chosen]
     return kept, [loaded.images[index] for index in sorted(chosen)]
 
 

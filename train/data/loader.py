@@ -122,7 +122,7 @@ class BatchReader(Dataset):
                 try:
                     return self._load(entry, number, order)
                 except DataError as error:
-                    damaged[self.images.images[number].found.source.name] = str(error)
+                    damaged[self.images.images[number].origin.source.name] = str(error)
             tried.add(number)
         for number in range(len(self.images.images)):
             try:
@@ -161,9 +161,9 @@ class BatchReader(Dataset):
             latents,
             latent_mask(mask) if mask is not None else None,
             crop_as_seen(image.placement, variation),
-            image.found.size[::-1],
+            image.origin.size[::-1],
             image.placement.bucket[::-1],
-            draw_caption(image.found.caption, image.subset, rng, moment),
+            draw_caption(image.origin.caption, image.subset, rng, moment),
             self._text(number),
             self.prior_loss_weight if image.subset.is_reg else 1.0,
         )
@@ -201,14 +201,14 @@ def load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tenso
     except DataError:
         raise
     except Exception as error:  # converting a damaged or rare kind of image may raise almost anything
-        raise DataError(f"{image.found.source.name}: cannot be used ({first_line(error)})") from None
+        raise DataError(f"{image.origin.source.name}: cannot be used ({first_line(error)})") from None
 
 
 def _load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
-    subset, placement, source = image.subset, image.placement, image.found.source
+    subset, placement, source = image.subset, image.placement, image.origin.source
     opened = open_image(source)
-    if opened.size != image.found.size:
-        raise DataError(f"{source.name}: is {opened.size} and was {image.found.size}; was it changed while training?")
+    if opened.size != image.origin.size:
+        raise DataError(f"{source.name}: is {opened.size} and was {image.origin.size}; was it changed while training?")
     rgb, alpha = to_rgb(opened, source.name, blend=not subset.alpha_mask)
     mask = load_mask(image, variation)
     if subset.alpha_mask:
@@ -218,10 +218,10 @@ def _load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tens
 
 def load_mask(image: TrainingImage, variation: Variation) -> torch.Tensor | None:
     """(height, width) in [0, 1] from the image's mask file, None where it has none."""
-    if image.found.mask is None:
+    if image.origin.mask is None:
         return None
-    mask = open_image(FileSource(image.found.mask))
-    grey = to_rgb(mask, image.found.mask, blend=False)[0].convert("L")
+    mask = open_image(FileSource(image.origin.mask))
+    grey = to_rgb(mask, image.origin.mask, blend=False)[0].convert("L")
     return mask_tensor(grey, image.placement, variation)
 
 
@@ -250,5 +250,5 @@ def _stack_masks(samples: list[Sample]) -> torch.Tensor | None:
     if all(sample.mask is None for sample in samples):
         return None
     height, width = samples[0].target
-    ones = torch.ones(1, height // VAE_FACTOR, width // VAE_FACTOR)
-    return torch.stack([sample.mask if sample.mask is not None else ones for sample in samples])
+    full = torch.ones(1, height // VAE_FACTOR, width // VAE_FACTOR)
+    return torch.stack([sample.mask if sample.mask is not None else full for sample in samples])

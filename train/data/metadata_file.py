@@ -13,10 +13,18 @@ from lora_adapters.train.data_error import DataError
 
 
 def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
-    """The images that `metadata_file` lists, in its order. Image sizes written there are not needed.
+    """The images that a metadata file lists, in its order. Image sizes in the file are ignored.
 
-    A path is absolute, relative to image_dir, or (without a suffix) the name of an image in image_dir; where there is
-    none, or no image_dir, it is relative to the working folder. Raises DataError where the file cannot be read.
+    Args:
+        subset: The options, with `metadata_file`. A path in the file is absolute, relative to image_dir, or (without a
+            suffix) the name of an image in image_dir. If there is no such image, or no image_dir, it is relative to the
+            working folder.
+
+    Returns:
+        A candidate for each entry.
+
+    Raises:
+        DataError: The file cannot be read, or image_dir does not exist.
     """
     file = Path(subset.metadata_file or "")
     folder = existing_folder(subset.image_dir) if subset.image_dir else Path()
@@ -78,7 +86,7 @@ def _find(folder: Path, key: str) -> Path:
     if path.is_file():
         return path
     beside = (Path(name) for name in sorted(glob.glob(glob.escape(str(path)) + ".*")))
-    found = next((other for other in beside if other.suffix.lower() in TRAINED and other.stem == path.name), None)
-    if found is None and Path(key).is_file():
+    image = next((other for other in beside if other.suffix.lower() in TRAINED and other.stem == path.name), None)
+    if image is None and Path(key).is_file():
         return Path(key)  # as kohya's tools write it where they are told of a folder by a relative path
-    return found or path
+    return image or path

@@ -23,18 +23,21 @@ def rules(kind: type) -> dict[str, Option]:
 def check_table(
     kinds: tuple[type, ...], table: Any, place: str, path: str, source: str, unknown: list[str]
 ) -> dict[str, Any]:
-    """The values of `table`, each of its field's type and within its limits.
+    """Check a table of a dataset file.
 
     Args:
-        kinds: the dataclasses whose options may stand in this table.
-        table: what the file has there.
-        place: where that is, one letter of TABLES.
-        path: the table's name for messages.
-        source: the file's name for messages.
-        unknown: keys that are no options are left out and added to this list, each with the nearest name.
+        kinds: Dataclasses whose options may be in this table.
+        table: The content of the table.
+        place: The kind of table, one letter of TABLES.
+        path: The name of the table, for messages.
+        source: The name of the file, for messages.
+        unknown: Keys that are not options are added to this list, each with the most similar name.
+
+    Returns:
+        The values of the options, each of the type of its field and within its limits.
 
     Raises:
-        DataError: for a key that belongs elsewhere and for a wrong value.
+        DataError: A value is wrong, or an option belongs in another table.
     """
     if not isinstance(table, Mapping):
         raise DataError(f"{source}: {path} must be a table, not {show(table)}")
@@ -48,7 +51,7 @@ def check_table(
         option = known[key]
         if place not in option.scope:
             allowed = " or ".join(TABLES[letter] for letter in option.scope)
-            raise DataError(f"{where} cannot stand in {TABLES[place]}; it belongs in {allowed}")
+            raise DataError(f"{where} is not allowed in {TABLES[place]}; it belongs in {allowed}")
         values[key] = check_value(option, value, where)
     return values
 

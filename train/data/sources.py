@@ -26,7 +26,7 @@ CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".tags")
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceImage:
     """One readable image: size as (width, height), caption as written, and where its caches and mask lie."""
 
     source: Source
@@ -40,7 +40,7 @@ class Found:
 class SubsetImages:
     """What a subset holds, and what was left out of it."""
 
-    images: list[Found]
+    images: list[SourceImage]
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
     uncaptioned: list[str | None] = field(default_factory=list)  # cache stems of images without a caption
 
@@ -51,10 +51,18 @@ class SubsetImages:
 
 
 def load_subset(subset: SubsetConfig) -> SubsetImages:
-    """Find, measure and caption the images of `subset`.
+    """Find the images of a subset, and read their sizes and captions.
 
-    Unreadable images are left out with a warning that counts and names them. Raises DataError where nothing is left,
-    a folder is missing, a caption is not text or a mask is missing.
+    Unreadable images are left out with a warning that counts and names them.
+
+    Args:
+        subset: The options.
+
+    Returns:
+        The images, and what was left out.
+
+    Raises:
+        DataError: No image is left, or a folder, a mask or a caption cannot be used.
     """
     if subset.dataset_name:
         from lora_adapters.train.data.huggingface import hub_candidates  # the datasets library takes seconds to import
@@ -69,24 +77,24 @@ def load_subset(subset: SubsetConfig) -> SubsetImages:
     if not candidates:
         raise DataError(f"{subset.name}: no images found")
     sizes = _measure(candidates, subset.name)
-    found = SubsetImages([])
+    loaded = SubsetImages([])
     for candidate, size in zip(candidates, sizes, strict=True):
         if isinstance(size, str):
-            found.skipped.append((candidate.source.name, size))
+            loaded.skipped.append((candidate.source.name, size))
             continue
         if candidate.caption is None:
-            found.uncaptioned.append(candidate.cache_stem)
+            loaded.uncaptioned.append(candidate.cache_stem)
         caption = candidate.caption if candidate.caption is not None else subset.class_tokens or ""
-        found.images.append(Found(candidate.source, size, caption, candidate.cache_stem))
-    if not found.images:
-        name, why = found.skipped[0]
+        loaded.images.append(SourceImage(candidate.source, size, caption, candidate.cache_stem))
+    if not loaded.images:
+        name, why = loaded.skipped[0]
         raise DataError(f"{subset.name}: none of its {len(candidates)} images can be read (the first: {name}: {why})")
     if subset.conditioning_data_dir:
-        found.images = _with_masks(found.images, subset.conditioning_data_dir)
+        loaded.images = _with_masks(loaded.images, subset.conditioning_data_dir)
     if subset.cache_info and subset.image_dir and not subset.metadata_file:
-        _write_info(Path(subset.image_dir), found.images, candidates)
-    _warn(subset, found)
-    return found
+        _write_info(Path(subset.image_dir), loaded.images, candidates)
+    _warn(subset, loaded)
+    return loaded
 
 
 def read_caption(path: Path, *, all_lines: bool) -> str | None:
@@ -132,16 +140,16 @@ def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _write_info(folder: Path, images: list[Found], candidates: list[Candidate]) -> None:
+def _write_info(folder: Path, images: list[SourceImage], candidates: list[Candidate]) -> None:
     if all(candidate.size is not None for candidate in candidates):
         return
     table = {
-        found.source.name: {
-            "caption": found.caption,
-            "resolution": list(found.size),
-            "modified": found.source.modified(),
+        image.source.name: {
+            "caption": image.caption,
+            "resolution": list(image.size),
+            "modified": image.source.modified(),
         }
-        for found in images
+        for image in images
     }
     try:
         with replacing(folder / INFO_CACHE) as partial:
@@ -165,33 +173,33 @@ def _measure(candidates: list[Candidate], name: str) -> list[Size | str]:
     return [candidate.size if candidate.size is not None else next(measured) for candidate in candidates]
 
 
-def _with_masks(images: list[Found], mask_dir: str) -> list[Found]:
+def _with_masks(images: list[SourceImage], mask_dir: str) -> list[SourceImage]:
     folder = Path(mask_dir)
     if not folder.is_dir():
         raise DataError(f"conditioning_data_dir {mask_dir} is not a folder")
     masks = {path.stem: str(path) for path in find_images(folder)}
-    missing = [found.source.name for found in images if Path(found.source.name).stem not in masks]
+    missing = [image.source.name for image in images if Path(image.source.name).stem not in masks]
     if missing:
         raise DataError(f"conditioning_data_dir {mask_dir} has no mask for {_some(missing)}")
     return [
-        Found(found.source, found.size, found.caption, found.cache_stem, masks[Path(found.source.name).stem])
-        for found in images
+        SourceImage(image.source, image.size, image.caption, image.cache_stem, masks[Path(image.source.name).stem])
+        for image in images
     ]
 
 
-def _warn(subset: SubsetConfig, found: SubsetImages) -> None:
-    if found.skipped:
-        names = _some([f"{name} ({why})" for name, why in found.skipped])
-        logger.warning("%s: %d images cannot be read and are left out: %s", subset.name, len(found.skipped), names)
-    if found.without_caption:
+def _warn(subset: SubsetConfig, loaded: SubsetImages) -> None:
+    if loaded.skipped:
+        names = _some([f"{name} ({why})" for name, why in loaded.skipped])
+        logger.warning("%s: %d images cannot be read and are left out: %s", subset.name, len(loaded.skipped), names)
+    if loaded.without_caption:
         instead = f'the class "{subset.class_tokens}"' if subset.class_tokens else "an empty caption"
-        count, beside = found.without_caption, "" if subset.metadata_file else _other_captions(subset, found)
+        count, beside = loaded.without_caption, "" if subset.metadata_file else _other_captions(subset, loaded)
         logger.warning("%s: %d images have no caption; %s is used%s", subset.name, count, instead, beside)
 
 
-def _other_captions(subset: SubsetConfig, found: SubsetImages) -> str:
+def _other_captions(subset: SubsetConfig, loaded: SubsetImages) -> str:
     """What to say of caption files of another ending beside images that have no caption."""
-    stems = [stem for stem in found.uncaptioned if stem is not None and subset.image_dir]
+    stems = [stem for stem in loaded.uncaptioned if stem is not None and subset.image_dir]
     counts = {ending: sum(os.path.isfile(stem + ending) for stem in stems) for ending in CAPTION_ENDINGS}
     ending, count = max(counts.items(), key=lambda item: item[1])
     if not count:

@@ -55,8 +55,8 @@ def tag_frequency(images: ImageSet, dataset: int) -> dict[str, dict[str, int]]:
     frequency: dict[str, Counter[str]] = {}
     for loaded in (loaded for loaded in images.subsets if loaded.dataset == dataset):
         counter = frequency.setdefault(_base_name(loaded.config), Counter())
-        for found in loaded.images:
-            counter.update(tag.strip().lower() for tag in found.caption.split(",") if tag.strip())
+        for image in loaded.images:
+            counter.update(tag.strip().lower() for tag in image.caption.split(",") if tag.strip())
     return {name: dict(counter) for name, counter in frequency.items()}
 
 
@@ -70,7 +70,7 @@ def bucket_info(images: ImageSet, dataset: int) -> dict[str, Any] | None:
         for group, (owner, bucket) in zip(images.groups, images.group_buckets, strict=True)
         if owner == dataset
     ]
-    errors = [buckets.aspect_error(image.found.size) for image in images.images if image.dataset == dataset]
+    errors = [buckets.aspect_error(image.origin.size) for image in images.images if image.dataset == dataset]
     return {
         "buckets": {index: {"resolution": bucket, "count": count} for index, (bucket, count) in enumerate(mine)},
         "mean_img_ar_error": sum(errors) / len(errors) if errors else 0,

@@ -52,10 +52,19 @@ def crop_as_seen(placement: Placement, variation: Variation) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, name: str, *, blend: bool = True) -> tuple[Image.Image, Image.Image | None]:
-    """(RGB image, alpha channel or None) of an image of any mode.
+    """Convert an image of any mode to RGB. Grey of 16 bits or floating point is scaled to 8 bits.
 
-    With `blend` transparency is laid onto white; without, the colours under it are kept, for use with the alpha as a
-    mask. 16-bit and floating-point grey is scaled to 8 bit.
+    Args:
+        image: The image.
+        name: Its name, for messages.
+        blend: Blend transparent images with white. False keeps the colours of transparent pixels, for use with the
+            alpha channel as a mask.
+
+    Returns:
+        The RGB image, and its alpha channel (mode L) or None.
+
+    Raises:
+        DataError: The values are of an unknown scale; see `eight_bit_grey`.
     """
     if is_deep(image):
         try:

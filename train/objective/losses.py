@@ -134,11 +134,19 @@ def resized_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def timestep_weights(snr: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Factor of the loss (n,) at timesteps of the given SNR (n,), float64; 1 without options.
+    """Factors of the loss at timesteps, from their signal-to-noise ratio.
 
-    min-SNR (arXiv 2303.09556): min(snr, gamma) / snr for noise, / (snr + 1) for v. Debiased estimation
-    (arXiv 2310.08442): 1 / sqrt(snr) for noise, 1 / (snr + 1) for v. The SNR may be 0 (zero terminal SNR): the
-    noise weight of min-SNR is 1 there, and that of debiased estimation, which has no limit, is left at 1.
+    min-SNR (arXiv 2303.09556) is min(snr, gamma) / snr for noise prediction, and / (snr + 1) for v-prediction. Debiased
+    estimation (arXiv 2310.08442) is 1 / sqrt(snr) for noise prediction, and 1 / (snr + 1) for v-prediction. At an SNR
+    of 0 (zero terminal SNR) and noise prediction, min-SNR is 1, and debiased estimation, which has no limit there, is 1
+    too.
+
+    Args:
+        snr: (n,), float64, not negative.
+        options: Which weightings are on.
+
+    Returns:
+        (n,), float64; 1 without options.
     """
     weights = torch.ones_like(snr)
     share = velocity_share(snr.clamp(max=_LARGEST_SNR))

@@ -81,9 +81,19 @@ def perturbed(noise: torch.Tensor, generators: list[torch.Generator], options: N
 
 
 def multires(noise: torch.Tensor, levels: int, discount: float, generator: torch.Generator) -> torch.Tensor:
-    """`noise` (channels, height, width) with `levels` ever coarser layers added, brought back to deviation 1.
+    """Add coarser and coarser layers to noise, and scale the sum to a standard deviation of 1 (multi-resolution noise).
 
-    Layer i is discount^i strong and r^i times coarser, r drawn from [2, 4); it ends at one pixel.
+    Layer i has the strength discount^i and is r^i times coarser, with r drawn from [2, 4). The layers end when a side
+    has one pixel.
+
+    Args:
+        noise: (channels, height, width).
+        levels: The largest number of layers.
+        discount: The strength of a layer relative to the one before.
+        generator: Draws the layers, on the CPU.
+
+    Returns:
+        (channels, height, width).
     """
     channels, height, width = noise.shape
     for level in range(levels):
@@ -125,10 +135,18 @@ def velocity_share(snr: torch.Tensor) -> torch.Tensor:
 def huber_width(
     timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, schedule: str, c: float, scale: float
 ) -> torch.Tensor:
-    """Huber's c of each timestep (n,).
+    """The width c of the Huber loss at each timestep.
 
-    constant: c; exponential: from 1 at t=0 down to c at the last step; snr: (1 - c) / (1 + sigma)^2 + c with
-    sigma^2 = 1/SNR. `scale` multiplies the first two.
+    Args:
+        timesteps: (n,), integers.
+        alphas_cumprod: (steps,), of the noise schedule.
+        schedule: "constant" is c; "exponential" falls from 1 at timestep 0 to c at the last; "snr" is (1 - c) / (1 +
+            sigma)^2 + c with sigma^2 = 1 / SNR.
+        c: The smallest width.
+        scale: Multiplies the widths of the first two schedules.
+
+    Returns:
+        (n,), float64.
     """
     if schedule == "constant":
         return torch.full(timesteps.shape, c * scale, dtype=torch.float64)

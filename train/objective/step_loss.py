@@ -122,17 +122,17 @@ class StepLoss:
     def latents(self, batch: Any, generators: list[torch.Generator] | None) -> torch.Tensor:
         """Normalised latents (n, channels, h, w) in float32: cached, or the VAE's, drawn or (no generators) mean."""
         if batch.latents is not None:
-            found = moved(batch.latents, self.device, torch.float32)
+            latents = moved(batch.latents, self.device, torch.float32)
             if self.models.family.latent_files.normalised:
-                return found
+                return latents
         else:
             vae = self.models.vae
             posterior = vae.encode(moved(batch.images, self.device, vae.dtype)).latent_dist
-            found = posterior.mean.float()
+            latents = posterior.mean.float()
             if generators is not None:
-                noise = torch.stack([torch.randn(found.shape[1:], generator=g) for g in generators])
-                found = found + posterior.std.float() * moved(noise, found)
-        return self.models.latent_space.normalised(found)
+                noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
+                latents = latents + posterior.std.float() * moved(noise, latents)
+        return self.models.latent_space.normalised(latents)
 
     def text(self, batch: Any) -> Encoded | list[Tokens]:
         """The cached outputs of the text encoders, or tokens for them."""

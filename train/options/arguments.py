@@ -27,13 +27,16 @@ def parser(defaults: bool = True) -> Parser:
 
 
 def settings(**options: Any) -> Settings:
-    """The defaults with `options` put in: what `train` takes when it is called from Python.
+    """Settings for `train` when it is called from Python: the defaults, changed by `options`.
 
     Args:
-        options: Named as on the command line, with Python's values (`network_args` may be a dict).
+        **options: Named as on the command line, with Python values (`network_args` may be a dictionary).
+
+    Returns:
+        The settings.
 
     Raises:
-        OptionError: A name is not an option, or a value is not among its choices.
+        OptionError: A name is not an option, or a value is not allowed.
     """
     known = options_of(Settings)
     for name in options:
@@ -43,16 +46,20 @@ def settings(**options: Any) -> Settings:
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
-    """Options from `argv`, then from its --config_file, then the defaults.
+    """Read the options of the command line; --config_file and the defaults fill in the others.
 
-    With --output_config the options are written to --config_file and the program ends. An empty value counts as not
-    given where the default is an empty value.
+    With --output_config the options are written to --config_file and the program ends. An empty value means "not given"
+    for options whose default is empty.
 
     Args:
-        argv: The words of the command line; None for the program's own.
+        argv: The words of the command line; None takes those of this process.
+
+    Returns:
+        The settings.
 
     Raises:
         OptionError: An option or the configuration file is wrong.
+        SystemExit: --help was printed, or --output_config was written.
     """
     line = vars(parser(defaults=False).parse_args(argv))
     chosen = made(Settings, line)

@@ -30,17 +30,20 @@ def config_path(name: str) -> Path:
 
 
 def file_options(name: str, line: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a --config_file as the command line would have given them.
+    """Read the options of a --config_file.
 
-    What is no option is left out with one warning; so is a value that is wrong where nothing would read it. An empty
-    text, and false for an option that takes a value, stand for "not given".
+    Unknown names are left out with one warning, and so are wrong values of options that this run does not use. An empty
+    text, and false for an option that takes a value, mean "not given".
 
     Args:
-        name: what --config_file says.
-        line: the options that are on the command line.
+        name: The value of --config_file.
+        line: The options on the command line.
+
+    Returns:
+        The values by option, as the command line would have given them.
 
     Raises:
-        TrainingError: where the file cannot be read, or a value that matters is wrong.
+        TrainingError: The file cannot be read, or a value is wrong.
     """
     file, known = config_path(name), options_of(Settings)
     options = _without_the_guis(read_config(file), file)

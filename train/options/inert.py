@@ -23,7 +23,7 @@ def leave_out_inert(settings: Settings) -> None:
     """
     for name, option in options_of(type(settings)).items():
         value = getattr(settings, name)
-        case = next((one for one in option.inert if value != option.default and one.when(value, settings)), None)
+        case = next((inert for inert in option.inert if value != option.default and inert.when(value, settings)), None)
         if case:
             log.warning("--%s is left out: %s", name, case.why.format(value=value, settings=settings))
             _reset(settings, name, option.default)
@@ -32,10 +32,10 @@ def leave_out_inert(settings: Settings) -> None:
 
 def _leave_out_samples(settings: Settings) -> None:
     """The occasions for sample images where there are no prompts to draw them from."""
-    wanted = [name for name in _SAMPLES if getattr(settings, name)]
-    if wanted and not settings.sample_prompts:
-        log.warning("--%s: no sample pictures are drawn without --sample_prompts, a file of prompts", wanted[0])
-        for name in wanted:
+    given = [name for name in _SAMPLES if getattr(settings, name)]
+    if given and not settings.sample_prompts:
+        log.warning("--%s: no sample pictures are drawn without --sample_prompts, a file of prompts", given[0])
+        for name in given:
             _reset(settings, name, options_of(type(settings))[name].default)
 
 

@@ -124,11 +124,14 @@ def option(
     """A dataclass field that is an option.
 
     Args:
-        default: the value if the option is not given.
-        help: one line, without the default.
-        metadata: key of its entry in a saved adapter's metadata; True for ss_ and the field's name.
-        choices: the values that are allowed.
-        facts: further fields of `Option`.
+        default: The value if the option is not given.
+        help: One line, without the default.
+        metadata: The key of its entry in the metadata of a saved adapter; True is ss_ and the name of the field.
+        choices: The allowed values; None allows all.
+        **facts: Further fields of `Option`.
+
+    Returns:
+        The field.
     """
     made = Option(help, metadata="ss_" if metadata is True else metadata or None,
                   choices=None if choices is None else tuple(choices), **facts)  # fmt: skip

@@ -53,10 +53,10 @@ class Parser(parsers.Parser):
         name, equals, value = word.partition("=")
         if len(name) < 3 or not name.startswith("--") or name in self._names or " " in name:
             return word
-        found = [known for known in self._names if known.startswith(name)]
-        if len(found) > 1:
-            self.error(f"ambiguous option: {name} could match {', '.join(found)}")
-        return f"{found[0]}{equals}{value}" if found and len(found[0]) - len(name) > 1 else word
+        matches = [known for known in self._names if known.startswith(name)]
+        if len(matches) > 1:
+            self.error(f"ambiguous option: {name} could match {', '.join(matches)}")
+        return f"{matches[0]}{equals}{value}" if matches and len(matches[0]) - len(name) > 1 else word
 
 
 def _is_refused(option: Option, known: Mapping[str, Option]) -> bool:

@@ -42,9 +42,15 @@ class Settings(ModelOptions, TrainingOptions, FlowOptions, DataOptions, OutputOp
 
 
 def made(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Settings of a kind with these values, which count as given unless they are None.
+    """Create settings from values.
 
-    An empty text stands for "not given", if that is the default.
+    Args:
+        kind: The class of settings.
+        values: Values by name, of which all but None count as given. An empty text counts as None if None is the
+            default.
+
+    Returns:
+        The settings.
     """
     known = options_of(kind)
     kept = {name: None if value == "" and known[name].default is None else value for name, value in values.items()}

@@ -25,12 +25,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def checked(option: Option, value: Any, source: object) -> Any:
-    """`value` as the command line would have given it for an option; OptionError where it would not.
+    """Check a value that is not from the command line.
 
     Args:
-        option: the option.
-        value: a value of Python's, TOML's or JSON's.
-        source: where it comes from, for the error's message.
+        option: The option.
+        value: A value of Python, TOML or JSON.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The value as the command line would have given it.
+
+    Raises:
+        OptionError: The command line would not accept it.
     """
     name = option.name
     if option.many:
@@ -54,7 +60,7 @@ def _list(option: Option, value: Any, source: object) -> Any:
         return value
     value = list(value) if isinstance(value, list | tuple) else [value]
     try:
-        return [one if option.kind is str or option.parse is None else option.parse(one) for one in value]
+        return [item if option.kind is str or option.parse is None else option.parse(item) for item in value]
     except (TypeError, ValueError):
         raise OptionError(f"{source}: {option.name} cannot be {value!r}") from None
 
@@ -66,7 +72,7 @@ def _single(option: Option, value: Any, source: object) -> Any:
     if isinstance(value, bool | dict):
         raise OptionError(f"{source}: {name} cannot be {value!r}")
     if name in ("resolution", "face_crop_aug_range") and isinstance(value, list | tuple):
-        value = ",".join(str(one) for one in value)
+        value = ",".join(str(side) for side in value)
     if option.kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     value = _ALIASES.get(name, {}).get(value, value) if isinstance(value, str) else value
@@ -87,10 +93,10 @@ def key_values(pairs: Sequence[str] | dict[str, Any] | None, option: str) -> dic
     """`["conv_dim=4", ...]` as a dictionary of text; OptionError names the option for an item without "="."""
     if isinstance(pairs, dict):
         return {key: str(value) for key, value in pairs.items()}
-    found = {}
+    values = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise OptionError(f"--{option}: {pair!r} is not of the form key=value")
-        found[key] = value
-    return found
+        values[key] = value
+    return values

@@ -64,7 +64,7 @@ def test_json_says_the_same_as_toml(tmp_path):
         ("token_warmup_step = inf", "token_warmup_step must be a number of at least 0, not Infinity"),
         ("caption_dropout_rate = 2", "caption_dropout_rate must be a number from 0 to 1, not 2"),
         ('resize_interpolation = "sinc"', "resize_interpolation must be one of lanczos, nearest, .*box, not .sinc"),
-        ("resolution = 64", r"resolution cannot stand in \[\[datasets.subsets\]\]; it belongs in \[general\] or"),
+        ("resolution = 64", r"resolution is not allowed in \[\[datasets.subsets\]\]; it belongs in \[general\] or"),
         ("face_crop_aug_range = [1, 2]", "face_crop_aug_range must be left out .cropping around faces is not supp"),
         ('caption_extension = "."', r'caption_extension must be a file name ending, such as ".txt", not "."'),
         ('caption_extension = "a/txt"', "caption_extension must be a file name ending"),
@@ -94,7 +94,7 @@ def test_subset_errors_name_file_key_and_remedy(tmp_path, line, message):
         ),
         (
             "[general]\nimage_dir = 'x'\n" + SUBSET,
-            r"general.image_dir cannot stand in \[general\]; it belongs in \[\[datas",
+            r"general.image_dir is not allowed in \[general\]; it belongs in \[\[datas",
         ),
         ("[genral]\nresolution = 64\n" + SUBSET, "no resolution"),
         (SUBSET, "no resolution"),

@@ -165,7 +165,7 @@ def test_validation_is_apart_fixed_and_plain(tmp_path):
     training, other = lively(tmp_path, **options), data(tmp_path / "p", seed=99, **LIVELY | options)
     held_out = training.validation
     assert held_out is not None
-    names = [{one.found.source.name for one in part.images.images} for part in (training, held_out, other.validation)]
+    names = [{one.origin.source.name for one in part.images.images} for part in (training, held_out, other.validation)]
     assert names[0].isdisjoint(names[1])
     assert (len(names[0]), len(names[1])) == (5, 2)
     assert names[1] == names[2]

@@ -64,8 +64,8 @@ def test_phone_photos(sd1, tmp_path, capsys) -> None:
     assert "2 other files are not read: IMG_1.HEIC, IMG_2.MOV\n" in said
     assert "photos that have to be saved as JPEG or PNG to be trained on: IMG_1.HEIC\n" in said
     run = taken(folder)
-    assert {image.found.size for image in run.data.images.images} == {(300, 400), (400, 300)}
-    assert {image.found.caption for image in run.data.images.images} == {"sks cat"}
+    assert {image.origin.size for image in run.data.images.images} == {(300, 400), (400, 300)}
+    assert {image.origin.caption for image in run.data.images.images} == {"sks cat"}
     assert (run.settings.learning_rate, run.settings.network_dim, run.settings.max_train_steps) == (1e-4, 16, 800)
 
 
@@ -81,7 +81,7 @@ def test_mixed_captions(sd1, tmp_path, capsys) -> None:
     assert "captions of other endings are not read (1 .caption): rename them to .txt" in said
     assert "1 captions are empty: 0002.png" in said
     assert "class_tokens = a photo: caption of 2 pictures that have none [a guess: give --class_tokens]" in said
-    captions = [image.found.caption for image in taken(folder).data.images.images]
+    captions = [image.origin.caption for image in taken(folder).data.images.images]
     assert captions == ["number 0", "number 1", "", "a photo", "a photo"]
     prompts = (folder.parent / "settings" / "prompts.txt").read_text()
     assert "\nnumber 0 --w 64 --h 64 " in prompts
@@ -142,7 +142,7 @@ def test_folders_that_say_how_often(sd1, tmp_path, capsys) -> None:
     assert "its name says 10 repeats of sks dog" in said
     images = taken(parent).data.images
     assert images.count(regularisation=False) == 21
-    assert {image.found.caption for image in images.images} == {"sks dog", "a photo"}
+    assert {image.origin.caption for image in images.images} == {"sks dog", "a photo"}
 
 
 def test_nothing_is_overwritten_unasked(sd1, tmp_path, capsys) -> None:
@@ -239,5 +239,5 @@ def test_names_of_any_kind(sd1, tmp_path, capsys) -> None:
     folder = fill(tmp_path / name, [(80, 64)])
     (folder / "0000.txt").write_text("# a --w 5 cat")
     init(capsys, folder, sd1)
-    assert taken(folder).data.images.images[0].found.caption == "# a --w 5 cat"
+    assert taken(folder).data.images.images[0].origin.caption == "# a --w 5 cat"
     assert "\na w 5 cat --w 64" in (tmp_path / "settings" / "prompts.txt").read_text()
