@@ -46,14 +46,14 @@ def family_of_folder(components: Collection[str], keys: Iterable[str], class_nam
 
 def slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> dict[ModuleName, TensorSlice]:
     """Where an original checkpoint has the weights of all layers that it has."""
-    found = {}
+    slices = {}
     for component in family.components:
         for layer in family.layers(component.name):
             part = next((part for part in layer.originals if part.key in tensors), None)
             if part is not None and not _is_unused(component.layout, layer.module.path, part):
                 with suppress(AdapterError):  # a packed weight: it is refused by its own name when it is needed
-                    found[layer.module] = part.placed(tuple(tensors[part.key].shape))
-    return found
+                    slices[layer.module] = part.placed(tuple(tensors[part.key].shape))
+    return slices
 
 
 def _is_unused(layout: object, path: str, part: TensorSlice) -> bool:
@@ -64,27 +64,27 @@ def slices_in_component(
     tensors: Mapping[str, torch.Tensor], component: str, family: ModelFamily
 ) -> dict[ModuleName, TensorSlice]:
     """Where a file of a Diffusers folder's component has the weights of all layers that it has."""
-    found = {}
+    slices = {}
     for layer in family.layers(component):
         path = layer.module.path
         for spelling in (path, path.removeprefix("text_model.")):
             if f"{spelling}.weight" in tensors:
-                found[layer.module] = TensorSlice(f"{spelling}.weight")
+                slices[layer.module] = TensorSlice(f"{spelling}.weight")
                 break
-    return found
+    return slices
 
 
 def other_slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> dict[ModuleName, TensorSlice]:
     """Where an original checkpoint has the weights of normalisation layers, and all biases (see `names.bias_of`)."""
-    found = {}
+    slices = {}
     for component in family.components:
         for path in family.norms(component.name):
             part = next((part for part in component.layout.slices(path) if part.key in tensors), None)
             if part is not None and not _is_unused(component.layout, path, part):
-                found[ModuleName(component.name, path)] = part
-    weights = {**slices_in_file(tensors, family), **found}
+                slices[ModuleName(component.name, path)] = part
+    weights = {**slices_in_file(tensors, family), **slices}
     biases = {bias_of(module): part.bias for module, part in weights.items()}
-    return found | {name: part for name, part in biases.items() if part is not None and part.key in tensors}
+    return slices | {name: part for name, part in biases.items() if part is not None and part.key in tensors}
 
 
 def other_slices_in_component(
@@ -92,12 +92,12 @@ def other_slices_in_component(
 ) -> dict[ModuleName, TensorSlice]:
     """Where a file of a Diffusers folder's component has the weights of normalisation layers, and all biases."""
     norms = family.norms(component)
-    found = {}
+    slices = {}
     for path in family.paths(component) | norms:
         module = ModuleName(component, path)
         for spelling in (path, path.removeprefix("text_model.")):
             if path in norms and f"{spelling}.weight" in tensors:
-                found[module] = TensorSlice(f"{spelling}.weight")
+                slices[module] = TensorSlice(f"{spelling}.weight")
             if f"{spelling}.bias" in tensors:
-                found[bias_of(module)] = TensorSlice(f"{spelling}.bias")
-    return found
+                slices[bias_of(module)] = TensorSlice(f"{spelling}.bias")
+    return slices

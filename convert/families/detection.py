@@ -48,16 +48,24 @@ class BaseModel(NamedTuple):
 def family_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> ModelFamily:
     """The family that an adapter is for, by the names of its modules, its metadata and its widths.
 
-    AdapterError where no family has all of the modules.
+    Args:
+        modules: The changes by module; only `out_in` is used.
+        metadata: The metadata of the file.
+
+    Returns:
+        The family. Metadata decide between families that have all of the modules.
+
+    Raises:
+        AdapterError: No family has all of the modules.
     """
-    found = by_modules(modules)
-    told = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
-    if told is not None and (found is FAMILIES[0] or told.has(modules)):
-        return told
-    if found is not FAMILIES[0] or metadata.get(BASE_VERSION):
-        return found
+    by_names = by_modules(modules)
+    stated = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
+    if stated is not None and (by_names is FAMILIES[0] or stated.has(modules)):
+        return stated
+    if by_names is not FAMILIES[0] or metadata.get(BASE_VERSION):
+        return by_names
     others = (family for family in FAMILIES[1:] if family.marks.width is not None and family.has(modules))
-    return next((family for family in others if _has_own_width(family, modules)), found)
+    return next((family for family in others if _has_own_width(family, modules)), by_names)
 
 
 def _has_own_width(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> bool:
@@ -87,8 +95,8 @@ def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, st
     by_width = next((version for width in reading if (version := family.version(width)) is not None), None)
     if by_width is None and len(family.versions) == 1:
         by_width = family.versions[0]
-    told = version_named(metadata.get(BASE_VERSION, ""))
-    return BaseModel(family, by_width or (told if told in family.versions else None))
+    stated = version_named(metadata.get(BASE_VERSION, ""))
+    return BaseModel(family, by_width or (stated if stated in family.versions else None))
 
 
 def check_one_family(adapters: Mapping[str, AdapterData]) -> None:

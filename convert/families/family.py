@@ -192,9 +192,14 @@ class ModelFamily:
         return frozenset() if part is None else frozenset(part.layout.norms())
 
     def spellings(self, component: str, norms: bool = False) -> Iterator[tuple[str, str]]:
-        """(name, path) of each layer of a component, by its names in diffusers and in the original code.
+        """The layers of a component by their names in diffusers and in the original code.
 
-        norms: those of normalisation layers too.
+        Args:
+            component: The name of the component; one that the family does not have has no layers.
+            norms: Include normalisation layers.
+
+        Yields:
+            (name, path in diffusers).
         """
         part = self.component(component)
         if part is not None:
@@ -266,14 +271,21 @@ class ModelFamily:
     # --- versions --------------------------------------------------------------------------------------------------
 
     def version(self, text_width: int | None, prediction: str = "epsilon") -> Version | None:
-        """The version with text encoders of that width, and that prediction where versions differ in it.
+        """The version of the family with these properties.
 
-        None where no version has the width; of one version only, this one.
+        Args:
+            text_width: The width of the text encoder's output, in numbers; None if it is unknown.
+            prediction: "epsilon" or "v_prediction"; decides between versions of the same width.
+
+        Returns:
+            The version; None if no version has the width. A family with one version returns it in any case.
         """
         if len(self.versions) == 1:
             return self.versions[0]
-        found = [version for version in self.versions if version.text_width == text_width]
-        return next((version for version in found if version.prediction == prediction), found[0] if found else None)
+        versions = [version for version in self.versions if version.text_width == text_width]
+        return next(
+            (version for version in versions if version.prediction == prediction), versions[0] if versions else None
+        )
 
     # --- detection -------------------------------------------------------------------------------------------------
 

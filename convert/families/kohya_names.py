@@ -45,12 +45,15 @@ def component_of(prefix: str, rest: str, prefixes: Mapping[str, str] = PREFIXES)
 
 @cache
 def paths_by_flat_name(component: str, norms: bool = False) -> dict[str, str]:
-    """The path of each module of the known families, by its names with underscores for dots.
+    """The paths of the modules of all known families by their names with underscores instead of dots.
 
     Args:
-        component: the component's name.
-        norms: whether normalisation layers are among them, and text encoders' names without `text_model.`, as
-            transformers 5 has them: LyCORIS' files have both, kohya's neither.
+        component: The name of the component.
+        norms: Include normalisation layers, and names of text encoders without `text_model.`, as in transformers 5.
+            LyCORIS' files have both, kohya's have neither.
+
+    Returns:
+        Paths by name. If two families use a name, a path in diffusers has priority over an original name.
     """
     spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms)]
     if norms and role_of(component) == "text_encoder":
@@ -60,9 +63,18 @@ def paths_by_flat_name(component: str, norms: bool = False) -> dict[str, str]:
 
 
 def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
-    """The module of a kohya name such as `lora_unet_mid_block_attentions_0_proj_in` (no tensor suffix).
+    """The module of a name in kohya's files, such as `lora_unet_mid_block_attentions_0_proj_in`.
 
-    lookup: asked where no known family has a module of that name; AdapterError where there is none.
+    Args:
+        name: The name, without the end of the tensor's key.
+        lookup: Called with the component and the rest of the name if no known family has the module; returns its path
+            or None.
+
+    Returns:
+        The module.
+
+    Raises:
+        UnknownModuleError: There is no such module; the message suggests the nearest known name.
     """
     for prefix in PREFIXES:
         if name.startswith(prefix):
@@ -82,9 +94,17 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
 
 
 def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
-    """The module under its own path, also where it is spelled in the original code's way (`input_blocks.4.1...`).
+    """The module of a path, which may be that of the original code (`input_blocks.4.1...`).
 
-    lookup: asked where no known family has such a module; AdapterError where there is none.
+    Args:
+        module: The component and the path.
+        lookup: Called with both if no known family has the module; returns its path in diffusers or None.
+
+    Returns:
+        The module with its path in diffusers.
+
+    Raises:
+        UnknownModuleError: There is no such module; the message suggests the nearest known name.
     """
     table = paths_by_flat_name(module.component)
     path = table.get(module.path.replace(".", "_"))

@@ -33,7 +33,13 @@ class ModuleName(NamedTuple):
 
 
 def bias_of(module: ModuleName) -> ModuleName:
-    """What the bias of a module is called among a model's tensors.
+    """The name of the bias of a module, as an entry of tables of weights.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The name of its bias.
 
     >>> str(bias_of(ModuleName("unet", "conv_in")))
     'unet.conv_in.bias'
@@ -42,9 +48,15 @@ def bias_of(module: ModuleName) -> ModuleName:
 
 
 def text_path(path: str) -> str:
-    """A path in CLIP's text encoders with the `text_model.` level that some formats and transformers 5 leave out.
+    """The path of a layer of CLIP's text encoders with the level `text_model.`, which some formats and transformers 5
+    omit.
 
-    Other text encoders, T5 (`encoder.block.0...`) and language models (`layers.0...`), have no such level.
+    Args:
+        path: A path with or without it. Those of other text encoders, T5 (`encoder.block.0...`) and language models
+            (`layers.0...`), are returned unchanged.
+
+    Returns:
+        The path.
 
     >>> text_path("encoder.layers.0.mlp.fc1"), text_path("text_projection")
     ('text_model.encoder.layers.0.mlp.fc1', 'text_projection')
@@ -53,9 +65,14 @@ def text_path(path: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; the nearest known name is X`, or an empty string where nothing is near.
+    """A hint for an unknown name, to be put at the end of a message.
 
-    Near is a slip in a word: a name with other numbers is another block's, whose mention would mislead.
+    Args:
+        name: The unknown name.
+        known: The known names. Only names with the same numbers are considered, since another number is another block.
+
+    Returns:
+        `; the nearest known name is X`, or an empty string if no name is similar.
 
     >>> nearest("mid_block.atentions.0.proj_in", ["mid_block.attentions.0.proj_in", "mid_block.attentions.1.proj_in"])
     '; the nearest known name is mid_block.attentions.0.proj_in'
@@ -63,5 +80,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if len(name) > 120:  # no module's name, and difflib's time grows with its length
         return ""
     numbers = re.findall(r"\d+", name)
-    near = closest(name, (one for one in known if re.findall(r"\d+", one) == numbers), 0.8)
+    near = closest(name, (candidate for candidate in known if re.findall(r"\d+", candidate) == numbers), 0.8)
     return f"; the nearest known name is {near}" if near else ""

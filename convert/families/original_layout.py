@@ -164,9 +164,18 @@ def clip_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
 
 
 def open_clip_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
-    """Original name -> tensors of a text encoder of open_clip's: that of SD2.x, SDXL's second.
+    """The tensors that a text encoder has in an original checkpoint, for open_clip's: that of SD2.x, the second one of
+    SDXL.
 
-    AdapterError for one of another build.
+    Args:
+        keys: The names of its tensors in the Diffusers folder.
+        prefix: The beginning of its names in the original checkpoint.
+
+    Returns:
+        For each name in the original checkpoint, the tensors that it is made from.
+
+    Raises:
+        AdapterError: A tensor belongs to a text encoder of another architecture.
     """
     made: dict[str, Origin] = {}
     for key in keys:
@@ -193,8 +202,8 @@ def _open_clip_layer(key: str, layer: str, part: str, end: str, keys: Collection
         return f"{block}.{_OPEN_CLIP_LAYER[part]}.{end}", Origin((key,))
     if part not in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
         raise _unknown(key, "text encoder")
-    three = tuple(key.replace(part, f"self_attn.{one}_proj") for one in "qkv")
-    missing = [one for one in three if one not in keys]
+    stacked = tuple(key.replace(part, f"self_attn.{letter}_proj") for letter in "qkv")
+    missing = [name for name in stacked if name not in keys]
     if missing:
         raise AdapterError(f"the text encoder has {key}, but no {missing[0]}")
-    return f"{block}.attn.in_proj_{end}", Origin(three, "stacked")
+    return f"{block}.attn.in_proj_{end}", Origin(stacked, "stacked")

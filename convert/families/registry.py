@@ -31,11 +31,11 @@ def titles(word: str = "and") -> str:
 
 def by_name(name: str) -> ModelFamily:
     """The family of that name; AdapterError where there is none."""
-    found = next((family for family in FAMILIES if family.name == name), None)
-    if found is None:
-        known = " and ".join(f"{family.name} ({', '.join(family.titles)})" for family in FAMILIES)
-        raise AdapterError(f"unknown architecture {name!r}: {known} are known")
-    return found
+    family = next((known for known in FAMILIES if known.name == name), None)
+    if family is None:
+        names = " and ".join(f"{known.name} ({', '.join(known.titles)})" for known in FAMILIES)
+        raise AdapterError(f"unknown architecture {name!r}: {names} are known")
+    return family
 
 
 def denoisers() -> tuple[str, ...]:
@@ -45,8 +45,8 @@ def denoisers() -> tuple[str, ...]:
 
 def by_metadata(metadata: Mapping[str, str]) -> ModelFamily | None:
     """The family that the metadata of a file names; None where they name none that is known."""
-    told = metadata.get(BASE_VERSION, "")
-    return next((family for family in FAMILIES if told.startswith(family.metadata)), None)
+    stated = metadata.get(BASE_VERSION, "")
+    return next((family for family in FAMILIES if stated.startswith(family.metadata)), None)
 
 
 def version_named(value: str) -> Version | None:
@@ -67,9 +67,9 @@ def asked_by(option: str, value: str) -> bool:
 def by_modules(modules: Iterable[ModuleName]) -> ModelFamily:
     """The first family that has all of these modules; AdapterError where none has them all."""
     modules = list(modules)
-    found = next((family for family in FAMILIES if family.has(modules)), None)
-    if found is not None:
-        return found
+    fitting = next((family for family in FAMILIES if family.has(modules)), None)
+    if fitting is not None:
+        return fitting
     layers = sorted(module for module in modules if role_of(module.component) == "denoiser")
     unknown = [module for module in layers if not any(family.has([module]) for family in FAMILIES)]
     if unknown:

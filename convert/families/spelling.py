@@ -44,12 +44,12 @@ def _transformers() -> tuple[ModelFamily, ...]:
 @cache
 def _beginnings(family: ModelFamily) -> tuple[tuple[str, str], ...]:
     """The beginnings of names, and the component that each means; longer ones first."""
-    found: dict[str, str] = {}
+    beginnings: dict[str, str] = {}
     for part in family.components:
         own = _OF_DENOISER if part.role == "denoiser" else (f"{part.name}.", f"lora_{part.name}_")
         for start in (f"{part.kohya}_", *part.others, *own):
-            found.setdefault(start, part.name)
-    return tuple(sorted(found.items(), key=lambda item: -len(item[0])))
+            beginnings.setdefault(start, part.name)
+    return tuple(sorted(beginnings.items(), key=lambda item: -len(item[0])))
 
 
 @cache
@@ -57,13 +57,13 @@ def _targets(family: ModelFamily, component: str) -> Mapping[str, tuple[Target, 
     """The modules by flat names."""
     part = family.component(component)
     assert part is not None
-    found: dict[str, tuple[Target, ...]] = {}
-    found |= {_flat(path): (Target(ModuleName(component, path)),) for path in family.paths(component)}
+    targets: dict[str, tuple[Target, ...]] = {}
+    targets |= {_flat(path): (Target(ModuleName(component, path)),) for path in family.paths(component)}
     if isinstance(part.layout, Transformer):
         for names in (part.layout.aliases, part.layout.originals):
-            found |= {_flat(name): _of(component, target) for name, target in names.items()}
-        return found
-    return {name.removeprefix("text_model_"): targets for name, targets in found.items()} | found
+            targets |= {_flat(name): _of(component, target) for name, target in names.items()}
+        return targets
+    return {name.removeprefix("text_model_"): of_name for name, of_name in targets.items()} | targets
 
 
 def _of(component: str, target: Fused) -> tuple[Target, ...]:
@@ -79,8 +79,8 @@ def _flat(name: str) -> str:
 
 def without_wrapper(name: str) -> str:
     """The name without PEFT's `base_model.model.`, at its beginning or behind the component."""
-    component, found, rest = name.partition(_PEFT_MODEL)
-    return f"{component}{rest}" if found and "." not in component.rstrip(".") else name
+    component, wrapper, rest = name.partition(_PEFT_MODEL)
+    return f"{component}{rest}" if wrapper and "." not in component.rstrip(".") else name
 
 
 def split(family: ModelFamily, name: str) -> list[tuple[str, str]]:
@@ -91,8 +91,8 @@ def split(family: ModelFamily, name: str) -> list[tuple[str, str]]:
 
 def targets_of(family: ModelFamily, name: str) -> tuple[Target, ...] | None:
     """The modules of a family that a name stands for; None where it has none of that name."""
-    found = (_targets(family, component).get(_flat(rest)) for component, rest in split(family, name))
-    return next((targets for targets in found if targets is not None), None)
+    candidates = (_targets(family, component).get(_flat(rest)) for component, rest in split(family, name))
+    return next((targets for targets in candidates if targets is not None), None)
 
 
 def known_names(family: ModelFamily) -> Iterable[str]:
@@ -116,9 +116,9 @@ def _mark() -> re.Pattern[str]:
 
 def may_be_of_transformer(names: Collection[str], metadata: Mapping[str, str]) -> bool:
     """Whether a file with such names, or such metadata, can be for one of these families."""
-    told = by_metadata(metadata)
-    if told is not None:
-        return fuses(told)
+    stated = by_metadata(metadata)
+    if stated is not None:
+        return fuses(stated)
     return any(_mark().match(name) for name in names)
 
 
@@ -127,7 +127,7 @@ def denoiser_of(names: Collection[str]) -> str:
     return _transformers()[0].denoiser.name if may_be_of_transformer(names, {}) else DENOISER
 
 
-class Found(NamedTuple):
+class Recognised(NamedTuple):
     """own: the family that has all of a file's modules; None where none has. near: that, or the one that has the most
     of them; None where none has half of them. is_alone: whether nothing but this one family has such modules.
     """
@@ -137,22 +137,29 @@ class Found(NamedTuple):
     is_alone: bool = False
 
 
-def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mapping[str, str]) -> Found:
-    """The family of a file by the names of its modules and their sizes, (out, in).
+def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mapping[str, str]) -> Recognised:
+    """The family of a file, by the names and sizes of its modules.
 
-    The first that has all of the modules, unless the metadata name another one that has, or a layer is as wide as in
-    another one alone.
+    It is the first family that has all of the modules, unless the metadata state another one that has them, or the
+    width of a layer occurs in only one family.
+
+    Args:
+        names: (out, in) of each module, or None, by the names in the file.
+        metadata: The metadata of the file.
+
+    Returns:
+        The family, the nearest one if none fits, and whether no other fits.
     """
     fitting = [family for family in _transformers() if all(targets_of(family, name) for name in names)]
     if not fitting:
         counts = {family: sum(targets_of(family, name) is not None for name in names) for family in _transformers()}
         best = max(counts, key=lambda family: counts[family])
-        return Found(None, best if 2 * counts[best] > len(names) else None)
-    told = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
-    if told in fitting:
-        return Found(told, told)
+        return Recognised(None, best if 2 * counts[best] > len(names) else None)
+    stated = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
+    if stated in fitting:
+        return Recognised(stated, stated)
     own = next((family for family in fitting if _has_own_width(family, names)), None)
-    return Found(own or fitting[0], own or fitting[0], own is not None or len(fitting) == 1)
+    return Recognised(own or fitting[0], own or fitting[0], own is not None or len(fitting) == 1)
 
 
 def _has_own_width(family: ModelFamily, names: Mapping[str, tuple[int, int] | None]) -> bool:

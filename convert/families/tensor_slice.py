@@ -15,7 +15,13 @@ class Share(NamedTuple):
     of: int
 
     def within(self, size: int) -> slice:
-        """These parts of a dimension of that size.
+        """The indices of this share in a dimension.
+
+        Args:
+            size: The size of the dimension, a multiple of `of`.
+
+        Returns:
+            The slice.
 
         >>> Share(1, 2, 3).within(12)
         slice(4, 8, None)
@@ -45,15 +51,22 @@ class Part(NamedTuple):
     square: int = 0
 
     def span(self, rows: int, width: int) -> Span:
-        """Its rows in a layer of so many, whose input is `width` wide.
+        """The rows of this part in a fused layer.
+
+        Args:
+            rows: The number of rows of the fused layer.
+            width: The number of its input channels.
+
+        Returns:
+            The first row, and the one after the last.
+
+        Raises:
+            AdapterError: A layer of this kind cannot have this number of rows.
 
         >>> Part(3, 4, square=3).span(70, 10)
         Span(start=30, stop=70)
         >>> Part(1, 3).span(12, 10)
         Span(start=4, stop=8)
-
-        Raises:
-            AdapterError: a layer of this kind does not have so many rows.
         """
         first, others = self.square * width, self.of - self.square
         if first > rows or (rows - first) % max(others, 1) or (rows > first and not others):
@@ -79,8 +92,17 @@ class TensorSlice(NamedTuple):
     swapped: bool = False
 
     def placed(self, shape: tuple[int, ...]) -> "TensorSlice":
-        """The slice for a tensor of that shape: parts as spans, and halves swapped only where there are two rows for
-        each column (a shift and a scale; where there are six, the order is the same).
+        """The slice for a tensor of a known shape.
+
+        Args:
+            shape: The shape of the tensor.
+
+        Returns:
+            The slice with parts replaced by spans. Halves stay swapped only if there are two rows for each column (a
+            shift and a scale); with six the order is the same in both layouts.
+
+        Raises:
+            AdapterError: The slice is a part of a matrix, and the tensor is not a matrix.
         """
         if isinstance(self.rows, Part) and len(shape) != 2:
             raise AdapterError(f"{self.key} has the shape {list(shape)}, where a matrix is expected")
@@ -100,7 +122,13 @@ class TensorSlice(NamedTuple):
         return TensorSlice(f"{self.key.removesuffix('weight')}bias", self.rows, swapped=self.swapped)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The layer's own weight in the tensor: a view, but for one of swapped halves.
+        """The weight of the layer in a tensor.
+
+        Args:
+            tensor: The tensor of the file, in its full shape.
+
+        Returns:
+            A view of the tensor; a copy if halves are swapped.
 
         >>> TensorSlice("in_proj_weight", rows=Share(2, 3, 3)).of(torch.arange(6).reshape(6, 1)).tolist()
         [[4], [5]]

@@ -63,16 +63,16 @@ class TextEncoder(NamedTuple):
         if path == TEXT_PROJECTION:
             return tuple(TensorSlice(f"{start}text_projection", transposed=True) for start in self.open_clip)
         inner = path.removeprefix("text_model.")
-        found = [TensorSlice(f"{start}{spelled}.weight") for start in self.clip for spelled in (path, inner)]
+        slices = [TensorSlice(f"{start}{spelled}.weight") for start in self.clip for spelled in (path, inner)]
         if path == _LAST_NORM:
-            return (*found, *(TensorSlice(f"{start}ln_final.weight") for start in self.open_clip))
+            return (*slices, *(TensorSlice(f"{start}ln_final.weight") for start in self.open_clip))
         match = _LAYER.fullmatch(path)
         assert match, path
         part, rows = _OPEN_CLIP[match[2]]
-        found += [TensorSlice(f"{start}transformer.resblocks.{match[1]}.{part}", rows) for start in self.open_clip]
-        return tuple(found)
+        slices += [TensorSlice(f"{start}transformer.resblocks.{match[1]}.{part}", rows) for start in self.open_clip]
+        return tuple(slices)
 
-    def is_unused(self, path: str, found: TensorSlice) -> bool:
+    def is_unused(self, path: str, place: TensorSlice) -> bool:
         """Whether a layer, found there, is the one that is in files only."""
-        in_open_clip = found.key.startswith(self.open_clip)
+        in_open_clip = place.key.startswith(self.open_clip)
         return in_open_clip and self.unused_layer is not None and f".layers.{self.unused_layer}." in path

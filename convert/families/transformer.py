@@ -99,12 +99,12 @@ class Transformer:
     @cached_property
     def originals(self) -> Mapping[str, Fused]:
         """What each layer of the original code is in diffusers."""
-        found = dict(_entries(self.outer))
+        targets = dict(_entries(self.outer))
         for stack in self.stacks:
             for number in range(_NAMED):
                 for name, target in _entries(stack.layers):
-                    found[f"{stack.original}.{number}.{name}"] = target.below(f"{stack.path}.{number}")
-        return found
+                    targets[f"{stack.original}.{number}.{name}"] = target.below(f"{stack.path}.{number}")
+        return targets
 
     @cached_property
     def aliases(self) -> Mapping[str, Fused]:
@@ -166,9 +166,13 @@ class Transformer:
         )
 
     def coverage(self, *text_classes: str) -> dict[str, Coverage]:
-        """What kohya's trainers adapt: all linear layers of the blocks, and the text encoders'.
+        """The layers that kohya's trainers adapt: all linear layers of the blocks and of the text encoders.
 
-        text_classes: the live classes of a text encoder that are adapted.
+        Args:
+            *text_classes: Classes of the text encoder's live modules whose layers are adapted; none are those of CLIP.
+
+        Returns:
+            The coverage of each adapter type.
         """
         containers = frozenset(text_classes or _TEXT_CLASSES)
         return {

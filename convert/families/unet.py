@@ -103,9 +103,9 @@ class UNet(NamedTuple):
     def original_name(self, path: str) -> str:
         """The dotted name of a layer in Stability's and CompVis' own code (`input_blocks.4.1...`)."""
         up_depths = self.down_depths[::-1]
-        found = original_name(path, [str(block) for block, depth in enumerate(up_depths) if not depth])
-        assert found, path
-        return found
+        name = original_name(path, [str(block) for block, depth in enumerate(up_depths) if not depth])
+        assert name, path
+        return name
 
     def slices(self, path: str) -> tuple[TensorSlice, ...]:
         """Where the weight of a layer can be in an original checkpoint."""
@@ -120,12 +120,15 @@ def _transformer(prefix: str, depth: int) -> Iterator[str]:
 
 
 def original_name(path: str, without_attention: Collection[str], layers: int = 2) -> str | None:
-    """The name in the original code of a layer of any U-Net; None for a layer that the original code does not have.
+    """The name of a layer of a U-Net in the original code.
 
     Args:
-        path: in diffusers.
-        without_attention: the numbers of the up blocks without attention.
-        layers: how many layers a block has.
+        path: The path of the layer in diffusers.
+        without_attention: The numbers of the up blocks without attention.
+        layers: The number of layers of a block.
+
+    Returns:
+        The name; None for a layer that the original code does not have.
     """
     if path in OUTER or path in _NORM_OUT:
         return {**OUTER, **_NORM_OUT}[path]

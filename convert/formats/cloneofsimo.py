@@ -194,25 +194,37 @@ def _plan(component: str, present: Mapping[str, LowRank]) -> tuple[tuple[str, ..
 def to_tensors(
     modules: Mapping[ModuleName, LowRank], architecture: str, embeddings: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata; alphas go into `up`. AdapterError for SDXL, and where layers are missing in between."""
+    """The tensors and metadata of a file in cloneofsimo's format, in which alphas are multiplied into `up`.
+
+    Args:
+        modules: The pairs.
+        architecture: The name of the family.
+        embeddings: Token embeddings by token.
+
+    Returns:
+        The tensors, and the metadata.
+
+    Raises:
+        AdapterError: The family has no such files, or the format cannot skip a layer that has no pair.
+    """
     family = by_name(architecture)
     if NAME not in family.formats:
-        wanted = " and ".join(of_format(NAME).titles)
-        raise AdapterError(f"cloneofsimo's format is for {wanted}; this adapter is for {family.title}")
+        supported = " and ".join(of_format(NAME).titles)
+        raise AdapterError(f"cloneofsimo's format is for {supported}; this adapter is for {family.title}")
     tensors = {token: tensor.contiguous() for token, tensor in embeddings.items()}
     metadata = dict.fromkeys(embeddings, EMBEDDING)
     for component in (part.name for part in of_format(NAME).components):
-        mine = {module.path: one for module, one in modules.items() if module.component == component}
+        mine = {module.path: pair for module, pair in modules.items() if module.component == component}
         if not mine:
             continue
         targets, paths = _plan(component, mine)
         metadata[component] = json.dumps(targets)
         for number, path in enumerate(paths):
-            one = mine[path]
-            if one.alpha == 0:
-                one = LowRank(one.down, torch.zeros_like(one.up), float(one.rank))
-            one = one.with_alpha(float(one.rank))
-            tensors[f"{component}:{number}:up"] = one.up.contiguous()
-            tensors[f"{component}:{number}:down"] = one.down.contiguous()
-            metadata[f"{component}:{number}:rank"] = str(one.rank)
+            pair = mine[path]
+            if pair.alpha == 0:
+                pair = LowRank(pair.down, torch.zeros_like(pair.up), float(pair.rank))
+            pair = pair.with_alpha(float(pair.rank))
+            tensors[f"{component}:{number}:up"] = pair.up.contiguous()
+            tensors[f"{component}:{number}:down"] = pair.down.contiguous()
+            metadata[f"{component}:{number}:rank"] = str(pair.rank)
     return tensors, metadata

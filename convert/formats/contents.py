@@ -87,8 +87,11 @@ class Contents:
     def pairs(self) -> dict[ModuleName, LowRank]:
         """The modules as low-rank pairs.
 
+        Returns:
+            The pairs by module.
+
         Raises:
-            AdapterError: one is of another kind; with the module, the kind, and what makes a pair of it.
+            AdapterError: A change is of another kind; the message has the module, the kind, and how to convert it.
         """
         pairs = {}
         for module, change in self.modules.items():
@@ -99,11 +102,15 @@ class Contents:
         return pairs
 
     def full_metadata(self, modelspec: bool = True) -> dict[str, str]:
-        """The metadata with everything that readers of kohya's files expect, but for the hashes.
+        """The metadata with all entries that readers of kohya's files expect, except for the hashes.
 
-        modelspec: with the entries of that name.
+        Args:
+            modelspec: Include the entries that begin with modelspec.
+
+        Returns:
+            The entries.
         """
-        alpha = most_common(alpha for one in self.modules.values() if (alpha := alpha_in(one)) is not None) or 0.0
+        alpha = most_common(alpha for change in self.modules.values() if (alpha := alpha_in(change)) is not None) or 0.0
         metadata = complete(self.metadata, self.architecture, self.rank, alpha)
         return {key: text for key, text in metadata.items() if modelspec or not key.startswith("modelspec.")}
 

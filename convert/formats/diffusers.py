@@ -138,8 +138,8 @@ def checked(config: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, (int, float)):
             raise AdapterError(f"{where}: alpha_pattern has {value!r} for {key}")
     facts = (config.get("auto_mapping") or {}).get("lora_adapters") or {}
-    told = facts.get("metadata") or {} if isinstance(facts, dict) else None
-    if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
+    stored = facts.get("metadata") or {} if isinstance(facts, dict) else None
+    if not isinstance(stored, dict) or not all(isinstance(text, str) for text in stored.values()):
         raise AdapterError(f"{where}: auto_mapping's lora_adapters is {str(facts)[:80]}")
     try:
         dylora_of_config(config)
@@ -162,14 +162,21 @@ def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
 
 
 def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the first key that matches the end of the path, as PEFT looks up rank_pattern and alpha_pattern.
+    """Look up a module in a rank_pattern or alpha_pattern as PEFT does.
 
-    A live text encoder may or may not have the `text_model.` level in its names: a match of either spelling counts.
+    Args:
+        pattern: Values by regular expressions, of which the first that matches the end of the path counts.
+        path: The path of the module. For text encoders a match with or without the level `text_model.` counts, since it
+            depends on the version of transformers.
+        default: The value if nothing matches.
+
+    Returns:
+        The value.
     """
     names = (path, path.removeprefix("text_model."))
     if all(key.startswith("^") and _literal(key) for key in pattern):  # as written here: looked up, not searched
-        wanted = {f"^{name}" for name in names} | {rf"^(text_model\.)?{names[1]}"}
-        return next((pattern[key] for key in wanted & pattern.keys()), default)
+        anchored = {f"^{name}" for name in names} | {rf"^(text_model\.)?{names[1]}"}
+        return next((pattern[key] for key in anchored & pattern.keys()), default)
     return next((value for key, value in pattern.items() if any(_pattern(key).match(name) for name in names)), default)
 
 
@@ -224,14 +231,18 @@ def _check_pattern(key: str) -> None:
 
 
 def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a diffusers file as kohya's files have it.
+    """The metadata of a diffusers file, as kohya's files have them.
 
-    Without what speaks of the file's own form, since the modules carry their alphas from here on; with the DyLoRA facts
-    of this package's configs, which diffusers saves among the config's fields.
+    Args:
+        metadata: The metadata of the file.
+
+    Returns:
+        The entries without those about the diffusers format, whose alphas the modules have now; and with the DyLoRA
+        options of this package's configs, which diffusers saves among the fields of the config.
     """
     kept = {key: value for key, value in metadata.items() if key not in (METADATA_KEY, "format")}
-    found = (dylora_of_config(_config(metadata, component)) for component in COMPONENTS)
-    dylora = next((one for one in found if one is not None), None)
+    options = (dylora_of_config(_config(metadata, component)) for component in COMPONENTS)
+    dylora = next((candidate for candidate in options if candidate is not None), None)
     if dylora is None or dylora_of(kept) is not None:
         return kept
     return {**kept, **dylora_metadata(dylora, network_args(kept))}
@@ -240,9 +251,20 @@ def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 def read_modules(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
 ) -> dict[ModuleName, LowRank]:
-    """The modules of diffusers-format tensors; AdapterError for unknown names (see `check_known`) and lone halves.
+    """The modules of tensors in diffusers' format.
 
-    An alpha among the tensors goes before the metadata's; one of 0 means the rank, as in kohya's format.
+    Args:
+        tensors: The tensors of the file; they are not copied.
+        metadata: The metadata of the file, which may have alphas. An alpha among the tensors has priority; 0 means the
+            rank, as in kohya's format.
+        lookup: See `check_known`.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        AdapterError: A module is unknown, one half of a pair is missing, shapes do not match, or there are several
+            adapters.
     """
     names = {match[3] for key in tensors if (match := _NAMED_HALF.fullmatch(key))}
     if len(names) > 1:
@@ -283,16 +305,23 @@ class Scaled(Protocol):
 
 
 def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: float | None = None) -> dict[str, Any]:
-    """r, lora_alpha, target_modules, rank_pattern, alpha_pattern that give each path its own rank and alpha.
+    """The fields of a PEFT config that give each module its rank and alpha.
 
-    `rank` and `alpha` are the r and lora_alpha to use, by default the most common ones.
-    Patterns are anchored (`^`), since a path may be the end of another. Those of text encoders match with and without
-    the `text_model.` level, which transformers 5 dropped from one of its two CLIP text models.
+    Patterns are anchored (`^`), since one path may be the end of another. Those of text encoders match with and without
+    the level `text_model.`, which transformers 5 dropped from one of its two CLIP text models.
+
+    Args:
+        modules: Rank and alpha of each path.
+        rank: `r`; None takes the most common rank.
+        alpha: `lora_alpha`; None takes the most common alpha.
+
+    Returns:
+        r, lora_alpha, target_modules, rank_pattern and alpha_pattern.
     """
     if rank is None:
-        rank = Counter(one.rank for one in modules.values()).most_common(1)[0][0]
+        rank = Counter(pair.rank for pair in modules.values()).most_common(1)[0][0]
     if alpha is None:
-        alpha = Counter(one.alpha for one in modules.values()).most_common(1)[0][0]
+        alpha = Counter(pair.alpha for pair in modules.values()).most_common(1)[0][0]
 
     def anchored(path: str) -> str:
         inner = path.removeprefix("text_model.")
@@ -302,26 +331,32 @@ def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: f
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(path.removeprefix("text_model.") for path in modules),
-        "rank_pattern": {anchored(path): one.rank for path, one in modules.items() if one.rank != rank},
-        "alpha_pattern": {anchored(path): one.alpha for path, one in modules.items() if one.alpha != alpha},
+        "rank_pattern": {anchored(path): pair.rank for path, pair in modules.items() if pair.rank != rank},
+        "alpha_pattern": {anchored(path): pair.alpha for path, pair in modules.items() if pair.alpha != alpha},
     }
 
 
 def to_tensors(modules: Mapping[ModuleName, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that every diffusers reads right, also those from before the metadata existed.
+    """The tensors and metadata of a file that every version of diffusers reads correctly, also one that ignores metadata.
 
-    Alphas are folded into `up`, so that the scale is 1 with and without the metadata.
+    Alphas are multiplied into `up`, so that the scale is 1 with and without the metadata.
+
+    Args:
+        modules: The pairs.
+
+    Returns:
+        The tensors, and the metadata.
     """
     tensors, table = {}, {}
     for component in COMPONENTS:
         mine = {
-            module.path: one.with_alpha(float(one.rank)) if one.alpha else one
-            for module, one in modules.items()
+            module.path: pair.with_alpha(float(pair.rank)) if pair.alpha else pair
+            for module, pair in modules.items()
             if module.component == component
         }
-        for path, one in mine.items():
-            up = one.up if one.alpha else torch.zeros_like(one.up)
-            tensors[f"{component}.{path}.lora_A.weight"] = one.down.contiguous()
+        for path, pair in mine.items():
+            up = pair.up if pair.alpha else torch.zeros_like(pair.up)
+            tensors[f"{component}.{path}.lora_A.weight"] = pair.down.contiguous()
             tensors[f"{component}.{path}.lora_B.weight"] = up.contiguous()
         if mine:
             table.update({f"{component}.{key}": value for key, value in lora_config(mine).items()})

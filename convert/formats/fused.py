@@ -14,10 +14,17 @@ Change = TypeVar("Change", bound=Delta)
 
 
 def named_changes(modules: Mapping[ModuleName, Change], family: ModelFamily) -> dict[str, Change]:
-    """The changes by kohya's names: one for each layer of the original code, of all layers that it is in diffusers.
+    """The changes by kohya's names: one for each layer of the original code, which may be several layers in diffusers.
+
+    Args:
+        modules: The changes.
+        family: The family of the base model.
+
+    Returns:
+        The changes by name.
 
     Raises:
-        AdapterError: A part of a fused layer is missing whose size nothing tells, or the parts are of several changes.
+        AdapterError: A part of a fused layer has no change and its size is unknown, or the parts cannot be joined.
     """
     named: dict[str, Change] = {}
     for module, change in modules.items():
@@ -68,7 +75,7 @@ def _rows(layer: Fused, parts: Sequence[Delta | None]) -> list[int]:
             f"kohya's format has it in one with {missing}, which the adapter leaves alone: its size is not known; "
             "take the format diffusers"
         )
-    found = [size if part is None else _size(part)[0] for size, part in zip(sizes, parts, strict=True)]
-    if found != sizes:
-        raise AdapterError(f"parts of {found} rows are not those of one layer, which are {sizes}")
+    actual = [size if part is None else _size(part)[0] for size, part in zip(sizes, parts, strict=True)]
+    if actual != sizes:
+        raise AdapterError(f"parts of {actual} rows are not those of one layer, which are {sizes}")
     return sizes

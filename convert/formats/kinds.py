@@ -78,10 +78,10 @@ def kind_of(keys: Iterable[str]) -> tuple[Kind, str] | None:
 
 def unread(keys: Iterable[str], otherwise: str) -> UnknownFormatError:
     """The error for a file that is not read: its kind and the key that tells it, or `otherwise` where none does."""
-    found = kind_of(keys)
-    if found is None:
+    match = kind_of(keys)
+    if match is None:
         return UnknownFormatError(otherwise)
-    kind, key = found
+    kind, key = match
     if kind.other_model:
         return UnknownFormatError(f"it is {kind.name}, of none that is known here ({key:.100})")
     return UnknownFormatError(f"it is {kind.name} ({key:.100}), which is not read")
@@ -89,14 +89,18 @@ def unread(keys: Iterable[str], otherwise: str) -> UnknownFormatError:
 
 def may_go_to_diffusers(keys: Iterable[str]) -> bool:
     """Whether stock diffusers may load the file whole: kinds that its layers hold, and those that nobody knows here."""
-    found = kind_of(keys)
-    return found is None or found[0].diffusers
+    match = kind_of(keys)
+    return match is None or match[0].diffusers
 
 
 def split_bundled(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-    """The tensors without the embeddings that a LoRA's file carries beside it (`bundle_emb.<token>...`), and these.
+    """Split off the embeddings that a LoRA file may contain (`bundle_emb.<token>...`).
 
-    The embeddings are by what is behind the `bundle_emb.` of their keys.
+    Args:
+        tensors: The tensors of the file.
+
+    Returns:
+        The other tensors, and the embeddings by their keys without `bundle_emb.`.
     """
     rest, embeddings = {}, {}
     for key, tensor in tensors.items():

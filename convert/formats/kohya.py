@@ -51,9 +51,17 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
 def with_family(
     metadata: Mapping[str, str], keys: Collection[str], modules: Mapping[ModuleName, Sized]
 ) -> dict[str, str]:
-    """The metadata with the version of the base model, where only one family's modules are called like that.
+    """Add the version of the base model to metadata, if only one family has modules of these names.
 
-    Programs other than kohya's have the original code's names for other families, too, of which the widths tell.
+    Other programs than kohya's use the names of the original code for other families, too; widths tell these apart.
+
+    Args:
+        metadata: The metadata of the file.
+        keys: The keys of its tensors.
+        modules: Its modules, of which only `out_in` is used.
+
+    Returns:
+        The metadata; an entry that is already there is kept.
     """
     family = by_kohya_names(keys)
     if family is None or not family.has(modules) or reads_other_text_than(family, modules):
@@ -70,10 +78,18 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 
 def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = None) -> dict[ModuleName, LowRank]:
-    """The modules of kohya-format tensors.
+    """The modules of tensors in kohya's format.
 
-    An alpha that is missing or 0 means the rank, as in kohya's network code. AdapterError for unknown names (see
-    `kohya_names.from_kohya`), lone halves and shapes that do not fit.
+    Args:
+        tensors: The tensors of the file; they are not copied. An alpha that is missing or 0 means the rank, as in
+            kohya's network code.
+        lookup: See `kohya_names.from_kohya`.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -101,9 +117,17 @@ def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = No
 
 
 def to_tensors(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict[str, torch.Tensor]:
-    """Kohya-format tensors in the dtypes that the modules have.
+    """The tensors of a file in kohya's format, in the dtypes of the modules.
 
-    alpha is 0-dim and of the same dtype, as kohya's, or float32 where that would round it. AdapterError where it is
-    beyond float32.
+    Args:
+        modules: The pairs.
+        architecture: The name of the family.
+
+    Returns:
+        The tensors. alpha has shape () and the dtype of the factors as kohya's, or float32 if that dtype would round
+        it.
+
+    Raises:
+        AdapterError: An alpha is too large for float32, or the parts of a fused layer cannot be joined.
     """
     return tensors_of(named_changes(modules, by_name(architecture)))

@@ -37,15 +37,21 @@ _DOTTED_TEXT_ENCODER = re.compile(r"^(lora_te[12])\.")
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """The module's name in a key, flat or dotted, and the end of the key.
+    """Split a key into the name of the module, flat or dotted, and the end.
+
+    Args:
+        key: The key of a tensor.
+
+    Returns:
+        The name and the end.
+
+    Raises:
+        AdapterError: No known kind of adapter has a tensor with this end.
 
     >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight")
     ('lora_unet_mid_block_attentions_0_proj_in', 'lora_up.weight')
     >>> split_key("diffusion_model.middle_block.1.proj_in.diff_b")
     ('diffusion_model.middle_block.1.proj_in', 'diff_b')
-
-    Raises:
-        AdapterError: it ends in no tensor of a known kind.
     """
     key = _RAW_NAME.sub(r".\1", key.replace(_RAW_LEVEL, "", 1))
     flat, parts = key.startswith(tuple(PREFIXES)), key.split(".")
@@ -73,14 +79,18 @@ def group_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, to
 
 
 def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
-    """The module that a name, flat or dotted, in diffusers' or the original code's spelling, stands for.
+    """The module of a name, flat or dotted, in the spelling of diffusers or of the original code.
 
     Args:
-        name: as `split_key` returns it.
-        lookup: asked where no known family has such a module.
+        name: As `split_key` returns it.
+        lookup: Called with the component and the rest of the name if no known family has the module; returns its path
+            or None.
+
+    Returns:
+        The module.
 
     Raises:
-        UnknownModuleError: nobody knows it; the nearest known name is in the message.
+        UnknownModuleError: There is no such module; the message suggests the nearest known name.
     """
     prefixes = PREFIXES | DOTTED
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
@@ -97,28 +107,35 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
 
 def matches(keys: Collection[str]) -> bool:
     """Whether one of the keys is of a kind of change that this format has and the formats of pairs have not."""
-    found = kind_of(keys)
-    return found is not None and found[0].is_read
+    match = kind_of(keys)
+    return match is not None and match[0].is_read
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
-    """What a file of any kinds of changes holds.
+    """Read a file with changes of any kinds.
 
     Args:
-        tensors: as in the file.
-        metadata: the file's, which say whether LyCORIS trained it with `rs_lora`, and the alphas of diffusers' files.
-        lookup: as in `resolve`.
+        tensors: The tensors of the file; they are not copied.
+        metadata: The metadata of the file, which say whether LyCORIS trained it with `rs_lora`, and have the alphas of
+            diffusers' files.
+        lookup: See `resolve`.
+
+    Returns:
+        The changes and the metadata.
 
     Raises:
-        UnknownFormatError: unknown modules or tensors, shapes that do not fit; with the kind and the module's name.
+        UnknownFormatError: A module or tensor is unknown, or shapes do not match; the message has the kind and the
+            module.
     """
     try:
         stored = _stored(tensors, metadata, lookup)
     except AdapterError as error:
         kind, key = kind_of(tensors) or (None, "")
         raise UnknownFormatError(f"it is {kind.name if kind else NAME} ({key:.100}), but {error}") from error
-    modules = {module: one.change for module, one in stored.items()}
-    own = {module: one for module, one in stored.items() if not any(end.startswith(_PEFTS) for end in one.tensors)}
+    modules = {module: entry.change for module, entry in stored.items()}
+    own = {
+        module: entry for module, entry in stored.items() if not any(end.startswith(_PEFTS) for end in entry.tensors)
+    }
     flat = [_DOTTED_TEXT_ENCODER.sub(r"\1_", key) for key in tensors]
     return Contents(modules, with_family(kohya_metadata(metadata), flat, modules), stored=own)
 
@@ -127,7 +144,7 @@ def read_modules(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, lookup: Lookup | None = None
 ) -> dict[ModuleName, Delta]:
     """The modules and their changes in a file's tensors; see `read`. AdapterError where they cannot be read."""
-    return {module: one.change for module, one in _stored(tensors, metadata or {}, lookup).items()}
+    return {module: entry.change for module, entry in _stored(tensors, metadata or {}, lookup).items()}
 
 
 def _stored(
@@ -163,16 +180,22 @@ def _alpha(
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:
-    """Write a file with kohya's names of modules, and LyCORIS' names of tensors.
+    """Write a file with kohya's names of modules and LyCORIS' names of tensors.
 
-    Changes that are as they were read, in their dtype, have the very tensors of their file.
+    Args:
+        path: The file.
+        contents: The changes. If all are still as they were read, the tensors are those of their file.
+        options: The dtype, and which metadata to write.
+
+    Raises:
+        AdapterError: A change cannot be written in this format.
     """
     if not contents.metadata.get("ss_network_module"):
         contents = replace(contents, metadata={**contents.metadata, "ss_network_module": "lycoris.kohya"})
     family, modules = contents.family, cast_changes(contents.modules, options.dtype)
     stored = {module: contents.stored.get(module) for module in modules}
-    if all(one is not None and one.change is modules[module] for module, one in stored.items()):
-        groups = {family.kohya_name(module): one.tensors for module, one in stored.items() if one is not None}
+    if all(entry is not None and entry.change is modules[module] for module, entry in stored.items()):
+        groups = {family.kohya_name(module): entry.tensors for module, entry in stored.items() if entry is not None}
         tensors = {f"{name}.{end}": tensor for name, group in groups.items() for end, tensor in group.items()}
     else:
         tensors = tensors_of(named_changes(modules, family))

@@ -56,9 +56,14 @@ def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
-    """The DyLoRA facts in kohya's metadata, or None.
+    """The DyLoRA options in the metadata of a kohya file.
 
-    A file from kohya's own trainer has no rank_scaling; its splitter keeps alpha, which is "rank".
+    Args:
+        metadata: The metadata. Files of kohya's own trainer have no rank_scaling; it is "rank", since kohya's splitter
+            keeps alpha.
+
+    Returns:
+        The options; None for a file of another type.
     """
     if metadata.get("ss_network_module", "") not in ("networks.dylora", "network.dylora"):
         return None
@@ -90,9 +95,16 @@ def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dylora_of_config(config: Mapping[str, Any]) -> DyLora | None:
-    """The DyLoRA facts in a PEFT config's `auto_mapping`, where this package's own configs have them, or None.
+    """The DyLoRA options in `auto_mapping` of a PEFT config, where this package's configs have them.
 
-    AdapterError where they make no sense.
+    Args:
+        config: The config as a dictionary.
+
+    Returns:
+        The options; None for a config of another type.
+
+    Raises:
+        AdapterError: A value is impossible.
     """
     facts = own_facts(config)
     if facts.get("type") != "DyLora":
@@ -112,9 +124,16 @@ def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
 
 
 def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: float) -> dict[str, str]:
-    """The metadata with everything that readers expect and that is not there yet; hashes are left out.
+    """Add the entries that readers of kohya's files expect and that are missing.
 
-    `architecture` is the name of a family, `rank` and `alpha` are those of most modules.
+    Args:
+        metadata: The metadata; its entries are kept, except for hashes.
+        architecture: The name of the family.
+        rank: The rank of most modules.
+        alpha: The alpha of most modules.
+
+    Returns:
+        All entries, without hashes.
     """
     family = by_name(architecture)
     base = metadata.get(BASE_VERSION, family.stated)
@@ -154,17 +173,17 @@ def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()
         ss_tag_frequency with the tags of all counted together, modelspec.trigger_phrase with the words of all, and
         modelspec.merged_from; each only where there is something to say.
     """
-    found = {key: _listed([one.get(key, "") for one in sources]) for key in MERGED_FACTS[1:]}
+    combined = {key: _listed([source.get(key, "") for source in sources]) for key in MERGED_FACTS[1:]}
     if names:
-        found["modelspec.merged_from"] = ", ".join(map(title_of, names))
+        combined["modelspec.merged_from"] = ", ".join(map(title_of, names))
     tags: dict[str, Counter[str]] = {}
     for source in sources:
         for folder, counts in json_table(source.get("ss_tag_frequency")).items():
             numbers = json_table(counts).items()
             tags.setdefault(folder, Counter()).update({tag: n for tag, n in numbers if isinstance(n, int | float)})
     if tags:
-        found["ss_tag_frequency"] = json.dumps(tags)
-    return {key: text for key, text in found.items() if text}
+        combined["ss_tag_frequency"] = json.dumps(tags)
+    return {key: text for key, text in combined.items() if text}
 
 
 def sum_facts(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -186,10 +205,15 @@ def _listed(texts: Iterable[str]) -> str:
 
 
 def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """sshs_model_hash and sshs_legacy_hash of a file with these tensors, as A1111's extensions compute them.
+    """The hashes of a file, as A1111's extensions compute them.
 
-    The first is the SHA-256 of all bytes behind the header; the second of 64 KiB from 1 MiB on, of the file as it would
-    be with no other metadata than ss_*.
+    Args:
+        tensors: The tensors of the file.
+        metadata: Its metadata, of which the entries that begin with ss_ count.
+
+    Returns:
+        sshs_model_hash, the SHA-256 of all bytes after the header; sshs_legacy_hash, the first 8 digits of the SHA-256
+        of the 64 KiB from 1 MiB on in a file with no other metadata than ss_*.
     """
     ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     written = memoryview(safetensors.torch.save(dict(tensors), ss_only))

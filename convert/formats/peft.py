@@ -123,15 +123,25 @@ def _component_of(folder: Path) -> str:
         names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
         return denoiser_of(names)
     reads = re.compile(r"\.(self_attn\.[qkv]_proj|mlp\.fc1)\.lora_A\.weight$")  # what these have is the model's width
-    wide = any(reads.search(key) and tuple(one.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, one in text.items())
+    wide = any(
+        reads.search(key) and tuple(factor.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, factor in text.items()
+    )
     return "text_encoder_2" if wide else "text_encoder"
 
 
 def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
-    """What a PEFT folder holds; lookup as in `names.check_known`.
+    """Read a PEFT folder.
 
-    One without component folders is of the component that it is named after, else a U-Net's or a text encoder's, SDXL's
-    second one by its width.
+    Args:
+        folder: A folder with a folder for each component, or with a config of one component. The component is then the
+            name of the folder, or recognised by the names and widths of its modules.
+        lookup: See `names.check_known`.
+
+    Returns:
+        The changes and the metadata.
+
+    Raises:
+        AdapterError: The config or the weights cannot be read.
     """
     modules: dict[ModuleName, Delta] = {}
     metadata: dict[str, str] = {}
@@ -140,11 +150,11 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
         name = folder.resolve().name
         parts = [(folder, name if name in COMPONENTS else _component_of(folder))]
     for path, component in parts:
-        found, config = _read_component(path, component, lookup)
-        modules |= found
-        told = own_facts(config).get("metadata")
-        if isinstance(told, dict) and all(isinstance(text, str) for text in told.values()):
-            metadata.update(told)
+        changes, config = _read_component(path, component, lookup)
+        modules |= changes
+        stored = own_facts(config).get("metadata")
+        if isinstance(stored, dict) and all(isinstance(text, str) for text in stored.values()):
+            metadata.update(stored)
         dylora = dylora_of_config(config)
         if dylora is not None and dylora_of(metadata) is None:  # written by PEFT itself, without kohya's metadata
             metadata.update(dylora_metadata(dylora, network_args(metadata)))
@@ -154,14 +164,22 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
 def write_folder(
     folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping
 ) -> None:
-    """Write the component folders. `tuner` is what a config needs to come back as its own type (DyLoRA's facts).
+    """Write a PEFT folder with a folder for each component, all of them or none.
 
-    It stands in `auto_mapping`, a free-form field of every PEFT config, so that stock PEFT reads the plain adapter.
+    Args:
+        folder: The folder.
+        modules: The pairs.
+        metadata: kohya's metadata.
+        tuner: Options that restore the adapter type, such as DyLoRA's. They are in `auto_mapping`, a free-form field of
+            all PEFT configs, so that stock PEFT reads a plain LoRA.
+
+    Raises:
+        AdapterError: The folder cannot be written, or the files of an earlier adapter cannot be deleted.
     """
     with all_or_none(folder) as own:
         for component in {module.component for module in modules}:
             (own / component).mkdir()
-            mine = {_live_path(module): one for module, one in modules.items() if module.component == component}
+            mine = {_live_path(module): pair for module, pair in modules.items() if module.component == component}
             _write_component(own / component, mine, metadata, tuner)
     for component in set(COMPONENTS) - {module.component for module in modules}:  # of an adapter that was there before
         if (folder / component / CONFIG).is_file():
@@ -180,8 +198,8 @@ def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mappin
         "bias": "none",
         "auto_mapping": {"lora_adapters": {**tuner, "metadata": dict(metadata)}},
     }
-    tensors = {f"{PREFIX}{path}.lora_A.weight": one.down for path, one in mine.items()}
-    tensors |= {f"{PREFIX}{path}.lora_B.weight": one.up for path, one in mine.items()}
+    tensors = {f"{PREFIX}{path}.lora_A.weight": pair.down for path, pair in mine.items()}
+    tensors |= {f"{PREFIX}{path}.lora_B.weight": pair.up for path, pair in mine.items()}
     with replacing(folder / WEIGHTS, durable=True) as partial:
         safetensors.torch.save_file(apart(tensors), partial, {"format": "pt"})
     with replacing(folder / CONFIG) as partial:

@@ -40,7 +40,16 @@ def _is_among(path: str, targets: Any) -> bool:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """The module's path in a key, and the end of the key; AdapterError where it ends in no tensor of an adapter.
+    """Split a key into the path of the module and the end.
+
+    Args:
+        key: The key of a tensor.
+
+    Returns:
+        The path and the end.
+
+    Raises:
+        AdapterError: No known kind of adapter has a tensor with this end.
 
     >>> split_key("mid_block.attentions.0.proj_in.lora_A.weight")
     ('mid_block.attentions.0.proj_in', 'lora_A.weight')
@@ -57,12 +66,15 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
     """The change of one module.
 
     Args:
-        config: PEFT's, which tells the kind and the scale.
-        path: The module's, by which the config's patterns know it.
-        tensors: By the ends of their keys.
+        config: PEFT's config, which has the kind and the scale.
+        path: The path of the module, for the patterns of the config.
+        tensors: The tensors of the module by the ends of their keys.
+
+    Returns:
+        The change.
 
     Raises:
-        AdapterError: Tensors are missing, or belong to another type of adapter.
+        AdapterError: Tensors are missing or belong to another type of adapter.
     """
     kind = config.get("peft_type")
     if kind == "OFT":

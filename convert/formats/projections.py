@@ -8,10 +8,18 @@ from lora_adapters.convert.families.names import ModuleName
 
 
 def in_own_shapes(modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str]) -> Mapping[ModuleName, LowRank]:
-    """The modules with their projections linear, as in SD2.x and SDXL, or as convolutions, as in SD1.x.
+    """Give proj_in and proj_out the shapes that they have in the version of the base model.
 
-    kohya's trainer spells SD2's as convolutions, which stock diffusers and PEFT do not take. Where only the metadata
-    tell the version, they stay as they are: small models of any version have either.
+    They are linear in SD2.x and SDXL, and 1x1 convolutions in SD1.x. kohya's trainer writes those of SD2.x as
+    convolutions, which stock diffusers and PEFT do not accept.
+
+    Args:
+        modules: The pairs.
+        metadata: The metadata of the file. If several versions have these modules, widths must decide, not metadata,
+            since small models of any version have either shape.
+
+    Returns:
+        The pairs; unchanged if the version is unknown.
     """
     several = len(family_of(modules, metadata).versions) > 1
     version = base_model_of(modules, {} if several else metadata).version

@@ -20,10 +20,10 @@ FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for n
 
 def by_name(name: str) -> Format:
     """The format of that name; AdapterError where there is none."""
-    found = next((known for known in FORMATS if name == known.NAME), None)
-    if found is None:
+    format_ = next((candidate for candidate in FORMATS if name == candidate.NAME), None)
+    if format_ is None:
         raise AdapterError(f"unknown format {name}: {', '.join(choices.FORMATS)} are known")
-    return found
+    return format_
 
 
 def read(
@@ -32,17 +32,20 @@ def read(
     lookup: Lookup | None = None,
     family: ModelFamily | None = None,
 ) -> Contents:
-    """What a file with these tensors and metadata holds.
+    """Read a file of any known format.
 
     Args:
-        tensors: as in the file; they are not copied.
-        metadata: the file's.
-        lookup: finds modules that no known family has, in a live model.
-        family: that of the live model; None takes the one that the file is for.
+        tensors: The tensors of the file; they are not copied.
+        metadata: The metadata of the file.
+        lookup: Finds modules that no known family has, in a live model.
+        family: The family of the live model; None recognises that of the file.
+
+    Returns:
+        The changes, metadata and embeddings.
 
     Raises:
-        AdapterError: lone halves of pairs, unknown modules, shapes that do not fit.
-        UnknownFormatError: the keys are of no known format.
+        AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
+        UnknownFormatError: The keys belong to no known format.
     """
     rest, embeddings = split_bundled(tensors)
     if not rest:

@@ -46,7 +46,13 @@ _NAMED_ADAPTER = re.compile(r"(.*)(lora_[AB]|lora_magnitude_vector)\.(?!weight$|
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The name of a module in a key, and the end of the key as kohya or PEFT has it; None for any other key.
+    """Split a key into the name of the module and the end.
+
+    Args:
+        key: The key of a tensor.
+
+    Returns:
+        The name, and the end as kohya or PEFT has it; None for a key that belongs to no adapter.
 
     >>> split_key("transformer.proj_out.lora_A.default.weight")
     ('transformer.proj_out', 'lora_A.weight')
@@ -74,26 +80,29 @@ def read(
     lookup: Lookup | None = None,
     family: ModelFamily | None = None,
 ) -> Contents | None:
-    """What a file for a diffusion transformer holds; None for a file that is none.
+    """Read a file for a diffusion transformer.
 
     Args:
-        tensors: as in the file; they are not copied.
-        metadata: the file's, which may say which family it is for, and alphas.
-        lookup: finds modules that the family does not have, in a live model.
-        family: that of the live model; None takes the file's own.
+        tensors: The tensors of the file; they are not copied.
+        metadata: The metadata of the file, which may state the family, and alphas.
+        lookup: Finds modules that the family does not have, in a live model.
+        family: The family of the live model; None recognises that of the file.
+
+    Returns:
+        The changes and the metadata; None for a file for another kind of model.
 
     Raises:
-        AdapterError: lone halves of pairs, unknown modules, shapes that do not fit.
-        UnknownFormatError: keys that are of no adapter, or modules that neither the family nor the live model has.
+        AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
+        UnknownFormatError: A key belongs to no adapter, or neither the family nor the live model has a module.
     """
     if (family is None or not fuses(family)) and (family is not None or lookup is not None):
         return None  # it is read for a live model of another kind
     splits = {key: split_key(key) for key in tensors}
-    names = {found[0] if found else key for key, found in splits.items()}
+    names = {parts[0] if parts else key for key, parts in splits.items()}
     if family is None and not may_be_of_transformer(names, metadata):
         return None
-    gated = {found[0] for found in splits.values() if found is not None and found[1] == "on_input"}
-    strange = next((key for key, found in splits.items() if found is None or _is_weight(found, gated)), None)
+    gated = {parts[0] for parts in splits.values() if parts is not None and parts[1] == "on_input"}
+    strange = next((key for key, parts in splits.items() if parts is None or _is_weight(parts, gated)), None)
     if strange is not None:
         if family is None:
             return None
@@ -115,13 +124,13 @@ def read(
             if target.module in modules:
                 raise AdapterError(f"{name:.120} and another name stand for the same module {target.module}")
             modules[target.module] = part
-    told = {BASE_VERSION: chosen.stated} if family is not None or is_alone else {}
-    return Contents(modules, {**told, **kohya_metadata(metadata)})
+    stated = {BASE_VERSION: chosen.stated} if family is not None or is_alone else {}
+    return Contents(modules, {**stated, **kohya_metadata(metadata)})
 
 
-def _is_weight(found: tuple[str, str], gated: Collection[str]) -> bool:
+def _is_weight(parts: tuple[str, str], gated: Collection[str]) -> bool:
     """Whether a tensor is a model's own weight, and not that of an (IA)3, which says what it scales."""
-    return found[1] == "weight" and found[0] not in gated
+    return parts[1] == "weight" and parts[0] not in gated
 
 
 def _groups(

@@ -58,9 +58,9 @@ def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     table: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
-        one = tensor.contiguous()
-        table[key] = one.clone() if one.numel() and one.data_ptr() in seen else one
-        seen.add(one.data_ptr())
+        whole = tensor.contiguous()
+        table[key] = whole.clone() if whole.numel() and whole.data_ptr() in seen else whole
+        seen.add(whole.data_ptr())
     return table
 
 

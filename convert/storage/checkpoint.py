@@ -96,14 +96,12 @@ class WeightsFile:
         Args:
             target: The file to write.
             changes: For each module to change, the function that computes the new weight.
-            dtype: Of all floating point tensors. None keeps the dtype of each, and copies unchanged tensors bit for
-                bit.
+            dtype: Of all floating point tensors; None keeps the dtype of each.
             metadata: Of the new file.
             replaces: See `weights_writing.write`.
 
         Raises:
-            AdapterError: A weight to change is quantised in a way that cannot be read, or a number does not fit the
-                dtype.
+            AdapterError: A weight to change cannot be read, or a number does not fit the dtype.
         """
         metadata = metadata if dtype is None else without_scales(metadata)
         write(target, self.planned(changes, dtype), metadata, self.path.suffix != ".bin", replaces)
