@@ -337,7 +337,7 @@ def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: f
 
 
 def to_tensors(modules: Mapping[ModuleName, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and metadata of a file that every version of diffusers reads correctly, also one that ignores metadata.
+    """The tensors and metadata of a file that all versions of diffusers read correctly, also those without metadata.
 
     Alphas are multiplied into `up`, so that the scale is 1 with and without the metadata.
 
