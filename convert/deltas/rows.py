@@ -7,6 +7,7 @@ to one of them, which then has a pair of a lower rank (kohya's `split_qkv`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from .base import Delta, with_article
 from .dora import DoRA
 from .full import Full, WithBias
 from .hadamard import Hadamard
+from .ia3 import IA3
+from .input_rotation import InputRotation
+from .oft import OFT, Rotation
 from .wrapper import Wrapper
 
 
@@ -79,9 +83,56 @@ def picked(change: Delta, rows: tuple[slice, ...]) -> Delta:
         return replace(change, **parts)  # type: ignore[arg-type]
     if isinstance(change, Hadamard) and change.t1 is None and change.t2 is None:
         return replace(change, w1_a=of(change.w1_a), w2_a=of(change.w2_a))
+    if isinstance(change, IA3):
+        return change if change.on_input else replace(change, vector=of(change.vector.reshape(-1)))
+    if isinstance(change, OFT) and change.constraint == 0:
+        return _picked_rotations(change, rows)
+    if isinstance(change, Rows):
+        return _picked_again(change, rows)
     if change.needs_base:
         raise AdapterError(f"{with_article(change.kind)} of a fused layer cannot be cut into those of its parts")
     return Rows(change, rows)
+
+
+def _picked_rotations(change: OFT, rows: tuple[slice, ...]) -> OFT:
+    size = change.blocks.shape[1]
+    if any(span.start % size or span.stop % size for span in rows):
+        raise AdapterError(f"an OFT whose blocks of {size} rows reach from one part of a fused layer into the next")
+    blocks = torch.cat([change.blocks[span.start // size : span.stop // size] for span in rows])
+    rescale = None if change.rescale is None else torch.cat([change.rescale[span] for span in rows])
+    return replace(change, blocks=blocks, rescale=rescale)
+
+
+def _picked_again(change: "Rows", rows: tuple[slice, ...]) -> Delta:
+    """These rows of some rows of a change; the change itself where they are all of its rows in their order."""
+    own = [number for span in change.rows for number in range(span.start, span.stop)]
+    picked_rows = [number for span in rows for number in own[span]]
+    ends = [n for n, (one, other) in enumerate(pairwise(picked_rows), 1) if other != one + 1]
+    starts = [0, *ends]
+    spans = [
+        slice(picked_rows[a], picked_rows[b - 1] + 1) for a, b in zip(starts, [*ends, len(picked_rows)], strict=True)
+    ]
+    count = change.change.out_in
+    if count is not None and spans == [slice(0, count[0])]:
+        return change.change
+    return Rows(change.change, tuple(spans))
+
+
+def row_count(change: Delta) -> int | None:
+    """How many rows the weight has that a change is for, whose `out_in` is None; None where it changes no rows apart.
+
+    Raises:
+        AdapterError: the change does not tell.
+    """
+    if isinstance(change, InputRotation) or (isinstance(change, IA3) and change.on_input):
+        return None
+    if isinstance(change, IA3):
+        return change.vector.numel()
+    if isinstance(change, Rotation):
+        return change.blocks.shape[-3] * change.blocks.shape[-2]
+    if isinstance(change, Full) and change.diff_b is not None:
+        return len(change.diff_b)
+    raise AdapterError(f"{with_article(change.kind)} does not tell how many rows it is for")
 
 
 def _tensors_of(change: Full) -> dict[str, torch.Tensor | None]:

@@ -32,6 +32,13 @@ DOUBLE_PROCESSORS: Table = {
     "processor.proj_lora2": "attn.to_add_out",
 }
 SINGLE_PROCESSORS: Table = {"processor.qkv_lora": IMAGE_ATTENTION, "processor.proj_lora": "proj_out"}
+DOUBLE_NORMS = {
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+}
+SINGLE_NORMS = {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"}
 _MODULATION = {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
 IN_OUT: Table = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
 
@@ -50,6 +57,7 @@ _TRANSFORMER = Transformer(
             "D",
             {**DOUBLE, **_MODULATION},
             aliases=DOUBLE_PROCESSORS,
+            norms=DOUBLE_NORMS,
         ),
         Stack(
             "single_blocks",
@@ -58,6 +66,7 @@ _TRANSFORMER = Transformer(
             "S",
             {**SINGLE, "modulation.lin": "norm.linear"},
             aliases=SINGLE_PROCESSORS,
+            norms=SINGLE_NORMS,
         ),
     ),
     outer={

@@ -68,15 +68,19 @@ _OPEN_CLIP_LAYER = {
 _OPEN_CLIP_BLOCK = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
+Form = Literal["same", "stacked", "conv", "transposed", "swapped"]
+
+
 class Origin(NamedTuple):
     """What an original tensor is made of.
 
     keys: the folder's tensors. form: "same" for one of them as it is; "stacked" for the rows of all, one below the
-    other; "conv" for a matrix as a 1x1 convolution; "transposed".
+    other; "conv" for a matrix as a 1x1 convolution; "transposed"; "swapped" for the halves of its rows in the other
+    order.
     """
 
     keys: tuple[str, ...]
-    form: Literal["same", "stacked", "conv", "transposed"] = "same"
+    form: Form = "same"
 
 
 def _unknown(key: str, what: str) -> AdapterError:

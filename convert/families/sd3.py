@@ -32,10 +32,20 @@ _OUTER: Table = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
 }
+_NORMS = {
+    f"{block}.ln_{one}.weight": f"{path}_{one}.weight"
+    for block, path in (
+        ("x_block.attn", "attn.norm"),
+        ("context_block.attn", "attn.norm_added"),
+        ("x_block.attn2", "attn2.norm"),
+    )
+    for one in "qk"
+}
 _TRANSFORMER = Transformer(
-    stacks=(Stack("joint_blocks", "transformer_blocks", 38, "J", _BLOCK),),
+    stacks=(Stack("joint_blocks", "transformer_blocks", 38, "J", _BLOCK, norms=_NORMS),),
     outer=_OUTER,
     convolutions=frozenset({"pos_embed.proj"}),
+    tensors={"pos_embed": "pos_embed.pos_embed"},
 )
 
 

@@ -5,7 +5,7 @@ to_k and to_v. How many rows each has follows from the shape of the layer, see `
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
@@ -70,7 +70,8 @@ class Stack(NamedTuple):
 
     original, path: what the list of them is called in the original code and in diffusers. depth: how many the largest
     model has. letter: of their labels. layers: of each block. aliases: other names of layers in files. outer: the
-    beginnings of the paths in a block that no adapter type adapts.
+    beginnings of the paths in a block that no adapter type adapts. norms: the tensors of a block that belong to no
+    layer, by their whole names in the original code.
     """
 
     original: str
@@ -80,6 +81,7 @@ class Stack(NamedTuple):
     layers: Table
     aliases: Table = MappingProxyType({})
     outer: tuple[str, ...] = ()
+    norms: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +89,8 @@ class Transformer:
     """A diffusion transformer: stacks of blocks, and the layers outside of them by their names in the original code.
 
     prefixes: the beginnings of its tensors' names in original checkpoints. convolutions: the paths of those. adapted:
-    the beginnings of paths outside of the blocks that kohya's trainer adapts too.
+    the beginnings of paths outside of the blocks that kohya's trainer adapts too. tensors: those outside of the blocks
+    that belong to no layer, as `Stack.norms`.
     """
 
     stacks: tuple[Stack, ...]
@@ -95,6 +98,7 @@ class Transformer:
     prefixes: tuple[str, ...] = ("", PREFIX)
     convolutions: frozenset[str] = frozenset()
     adapted: tuple[str, ...] = ()
+    tensors: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def originals(self) -> Mapping[str, Fused]:
@@ -124,6 +128,21 @@ class Transformer:
             for name, target in self.originals.items()
             for index, path in enumerate(target.paths)
         }
+
+    @cached_property
+    def single_tensors(self) -> Mapping[str, str]:
+        """By the name in diffusers, the name in the original code of each tensor that belongs to no layer."""
+        found = {path: name for name, path in self.tensors.items()}
+        for stack in self.stacks:
+            for number in range(_NAMED):
+                for name, path in stack.norms.items():
+                    found[f"{stack.path}.{number}.{path}"] = f"{stack.original}.{number}.{name}"
+        return found
+
+    def place(self, path: str) -> TensorSlice | None:
+        """Where the weight of a layer is in an original checkpoint without prefix; None for what is no layer."""
+        place = self._places.get(path)
+        return None if place is None else place._replace(key=f"{place.key}.weight")
 
     def paths(self) -> Iterator[str]:
         """The path of each layer that an adapter can have."""

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from lora_adapters.convert.deltas.base import Delta
+from lora_adapters.convert.deltas.base import Delta, with_article
 from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
-from lora_adapters.convert.deltas.rows import cut, halves_swapped
+from lora_adapters.convert.deltas.rows import cut, halves_swapped, row_count
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup, ModuleName, nearest
@@ -189,11 +189,9 @@ def _targets(
 def _parts(name: str, change: Delta, targets: tuple[Target, ...]) -> list[Delta]:
     """The change of each of the modules that a name stands for."""
     size = change.out_in
-    if size is None:
-        if len(targets) > 1:
-            raise AdapterError(f"{name:.120}: a {change.kind} of a fused layer cannot be cut into those of its parts")
-        return [change]
     try:
+        if size is None:
+            return _parts_of_rows(change, targets)
         places = [TensorSlice("", target.part, swapped=target.swapped).placed(size) for target in targets]
         parts = cut(change, [_rows(place, size[0]) for place in places])
         return [
@@ -201,6 +199,22 @@ def _parts(name: str, change: Delta, targets: tuple[Target, ...]) -> list[Delta]
         ]
     except AdapterError as error:
         raise type(error)(f"{name:.120}: {error}") from None
+
+
+def _parts_of_rows(change: Delta, targets: tuple[Target, ...]) -> list[Delta]:
+    """The same of a change that does not tell how wide the layer's input is."""
+    if len(targets) == 1 and not targets[0].swapped:
+        return [change]
+    rows = row_count(change)
+    if rows is None:
+        return [change] * len(targets)
+    parts = [target.part for target in targets]
+    if any(target.swapped for target in targets) or any(part is None or part.square for part in parts):
+        raise AdapterError(
+            f"{with_article(change.kind)} tells no width of the layer's input, which its rows are cut or swapped by"
+        )
+    spans = [part.span(rows, 0) for part in parts if part is not None]
+    return cut(change, [slice(*span) for span in spans])
 
 
 def _rows(place: TensorSlice, count: int) -> slice:

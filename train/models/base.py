@@ -15,7 +15,7 @@ from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.choices import ModelChoices
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.latents import LatentSpace
-from lora_adapters.train.models.loading import checkpoint_keys, load_pipeline, load_vae
+from lora_adapters.train.models.loading import checkpoint_keys, load_pipeline
 from lora_adapters.train.models.noise_schedule import (
     FLOW,
     SD_BETAS,
@@ -34,6 +34,7 @@ from lora_adapters.train.models.registry import (
     family_of_pipeline,
 )
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
+from lora_adapters.train.models.vae_files import load_vae
 from lora_adapters.train.options.model import ModelSource
 from lora_adapters.train.options.values import required
 
@@ -176,7 +177,7 @@ def load_base_models(settings: ModelSource, dtype: torch.dtype = torch.float32) 
     name = check_path(settings)
     path = Path(name)
     models = from_pipeline(load_pipeline(name, settings, dtype), name)
-    if settings.vae:
+    if settings.vae and not models.family.has_flow:  # of those it is loaded with the rest
         models.vae = load_vae(settings.vae, dtype, settings)
     if path.is_file():
         models.schedule_config |= marks(path)

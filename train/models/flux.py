@@ -5,13 +5,16 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextModel
 
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.train.data.cache_files import LatentFiles
+from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
-from lora_adapters.train.models.transformer import TransformerFamily
+from lora_adapters.train.models.transformer import TransformerFamily, clip_l, count, t5_xxl, vae_config
 from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
 
+_AXES = (16, 56, 56)  # of the positions in a head
 _T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
 
 _TRANSFORMER: Any = FluxTransformer2DModel  # type checkers see the placeholder that diffusers has without torch
@@ -45,6 +48,38 @@ class Flux1(TransformerFamily):
         "train_double_block_indices": "transformer_blocks",
         "train_single_block_indices": "single_transformer_blocks",
     }
+
+    text_parts: ClassVar[Mapping[str, Any]] = {"text_encoder": clip_l(CLIPTextModel), "text_encoder_2": t5_xxl()}
+    vae_config: ClassVar[Mapping[str, Any]] = vae_config(0.3611, 0.1159)
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        width, channels = shapes["img_in.weight"]
+        (head,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+        latent = shapes["final_layer.linear.weight"][0]
+        if channels != latent:
+            raise TrainingError(
+                f"a Flux.1 that reads {channels} channels and predicts {latent} (Fill, Control) is not trained here"
+            )
+        if head != sum(_AXES):
+            raise TrainingError(
+                f"a Flux.1 with attention heads {head} wide: give --model_config=<Diffusers folder of that kind>"
+            )
+        return {
+            "patch_size": 1,
+            "in_channels": channels,
+            "num_layers": count(shapes, "double_blocks"),
+            "num_single_layers": count(shapes, "single_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes["txt_in.weight"][1],
+            "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+            "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+            "axes_dims_rope": _AXES,
+        }
+
+    def scheduler_config(self, denoiser: Any) -> dict[str, Any]:
+        dev = bool(denoiser.config.guidance_embeds)
+        return {"shift": 3.0 if dev else 1.0, "use_dynamic_shifting": dev}
 
     def kind_of(self, pipeline: Any) -> str | None:
         model: Any = getattr(pipeline, "transformer", None)

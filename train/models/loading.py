@@ -1,17 +1,21 @@
 """Loading a base model's pipeline from a diffusers folder, a repository on the Hub or a checkpoint file."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from lora_adapters.compat import dtype_option, pipelines_can_avoid_mmap
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.storage.hub_errors import HubError, hub_errors
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.models.registry import family_of_checkpoint
+from lora_adapters.train.models.part_files import check_parts, load_parts, text_encoders
+from lora_adapters.train.models.registry import family_of_checkpoint, family_of_folder
+from lora_adapters.train.models.transformer import TransformerFamily
+from lora_adapters.train.models.vae_files import load_vae
 from lora_adapters.train.options.model import ModelSource
 
 _PIPELINE_PARTS_UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
@@ -32,21 +36,39 @@ def _from_folder(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
     if settings.lowram and torch.cuda.is_available():
         options["device_map"] = "cuda"
     try:
-        encoders = _text_encoders(name, dtype, settings.tokenizer_cache_dir, options.get("device_map"))
-        return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name), **encoders)
+        index = DiffusionPipeline.load_config(name, cache_dir=settings.tokenizer_cache_dir)
+        parts = _other_parts(name, family_of_folder(index), settings, dtype)
+        wanted = {part: kind for part, kind in index.items() if part not in parts}
+        parts |= _text_encoders(name, wanted, dtype, settings.tokenizer_cache_dir, options.get("device_map"))
+        return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name), **parts)
     except OSError as error:
         here = "" if Path(name).exists() else "no such file or folder is here, and "
         raise TrainingError(f"base model {name} cannot be loaded: {here}{_why(name, error)}") from error
 
 
-def _text_encoders(name: str, dtype: torch.dtype, cache: str | None, device_map: str | None) -> dict[str, Any]:
+def _other_parts(name: str, family: Any, settings: ModelSource, dtype: torch.dtype) -> dict[str, Any]:
+    """The parts of a transformer's model that options name files of, in place of the folder's or repository's own."""
+    if not isinstance(family, TransformerFamily):
+        return {}
+    own = copy.copy(settings)
+    own.model_config = settings.model_config or name
+    check_parts(settings, family)
+    parts = text_encoders(family, own, dtype)
+    if vae := settings.ae or settings.vae:
+        parts["vae"] = load_vae(vae, dtype, own, family.vae_config)
+    return parts
+
+
+def _text_encoders(
+    name: str, index: dict[str, Any], dtype: torch.dtype, cache: str | None, device_map: str | None
+) -> dict[str, Any]:
     """The text encoders of a folder or repository, whole: what transformers does not find, it fills at random.
 
     Versions of transformers name these weights differently, and not all read the others' files.
     """
     import transformers
 
-    index, loaded = DiffusionPipeline.load_config(name, cache_dir=cache), {}
+    loaded = {}
     for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         library, kind = index.get(part) or (None, None)
         if library == "transformers" and kind is not None:
@@ -85,10 +107,8 @@ def _unused_parts(name: str) -> dict[str, None]:
 def _from_file(path: Path, settings: ModelSource, dtype: torch.dtype) -> Any:
     """A single file needs configs and a tokenizer: --model_config's, or those of the hub's original model."""
     family = family_of_checkpoint(checkpoint_keys(path))
-    if family.has_flow:
-        raise TrainingError(
-            f"{path} is a checkpoint file of {family.title}, which trains from a Diffusers folder or a hub id: give one"
-        )
+    if isinstance(family, TransformerFamily):
+        return load_parts(path, family, settings, dtype)
     options: dict[str, Any] = {**dtype_option(dtype), "cache_dir": settings.tokenizer_cache_dir}
     options |= family.checkpoint_options
     if settings.model_config:
@@ -128,16 +148,3 @@ def checkpoint_keys(path: Path) -> list[str]:
             f"{path} cannot be read as plain weights ({first_line(error)}); use a .safetensors version of it"
         ) from None
     return [str(key) for key in content.get("state_dict", content)]
-
-
-def load_vae(name: str, dtype: torch.dtype, settings: ModelSource) -> AutoencoderKL:
-    """The VAE that --vae names: a checkpoint file, a VAE's folder or a whole model's."""
-    path = Path(name)
-    try:
-        if path.is_file():
-            config = {"config": settings.model_config, "subfolder": "vae"} if settings.model_config else {}
-            return AutoencoderKL.from_single_file(str(path), **dtype_option(dtype), **config)
-        whole_model = (path / "model_index.json").exists()
-        return AutoencoderKL.from_pretrained(name, **dtype_option(dtype), subfolder="vae" if whole_model else None)
-    except OSError as error:
-        raise TrainingError(f"--vae {name} cannot be loaded: {first_line(error)}") from error

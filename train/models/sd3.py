@@ -1,5 +1,6 @@
 """SD3 and SD3.5: CLIP-L, CLIP-G and T5, a transformer over latents, flow matching that compares pictures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,14 +11,16 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
+from transformers import CLIPTextModelWithProjection
 
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.train.data.cache_files import LatentFiles
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
-from lora_adapters.train.models.transformer import TransformerFamily
+from lora_adapters.train.models.transformer import TransformerFamily, clip_g, clip_l, count, t5_xxl, vae_config
 from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
 
 _CLIP_TOKENS = 77
+_HEAD = 64  # width of an attention head where no norm tells it
 _T5_LENGTH = 256
 _KINDS = ("sd3_medium", "sd35_medium", "sd35_large")  # in the order of the family's versions
 
@@ -51,6 +54,38 @@ class StableDiffusion3(TransformerFamily):
     unused_options = (
         "timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type", "guidance_scale",
     )  # fmt: skip
+
+    text_parts: ClassVar[Mapping[str, Any]] = {
+        "text_encoder": clip_l(CLIPTextModelWithProjection),
+        "text_encoder_2": clip_g(),
+        "text_encoder_3": t5_xxl(optional=True),
+    }
+    vae_config: ClassVar[Mapping[str, Any]] = vae_config(1.5305, 0.0609)
+
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        (head,) = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight", (_HEAD,))
+        blocks = count(shapes, "joint_blocks")
+        return {
+            "sample_size": 128,
+            "patch_size": patch,
+            "in_channels": channels,
+            "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
+            "num_layers": blocks,
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes["context_embedder.weight"][1],
+            "caption_projection_dim": shapes["context_embedder.weight"][0],
+            "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+            "pos_embed_max_size": math.isqrt(shapes["pos_embed"][1]),
+            "dual_attention_layers": tuple(
+                number for number in range(blocks) if f"joint_blocks.{number}.x_block.attn2.qkv.weight" in shapes
+            ),
+            "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
+        }
+
+    def scheduler_config(self, denoiser: Any) -> dict[str, Any]:
+        return {"shift": 3.0}
 
     def kind_of(self, pipeline: Any) -> str | None:
         model: Any = getattr(pipeline, "transformer", None)

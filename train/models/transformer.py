@@ -1,14 +1,17 @@
 """What the families of diffusion transformers have in common: tokens of 2x2 latents, flow matching."""
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.noise_schedule import FLOW
+from lora_adapters.train.models.part_files import TextPart
 
 
 class TransformerFamily(TrainingFamily):
@@ -16,9 +19,13 @@ class TransformerFamily(TrainingFamily):
 
     Attributes:
         transformer_class: diffusers' class of the denoiser.
+        text_parts: by component, what is known of the text encoders where they are in files.
+        vae_config: the config of the released models' VAE.
     """
 
     transformer_class: ClassVar[Any]
+    text_parts: ClassVar[Mapping[str, TextPart]]
+    vae_config: ClassVar[Mapping[str, Any]]
     denoiser, denoiser_title = "transformer", "transformer"
     predictions = (FLOW,)
     pixel_step = 16
@@ -31,9 +38,79 @@ class TransformerFamily(TrainingFamily):
         marks = by_name(self.name).marks.tensors
         return any(key.startswith(marks) for key in keys)
 
+    @abstractmethod
+    def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The config of a transformer in the original code's names, by the shapes of its tensors.
+
+        Raises:
+            KeyError: a tensor is missing, whose name is the argument.
+            TrainingError: the shapes do not tell it, or it is a variant that is not trained.
+        """
+
+    @abstractmethod
+    def scheduler_config(self, denoiser: Any) -> dict[str, Any]:
+        """The arguments of FlowMatchEulerDiscreteScheduler that the released model has."""
+
     def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
         return []
 
     def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
         """The base model's own: Euler's steps along the flow."""
         return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+
+
+_KL = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "force_upcast": True,
+    "sample_size": 1024,
+}
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+_CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+_T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "is_encoder_decoder": False,
+}
+
+
+def vae_config(scale: float, shift: float) -> dict[str, Any]:
+    """The config of a VAE of 16 latent channels, whose latents are normalised by these."""
+    return {**_KL, "scaling_factor": scale, "shift_factor": shift}
+
+
+def clip_l(model: Any) -> TextPart:
+    """CLIP-L, as a class of transformers'."""
+    return TextPart("clip_l", "CLIP-L", model, _CLIP_L, "openai/clip-vit-large-patch14")
+
+
+def clip_g() -> TextPart:
+    """CLIP-G, whose padding is token 0."""
+    repository, padding = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", {"pad_token": "!"}
+    return TextPart("clip_g", "CLIP-G", CLIPTextModelWithProjection, _CLIP_G, repository, padding)
+
+
+def t5_xxl(optional: bool = False) -> TextPart:
+    """T5's encoder, the largest of version 1.1."""
+    return TextPart("t5xxl", "T5-XXL", T5EncoderModel, _T5_XXL, "google/t5-v1_1-xxl", optional=optional)
+
+
+def count(shapes: Collection[str], stack: str) -> int:
+    """How many blocks a stack has, by the names of its tensors."""
+    return 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(f"{stack}.")), default=-1)

@@ -4,6 +4,7 @@ from typing import Any
 
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.flow import FlowOptions
+from lora_adapters.train.options.model import PARTS
 from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.settings import Settings
 
@@ -18,7 +19,7 @@ _NOT_FLOW = (
 def check_family_options(settings: Settings, family: Any) -> None:
     """Raise OptionError for the first option that a base model of `family` (TrainingFamily) makes no use of."""
     known = options_of(Settings)
-    names = _NOT_FLOW if family.has_flow else tuple(options_of(FlowOptions))
+    names = _NOT_FLOW if family.has_flow else (*options_of(FlowOptions), *PARTS)
     other = "noise or v prediction with a U-Net" if family.has_flow else "flow matching"
     names += family.unused_options
     for name in names:

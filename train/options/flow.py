@@ -6,16 +6,10 @@ from typing import Any, ClassVar
 from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import Inert, option
 
-_PARTS = "base models are read whole: give a Diffusers folder, or a hub id, with all parts of the model"
 _SWAP = "blocks are not swapped: use --gradient_checkpointing, --fp8_base and --cache_text_encoder_outputs"
 
 
 _POSITIONS = "positions are those that diffusers' transformer gives each size"
-
-
-def _part(what: str) -> Any:
-    """A part of the base model in a file of its own."""
-    return option(None, f"{what} in a file of its own", unsupported=_PARTS)
 
 
 def _rate(what: str) -> Any:
@@ -69,10 +63,6 @@ class FlowOptions:
         None, "SD3.5: share of steps with moved positions", unsupported=_POSITIONS, inert=(ZERO,)
     )
     enable_scaled_pos_embed: bool = option(False, "SD3.5: positions scaled to each size", unsupported=_POSITIONS)
-    clip_l: str | None = _part("CLIP-L")
-    clip_g: str | None = _part("CLIP-G")
-    t5xxl: str | None = _part("T5")
-    ae: str | None = _part("the VAE")
     clip_l_dropout_rate: float | None = _rate("CLIP-L")
     clip_g_dropout_rate: float | None = _rate("CLIP-G")
     t5_dropout_rate: float | None = _rate("T5")

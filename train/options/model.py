@@ -8,6 +8,8 @@ from lora_adapters.train.options.option import Inert, option
 _DEEPSPEED = "DeepSpeed is not supported: an adapter's optimizer is small; use several devices through accelerate"
 _BACKENDS = "no eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm"
 MAX_SEED = 2**64 - 1
+_IN_BASE = "the base model's"
+PARTS = ("clip_l", "clip_g", "t5xxl", "ae")  # options that name files of parts of a transformer's model
 ZERO = Inert(lambda value, _: value == 0, "0 is taken as not given")
 
 
@@ -34,8 +36,14 @@ class ModelSource:
     v2: bool = option(False, "the model is SD2.x; with this, --v_parameterization alone tells what it predicts")
     v_parameterization: bool = option(False, "the model predicts v (SD2.x 768)")
     vae: str | None = option(None, "another VAE: file, Diffusers folder or hub id", unset="the base model's")
+    clip_l: str | None = option(None, "Flux.1, SD3: file of CLIP-L", unset=_IN_BASE)
+    clip_g: str | None = option(None, "SD3: file of CLIP-G", unset=_IN_BASE)
+    t5xxl: str | None = option(None, "Flux.1, SD3: file of T5-XXL; SD3 does without", unset=_IN_BASE)
+    ae: str | None = option(None, "Flux.1, SD3: file of the VAE", unset=_IN_BASE)
     tokenizer_cache_dir: str | None = option(
-        None, "folder in which configs and tokenizers from the hub are kept", unset="the Hub's cache"
+        None,
+        "folder in which configs and tokenizers from the hub are kept; tokenizers as kohya's trainers keep them, too",
+        unset="the Hub's cache",
     )
     disable_mmap_load_safetensors: bool = option(False, "read safetensors files whole instead of mapping them")
     lowram: bool = option(False, "load the base model straight to the training device", metadata=True)

@@ -5,11 +5,27 @@ from typing import Any
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.models.base import BaseModels, check_clip_skip, family_on_disk
+from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.noise_schedule import FLOW
+from lora_adapters.train.models.part_files import check_parts
+from lora_adapters.train.models.transformer import TransformerFamily
 from lora_adapters.train.objective.flow_matching import FlowMatching, FlowOptions
 from lora_adapters.train.options.families import check_family_options
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.training import adapters
+
+
+def check_known_family(settings: Settings, family: TrainingFamily | None) -> None:
+    """Raise OptionError for options that are not for a base model of this family, before it is loaded.
+
+    Args:
+        settings: the run's.
+        family: what the base model's files tell; None where only loading shows it.
+    """
+    if family is not None:
+        check_family_options(settings, family)
+    if isinstance(family, TransformerFamily):
+        check_parts(settings, family)
 
 
 def check_base_model(settings: Settings, models: BaseModels, data: TrainingData) -> None:

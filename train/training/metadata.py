@@ -96,7 +96,7 @@ def described_optimizer(settings: Settings) -> str:
 def model_entries(settings: Settings) -> dict[str, str]:
     """Names of the base model and the VAE, and of files also the hashes."""
     entries: dict[str, str] = {}
-    for key, name in (("sd_model", settings.pretrained_model_name_or_path), ("vae", settings.vae)):
+    for key, name in (("sd_model", settings.pretrained_model_name_or_path), ("vae", settings.ae or settings.vae)):
         if not name:
             continue
         entries[f"ss_{key}_name"] = os.path.basename(name) or name

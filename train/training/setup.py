@@ -40,7 +40,6 @@ from lora_adapters.train.models.quantised import quantise
 from lora_adapters.train.objective.losses import LossOptions
 from lora_adapters.train.objective.noise import NoiseOptions
 from lora_adapters.train.objective.step_loss import Denoiser, StepLoss, StepOptions
-from lora_adapters.train.options.families import check_family_options
 from lora_adapters.train.options.inert import leave_out_inert
 from lora_adapters.train.options.settings import Settings, check_ranges
 from lora_adapters.train.options.unsupported import refuse
@@ -48,7 +47,7 @@ from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.average import WeightAverage, check_average
 from lora_adapters.train.training.checkpoints import load_position
-from lora_adapters.train.training.fitting import check_base_model, noise_schedule
+from lora_adapters.train.training.fitting import check_base_model, check_known_family, noise_schedule
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
 from lora_adapters.train.training.optimizers import check_sortable, create_optimizer, optimizer_class, optimizer_name
 from lora_adapters.train.training.samples import Prompt, check_samplers_fit, check_samples, read_prompts, wants_samples
@@ -170,8 +169,7 @@ def check(settings: Settings) -> None:
     check_machine(settings)
     check_path(settings)
     family = family_on_disk(settings)
-    if family is not None:
-        check_family_options(settings, family)
+    check_known_family(settings, family)
     adapters.check_network(settings, family)
     check_average(settings, optimizer_class(optimizer_name(settings))[0])
     check_schedule(settings)

@@ -285,6 +285,57 @@ def test_other_kinds_of_a_fused_layer_are_cut_and_written_as_they_were(tmp_path)
                     adapter.with_modules(fewer).save(tmp_path / "part.safetensors")
 
 
+def test_a_lokr_of_swapped_halves_is_written_as_it_was(tmp_path):
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    factors = {"lokr_w1": torch.randn(4, 2), "lokr_w2": torch.randn(H // 2, H // 2)}
+    tensors = {f"{name}.{end}": tensor for end, tensor in factors.items()}
+    adapter = Adapter.from_tensors(tensors, {"ss_base_model_version": "flux1"})
+    whole = torch.kron(*factors.values())
+    (change,) = adapter.modules.values()
+    torch.testing.assert_close(change.delta(), torch.cat([whole[H:], whole[:H]]))
+    written = load_file(adapter.save(tmp_path / "a.safetensors"))
+    assert all(torch.equal(written[key], tensor) for key, tensor in tensors.items())
+
+
+def test_kinds_that_tell_rows_alone_are_cut_where_that_is_enough():
+    draw = torch.Generator().manual_seed(6)
+    name, weight = "diffusion_model.double_blocks.0.img_attn.qkv", torch.randn(3 * H, H, generator=draw)
+    rows, columns = torch.randn(1, 3 * H, generator=draw), torch.randn(1, H, generator=draw)
+    blocks = torch.randn(6, H // 2, H // 2, generator=draw)
+    skew = blocks - blocks.mT
+    turns = torch.linalg.solve(torch.eye(H // 2) - skew, torch.eye(H // 2) + skew)
+    dense = {
+        "rows": ({"weight": rows, "on_input": torch.tensor(0)}, weight * rows.T),
+        "columns": ({"weight": columns, "on_input": torch.tensor(1)}, weight * columns),
+        "OFT": ({"oft_blocks": blocks}, torch.block_diag(*turns.mT) @ weight - weight),
+    }
+    for tensors, wanted in dense.values():
+        adapter = Adapter.from_tensors(
+            {f"{name}.{end}": tensor for end, tensor in tensors.items()}, {"ss_base_model_version": "flux1"}
+        )
+        assert [module.path.rpartition(".")[2] for module in adapter.modules] == ["to_q", "to_k", "to_v"]
+        for number, change in enumerate(adapter.modules.values()):
+            rows = slice(number * H, (number + 1) * H)
+            torch.testing.assert_close(change.delta(weight[rows]), wanted[rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "said"),
+    [
+        ("final_layer.adaLN_modulation.1", {"weight": torch.ones(1, 2 * H), "on_input": torch.tensor(0)}, "no width"),
+        ("single_blocks.0.linear1", {"weight": torch.ones(1, 7 * H), "on_input": torch.tensor(0)}, "no width"),
+        ("final_layer.adaLN_modulation.1", {"oft_blocks": torch.zeros(2, H, H)}, "no width"),
+        ("final_layer.adaLN_modulation.1", {"diff_b": torch.zeros(2 * H)}, "no width"),
+        ("double_blocks.0.img_attn.qkv", {"oft_blocks": torch.zeros(2, 12, 12)}, "blocks of 12 rows reach"),
+    ],
+)
+def test_kinds_that_do_not_tell_where_rows_are_are_refused(name, tensors, said):
+    """Never read as if the original code had the order of diffusers."""
+    tensors = {f"diffusion_model.{name}.{end}": tensor for end, tensor in tensors.items()}
+    with pytest.raises(AdapterError, match=said):
+        Adapter.from_tensors(tensors, {"ss_base_model_version": "flux1"})
+
+
 def test_unknown_modules_are_named():
     made = pairs("flux")
     tensors = file_of(made, ORIGINAL["kohya"])

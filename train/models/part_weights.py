@@ -1,0 +1,140 @@
+"""Weights files of parts of a base model: read, named as diffusers and transformers do, and put into models."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from transformers import T5EncoderModel
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.families.original_layout import VAE, vae_origins
+from lora_adapters.convert.families.transformer import Transformer
+from lora_adapters.convert.families.transformer_tensors import from_original
+from lora_adapters.convert.storage.files import is_safetensors, read_tensors
+from lora_adapters.convert.storage.scaled_weights import dequantised, neighbours, refuse
+from lora_adapters.train.errors import TrainingError
+
+Tensors = Mapping[str, torch.Tensor]
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor of T5's under two names
+
+
+def read_weights(file: Path, whole: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file; scaled fp8 weights as bfloat16, others as they are.
+
+    Args:
+        file: a .safetensors file, or a pickle of plain tensors.
+        whole: whether a .safetensors file is read at once, and not mapped.
+
+    Raises:
+        TrainingError: it cannot be read, or its weights are quantised in a way that is not read.
+    """
+    try:
+        if whole and file.is_file() and is_safetensors(file):
+            from safetensors.torch import load
+
+            tensors = load(file.read_bytes())
+        else:
+            tensors, _ = read_tensors(file)
+        beside = neighbours(tensors)
+        refuse(beside.foreign, beside.foreign, str(file))
+    except AdapterError as error:
+        raise TrainingError(error) from None
+    scales = beside.scales
+    left_out = beside.extras | set(scales.values())
+    return {
+        name: dequantised(tensor, tensors[scales[name]], scales[name]).bfloat16() if name in scales else tensor
+        for name, tensor in tensors.items()
+        if name not in left_out
+    }
+
+
+def part_of_file(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors under the first of the prefixes that a file has, without it; {} where it has none."""
+    for prefix in prefixes:
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if found:
+            return found
+    return {}
+
+
+def own_part(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The same, and all tensors of a file without such prefixes."""
+    return part_of_file(tensors, prefixes) or dict(tensors)
+
+
+def empty(make: Callable[[], Model]) -> Model:
+    """A model whose weights take no memory; `fill` gives it some."""
+    with init_empty_weights(include_buffers=False):
+        return make()
+
+
+def denoiser_weights(model: torch.nn.Module, tensors: Tensors, layout: Transformer) -> dict[str, torch.Tensor]:
+    """The weights of diffusers' transformer, out of those in the original code's names."""
+    return from_original(layout, model.state_dict(), tensors)
+
+
+def vae_weights(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The weights of diffusers' VAE, out of those in the original code's names, or in its own."""
+    keys = list(model.state_dict())
+    if all(key in tensors for key in keys):
+        return {key: tensors[key] for key in keys}
+    found = {}
+    for name, origin in vae_origins(keys).items():
+        original = name.removeprefix(VAE)
+        if original not in tensors:
+            raise AdapterError(f"it lacks {original}")
+        tensor = tensors[original]
+        found[origin.keys[0]] = tensor[:, :, 0, 0] if origin.form == "conv" and tensor.ndim == 4 else tensor
+    return found
+
+
+def text_weights(model: torch.nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The weights of transformers' text encoder, whichever of its versions has named them."""
+    found = {}
+    for key in model.state_dict():
+        spellings = (key, f"text_model.{key}", key.removeprefix("text_model."), *(_SHARED if key in _SHARED else ()))
+        name = next((one for one in spellings if one in tensors), None)
+        if name is None:
+            raise AdapterError(f"it lacks {key}")
+        found[key] = tensors[name]
+    return found
+
+
+def fill(model: Model, weights: Callable[[], Tensors], dtype: torch.dtype, where: str) -> Model:
+    """Put weights into an empty model, in `dtype`.
+
+    Args:
+        model: from `empty`.
+        weights: what finds a tensor for each of its names.
+        dtype: of the weights; those that the model's class keeps in float32 beside float16 are float32.
+        where: the source, for errors.
+
+    Returns:
+        The same model, in evaluation mode.
+
+    Raises:
+        TrainingError: a tensor is missing, or has another shape.
+    """
+    try:
+        found = weights()
+    except AdapterError as error:
+        raise TrainingError(f"{where}: {error}") from None
+    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    table: dict[str, Any] = {}
+    for name, old in model.state_dict().items():
+        new = found[name]
+        if new.shape != old.shape:
+            raise TrainingError(
+                f"{where}: {name} is {list(new.shape)}, not {list(old.shape)}: the model is another than that of "
+                "--model_config, or than the released one without it"
+            )
+        kept = torch.float32 if any(part in name.split(".") for part in wide) else dtype
+        table[name] = new.to(kept) if new.is_floating_point() else new
+    model.load_state_dict(table, assign=True)
+    if isinstance(model, T5EncoderModel):
+        model.set_input_embeddings(model.shared)  # one tensor again, under two names
+    return model.eval()

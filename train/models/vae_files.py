@@ -1,0 +1,56 @@
+"""VAEs from files, folders and the Hub."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from lora_adapters.compat import dtype_option
+from lora_adapters.convert.errors import first_line
+from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.part_weights import empty, fill, own_part, read_weights, vae_weights
+from lora_adapters.train.options.model import ModelSource
+
+PREFIXES = ("first_stage_model.", "vae.")  # in files with more than the VAE
+
+
+def load_vae(
+    name: str, dtype: torch.dtype, settings: ModelSource, released: Mapping[str, Any] | None = None
+) -> AutoencoderKL:
+    """A VAE that an option names.
+
+    Args:
+        name: a checkpoint file, a VAE's folder or a whole model's, or a hub id.
+        dtype: of the weights.
+        settings: with --model_config, where a file's config is.
+        released: the config for a file without --model_config; None for the one that diffusers chooses.
+
+    Raises:
+        TrainingError: it cannot be loaded, or is no VAE of this config.
+    """
+    path = Path(name)
+    try:
+        if path.is_file():
+            if released is not None:
+                return _from_file(path, dtype, settings, released)
+            config = {"config": settings.model_config, "subfolder": "vae"} if settings.model_config else {}
+            return AutoencoderKL.from_single_file(str(path), **dtype_option(dtype), **config)
+        whole_model = (path / "model_index.json").exists()
+        return AutoencoderKL.from_pretrained(name, **dtype_option(dtype), subfolder="vae" if whole_model else None)
+    except OSError as error:
+        raise TrainingError(f"--vae {name} cannot be loaded: {first_line(error)}") from error
+
+
+def _from_file(file: Path, dtype: torch.dtype, settings: ModelSource, released: Mapping[str, Any]) -> AutoencoderKL:
+    """A VAE in the original code's names or in diffusers', alone in its file or in one that holds more."""
+    tensors = own_part(read_weights(file, settings.disable_mmap_load_safetensors), PREFIXES)
+    config = dict(released)
+    if settings.model_config:
+        config = AutoencoderKL.load_config(
+            settings.model_config, subfolder="vae", cache_dir=settings.tokenizer_cache_dir
+        )
+    model = empty(lambda: AutoencoderKL.from_config(config))
+    return fill(model, partial(vae_weights, model, tensors), dtype, f"VAE {file}")
