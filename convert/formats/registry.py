@@ -13,7 +13,7 @@ from lora_adapters.convert.families.names import Lookup
 
 from . import diffusers, kohya, spelled
 from .contents import Contents, Format
-from .kinds import split_bundled, unread
+from .kinds import split_bundled, unread, without_strays
 
 FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for name in choices.FORMATS)  # type: ignore
 
@@ -44,7 +44,7 @@ def read(
         AdapterError: lone halves of pairs, unknown modules, shapes that do not fit.
         UnknownFormatError: the keys are of no known format.
     """
-    rest, embeddings = split_bundled(tensors)
+    rest, embeddings = split_bundled(without_strays(tensors))
     if not rest:
         raise AdapterError("there are no tensors in it")
     of_transformer = spelled.read(rest, metadata, lookup, family)
