@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.errors import AdapterError, UnknownModuleError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.kohya_names import PREFIXES
 from lora_adapters.convert.families.names import COMPONENTS
@@ -45,7 +45,7 @@ def loading(stock: Callable[..., None]) -> Callable[..., None]:
         chosen = _of_model(tensors, prefix, component, kwargs.get("network_alphas"))
         try:
             _load(self, component, chosen, family, kwargs)
-        except UnknownModuleError:
+        except (UnknownModuleError, UnknownFormatError):
             if not any(".lokr_" in key for key in tensors):
                 raise
             own()  # a model that is unknown here
