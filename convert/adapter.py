@@ -111,7 +111,7 @@ class Adapter(Arithmetic, LiveAdapter):
         """Read an adapter from a state dict in kohya's, LyCORIS', cloneofsimo's or one of diffusers' formats.
 
         Args:
-            tensors: The state dict. The tensors are not copied.
+            tensors: The state dict. The tensors are not copied; an alpha may be a plain number.
             metadata: The metadata of its file, all strings.
             lookup: Called with a component and a name that no known model has; returns the module's path. It finds
                 modules of a live model.
@@ -124,6 +124,8 @@ class Adapter(Arithmetic, LiveAdapter):
             UnknownFormatError: Another kind of adapter.
             AdapterError: Unknown keys or modules, one half of a pair without the other, or shapes that do not fit.
         """
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            tensors = {key: _as_tensor(key, value) for key, value in tensors.items()}
         return cls._of(registry.read(tensors, dict(metadata or {}), lookup, family))
 
     @classmethod
@@ -227,3 +229,11 @@ class Adapter(Arithmetic, LiveAdapter):
         from lora_adapters.convert.models.merging import merge_into_model
 
         return merge_into_model(model, out, [self], [weight])
+
+
+def _as_tensor(key: str, value: Any) -> torch.Tensor:
+    """A value of a state dict, which may be a number or an array too, as a tensor."""
+    try:
+        return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise AdapterError(f"{key!s:.80} is of the type {type(value).__name__}, not a tensor") from None

@@ -28,7 +28,7 @@ from .live_names import LiveNames
 from .model_state import ModelState
 
 logger = logging.getLogger(__name__)
-_HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
 def load(
@@ -53,7 +53,7 @@ def load(
     if isinstance(source, Mapping):
         name = "the state dict"
     elif not isinstance(source, Adapter):
-        hub = {key: options[key] for key in _HUB if options.get(key) is not None}
+        hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
         path = locate(source, weight_name=options.get("weight_name"), subfolder=options.get("subfolder"), **hub)
         name = str(path)
     try:
@@ -107,7 +107,7 @@ def _hand_back(
     models, adapter_name = adaptable_models(pipe), adapter_name or default_name(pipe)
     _check_free(models, adapter_name)
     given: dict[str, Any] = {
-        key: value for key, value in options.items() if key not in (*_HUB, "weight_name", "subfolder")
+        key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "weight_name", "subfolder")
     }
     place: Any = tensors
     if isinstance(source, Path) and METADATA_KEY in metadata:  # which diffusers reads from the file alone

@@ -74,6 +74,10 @@ def _pipeline() -> ModuleType:
     return importlib.import_module("lora_adapters.pipeline")
 
 
+def _model_loading() -> ModuleType:
+    return importlib.import_module("lora_adapters.model_loading")
+
+
 def _save_hook() -> ModuleType:
     return importlib.import_module("lora_adapters.save_hook")
 
@@ -112,6 +116,8 @@ def _into_fusing(lora_base: ModuleType) -> None:
 
     if hasattr(lora_base, "fuse_text_encoder_lora"):
         replace_everywhere(lora_base, "fuse_text_encoder_lora", fusing)
+    if hasattr(lora_base, "_load_lora_into_text_encoder"):
+        replace_everywhere(lora_base, "_load_lora_into_text_encoder", _later(_model_loading, "loading_text"))
     _wrap(lora_base.LoraBaseMixin, "fuse_lora", fusing_pipelines)
     for name in ("unload_lora_weights", "delete_adapters"):
         _wrap(lora_base.LoraBaseMixin, name, _later(_pipeline, "forgetting"))
@@ -124,11 +130,12 @@ def _into_inversion(textual_inversion: ModuleType) -> None:
 
 
 def _into_models(peft: ModuleType) -> None:
-    """See `_into_fusing`; `save_lora_adapter` of models refuses what its files have no place for."""
+    """See `_into_fusing` and `model_loading`; `save_lora_adapter` refuses what its files have no place for."""
     from .fusing import fusing
 
     _wrap(peft.PeftAdapterMixin, "fuse_lora", fusing)
     _wrap(peft.PeftAdapterMixin, "save_lora_adapter", _saving_of_models)
+    _wrap(peft.PeftAdapterMixin, "load_lora_adapter", _later(_model_loading, "loading"))
 
 
 def _saving_of_models(stock: Any) -> Any:

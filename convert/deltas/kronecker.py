@@ -82,8 +82,9 @@ class Kronecker(TensorDelta):
         """alpha / rank, or 1 without a rank, times the multiplier."""
         return self.multiplier if self.rank is None else self.alpha * self.multiplier / self.rank
 
-    def _shapes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
-        """The shapes of w1 and of w2."""
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
+        """The shapes of w1 and of w2, as the file describes them."""
         if self.w1_a is not None and self.w1_b is not None:
             first = (self.w1_a.shape[0], self.w1_b.shape[1])
         else:
@@ -99,7 +100,7 @@ class Kronecker(TensorDelta):
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in), (out, in, height, width), or (out, in * height * width) where w2_b has a flattened kernel."""
-        (rows, columns), (out, into, *kernel) = self._shapes()
+        (rows, columns), (out, into, *kernel) = self.sizes
         return (rows * out, columns * into, *kernel)
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
@@ -107,17 +108,24 @@ class Kronecker(TensorDelta):
         if super().fits(weight_shape) or len(weight_shape) < 3:
             return super().fits(weight_shape)
         flat = self.w2_b is not None and self.w2_b.ndim == 2 and self.t2 is None
-        whole = weight_shape[1] % self._shapes()[0][1] == 0  # a column of w1 covers whole channels
+        whole = weight_shape[1] % self.sizes[0][1] == 0  # a column of w1 covers whole channels
         return flat and whole and (weight_shape[0], math.prod(weight_shape[1:])) == self.shape
 
-    def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """w1, with the scale in it, and w2, each in full; see `sizes`.
+
+        Args:
+            dtype: Of both, and of the arithmetic.
+        """
         if self.w1_a is not None and self.w1_b is not None:
             first = self.w1_a.to(dtype) @ self.w1_b.to(dtype)
         else:
             assert self.w1 is not None
             first = self.w1.to(dtype)
-        first = first * self.scale
-        second = self._second(dtype)
+        return first * self.scale, self._second(dtype)
+
+    def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        first, second = self.factors(dtype)
         return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
 
     def _second(self, dtype: torch.dtype) -> torch.Tensor:

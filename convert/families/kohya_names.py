@@ -18,6 +18,7 @@ _UNETS = [family for family in FAMILIES if family.denoiser.name == DENOISER]  # 
 # The beginnings of flat names and of dotted ones, and the component that each is of.
 PREFIXES = {
     **{f"{part.kohya}_": part.name for family in _UNETS for part in family.components},
+    **{f"lycoris_{part.kohya.removeprefix('lora_')}_": part.name for family in _UNETS for part in family.components},
     "lycoris_": DENOISER,  # what LyCORIS' own wrapper writes, of the one model that it wraps
 }
 DOTTED = {

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from lora_adapters.convert.errors import UnknownFormatError
 
 logger = logging.getLogger(__name__)
@@ -109,6 +111,15 @@ def split_bundled(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]
         else:
             embeddings[key.removeprefix("bundle_emb.")] = tensor
     return rest, embeddings
+
+
+def without_strays(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The tensors without single numbers that are no module's and mark no kind of file, such as a training's `step`."""
+    strays = [key for key, one in tensors.items() if "." not in key and one.numel() <= 1 and kind_of([key]) is None]
+    if not strays or len(strays) == len(tensors):
+        return tensors
+    logger.info("Numbers in the file that are no module's are left out: %s", ", ".join(strays)[:200])
+    return {key: tensor for key, tensor in tensors.items() if key not in strays}
 
 
 def warn_of_embeddings(embeddings: Mapping[str, object], where: str) -> None:

@@ -30,8 +30,15 @@ _TENSORS = {
     "lora_up.weight": "lora_up.weight",
     "lora_mid.weight": "lora_mid.weight",
     "alpha": "alpha",
+    # Other programs' halves under kohya's names.
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
+    "lora_A.default.weight": "lora_down.weight",
+    "lora_B.default.weight": "lora_up.weight",
+    "lora.down.weight": "lora_down.weight",
+    "lora.up.weight": "lora_up.weight",
+    "lora_linear_layer.down.weight": "lora_down.weight",
+    "lora_linear_layer.up.weight": "lora_up.weight",
 }
 
 _STARTS = tuple(kohya_names.PREFIXES)

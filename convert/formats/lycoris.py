@@ -17,6 +17,7 @@ from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.kohya_names import DOTTED, PREFIXES, component_of, paths_by_flat_name
 from lora_adapters.convert.families.names import Lookup, ModuleName, nearest
+from lora_adapters.convert.families.registry import DENOISER
 
 from .contents import Contents, Stored, WriteOptions
 from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
@@ -92,10 +93,8 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
     Raises:
         UnknownModuleError: There is no such module; the message suggests the nearest known name.
     """
-    prefixes = PREFIXES | DOTTED
-    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-    if prefix is None:
-        raise UnknownModuleError(f"unknown module {name:.100}: a name begins with {', '.join(prefixes)}")
+    prefixes = PREFIXES | DOTTED | {"": DENOISER}  # a model's own state dict says no component
+    prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
     rest = name.removeprefix(prefix)
     component = component_of(prefix, rest, prefixes)
     flat, table = rest.replace(".", "_"), paths_by_flat_name(component, norms=True)

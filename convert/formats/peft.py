@@ -14,7 +14,7 @@ import torch
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.errors import AdapterError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, text_path
 from lora_adapters.convert.families.registry import role_of
@@ -26,7 +26,7 @@ from lora_adapters.convert.storage.peft_folder import CONFIG, WEIGHTS, WEIGHTS_P
 
 from .contents import Contents, WriteOptions
 from .diffusers import checked, lora_config
-from .kinds import unread, warn_of_embeddings
+from .kinds import kind_of, unread, warn_of_embeddings
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
 from .peft_kinds import check_kind, read_change, split_key
 from .projections import in_own_shapes
@@ -46,7 +46,8 @@ def matches(keys: Collection[str]) -> bool:
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
     """UnknownFormatError: without the config in their folder, nobody knows alphas and component. See `read_folder`."""
-    raise unread(tensors, f"these are weights of PEFT's, without the {CONFIG} beside them")
+    found, said = kind_of(tensors), f"these are weights of PEFT's, without the {CONFIG} beside them"
+    raise UnknownFormatError(said) if found is None or found[0].is_read else unread(tensors, said)
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:

@@ -13,7 +13,7 @@ from lora_adapters.convert.families.names import Lookup
 
 from . import diffusers, kohya, spelled
 from .contents import Contents, Format
-from .kinds import split_bundled, unread
+from .kinds import split_bundled, unread, without_strays
 
 FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for name in choices.FORMATS)  # type: ignore
 
@@ -47,7 +47,7 @@ def read(
         AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
         UnknownFormatError: The keys belong to no known format.
     """
-    rest, embeddings = split_bundled(tensors)
+    rest, embeddings = split_bundled(without_strays(tensors))
     if not rest:
         raise AdapterError("there are no tensors in it")
     of_transformer = spelled.read(rest, metadata, lookup, family)

@@ -105,6 +105,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         loaded = loaded.get("state_dict", loaded)
     if not isinstance(loaded, dict):
         raise AdapterError(f"{file} holds {_described(loaded)}, no table of named tensors")
+    loaded = _tensors_of(loaded)
     for name, tensor in loaded.items():
         if not isinstance(tensor, torch.Tensor):
             raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
@@ -112,6 +113,30 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise AdapterError(f"{file}: {name!s:.80} is not a plain tensor under a name")
     # Views that conjugate or negate what is stored have no bytes of their own; both calls give back all others.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
+
+
+def _tensors_of(table: dict[Any, Any]) -> dict[Any, Any]:
+    """A pickle's tensors: of the one table of tensors in it, where it has none itself; alphas that are numbers too.
+
+    Numbers, texts and None beside tensors, under names without a dot, are a training's notes (`epoch`): left out.
+    """
+    if not any(isinstance(value, torch.Tensor) for value in table.values()):
+        inner = [value for value in table.values() if isinstance(value, dict) and _holds_tensors(value)]
+        table = inner[0] if len(inner) == 1 else table
+    found: dict[Any, Any] = {}
+    for name, value in table.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and str(name).endswith(".alpha"):
+            found[name] = torch.tensor(float(value))
+        elif "." in str(name) or not isinstance(value, int | float | str | None):
+            found[name] = value
+    return found
+
+
+def _holds_tensors(table: dict[Any, Any]) -> bool:
+    return bool(table) and all(
+        isinstance(value, torch.Tensor) or str(name).endswith(".alpha") for name, value in table.items()
+    )
 
 
 def _described(value: object) -> str:

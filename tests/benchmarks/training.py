@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Time and memory of training steps: the bare base, plain PEFT LoRA, this package's types, kohya's modules if given.
 
-usage: training.py [--models tiny-sd sd15] [--latent 32] [--rank 16] [--repeat 7] [--only layers loop] [--kohya DIR]
+usage: training.py [--models tiny-sd sd15] [--latent 32] [--rank 16] [--repeat 7] [--only layers loop]
+                   [--cover lierla c3lier lycoris] [--kohya DIR]
 
 layers: one forward and backward pass of the U-Net. All variants share one set of base weights (sd15: SD1.5's shapes,
 random) and take turns in one process; the floor is the base alone, with the gradient of its input. Of each: the median
 of the repetitions, its ratio to plain PEFT LoRA of the same rank (of the ratios of each round, the median), and the
-peak of resident memory above the weights (on Linux).
+peak of resident memory above the weights (on Linux). --cover lycoris is LoHa and LoKr on LierLa's modules, beside
+LyCORIS' own layers.
 loop: whole training steps of `lora_adapters.train` with cached latents against the same step written out by hand on
 the same models, one after the other in turns, so that both meet the same machine.
 """
@@ -33,10 +35,15 @@ from peft import LoraConfig
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig, add_adapter  # noqa: E402
+from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig, LycorisConfig, add_adapter  # noqa: E402
 from lora_adapters.target_modules import covered  # noqa: E402
 
 Step = Callable[[], None]
+KINDS: dict[str, dict[str, Any]] = {
+    "LoHa": {"algo": "loha"},
+    "LoKr": {"algo": "lokr"},
+    "LoKr, factor 8": {"algo": "lokr", "factor": 8},
+}
 
 
 class Result(NamedTuple):
@@ -77,6 +84,7 @@ def variants(unet: UNet2DConditionModel, rank: int, kohya: Path | None) -> dict[
         "plain PEFT LoRA, C3Lier's modules": LoraConfig(r=rank, lora_alpha=rank, target_modules=covered(unet, True)),
         "C3Lier": C3LierConfig(r=rank, lora_alpha=rank, conv_dim=rank, conv_alpha=rank),
         "DyLoRA, C3Lier's modules": DyLoraConfig(r=rank, lora_alpha=rank, conv_dim=rank, conv_alpha=rank, unit=unit),
+        **{name: LycorisConfig(r=rank, lora_alpha=rank, **options) for name, options in KINDS.items()},
     }
     made: dict[str, torch.nn.Module] = {"base alone (floor)": twin(unet)}
     for name, config in configs.items():
@@ -112,14 +120,16 @@ def kohya_variants(unet: UNet2DConditionModel, rank: int, unit: int, checkout: P
 
 
 def lycoris_variants(unet: UNet2DConditionModel, rank: int, unit: int) -> dict[str, torch.nn.Module]:
-    """LyCORIS' LoCon and DyLoRA on the modules of LoRA-LierLa."""
-    made: dict[str, torch.nn.Module] = {"LyCORIS' LoCon": twin(unet), "LyCORIS' DyLoRA": twin(unet)}
-    networks = (
-        lycoris_network(made["LyCORIS' LoCon"], rank, network_module="locon"),
-        lycoris_network(made["LyCORIS' DyLoRA"], rank, network_module="dylora", block_size=unit),
-    )
-    for network in networks:
-        network.requires_grad_(True).train()
+    """LyCORIS' LoCon, DyLoRA, LoHa and LoKr on the modules of LoRA-LierLa."""
+    options: dict[str, dict[str, Any]] = {
+        "LyCORIS' LoCon": {"network_module": "locon"},
+        "LyCORIS' DyLoRA": {"network_module": "dylora", "block_size": unit},
+        **{f"LyCORIS' {name}": {"network_module": own["algo"], **own} for name, own in KINDS.items()},
+    }
+    made: dict[str, torch.nn.Module] = {name: twin(unet) for name in options}
+    for name, own in options.items():
+        own.pop("algo", None)
+        lycoris_network(made[name], rank, **own).requires_grad_(True).train()
     return made
 
 
@@ -153,7 +163,7 @@ def layers(
     chosen = {
         name: one
         for name, one in variants(unet, rank, kohya).items()
-        if "floor" in name or ("c3lier" if "C3Lier" in name else "lierla") in cover
+        if "floor" in name or _covers(name) in cover or (name == "plain PEFT LoRA" and "lycoris" in cover)
     }
     steps = {name: pass_of(one, latent, batch) for name, one in chosen.items()}
     peaks = {name: peak_above_rest(step) for name, step in steps.items()}  # the first pass: what a cold one takes
@@ -177,6 +187,13 @@ def layers(
         if dylora in steps:
             ratio = statistics.median(one[dylora] / one[plain] for one in rounds)
             print(f"{dylora} / {plain} of the same rank: {ratio:.3f}", flush=True)
+
+
+def _covers(name: str) -> str:
+    """Which of the sets of variants one belongs to."""
+    if "LoHa" in name or "LoKr" in name:
+        return "lycoris"
+    return "c3lier" if "C3Lier" in name else "lierla"
 
 
 def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> Iterator[Result]:
@@ -275,7 +292,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["tiny-sd", "sd15"], default=["tiny-sd", "sd15"])
     parser.add_argument("--only", nargs="+", choices=["layers", "loop"], default=["layers", "loop"])
-    parser.add_argument("--cover", nargs="+", choices=["lierla", "c3lier"], default=["lierla", "c3lier"])
+    covers = ["lierla", "c3lier", "lycoris"]
+    parser.add_argument("--cover", nargs="+", choices=covers, default=covers)
     parser.add_argument("--latent", type=int, default=32, help="side of sd15's latents; tiny-sd has its own 8")
     parser.add_argument("--batch", type=int, default=1, help="sd15's batch; tiny-sd has 4")
     parser.add_argument("--rank", type=int, default=16)

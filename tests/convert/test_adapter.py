@@ -292,6 +292,8 @@ def test_a_single_component_of_a_peft_folder(place, tmp_path):
 def test_pefts_weights_without_their_config():
     with pytest.raises(UnknownFormatError, match=r"without the adapter_config.json"):
         Adapter.from_tensors({f"base_model.model.{QUERY.path}.lora_A.weight": torch.ones(1, 32)})
+    with pytest.raises(UnknownFormatError, match=r"without the adapter_config.json"):
+        Adapter.from_tensors({f"base_model.model.{QUERY.path}.hada_w1_a": torch.ones(1, 32)})
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda"])

@@ -1,5 +1,6 @@
 """Changes of any kinds in a live layer: a PEFT variant of a LoRA layer, whose factors are a change's tensors."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from lora_adapters.convert.deltas.base import Delta
 
+from .factored import applied_in_factors
 from .operations import applied, base_weight, weight_shape
 from .weights import DeltaWeights
 
@@ -15,7 +17,8 @@ from .weights import DeltaWeights
 class DeltaVariant(LoraVariant):
     """y = f(x; W, b) + f(x; ΔW, Δb), where a `DeltaWeights` in the layer's `lora_A` makes ΔW and Δb.
 
-    f is what the layer computes: a linear map, a convolution, a normalisation. The weight of the adapter (PEFT's
+    f is what the layer computes: a linear map, a convolution, a normalisation. ΔW is not made where its factors are
+    quicker (`factored`). The weight of the adapter (PEFT's
     `scaling`) is what LyCORIS calls the multiplier; at 0 nothing changes. W is that of the innermost layer without any
     adapter. It takes no part in the gradient.
     """
@@ -28,10 +31,15 @@ class DeltaVariant(LoraVariant):
         if multiplier == 0:
             return result
         weights = module.lora_A[active_adapter]
+        inputs = module.lora_dropout[active_adapter](x)
+        if not (weights.change.needs_base or weights.is_altered):
+            quick = weights.applied(multiplier, partial(applied_in_factors, base, inputs))
+            if quick is not None:
+                return result + quick
         own = base_weight(base, x.device) if weights.change.needs_base else None
         weight, bias = weights(weight_shape(base), multiplier, own, torch.promote_types(x.dtype, torch.float32))
         weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
-        return result + applied(base, module.lora_dropout[active_adapter](x), weight, bias)
+        return result + applied(base, inputs, weight, bias)
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """The tensors of a change as parameters of a module."""
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
@@ -46,6 +47,24 @@ class DeltaWeights(nn.Module):
             self._keep(with_tensors(self._change, lambda name, _: self.get_parameter(name)))
         return self._change
 
+    def at(self, multiplier: float) -> Delta:
+        """The change at a weight of the adapter, as LyCORIS multiplies with it."""
+        change = self.change
+        if multiplier == 1.0:
+            return change
+        if self._at[0] != multiplier:
+            self._at = (multiplier, change.scaled(multiplier))
+        return self._at[1]
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether hooks (dropouts) change ΔW and Δb, so that these have to be made."""
+        return bool(self._forward_hooks)
+
+    def applied(self, multiplier: float, apply: Callable[[Delta], torch.Tensor | None]) -> torch.Tensor | None:
+        """What a function makes of the change at a multiplier, called in `forward`, so that offloading sees it."""
+        return self((), multiplier, None, torch.float32, apply)
+
     @torch.no_grad()
     def replace(self, change: Delta) -> None:
         """Make it another change of the same kind and shapes, in place; see `like`."""
@@ -61,8 +80,13 @@ class DeltaWeights(nn.Module):
         return _shapes(change) == _shapes(self.change)
 
     def forward(
-        self, shape: tuple[int, ...], multiplier: float, base_weight: torch.Tensor | None, dtype: torch.dtype
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        self,
+        shape: tuple[int, ...],
+        multiplier: float,
+        base_weight: torch.Tensor | None,
+        dtype: torch.dtype,
+        apply: Callable[[Delta], torch.Tensor | None] | None = None,
+    ) -> Any:
         """ΔW and Δb at a multiplier; None for what the change leaves alone.
 
         Args:
@@ -70,12 +94,11 @@ class DeltaWeights(nn.Module):
             multiplier: The weight of the adapter, as LyCORIS multiplies with it.
             base_weight: W, on the parameters' device; None will do where ΔW does not depend on it.
             dtype: Of the results and of the arithmetic.
+            apply: See `applied`; what it returns is returned, and no ΔW made.
         """
-        change = self.change
-        if multiplier != 1.0:
-            if self._at[0] != multiplier:
-                self._at = (multiplier, change.scaled(multiplier))
-            change = self._at[1]
+        change = self.at(multiplier)
+        if apply is not None:
+            return apply(change)
         if not change.changes_weight:
             return None, change.bias(dtype)
         weight = change.delta(base_weight, dtype) if change.needs_base else change.delta(dtype=dtype).reshape(shape)

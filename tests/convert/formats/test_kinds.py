@@ -124,6 +124,14 @@ SPELLINGS = {
         pair(f"lycoris_{QUERY.path.replace('.', '_')}", "lora_down.weight", "lora_up.weight", 1.0),
         1.0,
     ),
+    **{
+        f"{down} under a flat name": (pair(f"lora_unet_{QUERY.path.replace('.', '_')}", down, up, 1.0), 1.0)
+        for down, up in (
+            ("lora.down.weight", "lora.up.weight"),
+            ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+            ("lora_A.default.weight", "lora_B.default.weight"),
+        )
+    },
 }  # fmt: skip
 
 
@@ -142,6 +150,22 @@ def test_text_encoders_by_their_clip(encoder, start) -> None:
     ((module, one),) = Adapter.from_tensors(pair(stem, "lora_down.weight", "lora_up.weight", 1.0)).modules.items()
     assert module == TEXT._replace(component="text_encoder" if encoder == "clip_l" else "text_encoder_2")
     assert one.alpha == 1
+
+
+def test_numbers_that_are_no_module_s_are_left_out() -> None:
+    tensors = pair(str(QUERY), "lora_down.weight", "lora_up.weight", 1.0)
+    notes = {"step": torch.tensor(100), "epoch": torch.tensor([3.0])}
+    assert list(Adapter.from_tensors({**tensors, **notes}).modules) == [QUERY]
+    with pytest.raises(AdapterError, match=r"foo\.bar"):
+        Adapter.from_tensors({**tensors, "foo.bar": torch.ones(3)})
+
+
+def test_alphas_that_are_plain_numbers() -> None:
+    tensors = pair(str(QUERY), "lora_down.weight", "lora_up.weight")
+    (one,) = Adapter.from_tensors({**tensors, f"{QUERY}.alpha": 0.5}).modules.values()
+    assert one.alpha == 0.5
+    with pytest.raises(AdapterError, match=r"alpha is of the type list, not a tensor"):
+        Adapter.from_tensors({**tensors, f"{QUERY}.alpha": [[1], [1, 2]]})
 
 
 def test_several_adapters_in_one_file() -> None:

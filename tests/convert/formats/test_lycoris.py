@@ -301,19 +301,23 @@ SPELLINGS = {  # a component, and how the name of its module begins
     "clip_l.transformer.": ("text_encoder", False),
     "clip_g.transformer.": ("text_encoder_2", False),
     "lycoris_": ("text_encoder", True),
+    "lycoris_unet_": ("unet", True),
+    "lycoris_te_": ("text_encoder", True),
+    "lycoris_te2_": ("text_encoder_2", True),
+    "": ("unet", False),
 }
 
 
 @pytest.mark.parametrize("start", SPELLINGS)
 def test_how_names_begin(start):
-    """Checkpoints', ComfyUI's and OneTrainer's dotted names, and LyCORIS' wrapper of a text encoder."""
+    """Checkpoints', ComfyUI's and OneTrainer's dotted names, a U-Net's own, and LyCORIS' wrapper's."""
     component, flat = SPELLINGS[start]
     path = LINEAR.get(component, LINEAR["text_encoder"])
     name = start + (path.replace(".", "_") if flat else path)
     tensors = {f"{name}.{half}": numbers(6, 6) for half in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
     adapter = Adapter.from_tensors(tensors)
     assert list(adapter.modules) == [ModuleName(component, path)]
-    if start.startswith(("lora_te1", "lora_te2")):
+    if start.startswith(("lora_te1", "lora_te2", "lycoris_te2")):
         assert adapter.architecture == "sdxl"
 
 

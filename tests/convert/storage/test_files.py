@@ -155,6 +155,20 @@ def test_views_and_parameters_in_pickles(ending, tmp_path):
     torch.testing.assert_close(after[KEY], tensors[KEY].detach() + 1)
 
 
+@pytest.mark.parametrize("wrapped", [None, "state_dict", "lora"])
+def test_a_training_s_notes_beside_tensors(wrapped, tmp_path):
+    tensors = {"x.lora_up.weight": torch.ones(2, 1), "x.lora_down.weight": torch.ones(1, 2)}
+    notes = {"epoch": 3, "name": "run", "best": None}
+    table = {**tensors, "x.alpha": 0.5}
+    torch.save({**notes, **table} if wrapped is None else {**notes, wrapped: table}, tmp_path / "in.pt")
+    found, _ = read_tensors(tmp_path / "in.pt")
+    assert found.keys() == table.keys()
+    assert found["x.alpha"] == 0.5
+    torch.save({**tensors, "x.y": "text"}, tmp_path / "text.pt")
+    with pytest.raises(AdapterError, match=r"x\.y is of the type str \(text\), not a tensor"):
+        read_tensors(tmp_path / "text.pt")
+
+
 def test_a_full_disk_while_a_pickle_is_written(tmp_path, capsys):
     save_file(original("sd1"), tmp_path / "in.safetensors")
     words = ("merge", "--sd_model", tmp_path / "in.safetensors", "--models", LORA, "--save_to", tmp_path / "out.ckpt")
