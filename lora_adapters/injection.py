@@ -14,6 +14,7 @@ from lora_adapters.convert.deltas.full import Full
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
+from lora_adapters.convert.storage.mapped_pages import MappedPages
 from lora_adapters.types.layers import HELD, layers, put, width
 from lora_adapters.types.lycoris.config import TYPE as LYCORIS
 from lora_adapters.types.lycoris.layer import hold
@@ -127,6 +128,7 @@ def place(
     adapter_name: str,
     facts: Mapping[str, Any],
     low_cpu_mem_usage: bool = True,
+    pages: MappedPages | None = None,
 ) -> None:
     """Add changes to a model as an adapter, in the model's dtype and on its device.
 
@@ -137,7 +139,9 @@ def place(
         facts: Its type and the type's own fields where all are pairs, as `types.registry.facts_of_metadata` returns
             them.
         low_cpu_mem_usage: Whether the layers are made without memory for their first weights.
+        pages: Those that the changes lie in, which are given back as they are copied. None keeps them.
     """
+    pages = pages or MappedPages()
     dtype, nothing = _dtype(model), torch.empty(0)
     ranks = {path: change if isinstance(change, LowRank) else RankAlpha(1, 1.0) for path, change in matched.items()}
     if any(not isinstance(change, LowRank) for change in matched.values()):
@@ -154,14 +158,15 @@ def place(
         device = torch.device("cpu") if device.type == "meta" else device
         if isinstance(change, LowRank):
             put(layer, adapter_name, change, device, dtype)
+            pages.use(change.down.nbytes + change.up.nbytes)
         else:
-            hold(layer, adapter_name, _as_live(change, device, dtype))
+            hold(layer, adapter_name, _as_live(change, device, dtype, pages))
     if left:
         raise AdapterError(f"{next(iter(left))} found no place in the model")
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
 
 
-def _as_live(change: Delta, device: torch.device, dtype: torch.dtype) -> Delta:
+def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: MappedPages) -> Delta:
     """A copy of the change, so that the model does not hang on a memory-mapped file, in the model's dtype.
 
     Numbers of whole channels, as DoRA's magnitudes are, stay precise: they scale the weight itself.
@@ -169,7 +174,9 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype) -> Delta:
 
     def copied(_: str, tensor: torch.Tensor) -> torch.Tensor:
         precise = tensor.numel() == max(tensor.shape, default=1)
-        return tensor.to(device, torch.float32 if precise else dtype, copy=True).contiguous()
+        copy = tensor.to(device, torch.float32 if precise else dtype, copy=True).contiguous()
+        pages.use(tensor.nbytes)
+        return copy
 
     return with_tensors(change, copied)
 

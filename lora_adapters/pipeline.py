@@ -19,6 +19,7 @@ from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import METADATA_KEY
 from lora_adapters.convert.formats.kinds import may_go_to_diffusers
 from lora_adapters.convert.storage.files import read_tensors
+from lora_adapters.convert.storage.mapped_pages import MappedPages
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.types.registry import facts_of_metadata
 
@@ -59,7 +60,8 @@ def load(
     try:
         try:
             adapter = source if isinstance(source, Adapter) else _read(path or source, names)
-            _load(pipe, adapter, adapter_name, hotswap, strict, options.get("low_cpu_mem_usage", True))
+            pages = None if path is None else _pages(path, adapter)
+            _load(pipe, adapter, adapter_name, hotswap, strict, options.get("low_cpu_mem_usage", True), pages)
         except UnknownFormatError as error:
             if isinstance(source, Adapter) or (path is not None and path.is_dir()):
                 raise
@@ -85,6 +87,13 @@ def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapte
     if isinstance(source, Path):
         return Adapter.from_path(source, names, family=names.family)
     return Adapter.from_tensors(dict(source), None, names, family=names.family)
+
+
+def _pages(path: Path, adapter: Adapter) -> MappedPages:
+    """The pages of a file that the adapter has just been read from; those that the reading took are given back."""
+    pages = MappedPages.of(path, adapter.modules.values())
+    pages.give_back()
+    return pages
 
 
 def _contents(source: Mapping[str, torch.Tensor] | Path) -> Mapping[str, torch.Tensor]:
@@ -210,7 +219,13 @@ def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
 
 
 def _load(
-    pipe: Any, adapter: Adapter, adapter_name: str | None, hotswap: bool, strict: bool, low_cpu_mem_usage: bool
+    pipe: Any,
+    adapter: Adapter,
+    adapter_name: str | None,
+    hotswap: bool,
+    strict: bool,
+    low_cpu_mem_usage: bool,
+    pages: MappedPages | None = None,
 ) -> None:
     matched = _by_component(pipe, adapter, strict)
     models, facts = adaptable_models(pipe), facts_of_metadata(adapter.metadata)
@@ -230,7 +245,7 @@ def _load(
     with _without_offloading(pipe):
         try:
             for component, modules in matched.items():
-                injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage)
+                injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage, pages)
                 swapping.prepare(models[component], adapter_name)
             token_embeddings.place(pipe, models, tokens, adapter_name)
         except BaseException:

@@ -4,8 +4,8 @@ usage: python tests/third_party.py CHECKOUT TEST... [pytest options]
 
 CHECKOUT is a checkout of PEFT or diffusers, whose `src` is what is tested. Prints the counts of each run and every test
 that passes without this package and does not pass with it; the exit status is 1 where there are any. The runs are
-offline: a test that needs the Hub fails in all three (PEFT's do so slowly), but for the tiny CLIP and T5 of diffusers'
-LoRA tests, for which random ones stand in.
+offline: a test that needs the Hub fails in all three, but for the tiny CLIP and T5 of diffusers' LoRA tests, for which
+random ones stand in.
 """
 
 import collections
@@ -24,6 +24,15 @@ CLIPS = (
     "hf-internal-testing/tiny-sd3-text_encoder-2",
 )
 T5 = "hf-internal-testing/tiny-random-t5"
+# A plugin of pytest: the Hub's library tries again without waiting, since nothing will ever answer.
+NO_WAITING = """
+import time
+import types
+
+from huggingface_hub.utils import _http
+
+_http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+"""
 # Modules in the order in which a run imports them before its tests.
 RUNS = {
     "without": [],
@@ -90,7 +99,8 @@ def outcomes(report: Path) -> dict[str, str]:
 
 def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[str, str]:
     """One run of the tests; their outcomes."""
-    paths = [checkout / "src", checkout, *([ROOT] if RUNS[name] else [])]
+    (folder / "no_waiting.py").write_text(NO_WAITING)
+    paths = [checkout / "src", checkout, folder, *([ROOT] if RUNS[name] else [])]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
@@ -99,7 +109,7 @@ def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[s
         "HF_ENDPOINT": "http://127.0.0.1:9",  # some tests go online all the same: refused at once
     }
     report = folder / f"{name}.xml"
-    plugins = [option for module in RUNS[name] for option in ("-p", module)]
+    plugins = [option for module in (*RUNS[name], "no_waiting") for option in ("-p", module)]
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}", *plugins, *arguments]
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=checkout, env=environment, check=False)
     if done.returncode not in (0, 1):
