@@ -46,7 +46,7 @@ class _Kept:
 
 def _versions(base: Any) -> tuple[Any, ...]:
     """The parameters and how often they have been changed in place (which through `.data` does not count)."""
-    return tuple((id(one), one._version) for one in (base.weight, base.bias) if one is not None)
+    return tuple((id(parameter), parameter._version) for parameter in (base.weight, base.bias) if parameter is not None)
 
 
 def kept_of(layer: Any) -> Any:

@@ -33,9 +33,14 @@ _OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "inference_
 
 
 def prepare(model: Any, adapter_name: str) -> None:
-    """After `pipe.enable_lora_hotswap(target_rank=...)`, make the first adapter ready: padded, its scale a tensor.
+    """Prepare the first adapter after `pipe.enable_lora_hotswap(target_rank=...)`: pad it, and make its scale a tensor.
 
-    AdapterError where the adapter's rank is above target_rank.
+    Args:
+        model: The model.
+        adapter_name: The name of the adapter.
+
+    Raises:
+        AdapterError: The rank of the adapter is above target_rank.
     """
     options = getattr(model, "_prepare_lora_hotswap_kwargs", None)
     if options is None:
@@ -186,10 +191,16 @@ def _put(part: Any, value: torch.Tensor, dim: int, prepared: bool) -> None:
 
 
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `peft.utils.hotswap.prepare_model_for_compiled_hotswap`: the types follow their layers.
+    """Replacement for `peft.utils.hotswap.prepare_model_for_compiled_hotswap` that keeps the types of adapters working.
 
-    The configs of this package's adapters keep their own ranks, which padding does not change. AdapterError, with
-    nothing changed, where one has a rank above target_rank.
+    The configs of this package's adapters keep their ranks without padding. The replacement raises AdapterError, with
+    nothing changed, if a rank is above target_rank.
+
+    Args:
+        stock: The original function.
+
+    Returns:
+        The replacement.
     """
 
     def prepare_model_for_compiled_hotswap(
@@ -211,10 +222,17 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers build.
+    """Replacement for `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers
+    build.
 
-    Where the adapter in the model or the one that comes is of this package, the layers' ranks, the config and what
-    its type puts on the layers become the new adapter's too. AdapterError, with nothing changed, where that cannot be.
+    If the old or the new adapter belongs to this package, ranks, config and type of the new adapter replace the old
+    ones too. The replacement raises AdapterError, with nothing changed, if that is impossible.
+
+    Args:
+        stock: The original function.
+
+    Returns:
+        The replacement.
     """
 
     def hotswap_adapter_from_state_dict(
@@ -233,10 +251,10 @@ def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _pairs(state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig) -> dict[str, LowRank]:
     """The pairs of a state dict with PEFT's names; AdapterError where there is more in it than pairs."""
-    wanted = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
+    pattern = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        match = wanted.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match is None:
             raise AdapterError(f"{key} is not half of a low-rank pair of {adapter_name}: it cannot be swapped in")
         halves.setdefault(match[1].replace(".base_layer", ""), {})[match[2]] = tensor

@@ -134,9 +134,12 @@ def place(
         model: The model.
         matched: The changes, as `match_to_model` returns them.
         adapter_name: The adapter's name, which is free in the model.
-        facts: Its type and the type's own fields where all are pairs, as `types.registry.facts_of_metadata` returns
-            them.
-        low_cpu_mem_usage: Whether the layers are made without memory for their first weights.
+        facts: The adapter's type and the fields of the type, as `types.registry.facts_of_metadata` returns them; used
+            if all changes are low-rank pairs.
+        low_cpu_mem_usage: Whether the layers are created without memory for initial weights.
+
+    Raises:
+        AdapterError: A change has no layer in the model.
     """
     dtype, nothing = _dtype(model), torch.empty(0)
     ranks = {path: change if isinstance(change, LowRank) else RankAlpha(1, 1.0) for path, change in matched.items()}

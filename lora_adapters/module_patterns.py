@@ -51,10 +51,16 @@ def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
 
 
 def left_out(include: Sequence[str] | None, exclude: Sequence[str] | None, names: Sequence[str]) -> bool:
-    """Whether a module with these names gets no adapter.
+    """Whether patterns exclude a module.
 
-    `exclude` leaves modules out, `include` makes exceptions from that, as in kohya's trainer. `include` alone, which
-    does nothing there, leaves out everything else.
+    Args:
+        include: Regular expressions. With `exclude` they make exceptions from it, as in kohya's trainer. Alone, where
+            they have no effect in kohya's trainer, they exclude all other modules.
+        exclude: Regular expressions of modules to leave out.
+        names: The names of the module, of which any may match.
+
+    Returns:
+        True if it gets no adapter.
     """
     if first_match(include or (), names) is not None:
         return False

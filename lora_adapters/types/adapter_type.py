@@ -81,11 +81,14 @@ class AdapterType:
         return {**lora_config(modules), "facts": dict(facts)}
 
     def fields(self, network_module: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of the config that a name of --network_module decides, or values in the place of those given.
+        """Fields of the config that the name of --network_module decides.
 
         Args:
             network_module: One of `network_modules`.
-            given: The fields that the other network options say.
+            given: The fields from the other network options.
+
+        Returns:
+            Fields to add or to replace.
         """
         return {}
 
@@ -113,9 +116,14 @@ class AdapterType:
         return layers.low_rank(layer, adapter_name, stabilized)
 
     def parts(self, layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
-        """(kind, module) of everything of an adapter in a layer that may be trained.
+        """The modules of an adapter in a layer that may be trained.
 
-        The kind "up" is what LoRA+ has another learning rate for.
+        Args:
+            layer: A layer that has the adapter.
+            adapter_name: The name of the adapter.
+
+        Yields:
+            (kind, module); LoRA+ has another learning rate for the kind "up".
         """
         down, up = layers.factors(layer, adapter_name)
         yield "down", down

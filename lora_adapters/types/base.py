@@ -162,10 +162,10 @@ def variants(config: LoraConfig) -> list[str]:
     """The options of the config by which PEFT computes a layer in another way than plain LoRA (its LoRA variants)."""
     known = {field.name: field.metadata for field in fields(LoraConfig)}
     marked = [name for name, facts in known.items() if facts.get("is_lora_variant") or name in _UNMARKED_VARIANTS]
-    found = [name for name in marked if getattr(config, name)]
+    active = [name for name in marked if getattr(config, name)]
     if config.init_lora_weights in known["init_lora_weights"].get("lora_variants", ()):
-        found.append(f"init_lora_weights={config.init_lora_weights!r}")
-    return found
+        active.append(f"init_lora_weights={config.init_lora_weights!r}")
+    return active
 
 
 def fields_beyond(config: type, other: type) -> list[str]:

@@ -149,9 +149,15 @@ class LycorisType(AdapterType):
                 del layer.lora_variant[adapter_name]
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
-        """The change that the layer holds; its tensors are the live parameters, without gradients.
+        """The change in a layer, as files have it.
 
-        A trained scalar is a part of the other tensors, as in files.
+        Args:
+            layer: A layer that has the adapter.
+            adapter_name: The name of the adapter.
+            stabilized: Not used; it is for rsLoRA.
+
+        Returns:
+            A change whose tensors are the live parameters without gradients. A trained scalar is multiplied into them.
         """
         return without_scalars(with_tensors(layer.lora_A[adapter_name].change, lambda _, tensor: tensor.detach()))
 

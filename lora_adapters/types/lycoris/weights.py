@@ -63,13 +63,16 @@ class DeltaWeights(nn.Module):
     def forward(
         self, shape: tuple[int, ...], multiplier: float, base_weight: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """ΔW and Δb at a multiplier; None for what the change leaves alone.
+        """ΔW and Δb at a multiplier.
 
         Args:
-            shape: That of the weight W.
+            shape: The shape of the weight W.
             multiplier: The weight of the adapter, as LyCORIS multiplies with it.
-            base_weight: W, on the parameters' device; None will do where ΔW does not depend on it.
-            dtype: Of the results and of the arithmetic.
+            base_weight: W, on the device of the parameters; None if ΔW does not depend on it.
+            dtype: The dtype of the results and of the arithmetic.
+
+        Returns:
+            ΔW in `shape`, and Δb (out,); None for each that does not change.
         """
         change = self.change
         if multiplier != 1.0:
