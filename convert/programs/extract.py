@@ -31,18 +31,18 @@ def extract_adapter(args: Namespace) -> None:
     if args.algo == "lora":
         dim = 4 if args.dim is None and args.target_error is None else args.dim
         common |= {"target_error": args.target_error, "clamp_quantile": args.clamp_quantile}
-        found = extract(*models, dim, args.conv_dim, **common)
+        extraction = extract(*models, dim, args.conv_dim, **common)
     else:
         if args.algo == "lokr":
             common |= {"factor": args.factor or -1, "target_error": args.target_error}
-        found = extract_otherwise(*models, args.algo, **common)
-    for component, value in found.largest.items():
-        left = ": the same, left out" if component in found.left_out else ""
+        extraction = extract_otherwise(*models, args.algo, **common)
+    for component, value in extraction.largest.items():
+        left = ": the same, left out" if component in extraction.left_out else ""
         say(f"{component}: largest difference {value:.4g}{left}")
-    result = found.adapter.to(dtype_of(args.save_precision))
+    result = extraction.adapter.to(dtype_of(args.save_precision))
     result.save(path, modelspec=not args.no_metadata)
     more = "--target_error 0.1" if args.algo == "lokr" else "a higher --dim, or --target_error 0.1,"
-    say(report(as_written(found.fits, found.adapter.modules, result.modules), more))
+    say(report(as_written(extraction.fits, extraction.adapter.modules, result.modules), more))
     say(written(path, result))
 
 

@@ -37,16 +37,19 @@ def average(adapters: Mapping[str, Adapter]) -> tuple[Adapter, dict[ModuleName, 
         except AdapterError as error:
             raise AdapterError(f"{module}: {error}") from None
     first = next(iter(adapters.values()))
-    facts = {**first.plain_metadata(), **merged_facts([one.metadata for one in adapters.values()], list(adapters))}
+    facts = {
+        **first.plain_metadata(),
+        **merged_facts([adapter.metadata for adapter in adapters.values()], list(adapters)),
+    }
     result = Adapter(modules, with_rank_facts(modules, facts))
     return (result.as_dylora(dylora) if dylora else result), fits
 
 
 def _dylora(adapters: Mapping[str, Adapter]) -> DyLora | None:
     """What all of them say about their ranks; None where none is a DyLoRA."""
-    (first, *others), (name, *names) = [one.dylora for one in adapters.values()], adapters
+    (first, *others), (name, *names) = [adapter.dylora for adapter in adapters.values()], adapters
     for other, dylora in zip(names, others, strict=True):
-        ours, theirs = (one and (one.unit, one.rank_scaling) for one in (first, dylora))
+        ours, theirs = (adapter and (adapter.unit, adapter.rank_scaling) for adapter in (first, dylora))
         if ours != theirs:
             raise AdapterError(f"{name} is {_said(first)}, but {other} is {_said(dylora)}: they have no average")
     return first

@@ -107,12 +107,20 @@ def dtype_of(*names: str | None) -> "torch.dtype | None":
 
 
 def printable(text: str) -> str:
-    r"""Text from a foreign file in one line for a terminal: control and formatting characters are shown as escapes.
+    r"""Text from another program's file on one line, with control and formatting characters as escapes.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Text that cannot control a terminal.
 
     >>> printable("title \x1b[2J\n")
     'title \\x1b[2J\\n'
     """
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def output_file(path: str) -> Path:
@@ -170,7 +178,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings if torchvision is not installed
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # else one about 4-bit layers, on CPUs
     models = logging.getLogger("diffusers.models.modeling_utils")
-    if not any(isinstance(one, _NothingKept) for one in models.filters):
+    if not any(isinstance(added, _NothingKept) for added in models.filters):
         models.addFilter(_NothingKept())
 
 

@@ -53,7 +53,9 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
     check_finite(adapter.modules, f"{path}: ")
     if zeros and zero_alpha == "none":
         silent = {from_kohya(name) for name in zeros}
-        pairs = {module: one.scaled(0.0) if module in silent else one for module, one in adapter.modules.items()}
+        pairs = {
+            module: change.scaled(0.0) if module in silent else change for module, change in adapter.modules.items()
+        }
         return adapter.with_modules(pairs)
     return adapter
 
