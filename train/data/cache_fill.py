@@ -15,7 +15,7 @@ from lora_adapters.train.data.cache_files import (
     TEXT_ENDING,
     CachedLatents,
     LatentFiles,
-    LatentsWanted,
+    LatentsRequest,
     read_text,
     text_fits,
     vae_identity,
@@ -51,7 +51,7 @@ def encode_latents(
     if factor != VAE_FACTOR:
         raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
     identity = vae_identity(vae)
-    requests = [_latents_wanted(image, identity) for image in images.images]
+    requests = [_latents_request(image, identity) for image in images.images]
     cached: list[CachedLatents | str | DataError | None] = [None] * len(requests)
     paths: list[str] = []
     if to_disk:
@@ -131,9 +131,9 @@ def encode_text(
     return list(paths)
 
 
-def _latents_wanted(image: TrainingImage, identity: str) -> LatentsWanted:
+def _latents_request(image: TrainingImage, identity: str) -> LatentsRequest:
     origin, subset = image.origin, image.subset
-    return LatentsWanted(
+    return LatentsRequest(
         size=origin.size,
         bucket=image.placement.bucket,
         flip=subset.flip_aug,

@@ -50,12 +50,12 @@ def _text_encoders(name: str, dtype: torch.dtype, cache: str | None, device_map:
     for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         library, kind = index.get(part) or (None, None)
         if library == "transformers" and kind is not None:
-            model, found = getattr(transformers, kind).from_pretrained(
+            model, report = getattr(transformers, kind).from_pretrained(
                 name, subfolder=part, dtype=dtype, cache_dir=cache, device_map=device_map, output_loading_info=True
             )
-            if found["missing_keys"]:
+            if report["missing_keys"]:
                 raise TrainingError(
-                    f"base model {name}: its {part} lacks {min(found['missing_keys'])} for transformers "
+                    f"base model {name}: its {part} lacks {min(report['missing_keys'])} for transformers "
                     f"{transformers.__version__}; was it saved by another version? Load and save it with that one"
                 )
             loaded[part] = model

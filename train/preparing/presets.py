@@ -52,13 +52,13 @@ def named(name: str) -> Preset:
 
 def for_machine(family: str, card: float) -> Preset:
     """The preset for models of a family on a card of so many GB. OptionError where none is for so small a card."""
-    fitting = [one for one in presets().values() if one.family == family and one.card is not None]
+    fitting = [preset for preset in presets().values() if preset.family == family and preset.card is not None]
     if not fitting:
         raise OptionError(f"there is no preset for models of {family}: name others with --preset")
-    small = min(one.card for one in fitting if one.card)
+    small = min(preset.card for preset in fitting if preset.card)
     if 0 < card < small:
         raise OptionError(f"--card {card:g}: {family} needs {small:g} GB; 0 trains without a GPU")
-    return max((one for one in fitting if (one.card or 0) <= card), key=lambda one: one.card or 0)
+    return max((preset for preset in fitting if (preset.card or 0) <= card), key=lambda preset: preset.card or 0)
 
 
 def _read(name: str, file: Any) -> Preset:

@@ -59,14 +59,14 @@ def prompts_text(plan: Plan) -> str:
 
 
 def _lines(choices: Mapping[str, Choice]) -> list[str]:
-    values = [f"{key} = {toml_literal(choice.value)}" for key, choice in choices.items()]
-    return [f"{value}  # {_one_line(f'{one.why} [{one.source}]')}"
-            for value, one in zip(values, choices.values(), strict=True)]  # fmt: skip
+    values = [f"{key} = {toml_literal(item.value)}" for key, item in choices.items()]
+    return [f"{value}  # {_one_line(f'{choice.why} [{choice.source}]')}"
+            for value, choice in zip(values, choices.values(), strict=True)]  # fmt: skip
 
 
 def _one_line(text: str) -> str:
     """Text of a comment: folders' names may hold anything."""
-    return "".join(one if one.isprintable() else " " for one in text)
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _prompt(text: str) -> str:

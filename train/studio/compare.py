@@ -214,10 +214,15 @@ def command_lines(rows: Sequence[Sequence[Scene]], model: Sequence[str]) -> str:
 
 
 def python_code(rows: Sequence[Sequence[Scene]], load: str, schedulers: Mapping[str, str]) -> str:
-    """The pictures in Python, through diffusers.
+    """A Python program that draws the pictures with diffusers.
 
-    load: the expression that loads the pipeline, whose class it names first. schedulers: that of each sampler's
-    scheduler, likewise.
+    Args:
+        rows: The scenes, by rows of the sheet.
+        load: The expression that loads the pipeline; it begins with the class.
+        schedulers: The expression for the scheduler of each sampler; it begins with the class.
+
+    Returns:
+        The source code.
     """
     scenes = [scene for row in rows for scene in row]
     slots = [slot for scene in scenes for slot in scene.slots]
@@ -274,9 +279,20 @@ def _call(scene: Scene, file: str) -> list[str]:
 
 
 def merge_words(scene: Scene, folders: Folders, name: str, into_model: bool, one_file: bool) -> list[str]:
-    """The words of `lora-adapters merge` for what the scene shows; DyLoRAs are first cut to their ranks, as files.
+    """The command line of `lora-adapters merge` for a scene. DyLoRAs are first cut to their ranks and written as files.
 
-    StudioError where there is nothing to merge or the name is taken.
+    Args:
+        scene: The adapters with their weights.
+        folders: The folders of the studio.
+        name: The name of the result.
+        into_model: Merge into the base model; False merges the adapters into one.
+        one_file: Write one file for a model that is a folder.
+
+    Returns:
+        The words after `lora-adapters`.
+
+    Raises:
+        StudioError: There is no adapter, or the name is taken.
     """
     if not scene.slots:
         raise StudioError("there is no adapter to merge: choose one")

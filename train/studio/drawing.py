@@ -91,7 +91,12 @@ class Artist:
         request = sized(made.requests[0], models.default_size)
         made = Plan([request], made.networks, [])
         drawer = Drawer(
-            models, settings, device, self._pipe, self._networks(scene, made), [one.multiplier for one in made.networks]
+            models,
+            settings,
+            device,
+            self._pipe,
+            self._networks(scene, made),
+            [network.multiplier for network in made.networks],
         )
         (_, image), *_ = drawer.draw([request])
         return image, Album(settings, models, made.networks), made

@@ -77,9 +77,18 @@ class Jobs:
         self._job = self._read()
 
     def start(self, title: str, words: Sequence[str], log: Path) -> Job:
-        """Run `lora-adapters WORDS`, its output behind what the log has already.
+        """Start `lora-adapters` with arguments in a process.
 
-        StudioError where something else is running.
+        Args:
+            title: The name of the job on the page.
+            words: The arguments.
+            log: The file that the output is appended to.
+
+        Returns:
+            The job, which is also written to the record.
+
+        Raises:
+            StudioError: Another job is running.
         """
         with self.reserved(title):
             self._before()

@@ -174,8 +174,8 @@ def load(run: Path) -> Recipe:
 
 def runs(folders: Folders) -> list[str]:
     """The names of all runs, the newest first."""
-    found = [path.parent for path in folders.output.glob(f"*/{SETTINGS}")]
-    return [path.name for path in sorted(found, key=lambda path: -(path / SETTINGS).stat().st_mtime)]
+    folders_of_runs = [path.parent for path in folders.output.glob(f"*/{SETTINGS}")]
+    return [path.name for path in sorted(folders_of_runs, key=lambda path: -(path / SETTINGS).stat().st_mtime)]
 
 
 def run_folder(name: str, folders: Folders) -> Path:
@@ -187,13 +187,13 @@ def run_folder(name: str, folders: Folders) -> Path:
 
 def newest_state(run: Path) -> tuple[int, Path] | None:
     """(steps made, folder) of the state that goes furthest; None without any."""
-    found: list[tuple[int, Path]] = []
+    states: list[tuple[int, Path]] = []
     for file in run.glob("*-state/train_state.json"):
         try:
-            found.append((int(json.loads(file.read_text(encoding="utf-8"))["current_step"]), file.parent))
+            states.append((int(json.loads(file.read_text(encoding="utf-8"))["current_step"]), file.parent))
         except (OSError, ValueError, KeyError, TypeError):  # one that is being written, or is damaged
             continue
-    return max(found, default=None)
+    return max(states, default=None)
 
 
 def log_of(run: Path) -> str:
@@ -205,9 +205,15 @@ def log_of(run: Path) -> str:
 
 
 def losses(log: str, most: int = 400) -> list[tuple[int, float, str]]:
-    """(step, loss, which) for a plot: the mean training loss that the bar shows, and held-out losses.
+    """The losses in the log of a run, for a plot.
 
-    Of more than `most` steps every n-th is taken. Of a step that was made again after a stop, the last one counts.
+    Args:
+        log: The output of the training so far.
+        most: The largest number of training losses; if there are more, every n-th is taken.
+
+    Returns:
+        (step, loss, name): the mean training loss that the progress bar shows, and held-out losses. If a step was
+        repeated after a stop, its last loss counts.
     """
     training = {int(step): float(loss) for step, loss in _STEP.findall(log)}
     steps = sorted(training)

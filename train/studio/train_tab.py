@@ -167,8 +167,8 @@ class TrainTab:
     def _show(self, folder: str | None) -> list[Any]:
         if not folder:
             return [[], [], None, ""]
-        found = pictures(self._folders.pictures_in(folder))
-        return [self._thumbnails(folder), [picture.path.name for picture in found], None, ""]
+        images = pictures(self._folders.pictures_in(folder))
+        return [self._thumbnails(folder), [picture.path.name for picture in images], None, ""]
 
     def _thumbnails(self, folder: str) -> list[Any]:
         cache = self._folders.private / "thumbnails"
@@ -191,10 +191,10 @@ class TrainTab:
         return self._thumbnails(folder)
 
     def _recipe(self, values: tuple[Any, ...]) -> Recipe:
-        given = dict(zip(_NAMES, values, strict=True))
-        if not given["pictures"]:
+        entries = dict(zip(_NAMES, values, strict=True))
+        if not entries["pictures"]:
             raise StudioError("choose a folder of pictures (the studio finds those below --pictures)")
-        return runs.recipe_of(given, _NAMES)
+        return runs.recipe_of(entries, _NAMES)
 
     def _preset(self, machine: str, purpose: str) -> list[Any]:
         """What the presets say, and the fields that they fill."""
