@@ -34,7 +34,7 @@ class Requantised:
 
 
 def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, *_: object, **__: object) -> torch.Tensor:
-    """As `tensor.to`, for a scaled weight."""
+    """The float32 values of a scaled weight, as a replacement for `tensor.to`; see `dequantised`."""
     return dequantised(tensor, scale, key)
 
 

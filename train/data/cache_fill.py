@@ -46,7 +46,26 @@ def encode_latents(
     rank: int,
     world_size: int,
 ) -> list[CachedLatents | str | DataError]:
-    """The latents of every image, the path of their file, or why there are none; see TrainingData.cache_latents."""
+    """Encode the latents of all images; see TrainingData.cache_latents.
+
+    Args:
+        images: The images.
+        vae: The VAE, on `device`.
+        seed: The seed of the run.
+        to_disk: Write files beside the images and reuse existing ones, instead of keeping latents in memory.
+        batch_size: The number of images that are encoded together.
+        device: The device of the VAE.
+        files: The names and the layout of the files.
+        check: Whether existing files must be from this image and this VAE.
+        rank: The number of this process; with files each process encodes a part.
+        world_size: The number of processes.
+
+    Returns:
+        For each image its latents, the path of their file, or why it cannot be encoded.
+
+    Raises:
+        DataError: The VAE is not supported, or two images would use one file for different latents.
+    """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if factor != VAE_FACTOR:
         raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
@@ -110,7 +129,25 @@ def encode_text(
     world_size: int,
     ending: str = TEXT_ENDING,
 ) -> list[dict[str, torch.Tensor] | str]:
-    """The text-encoder outputs of every image's caption, or the path of their file; see TrainingData.cache_text."""
+    """Encode the captions of all images; see TrainingData.cache_text.
+
+    Args:
+        images: The images.
+        encode: Returns the text-encoder outputs of captions, each with the captions as the first dimension.
+        to_disk: Write files beside the images and reuse existing ones, instead of keeping outputs in memory.
+        batch_size: The number of captions that are encoded together.
+        encoder: The identity of the text encoders, stored in the files.
+        check: Whether existing files must be from this caption and these text encoders.
+        rank: The number of this process; with files each process encodes a part.
+        world_size: The number of processes.
+        ending: The end of the files' names.
+
+    Returns:
+        For each image the outputs, or the path of their file.
+
+    Raises:
+        DataError: Two images would use one file for different captions.
+    """
     captions = [draw_caption(image.origin.caption, image.subset, python_random(0), Moment()) for image in images.images]
     if not to_disk:
         distinct = sorted(set(captions))

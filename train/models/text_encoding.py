@@ -25,6 +25,7 @@ class Encoded:
     mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoded":
+        """The same outputs on another device or in another dtype."""
         pooled = None if self.pooled is None else moved(self.pooled, device, dtype)
         mask = None if self.mask is None else moved(self.mask, device)
         return Encoded(moved(self.hidden, device, dtype), pooled, mask)

@@ -37,18 +37,22 @@ class Position:
 
 
 def ending(settings: Settings) -> str:
+    """The suffix of the saved files."""
     return f".{settings.save_model_as or 'safetensors'}"
 
 
 def step_name(settings: Settings, step: int) -> str:
+    """The name of the save after a step."""
     return f"{settings.output_name or 'at'}-step{step:08d}"
 
 
 def epoch_name(settings: Settings, epoch: int) -> str:
+    """The name of the save after an epoch."""
     return f"{settings.output_name or 'epoch'}-{epoch:06d}"
 
 
 def final_name(settings: Settings) -> str:
+    """The name of the last save."""
     return settings.output_name or "last"
 
 

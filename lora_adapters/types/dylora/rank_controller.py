@@ -214,10 +214,18 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
 
 
 def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float = 0.0) -> None:
-    """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training.
+    """Make a LoRA adapter in a model a DyLoRA. From then on the model draws a rank whenever it is called in training.
 
-    Where it is one already, its controller stays, with the layers' present ranks, at its highest. AdapterError where a
-    layer computes the adapter in another way (see `refuse_unfit`); then nothing is changed.
+    If it is a DyLoRA already, its controller stays, with the present ranks of the layers, at the highest rank.
+
+    Args:
+        model: The model.
+        adapter_name: The name of the adapter.
+        dylora: Unit, scaling and sampling of ranks.
+        sort_at: Share of the training after which components are sorted; 0 never sorts.
+
+    Raises:
+        AdapterError: A layer computes the adapter in another way (see `refuse_unfit`); nothing is changed.
     """
     refuse_unfit(model, adapter_name)
     mine = [layer for _, layer in layers(model, adapter_name)]
