@@ -50,7 +50,7 @@ def _versions(base: Any) -> tuple[Any, ...]:
 
 
 def kept_of(layer: Any) -> Any:
-    """What was overwritten in a layer by fusing, for `keep`; None where nothing is kept."""
+    """What was overwritten in a layer by fusing, for `keep`; None if nothing is kept."""
     return vars(layer).get(_KEPT)
 
 

@@ -77,7 +77,7 @@ class _Pattern(NamedTuple):
 
 
 def _pattern_of(base: nn.Module) -> _Pattern | None:
-    """The pattern for layers like this one; None where PEFT may make something else of it."""
+    """The pattern for layers like this one; None if PEFT may make something else of it."""
     if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
         return None
     if not base.weight.is_floating_point() or getattr(base, "_hf_tp_plan", None) is not None:

@@ -154,7 +154,7 @@ def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]
 
 
 def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
-    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape; none where it has no memory."""
+    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape; none if it has no memory."""
     if tensor.device.type == "meta":  # what the load left as it was injected
         return b""
     return tensor.detach().to("cpu", dtype).float().contiguous().flatten().numpy().tobytes()
@@ -163,7 +163,7 @@ def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
 def _lost(
     models: Mapping[str, nn.Module], adapter_name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> str | None:
-    """The first key whose tensor or scale no layer has, or a layer whose numbers no key has; None where all match."""
+    """The first key whose tensor or scale no layer has, or a layer whose numbers no key has; None if all match."""
     here: dict[bytes, list[_Held]] = {}
     dtypes = set()
     for held in _held(models, adapter_name):

@@ -65,7 +65,7 @@ def _changes_of_other_kinds(model: Any, adapter_name: str) -> list[str]:
 
 
 def check(model: Any, component: str, matched: Mapping[str, Delta], adapter_name: str) -> None:
-    """AdapterError where these changes cannot take the adapter's place; nothing is changed."""
+    """AdapterError if these changes cannot take the adapter's place; nothing is changed."""
     if adapter_name not in getattr(model, "peft_config", {}):
         raise AdapterError(
             f"there is no adapter {adapter_name} to swap in the {component}: load it once without hotswap"
@@ -250,7 +250,7 @@ def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pairs(state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig) -> dict[str, LowRank]:
-    """The pairs of a state dict with PEFT's names; AdapterError where there is more in it than pairs."""
+    """The pairs of a state dict with PEFT's names; AdapterError if there is more in it than pairs."""
     pattern = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():

@@ -90,7 +90,7 @@ def match_to_model(
 
 
 def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
-    """AdapterError or UnknownFormatError where no change of this kind is possible in a layer of this type."""
+    """AdapterError or UnknownFormatError if no change of this kind is possible in a layer of this type."""
     if not isinstance(layer, LAYERS):
         kinds = "no linear layer or 2D convolution" + ("" if isinstance(change, LowRank) else ", and no norm")
         raise UnknownFormatError(f"{name} is a {type(layer).__name__}, {kinds}")

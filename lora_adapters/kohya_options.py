@@ -183,7 +183,7 @@ def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
 
 
 def _block_weights(args: Mapping[str, Any], architecture: str) -> list[float] | None:
-    """The learning-rate weight of each block; None where none is given."""
+    """The learning-rate weight of each block; None if none is given."""
     if not any(name in args for name in _LR_WEIGHTS):
         return None
     down, mid, up = (args.get(name) for name in _LR_WEIGHTS)

@@ -27,7 +27,7 @@ class LiveNames:
 
     @property
     def family(self) -> ModelFamily | None:
-        """The family whose denoiser one of the models is, by its class; None where none is known."""
+        """The family whose denoiser one of the models is, by its class; None if none is known."""
         families = (by_class(model) for model in self._models.values())
         return next((family for family in families if family is not None), None)
 

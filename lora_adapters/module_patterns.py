@@ -18,7 +18,7 @@ Names = Callable[[str], tuple[str, ...]]  # all names of the module at a path
 
 
 def check_patterns(name: str, patterns: Iterable[str] | None) -> None:
-    """AdapterError where one of the patterns of the option `name` is no regular expression."""
+    """AdapterError if one of the patterns of the option `name` is no regular expression."""
     for pattern in patterns or ():
         if not isinstance(pattern, str):
             raise AdapterError(f"{name} has the value {pattern!r}: patterns are text")
@@ -46,7 +46,7 @@ def names_in(paths: Collection[str]) -> Names:
 
 
 def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
-    """The first of the patterns that matches one of a module's names; None where none does."""
+    """The first of the patterns that matches one of a module's names; None if none does."""
     return next((pattern for pattern in patterns if any(re.fullmatch(pattern, name) for name in names)), None)
 
 

@@ -15,7 +15,7 @@ from .module_patterns import first_match, names_in
 
 
 def _blocks(model: nn.Module, paths: list[str], weights: Sequence[float]) -> dict[str, int]:
-    """The block of each path; AdapterError where there are not as many weights as blocks."""
+    """The block of each path; AdapterError if there are not as many weights as blocks."""
     family = by_class(model) or by_modules(in_denoiser(paths))
     if len(weights) != family.blocks.count:
         raise AdapterError(

@@ -217,7 +217,7 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
 
 
 def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
-    """AdapterError where a component has an adapter of that name."""
+    """AdapterError if a component has an adapter of that name."""
     present = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     if present:
         raise AdapterError(f"the name {adapter_name} is in use in {', '.join(present)}: choose another adapter_name")

@@ -83,7 +83,7 @@ def _named(component: str, state: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def _changes_with(component: str, tensors: Tensors) -> dict[ModuleName, Delta] | None:
-    """The changes of the adapter in memory that has these tensors; None where none has."""
+    """The changes of the adapter in memory that has these tensors; None if none has."""
     for model in remembered():
         for name in getattr(model, "peft_config", {}):
             if not is_ours(model, name):

@@ -100,7 +100,7 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_pairs(model: nn.Module, adapter_name: str, writer: str) -> None:
-    """AdapterError where an adapter has changes that have no place in the files of PEFT or diffusers."""
+    """AdapterError if an adapter has changes that have no place in the files of PEFT or diffusers."""
     from lora_adapters.types.lycoris.layer import held
 
     for path, layer in lora_layers.layers(model, adapter_name):

@@ -34,7 +34,7 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
 
     Args:
         target: A pipeline, a model, or a list of models.
-        optimizer: The optimizer that trains them; None where there is none, or none yet.
+        optimizer: The optimizer that trains them; None if there is none, or none yet.
         adapter_name: The adapter; None for all LoRAs and DyLoRAs, beside which there may be other kinds.
 
     Raises:

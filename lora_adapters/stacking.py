@@ -55,7 +55,7 @@ def stacked(stock: Method) -> Method:
 def _stack(
     layer: Any, names: list[str], x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-    """The stacked factors, and the gate where it is not in them; None where the adapters are not to be stacked."""
+    """The stacked factors, and the gate where it is not in them; None if the adapters are not to be stacked."""
     if len(names) < 2 or type(x) is not torch.Tensor:
         return None
     pairs = [Factors(layer.lora_A[name], layer.lora_B[name]) for name in names]

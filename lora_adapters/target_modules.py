@@ -121,7 +121,7 @@ def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str
 
 
 def check_block_list(name: str, values: Sequence[float] | None, architecture: str) -> None:
-    """AdapterError where a list is not as long as the architecture has blocks (25; SDXL 23) or has a negative item."""
+    """AdapterError if a list is not as long as the architecture has blocks (25; SDXL 23) or has a negative item."""
     if values is None:
         return
     family = by_name(architecture)

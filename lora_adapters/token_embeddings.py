@@ -132,7 +132,7 @@ def _named(key: str, token: str, tensor: torch.Tensor) -> Embedding:
 
 
 def _check(embedding: Embedding, component: str, tokenizer: Any, model: Any, replaced: str | None) -> None:
-    """AdapterError where the embedding cannot be put there."""
+    """AdapterError if the embedding cannot be put there."""
     weight = model.get_input_embeddings().weight
     if embedding.vectors.shape[1:] != weight.shape[1:] or not len(embedding.vectors):
         raise AdapterError(

@@ -69,7 +69,7 @@ def _live_path(module: ModuleName) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The folder's adapter_config.json; AdapterError where it is not a JSON table."""
+    """The folder's adapter_config.json; AdapterError if it is not a JSON table."""
     try:
         config = json_value((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -60,7 +60,7 @@ def _check_options(args: Namespace) -> None:
 
 
 def _check_version(args: Namespace) -> None:
-    """AdapterError where the model is another one than a flag such as --v2 says."""
+    """AdapterError if the model is another one than a flag such as --v2 says."""
     for option, start in {option: start for family in FAMILIES for option, start in family.options.items()}.items():
         if getattr(args, option):
             version = Checkpoint.open(args.model_org).base_version

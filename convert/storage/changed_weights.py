@@ -39,7 +39,7 @@ def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, *_: object, **
 
 
 def cast(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another dtype; AdapterError where a finite number would become infinite (or NaN, in float8)."""
+    """A tensor in another dtype; AdapterError if a finite number would become infinite (or NaN, in float8)."""
     new = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and not finite(new) and bool((tensor.isfinite() & ~new.to(torch.float32).isfinite()).any()):

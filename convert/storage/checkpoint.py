@@ -74,7 +74,7 @@ class WeightsFile:
         return any(module in self.places or module in self.others for module in changes)
 
     def check(self, module: ModuleName) -> None:
-        """AdapterError where a module's weight is quantised in a way that cannot be read."""
+        """AdapterError if a module's weight is quantised in a way that cannot be read."""
         key = self.slice_of(module).key
         refuse(self.neighbours.foreign, [key], str(self.path))
         if not self.tensors[key].is_floating_point():
@@ -161,7 +161,7 @@ class _Whole:
         self.file, self.before = file, file.stat()
 
     def checked(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor that is made from the file; AdapterError where the file was cut short meanwhile."""
+        """A tensor that is made from the file; AdapterError if the file was cut short meanwhile."""
         with suppress(OSError):  # renamed or removed: what is mapped stays
             now = self.file.stat()
             if os.path.samestat(now, self.before) and now.st_size < self.before.st_size:

@@ -22,7 +22,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 def check_regular(file: Path) -> None:
-    """AdapterError where there is no file, or one whose reading may not come to an end: a folder, a pipe, a device."""
+    """AdapterError if there is no file, or one whose reading may not come to an end: a folder, a pipe, a device."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def is_index(file: Path) -> bool:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files beside an index that it names; AdapterError where it is none, or names files elsewhere."""
+    """The files beside an index that it names; AdapterError if it is none, or names files elsewhere."""
     try:
         places = json_value(read_text(index))["weight_map"]
         names = sorted(set(places.values()))
@@ -218,7 +218,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
-    """As `atomic.replacing`; AdapterError where the folder cannot be written to or the disk is full."""
+    """As `atomic.replacing`; AdapterError if the folder cannot be written to or the disk is full."""
     if target.exists() and not target.is_file() and not target.is_dir():
         raise AdapterError(f"{target} is a pipe or a device: name a regular file")
     try:
@@ -275,7 +275,7 @@ def all_or_none(folder: Path) -> Iterator[Path]:
 
 
 def save_pickle(table: Any, file: Path) -> None:
-    """`torch.save`, with an OSError where the disk is full. The file is closed then, and can be deleted."""
+    """`torch.save`, with an OSError if the disk is full. The file is closed then, and can be deleted."""
     with file.open("wb") as opened:
         try:
             torch.save(table, opened)

@@ -46,7 +46,7 @@ def average(adapters: Mapping[str, Adapter]) -> tuple[Adapter, dict[ModuleName, 
 
 
 def _dylora(adapters: Mapping[str, Adapter]) -> DyLora | None:
-    """What all of them say about their ranks; None where none is a DyLoRA."""
+    """What all of them say about their ranks; None if none is a DyLoRA."""
     (first, *others), (name, *names) = [adapter.dylora for adapter in adapters.values()], adapters
     for other, dylora in zip(names, others, strict=True):
         ours, theirs = (adapter and (adapter.unit, adapter.rank_scaling) for adapter in (first, dylora))

@@ -39,7 +39,7 @@ class BlockWeights(dict[str, float]):
         self.rest, self.architecture = rest, architecture
 
     def of(self, family: ModelFamily) -> "BlockWeights":
-        """The weights by the names of the family's blocks; AdapterError where they are for another one's."""
+        """The weights by the names of the family's blocks; AdapterError if they are for another one's."""
         if self.architecture is None:
             known = {BASE, *(label for order in family.blocks.weight_lists for label in order), *_order(family)}
             if self and not known & self.keys():

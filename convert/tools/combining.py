@@ -14,7 +14,7 @@ _OF_METHODS = ("density", "seed", "majority_sign_method")
 
 
 def combination_of(args: Any) -> Combination | None:
-    """The method that the options ask for, None for the sum; UsageError where they do not fit together."""
+    """The method that the options ask for, None for the sum; UsageError if they do not fit together."""
     options = {name: getattr(args, name) for name in _OF_METHODS if getattr(args, name) is not None}
     if args.method == "linear":
         if options:

@@ -36,7 +36,7 @@ DTYPES = {  # names in kohya's scripts: PyTorch's
 
 
 def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
-    """An option for a dtype, under the names that kohya's scripts take; None where it is not given."""
+    """An option for a dtype, under the names that kohya's scripts take; None if it is not given."""
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)
 
 

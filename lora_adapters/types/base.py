@@ -119,7 +119,7 @@ class AdapterConfig(LoraConfig):
         return {name: copy.deepcopy(getattr(self, name)) for name in _DECIDED}
 
     def decide(self, decided: Mapping[str, Any], asked: dict[str, Any] | None = None) -> None:
-        """Fill in what a model has decided; `asked` is what `asked()` gave before, None where it is known already."""
+        """Fill in what a model has decided; `asked` is what `asked()` gave before, None if it is known already."""
         if asked is None:
             asked = self._before[0] if self._before is not None else self.asked()
         for name, value in decided.items():

@@ -114,7 +114,7 @@ def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
 
 
 def covered(model: nn.Module, config: Any) -> list[str]:
-    """Paths of the layers that an adapter of `config` has in a model; AdapterError where there are none."""
+    """Paths of the layers that an adapter of `config` has in a model; AdapterError if there are none."""
     return type_of(config).covered(model, config)
 
 

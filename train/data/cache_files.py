@@ -100,7 +100,7 @@ def _has_latents(path: str, bucket: Size) -> bool:
 
 
 def _entry(file: Any, bucket: Size) -> str:
-    """The suffix of the keys of this bucket's entry in an open file; KeyError where there is none."""
+    """The suffix of the keys of this bucket's entry in an open file; KeyError if there is none."""
     height, width = bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR
     for suffix in (f"_{height}x{width}", ""):
         if f"latents{suffix}" in file and _shape(file, f"latents{suffix}")[-2:] == (height, width):
@@ -135,7 +135,7 @@ def latents_fit(path: str, request: LatentsRequest) -> bool:
 
 
 def read_latents(path: str, bucket: Size) -> CachedLatents:
-    """The entry for this bucket (width, height) of a latents file; DataError where there is none or it is damaged."""
+    """The entry for this bucket (width, height) of a latents file; DataError if there is none or it is damaged."""
     try:
         with opened(path) as file:
             suffix = _entry(file, bucket)
@@ -216,7 +216,7 @@ def _stored_checksum(file: Any, name: str) -> int:
 
 
 def read_text(path: str) -> dict[str, torch.Tensor]:
-    """The text-encoder outputs of a file; DataError where it is damaged."""
+    """The text-encoder outputs of a file; DataError if it is damaged."""
     try:
         with opened(path) as file:
             return {name: torch.from_numpy(file[name]).float() for name in file if name not in ("caption", "encoder")}
@@ -306,7 +306,7 @@ def _identity(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _shape(file: Any, name: str) -> tuple[int, ...]:
-    """The shape of an array in an open .npz, from its header alone; KeyError where it is not there."""
+    """The shape of an array in an open .npz, from its header alone; KeyError if it is not there."""
     with file.zip.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

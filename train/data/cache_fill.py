@@ -52,33 +52,26 @@ def encode_latents(
         images: The images.
         vae: The VAE, on `device`.
         seed: The seed of the run.
-        to_disk: Write files beside the images and reuse existing ones, instead of keeping latents in memory.
+        to_disk: Whether to use files, or to keep latents in memory.
         batch_size: The number of images that are encoded together.
         device: The device of the VAE.
         files: The names and the layout of the files.
         check: Whether existing files must be from this image and this VAE.
-        rank: The number of this process; with files each process encodes a part.
+        rank: The number of this process.
         world_size: The number of processes.
 
     Returns:
         For each image its latents, the path of their file, or why it cannot be encoded.
 
     Raises:
-        DataError: The VAE is not supported, or two images would use one file for different latents.
+        DataError: The VAE is not supported.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if factor != VAE_FACTOR:
-        raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
-    identity = vae_identity(vae)
+    identity = _identity(vae)
     requests = [_latents_request(image, identity) for image in images.images]
     cached: list[CachedLatents | str | DataError | None] = [None] * len(requests)
     paths: list[str] = []
     if to_disk:
-        stems = _stems(images.images)
-        paths = [files.path(stem, request.size) for stem, request in zip(stems, requests, strict=True)]
-        _one_use_each([(path, request.bucket) for path, request in zip(paths, requests, strict=True)], requests)
-        for number, request in enumerate(requests):
-            cached[number] = files.existing(stems[number], request, check=check)
+        paths = _existing(images.images, requests, files, check, cached)
     numbers = [number for number, result in enumerate(cached) if result is None]
     if to_disk:
         numbers = _share(numbers, paths, [request.bucket for request in requests], rank, world_size)
@@ -102,6 +95,29 @@ def encode_latents(
     bar.close()
     _warn_of_damaged([str(result) for result in cached if isinstance(result, DataError)])
     return [result if result is not None else paths[number] for number, result in enumerate(cached)]
+
+
+def _identity(vae: Any) -> str:
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if factor != VAE_FACTOR:
+        raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
+    return vae_identity(vae)
+
+
+def _existing(
+    images: Sequence[TrainingImage],
+    requests: Sequence[LatentsRequest],
+    files: LatentFiles,
+    check: bool,
+    cached: list[CachedLatents | str | DataError | None],
+) -> list[str]:
+    """The path of each image's file; those that can be used are put into `cached`."""
+    stems = _stems(images)
+    paths = [files.path(stem, request.size) for stem, request in zip(stems, requests, strict=True)]
+    _one_use_each([(path, request.bucket) for path, request in zip(paths, requests, strict=True)], requests)
+    for number, request in enumerate(requests):
+        cached[number] = files.existing(stems[number], request, check=check)
+    return paths
 
 
 def _share(

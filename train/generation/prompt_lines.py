@@ -98,7 +98,7 @@ def _value(option: LineOption, letters: str, text: str, where: str) -> Any:
 
 
 def _number_at_start(option: LineOption, text: str) -> Any:
-    """The number that a text begins with, for an option that takes one; None where there is none."""
+    """The number that a text begins with, for an option that takes one; None if there is none."""
     patterns: dict[Callable[[str], Any], str] = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}
     pattern = patterns.get(option.read)
     match = re.match(pattern, text) if pattern else None
@@ -124,7 +124,7 @@ def numbered_lines(text: str, file: Path | str) -> Iterator[tuple[str, str]]:
 
 
 def read_prompt_file(file: Path, option: str) -> str:
-    """The text of a prompt file. TrainingError, which names the option, where it cannot be read."""
+    """The text of a prompt file. TrainingError, which names the option, if it cannot be read."""
     try:
         return read_text(file)
     except OSError as error:

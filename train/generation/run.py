@@ -72,7 +72,7 @@ def best_device() -> torch.device:
 
 
 def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
-    """The model on the device, in the precision asked for. TrainingError where it is not what the options say."""
+    """The model on the device, in the precision asked for. TrainingError if it is not what the options say."""
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 

@@ -81,7 +81,7 @@ def columns(sweep: Sequence[str], networks: Sequence[Network], settings: Generat
 
 
 def check_rank(rank: int, live: Sequence[Network], where: str) -> None:
-    """Raise TrainingError where no adapter can work at that rank, or one of the DyLoRAs cannot."""
+    """Raise TrainingError if no adapter can work at that rank, or one of the DyLoRAs cannot."""
     dyloras = [network for network in live if network.adapter.dylora]
     if not dyloras:
         raise TrainingError(f"{where}: rank {rank}: no adapter that is not merged is a DyLoRA; others have one rank")

@@ -152,7 +152,7 @@ def image_ids(rows: int, columns: int, device: Any) -> torch.Tensor:
 
 
 def _attention(mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(n, 1, 1, text and image tokens): True where there is attention, which images always get."""
+    """(n, 1, 1, text and image tokens): True if there is attention, which images always get."""
     image = torch.ones(len(mask), tokens, dtype=torch.bool, device=mask.device)
     return torch.cat([mask.bool(), image], dim=1)[:, None, None]
 

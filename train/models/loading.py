@@ -18,7 +18,7 @@ _PIPELINE_PARTS_UNUSED = {"safety_checker": None, "feature_extractor": None, "im
 
 
 def load_pipeline(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
-    """The pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError where it cannot be loaded."""
+    """The pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError if it cannot be loaded."""
     path = Path(name)
     return _from_file(path, settings, dtype) if path.is_file() else _from_folder(name, settings, dtype)
 

@@ -19,7 +19,7 @@ _CPU_WIDTH = 64  # bitsandbytes' kernel for 4 bits on the CPU wants widths that 
 
 
 def bitsandbytes() -> Any:
-    """The package. TrainingError where it is not installed."""
+    """The package. TrainingError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError:

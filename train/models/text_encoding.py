@@ -17,7 +17,7 @@ _ROUND, _SQUARE = 1.1, 1 / 1.1
 class Encoded:
     """Text-encoder outputs: `hidden` (n, tokens, width), and `pooled` (n, width) for families that use it.
 
-    mask: (n, tokens) of ones, and zeros for tokens that get no attention; None where all get it.
+    mask: (n, tokens) of ones, and zeros for tokens that get no attention; None if all get it.
     """
 
     hidden: torch.Tensor
@@ -55,7 +55,7 @@ class Reading:
 class Tokens:
     """`ids` (n, chunks, length), and the `weights` of the same shape where captions have weighted words.
 
-    mask: of the same shape, ones, and zeros for padding that gets no attention; None where all tokens get it.
+    mask: of the same shape, ones, and zeros for padding that gets no attention; None if all tokens get it.
     """
 
     ids: torch.Tensor

@@ -27,7 +27,7 @@ class Plan:
 
 
 def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
-    """The settings for these folders. OptionError where the base model is not known, TrainingError if it is broken."""
+    """The settings for these folders. OptionError if the base model is not known, TrainingError if it is broken."""
     model = settings.pretrained_model_name_or_path
     if not model:
         raise OptionError(
@@ -79,7 +79,7 @@ def _card() -> float:
 
 
 def _trained_side(model: str) -> int | None:
-    """The side in pixels of pictures that a Diffusers folder's U-Net was made for; None where no file says it."""
+    """The side in pixels of pictures that a Diffusers folder's U-Net was made for; None if no file says it."""
     from lora_adapters.train.models.registry import FAMILIES
 
     files = (Path(model) / name / "config.json" for name in {family.denoiser for family in FAMILIES.values()})

@@ -69,7 +69,7 @@ class Folder:
 
 
 def look(path: str) -> list[Folder]:
-    """The folder, or those folders in it that have pictures. DataError where no picture can be read."""
+    """The folder, or those folders in it that have pictures. DataError if no picture can be read."""
     top = existing_folder(path)
     places = [top, *sorted(entry for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))]
     folders = [_folder(place) for place in places if find_images(place)]

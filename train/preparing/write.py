@@ -13,7 +13,7 @@ NAMES = ("dataset.toml", "config.toml", "prompts.txt")
 
 
 def write(plan: Plan, out: Path, overwrite: bool) -> list[Path]:
-    """Write the three files. TrainingError where one is there and `overwrite` is off; nothing is written then."""
+    """Write the three files. TrainingError if one is there and `overwrite` is off; nothing is written then."""
     files = [out / name for name in NAMES]
     there = ", ".join(str(file) for file in files if file.exists())
     if there and not overwrite:

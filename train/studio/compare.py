@@ -87,7 +87,7 @@ def labels(architecture: str) -> tuple[str, ...]:
 
 
 def block_values(text: str, architecture: str) -> list[float]:
-    """The number of each block that a preset, names or numbers mean. AdapterError where they cannot be read."""
+    """The number of each block that a preset, names or numbers mean. AdapterError if they cannot be read."""
     if not text.strip():
         return [1.0] * len(labels(architecture))
     weights = parse(text, rest=0.0)
@@ -97,7 +97,7 @@ def block_values(text: str, architecture: str) -> list[float]:
 
 
 def block_text(values: Sequence[float]) -> str:
-    """The numbers as text; empty where the adapter is whole."""
+    """The numbers as text; empty if the adapter is whole."""
     return "" if all(value == 1 for value in values) else ",".join(f"{value:g}" for value in values)
 
 
@@ -113,7 +113,7 @@ class Choice:
 
 
 def choice_of(source: str) -> Choice:
-    """The same of a file, folder or repository. AdapterError where it cannot be read."""
+    """The same of a file, folder or repository. AdapterError if it cannot be read."""
     adapter = Adapter.load(source)
     if adapter.dylora is None:
         return Choice(adapter.architecture)
@@ -159,7 +159,7 @@ class Axis:
 
     @classmethod
     def of(cls, name: str, text: str) -> "Axis":
-        """An axis from what the page has. StudioError where there are no values."""
+        """An axis from what the page has. StudioError if there are no values."""
         kind = name.partition(" ")[0]
         parts = re.split(r"\n" if kind == "prompt" else r"[;\n]" if kind == "blocks" else r"[,;\s]+", text)
         values = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
@@ -168,7 +168,7 @@ class Axis:
         return cls(name, values)
 
     def applied(self, scene: Scene, value: str) -> Scene:
-        """The scene with this value. StudioError where it cannot be."""
+        """The scene with this value. StudioError if it cannot be."""
         kind, _, adapter = self.name.partition(" of adapter ")
         place = int(adapter or 0) - 1
         if place >= len(scene.slots):

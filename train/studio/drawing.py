@@ -60,7 +60,7 @@ class Artist:
         down: Axis | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Path:
-        """Draw a labelled grid into the folder; its path. StudioError where it was stopped."""
+        """Draw a labelled grid into the folder; its path. StudioError if it was stopped."""
         self._stopped.clear()
         rows = cells(scene, across, down)
         places = [(row, column) for row in range(len(rows)) for column in range(len(rows[0]))]

@@ -156,7 +156,7 @@ def convert(folders: Folders, adapter: str, form: str, rank: float | None, name:
 
 
 def _models(folders: Folders, adapters: Sequence[str], weights: str) -> list[str]:
-    """--models and --ratios. StudioError where there is a weight too few or too many."""
+    """--models and --ratios. StudioError if there is a weight too few or too many."""
     if not adapters:
         raise StudioError("choose the adapters to merge")
     words = ["--models", *(folders.adapter(source) for source in adapters)]
@@ -172,7 +172,7 @@ def _models(folders: Folders, adapters: Sequence[str], weights: str) -> list[str
 
 
 def _precision(precision: str) -> list[str]:
-    """The precision of the result; nothing where the program shall choose."""
+    """The precision of the result; nothing if the program shall choose."""
     if precision == OWN:
         return []
     if precision not in PRECISIONS:

@@ -38,7 +38,7 @@ class Folders:
         return self.output / ".studio"
 
     def base_model(self, path: str) -> Path:
-        """A model in the folders. StudioError where it is below none of them, or does not exist."""
+        """A model in the folders. StudioError if it is below none of them, or does not exist."""
         return _existing(_below(path, (*self.adapters, self.output)))
 
     def adapter(self, source: str) -> str:

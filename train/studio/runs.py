@@ -131,7 +131,7 @@ def write(recipe: Recipe, run: Path) -> None:
 
 
 def prepared(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
-    """The words and the folder of a new run, written. StudioError where the name is taken."""
+    """The words and the folder of a new run, written. StudioError if the name is taken."""
     folders.pictures_in(recipe.pictures)
     run = folders.new(recipe.name)
     write(recipe, run)
@@ -147,7 +147,7 @@ def dry(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
 
 
 def resumed(name: str, steps: int, folders: Folders) -> tuple[list[str], Path]:
-    """The words that go on with a run up to so many steps. StudioError where it has no saved state."""
+    """The words that go on with a run up to so many steps. StudioError if it has no saved state."""
     run = run_folder(name, folders)
     recipe = replace(load(run), steps=steps)
     state = newest_state(run)
@@ -160,7 +160,7 @@ def resumed(name: str, steps: int, folders: Folders) -> tuple[list[str], Path]:
 
 
 def load(run: Path) -> Recipe:
-    """The settings of a run. StudioError where its folder has none."""
+    """The settings of a run. StudioError if its folder has none."""
     try:
         entries = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
         known = {field.name for field in fields(Recipe)}
@@ -179,7 +179,7 @@ def runs(folders: Folders) -> list[str]:
 
 
 def run_folder(name: str, folders: Folders) -> Path:
-    """The folder of a run. StudioError where there is none of that name."""
+    """The folder of a run. StudioError if there is none of that name."""
     if name not in runs(folders):
         raise StudioError(f"there is no run {name!r:.80}")
     return folders.output / name

@@ -12,7 +12,7 @@ from lora_adapters.train.options.settings import Settings
 
 
 def check_average(settings: Settings, optimizer: type) -> None:
-    """Raise OptionError where the optimizer, a class, averages weights itself, as schedule-free ones do."""
+    """Raise OptionError if the optimizer, a class, averages weights itself, as schedule-free ones do."""
     if settings.ema_decay and callable(getattr(optimizer, "eval", None)):
         raise OptionError(f"--ema_decay: {optimizer.__name__} saves and measures its own average of the weights")
 
@@ -56,7 +56,7 @@ class WeightAverage:
         return self._model.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, at this average's decay; ValueError where it is of other weights."""
+        """Go on from a state, at this average's decay; ValueError if it is of other weights."""
         shapes = [shadow.shape for shadow in state["shadow_params"]]
         if shapes != [weight.shape for weight in self.weights]:
             raise ValueError("the average is of other weights")

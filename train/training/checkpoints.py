@@ -75,7 +75,7 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
-    """A state that save_state wrote. TrainingError where there is none."""
+    """A state that save_state wrote. TrainingError if there is none."""
     position = load_position(folder)
     try:
         # Optimizers keep the tensors: a mapped state could not be deleted or replaced later, on Windows.
@@ -90,7 +90,7 @@ def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
 
 
 def load_position(folder: Path) -> Position:
-    """Where a state that save_state wrote was saved, and with which seed. TrainingError where there is none."""
+    """Where a state that save_state wrote was saved, and with which seed. TrainingError if there is none."""
     _bring_back(folder.parent)
     try:
         for name in (_POSITION, _STATE):
@@ -113,7 +113,7 @@ def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Put the adapter's weights back. TrainingError where the adapter has other modules or ranks than the state's."""
+    """Put the adapter's weights back. TrainingError if the adapter has other modules or ranks than the state's."""
     own = _adapter_weights(module)
     differing = sorted(own.keys() ^ state.keys())
     differing += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]

@@ -99,7 +99,7 @@ _POWERS: dict[type, int | None] = {
 
 
 def check_limits(layers: Iterable[Any], adapter: str) -> None:
-    """TrainingError where a change is of a kind whose norm cannot be limited by a factor."""
+    """TrainingError if a change is of a kind whose norm cannot be limited by a factor."""
     for layer in layers:
         weights = held(layer, adapter)
         if weights is not None and not isinstance(weights.change, (WithScalar, *_POWERS)):

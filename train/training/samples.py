@@ -74,7 +74,7 @@ def wants_samples(settings: Settings) -> bool:
 
 
 def check_samples(settings: Settings) -> None:
-    """Raise TrainingError where the file of prompts cannot be read, or a sampler cannot draw them."""
+    """Raise TrainingError if the file of prompts cannot be read, or a sampler cannot draw them."""
     if not wants_samples(settings):
         if settings.sample_prompts:  # kohya's GUI always names a file
             occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"

@@ -193,7 +193,7 @@ def check(settings: Settings) -> None:
 
 
 def open_output(settings: Settings) -> None:
-    """Make --output_dir. TrainingError where nothing could be saved in it, which would show after training only."""
+    """Make --output_dir. TrainingError if nothing could be saved in it, which would show after training only."""
     folder = Path(required(settings.output_dir, "--output_dir"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

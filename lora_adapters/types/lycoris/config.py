@@ -173,7 +173,7 @@ class LycorisType(AdapterType):
 
     @contextmanager
     def as_used(self, model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
-        """AdapterError where an adapter has a change that is no pair: factors alone cannot stand for it."""
+        """AdapterError if an adapter has a change that is no pair: factors alone cannot stand for it."""
         for name in adapter_names:
             for path, layer in layers(model, name):
                 if (weights := held(layer, name)) is not None:
