@@ -89,7 +89,7 @@ def _check(value: Any) -> None:
 
 
 def json_value(text: str) -> Any:
-    """What a JSON text holds. ValueError if it is none, or is too deep or has too long numbers for Python."""
+    """What a JSON text holds. ValueError if it is invalid, or too deep or its numbers too long for Python."""
     try:
         return json.loads(text, parse_int=lambda digits: _whole(int(digits)))
     except RecursionError:
@@ -111,7 +111,7 @@ def json_table(value: object) -> dict[str, Any]:
 
 
 def toml_table(text: str) -> dict[str, Any]:
-    """The table of a TOML text. ValueError if it is none, or is too deep or has too long numbers for Python."""
+    """The table of a TOML text. ValueError if it is invalid, or too deep or its numbers too long for Python."""
     try:
         table = tomllib.loads(text)
         _check(table)

@@ -107,7 +107,7 @@ def activating(stock: Function) -> Function:
 
 
 def _activate(layer: Any, adapter_names: list[str], chosen: set[str]) -> None:
-    """What `layer.set_adapter` does, without looking for all that a layer may hold where it holds factors."""
+    """The same as `layer.set_adapter`, but faster for layers that have only LoRA factors."""
     inside = layer._modules
     if inside["lora_magnitude_vector"]._modules or getattr(layer, "frozen_peft_weight_names", None):
         layer.set_adapter(adapter_names)

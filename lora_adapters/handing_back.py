@@ -21,7 +21,7 @@ from .model_state import ModelState
 
 
 class RefusedError(UnknownFormatError, RuntimeError):
-    """Neither this package nor diffusers can load it; of the type, too, that diffusers and torch raise themselves."""
+    """Neither this package nor diffusers can load it; also a RuntimeError, as diffusers and torch raise."""
 
 
 def load(

@@ -27,7 +27,7 @@ D = TypeVar("D", bound=Delta)
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of torch.compile's and PEFT's wrappers, which name everything in it anew."""
+    """The model inside of the wrappers of torch.compile and PEFT, which rename its modules."""
     while isinstance(model, nn.Module):
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -69,7 +69,7 @@ def match_to_model(
 
     Raises:
         AdapterError: A module is missing, or a shape differs; the message names the module and what was expected.
-        UnknownFormatError: A layer is of a type that no change of this package is for.
+        UnknownFormatError: No change of this package is possible in a layer of this type.
     """
     matched = {}
     for path, change in modules.items():

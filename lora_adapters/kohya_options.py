@@ -61,7 +61,7 @@ def _patterns(text: str) -> list[str]:
 
 
 def _by_pattern(kind: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
-    """Reads `pattern=value,pattern=value`, as kohya's trainer does: a pattern holds no comma."""
+    """Reads `pattern=value,pattern=value`, as kohya's trainer does; a pattern cannot contain a comma."""
 
     def parse(text: str) -> dict[str, Any]:
         values = {}

@@ -32,7 +32,7 @@ class LiveNames:
         return next((family for family in families if family is not None), None)
 
     def __call__(self, component: str, name: str) -> str:
-        """The path of a module that is called so, with dots or flat; the name itself where there is none."""
+        """The path of the module with this dotted or flat name; the name itself if there is none."""
         model = self._models.get(component)
         if model is None:
             return name

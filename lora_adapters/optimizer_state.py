@@ -8,7 +8,7 @@ import torch
 
 from lora_adapters.convert.errors import AdapterError
 
-# Sums of gradients: they begin anew.
+# Sums of gradients, which are reset.
 _GRADIENTS = ("exp_avg", "momentum_buffer", "grad_avg", "s")
 # Sizes of gradients, which stay about the same: each number becomes the mean of its tensor.
 _SIZES = (

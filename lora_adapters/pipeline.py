@@ -276,7 +276,7 @@ def forgetting(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def inverting(stock: Callable[..., None]) -> Callable[..., None]:
-    """Of the pipelines' own `load_textual_inversion` and `unload_textual_inversion`, which number all tokens anew."""
+    """Replacement for `load_textual_inversion` and `unload_textual_inversion`, which renumber all tokens."""
 
     @functools.wraps(stock)
     def invert(self: Any, *args: Any, **kwargs: Any) -> None:

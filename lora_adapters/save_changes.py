@@ -58,7 +58,7 @@ def saved(arguments: Mapping[str, Any]) -> bool:
         changes = _changes_with(component, _named(component, state))
         if changes is None:
             raise AdapterError(
-                f"the {component}'s tensors are of no adapter in memory, which says what they mean: save it with "
+                f"the {component}'s tensors belong to no adapter in memory, so their meaning is unknown: save it with "
                 "Adapter.from_pipeline(pipe, adapter_name).save(path)"
             )
         modules |= changes

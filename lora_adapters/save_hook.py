@@ -47,7 +47,7 @@ def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
             for key, half in halves.items()
             if half is not None
         }
-        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles hold no metadata
+        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles have no metadata
             continue
         if len(configs) == 1:
             changed[name] = configs[0][0]

@@ -245,7 +245,7 @@ def check_matrix_like(name: str, tensor: torch.Tensor, rows: int | None = None, 
 
 
 def alpha_in(change: Delta) -> float | None:
-    """The alpha of a change, or of the one that a magnitude or a bias stands beside; None for a kind without one."""
+    """The alpha of a change, or of the change inside of a DoRA or `WithBias`; None for a kind without alpha."""
     inner = getattr(change, "change", None)
     return getattr(change, "alpha", None) if inner is None else alpha_in(inner)
 
@@ -264,7 +264,7 @@ def check_suffixes(kind: str, tensors: Tensors, required: Iterable[str], optiona
 
 
 def scalar_of(name: str, tensor: torch.Tensor) -> float:
-    """The number in a tensor, also where it stands there several times; AdapterError for others, NaN and infinity."""
+    """The value of a tensor whose elements are all equal; AdapterError for other tensors, NaN and infinity."""
     if tensor.numel() == 0 or bool((tensor != tensor.flatten()[0]).any() and not tensor.isnan().any()):
         raise AdapterError(f"{name} has the shape {list(tensor.shape)}, expected one number")
     value = float(tensor.flatten()[0])

@@ -68,7 +68,7 @@ class LowRank:
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
         if len(down) == len(up) and len(down) in (3, 5):
-            raise UnknownFormatError(f"down {list(down)} and up {list(up)} are of a {len(down) - 2}D convolution")
+            raise UnknownFormatError(f"down {list(down)} and up {list(up)} belong to a {len(down) - 2}D convolution")
         if len(down) not in (2, 4) or len(up) not in (2, 4) or math.prod(up[2:]) != 1:
             raise AdapterError(f"down {list(down)} and up {list(up)} are not a low-rank pair")
         if up[1] != down[0] or down[0] == 0:

@@ -72,7 +72,7 @@ def picked(change: Delta, rows: tuple[slice, ...]) -> Delta:
         return replace(change, change=picked(change.change, rows), diff_b=of(change.diff_b))
     if isinstance(change, DoRA):
         if change.magnitude.shape[0] == 1:
-            raise AdapterError("a DoRA with a magnitude for each column of a fused layer is none of its parts alone")
+            raise AdapterError("a DoRA with a magnitude for each column of a fused layer cannot be cut into its parts")
         return replace(change, change=picked(change.change, rows), magnitude=of(change.magnitude))
     if isinstance(change, Full):
         parts = {name: None if part is None else of(part) for name, part in _tensors_of(change).items()}
@@ -202,7 +202,7 @@ def _whole_of_rows(parts: "Sequence[Rows]", count: int) -> Delta:
 
 def _apart(part: Delta) -> AdapterError:
     return AdapterError(
-        f"{with_article(part.kind)} of a part of a fused layer cannot be written, the others are of another change: "
+        f"{with_article(part.kind)} of one part of a fused layer cannot be written, since other parts differ: "
         "make pairs of them (convert --to lora)"
     )
 

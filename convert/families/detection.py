@@ -34,7 +34,7 @@ class AdapterData(Protocol):
 
 
 class BaseModel(NamedTuple):
-    """What an adapter is for: a family, and one of its versions where that can be told."""
+    """What an adapter is for: a family, and one of its versions if it is known."""
 
     family: ModelFamily
     version: Version | None

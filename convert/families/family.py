@@ -1,4 +1,4 @@
-"""What a family of base models is, as data: the one place where names, blocks, coverage and metadata are told."""
+"""What a family of base models is, as data: the one place that defines names, blocks, coverage and metadata."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ class ModelFamily:
 
     @cached_property
     def denoiser(self) -> Component:
-        """The component that draws the picture."""
+        """The component that predicts the image: the denoiser."""
         return next(part for part in self.components if part.role == "denoiser")
 
     def component(self, name: str) -> Component | None:

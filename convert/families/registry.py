@@ -39,7 +39,7 @@ def by_name(name: str) -> ModelFamily:
 
 
 def denoisers() -> tuple[str, ...]:
-    """The names of the components that draw the picture: unet, transformer."""
+    """The names of denoisers: unet, transformer."""
     return tuple(dict.fromkeys(family.denoiser.name for family in FAMILIES))
 
 

@@ -51,7 +51,7 @@ class Contents:
 
     @property
     def family(self) -> ModelFamily:
-        """The family of base models that it is for, told from the module names, the metadata and the widths."""
+        """The family of base models that it is for, recognised by module names, metadata and widths."""
         return family_of(self.modules, self.metadata)
 
     @property

@@ -151,7 +151,7 @@ def merge_into_model(
         adapters: The adapters to add.
         weights: One for each adapter.
         names: The adapters' names for error messages.
-        dtype: Of all floating point tensors; None leaves each as it is.
+        dtype: Of all floating point tensors; None keeps the dtype of each.
         metadata: Entries for the file's metadata.
         keep_metadata: Whether the model's own entries are kept beside them.
         ema: What becomes of averaged weights in a checkpoint file; see `ema.with_ema`.
@@ -208,7 +208,7 @@ def _check_fits(
 
 
 def _may_be_for(checkpoint: Checkpoint, adapter: AdapterData) -> bool:
-    """Whether nothing but the names of the modules tells a family, and the model's has all of these, too."""
+    """Whether only the names of the modules tell the family, and the model's family has all of them."""
     stated = by_metadata(adapter.metadata) if adapter.metadata.get(BASE_VERSION) else None
     family = checkpoint.family
     return stated is None and fuses(family) and family.has(adapter.modules)

@@ -56,7 +56,7 @@ def _check_options(args: Namespace) -> None:
     if args.factor is not None and args.target_error is not None:
         raise UsageError("--factor and --target_error are two ways to choose the size of a LoKr: give one")
     if args.factor is not None and args.factor < 1 and args.factor != -1:
-        raise UsageError(f"--factor {args.factor} is none: it is 1 or more, or -1")
+        raise UsageError(f"--factor must be -1, or at least 1, got {args.factor}")
 
 
 def _check_version(args: Namespace) -> None:

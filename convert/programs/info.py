@@ -40,7 +40,7 @@ _NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
 
 
 def _place(block: str) -> tuple[int, str]:
-    """Where a block stands in tables: text encoders first, then the denoiser from its input to its output."""
+    """The position of a block in tables: text encoders first, then the denoiser from its input to its output."""
     kinds = ("text_encoder", "IN", "", "OUT", *denoisers())  # MID, and the blocks of transformers, are between the two
     return next((number for number, kind in enumerate(kinds) if kind and block.startswith(kind)), 2), block
 
@@ -178,7 +178,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     hashed = "LyCORIS' own, not of the file's bytes" if about["hash"] == "lycoris" else about["hash"]
     lines = [
         about["file"],
-        f"  {about['type']} for {about['for']} ({about['base'] or 'base not told'}), rank {about['rank']}, {modules}",
+        f"  {about['type']} for {about['for']} ({about['base'] or 'base not stated'}), rank {about['rank']}, {modules}",
         f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {hashed}",
         f"  {'block':<16}{'modules':>8}{'norm':>10}  rank / alpha",
     ]

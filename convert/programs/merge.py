@@ -66,7 +66,7 @@ def load_all(
 
 
 def merged_metadata(merged: Adapter, adapters: Mapping[str, Adapter], no_metadata: bool) -> dict[str, str]:
-    """The metadata of a sum: its own, and what its sources knew and are called, unless there shall be none."""
+    """The metadata of a sum: its own, and those of its sources with their names, unless no_metadata is set."""
     if no_metadata:
         return {key: text for key, text in merged.metadata.items() if key not in MERGED_FACTS}
     return {**merged.metadata, **merged_facts([adapter.metadata for adapter in adapters.values()], _sources(adapters))}
@@ -146,7 +146,7 @@ def _fitting(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[st
 
 
 def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
-    """Say what became of a checkpoint's averaged weights, of which some programs take the pictures."""
+    """Report what happened to a checkpoint's averaged weights, which some programs use to generate images."""
     count = len(ema_keys(checkpoint))
     if count:
         done = {"keep": "kept as they were (--ema merge or --ema drop)", "drop": "left out", "merge": "merged too"}

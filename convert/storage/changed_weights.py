@@ -1,4 +1,4 @@
-"""Making a checkpoint's tensors anew: changed, in another dtype, with or without a scale."""
+"""New tensors of a checkpoint: changed, in another dtype, with or without a scale."""
 
 import math
 from collections.abc import Callable
@@ -23,12 +23,12 @@ class Requantised:
         self._new: torch.Tensor | None = None
 
     def weight(self) -> torch.Tensor:
-        """Made anew each time."""
+        """The quantised weight; each call computes it again."""
         number, self._new = requantised(self._make(), self._dtype, self._old, self._key)
         return number
 
     def scale(self) -> torch.Tensor:
-        """Of the weight that was made last."""
+        """The scale of the weight that was computed last."""
         assert self._new is not None
         return self._new
 

@@ -22,7 +22,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 def check_regular(file: Path) -> None:
-    """AdapterError if there is no file, or one whose reading may not come to an end: a folder, a pipe, a device."""
+    """AdapterError if there is no file, or it is a folder, a pipe or a device, whose reading may never end."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -110,7 +110,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
         if not isinstance(name, str) or not _is_plain(tensor):
             raise AdapterError(f"{file}: {name!s:.80} is not a plain tensor under a name")
-    # Views that conjugate or negate what is stored have no bytes of their own; both calls give back all others.
+    # Views that conjugate or negate what is stored have no bytes; both calls return other tensors unchanged.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
 
 
@@ -134,7 +134,7 @@ def _is_pickle(file: Path) -> bool:
 
 
 class _Inert:
-    """Stands for a training library's objects in old checkpoints: nothing of theirs is made or run."""
+    """Replaces objects of training libraries in old checkpoints, so that no code of these is run."""
 
     def __init__(self, *_: object) -> None: ...
 

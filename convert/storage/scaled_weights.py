@@ -1,4 +1,4 @@
-"""Weights whose meaning stands in tensors beside them: scaled fp8, which can be changed, and kinds that cannot.
+"""Weights that other tensors scale: scaled fp8, which can be changed, and kinds that cannot.
 
 A scaled weight is `weight * scale`, with one scale for the tensor or one for each row:
 
@@ -38,7 +38,7 @@ _KINDS = (
 
 
 class Neighbours(NamedTuple):
-    """What stands beside the weights of a table of tensors.
+    """The tensors beside weights that change their meaning.
 
     scales: the key of each scaled weight -> the key of its scale; extras: keys that belong to scaled weights only;
     foreign: the key of a weight that is not what its numbers say -> the key of the neighbour, and its kind.

@@ -17,7 +17,7 @@ def average(adapters: Mapping[str, Adapter]) -> tuple[Adapter, dict[ModuleName, 
     """The mean of the changes of adapters, at their ranks.
 
     Args:
-        adapters: by the names that errors shall show. A module that one does not have is not changed by it.
+        adapters: The adapters by their names in error messages. A module that one does not have is not changed by it.
 
     Returns:
         The average, a DyLoRA where all are (see `deltas.averaging.mean`), and how well each module of it meets the

@@ -142,7 +142,7 @@ def output_file(path: str) -> Path:
 
 
 def _stopping() -> dict[int, Any]:
-    """Let SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does; gives back the handlers before.
+    """Let SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does; returns the previous handlers.
 
     Unfinished files are then removed on the way out. A signal that is ignored, as under nohup, stays so.
     """

@@ -124,7 +124,7 @@ def _argument(whole: str, source: str, items: list[str]) -> ModelArgument:
             raise AdapterError(f"{whole:.120}: {item[:60]!r} cannot be read: write {source}:weight:lbw=weights")
     for key in options:
         if key in _OF_STEPS:
-            raise AdapterError(f"{whole:.120}: {key}= is about the steps of drawing a picture: leave it out")
+            raise AdapterError(f"{whole:.120}: {key}= is about sampling steps: leave it out")
         if key not in ("te", "unet", "lbw"):
             raise AdapterError(f"{whole:.120}: {key:.40}= is not known: te=, unet= and lbw= are")
     try:

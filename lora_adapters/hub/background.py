@@ -1,4 +1,4 @@
-"""Pushing what training saves to the Hub while training goes on."""
+"""Uploads of saved adapters and states to the Hub while training continues."""
 
 import logging
 import queue

@@ -13,7 +13,7 @@ from lora_adapters.convert.families import detection
 from lora_adapters.convert.families.registry import BASE_VERSION, version_named
 from lora_adapters.convert.formats.metadata import DYLORA_FACTS, network_args
 
-# A card with this line was written here and is written anew with each push; without it, it is somebody's own.
+# A card with this line was written here and is replaced by each push; one without it belongs to the user.
 MARK = "<!-- Written by lora-adapters. Take this line out, and later pushes leave this card as it is. -->"
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 

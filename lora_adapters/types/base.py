@@ -67,10 +67,10 @@ class AdapterConfig(LoraConfig):
         default=None, metadata={"help": "Rank by regular expression, the first that matches; 0 skips a module."}
     )
     reg_alphas: dict[str, float] | None = field(
-        default=None, metadata={"help": "Alpha of a pattern of reg_dims; where there is none: lora_alpha."}
+        default=None, metadata={"help": "Alpha of a pattern of reg_dims; default: lora_alpha."}
     )
     resolved: bool = field(
-        default=False, metadata={"help": "Set once it is in a model: every rank and alpha stands in the patterns."}
+        default=False, metadata={"help": "Set once it is in a model: the patterns have every rank and alpha."}
     )
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class AdapterConfig(LoraConfig):
         return self.covers_conv or self.conv_dim is not None or self.conv_block_dims is not None
 
     def facts(self) -> dict[str, Any]:
-        """The type and its own fields, as they stand in `auto_mapping`."""
+        """The type and its own fields, as stored in `auto_mapping`."""
         return {
             "type": type(self).__name__.removesuffix("Config"),
             **{name: getattr(self, name) for name in fields_beyond(type(self), LoraConfig)},

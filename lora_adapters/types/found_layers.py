@@ -1,4 +1,4 @@
-"""PEFT's layers in a model, found once and kept as long as the model stays as it is."""
+"""PEFT's layers in a model, cached as long as the model does not change."""
 
 import weakref
 from collections.abc import Iterator

@@ -59,7 +59,7 @@ def is_ours(model: nn.Module, adapter_name: str) -> bool:
 
 
 def restored(config: LoraConfig) -> LoraConfig:
-    """The config as its own type, where `auto_mapping` says that it is one of this package's; else as it is."""
+    """The config as the type that `auto_mapping` names; unchanged if it belongs to PEFT."""
     facts = dict((config.auto_mapping or {}).get(base.FACTS) or {})
     kind = type_named(facts.pop("type", ""))
     if kind is None or isinstance(config, base.AdapterConfig):

@@ -72,7 +72,7 @@ class TrainingData:
 
     @property
     def trigger_words(self) -> list[str]:
-        """The class tokens that were captions of pictures without one."""
+        """The class tokens that were used as captions of images without one."""
         used = (loaded for loaded in self.images.subsets if not loaded.config.is_reg and loaded.without_caption)
         return list(dict.fromkeys(loaded.config.class_tokens for loaded in used if loaded.config.class_tokens))
 

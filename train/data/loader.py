@@ -35,7 +35,7 @@ from lora_adapters.train.seeding import derive, python_random
 
 @dataclass(frozen=True)
 class Order:
-    """All that a loading process must be told to make one batch."""
+    """Everything that a loading process needs to make one batch."""
 
     epoch: int
     step: int

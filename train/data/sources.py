@@ -136,7 +136,7 @@ def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
             for key, entry in table.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        logger.warning("%s is damaged; reading the images anew", file)
+        logger.warning("%s is damaged; reading the images again", file)
         return {}
 
 

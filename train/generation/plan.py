@@ -94,11 +94,11 @@ def _check(settings: GenerateSettings) -> None:
 
 def _check_xformers() -> None:
     if not torch.cuda.is_available():
-        raise TrainingError("--xformers needs a CUDA device; go on with --sdpa")
+        raise TrainingError("--xformers needs a CUDA device; use --sdpa")
     try:
         import xformers  # noqa: F401
     except ImportError:
-        raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
+        raise TrainingError("--xformers: the package xformers is not installed; use --sdpa") from None
 
 
 def _starts(settings: GenerateSettings) -> list[Path]:
@@ -134,7 +134,7 @@ def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str
         except OSError as error:
             raise TrainingError(f"--image_path {start} cannot be read as an image ({error})") from None
         if not text:
-            raise TrainingError(f"{start} holds no prompt: give --prompt or --from_file")
+            raise TrainingError(f"{start} contains no prompt: give --prompt or --from_file")
         prompt, negative = prompts_in(text)
         lines.append((f"{prompt} --n {negative}" if negative else prompt, str(start)))
     return lines

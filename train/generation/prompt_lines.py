@@ -70,7 +70,7 @@ def parse_line(
             if refused and letters.lower() in refused:
                 raise TrainingError(f"{where}: --{letters} {refused[letters.lower()]}")
             if option is None:
-                raise TrainingError(f"{where}: --{letters} in {line!r} is none of --{', --'.join(options)}")
+                raise TrainingError(f"{where}: --{letters} in {line!r} is not one of --{', --'.join(options)}")
             if option.field in table:
                 if leave_out is None:
                     raise TrainingError(f"{where}: --{letters} is given twice")
@@ -82,7 +82,7 @@ def parse_line(
             begun = _number_at_start(option, text) if option is not None else None
             if option is not None and begun is not None:
                 table[option.field] = begun
-            leave_out(f"{error}; {'left out' if begun is None else f'read as {begun}'}")
+            leave_out(f"{error}; {'ignored' if begun is None else f'read as {begun}'}")
     return table
 
 

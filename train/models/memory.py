@@ -47,12 +47,12 @@ def check_machine(settings: Settings) -> None:
         instead["--xformers"] = "--sdpa"
     if instead and not torch.cuda.is_available():
         need = f"need{'s' if len(instead) == 1 else ''} a CUDA device"
-        raise TrainingError(f"{' and '.join(instead)} {need}; go on with {' and '.join(instead.values())}")
+        raise TrainingError(f"{' and '.join(instead)} {need}; use {' and '.join(instead.values())}")
     if chosen == "xformers":
         try:
             import xformers  # noqa: F401
         except ImportError:
-            raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
+            raise TrainingError("--xformers: the package xformers is not installed; use --sdpa") from None
 
 
 def apply_memory_options(models: BaseModels, settings: Settings, trained_text: bool) -> None:

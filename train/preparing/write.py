@@ -54,7 +54,7 @@ def config_text(plan: Plan) -> str:
 def prompts_text(plan: Plan) -> str:
     """prompts.txt."""
     side = plan.dataset["resolution"].value
-    lines = ["# Prompts of the pictures that are drawn while training; options stand behind them."]
+    lines = ["# Prompts of the sample images, each followed by its options."]
     return "\n".join([*lines, *(f"{_prompt(text)} --w {side} --h {side} --s 20 --d 1" for text in plan.prompts)]) + "\n"
 
 

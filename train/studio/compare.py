@@ -61,7 +61,7 @@ class Scene:
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):
             if _OPTION.search(text):
-                raise StudioError(f"{text:.60}: give what stands behind -- in the fields of its own")
+                raise StudioError(f"{text:.60}: use the fields for what follows --")
 
     def words(self, model: Sequence[str]) -> list[str]:
         """The words of `lora-adapters generate` that draw it. model: the options about the model."""
@@ -126,7 +126,7 @@ def choice_of(source: str) -> Choice:
 
 
 def axes(slots: int) -> list[str]:
-    """The names of what a grid can go over, with so many adapters."""
+    """The names of the settings that a grid can vary, for this number of adapters."""
     of_adapters = [f"{what} of adapter {n + 1}" for n in range(slots) for what in ("weight", "rank", "blocks")]
     return ["prompt", "seed", "steps", "scale", *of_adapters]
 

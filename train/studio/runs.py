@@ -152,9 +152,9 @@ def resumed(name: str, steps: int, folders: Folders) -> tuple[list[str], Path]:
     recipe = replace(load(run), steps=steps)
     state = newest_state(run)
     if state is None:
-        raise StudioError(f"{name} has no saved state to go on from")
+        raise StudioError(f"{name} has no saved state to resume from")
     if state[0] >= steps:
-        raise StudioError(f"{name} has made {state[0]} steps: give more than {state[0]} to go on")
+        raise StudioError(f"{name} has made {state[0]} steps: give more than {state[0]} to resume")
     write(recipe, run)
     return [*recipe.words(folders.model, run), f"--resume={state[1]}"], run
 
@@ -166,7 +166,7 @@ def load(run: Path) -> Recipe:
         known = {field.name for field in fields(Recipe)}
         return Recipe(**{key: value for key, value in entries.items() if key in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise StudioError(f"{run} holds no settings of a run ({error})") from None
+        raise StudioError(f"{run} has no settings of a run ({error})") from None
 
 
 # --- what runs say ---------------------------------------------------------------------------------------------------

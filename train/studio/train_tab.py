@@ -216,7 +216,7 @@ class TrainTab:
 
     def _resume(self, name: str | None, steps: float | None) -> None:
         if not name or steps is None:
-            raise StudioError("choose a run, and the number of steps that it shall have made")
+            raise StudioError("choose a run and its new total number of steps")
         with self._jobs.reserved(f"training {name}"):
             words, run = runs.resumed(name, int(steps), self._folders)
         self._jobs.start(f"training {name}", words, run / runs.LOG)

@@ -83,9 +83,9 @@ def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):
-        raise TrainingError(f"--resume {folder}: {_STATE} holds no state of this program")
+        raise TrainingError(f"--resume {folder}: {_STATE} is not a state of this program")
     if not all(isinstance(weight, torch.Tensor) for weight in state["weights"].values()):
-        raise TrainingError(f"--resume {folder}: {_STATE} holds weights that are none")
+        raise TrainingError(f"--resume {folder}: {_STATE} has invalid weights")
     return state, position
 
 

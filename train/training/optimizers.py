@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Kind:
-    """Where an optimizer class lives, the package that brings it, and arguments it is given unless told."""
+    """The module and the package of an optimizer class, and its default arguments."""
 
     module: str
     name: str
@@ -129,7 +129,7 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
 
 
 def uses_relative_step(settings: Settings) -> bool:
-    """Whether Adafactor is to find its own learning rate, as it does unless told otherwise."""
+    """Whether Adafactor finds the learning rate itself, which is its default."""
     if optimizer_name(settings).lower() != "adafactor":
         return False
     return bool(literals(settings.optimizer_args, "optimizer_args").get("relative_step", True))

@@ -1,4 +1,4 @@
-"""Dropout and norm limits on low-rank layers, as hooks: the layers themselves know nothing of them."""
+"""Dropout and norm limits on low-rank layers, as hooks, without changes of the layers."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

@@ -226,7 +226,7 @@ def create_accelerator(settings: Settings) -> Accelerator:
 
 
 def decide_seed(settings: Settings) -> int:
-    """--seed, or that of the run that goes on, or one that is drawn and the same in every process."""
+    """--seed, or that of the resumed run, or a random one that is equal in all processes."""
     if settings.seed is not None:
         return settings.seed
     if settings.resume:

@@ -14,7 +14,7 @@ class DeltaWeights(nn.Module):
 
     A parameter is named like the field that it is, with the fields above it: "w1_a" of a LoHa, "change_w1_a" and
     "magnitude" of a DoRA around one. Gradients flow through the change's own arithmetic to all of them; what is no
-    tensor (alpha, a multiplier, a constraint) stays as it is.
+    tensor (alpha, a multiplier, a constraint) is not trained.
 
     What is needed of the parameters is computed in `forward`, so that hooks on this module (offloading, sharding) see
     it.

@@ -37,7 +37,7 @@ class Report:
         return adapter.with_name(f"{adapter.stem}-report.html")
 
     def resume(self, step: int) -> None:
-        """Go on from the page that the run before has written, up to the step that is resumed from."""
+        """Resume from the page of the run before, up to the step that it resumes from."""
         if self.enabled:
             self.record = read_record(self.file).before(step)
 
