@@ -213,8 +213,8 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
             highest = max((layer.r[name] for _, layer in layers(inner, name)), default=0)
             if registry.is_ours(inner, name) and target_rank is not None and highest > target_rank:
                 raise AdapterError(f"adapter {name} has rank {highest}: give a target_rank of {highest} or more")
-        given = config if isinstance(config, dict) else {"": config} if config else {}
-        theirs = {name: other for name, other in given.items() if not isinstance(other, AdapterConfig)}
+        configs = config if isinstance(config, dict) else {"": config} if config else {}
+        theirs = {name: other for name, other in configs.items() if not isinstance(other, AdapterConfig)}
         stock(model, target_rank=target_rank, config=theirs or None, **kwargs)
         registry.refit(inner)
 

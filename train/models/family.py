@@ -175,9 +175,9 @@ class TrainingFamily(ABC):
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
-    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
+    def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
         """Encoded prompts as arguments of the pipelines' call."""
-        return {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
+        return {"prompt_embeds": positive.hidden, "negative_prompt_embeds": negative.hidden}
 
     def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
         """Sizes as arguments of the pipelines' call."""

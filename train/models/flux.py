@@ -124,8 +124,8 @@ class Flux1(TransformerFamily):
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
-    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
-        return {"prompt_embeds": wanted.hidden, "pooled_prompt_embeds": wanted.pooled}
+    def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
+        return {"prompt_embeds": positive.hidden, "pooled_prompt_embeds": positive.pooled}
 
     def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
         return {"ss_v2": False, "ss_base_model_version": by_name(self.name).stated}
