@@ -178,7 +178,7 @@ class Adapter(Arithmetic, LiveAdapter):
 
     def __repr__(self) -> str:
         kind = f", DyLoRA unit {self.dylora.unit}" if self.dylora else ""
-        ranks = rank_range(one.rank for one in self.modules.values() if one.rank is not None)
+        ranks = rank_range(change.rank for change in self.modules.values() if change.rank is not None)
         if set(self.kinds) - {"LoRA"}:
             kind = f", {', '.join(self.kinds)}"
         return f"Adapter({len(self.modules)} modules of {', '.join(self.components)}, rank {ranks}{kind})"
@@ -207,8 +207,8 @@ class Adapter(Arithmetic, LiveAdapter):
         """
         from lora_adapters.convert.models.extraction import approximate_difference
 
-        found = approximate_difference(base, tuned, rank, conv_rank, **options)
-        return cls(found.modules, found.metadata)
+        difference = approximate_difference(base, tuned, rank, conv_rank, **options)
+        return cls(difference.modules, difference.metadata)
 
     def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
         """Write a model with weight · ΔW added to its weights.

@@ -93,11 +93,11 @@ class Arithmetic(Contents):
             raise AdapterError(f"one adapter is for {'/'.join(ours.titles)}, the other for {'/'.join(theirs.titles)}")
         modules = dict(self.modules)
         scale = common_scale(
-            pair for one in (self, other) for pair in one.modules.values() if isinstance(pair, LowRank)
+            pair for change in (self, other) for pair in change.modules.values() if isinstance(pair, LowRank)
         )
-        for module, one in other.modules.items():
+        for module, change in other.modules.items():
             try:
-                modules[module] = added([modules[module], one], scale) if module in modules else one
+                modules[module] = added([modules[module], change], scale) if module in modules else change
             except AdapterError as error:
                 raise AdapterError(f"{module}: {error}") from None
         facts = merged_facts([self.metadata, other.metadata])
@@ -114,11 +114,24 @@ class Arithmetic(Contents):
         majority: str = "total",
         seed: int = 0,
     ) -> Self:
-        """Adapters put together by TIES, DARE or magnitude pruning, as PEFT's `add_weighted_adapter` does with "_svd".
+        """Combine adapters by TIES, DARE or magnitude pruning, as PEFT's `add_weighted_adapter` does with "_svd".
 
-        method, density, majority and seed are those of `lora_adapters.convert.deltas.combined.Combination`. A sum
-        without pruning is `a.scale(0.7) + b.scale(0.3)`. The result can be merged into a model, exactly, and written
-        after `svd`: a pruned change has no low rank. AdapterError where the adapters are for different models.
+        A sum without pruning is `a.scale(0.7) + b.scale(0.3)`. The result can be merged into a model, exactly. To save
+        it, reduce it with `svd`, since a pruned change has no low rank.
+
+        Args:
+            adapters: The adapters.
+            weights: One for each adapter.
+            method: "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+            density: Share of the numbers of each change to keep, above 0 and up to 1.
+            majority: How ties and dare_ties elect the sign: "total" (of the sum) or "frequency" (of most).
+            seed: Of the random pruning of dare_linear and dare_ties.
+
+        Returns:
+            The combination, whose changes are dense.
+
+        Raises:
+            AdapterError: The adapters are for different models, or an option is wrong.
 
         >>> from lora_adapters.convert import Adapter
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -158,7 +171,7 @@ class Arithmetic(Contents):
         lora_adapters.convert.errors.AdapterError: rank 3 is not one that this adapter can be cut to: 2, 4
         """
         pairs = self.pairs()
-        highest = max((one.rank for one in pairs.values()), default=1)
+        highest = max((pair.rank for pair in pairs.values()), default=1)
         dylora = self.dylora or DyLora(rank_scaling="constant")  # a plain LoRA's first components, as they are
         valid = [*range(dylora.unit, highest, dylora.unit), highest]
         if rank not in valid:
@@ -203,10 +216,17 @@ class Arithmetic(Contents):
         return svd(self, rank, conv_rank, target_error, device)
 
     def sorted(self) -> Self:
-        """The same adapter as a DyLoRA: each module's components are those of its SVD, the largest first.
+        """The same adapter as a DyLoRA: the components of each module are those of its SVD, the largest first.
 
-        Cut to a rank (`truncate`) it is what `svd` gives for that rank, at once: any LoRA becomes one of every rank.
-        A DyLoRA keeps its unit; at every rank the scale is that of the full one ("constant"). Dtypes stay.
+        Cut to a rank (`truncate`), it is what `svd` returns for that rank, so that one file contains an adapter of
+        every rank.
+
+        Returns:
+            The DyLoRA, in the same dtypes. A DyLoRA keeps its unit. At every rank the scale is that of the full rank
+            ("constant").
+
+        Raises:
+            AdapterError: A module is not a low-rank pair, or has NaN or infinite numbers.
 
         >>> from lora_adapters.convert import Adapter
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")

@@ -5,7 +5,7 @@ usage: convert_format.py --model kohya.safetensors --save_to folder --format pef
        convert_format.py --model cloneofsimo.safetensors --save_to kohya.safetensors --format kohya
        convert_format.py --model loha.safetensors --save_to lora.safetensors --to lora --rank 16
 
---to lora makes the best low-rank pairs of the given rank of what is none (LoHa, LoKr, full differences), and prints the
+--to lora approximates other kinds (LoHa, LoKr, full differences) by low-rank pairs of the given rank, and prints the
 relative error. Changes that depend on the model's weights (DoRA, GLoRA, (IA)3, OFT, BOFT) need --sd_model. Changes of
 norms and biases, which pairs cannot hold, are left out and listed.
 
@@ -46,7 +46,7 @@ def parser() -> Parser:
     made.add_argument("--zero_alpha", choices=ZERO_ALPHA, help="what an alpha of 0 is: the rank, or no effect (none)")
     made.add_argument("--embeddings", nargs="+", default=[], help="embedding files to put into cloneofsimo's format")
     add_skip_unknown(made)
-    add_dtype(made, "--save_precision", "of the result (default: as it is)")
+    add_dtype(made, "--save_precision", "of the result (default: unchanged)")
     return made
 
 

@@ -24,7 +24,7 @@ from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_meth
 from lora_adapters.convert.tools.startup import importing
 
 MODELS_HELP = (
-    "LoRA files, PEFT folders or Hub repositories; a weight and block weights may stand behind (a.safetensors:0.8, "
+    "LoRA files, PEFT folders or Hub repositories; a weight and block weights may follow (a.safetensors:0.8, "
     "a.safetensors:0.8:lbw=MIDD), A1111's tags are read too (<lora:a:0.8>)"
 )
 LBWS_HELP = "block weights for each model: JSON lists of 12, 17, 20 or 26 numbers, presets (MIDD) or blocks (IN02)"

@@ -22,14 +22,18 @@ _PATH_HINT = """a backslash in "..." starts an escape; write the path in single 
 
 
 def read_text(file: str | Path) -> str:
-    """A text file of a user's, with line ends as `\\n`: what captions, prompts, TOML and JSON are read with.
+    r"""Read a text file of a user: captions, prompts, TOML or JSON.
 
-    UTF-8 with or without a byte order mark, or UTF-16 with one. Only \\n, \\r\\n and \\r end a line; other separators
-    (U+2028, U+0085, form feed) are ordinary characters, so split the result at `\\n`, not with `splitlines`.
+    Args:
+        file: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Returns:
+        The text with \n as line ends, also for \r\n and \r. Other separators (U+2028, U+0085, form feed) are
+        ordinary characters, so split the text at \n and not with `splitlines`.
 
     Raises:
-        OSError: where the file cannot be read.
-        ValueError: where it is not such text; the message names the byte, counted from 0, and not the file.
+        OSError: The file cannot be read.
+        ValueError: It is not such text; the message has the position of the byte, counted from 0, but not the file.
     """
     return decoded(Path(file).read_bytes())
 
@@ -72,7 +76,7 @@ def _whole(value: int) -> int:
 
 
 def _check(value: Any) -> None:
-    """ValueError where a whole number in a TOML value is too long."""
+    """ValueError if a whole number in a TOML value is too long."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -85,7 +89,7 @@ def _check(value: Any) -> None:
 
 
 def json_value(text: str) -> Any:
-    """What a JSON text holds. ValueError where it is none, or is too deep or has too long numbers for Python."""
+    """What a JSON text holds. ValueError if it is invalid, or too deep or its numbers too long for Python."""
     try:
         return json.loads(text, parse_int=lambda digits: _whole(int(digits)))
     except RecursionError:
@@ -107,7 +111,7 @@ def json_table(value: object) -> dict[str, Any]:
 
 
 def toml_table(text: str) -> dict[str, Any]:
-    """The table of a TOML text. ValueError where it is none, or is too deep or has too long numbers for Python."""
+    """The table of a TOML text. ValueError if it is invalid, or too deep or its numbers too long for Python."""
     try:
         table = tomllib.loads(text)
         _check(table)

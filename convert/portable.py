@@ -12,7 +12,13 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(?=\.|$)", re.IGNORECA
 
 
 def file_name(text: str) -> str:
-    """The text as the name of a file on any system: what Windows forbids is `_`.
+    """Make a text usable as a file name on any system.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The text with "_" for characters that Windows does not allow, and before names that it reserves.
 
     >>> file_name("train[:10%]"), file_name("a: b? "), file_name("con.txt"), file_name("...")
     ('train[_10%]', 'a_ b_', '_con.txt', '_')
@@ -22,14 +28,20 @@ def file_name(text: str) -> str:
 
 
 def forbidden(path: str) -> str | None:
-    """Why this system takes no file of this relative path, or None where it does.
+    """Why this system does not allow a file of a name.
 
-    Windows makes `a:b` a hidden stream of the file `a`, and drops dots and spaces at the end.
+    On Windows `a:b` would be a hidden stream of the file `a`, and dots and spaces at the end are dropped.
+
+    Args:
+        path: A relative path.
+
+    Returns:
+        The reason; None if the name is allowed.
     """
     for name in Path(path).parts if WINDOWS else ():
         if name != file_name(name):
-            found = _FORBIDDEN.search(name)
-            return f"Windows does not allow {f'{found[0]!r} in names' if found else f'the name {name!r}'}"
+            match = _FORBIDDEN.search(name)
+            return f"Windows does not allow {f'{match[0]!r} in names' if match else f'the name {name!r}'}"
     return None
 
 
@@ -39,7 +51,13 @@ def same_file_key(name: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    r"""Whether it can only be a path: no repository's owner/name has a drive letter, a backslash or a leading dot.
+    r"""Whether a text can only be a path: owner/name of a repository has no drive letter, backslash or leading dot.
+
+    Args:
+        name: The text.
+
+    Returns:
+        False if it may be a repository.
 
     >>> [is_path(name) for name in (r"C:\models\x", "C:/x", r".\x", r"..\x", "./x", "~/x", "/x", "owner/name", "name")]
     [True, True, True, True, True, True, True, False, False]

@@ -5,12 +5,15 @@ from collections.abc import Iterable
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None:
-    """The known name that is most like `name`; None if none is alike.
+    """The known name that is most similar to a name.
 
     Args:
-        name: what was written; its first 200 characters count, since difflib's time grows with the length.
-        known: the names that exist.
-        cutoff: how much alike they must be, 0 to 1 (difflib's ratio).
+        name: The name; only its first 200 characters count, since difflib's time grows with the length.
+        known: The names that exist.
+        cutoff: The least similarity, 0 to 1 (difflib's ratio).
+
+    Returns:
+        The name; None if none is similar enough.
 
     >>> closest("dwon", ["down", "mid", "up"]), closest("x", ["down", "mid", "up"])
     ('down', None)

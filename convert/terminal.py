@@ -41,9 +41,17 @@ def say_error(message: str) -> None:
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
-    """The text with a style of rich's where `stream` is a terminal that shows it; else, or without rich, the text.
+    """Text with a style of rich, if the stream is a terminal that shows it.
 
-    rich knows NO_COLOR, TERM=dumb and the consoles of Windows.
+    rich respects NO_COLOR, TERM=dumb and the consoles of Windows.
+
+    Args:
+        text: The text.
+        style: A style of rich, such as "bold red".
+        stream: The stream to be written to.
+
+    Returns:
+        The text with escape sequences; unchanged for a file, or if rich is not installed.
     """
     if stream is None or not stream.isatty():
         return text

@@ -9,7 +9,7 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 # In a checkout, convert/ and train/ stand beside this folder. Python started there finds this folder before the
-# installed package, so it has to be told that they belong to it.
+# installed package, so they are added to its path.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "convert").is_dir() and (_checkout / "pyproject.toml").is_file() and str(_checkout) not in __path__:
     __path__.append(str(_checkout))

@@ -33,9 +33,15 @@ def scaling(stock: Function) -> Function:
 
 
 def unscaling(stock: Function) -> Function:
-    """Of `unscale_lora_layers`: after a scale of 0, each layer has the scaling again that it had before.
+    """Replacement for `unscale_lora_layers` of diffusers: after a scale of 0 each layer gets its previous scaling back.
 
-    diffusers' own sets the weight to 1, whatever `set_adapters` has set it to.
+    The original sets the weight to 1, regardless of `set_adapters`.
+
+    Args:
+        stock: The original function.
+
+    Returns:
+        The replacement.
     """
 
     def unscale_lora_layers(model: Any, weight: float | None = None) -> None:
@@ -66,9 +72,15 @@ def _layers(model: Any) -> Any:
 
 
 def activating(stock: Function) -> Function:
-    """Of `set_weights_and_activate_adapters`: the model is not searched for its layers.
+    """Replacement for `set_weights_and_activate_adapters` of diffusers that does not search the model for its layers.
 
-    The weight of an adapter that is prepared to be swapped stays a tensor, in which a compiled model sees it change.
+    The weight of an adapter that is prepared for hot-swapping stays a tensor, so that a compiled model sees it change.
+
+    Args:
+        stock: The original function, which is called if the model has layers of other classes than PEFT's plain LoRA.
+
+    Returns:
+        The replacement.
     """
 
     def set_weights_and_activate_adapters(model: Any, adapter_names: Any, weights: Sequence[Any]) -> None:
@@ -95,19 +107,19 @@ def activating(stock: Function) -> Function:
 
 
 def _activate(layer: Any, adapter_names: list[str], chosen: set[str]) -> None:
-    """What `layer.set_adapter` does, without looking for all that a layer may hold where it holds factors."""
+    """The same as `layer.set_adapter`, but faster for layers that have only LoRA factors."""
     inside = layer._modules
     if inside["lora_magnitude_vector"]._modules or getattr(layer, "frozen_peft_weight_names", None):
         layer.set_adapter(adapter_names)
         return
     for held in (inside["lora_A"], inside["lora_B"]):
         for name, part in held._modules.items():
-            wanted = name in chosen
+            trainable = name in chosen
             if part._modules:  # something has been put around the factor
-                part.requires_grad_(wanted)
+                part.requires_grad_(trainable)
             for parameter in part._parameters.values():
-                if parameter is not None and parameter.requires_grad is not wanted and parameter.is_leaf:
-                    parameter.requires_grad = wanted
+                if parameter is not None and parameter.requires_grad is not trainable and parameter.is_leaf:
+                    parameter.requires_grad = trainable
     vars(layer)["_active_adapter"] = adapter_names  # no module or parameter, for which torch would look
 
 
@@ -156,8 +168,8 @@ def checking_blocks(stock: Function) -> Function:
     return _maybe_expand_lora_scales_for_one_adapter
 
 
-def _check_names(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in given:
+def _check_names(where: str, named: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in named:
         if name not in known:
             near = None if _word(name) in map(_word, known) else closest(str(name), known)
             hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
@@ -172,10 +184,10 @@ def _word(name: object) -> str:
 def _check_numbers(where: str, value: Any) -> None:
     """AdapterError for a weight, or one in a list or in the table of a part's blocks, that is not a number."""
     if isinstance(value, dict) and where in ("down", "up"):
-        for block, one in value.items():
-            _check_numbers(f"{where}.{block}", one)
+        for block, weight in value.items():
+            _check_numbers(f"{where}.{block}", weight)
     elif isinstance(value, list):
-        for one in value:
-            _check_numbers(where, one)
+        for weight in value:
+            _check_numbers(where, weight)
     elif value is None or isinstance(value, (str, Mapping)):
         raise AdapterError(f"the weight of an adapter's {where} is {value!r:.80}, which is not a number")

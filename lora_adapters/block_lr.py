@@ -40,19 +40,19 @@ def _numbers(name: str, text: str) -> list[float]:
         ) from None
 
 
-def _side(name: str, given: Weights, count: int) -> list[float]:
+def _side(name: str, weights: Weights, count: int) -> list[float]:
     """`count` weights: one number is for all, a short list is filled up with 1.0, a long one is cut with a warning."""
-    if given is None:
+    if weights is None:
         return [1.0] * count
-    if isinstance(given, str):
-        text = given.strip()
+    if isinstance(weights, str):
+        text = weights.strip()
         preset = _preset(text, count)
-        given = preset if preset is not None else _numbers(name, text)
-        if preset is None and len(given) == 1:
-            given = given[0]
-    if isinstance(given, (int, float)):
-        return [float(given)] * count
-    values = [float(value) for value in given]
+        weights = preset if preset is not None else _numbers(name, text)
+        if preset is None and len(weights) == 1:
+            weights = weights[0]
+    if isinstance(weights, (int, float)):
+        return [float(weights)] * count
+    values = [float(value) for value in weights]
     if len(values) > count:
         warnings.warn(f"{name} has {len(values)} values: only the first {count} are used", stacklevel=3)
     return (values + [1.0] * count)[:count]
@@ -88,12 +88,12 @@ def block_lr_weights(
     """
     blocks = by_name(architecture).blocks
     sides = [
-        _side(name, given, count)
-        for name, given, count in zip(
+        _side(name, side, count)
+        for name, side, count in zip(
             ("down_lr_weight", "mid_lr_weight", "up_lr_weight"), (down, mid, up), blocks.sides, strict=True
         )
     ]
-    weights = [weight if weight > zero_threshold else 0.0 for side in sides for weight in side]
+    weights = [weight if weight > zero_threshold else 0.0 for values in sides for weight in values]
     outer = [1.0] * blocks.outer
     return [*outer, *weights, *outer]
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    """What there is."""
+    """The help text: the commands and what they do."""
     commands = [f"  {name:<15}{purpose}" for name, (_, purpose) in PROGRAMS.items()]
     return "\n".join(
         [
@@ -64,7 +64,7 @@ def _help() -> str:
 
 
 def _unknown(words: Sequence[str] | None) -> NoReturn:
-    """The program that stands in for a command that there is not."""
+    """The program that is run for an unknown command."""
     from lora_adapters.convert.errors import UsageError
     from lora_adapters.convert.suggestions import closest
 

@@ -12,17 +12,20 @@ OLDEST = {"peft": "0.17.1", "diffusers": "0.35.2", "transformers": "4.57.1"}  # 
 
 
 def unfit(package: str, reason: str) -> ImportError:
-    """The error for a version that does not fit.
+    """The error for an unsupported version of a package.
 
     Args:
         package: The package, one of `OLDEST`.
         reason: What the installed version lacks or does; the end of the message.
+
+    Returns:
+        The error, to be raised.
     """
     try:
-        found = version(package)
+        installed = version(package)
     except PackageNotFoundError:
-        found = "(no version found)"
-    return ImportError(f"lora_adapters requires {package}>={OLDEST[package]}; {package} {found} {reason}")
+        installed = "(no version found)"
+    return ImportError(f"lora_adapters requires {package}>={OLDEST[package]}; {package} {installed} {reason}")
 
 
 def check_age(package: str) -> None:
@@ -39,9 +42,15 @@ def check_age(package: str) -> None:
 
 
 def dtype_option(dtype: Any) -> dict[str, Any]:
-    """The keyword by which diffusers' `from_pretrained` and `from_single_file` take the dtype of the weights.
+    """The keyword argument for the dtype of `from_pretrained` and `from_single_file` in the installed diffusers.
 
-    A name that diffusers does not know is ignored by it, so it is not left to chance.
+    diffusers ignores unknown keyword arguments, so a wrong name would have no effect.
+
+    Args:
+        dtype: A torch dtype, or None.
+
+    Returns:
+        {name: dtype}.
     """
     return {"dtype" if Version(version("diffusers")) >= Version("0.40") else "torch_dtype": dtype}
 
@@ -60,8 +69,12 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def rank_stabilized(layer: Any) -> dict[str, bool]:
-    """Which adapters of a PEFT layer have alpha/sqrt(r) as their scale when `set_adapters` sets it anew.
+    """The adapters of a PEFT layer whose scale is alpha/sqrt(r) when `set_adapters` sets it again.
 
-    A layer of PEFT 0.17 does not know, and sets alpha/r: none.
+    Args:
+        layer: A LoRA layer.
+
+    Returns:
+        Whether, by the name of the adapter. Empty for layers of PEFT 0.17, which always set alpha/r.
     """
     return getattr(layer, "use_rslora", {})

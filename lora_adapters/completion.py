@@ -54,8 +54,8 @@ def script(shell: str) -> str:
         raise OneLineError('completion needs shtab: pip install "lora-adapters[completion]"') from None
     made = whole_parser()
     (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
-    for one in commands.choices.values():
-        for action in one._actions:
+    for command in commands.choices.values():
+        for action in command._actions:
             if any(part in action.dest for part in _FILES) and action.nargs != 0 and action.choices is None:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(made, shell)

@@ -46,11 +46,11 @@ class _Kept:
 
 def _versions(base: Any) -> tuple[Any, ...]:
     """The parameters and how often they have been changed in place (which through `.data` does not count)."""
-    return tuple((id(one), one._version) for one in (base.weight, base.bias) if one is not None)
+    return tuple((id(parameter), parameter._version) for parameter in (base.weight, base.bias) if parameter is not None)
 
 
 def kept_of(layer: Any) -> Any:
-    """What was overwritten in a layer by fusing, for `keep`; None where nothing is kept."""
+    """What was overwritten in a layer by fusing, for `keep`; None if nothing is kept."""
     return vars(layer).get(_KEPT)
 
 

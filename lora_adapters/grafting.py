@@ -33,7 +33,7 @@ _TIED = ("embed_tokens", "lm_head")  # of which PEFT looks whether they are tied
 def _copied(value: Any) -> Any:
     """A copy of an attribute of a module, with containers of its own; anything else is the same object."""
     if type(value) in (dict, OrderedDict):
-        return type(value)((key, _copied(one)) for key, one in value.items()) if value else type(value)()
+        return type(value)((key, _copied(item)) for key, item in value.items()) if value else type(value)()
     if type(value) in (list, set):
         return type(value)(map(_copied, value)) if value else type(value)()
     return value
@@ -66,9 +66,9 @@ class _Pattern(NamedTuple):
 
     def add(self, layer: Any, adapter_name: str, decided: RankAlpha) -> None:
         """Give a layer an adapter; its weights are the pattern's, which have no memory, until others are put there."""
-        for name, one in self.added.items():
-            one = _clone(one) if isinstance(one, nn.Module) else _copied(one)
-            getattr(layer, name)[adapter_name] = one
+        for name, template in self.added.items():
+            template = _clone(template) if isinstance(template, nn.Module) else _copied(template)
+            getattr(layer, name)[adapter_name] = template
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = decided.rank, decided.alpha
         layer.scaling[adapter_name] = decided.alpha / decided.rank
         kind = "channels" if isinstance(layer, lora.Conv2d) else "features"
@@ -77,7 +77,7 @@ class _Pattern(NamedTuple):
 
 
 def _pattern_of(base: nn.Module) -> _Pattern | None:
-    """The pattern for layers like this one; None where PEFT may make something else of it."""
+    """The pattern for layers like this one; None if PEFT may make something else of it."""
     if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
         return None
     if not base.weight.is_floating_point() or getattr(base, "_hf_tp_plan", None) is not None:
@@ -118,7 +118,7 @@ def _keeps_gradients() -> bool:
         with warnings.catch_warnings():  # that there is one already
             warnings.simplefilter("ignore")
             inject_adapter_in_model(config, holder, adapter_name=name, low_cpu_mem_usage=True)
-    return all(one.requires_grad for one in holder.layer.lora_A["first"].parameters())
+    return all(parameter.requires_grad for parameter in holder.layer.lora_A["first"].parameters())
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -172,11 +172,15 @@ class Places:
 
 
 def places(model: nn.Module, paths: Collection[str]) -> Places | None:
-    """Where an adapter's layers go; None, with nothing changed, where anything in the model is out of the ordinary.
+    """Find the layers that get an adapter.
 
     Args:
         model: The model.
-        paths: The layers, by the paths that they have without PEFT.
+        paths: The paths of the layers in the model without PEFT.
+
+    Returns:
+        The layers and what surrounds them; None if anything in the model is unusual, so that PEFT must inject the
+        adapter.
     """
     if any(getattr(model, name, None) for name in _OF_QUANTISED) or hasattr(model, "quantization_config"):
         return None

@@ -21,7 +21,7 @@ from .model_state import ModelState
 
 
 class RefusedError(UnknownFormatError, RuntimeError):
-    """Neither this package nor diffusers can load it; of the type, too, that diffusers and torch raise themselves."""
+    """Neither this package nor diffusers can load it; also a RuntimeError, as diffusers and torch raise."""
 
 
 def load(
@@ -32,10 +32,19 @@ def load(
     metadata: Mapping[str, str],
     reason: AdapterError,
 ) -> None:
-    """Let diffusers load an adapter, whole or not at all.
+    """Let diffusers load an adapter, all of it or nothing.
 
-    stock: what loads it under the name, which is free, into the models (by component). reason: why this package does
-    not read it, the error where diffusers does not load it whole either; everything is then as it was before.
+    Args:
+        models: The models of the pipeline by component.
+        stock: Loads the adapter into the models.
+        adapter_name: The name that `stock` uses, which is free in the models.
+        tensors: The tensors of the file.
+        metadata: The metadata of the file.
+        reason: Why this package does not read the file.
+
+    Raises:
+        AdapterError: `reason`, if diffusers fails or does not load every tensor with its scale. The models are then as
+            before.
     """
     before = {component: ModelState.of(model) for component, model in models.items()}
     try:
@@ -58,11 +67,18 @@ def leave(
     reason: AdapterError,
     contents: Callable[[], Mapping[str, torch.Tensor]],
 ) -> None:
-    """Let diffusers load what it can for a transformer whose files it converts itself: it is asked no more than that.
+    """Let diffusers load what it can, for a transformer whose files it converts itself. What it loaded is not checked.
 
-    stock: what loads it into the models (by component). reason: why this package does not read it, the error where
-    diffusers does not load it either, or nothing of it; everything is then as it was before. contents: the tensors of
-    the source. Where there is no layer's among them, diffusers' answer to that stands, which is a line in the log.
+    Args:
+        models: The models of the pipeline by component.
+        stock: Loads the adapter into the models.
+        reason: Why this package does not read the file.
+        contents: Returns the tensors of the file. If none of them is for a layer, it is no error that nothing was
+            loaded.
+
+    Raises:
+        AdapterError: `reason`, if diffusers fails or loads nothing. The models are then as before.
+        RefusedError: The same for a RuntimeError of diffusers, such as a size that does not match.
     """
     before = {component: _Whole.of(model) for component, model in models.items()}
     adapters = {component: set(getattr(model, "peft_config", {})) for component, model in models.items()}
@@ -128,17 +144,17 @@ def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]
             if not isinstance(layer, LoraLayer):
                 continue
             for name in HELD:
-                part = getattr(layer, name, {})
-                if adapter_name not in part:
+                parts = getattr(layer, name, {})
+                if adapter_name not in parts:
                     continue
-                one = part[adapter_name]
-                values = [one] if isinstance(one, torch.Tensor) else list(one.parameters())
+                part = parts[adapter_name]
+                values = [part] if isinstance(part, torch.Tensor) else list(part.parameters())
                 scale = float(layer.scaling[adapter_name]) if name in DOWN_HELD else None
                 yield from (_Held(tensor.detach(), component, path, scale, layer.r[adapter_name]) for tensor in values)
 
 
 def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
-    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape; none where it has no memory."""
+    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape; none if it has no memory."""
     if tensor.device.type == "meta":  # what the load left as it was injected
         return b""
     return tensor.detach().to("cpu", dtype).float().contiguous().flatten().numpy().tobytes()
@@ -147,36 +163,36 @@ def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
 def _lost(
     models: Mapping[str, nn.Module], adapter_name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> str | None:
-    """The first key whose tensor or scale no layer has, or a layer whose numbers no key has; None where all match."""
+    """The first key whose tensor or scale no layer has, or a layer whose numbers no key has; None if all match."""
     here: dict[bytes, list[_Held]] = {}
     dtypes = set()
-    for one in _held(models, adapter_name):
-        here.setdefault(_numbers(one.values, one.values.dtype), []).append(one)
-        dtypes.add(one.values.dtype)
+    for held in _held(models, adapter_name):
+        here.setdefault(_numbers(held.values, held.values.dtype), []).append(held)
+        dtypes.add(held.values.dtype)
     for key, tensor in tensors.items():
         if key.endswith(".alpha") or ("." not in key and tensor.ndim == 0):  # a number that is no module's
             continue
-        found = next((numbers for dtype in dtypes if (numbers := _numbers(tensor, dtype)) in here), None)
-        if found is None:
+        numbers = next((candidate for dtype in dtypes if (candidate := _numbers(tensor, dtype)) in here), None)
+        if numbers is None:
             return key
-        alike = here[found]
-        fitting = next((one for one in alike if _scale_is_right(one, key, tensors, metadata)), None)
+        alike = here[numbers]
+        fitting = next((held for held in alike if _scale_is_right(held, key, tensors, metadata)), None)
         if fitting is None:
             return f"the scale of {key}"
         alike.remove(fitting)
         if not alike:
-            del here[found]
-    left = next((one for alike in here.values() for one in alike), None)
+            del here[numbers]
+    left = next((held for alike in here.values() for held in alike), None)
     return None if left is None else f"{left.component}.{left.path}"
 
 
-def _scale_is_right(one: _Held, key: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
+def _scale_is_right(held: _Held, key: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
     """Whether the layer of a pair has the scale that the file's alpha, or its metadata, tells."""
-    if one.scale is None or one.rank == 0:
+    if held.scale is None or held.rank == 0:
         return True
     stem = key.partition(".lora")[0]
     if f"{stem}.alpha" in tensors:
         alpha = float(tensors[f"{stem}.alpha"])
     else:
-        alpha = alpha_of(metadata, one.component, one.path, one.rank)
-    return math.isclose(one.scale, alpha / one.rank, rel_tol=1e-4, abs_tol=1e-8)
+        alpha = alpha_of(metadata, held.component, held.path, held.rank)
+    return math.isclose(held.scale, alpha / held.rank, rel_tol=1e-4, abs_tol=1e-8)

@@ -33,9 +33,14 @@ _OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "inference_
 
 
 def prepare(model: Any, adapter_name: str) -> None:
-    """After `pipe.enable_lora_hotswap(target_rank=...)`, make the first adapter ready: padded, its scale a tensor.
+    """Prepare the first adapter after `pipe.enable_lora_hotswap(target_rank=...)`: pad it, and make its scale a tensor.
 
-    AdapterError where the adapter's rank is above target_rank.
+    Args:
+        model: The model.
+        adapter_name: The name of the adapter.
+
+    Raises:
+        AdapterError: The rank of the adapter is above target_rank.
     """
     options = getattr(model, "_prepare_lora_hotswap_kwargs", None)
     if options is None:
@@ -60,7 +65,7 @@ def _changes_of_other_kinds(model: Any, adapter_name: str) -> list[str]:
 
 
 def check(model: Any, component: str, matched: Mapping[str, Delta], adapter_name: str) -> None:
-    """AdapterError where these changes cannot take the adapter's place; nothing is changed."""
+    """AdapterError if these changes cannot take the adapter's place; nothing is changed."""
     if adapter_name not in getattr(model, "peft_config", {}):
         raise AdapterError(
             f"there is no adapter {adapter_name} to swap in the {component}: load it once without hotswap"
@@ -186,10 +191,16 @@ def _put(part: Any, value: torch.Tensor, dim: int, prepared: bool) -> None:
 
 
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `peft.utils.hotswap.prepare_model_for_compiled_hotswap`: the types follow their layers.
+    """Replacement for `peft.utils.hotswap.prepare_model_for_compiled_hotswap` that keeps the types of adapters working.
 
-    The configs of this package's adapters keep their own ranks, which padding does not change. AdapterError, with
-    nothing changed, where one has a rank above target_rank.
+    The configs of this package's adapters keep their ranks without padding. The replacement raises AdapterError, with
+    nothing changed, if a rank is above target_rank.
+
+    Args:
+        stock: The original function.
+
+    Returns:
+        The replacement.
     """
 
     def prepare_model_for_compiled_hotswap(
@@ -202,8 +213,8 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
             highest = max((layer.r[name] for _, layer in layers(inner, name)), default=0)
             if registry.is_ours(inner, name) and target_rank is not None and highest > target_rank:
                 raise AdapterError(f"adapter {name} has rank {highest}: give a target_rank of {highest} or more")
-        given = config if isinstance(config, dict) else {"": config} if config else {}
-        theirs = {name: other for name, other in given.items() if not isinstance(other, AdapterConfig)}
+        configs = config if isinstance(config, dict) else {"": config} if config else {}
+        theirs = {name: other for name, other in configs.items() if not isinstance(other, AdapterConfig)}
         stock(model, target_rank=target_rank, config=theirs or None, **kwargs)
         registry.refit(inner)
 
@@ -211,10 +222,17 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers build.
+    """Replacement for `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers
+    build.
 
-    Where the adapter in the model or the one that comes is of this package, the layers' ranks, the config and what
-    its type puts on the layers become the new adapter's too. AdapterError, with nothing changed, where that cannot be.
+    If the old or the new adapter belongs to this package, ranks, config and type of the new adapter replace the old
+    ones too. The replacement raises AdapterError, with nothing changed, if that is impossible.
+
+    Args:
+        stock: The original function.
+
+    Returns:
+        The replacement.
     """
 
     def hotswap_adapter_from_state_dict(
@@ -232,11 +250,11 @@ def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pairs(state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig) -> dict[str, LowRank]:
-    """The pairs of a state dict with PEFT's names; AdapterError where there is more in it than pairs."""
-    wanted = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
+    """The pairs of a state dict with PEFT's names; AdapterError if there is more in it than pairs."""
+    pattern = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        match = wanted.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match is None:
             raise AdapterError(f"{key} is not half of a low-rank pair of {adapter_name}: it cannot be swapped in")
         halves.setdefault(match[1].replace(".base_layer", ""), {})[match[2]] = tensor

@@ -28,7 +28,7 @@ D = TypeVar("D", bound=Delta)
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of torch.compile's and PEFT's wrappers, which name everything in it anew."""
+    """The model inside of the wrappers of torch.compile and PEFT, which rename its modules."""
     while isinstance(model, nn.Module):
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -70,7 +70,7 @@ def match_to_model(
 
     Raises:
         AdapterError: A module is missing, or a shape differs; the message names the module and what was expected.
-        UnknownFormatError: A layer is of a type that no change of this package is for.
+        UnknownFormatError: No change of this package is possible in a layer of this type.
     """
     matched = {}
     for path, change in modules.items():
@@ -91,7 +91,7 @@ def match_to_model(
 
 
 def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
-    """AdapterError or UnknownFormatError where no change of this kind is possible in a layer of this type."""
+    """AdapterError or UnknownFormatError if no change of this kind is possible in a layer of this type."""
     if not isinstance(layer, LAYERS):
         kinds = "no linear layer or 2D convolution" + ("" if isinstance(change, LowRank) else ", and no norm")
         raise UnknownFormatError(f"{name} is a {type(layer).__name__}, {kinds}")
@@ -136,10 +136,13 @@ def place(
         model: The model.
         matched: The changes, as `match_to_model` returns them.
         adapter_name: The adapter's name, which is free in the model.
-        facts: Its type and the type's own fields where all are pairs, as `types.registry.facts_of_metadata` returns
-            them.
-        low_cpu_mem_usage: Whether the layers are made without memory for their first weights.
-        pages: Those that the changes lie in, which are given back as they are copied. None keeps them.
+        facts: The adapter's type and the fields of the type, as `types.registry.facts_of_metadata` returns them; used
+            if all changes are low-rank pairs.
+        low_cpu_mem_usage: Whether the layers are created without memory for initial weights.
+        pages: Pages of a file that the changes lie in, which are given back as they are copied; None keeps them.
+
+    Raises:
+        AdapterError: A change has no layer in the model.
     """
     pages = pages or MappedPages()
     dtype, nothing = _dtype(model), torch.empty(0)

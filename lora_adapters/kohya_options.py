@@ -61,16 +61,16 @@ def _patterns(text: str) -> list[str]:
 
 
 def _by_pattern(kind: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
-    """Reads `pattern=value,pattern=value`, as kohya's trainer does: a pattern holds no comma."""
+    """Reads `pattern=value,pattern=value`, as kohya's trainer does; a pattern cannot contain a comma."""
 
     def parse(text: str) -> dict[str, Any]:
-        found = {}
+        values = {}
         for item in filter(None, (item.strip() for item in text.split(","))):
-            pattern, equals, value = item.rpartition("=")  # of a pattern with (?=...) the last one is meant
+            pattern, equals, number = item.rpartition("=")  # of a pattern with (?=...) the last one is meant
             if not equals:
                 raise ValueError(item)
-            found[pattern.strip()] = kind(value.strip())
-        return found
+            values[pattern.strip()] = kind(number.strip())
+        return values
 
     return parse
 
@@ -126,9 +126,9 @@ def _renamed(network_args: Mapping[str, str]) -> dict[str, str]:
 
 def without_effect(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
     """The network_args that change nothing, each with the reason: kohya's trainer ignores them without a word."""
-    given = {_OLD_NAMES.get(name, name): name for name in network_args}
+    spelled = {_OLD_NAMES.get(name, name): name for name in network_args}
     reasons = _reasons(network_module, _renamed(network_args))
-    return {given[name]: reason for name, reason in reasons.items()}
+    return {spelled[name]: reason for name, reason in reasons.items()}
 
 
 def _reasons(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
@@ -182,12 +182,12 @@ def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
             fields[alphas] = [alpha or float(rank) for alpha, rank in zip(fields[alphas], own, strict=True)]
 
 
-def _block_weights(given: Mapping[str, Any], architecture: str) -> list[float] | None:
-    """The learning-rate weight of each block; None where none is given."""
-    if not any(name in given for name in _LR_WEIGHTS):
+def _block_weights(args: Mapping[str, Any], architecture: str) -> list[float] | None:
+    """The learning-rate weight of each block; None if none is given."""
+    if not any(name in args for name in _LR_WEIGHTS):
         return None
-    down, mid, up = (given.get(name) for name in _LR_WEIGHTS)
-    return block_lr_weights(architecture, down, mid, up, given.get("block_lr_zero_threshold", 0.0))
+    down, mid, up = (args.get(name) for name in _LR_WEIGHTS)
+    return block_lr_weights(architecture, down, mid, up, args.get("block_lr_zero_threshold", 0.0))
 
 
 def _leave_out_zero_blocks(fields: dict[str, Any], weights: list[float]) -> None:
@@ -254,26 +254,26 @@ def network_options(
     for name, reason in without_effect(network_module, asked).items():
         logger.warning("network_args %s is ignored: %s", name, reason)
         del asked[name]
-    given = parse_network_args(_renamed(asked))
+    values = parse_network_args(_renamed(asked))
     for name in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
-        check_block_list(name, given.get(name), architecture)
+        check_block_list(name, values.get(name), architecture)
 
     if network_dim is not None and network_dim < 1:
         raise AdapterError(f"network_dim is {network_dim}: a rank is at least 1")
     fields: dict[str, Any] = {"r": 4 if network_dim is None else network_dim}
     fields["lora_alpha"] = 1.0 if network_alpha is None else network_alpha
-    fields |= {name: given[name] for name in (*_RANKS, *_MODULES, *kind.network_args) if name in given}
-    if "network_reg_dims" in given:
-        fields["reg_dims"] = given["network_reg_dims"]
+    fields |= {name: values[name] for name in (*_RANKS, *_MODULES, *kind.network_args) if name in values}
+    if "network_reg_dims" in values:
+        fields["reg_dims"] = values["network_reg_dims"]
     fields |= kind.fields(network_module, fields)
-    weights = _block_weights(given, architecture)
+    weights = _block_weights(values, architecture)
     if weights is not None and not all(weights):
         _leave_out_zero_blocks(fields, weights)
     _ranks_for_zero_alphas(fields)
     config = _kind_for(kind, fields).config(**fields)
-    rest = {name: given[name] for name in given if name.startswith("loraplus") or name.endswith("dropout")}
-    rest["reg_lrs"] = reg_lrs = given.get("network_reg_lrs")
+    rest = {name: values[name] for name in values if name.startswith("loraplus") or name.endswith("dropout")}
+    rest["reg_lrs"] = reg_lrs = values.get("network_reg_lrs")
     check_patterns("network_reg_lrs", reg_lrs)
     if any(rate < 0 for rate in (reg_lrs or {}).values()):
         raise AdapterError(f"network_reg_lrs={asked['network_reg_lrs']}: a learning rate is at least 0")
-    return NetworkOptions(config, weights, verbose=given.get("verbose", False), **rest)
+    return NetworkOptions(config, weights, verbose=values.get("verbose", False), **rest)

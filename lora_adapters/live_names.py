@@ -27,12 +27,12 @@ class LiveNames:
 
     @property
     def family(self) -> ModelFamily | None:
-        """The family whose denoiser one of the models is, by its class; None where none is known."""
-        found = (by_class(model) for model in self._models.values())
-        return next((family for family in found if family is not None), None)
+        """The family whose denoiser one of the models is, by its class; None if none is known."""
+        families = (by_class(model) for model in self._models.values())
+        return next((family for family in families if family is not None), None)
 
     def __call__(self, component: str, name: str) -> str:
-        """The path of a module that is called so, with dots or flat; the name itself where there is none."""
+        """The path of the module with this dotted or flat name; the name itself if there is none."""
         model = self._models.get(component)
         if model is None:
             return name

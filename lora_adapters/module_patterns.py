@@ -18,7 +18,7 @@ Names = Callable[[str], tuple[str, ...]]  # all names of the module at a path
 
 
 def check_patterns(name: str, patterns: Iterable[str] | None) -> None:
-    """AdapterError where one of the patterns of the option `name` is no regular expression."""
+    """AdapterError if one of the patterns of the option `name` is no regular expression."""
     for pattern in patterns or ():
         if not isinstance(pattern, str):
             raise AdapterError(f"{name} has the value {pattern!r}: patterns are text")
@@ -46,15 +46,21 @@ def names_in(paths: Collection[str]) -> Names:
 
 
 def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
-    """The first of the patterns that matches one of a module's names; None where none does."""
+    """The first of the patterns that matches one of a module's names; None if none does."""
     return next((pattern for pattern in patterns if any(re.fullmatch(pattern, name) for name in names)), None)
 
 
 def left_out(include: Sequence[str] | None, exclude: Sequence[str] | None, names: Sequence[str]) -> bool:
-    """Whether a module with these names gets no adapter.
+    """Whether patterns exclude a module.
 
-    `exclude` leaves modules out, `include` makes exceptions from that, as in kohya's trainer. `include` alone, which
-    does nothing there, leaves out everything else.
+    Args:
+        include: Regular expressions. With `exclude` they make exceptions from it, as in kohya's trainer. Alone, where
+            they have no effect in kohya's trainer, they exclude all other modules.
+        exclude: Regular expressions of modules to leave out.
+        names: The names of the module, of which any may match.
+
+    Returns:
+        True if it gets no adapter.
     """
     if first_match(include or (), names) is not None:
         return False

@@ -15,7 +15,7 @@ from .module_patterns import first_match, names_in
 
 
 def _blocks(model: nn.Module, paths: list[str], weights: Sequence[float]) -> dict[str, int]:
-    """The block of each path; AdapterError where there are not as many weights as blocks."""
+    """The block of each path; AdapterError if there are not as many weights as blocks."""
     family = by_class(model) or by_modules(in_denoiser(paths))
     if len(weights) != family.blocks.count:
         raise AdapterError(
@@ -44,10 +44,10 @@ def _rates(
     and a group of its own.
     """
     model = unwrapped(model)
-    found = list(layers(model, adapter_name))
-    blocks = _blocks(model, [path for path, _ in found], weights) if weights is not None else {}
-    names, patterns, found_up = names_in([path for path, _ in found]), list(reg_lrs), False
-    for path, layer in found:
+    adapted = list(layers(model, adapter_name))
+    blocks = _blocks(model, [path for path, _ in adapted], weights) if weights is not None else {}
+    names, patterns, has_up = names_in([path for path, _ in adapted]), list(reg_lrs), False
+    for path, layer in adapted:
         group, rate = name, lr
         if weights is not None and path in blocks:
             group, rate = f"{name}_block{blocks[path]}", lr * weights[blocks[path]]
@@ -55,9 +55,9 @@ def _rates(
             group, rate = f"{name}_reg{patterns.index(pattern)}", reg_lrs[pattern]
         plus = (group, rate) if ratio is None else (f"{group} plus", rate * ratio)
         for kind, part in parts_of(layer, adapter_name):
-            found_up |= kind == "up"
+            has_up |= kind == "up"
             yield (*plus, part) if kind == "up" else (group, rate, part)
-    if ratio is not None and found and not found_up:
+    if ratio is not None and adapted and not has_up:
         raise AdapterError("LoRA+'s ratio: no module of the adapter has an `up`, or what takes its place")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lora_adapters.convert.errors import AdapterError
 
-# Sums of gradients: they begin anew.
+# Sums of gradients, which are reset.
 _GRADIENTS = ("exp_avg", "momentum_buffer", "grad_avg", "s")
 # Sizes of gradients, which stay about the same: each number becomes the mean of its tensor.
 _SIZES = (
@@ -44,14 +44,18 @@ def check_restart(optimizer: Any, parameters: Iterable[torch.Tensor]) -> None:
 
 @contextmanager
 def restart(optimizer: Any, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """In the block weights become others that mean the same, and the optimizer begins anew with its present step sizes.
+    """A context in which parameters are replaced by equivalent ones; the optimizer then restarts with its present step
+    sizes.
 
-    The first moments become zero and the second moments the mean of their tensor. An optimizer that averages weights
-    (schedule-free) goes on from its averages.
+    First moments become zero and second moments the mean of their tensor. An optimizer that averages parameters
+    (schedule-free) continues from its averages.
 
     Args:
-        optimizer: A torch optimizer, also wrapped by accelerate; None: nothing is done.
-        parameters: The weights that change.
+        optimizer: A torch optimizer, also one wrapped by Accelerate; None does nothing.
+        parameters: The parameters that change.
+
+    Yields:
+        None.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if inner is None:

@@ -42,12 +42,19 @@ def load(
     strict: bool = False,
     **options: Any,
 ) -> None:
-    """Load an adapter into the pipeline, whole or not at all.
+    """Load an adapter into the pipeline, all of it or nothing.
 
-    source: a state dict, a file, a folder, a Hub repository, or an Adapter. Modules that the pipeline's models lack are
-    left out with one warning, or an error where strict. stock: diffusers' own loading, bound to the pipeline, for kinds
-    of adapters that this package does not read. options: diffusers' own. AdapterError, which names the source, where it
-    cannot be loaded; the pipeline is then as it was before.
+    Args:
+        pipe: A pipeline of diffusers.
+        source: A state dict, a file, a folder, a Hub repository, or an `Adapter`.
+        stock: The pipeline's own method, for kinds of adapters that this package does not read.
+        adapter_name: The name; None takes the next default name of diffusers.
+        hotswap: Replace the adapter of this name in place.
+        strict: Raise an error for modules that the models lack, instead of leaving them out with one warning.
+        **options: Options of diffusers.
+
+    Raises:
+        AdapterError: It cannot be loaded; the message names the source, and the pipeline is as before.
     """
     names = LiveNames(adaptable_models(pipe))
     name, path = "the adapter", None
@@ -115,14 +122,14 @@ def _hand_back(
         raise reason
     models, adapter_name = adaptable_models(pipe), adapter_name or default_name(pipe)
     _check_free(models, adapter_name)
-    given: dict[str, Any] = {
+    kept: dict[str, Any] = {
         key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "weight_name", "subfolder")
     }
     place: Any = tensors
     if isinstance(source, Path) and METADATA_KEY in metadata:  # which diffusers reads from the file alone
-        place, given["weight_name"] = str(source.parent), source.name
+        place, kept["weight_name"] = str(source.parent), source.name
     with _without_offloading(pipe):
-        load = functools.partial(stock, place, adapter_name=adapter_name, **given)
+        load = functools.partial(stock, place, adapter_name=adapter_name, **kept)
         handing_back.load(models, load, adapter_name, tensors, metadata, reason)
 
 
@@ -133,13 +140,16 @@ def default_name(pipe: Any) -> str:
 
 
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's models that adapters go into, without wrappers, by component.
+    """The models of a pipeline that adapters are injected into, without wrappers.
 
-    A pipeline says itself which these are; for one that does not, these are all its models. Of a known transformer's,
-    these are the text encoders too that files have parts for (T5).
+    The pipeline states which these are; for one that does not, they are all its models. For a known transformer they
+    include the text encoders that files have parts for (T5).
 
     Args:
         pipe: A pipeline of diffusers.
+
+    Returns:
+        The models by component.
     """
     names = getattr(pipe, "_lora_loadable_modules", None)
     family = _family(pipe)
@@ -154,10 +164,13 @@ def _family(pipe: Any) -> ModelFamily | None:
 
 
 def is_known(pipe: Any) -> bool:
-    """Whether the pipeline's transformer is one of a known family.
+    """Whether the pipeline's transformer belongs to a known family.
 
     Args:
         pipe: A pipeline of diffusers.
+
+    Returns:
+        False for U-Nets and unknown transformers.
     """
     return _family(pipe) is not None
 
@@ -189,16 +202,17 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
         raise AdapterError("it adapts nothing that the pipeline has")
     missing: list[str] = []
     placed = {}
-    for component, found in modules.items():
+    for component, changes in modules.items():
         try:
             placed[component] = injection.match_to_model(
-                models[component], component, found, None if strict else missing
+                models[component], component, changes, None if strict else missing
             )
         except AdapterError as error:  # diffusers makes the layers of some of these models wider
             raise UnknownFormatError(str(error)) if is_known(pipe) and not strict else error from None
         if not placed[component]:
             raise AdapterError(
-                f"it is for another model: the {component} has none of its {len(found)} modules, not {missing[-1]:.120}"
+                f"it is for another model: the {component} has none of its {len(changes)} modules, "
+                f"not {missing[-1]:.120}"
             )
     if missing:
         shown = ", ".join([f"{name:.120}" for name in missing[:3]] + (["..."] if len(missing) > 3 else []))
@@ -212,7 +226,7 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
 
 
 def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
-    """AdapterError where a component has an adapter of that name."""
+    """AdapterError if a component has an adapter of that name."""
     present = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     if present:
         raise AdapterError(f"the name {adapter_name} is in use in {', '.join(present)}: choose another adapter_name")
@@ -277,7 +291,7 @@ def forgetting(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def inverting(stock: Callable[..., None]) -> Callable[..., None]:
-    """Of the pipelines' own `load_textual_inversion` and `unload_textual_inversion`, which number all tokens anew."""
+    """Replacement for `load_textual_inversion` and `unload_textual_inversion`, which renumber all tokens."""
 
     @functools.wraps(stock)
     def invert(self: Any, *args: Any, **kwargs: Any) -> None:

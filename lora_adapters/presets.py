@@ -110,7 +110,7 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, or in that TOML file; AdapterError where there is none."""
+    """The preset of that name, or in that TOML file; AdapterError if there is none."""
     if name in PRESETS:
         return PRESETS[name]
     if not name.endswith(".toml"):

@@ -31,18 +31,23 @@ Tensors = dict[tuple[ModuleName, str], torch.Tensor]
 
 
 def saved(arguments: Mapping[str, Any]) -> bool:
-    """Write the file, where tensors among the arguments of `save_lora_weights` are of other kinds than pairs.
+    """Write the file of `save_lora_weights` if tensors are of other kinds than low-rank pairs.
+
+    Args:
+        arguments: The arguments of `save_lora_weights` by name.
 
     Returns:
-        Whether it has been written; False where all is plain LoRA, which diffusers saves.
+        Whether it was written; False if all is plain LoRA, which diffusers saves.
 
     Raises:
-        AdapterError: They are of no adapter in memory, or it cannot be written.
+        AdapterError: The tensors belong to no adapter in memory, or the file cannot be written.
     """
-    given = {name.removesuffix(_LAYERS): value for name, value in arguments.items() if name.endswith(_LAYERS) and value}
+    models_or_states = {
+        name.removesuffix(_LAYERS): value for name, value in arguments.items() if name.endswith(_LAYERS) and value
+    }
     states = {
         component: value.state_dict() if isinstance(value, torch.nn.Module) else value
-        for component, value in given.items()
+        for component, value in models_or_states.items()
     }
     if not any(_FIELD.fullmatch(key) for state in states.values() for key in state):
         return False
@@ -50,13 +55,13 @@ def saved(arguments: Mapping[str, Any]) -> bool:
         raise AdapterError("adapters of other kinds than LoRA are saved as safetensors: leave safe_serialization True")
     modules: dict[ModuleName, Delta] = {}
     for component, state in states.items():
-        found = _found(component, _named(component, state))
-        if found is None:
+        changes = _changes_with(component, _named(component, state))
+        if changes is None:
             raise AdapterError(
-                f"the {component}'s tensors are of no adapter in memory, which says what they mean: save it with "
+                f"the {component}'s tensors belong to no adapter in memory, so their meaning is unknown: save it with "
                 "Adapter.from_pipeline(pipe, adapter_name).save(path)"
             )
-        modules |= found
+        modules |= changes
     folder = Path(arguments["save_directory"])
     if folder.is_file():
         raise AdapterError(f"{folder} is a file, not a folder to save in")
@@ -77,8 +82,8 @@ def _named(component: str, state: Mapping[str, torch.Tensor]) -> Tensors:
     return tensors
 
 
-def _found(component: str, given: Tensors) -> dict[ModuleName, Delta] | None:
-    """The changes of the adapter in memory that has these tensors; None where none has."""
+def _changes_with(component: str, tensors: Tensors) -> dict[ModuleName, Delta] | None:
+    """The changes of the adapter in memory that has these tensors; None if none has."""
     for model in remembered():
         for name in getattr(model, "peft_config", {}):
             if not is_ours(model, name):
@@ -87,7 +92,7 @@ def _found(component: str, given: Tensors) -> dict[ModuleName, Delta] | None:
                 changes = extract_changes(model, component, name)
             except AdapterError:
                 continue  # computed in a way of PEFT's own
-            if _are_equal(_tensors_of(changes), given):
+            if _are_equal(_tensors_of(changes), tensors):
                 return changes
     return None
 
@@ -107,11 +112,11 @@ def _note(tensors: Tensors, module: ModuleName, name: str, tensor: torch.Tensor)
     return tensor
 
 
-def _are_equal(live: Tensors, given: Tensors) -> bool:
+def _are_equal(live: Tensors, tensors: Tensors) -> bool:
     """Whether they are the same numbers, as far as the dtypes that are given can tell."""
-    return live.keys() == given.keys() and all(
+    return live.keys() == tensors.keys() and all(
         not tensor.is_meta
-        and tensor.numel() == given[place].numel()
-        and torch.equal(tensor.to(given[place]).flatten(), given[place].flatten())
+        and tensor.numel() == tensors[place].numel()
+        and torch.equal(tensor.to(tensors[place]).flatten(), tensors[place].flatten())
         for place, tensor in live.items()
     )

@@ -47,7 +47,7 @@ def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
             for key, half in halves.items()
             if half is not None
         }
-        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles hold no metadata
+        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles have no metadata
             continue
         if len(configs) == 1:
             changed[name] = configs[0][0]
@@ -68,9 +68,15 @@ def _cut(tensor: torch.Tensor, half: str, rank: int) -> torch.Tensor:
 
 
 def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Of PEFT's `get_peft_model_state_dict`, as its models save: this package's adapters without their padding.
+    """Replacement for PEFT's `get_peft_model_state_dict`, which saves this package's adapters without their padding.
 
-    Their configs have the ranks that they have without.
+    Their configs have the ranks without padding.
+
+    Args:
+        stock: The original function.
+
+    Returns:
+        The replacement.
     """
 
     def get_peft_model_state_dict(model: Any, *args: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
@@ -94,7 +100,7 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_pairs(model: nn.Module, adapter_name: str, writer: str) -> None:
-    """AdapterError where an adapter has changes that have no place in the files of PEFT or diffusers."""
+    """AdapterError if an adapter has changes that have no place in the files of PEFT or diffusers."""
     from lora_adapters.types.lycoris.layer import held
 
     for path, layer in lora_layers.layers(model, adapter_name):
@@ -118,26 +124,26 @@ def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, An
         return []
     widths = {half[0]: tensors[key].shape[0] for key, half in halves.items() if half[1] == "down"}
     places = {tensor.data_ptr() for tensor in tensors.values()}
-    given = {half: tensors[key] for key, half in halves.items()}
+    stored = {half: tensors[key] for key, half in halves.items()}
     alike: dict[str, Found] = {}
     for config, pairs, held in _adapters(component):
         if held == widths:
-            found = config.to_dict(), {module: one.rank for module, one in pairs.items()}
-            if any(one.down.data_ptr() in places for one in pairs.values()):
-                return [found]
-            if not all(_equal(one, given, module) for module, one in pairs.items()):
+            config_and_ranks = config.to_dict(), {module: pair.rank for module, pair in pairs.items()}
+            if any(pair.down.data_ptr() in places for pair in pairs.values()):
+                return [config_and_ranks]
+            if not all(_equal(pair, stored, module) for module, pair in pairs.items()):
                 continue
-            alike[json.dumps(found[0], sort_keys=True, default=sorted)] = found
+            alike[json.dumps(config_and_ranks[0], sort_keys=True, default=sorted)] = config_and_ranks
     return list(alike.values())
 
 
-def _equal(one: LowRank, given: Mapping[Any, torch.Tensor], module: ModuleName) -> bool:
+def _equal(pair: LowRank, stored: Mapping[Any, torch.Tensor], module: ModuleName) -> bool:
     """Whether the pair is what is given for the module, as far as the given dtype can tell."""
-    for half, live in (("down", one.down), ("up", one.up)):
-        tensor = given.get((module, half))
+    for half, live in (("down", pair.down), ("up", pair.up)):
+        tensor = stored.get((module, half))
         if tensor is None or live.is_meta:  # offloaded weights are nowhere to be compared
             return False
-        tensor = _cut(tensor, half, one.rank)
+        tensor = _cut(tensor, half, pair.rank)
         if not torch.equal(live.to(tensor).reshape(-1), tensor.reshape(-1)):
             return False
     return True

@@ -34,7 +34,7 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
 
     Args:
         target: A pipeline, a model, or a list of models.
-        optimizer: The optimizer that trains them; None where there is none, or none yet.
+        optimizer: The optimizer that trains them; None if there is none, or none yet.
         adapter_name: The adapter; None for all LoRAs and DyLoRAs, beside which there may be other kinds.
 
     Raises:
@@ -45,7 +45,7 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
     if not adapters:
         raise AdapterError(f"there is no LoRA {adapter_name or ''} here whose components could be sorted")
     if adapter_name is None:
-        adapters = [one for one in adapters if not _is_of_another_kind(*one)] or adapters
+        adapters = [adapter for adapter in adapters if not _is_of_another_kind(*adapter)] or adapters
     for model, name in adapters:
         _check(model, name)
     trained = [

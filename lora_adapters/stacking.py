@@ -19,11 +19,16 @@ _PLAIN = (nn.Linear, nn.Conv2d)
 
 
 def stacked(stock: Method) -> Method:
-    """Of the `forward` of PEFT's layers for linear layers and convolutions.
+    """Replacement for `forward` of PEFT's linear layers and convolutions that computes several adapters in one product.
 
-    PEFT's own is for everything but two or more active adapters that are low-rank pairs and nothing else: for mixed
-    batches, for training them (whose dropouts and gradients are theirs), and where hooks of an offloader are around
-    their factors.
+    The original is called for everything except two or more active adapters that are plain low-rank pairs: for mixed
+    batches, for training (because of dropouts and gradients), and if hooks of an offloader surround the factors.
+
+    Args:
+        stock: The original method.
+
+    Returns:
+        The replacement.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -50,7 +55,7 @@ def stacked(stock: Method) -> Method:
 def _stack(
     layer: Any, names: list[str], x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-    """The stacked factors, and the gate where it is not in them; None where the adapters are not to be stacked."""
+    """The stacked factors, and the gate where it is not in them; None if the adapters are not to be stacked."""
     if len(names) < 2 or type(x) is not torch.Tensor:
         return None
     pairs = [Factors(layer.lora_A[name], layer.lora_B[name]) for name in names]

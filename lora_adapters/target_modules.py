@@ -48,9 +48,13 @@ class RankAlpha:
 
 
 def base_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """(path, class of the innermost covered container, layer) of each linear layer and convolution.
+    """All linear layers and convolutions of a model. Layers that PEFT has wrapped count as what they were before.
 
-    Layers that PEFT has wrapped already are seen as what they were before.
+    Args:
+        model: The model.
+
+    Yields:
+        (path, class of the innermost covered container or "", layer).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -74,11 +78,22 @@ def is_kxk(layer: nn.Module) -> bool:
 
 
 def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str]:
-    """Paths of the modules that kohya's LoRA adapts in a denoiser or text encoder, or those of a preset.
+    """The modules that kohya's LoRA adapts in a denoiser or text encoder, or those of a preset.
 
-    LierLa takes the linear layers and 1x1 convolutions of the attention blocks and the text encoder's attention and
-    MLP; with `conv`, C3Lier adds everything in ResNet blocks, downsamplers and upsamplers. Of a transformer, both take
-    the linear layers of its blocks. AdapterError where the model has none of these.
+    LierLa adapts the linear layers and 1x1 convolutions of attention blocks, and attention and MLP of text encoders.
+    C3Lier adds all layers of ResNet blocks, downsamplers and upsamplers. In a transformer both adapt the linear layers
+    of its blocks.
+
+    Args:
+        model: The model.
+        conv: True for C3Lier, False for LierLa.
+        preset: The name or file of a preset of LyCORIS; None for kohya's coverage.
+
+    Returns:
+        The paths.
+
+    Raises:
+        AdapterError: The model has none of these modules.
     """
     if preset is not None:
         paths = [layer.path for layer in chosen(model, find_preset(preset))]
@@ -106,7 +121,7 @@ def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str
 
 
 def check_block_list(name: str, values: Sequence[float] | None, architecture: str) -> None:
-    """AdapterError where a list is not as long as the architecture has blocks (25; SDXL 23) or has a negative item."""
+    """AdapterError if a list is not as long as the architecture has blocks (25; SDXL 23) or has a negative item."""
     if values is None:
         return
     family = by_name(architecture)

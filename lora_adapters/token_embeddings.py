@@ -81,16 +81,20 @@ Plan = dict[str, list[Embedding]]
 def planned(
     pipe: Any, models: Mapping[str, nn.Module], embeddings: Mapping[str, torch.Tensor], replaced: str | None = None
 ) -> Plan:
-    """The embeddings of a file by the text encoders that they go into; nothing is changed.
+    """The embeddings of a file by the text encoders that they go into. Nothing is changed.
 
     Args:
         pipe: The pipeline.
         models: Its models by component, without wrappers.
-        embeddings: By the ends of their keys, `<token>.<...>`. A warning names those without a place in it.
-        replaced: An adapter whose own embeddings will be gone.
+        embeddings: Tensors by the ends of their keys, `<token>.<...>`. A warning lists those that no text encoder can
+            take.
+        replaced: An adapter whose own embeddings will be removed.
+
+    Returns:
+        The embeddings by component.
 
     Raises:
-        AdapterError: One is of another width, or its token has another embedding already.
+        AdapterError: The width is that of another model, or the token already has another embedding.
     """
     plan: Plan = {}
     left_out = []
@@ -101,11 +105,11 @@ def planned(
         if tokenizer is None or model is None or not hasattr(pipe, "maybe_convert_prompt") or tensor.ndim not in (1, 2):
             left_out.append(key)
             continue
-        one = _named(key, token, tensor)
-        _check(one, component, tokenizer, model, replaced)
+        embedding = _named(key, token, tensor)
+        _check(embedding, component, tokenizer, model, replaced)
         if any(other.tokens[0] == token for other in plan.get(component, [])):
             raise AdapterError(f"bundle_emb.{key:.80} and another key stand for the same token of the {component}")
-        plan.setdefault(component, []).append(one)
+        plan.setdefault(component, []).append(embedding)
     if left_out:
         logger.warning(
             "The pipeline has no place for embeddings beside the adapter, which are left out: %s", ", ".join(left_out)
@@ -127,21 +131,21 @@ def _named(key: str, token: str, tensor: torch.Tensor) -> Embedding:
     return Embedding(key, (token, *(f"{token}_{number}" for number in range(1, len(vectors)))), vectors)
 
 
-def _check(one: Embedding, component: str, tokenizer: Any, model: Any, replaced: str | None) -> None:
-    """AdapterError where the embedding cannot be put there."""
+def _check(embedding: Embedding, component: str, tokenizer: Any, model: Any, replaced: str | None) -> None:
+    """AdapterError if the embedding cannot be put there."""
     weight = model.get_input_embeddings().weight
-    if one.vectors.shape[1:] != weight.shape[1:] or not len(one.vectors):
+    if embedding.vectors.shape[1:] != weight.shape[1:] or not len(embedding.vectors):
         raise AdapterError(
-            f"bundle_emb.{one.key:.80} has the shape {list(one.vectors.shape)}, but the {component}'s embeddings are "
-            f"{weight.shape[1]} wide"
+            f"bundle_emb.{embedding.key:.80} has the shape {list(embedding.vectors.shape)}, "
+            f"but the {component}'s embeddings are {weight.shape[1]} wide"
         )
     state: _State | None = getattr(model, _STATE, None)
     others = {name: parts for name, parts in state.by_adapter.items() if name != replaced} if state is not None else {}
     new = {token: vector for parts in others.values() for part in parts for token, vector in _pairs(part)}
     vocabulary = (tokenizer if state is None else state.before).get_vocab()
-    for token, vector in _pairs(one):
-        found = new.get(token) if token in new else weight[vocabulary[token]] if token in vocabulary else vector
-        if found is None or found.is_meta or not _are_equal(found, vector, weight.dtype):
+    for token, vector in _pairs(embedding):
+        present = new.get(token) if token in new else weight[vocabulary[token]] if token in vocabulary else vector
+        if present is None or present.is_meta or not _are_equal(present, vector, weight.dtype):
             raise AdapterError(
                 f"the tokenizer has the token {token:.80} already, with another embedding: take that one out first, "
                 "or load Adapter.load(path).replaced(embeddings={})"
@@ -152,8 +156,8 @@ def _are_equal(vector: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) ->
     return torch.equal(vector.to("cpu", dtype), other.to("cpu", dtype))
 
 
-def _pairs(one: Embedding) -> list[tuple[str, torch.Tensor]]:
-    return list(zip(one.tokens, one.vectors, strict=True))
+def _pairs(embedding: Embedding) -> list[tuple[str, torch.Tensor]]:
+    return list(zip(embedding.tokens, embedding.vectors, strict=True))
 
 
 def place(pipe: Any, models: Mapping[str, nn.Module], plan: Plan, adapter_name: str) -> None:
@@ -197,10 +201,10 @@ def _legacy(model: Any, tokenizer: Any) -> list[nn.Module]:
 
     With ids above the end's they would take a new token for it. They look for the end itself while there are such.
     """
-    found = [part for part in model.modules() if getattr(part, "eos_token_id", None) == 2]
-    for part in found:
+    parts = [part for part in model.modules() if getattr(part, "eos_token_id", None) == 2]
+    for part in parts:
         part.eos_token_id = tokenizer.eos_token_id
-    return found
+    return parts
 
 
 def _states(models: Mapping[str, nn.Module]) -> Iterator[tuple[Any, _State]]:

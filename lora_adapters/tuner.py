@@ -148,7 +148,7 @@ def inject_at(model: nn.Module, config: LoraConfig, adapter_name: str, paths: Co
 
 
 def _decided(inner: Any, adapter_name: str, config: Any) -> dict[str, Any]:
-    """Target modules, ranks and alphas by the layers that the adapter has got; AdapterError where these are none."""
+    """Target modules, ranks and alphas by the layers that the adapter has got; AdapterError if these are none."""
     decided = {
         path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
         for path, layer in layers.layers(inner, adapter_name)

@@ -4,8 +4,11 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from lora_adapters import types
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
@@ -110,3 +113,97 @@ def test_only_families_know_base_models() -> None:
         if id(node) not in docstrings and not file.startswith(FAMILIES)
     }
     assert found == NAMED_FOR_USERS
+
+
+# What a docstring needs. One line is enough for a private function, and for a public one with up to four parameters.
+# A longer docstring has the sections of Google's style: Args with every parameter, Returns or Yields if something is
+# returned, Raises if the function itself raises. So has that of every function in `__all__`, and with five parameters
+# or more. A method that overrides one with a docstring, and a property, need none; "see `name`" refers to another one.
+ONE_LINE_PARAMETERS = 4
+EXPORTED = set(types.PUBLIC) | {"add_adapter", "block_lr_weights", "network_options", "param_groups", "sort_components"}
+
+
+class Documented(NamedTuple):
+    """A public function or method: its file, dotted name, the class that it is in (if any), and the function."""
+
+    file: str
+    name: str
+    owner: ast.ClassDef | None
+    function: ast.FunctionDef
+
+    @property
+    def parameters(self) -> list[str]:
+        args = self.function.args
+        every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+        return [arg.arg for arg in every if arg is not None and arg.arg not in ("self", "cls")]
+
+    @property
+    def is_property(self) -> bool:
+        return bool({ast.unparse(mark) for mark in self.function.decorator_list} & {"property", "cached_property"})
+
+
+def public_functions() -> Iterator[Documented]:
+    def visit(file: str, body: list[ast.stmt], prefix: str, owner: ast.ClassDef | None) -> Iterator[Documented]:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from visit(file, node.body, f"{prefix}{node.name}.", node)
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield Documented(file, prefix + node.name, owner, node)
+
+    for file, tree in SOURCES.items():
+        yield from visit(file, tree.body, "", None)
+
+
+def raises(function: ast.AST) -> bool:
+    """Whether an exception is raised in the function itself, not in those inside of it; NotImplementedError is none."""
+    for node in ast.iter_child_nodes(function):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Raise) and node.exc is not None and "NotImplementedError" not in ast.unparse(node.exc):
+            return True
+        if raises(node):
+            return True
+    return False
+
+
+def faults(it: Documented, overridden: bool) -> Iterator[str]:
+    """What the docstring of a public function lacks."""
+    text = ast.get_docstring(it.function)
+    if it.is_property or (text is None and overridden):
+        return
+    if text is None:
+        yield "a docstring"
+        return
+    short = len(text.splitlines()) == 1 and (len(it.parameters) <= ONE_LINE_PARAMETERS or overridden or "see `" in text)
+    if short and it.name not in EXPORTED:
+        return
+    sections = dict(re.findall(r"^(Args|Returns|Yields|Raises):\n((?:[ ]{4}.*\n?|\n)+)", text, re.MULTILINE))
+    named = re.findall(r"^    \*{0,2}(\w+)(?: \(.*?\))?:", sections.get("Args", ""), re.MULTILINE)
+    if named != it.parameters:
+        yield f"Args with {', '.join(it.parameters)}, not {', '.join(named) or 'none'}"
+    result = it.function.returns
+    if result is not None and ast.unparse(result) not in ("None", "NoReturn") and not sections.keys() & _RESULTS:
+        yield "Returns"
+    if raises(it.function) and "Raises" not in sections:
+        yield "Raises"
+
+
+_RESULTS = {"Returns", "Yields"}
+
+
+def test_docstrings_say_what_goes_in_and_what_comes_out() -> None:
+    functions_with_text: dict[str, set[ast.ClassDef | None]] = {}
+    every = list(public_functions())
+    for it in every:
+        if ast.get_docstring(it.function) is not None:
+            functions_with_text.setdefault(it.function.name, set()).add(it.owner)
+    missing = [
+        f"{it.file}: {it.name} needs {fault}"
+        for it in every
+        for fault in faults(
+            it,
+            it.owner is not None
+            and bool(it.owner.bases and functions_with_text.get(it.function.name, {it.owner}) - {it.owner}),
+        )
+    ]
+    assert missing == []

@@ -74,7 +74,7 @@ class StopSignals:
 
 
 def signalled(flags: list[float]) -> int:
-    """The signal that some process has noted, from the sum (or mean) of all processes' flags; 0 if there is none."""
+    """The signal that any process has received, from the sum (or mean) of all processes' flags; 0 if there is none."""
     return next((int(number) for number, flag in zip(SIGNALS, flags, strict=True) if flag > 0), 0)
 
 

@@ -47,8 +47,8 @@ def mean(changes: Sequence[Delta], count: int, unit: int | None = None) -> tuple
         return _mean_of_full([change for change in changes if isinstance(change, Full)], count), Fit(0.0, 0.0)
     kinds = dict.fromkeys(change.kind for change in changes if not isinstance(change, LowRank | Full))
     raise AdapterError(
-        f"the mean of {' and '.join(map(with_article, kinds or ['LoRA']))} and others is none of that kind: "
-        "`lora-adapters convert --to lora --rank N` makes pairs of them, which have a mean"
+        f"the mean of {' and '.join(map(with_article, kinds or ['LoRA']))} and others is not of one kind: "
+        "`lora-adapters convert --to lora --rank N` converts them to low-rank pairs, which have a mean"
     )
 
 

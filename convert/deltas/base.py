@@ -30,7 +30,7 @@ class Delta(Protocol):
 
     @property
     def out_in(self) -> tuple[int, int] | None:
-        """Output channels, and input channels (times the kernel, where it is flattened); None where it tells none."""
+        """Output channels, and input channels (times the kernel, where it is flattened); None if it tells none."""
 
     @property
     def needs_base(self) -> bool:
@@ -56,7 +56,7 @@ class Delta(Protocol):
         """
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias, (out,), a new tensor; None where the bias stays."""
+        """The change of the bias, (out,), a new tensor; None if the bias stays."""
 
     def scaled(self, weight: float) -> Self:
         """The delta at another weight: what LyCORIS computes with `weight` as its multiplier."""
@@ -226,7 +226,7 @@ def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_shape(name: str, tensor: torch.Tensor, *allowed: tuple[int | None, ...]) -> None:
-    """AdapterError where the tensor has none of these shapes; None in a shape is any size but 0."""
+    """AdapterError if the tensor has none of these shapes; None in a shape is any size but 0."""
     for shape in allowed:
         if len(shape) == tensor.ndim and all(
             size > 0 if want is None else size == want for size, want in zip(tensor.shape, shape, strict=True)
@@ -245,7 +245,7 @@ def check_matrix_like(name: str, tensor: torch.Tensor, rows: int | None = None, 
 
 
 def alpha_in(change: Delta) -> float | None:
-    """The alpha of a change, or of the one that a magnitude or a bias stands beside; None for a kind without one."""
+    """The alpha of a change, or of the change inside of a DoRA or `WithBias`; None for a kind without alpha."""
     inner = getattr(change, "change", None)
     return getattr(change, "alpha", None) if inner is None else alpha_in(inner)
 
@@ -254,7 +254,7 @@ def alpha_in(change: Delta) -> float | None:
 
 
 def check_suffixes(kind: str, tensors: Tensors, required: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """AdapterError, with their names, where tensors of a kind are missing or do not belong to it."""
+    """AdapterError, with their names, if tensors of a kind are missing or do not belong to it."""
     required = tuple(required)
     if missing := [name for name in required if name not in tensors]:
         names = ", ".join(sorted(tensors))
@@ -264,7 +264,7 @@ def check_suffixes(kind: str, tensors: Tensors, required: Iterable[str], optiona
 
 
 def scalar_of(name: str, tensor: torch.Tensor) -> float:
-    """The number in a tensor, also where it stands there several times; AdapterError for others, NaN and infinity."""
+    """The value of a tensor whose elements are all equal; AdapterError for other tensors, NaN and infinity."""
     if tensor.numel() == 0 or bool((tensor != tensor.flatten()[0]).any() and not tensor.isnan().any()):
         raise AdapterError(f"{name} has the shape {list(tensor.shape)}, expected one number")
     value = float(tensor.flatten()[0])

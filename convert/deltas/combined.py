@@ -115,7 +115,7 @@ class Combined(Sum):
         return self.combination(changes, [weight for _, weight in changing] or [1.0])
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias; None where no part changes it."""
+        """The change of the bias; None if no part changes it."""
         both = [(part.bias(dtype), weight) for part, weight in zip(self.parts, self.weights, strict=True)]
         changing = [(bias, weight) for bias, weight in both if bias is not None]
         if not changing:

@@ -1,7 +1,7 @@
 """The best low-rank approximation of a full matrix: the difference of two weights.
 
 Large matrices go through a randomised range finder with power iterations (Halko, Martinsson and Tropp, 2011, algorithms
-4.4 and 5.1), iterated until the energy that it finds stands still; small ones, and those whose whole spectrum is
+4.4 and 5.1), iterated until the energy that it finds converges; small ones, and those whose whole spectrum is
 needed, through the eigenvectors of their Gram matrix, or an SVD where that is cheap.
 """
 

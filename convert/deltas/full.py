@@ -63,7 +63,7 @@ class Full(TensorDelta):
         return self.diff.to(dtype, copy=True).mul_(self.multiplier)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """Δb, (out,); None where the bias stays."""
+        """Δb, (out,); None if the bias stays."""
         return None if self.diff_b is None else self.diff_b.to(dtype, copy=True).mul_(self.multiplier)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -73,7 +73,7 @@ class Full(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The change in a module's tensors; None where there is none."""
+        """The change in a module's tensors; None if there is none."""
         if not any(name in tensors for name in cls.suffixes):
             return None
         check_suffixes(cls.kind, tensors, (), cls.suffixes)

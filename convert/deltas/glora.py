@@ -93,7 +93,7 @@ class GLoRA(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The GLoRA in a module's tensors; None where there is none."""
+        """The GLoRA in a module's tensors; None if there is none."""
         if not any(name in tensors for name in cls.suffixes):
             return None
         check_suffixes("GLoRA", tensors, _FACTORS, ("bm.weight", "alpha"))

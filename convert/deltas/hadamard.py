@@ -83,7 +83,7 @@ class Hadamard(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The LoHa in a module's tensors; None where there is none."""
+        """The LoHa in a module's tensors; None if there is none."""
         if not any(name in tensors for name in cls.suffixes):
             return None
         check_suffixes("LoHa", tensors, _FACTORS, ("hada_t1", "hada_t2", "alpha"))

@@ -62,7 +62,7 @@ class IA3(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The IA3 in a module's tensors; None where there is none."""
+        """The IA3 in a module's tensors; None if there is none."""
         if "ia3_l" in tensors:
             check_suffixes("IA3", tensors, ("ia3_l",))
             return cls.of_peft(tensors["ia3_l"])

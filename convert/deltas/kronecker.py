@@ -73,7 +73,7 @@ class Kronecker(TensorDelta):
 
     @property
     def rank(self) -> int | None:
-        """The rank of the factors; None where both w1 and w2 are full."""
+        """The rank of the factors; None if both w1 and w2 are full."""
         factor = self.w2_b if self.w1_b is None else self.w1_b
         return None if factor is None else factor.shape[0]
 
@@ -148,7 +148,7 @@ class Kronecker(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The LoKr in a module's tensors; None where there is none."""
+        """The LoKr in a module's tensors; None if there is none."""
         if not any(name in tensors for name in cls.suffixes):
             return None
         check_suffixes("LoKr", tensors, (), (*cls.suffixes, "alpha"))

@@ -54,7 +54,7 @@ class LowRank:
     """ΔW = (alpha / rank) · up · down, of one linear layer or convolution (LoRA, arXiv:2106.09685, section 4.1).
 
     `down` is (rank, in) or (rank, in, height, width), `up` is (out, rank) or (out, rank, 1, 1). The 2-D and the 4-D
-    spelling of a linear layer or 1x1 convolution are the same thing. AdapterError where the shapes do not fit.
+    spelling of a linear layer or 1x1 convolution are the same thing. AdapterError if the shapes do not fit.
 
     >>> one = LowRank(down=torch.ones(2, 3), up=torch.ones(5, 2), alpha=1.0)
     >>> one.rank, one.scale, one.out_in, one.delta()[0, 0].item()
@@ -68,7 +68,7 @@ class LowRank:
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
         if len(down) == len(up) and len(down) in (3, 5):
-            raise UnknownFormatError(f"down {list(down)} and up {list(up)} are of a {len(down) - 2}D convolution")
+            raise UnknownFormatError(f"down {list(down)} and up {list(up)} belong to a {len(down) - 2}D convolution")
         if len(down) not in (2, 4) or len(up) not in (2, 4) or math.prod(up[2:]) != 1:
             raise AdapterError(f"down {list(down)} and up {list(up)} are not a low-rank pair")
         if up[1] != down[0] or down[0] == 0:
@@ -146,7 +146,7 @@ class LowRank:
         return (*self.out_in, *self.kernel) == (*weight_shape, 1, 1)[:4]
 
     def shaped_like(self, weight_shape: tuple[int, ...]) -> "LowRank":
-        """The same change with factors in as many dimensions as the weight; AdapterError where it is for another."""
+        """The same change with factors in as many dimensions as the weight; AdapterError if it is for another."""
         if not self.fits(weight_shape):
             shape = [*self.out_in, *self.kernel][: 4 if self.kernel != (1, 1) else 2]
             raise AdapterError(f"made for a weight of {shape}, but the model's is {list(weight_shape)}")

@@ -10,7 +10,7 @@ import math
 import torch
 
 _TARGET = -2  # largest number of a factor, as a power of two: numbers down to 1/4096 of it keep all bits in float16
-_FAR = 4  # a component whose mean is so many times the smallest normal number loses nothing to speak of
+_FAR = 4  # a component whose mean is this many times the smallest normal number loses almost nothing
 
 
 def widened(factor: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ class Rotation(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The rotation in a module's tensors; None where there is none of this kind."""
+        """The rotation in a module's tensors; None if there is none of this kind."""
         if "oft_blocks" not in tensors or tensors["oft_blocks"].ndim != len(cls.block_shape):
             return None
         check_suffixes(cls.kind, tensors, ("oft_blocks",), ("rescale", "alpha"))

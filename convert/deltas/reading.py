@@ -24,7 +24,7 @@ from .tucker import Tucker, read_lora
 
 
 class Kind(NamedTuple):
-    """How a kind is found in a module's tensors (None where they are of another), and the ends of its keys."""
+    """How a kind is found in a module's tensors (None if they are of another), and the ends of its keys."""
 
     read: Callable[[Tensors], Delta | None]
     suffixes: tuple[str, ...]
@@ -104,7 +104,7 @@ def _canonical(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def _take_magnitude(own: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """The magnitude of a DoRA, removed from the tensors; None where there is none."""
+    """The magnitude of a DoRA, removed from the tensors; None if there is none."""
     vector, magnitude = own.pop("lora_magnitude_vector", None), own.pop("dora_scale", None)
     if vector is None:  # a vector under the other name is what conversions of PEFT's files make
         return magnitude_of_vector(magnitude) if magnitude is not None and magnitude.ndim == 1 else magnitude

@@ -71,7 +71,22 @@ def approximated(
     device: torch.device | None = None,
     base_weight: Callable[[ModuleName], torch.Tensor] | None = None,
 ) -> tuple[LowRank, Fit]:
-    """The best pair for a change of any kind, alpha = rank, from ΔW in full; and how well it fits."""
+    """The best low-rank approximation of a change of any kind, from ΔW in full.
+
+    Args:
+        module: The module, for messages and `base_weight`.
+        change: The change, of the weight only.
+        rules: Choose the rank.
+        clamp_quantile: See `svd.clamp`; None does not clamp.
+        device: Where to compute; None computes where the tensors are.
+        base_weight: Returns the weight of a module in the model, for changes that depend on it.
+
+    Returns:
+        A pair in float32 on the CPU with alpha = rank, and its approximation error.
+
+    Raises:
+        AdapterError: The change is of the bias too, has NaN or infinite numbers, or depends on an unknown weight.
+    """
     if change.bias() is not None:
         raise AdapterError("it changes the bias too, which a low-rank pair cannot hold")
     dense = _dense(module, change, base_weight)
@@ -139,7 +154,7 @@ def _without_bias(change: Delta) -> Delta:
 
 
 def svd(adapter: Any, rank, conv_rank=None, target_error=None, device=None, clamp_quantile=None) -> Any:
-    """The best approximation of an adapter; see `Adapter.svd`."""
+    """The best approximation of an adapter. Arguments, result and errors: see `Adapter.svd`."""
     modules, _ = reduce_modules(
         adapter.modules, rules(rank, conv_rank, target_error), clamp_quantile, torch.device(device or "cpu")
     )

@@ -47,7 +47,7 @@ def _cut_pair(pair: LowRank, rows: Sequence[slice]) -> list[LowRank]:
 
 
 def _own_columns(ups: Sequence[torch.Tensor]) -> list[slice] | None:
-    """The columns of each part that are its own: 0 in all other parts, and in the parts' order; None where none are."""
+    """The columns of each part that are its own: 0 in all other parts, and in the parts' order; None if none are."""
     used = torch.stack([(up != 0).flatten(1).any(0) for up in ups])
     if ups[0].shape[1] < len(ups) or not bool((used.sum(0) <= 1).all()) or not bool(used.any(1).all()):
         return None
@@ -76,7 +76,7 @@ def picked(change: Delta, rows: tuple[slice, ...]) -> Delta:
         return replace(change, change=picked(change.change, rows), diff_b=of(change.diff_b))
     if isinstance(change, DoRA):
         if change.magnitude.shape[0] == 1:
-            raise AdapterError("a DoRA with a magnitude for each column of a fused layer is none of its parts alone")
+            raise AdapterError("a DoRA with a magnitude for each column of a fused layer cannot be cut into its parts")
         return replace(change, change=picked(change.change, rows), magnitude=of(change.magnitude))
     if isinstance(change, Full):
         parts = {name: None if part is None else of(part) for name, part in _tensors_of(change).items()}
@@ -221,7 +221,7 @@ _BY_ROWS: dict[type, tuple[str, ...]] = {
 
 
 def _alike(parts: Sequence[Any], by_rows: tuple[str, ...]) -> Any:
-    """The first part with the rows of all; AdapterError where what they should have in common differs."""
+    """The first part with the rows of all; AdapterError if what they should have in common differs."""
     first, values = parts[0], dict[str, torch.Tensor]()
     for name in (item.name for item in fields(first) if item.name != "change"):
         own = [getattr(part, name) for part in parts]
@@ -253,7 +253,7 @@ def _whole_of_rows(parts: "Sequence[Rows]", count: int) -> Delta:
 
 def _apart(part: Delta) -> AdapterError:
     return AdapterError(
-        f"{with_article(part.kind)} of a part of a fused layer cannot be written, the others are of another change: "
+        f"{with_article(part.kind)} of one part of a fused layer cannot be written, since other parts differ: "
         "make pairs of them (convert --to lora)"
     )
 
@@ -279,7 +279,7 @@ class Rows(Wrapper):
 
     @property
     def out_in(self) -> tuple[int, int] | None:
-        """Output and input channels; None where the change tells none."""
+        """Output and input channels; None if the change tells none."""
         whole = self.change.out_in
         return None if whole is None else (self._count, whole[1])
 
@@ -299,7 +299,7 @@ class Rows(Wrapper):
         return rows if base_weight is None else rows.reshape(base_weight.shape)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias; None where it stays."""
+        """The change of the bias; None if it stays."""
         bias = self.change.bias(dtype)
         return None if bias is None else self._of(bias)
 

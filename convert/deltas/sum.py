@@ -59,7 +59,7 @@ class Sum:
         return total
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The sum of the changes of the bias; None where no part changes it."""
+        """The sum of the changes of the bias; None if no part changes it."""
         biases = [bias for part in self.parts if (bias := part.bias(dtype)) is not None]
         return torch.stack(biases).sum(0) if biases else None
 
@@ -94,14 +94,14 @@ def of_one_shape(changes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def as_pair(change: Delta) -> LowRank | None:
-    """The change as one low-rank pair, exactly; None where it is of a kind that is none."""
+    """The change as one low-rank pair, exactly; None for other kinds."""
     if isinstance(change, Tucker) and change.mid.ndim == 4:
         return change.low_rank()
     return change if isinstance(change, LowRank) else None
 
 
 def pair_of(change: Delta) -> LowRank:
-    """The change as one low-rank pair, exactly; AdapterError, with its kind, where it is of another."""
+    """The change as one low-rank pair, exactly; AdapterError, which names the kind, for other kinds."""
     pair = as_pair(change)
     if pair is None:
         what = with_article(change.kind)

@@ -31,7 +31,7 @@ class Fit(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The relative error, 0 to 1; 0 where there is nothing to meet."""
+        """The relative error, 0 to 1; 0 if there is nothing to meet."""
         return math.sqrt(max(self.missing, 0.0) / self.total) if self.total > 0 else 0.0
 
 

@@ -77,7 +77,7 @@ class Tucker(TensorDelta):
 
 
 def read_lora(tensors: Tensors) -> LowRank | Tucker | None:
-    """The LoRA in a module's tensors; None where there is none."""
+    """The LoRA in a module's tensors; None if there is none."""
     if not any(name in tensors for name in Tucker.suffixes):
         return None
     check_suffixes("LoRA", tensors, Tucker.suffixes[:2], ("lora_mid.weight", "alpha"))

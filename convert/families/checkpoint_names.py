@@ -20,7 +20,7 @@ from .unet import PREFIX, UNet
 
 
 def family_of_file(keys: Collection[str]) -> ModelFamily | None:
-    """The family by the names in an original checkpoint; None where there is no denoiser of any."""
+    """The family by the names in an original checkpoint; None if there is no denoiser of any."""
     has_unet = any(key.startswith(PREFIX) for key in keys)
     for family in FAMILIES:
         if (has_unet or not isinstance(family.denoiser.layout, UNet)) and any(

@@ -17,7 +17,7 @@ _READ_TEXT = (
 
 
 class Sized(Protocol):
-    """The change of a module: all that is asked of it here is its size, (out, in), None where it does not tell."""
+    """The change of a module: all that is asked of it here is its size, (out, in), None if it does not tell."""
 
     @property
     def out_in(self) -> tuple[int, int] | None: ...
@@ -34,7 +34,7 @@ class AdapterData(Protocol):
 
 
 class BaseModel(NamedTuple):
-    """What an adapter is for: a family, and one of its versions where that can be told."""
+    """What an adapter is for: a family, and one of its versions if it is known."""
 
     family: ModelFamily
     version: Version | None
@@ -100,7 +100,7 @@ def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, st
 
 
 def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
-    """AdapterError, with their names, where two adapters are for different models."""
+    """AdapterError, with their names, if two adapters are for different models."""
     models = {name: base_model_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
     several = len({model.family.name for model in models.values()}) > 1  # then one of unknown version is a stranger too
     known = {name: model.title for name, model in models.items() if several or model.version is not None}

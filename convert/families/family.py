@@ -1,4 +1,4 @@
-"""What a family of base models is, as data: the one place where names, blocks, coverage and metadata are told."""
+"""What a family of base models is, as data: the one place that defines names, blocks, coverage and metadata."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ class ModelFamily:
     type. formats: those of files that can hold its adapters. implementation: of modelspec. options: kohya's flags that
     ask for it, with the beginning of the metadata value that they mean. tag: the Hub's. marks_v_prediction: whether a
     checkpoint file says by empty tensors that its model predicts v. network_module: kohya's, in the metadata of plain
-    adapters. single_file: diffusers' pipeline that opens a model in one file; empty where it has none.
+    adapters. single_file: diffusers' pipeline that opens a model in one file; empty if it has none.
     """
 
     name: str
@@ -163,11 +163,11 @@ class ModelFamily:
 
     @cached_property
     def denoiser(self) -> Component:
-        """The component that draws the picture."""
+        """The component that predicts the image: the denoiser."""
         return next(part for part in self.components if part.role == "denoiser")
 
     def component(self, name: str) -> Component | None:
-        """The component of that name; None where the family has none."""
+        """The component of that name; None if the family has none."""
         return next((part for part in self.components if part.name == name), None)
 
     def kohya_name(self, module: ModuleName) -> str:
@@ -181,13 +181,13 @@ class ModelFamily:
 
     @cache  # noqa: B019 (families live as long as the program)
     def paths(self, component: str) -> frozenset[str]:
-        """The paths of all layers of a component that an adapter can have; empty where there is no such component."""
+        """The paths of all layers of a component that an adapter can have; empty if there is no such component."""
         part = self.component(component)
         return frozenset() if part is None else frozenset(part.layout.paths())
 
     @cache  # noqa: B019
     def norms(self, component: str) -> frozenset[str]:
-        """The paths of all normalisation layers of a component; empty where there is no such component."""
+        """The paths of all normalisation layers of a component; empty if there is no such component."""
         part = self.component(component)
         return frozenset() if part is None else frozenset(part.layout.norms())
 

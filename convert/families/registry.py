@@ -30,7 +30,7 @@ def titles(word: str = "and") -> str:
 
 
 def by_name(name: str) -> ModelFamily:
-    """The family of that name; AdapterError where there is none."""
+    """The family of that name; AdapterError if there is none."""
     family = next((known for known in FAMILIES if known.name == name), None)
     if family is None:
         names = " and ".join(f"{known.name} ({', '.join(known.titles)})" for known in FAMILIES)
@@ -39,18 +39,18 @@ def by_name(name: str) -> ModelFamily:
 
 
 def denoisers() -> tuple[str, ...]:
-    """The names of the components that draw the picture: unet, transformer."""
+    """The names of denoisers: unet, transformer."""
     return tuple(dict.fromkeys(family.denoiser.name for family in FAMILIES))
 
 
 def by_metadata(metadata: Mapping[str, str]) -> ModelFamily | None:
-    """The family that the metadata of a file names; None where they name none that is known."""
+    """The family that the metadata of a file names; None if they name none that is known."""
     stated = metadata.get(BASE_VERSION, "")
     return next((family for family in FAMILIES if stated.startswith(family.metadata)), None)
 
 
 def version_named(value: str) -> Version | None:
-    """The version with that ss_base_model_version; None where none has it."""
+    """The version with that ss_base_model_version; None if none has it."""
     return next((version for family in FAMILIES for version in family.versions if version.value == value), None)
 
 
@@ -65,7 +65,7 @@ def asked_by(option: str, value: str) -> bool:
 
 
 def by_modules(modules: Iterable[ModuleName]) -> ModelFamily:
-    """The first family that has all of these modules; AdapterError where none has them all."""
+    """The first family that has all of these modules; AdapterError if none has them all."""
     modules = list(modules)
     fitting = next((family for family in FAMILIES if family.has(modules)), None)
     if fitting is not None:
@@ -94,13 +94,13 @@ def in_denoiser(paths: Iterable[str]) -> list[ModuleName]:
 
 
 def by_kohya_names(names: Iterable[str]) -> ModelFamily | None:
-    """The family that alone has such names in kohya's files; None where no name is one family's alone."""
+    """The family that alone has such names in kohya's files; None if no name is one family's alone."""
     names = list(names)
     return next((family for family in FAMILIES if any(name.startswith(family.marks.kohya) for name in names)), None)
 
 
 def by_live_models(components: Collection[str], config: object) -> ModelFamily | None:
-    """The family that alone has such components, or such a config of its denoiser; None where that tells none."""
+    """The family that alone has such components, or such a config of its denoiser; None if that tells none."""
     return next((family for family in FAMILIES if family.is_told_by(components, config)), None)
 
 
@@ -123,6 +123,6 @@ def kind_of(module: ModuleName) -> Kind:
 
 @cache
 def role_of(component: str) -> Role | None:
-    """What a component of that name is; None where no family has one."""
+    """What a component of that name is; None if no family has one."""
     parts = (family.component(component) for family in FAMILIES)
     return next((part.role for part in parts if part is not None), None)

@@ -90,7 +90,7 @@ def split(family: ModelFamily, name: str) -> list[tuple[str, str]]:
 
 
 def targets_of(family: ModelFamily, name: str) -> tuple[Target, ...] | None:
-    """The modules of a family that a name stands for; None where it has none of that name."""
+    """The modules of a family that a name stands for; None if it has none of that name."""
     candidates = (_targets(family, component).get(_flat(rest)) for component, rest in split(family, name))
     return next((targets for targets in candidates if targets is not None), None)
 
@@ -128,8 +128,8 @@ def denoiser_of(names: Collection[str]) -> str:
 
 
 class Recognised(NamedTuple):
-    """own: the family that has all of a file's modules; None where none has. near: that, or the one that has the most
-    of them; None where none has half of them. is_alone: whether nothing but this one family has such modules.
+    """own: the family that has all of a file's modules; None if none has. near: that, or the one that has the most
+    of them; None if none has half of them. is_alone: whether nothing but this one family has such modules.
     """
 
     own: ModelFamily | None

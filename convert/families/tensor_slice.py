@@ -111,7 +111,7 @@ class TensorSlice(NamedTuple):
 
     @property
     def bias(self) -> "TensorSlice | None":
-        """Where the layer's bias is, if it has one; None where the name of the weight does not tell.
+        """Where the layer's bias is, if it has one; None if the name of the weight does not tell.
 
         >>> bias = TensorSlice("attn.in_proj_weight", rows=Share(1, 2, 3)).bias
         >>> bias.key, bias.rows

@@ -29,7 +29,7 @@ class Fused(NamedTuple):
     """A layer of the original code: the paths of the layers that it is in diffusers, in the order of its rows.
 
     square: how many of the first have as many rows as the input is wide; the others share the rest equally. others: the
-    rows of each of the others by the width of the input, where that is the same in all models; 0 where it is not.
+    rows of each of the others by the width of the input, where that is the same in all models; 0 if it is not.
     swapped: whether the halves of its rows are in the other order in diffusers, see `TensorSlice.placed`.
     """
 

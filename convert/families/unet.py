@@ -141,7 +141,7 @@ def original_name(path: str, without_attention: Collection[str], layers: int = 2
     elif kind == "downsamplers":
         return f"input_blocks.{(layers + 1) * (1 + int(block))}.0.op"
     elif kind == "upsamplers":
-        number = 1 if block in without_attention else 2  # it stands behind the attention
+        number = 1 if block in without_attention else 2  # it follows the attention
         return f"output_blocks.{layers + (layers + 1) * int(block)}.{number}.conv"
     else:
         first = "input_blocks" if half == "down" else "output_blocks"

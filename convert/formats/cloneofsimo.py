@@ -167,7 +167,7 @@ def embeddings(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def other_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what is of this format alone."""
+    """The metadata without the entries of this format."""
     own = re.compile(r"(unet|text_encoder)(:\d+:rank)?")
     return {key: text for key, text in metadata.items() if not own.fullmatch(key) and text != EMBEDDING}
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def most_common(values: Iterable[T]) -> T | None:
-    """The value that occurs most often, the first of several; None where there are none."""
+    """The value that occurs most often, the first of several; None if there are none."""
     return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
@@ -51,7 +51,7 @@ class Contents:
 
     @property
     def family(self) -> ModelFamily:
-        """The family of base models that it is for, told from the module names, the metadata and the widths."""
+        """The family of base models that it is for, recognised by module names, metadata and widths."""
         return family_of(self.modules, self.metadata)
 
     @property
@@ -66,7 +66,7 @@ class Contents:
 
     @property
     def rank(self) -> int:
-        """The rank (number of components) that most of its modules have; 0 where none has one."""
+        """The rank (number of components) that most of its modules have; 0 if none has one."""
         return most_common(change.rank for change in self.modules.values() if change.rank is not None) or 0
 
     @property
@@ -137,7 +137,7 @@ class Format(Protocol):
     def read(
         self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
     ) -> Contents:
-        """What a file with these tensors holds; AdapterError where it is damaged. lookup: as in `names`."""
+        """What a file with these tensors holds; AdapterError if it is damaged. lookup: as in `names`."""
 
     def write(self, path: Path, contents: Contents, options: WriteOptions) -> None:
-        """Write a file, whole or not at all; AdapterError where the format cannot hold it."""
+        """Write a file, whole or not at all; AdapterError if the format cannot hold it."""

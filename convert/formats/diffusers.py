@@ -117,7 +117,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 
 def checked(config: Any, where: str) -> dict[str, Any]:
-    """A PEFT config from a file; AdapterError where a field that is used here has another type than PEFT writes."""
+    """A PEFT config from a file; AdapterError if a field that is used here has another type than PEFT writes."""
     kinds: dict[str, Any] = {
         "lora_alpha": (int, float),
         "alpha_pattern": dict,

@@ -69,7 +69,7 @@ KINDS = (
 
 
 def kind_of(keys: Iterable[str]) -> tuple[Kind, str] | None:
-    """The kind that the keys tell, and the key that tells it; None where none does."""
+    """The kind that the keys tell, and the key that tells it; None if none does."""
     keys = list(keys)
     for kind in KINDS:
         key = next((key for key in keys if kind.mark.search(key)), None)

@@ -142,7 +142,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
 def read_modules(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, lookup: Lookup | None = None
 ) -> dict[ModuleName, Delta]:
-    """The modules and their changes in a file's tensors; see `read`. AdapterError where they cannot be read."""
+    """The modules and their changes in a file's tensors; see `read`. AdapterError if they cannot be read."""
     return {module: entry.change for module, entry in _stored(tensors, metadata or {}, lookup).items()}
 
 

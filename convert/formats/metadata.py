@@ -43,7 +43,7 @@ class DyLora:
             raise AdapterError(f"rank_sampling {self.rank_sampling!r}: {', '.join(RANK_SAMPLINGS)} are known")
 
 
-DYLORA_FACTS = tuple(one.name for one in fields(DyLora))  # also names of network_args and of DyLoraConfig's fields
+DYLORA_FACTS = tuple(field.name for field in fields(DyLora))  # also names of network_args and of DyLoraConfig's fields
 
 
 def network_args(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -70,13 +70,13 @@ def _live_path(module: ModuleName) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The folder's adapter_config.json; AdapterError where it is not a JSON table."""
+    """The folder's adapter_config.json; AdapterError if it is not a JSON table."""
     try:
         config = json_value((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is not JSON ({error})") from None
     if not isinstance(config, dict):
-        raise AdapterError(f"{folder / CONFIG} holds no table")
+        raise AdapterError(f"{folder / CONFIG} is not a JSON object")
     checked(config, str(folder / CONFIG))
     return config
 
@@ -186,7 +186,9 @@ def write_folder(
         if (folder / component / CONFIG).is_file():
             for name in (CONFIG, WEIGHTS, WEIGHTS_PICKLED):
                 if not atomic.delete(folder / component / name):
-                    raise AdapterError(f"{folder / component / name} is of the adapter before and cannot be deleted")
+                    raise AdapterError(
+                        f"{folder / component / name} belongs to the previous adapter and cannot be deleted"
+                    )
 
 
 def _write_component(folder: Path, mine: Mapping[str, LowRank], metadata: Mapping[str, str], tuner: Mapping) -> None:

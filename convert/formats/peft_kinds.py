@@ -21,7 +21,7 @@ _BESIDE = ("bias", "modules_to_save", "trainable_token_indices")  # options that
 
 
 def check_kind(config: Mapping[str, Any]) -> None:
-    """AdapterError where a folder with this config holds what is not read."""
+    """AdapterError if a folder with this config holds what is not read."""
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise AdapterError(f"it holds a {kind!s:.40} adapter of PEFT's, which is not read: {', '.join(KINDS)} are")

@@ -19,7 +19,7 @@ FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for n
 
 
 def by_name(name: str) -> Format:
-    """The format of that name; AdapterError where there is none."""
+    """The format of that name; AdapterError if there is none."""
     format_ = next((candidate for candidate in FORMATS if name == candidate.NAME), None)
     if format_ is None:
         raise AdapterError(f"unknown format {name}: {', '.join(choices.FORMATS)} are known")

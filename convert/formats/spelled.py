@@ -155,7 +155,7 @@ def _change(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
 
 
 def _alpha(module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> torch.Tensor | None:
-    """The alpha that diffusers' metadata have for a pair without one; None where there is none to add."""
+    """The alpha that diffusers' metadata have for a pair without one; None if there is none to add."""
     down = group.get("lora_A.weight", group.get("lora_down.weight"))
     if down is None or not down.ndim or "alpha" in group or METADATA_KEY not in metadata:
         return None

@@ -50,12 +50,26 @@ def approximate_difference(
     device: torch.device | str | None = None,
     v_prediction: bool = False,
 ) -> Difference:
-    """The best low-rank changes for tuned - base.
+    """The best low-rank changes for the difference of two models, tuned - base.
 
-    conv_rank None covers what LoRA-LierLa does; a number also the ResNet blocks and samplers, as LoRA-C3Lier, with that
-    rank for convolutions above 1x1. target_error: the smallest ranks with this relative error instead, and not above
-    rank and conv_rank where these are given. A text encoder is left out where no number of it differs by more than
-    min_diff. AdapterError where the models do not fit together or are the same.
+    Args:
+        base: The base model, a checkpoint file or a Diffusers folder.
+        tuned: The fine-tuned model, likewise.
+        rank: The rank of linear layers and 1x1 convolutions; None is allowed with `target_error`.
+        conv_rank: The rank of larger convolutions; ResNet blocks and samplers are covered too (LoRA-C3Lier). None
+            leaves both out (LoRA-LierLa).
+        target_error: Choose the smallest ranks with this relative error, up to `rank` and `conv_rank` if these are
+            given.
+        min_diff: A text encoder is left out if no number of it differs by more.
+        clamp_quantile: See `svd.clamp`; None does not clamp.
+        device: Where to compute; None is the CPU.
+        v_prediction: Record that the base model is trained for v-prediction.
+
+    Returns:
+        The changes, their approximation errors, and what was left out.
+
+    Raises:
+        AdapterError: The models are of different kinds, or equal.
     """
     chosen = rules(rank, conv_rank, target_error)
     approximated = partial(
@@ -79,11 +93,23 @@ def approximate_otherwise(
     device: torch.device | str | None = None,
     v_prediction: bool = False,
 ) -> Difference:
-    """tuned - base as another kind of adapter, of all modules that LoRA-C3Lier has.
+    """The difference of two models, tuned - base, as another kind of adapter, for all modules that LoRA-C3Lier covers.
 
-    algo: "lokr", the nearest Kronecker products, or "full", the differences themselves. factor: of LoKr, see
-    `nearest_kronecker.split`; target_error: the smallest LoKr with this relative error instead. The rest, and errors,
-    are those of `approximate_difference`.
+    Args:
+        base: The base model, a checkpoint file or a Diffusers folder.
+        tuned: The fine-tuned model, likewise.
+        algo: "lokr" (the nearest Kronecker products) or "full" (the exact differences).
+        factor: Of LoKr; see `nearest_kronecker.split`.
+        target_error: The smallest LoKr with this relative error, instead of `factor`.
+        min_diff: A text encoder is left out if no number of it differs by more.
+        device: Where to compute; None is the CPU.
+        v_prediction: Record that the base model is trained for v-prediction.
+
+    Returns:
+        The changes, their approximation errors, and what was left out.
+
+    Raises:
+        AdapterError: The algorithm is unknown, or the models are of different kinds, or equal.
     """
     if algo not in EXTRACTED:
         raise AdapterError(f"unknown algo {algo}: {', '.join(EXTRACTED)} are known")
@@ -130,14 +156,14 @@ def _approximate(
 
 
 def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
-    families = [one.version.title for one in (first, second)]
+    families = [checkpoint.version.title for checkpoint in (first, second)]
     if families[0] != families[1]:
         raise AdapterError(f"{first.path} is {families[0]}, but {second.path} is {families[1]}")
-    for one, other in ((first, second), (second, first)):
-        alone = one.modules.keys() - other.modules.keys()
+    for here, there in ((first, second), (second, first)):
+        alone = here.modules.keys() - there.modules.keys()
         if alone:
-            other.check_absent()
-            raise AdapterError(f"{min(alone)} is in {one.path}, but not in {other.path}")
+            there.check_absent()
+            raise AdapterError(f"{min(alone)} is in {here.path}, but not in {there.path}")
 
 
 def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: ModuleName) -> torch.Tensor:

@@ -9,7 +9,7 @@ from lora_adapters.convert.families.names import ModuleName
 
 
 def check_finite(modules: Mapping[ModuleName, Delta], where: str = "") -> None:
-    """AdapterError, with the module, where a number is NaN or infinite."""
+    """AdapterError, with the module, if a number is NaN or infinite."""
     for module, change in modules.items():
         if isinstance(change, LowRank):
             for half, factor in (("down", change.down), ("up", change.up)):

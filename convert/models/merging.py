@@ -40,20 +40,24 @@ class AdapterData(Protocol):
 def gathered(adapters: Mapping[str, AdapterData], weights: Sequence[float]) -> dict[ModuleName, list[Delta]]:
     """The weighted changes of each module; see `with_weights`."""
     parts = with_weights(adapters, weights)
-    return {module: [one.scaled(weight) for one, weight in listed] for module, listed in parts.items()}
+    return {module: [change.scaled(weight) for change, weight in listed] for module, listed in parts.items()}
 
 
 def with_weights(
     adapters: Mapping[str, AdapterData], weights: Sequence[float]
 ) -> dict[ModuleName, list[tuple[Delta, float]]]:
-    """The changes of each module and their weights; none that a weight of 0 switches off and that is not linear in it.
+    """The changes of each module with their weights.
 
     Args:
-        adapters: by the names that errors shall show.
-        weights: the factor of each.
+        adapters: The adapters by their names in error messages.
+        weights: One for each adapter. At 0 a change is left out, except for DoRA, whose change at 0 is not 0.
+
+    Returns:
+        (change, weight) pairs by module.
 
     Raises:
-        AdapterError: there are none, not as many weights, numbers that are not finite, or different models.
+        AdapterError: There are no adapters or not as many weights, a number is not finite, or the adapters are for
+            different models.
     """
     if not adapters:
         raise AdapterError("there are no adapters to add up")
@@ -63,18 +67,27 @@ def with_weights(
     parts: dict[ModuleName, list[tuple[Delta, float]]] = {}
     for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
         check_finite(adapter.modules, f"{name}: ")
-        for module, one in adapter.modules.items():
-            if weight or not one.needs_base:  # a DoRA's change at 0 is what its magnitude does not scale
-                parts.setdefault(module, []).append((one, weight))
+        for module, change in adapter.modules.items():
+            if weight or not change.needs_base:  # a DoRA's change at 0 is what its magnitude does not scale
+                parts.setdefault(module, []).append((change, weight))
     return parts
 
 
 def combined_changes(
     adapters: Mapping[str, AdapterData], weights: Sequence[float], combination: Combination
 ) -> dict[ModuleName, Delta]:
-    """The changes of adapters, put together by TIES, DARE or magnitude pruning; Args and Raises as of `with_weights`.
+    """Combine adapters by TIES, DARE or magnitude pruning.
 
-    Weights are applied after pruning and the election of signs, as in PEFT. A change of one alone is pruned too.
+    Args:
+        adapters: The adapters by their names in error messages.
+        weights: One for each adapter, applied after pruning and the election of signs, as in PEFT.
+        combination: The method and its options. It also prunes the changes of modules that only one adapter has.
+
+    Returns:
+        The combined changes by module.
+
+    Raises:
+        AdapterError: See `with_weights`.
     """
     parts = with_weights(adapters, weights)
     return {module: combined(str(module), listed, combination) for module, listed in parts.items()}
@@ -82,11 +95,11 @@ def combined_changes(
 
 def _adding(parts: Sequence[Delta]) -> Change:
     def change(weight: torch.Tensor) -> torch.Tensor:
-        one = added(parts)  # only now: all of them together would need the memory of all adapters
-        if not isinstance(one, LowRank):
-            return weight.add_(one.delta(weight, weight.dtype))
-        up, down = one.matrices(weight.dtype)
-        return weight.reshape(len(weight), -1).addmm_(up, down, alpha=one.scale).reshape(weight.shape)
+        total = added(parts)  # only now: all of them together would need the memory of all adapters
+        if not isinstance(total, LowRank):
+            return weight.add_(total.delta(weight, weight.dtype))
+        up, down = total.matrices(weight.dtype)
+        return weight.reshape(len(weight), -1).addmm_(up, down, alpha=total.scale).reshape(weight.shape)
 
     return change
 
@@ -138,7 +151,7 @@ def merge_into_model(
         adapters: The adapters to add.
         weights: One for each adapter.
         names: The adapters' names for error messages.
-        dtype: Of all floating point tensors; None leaves each as it is.
+        dtype: Of all floating point tensors; None keeps the dtype of each.
         metadata: Entries for the file's metadata.
         keep_metadata: Whether the model's own entries are kept beside them.
         ema: What becomes of averaged weights in a checkpoint file; see `ema.with_ema`.
@@ -176,29 +189,29 @@ def _check_fits(
         raise AdapterError(
             f"{name} is for {base.title}, but {checkpoint.path} is {' or '.join(checkpoint.family.titles)}"
         )
-    for module, one in adapter.modules.items():
+    for module, delta in adapter.modules.items():
         if module not in known:
             checkpoint.check_absent()
-            parts = {found.component for found in known}
+            parts = {module.component for module in known}
             hint = nearest(str(module), map(str, known)) if module.component in parts else f"; no {module.component}"
             raise AdapterError(
                 f"{name} changes {module}, which {checkpoint.path} does not have{hint} (--skip_unknown leaves it out)"
             )
         known[module].check(module)
         shape = tuple(checkpoint.weight(module, known[module]).shape)
-        if not one.fits(shape):
+        if not delta.fits(shape):
             raise AdapterError(
-                f"{name} is for a {module} of {_made_for(one)}, but in {checkpoint.path} it is {list(shape)}: "
+                f"{name} is for a {module} of {_made_for(delta)}, but in {checkpoint.path} it is {list(shape)}: "
                 "they are for different versions of the model"
             )
-        _check_bias(checkpoint, name, module, one, known)
+        _check_bias(checkpoint, name, module, delta, known)
 
 
 def _may_be_for(checkpoint: Checkpoint, adapter: AdapterData) -> bool:
-    """Whether nothing but the names of the modules tells a family, and the model's has all of these, too."""
-    told = by_metadata(adapter.metadata) if adapter.metadata.get(BASE_VERSION) else None
+    """Whether only the names of the modules tell the family, and the model's family has all of them."""
+    stated = by_metadata(adapter.metadata) if adapter.metadata.get(BASE_VERSION) else None
     family = checkpoint.family
-    return told is None and fuses(family) and family.has(adapter.modules)
+    return stated is None and fuses(family) and family.has(adapter.modules)
 
 
 def _made_for(change: Delta) -> str:

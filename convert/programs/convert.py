@@ -41,14 +41,14 @@ def save_embeddings(embeddings: dict[str, torch.Tensor], folder: Path, stem: str
 
 def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
     """The embeddings in files of one token each."""
-    found: dict[str, torch.Tensor] = {}
+    embeddings: dict[str, torch.Tensor] = {}
     for file in files:
         tensors, _ = read_tensors(Path(file).expanduser())
         for token, tensor in tensors.items():
             if not (token.startswith("<") and token.endswith(">")) or tensor.ndim > 2:
                 raise AdapterError(f"{file}: {token} is not an embedding of a token such as <s1>")
-            found[token] = tensor
-    return found
+            embeddings[token] = tensor
+    return embeddings
 
 
 def _check_target(args: Namespace) -> None:
@@ -78,12 +78,20 @@ def _weights_in(model: str) -> Callable[[ModuleName], torch.Tensor]:
 def as_lora(
     adapter: Adapter, name: str, rank: int, conv_rank: int | None = None, sd_model: str | None = None
 ) -> Adapter:
-    """The adapter with the best pairs of these ranks for changes of other kinds; the relative error is printed.
+    """Approximate changes of other kinds, and pairs of higher rank, by pairs of a rank. The relative error is printed.
 
-    Pairs stay as they are where their rank is not higher.
+    Args:
+        adapter: The adapter.
+        name: Its name, for messages.
+        rank: The rank of linear layers and 1x1 convolutions.
+        conv_rank: The rank of larger convolutions; None takes `rank`.
+        sd_model: The base model, for changes that depend on its weights.
+
+    Returns:
+        An adapter of low-rank pairs.
 
     Raises:
-        AdapterError: a change depends on the model's weights, and there is no model or it is another one.
+        AdapterError: A change depends on the model's weights, and there is no model or a different one.
     """
     adapter = weights_alone(adapter, name)
     high, fixed = {}, {}

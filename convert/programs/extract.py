@@ -31,18 +31,18 @@ def extract_adapter(args: Namespace) -> None:
     if args.algo == "lora":
         dim = 4 if args.dim is None and args.target_error is None else args.dim
         common |= {"target_error": args.target_error, "clamp_quantile": args.clamp_quantile}
-        found = extract(*models, dim, args.conv_dim, **common)
+        extraction = extract(*models, dim, args.conv_dim, **common)
     else:
         if args.algo == "lokr":
             common |= {"factor": args.factor or -1, "target_error": args.target_error}
-        found = extract_otherwise(*models, args.algo, **common)
-    for component, value in found.largest.items():
-        left = ": the same, left out" if component in found.left_out else ""
+        extraction = extract_otherwise(*models, args.algo, **common)
+    for component, value in extraction.largest.items():
+        left = ": the same, left out" if component in extraction.left_out else ""
         say(f"{component}: largest difference {value:.4g}{left}")
-    result = found.adapter.to(dtype_of(args.save_precision))
+    result = extraction.adapter.to(dtype_of(args.save_precision))
     result.save(path, modelspec=not args.no_metadata)
     more = "--target_error 0.1" if args.algo == "lokr" else "a higher --dim, or --target_error 0.1,"
-    say(report(as_written(found.fits, found.adapter.modules, result.modules), more))
+    say(report(as_written(extraction.fits, extraction.adapter.modules, result.modules), more))
     say(written(path, result))
 
 
@@ -56,11 +56,11 @@ def _check_options(args: Namespace) -> None:
     if args.factor is not None and args.target_error is not None:
         raise UsageError("--factor and --target_error are two ways to choose the size of a LoKr: give one")
     if args.factor is not None and args.factor < 1 and args.factor != -1:
-        raise UsageError(f"--factor {args.factor} is none: it is 1 or more, or -1")
+        raise UsageError(f"--factor must be -1, or at least 1, got {args.factor}")
 
 
 def _check_version(args: Namespace) -> None:
-    """AdapterError where the model is another one than a flag such as --v2 says."""
+    """AdapterError if the model is another one than a flag such as --v2 says."""
     for option, start in {option: start for family in FAMILIES for option, start in family.options.items()}.items():
         if getattr(args, option):
             version = Checkpoint.open(args.model_org).base_version

@@ -40,22 +40,22 @@ _NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
 
 
 def _place(block: str) -> tuple[int, str]:
-    """Where a block stands in tables: text encoders first, then the denoiser from its input to its output."""
+    """The position of a block in tables: text encoders first, then the denoiser from its input to its output."""
     kinds = ("text_encoder", "IN", "", "OUT", *denoisers())  # MID, and the blocks of transformers, are between the two
     return next((number for number, kind in enumerate(kinds) if kind and block.startswith(kind)), 2), block
 
 
 def _ordered_blocks(adapter: Adapter) -> dict[str, list[Delta]]:
     blocks: dict[str, list[Delta]] = {}
-    for module, one in adapter.modules.items():
-        blocks.setdefault(block_name(module, adapter.architecture), []).append(one)
+    for module, change in adapter.modules.items():
+        blocks.setdefault(block_name(module, adapter.architecture), []).append(change)
     return {block: blocks[block] for block in sorted(blocks, key=_place)}
 
 
 def block_norms(adapter: Adapter) -> dict[str, float]:
     """The Frobenius norm of the change in each block; NaN where a change depends on the model's weights."""
     blocks = _ordered_blocks(adapter)
-    return {block: math.sqrt(sum(map(_norm_squared, ones))) for block, ones in blocks.items()}
+    return {block: math.sqrt(sum(map(_norm_squared, changes))) for block, changes in blocks.items()}
 
 
 def _norm_squared(change: Delta) -> float:
@@ -80,9 +80,17 @@ def _kind(adapter: Adapter) -> str:
 
 
 def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
-    """Whether the file's bytes have the SHA-256 that its metadata declare; None if they declare none, or LyCORIS' own.
+    """Whether the content of a file matches the SHA-256 in its metadata.
 
-    LyCORIS hashes tensors in the order in which it trained them, which is not their order in the file.
+    LyCORIS computes its hash over the tensors in the order of training, which the file does not have, so it is not
+    checked.
+
+    Args:
+        file: The file.
+        metadata: Its metadata.
+
+    Returns:
+        None if there is no hash, or one of LyCORIS.
     """
     declared = metadata.get("sshs_model_hash")
     if declared is None or declared.startswith(_LYCORIS_HASH) or not is_safetensors(file):
@@ -128,7 +136,7 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
         "modules": dict(Counter(module.component for module in adapter.modules)),
         "unknown_modules": list(unknown),
         "kinds": adapter.kinds,
-        "rank": rank_range(one.rank for one in adapter.modules.values() if one.rank is not None),
+        "rank": rank_range(change.rank for change in adapter.modules.values() if change.rank is not None),
         "dtypes": sorted({str(part.dtype).removeprefix("torch.") for part in parts}),
         "parameters": sum(part.numel() for part in parts),
         "zero_alphas": len(zero_alphas(tensors)),  # read as the rank
@@ -137,10 +145,10 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
             {
                 "block": block,
                 "modules": len(listed),
-                "kinds": _count([one.kind for one in listed]),
-                "ranks": _count([one.rank for one in listed if one.rank is not None]),
-                "alphas": _count([alpha for one in listed if (alpha := alpha_in(one)) is not None]),
-                "depends_on_weights": any(one.needs_base and one.changes_weight for one in listed),
+                "kinds": _count([change.kind for change in listed]),
+                "ranks": _count([change.rank for change in listed if change.rank is not None]),
+                "alphas": _count([alpha for change in listed if (alpha := alpha_in(change)) is not None]),
+                "depends_on_weights": any(change.needs_base and change.changes_weight for change in listed),
                 "norm": norms[block] if math.isfinite(norms[block]) else None,
             }
             for block, listed in _ordered_blocks(adapter).items()
@@ -151,11 +159,11 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
 
 def _tensors(adapter: Adapter) -> list[torch.Tensor]:
     """The tensors of all modules, without alphas and scalars."""
-    found = (
+    groups = (
         adapter.stored[module].tensors if module in adapter.stored else change.tensors()
         for module, change in adapter.modules.items()
     )
-    return [tensor for tensors in found for name, tensor in tensors.items() if name not in _NUMBERS]
+    return [tensor for group in groups for name, tensor in group.items() if name not in _NUMBERS]
 
 
 def _shown(counts: Mapping[str, int]) -> str:
@@ -170,7 +178,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     hashed = "LyCORIS' own, not of the file's bytes" if about["hash"] == "lycoris" else about["hash"]
     lines = [
         about["file"],
-        f"  {about['type']} for {about['for']} ({about['base'] or 'base not told'}), rank {about['rank']}, {modules}",
+        f"  {about['type']} for {about['for']} ({about['base'] or 'base not stated'}), rank {about['rank']}, {modules}",
         f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {hashed}",
         f"  {'block':<16}{'modules':>8}{'norm':>10}  rank / alpha",
     ]
@@ -226,9 +234,9 @@ def info(args: Namespace) -> None:
         AdapterError: Files that cannot be read, or do not fit.
     """
     places = {model: locate(model) for model in args.models}
-    found = {model: read(path) for model, path in places.items()}
-    adapters = {model: adapter for model, (adapter, _) in found.items()}
-    listed = [facts(adapter, places[model], unknown) for model, (adapter, unknown) in found.items()]
+    loaded = {model: read(path) for model, path in places.items()}
+    adapters = {model: adapter for model, (adapter, _) in loaded.items()}
+    listed = [facts(adapter, places[model], unknown) for model, (adapter, unknown) in loaded.items()]
     if args.plot:
         plot(adapters, Path(args.plot).expanduser())
     print(json.dumps(listed, indent=2) if args.json else "\n\n".join(map(as_text, listed)))

@@ -31,9 +31,20 @@ MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the ad
 def load_all(
     models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequence[str] | None, skip_unknown: bool = False
 ) -> tuple[dict[str, Adapter], list[float]]:
-    """The adapters by name (block weights in them), and their ratios.
+    """Load the adapters of a command line.
 
-    Both may stand in `models` too, behind the paths; see `model_arguments`. AdapterError where one is given twice.
+    Args:
+        models: Paths, which may have a weight and block weights behind them; see `model_arguments`.
+        ratios: A weight for each; None takes those behind the paths, or 1.
+        lbws: Block weights for each; None takes those behind the paths, or none.
+        skip_unknown: Leave out modules that no known model has.
+
+    Returns:
+        The adapters by name, scaled by their block weights; and the ratios.
+
+    Raises:
+        UsageError: There are not as many ratios or block weights as models, or one is given twice.
+        AdapterError: A file cannot be read.
     """
     arguments = read_arguments(models)
     for what, listed in (("ratios", ratios), ("lbws", lbws)):
@@ -41,24 +52,24 @@ def load_all(
             raise UsageError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
     adapters: dict[str, Adapter] = {}
     weights: list[float] = []
-    for place, one in enumerate(arguments):
-        if ratios is not None and one.unet is not None:
-            raise UsageError(f"{one.source} has a weight behind it and one in --ratios: give one of them")
-        if lbws is not None and one.blocks is not None:
-            raise UsageError(f"{one.source} has block weights behind it and in --lbws: give one of them")
-        adapter, ratio = one.applied(load(one.source, skip_unknown=skip_unknown))
+    for place, argument in enumerate(arguments):
+        if ratios is not None and argument.unet is not None:
+            raise UsageError(f"{argument.source} has a weight behind it and one in --ratios: give one of them")
+        if lbws is not None and argument.blocks is not None:
+            raise UsageError(f"{argument.source} has block weights behind it and in --lbws: give one of them")
+        adapter, ratio = argument.applied(load(argument.source, skip_unknown=skip_unknown))
         if lbws is not None:
             adapter = weighted(adapter, parse(lbws[place]))
-        adapters[one.source if one.source not in adapters else f"{one.source} ({place + 1})"] = adapter
+        adapters[argument.source if argument.source not in adapters else f"{argument.source} ({place + 1})"] = adapter
         weights.append(ratio if ratios is None else ratios[place])
     return adapters, weights
 
 
 def merged_metadata(merged: Adapter, adapters: Mapping[str, Adapter], no_metadata: bool) -> dict[str, str]:
-    """The metadata of a sum: its own, and what its sources knew and are called, unless there shall be none."""
+    """The metadata of a sum: its own, and those of its sources with their names, unless no_metadata is set."""
     if no_metadata:
         return {key: text for key, text in merged.metadata.items() if key not in MERGED_FACTS}
-    return {**merged.metadata, **merged_facts([one.metadata for one in adapters.values()], _sources(adapters))}
+    return {**merged.metadata, **merged_facts([adapter.metadata for adapter in adapters.values()], _sources(adapters))}
 
 
 def _sources(adapters: Mapping[str, Adapter]) -> list[str]:
@@ -92,7 +103,7 @@ def merge(args: Namespace) -> None:
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
     if args.skip_unknown:
         adapters = _fitting(checkpoint, adapters)
-    facts = merged_facts([one.metadata for one in adapters.values()], [args.sd_model, *_sources(adapters)])
+    facts = merged_facts([adapter.metadata for adapter in adapters.values()], [args.sd_model, *_sources(adapters)])
     count = len(adapters)
     if how is not None:
         adapters, ratios = {" and ".join(adapters): put_together(adapters, ratios, how)}, [1.0]
@@ -127,15 +138,15 @@ def _how_to_load(path: Path, words: str | None, family: ModelFamily) -> str:
 
 def _fitting(checkpoint: Checkpoint, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     """The adapters without the modules that the model does not have, which are listed."""
-    found = {}
+    fitted = {}
     for name, adapter in adapters.items():
-        found[name], missing = fitting(checkpoint, adapter, name)
+        fitted[name], missing = fitting(checkpoint, adapter, name)
         report_left_out(name, map(str, missing), f"{checkpoint.path} does not have")
-    return found
+    return fitted
 
 
 def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
-    """Say what became of a checkpoint's averaged weights, of which some programs take the pictures."""
+    """Report what happened to a checkpoint's averaged weights, which some programs use to generate images."""
     count = len(ema_keys(checkpoint))
     if count:
         done = {"keep": "kept as they were (--ema merge or --ema drop)", "drop": "left out", "merge": "merged too"}
@@ -156,13 +167,13 @@ def _into_one(args: Namespace, dtype: torch.dtype | None, how: Combination | Non
     if args.new_rank is None:
         merged = weighted_sum(adapters, ratios).to(dtype or torch.float32)
     else:
-        merged = put_together({name: weights_alone(one, name) for name, one in adapters.items()}, ratios, how)
+        merged = put_together({name: weights_alone(adapter, name) for name, adapter in adapters.items()}, ratios, how)
         exact, fits = reduce_modules(merged.modules, rules(args.new_rank, args.new_conv_rank))
         merged = merged.with_modules(exact).to(dtype or torch.float32)
         say(report(as_written(fits, exact, merged.pairs()), "a higher --new_rank"))
     if args.shuffle:
         pairs = merged.pairs()
-        merged = merged.with_modules({name: one.reordered(torch.randperm(one.rank)) for name, one in pairs.items()})
+        merged = merged.with_modules({name: pair.reordered(torch.randperm(pair.rank)) for name, pair in pairs.items()})
     metadata = with_rank_facts(merged.modules, merged_metadata(merged, adapters, args.no_metadata))
     result = Adapter(merged.modules, metadata)
     result.save(path, modelspec=not args.no_metadata)

@@ -45,7 +45,7 @@ def resize(args: Namespace) -> None:
     adapter = weights_alone(load(args.model, skip_unknown=args.skip_unknown), args.model)
     modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
     metadata = with_rank_facts(modules, adapter.plain_metadata())
-    ranks = rank_range(one.rank for one in adapter.modules.values() if one.rank is not None)
+    ranks = rank_range(change.rank for change in adapter.modules.values() if change.rank is not None)
     before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""
     metadata["ss_training_comment"] = f"resized from rank {ranks}{before}"
     if args.dynamic_method or args.target_error is not None:

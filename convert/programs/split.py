@@ -15,7 +15,7 @@ from lora_adapters.convert.tools.inputs import load
 
 def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
     """The ranks to write: all that the adapter can be cut to, or those asked for."""
-    highest = max(one.rank for one in adapter.pairs().values())
+    highest = max(pair.rank for pair in adapter.pairs().values())
     unit = (adapter.dylora or DyLora()).unit
     if highest % unit:
         raise AdapterError(f"unit {unit} does not divide the rank {highest}: the adapter was not trained with it")

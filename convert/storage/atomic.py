@@ -216,7 +216,7 @@ def delete_folder(folder: Path) -> bool:
 
 
 def remove(path: Path) -> bool:
-    """Delete a file or a folder, which a kill leaves under another name; False where it is in use."""
+    """Delete a file or a folder, which a kill leaves under another name; False if it is in use."""
     if not path.is_dir():
         return delete(path)
     gone = aside(path, "partial")

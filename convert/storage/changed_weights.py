@@ -1,4 +1,4 @@
-"""Making a checkpoint's tensors anew: changed, in another dtype, with or without a scale."""
+"""New tensors of a checkpoint: changed, in another dtype, with or without a scale."""
 
 import math
 from collections.abc import Callable
@@ -23,23 +23,23 @@ class Requantised:
         self._new: torch.Tensor | None = None
 
     def weight(self) -> torch.Tensor:
-        """Made anew each time."""
+        """The quantised weight; each call computes it again."""
         number, self._new = requantised(self._make(), self._dtype, self._old, self._key)
         return number
 
     def scale(self) -> torch.Tensor:
-        """Of the weight that was made last."""
+        """The scale of the weight that was computed last."""
         assert self._new is not None
         return self._new
 
 
 def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, *_: object, **__: object) -> torch.Tensor:
-    """As `tensor.to`, for a scaled weight."""
+    """The float32 values of a scaled weight, as a replacement for `tensor.to`; see `dequantised`."""
     return dequantised(tensor, scale, key)
 
 
 def cast(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another dtype; AdapterError where a finite number would become infinite (or NaN, in float8)."""
+    """A tensor in another dtype; AdapterError if a finite number would become infinite (or NaN, in float8)."""
     new = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and not finite(new) and bool((tensor.isfinite() & ~new.to(torch.float32).isfinite()).any()):

@@ -70,11 +70,11 @@ class WeightsFile:
         return frozenset(self.neighbours.scales.values())
 
     def is_changed_by(self, changes: Mapping[ModuleName, Change]) -> bool:
-        """Whether one of these changes is of a tensor in it."""
+        """Whether one of these changes applies to a tensor in it."""
         return any(module in self.places or module in self.others for module in changes)
 
     def check(self, module: ModuleName) -> None:
-        """AdapterError where a module's weight is quantised in a way that cannot be read."""
+        """AdapterError if a module's weight is quantised in a way that cannot be read."""
         key = self.slice_of(module).key
         refuse(self.neighbours.foreign, [key], str(self.path))
         if not self.tensors[key].is_floating_point():
@@ -161,7 +161,7 @@ class _Whole:
         self.file, self.before = file, file.stat()
 
     def checked(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor that is made from the file; AdapterError where the file was cut short meanwhile."""
+        """A tensor that is made from the file; AdapterError if the file was cut short meanwhile."""
         with suppress(OSError):  # renamed or removed: what is mapped stays
             now = self.file.stat()
             if os.path.samestat(now, self.before) and now.st_size < self.before.st_size:
@@ -171,7 +171,7 @@ class _Whole:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk, and the family that it is of."""
+    """A base model on disk, and its family."""
 
     path: Path
     family: ModelFamily
@@ -210,7 +210,7 @@ class Checkpoint:
             raise AdapterError(f"{path} is not a Diffusers folder: it has no folder {' or '.join(denoisers())}")
         listed = {component: weights_of(path / component) for component in COMPONENTS if (path / component).is_dir()}
         if not listed[denoiser]:
-            raise AdapterError(f"{path / denoiser} holds no weights (.safetensors or .bin)")
+            raise AdapterError(f"{path / denoiser} has no weights (.safetensors or .bin)")
         opened = [(component, file, *read_tensors(file)) for component, files in listed.items() for file in files]
         keys = (key for _, _, tensors, _ in opened for key in tensors)
         family = family_of_folder(listed, keys, _class_name(path / denoiser / "config.json"))
@@ -248,7 +248,7 @@ class Checkpoint:
         return {module: file for file in reversed(self.files) for module in (*file.places, *file.others)}
 
     def weight(self, module: ModuleName, file: WeightsFile | None = None) -> torch.Tensor:
-        """The weight of a module as it is in the file: mapped, of its own dtype."""
+        """The weight of a module as stored: memory-mapped, in the dtype of the file."""
         file = file or self.parameters[module]
         place = file.slice_of(module)
         return place.of(file.tensors[place.key])
@@ -289,7 +289,7 @@ class Checkpoint:
 
     @property
     def version(self) -> Version:
-        """The version of its family that it is of: by the width of the text, and by what a folder's scheduler says."""
+        """The version of the family: by the width of the text encoder, and by the scheduler of a folder."""
         for version in self.family.versions:
             if version.mark and ModuleName(self.family.denoiser.name, version.mark) in self.modules:
                 return version

@@ -22,7 +22,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 def check_regular(file: Path) -> None:
-    """AdapterError where there is no file, or one whose reading may not come to an end: a folder, a pipe, a device."""
+    """AdapterError if there is no file, or it is a folder, a pipe or a device, whose reading may never end."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def is_index(file: Path) -> bool:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files beside an index that it names; AdapterError where it is none, or names files elsewhere."""
+    """The files beside an index that it names; AdapterError if it is none, or names files elsewhere."""
     try:
         places = json_value(read_text(index))["weight_map"]
         names = sorted(set(places.values()))
@@ -111,7 +111,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
         if not isinstance(name, str) or not _is_plain(tensor):
             raise AdapterError(f"{file}: {name!s:.80} is not a plain tensor under a name")
-    # Views that conjugate or negate what is stored have no bytes of their own; both calls give back all others.
+    # Views that conjugate or negate what is stored have no bytes; both calls return other tensors unchanged.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
 
 
@@ -159,7 +159,7 @@ def _is_pickle(file: Path) -> bool:
 
 
 class _Inert:
-    """Stands for a training library's objects in old checkpoints: nothing of theirs is made or run."""
+    """Replaces objects of training libraries in old checkpoints, so that no code of these is run."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -243,7 +243,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
-    """As `atomic.replacing`; AdapterError where the folder cannot be written to or the disk is full."""
+    """As `atomic.replacing`; AdapterError if the folder cannot be written to or the disk is full."""
     if target.exists() and not target.is_file() and not target.is_dir():
         raise AdapterError(f"{target} is a pipe or a device: name a regular file")
     try:
@@ -300,7 +300,7 @@ def all_or_none(folder: Path) -> Iterator[Path]:
 
 
 def save_pickle(table: Any, file: Path) -> None:
-    """`torch.save`, with an OSError where the disk is full. The file is closed then, and can be deleted."""
+    """`torch.save`, with an OSError if the disk is full. The file is closed then, and can be deleted."""
     with file.open("wb") as opened:
         try:
             torch.save(table, opened)

@@ -1,7 +1,7 @@
 """What `huggingface_hub` means, in one line: its errors run over many, with request numbers and addresses.
 
-The versions before 1.0, which transformers 4 asks for, stand on requests instead of httpx and know fewer errors; what
-differs is told apart here.
+The versions before 1.0, which transformers 4 requires, use requests instead of httpx and have fewer errors; what
+differs is handled here.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_adapters.convert.errors import AdapterError
 
 _LOG_IN = "log in with `hf auth login`, or pass token="
-_TRY_AGAIN = (408, 409, 412, 425, 429)  # timeouts, somebody else's commit in between, too many requests
+_TRY_AGAIN = (408, 409, 412, 425, 429)  # timeouts, a concurrent commit, too many requests
 
 
 class HubError(AdapterError):

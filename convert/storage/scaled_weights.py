@@ -1,4 +1,4 @@
-"""Weights whose meaning stands in tensors beside them: scaled fp8, which can be changed, and kinds that cannot.
+"""Weights that other tensors scale: scaled fp8, which can be changed, and kinds that cannot.
 
 A scaled weight is `weight * scale`, with one scale for the tensor or one for each row:
 
@@ -38,7 +38,7 @@ _KINDS = (
 
 
 class Neighbours(NamedTuple):
-    """What stands beside the weights of a table of tensors.
+    """The tensors beside weights that change their meaning.
 
     scales: the key of each scaled weight -> the key of its scale; extras: keys that belong to scaled weights only;
     foreign: the key of a weight that is not what its numbers say -> the key of the neighbour, and its kind.
@@ -92,7 +92,7 @@ def _owner(key: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str | None, s
 
 
 def _kind(name: str, weight: torch.Tensor | None) -> str | None:
-    """The kind of quantisation that a neighbour's name tells, None where it tells none."""
+    """The kind of quantisation that a neighbour's name tells, None if it tells none."""
     kind = next((label for pattern, label in _KINDS if re.search(pattern, name)), None)
     if kind != _ANY:
         return kind
@@ -187,7 +187,7 @@ def without_scales(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def refuse(foreign: Mapping[str, tuple[str, str]], keys: Iterable[str], where: str) -> None:
-    """AdapterError where one of the weights is not what its numbers say."""
+    """AdapterError if one of the weights is not what its numbers say."""
     for key in keys:
         if key in foreign:
             neighbour, kind = foreign[key]

@@ -29,7 +29,7 @@ from .weights_writing import Planned, write
 ENDINGS = (".safetensors", ".ckpt")
 Naming = Callable[[Collection[str]], dict[str, Origin]]  # a component's keys -> original names
 _OPEN_CLIP_WIDTH = 1024  # of the one in SD2.x; CLIP's has 768
-_UNSUPPORTED = ("image_encoder", "image_normalizer")  # weights that pictures depend on, without a place in the layout
+_UNSUPPORTED = ("image_encoder", "image_normalizer")  # weights that images depend on, without a place in the layout
 
 
 def is_single_file(target: str | Path) -> bool:

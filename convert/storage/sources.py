@@ -12,7 +12,7 @@ from . import peft_folder
 from .files import is_index, shards
 from .hub_errors import HubError, hub_errors, incomplete_snapshot, is_missing_there
 
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by itself
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for by default
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 

@@ -41,7 +41,7 @@ class Planned(NamedTuple):
 
     @classmethod
     def copy(cls, tensor: torch.Tensor) -> "Planned":
-        """A tensor as it is."""
+        """A plan that writes a tensor unchanged."""
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     @property

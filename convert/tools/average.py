@@ -17,7 +17,7 @@ def average(adapters: Mapping[str, Adapter]) -> tuple[Adapter, dict[ModuleName, 
     """The mean of the changes of adapters, at their ranks.
 
     Args:
-        adapters: by the names that errors shall show. A module that one does not have is not changed by it.
+        adapters: The adapters by their names in error messages. A module that one does not have is not changed by it.
 
     Returns:
         The average, a DyLoRA where all are (see `deltas.averaging.mean`), and how well each module of it meets the
@@ -37,16 +37,19 @@ def average(adapters: Mapping[str, Adapter]) -> tuple[Adapter, dict[ModuleName, 
         except AdapterError as error:
             raise AdapterError(f"{module}: {error}") from None
     first = next(iter(adapters.values()))
-    facts = {**first.plain_metadata(), **merged_facts([one.metadata for one in adapters.values()], list(adapters))}
+    facts = {
+        **first.plain_metadata(),
+        **merged_facts([adapter.metadata for adapter in adapters.values()], list(adapters)),
+    }
     result = Adapter(modules, with_rank_facts(modules, facts))
     return (result.as_dylora(dylora) if dylora else result), fits
 
 
 def _dylora(adapters: Mapping[str, Adapter]) -> DyLora | None:
-    """What all of them say about their ranks; None where none is a DyLoRA."""
-    (first, *others), (name, *names) = [one.dylora for one in adapters.values()], adapters
+    """What all of them say about their ranks; None if none is a DyLoRA."""
+    (first, *others), (name, *names) = [adapter.dylora for adapter in adapters.values()], adapters
     for other, dylora in zip(names, others, strict=True):
-        ours, theirs = (one and (one.unit, one.rank_scaling) for one in (first, dylora))
+        ours, theirs = (adapter and (adapter.unit, adapter.rank_scaling) for adapter in (first, dylora))
         if ours != theirs:
             raise AdapterError(f"{name} is {_said(first)}, but {other} is {_said(dylora)}: they have no average")
     return first

@@ -39,7 +39,7 @@ class BlockWeights(dict[str, float]):
         self.rest, self.architecture = rest, architecture
 
     def of(self, family: ModelFamily) -> "BlockWeights":
-        """The weights by the names of the family's blocks; AdapterError where they are for another one's."""
+        """The weights by the names of the family's blocks; AdapterError if they are for another one's."""
         if self.architecture is None:
             known = {BASE, *(label for order in family.blocks.weight_lists for label in order), *_order(family)}
             if self and not known & self.keys():
@@ -62,17 +62,22 @@ def block_name(module: ModuleName, architecture: str) -> str:
 
 
 def parse(text: str, rest: float = 1.0) -> BlockWeights:
-    """Block weights from numbers, a preset or names of blocks.
+    """Read block weights from numbers, a preset or names of blocks.
+
+    Numbers are a JSON list or have commas between them: 12, 17, 20 or 26 of them, 61 or 58 for Flux.1, and for other
+    transformers one for the text encoders and one for each block. Presets are those of the extension LoRA Block Weight.
+    Names are of the blocks that keep the change, which all others lose: "IN02", "IN04-OUT05", "BASE MID", "D00-D18",
+    "double_blocks.3"; "NOT IN02" and "NIN02" are all blocks but these.
 
     Args:
-        text: 12, 17, 20 or 26 numbers (61 or 58 for Flux.1, one for the text encoders and one for each block of other
-            transformers), a JSON list or with commas between them; a preset of the extension's; or blocks that keep the
-            whole strength, all others losing it: "IN02", "IN04-OUT05", "BASE MID", "D00-D18", "double_blocks.3";
-            "NOT IN02" and "NIN02" mean all blocks but these.
-        rest: the factor of blocks that a list of numbers has no place for (kohya's scripts: 1, the extension: 0).
+        text: The numbers, the preset or the names.
+        rest: The factor of blocks that a list of numbers does not include (1 in kohya's scripts, 0 in the extension).
+
+    Returns:
+        The block weights.
 
     Raises:
-        AdapterError: it is none of these.
+        AdapterError: The text is none of these.
     """
     named = _named(text.strip())
     if named is not None:
@@ -158,17 +163,17 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
         AdapterError: The weights are for another architecture.
     """
     family = by_name(adapter.architecture)
-    given = (weights if isinstance(weights, BlockWeights) else listed(weights)).of(family)
+    by_label = (weights if isinstance(weights, BlockWeights) else listed(weights)).of(family)
 
     def factor(module: ModuleName) -> float:
         labels = [label for label in (family.weight_label(module), family.text_label(module)) if label is not None]
-        return next((given[label] for label in labels if label in given), given.rest)
+        return next((by_label[label] for label in labels if label in by_label), by_label.rest)
 
     factors = {module: factor(module) for module in adapter.modules}
     return adapter.with_modules(
         {
-            module: one.scaled(factors[module])
-            for module, one in adapter.modules.items()
-            if factors[module] or not one.needs_base  # a DoRA's change at 0 is what its magnitude does not scale
+            module: change.scaled(factors[module])
+            for module, change in adapter.modules.items()
+            if factors[module] or not change.needs_base  # a DoRA's change at 0 is what its magnitude does not scale
         }
     )

@@ -14,17 +14,17 @@ _OF_METHODS = ("density", "seed", "majority_sign_method")
 
 
 def combination_of(args: Any) -> Combination | None:
-    """The method that the options ask for, None for the sum; UsageError where they do not fit together."""
-    given = {name: getattr(args, name) for name in _OF_METHODS if getattr(args, name) is not None}
+    """The method that the options ask for, None for the sum; UsageError if they do not fit together."""
+    options = {name: getattr(args, name) for name in _OF_METHODS if getattr(args, name) is not None}
     if args.method == "linear":
-        if given:
-            raise UsageError(f"--{next(iter(given))} goes with a --method that prunes: {', '.join(METHODS)}")
+        if options:
+            raise UsageError(f"--{next(iter(options))} goes with a --method that prunes: {', '.join(METHODS)}")
         return None
-    if "density" not in given:
+    if "density" not in options:
         raise UsageError(f"--method {args.method} needs --density, the share of numbers that it keeps, such as 0.5")
-    if "seed" in given and not args.method.startswith("dare"):
+    if "seed" in options and not args.method.startswith("dare"):
         raise UsageError(f"--seed goes with dare_linear and dare_ties: {args.method} draws nothing")
-    if "majority_sign_method" in given and not args.method.endswith("ties"):
+    if "majority_sign_method" in options and not args.method.endswith("ties"):
         raise UsageError(f"--majority_sign_method goes with ties and dare_ties: {args.method} elects no sign")
     return Combination(args.method, args.density, args.majority_sign_method or "total", args.seed or 0)
 

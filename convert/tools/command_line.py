@@ -36,7 +36,7 @@ DTYPES = {  # names in kohya's scripts: PyTorch's
 
 
 def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
-    """An option for a dtype, under the names that kohya's scripts take; None where it is not given."""
+    """An option for a dtype, under the names that kohya's scripts take; None if it is not given."""
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)
 
 
@@ -107,12 +107,20 @@ def dtype_of(*names: str | None) -> "torch.dtype | None":
 
 
 def printable(text: str) -> str:
-    r"""Text from a foreign file in one line for a terminal: control and formatting characters are shown as escapes.
+    r"""Text from another program's file on one line, with control and formatting characters as escapes.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Text that cannot control a terminal.
 
     >>> printable("title \x1b[2J\n")
     'title \\x1b[2J\\n'
     """
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def output_file(path: str) -> Path:
@@ -134,7 +142,7 @@ def output_file(path: str) -> Path:
 
 
 def _stopping() -> dict[int, Any]:
-    """Let SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does; gives back the handlers before.
+    """Let SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does; returns the previous handlers.
 
     Unfinished files are then removed on the way out. A signal that is ignored, as under nohup, stays so.
     """
@@ -170,7 +178,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings if torchvision is not installed
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # else one about 4-bit layers, on CPUs
     models = logging.getLogger("diffusers.models.modeling_utils")
-    if not any(isinstance(one, _NothingKept) for one in models.filters):
+    if not any(isinstance(added, _NothingKept) for added in models.filters):
         models.addFilter(_NothingKept())
 
 

@@ -26,17 +26,20 @@ class Extraction:
 def extract(
     base: str | Path, tuned: str | Path, rank: int | None, conv_rank: int | None = None, **options: Any
 ) -> Extraction:
-    """The best adapter for tuned - base.
+    """The best adapter of a rank for the difference of two models, tuned - base.
 
     Args:
-        base: a model, as a file or a Diffusers folder.
-        tuned: the same model, changed.
-        rank: of linear layers and 1x1 convolutions.
-        conv_rank: of larger convolutions; see `approximate_difference`.
-        options: target_error, min_diff, clamp_quantile, device, v_prediction, all of `approximate_difference`.
+        base: The base model, a checkpoint file or a Diffusers folder.
+        tuned: The fine-tuned model, likewise.
+        rank: The rank of linear layers and 1x1 convolutions.
+        conv_rank: The rank of larger convolutions; see `approximate_difference`.
+        **options: target_error, min_diff, clamp_quantile, device and v_prediction of `approximate_difference`.
+
+    Returns:
+        The adapter, its approximation errors, and what was left out.
 
     Raises:
-        AdapterError: the models do not fit together or are the same.
+        AdapterError: The models are of different kinds, or equal.
     """
     return _extraction(approximate_difference(base, tuned, rank, conv_rank, **options))
 
@@ -46,5 +49,7 @@ def extract_otherwise(base: str | Path, tuned: str | Path, algo: str, **options:
     return _extraction(approximate_otherwise(base, tuned, algo, **options))
 
 
-def _extraction(found: Difference) -> Extraction:
-    return Extraction(Adapter(found.modules, found.metadata), found.fits, found.largest, found.left_out)
+def _extraction(difference: Difference) -> Extraction:
+    return Extraction(
+        Adapter(difference.modules, difference.metadata), difference.fits, difference.largest, difference.left_out
+    )

@@ -48,12 +48,14 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
     if zeros and zero_alpha is None:
         raise AdapterError(
             f"{path}: the alpha of {zeros[0]} is 0, which is the rank to kohya's trainer and no effect to other "
-            "programs: say what it is with `lora-adapters convert --zero_alpha rank` (or none)"
+            "programs: choose one with `lora-adapters convert --zero_alpha rank` (or none)"
         )
     check_finite(adapter.modules, f"{path}: ")
     if zeros and zero_alpha == "none":
         silent = {from_kohya(name) for name in zeros}
-        pairs = {module: one.scaled(0.0) if module in silent else one for module, one in adapter.modules.items()}
+        pairs = {
+            module: change.scaled(0.0) if module in silent else change for module, change in adapter.modules.items()
+        }
         return adapter.with_modules(pairs)
     return adapter
 
@@ -110,7 +112,7 @@ def without_unknown(
         except AdapterError as error:
             if isinstance(error, UnknownModuleError) or isinstance(error.__cause__, UnknownModuleError):
                 unknown.append(name)
-                if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all of them says what it is
+                if len(unknown) == _ANOTHER_MODELS and not kept:  # the error of reading all of them says what it is
                     return dict(tensors), []
                 continue
         kept |= group  # what else is wrong with it is found when all of them are read

@@ -34,10 +34,13 @@ def tell_launcher(message: str) -> None:
 
 
 def prints_traceback(words: Sequence[str]) -> bool:
-    """Whether a command line is that of `accelerate launch` without --quiet for one process.
+    """Whether `accelerate launch` prints a traceback when its one process fails, which it does without --quiet.
 
     Args:
         words: The command line, without the options of the program that it starts.
+
+    Returns:
+        False also for other launchers.
 
     >>> prints_traceback(["python", "/usr/bin/accelerate", "launch", "train/train_network.py"])
     True

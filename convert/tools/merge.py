@@ -31,7 +31,7 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
         AdapterError: The adapters are for different models, or a module has different shapes.
     """
     modules, parts_of = {}, gathered(adapters, weights)
-    pairs = (as_pair(one) for parts in parts_of.values() for one in parts)
+    pairs = (as_pair(part) for parts in parts_of.values() for part in parts)
     scale = common_scale(pair for pair in pairs if pair is not None)  # one for all: see `low_rank.to_narrow`
     for module, parts in parts_of.items():
         try:
@@ -40,7 +40,7 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
             names = [name for name, adapter in adapters.items() if module in adapter.modules]
             raise AdapterError(f"{' and '.join(names)} differ in {module}: {error}") from None
     _warn_of_embeddings(adapters)
-    return Adapter(modules, sum_facts([one.metadata for one in adapters.values()]))
+    return Adapter(modules, sum_facts([part.metadata for part in adapters.values()]))
 
 
 def _warn_of_embeddings(adapters: Mapping[str, Adapter]) -> None:
@@ -64,7 +64,7 @@ def combination(adapters: Mapping[str, Adapter], weights: Sequence[float], how: 
     """
     modules = combined_changes(adapters, weights, how)
     _warn_of_embeddings(adapters)
-    return Adapter(modules, sum_facts([one.metadata for one in adapters.values()]))
+    return Adapter(modules, sum_facts([adapter.metadata for adapter in adapters.values()]))
 
 
 def fitting(checkpoint: Checkpoint, adapter: Adapter, name: str) -> tuple[Adapter, list[ModuleName]]:
@@ -85,5 +85,5 @@ def fitting(checkpoint: Checkpoint, adapter: Adapter, name: str) -> tuple[Adapte
     missing = [module for module in adapter.modules if module not in known]
     if len(missing) == len(adapter.modules):
         raise AdapterError(f"{checkpoint.path} has none of the modules that {name} changes")
-    kept = {module: one for module, one in adapter.modules.items() if module in known}
+    kept = {module: change for module, change in adapter.modules.items() if module in known}
     return adapter.with_modules(kept), missing

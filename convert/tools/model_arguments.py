@@ -48,8 +48,8 @@ class ModelArgument:
             return adapter, 1.0 if self.text is None else self.text
         text, unet = self.text or 0.0, self.unet or 0.0
         pairs = {
-            module: one.scaled(unet if role_of(module.component) == "denoiser" else text)
-            for module, one in adapter.modules.items()
+            module: change.scaled(unet if role_of(module.component) == "denoiser" else text)
+            for module, change in adapter.modules.items()
         }
         return adapter.with_modules(pairs), 1.0
 
@@ -66,17 +66,17 @@ def read_arguments(texts: Sequence[str]) -> list[ModelArgument]:
     Raises:
         AdapterError: An argument cannot be read; it is in the message.
     """
-    found = []
+    arguments = []
     for text in texts:
         tags = _TAG.findall(text)
         if not tags:
-            found.append(_of_path(text))
+            arguments.append(_of_path(text))
             continue
         between = _TAG.sub("", text).strip()
         if between:
             raise AdapterError(f"{text:.120}: there is {between[:60]!r} beside <lora:...>; give only the adapters")
-        found += [_of_tag(tag) for tag in tags]
-    return found
+        arguments += [_of_tag(tag) for tag in tags]
+    return arguments
 
 
 def _of_path(text: str) -> ModelArgument:
@@ -124,7 +124,7 @@ def _argument(whole: str, source: str, items: list[str]) -> ModelArgument:
             raise AdapterError(f"{whole:.120}: {item[:60]!r} cannot be read: write {source}:weight:lbw=weights")
     for key in options:
         if key in _OF_STEPS:
-            raise AdapterError(f"{whole:.120}: {key}= is about the steps of drawing a picture: leave it out")
+            raise AdapterError(f"{whole:.120}: {key}= is about sampling steps: leave it out")
         if key not in ("te", "unet", "lbw"):
             raise AdapterError(f"{whole:.120}: {key:.40}= is not known: te=, unet= and lbw= are")
     try:

@@ -67,8 +67,8 @@ class Parser(argparse.ArgumentParser):
         _, unknown, words = message.partition("unrecognized arguments: ")
         names = [word.partition("=")[0] for word in words.split() if unknown and word.startswith("--")]
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        found = [near for name in names if (near := closest(name, known))]
-        return f"; did you mean {' and '.join(found)}?" if found else ""
+        hints = [near for name in names if (near := closest(name, known))]
+        return f"; did you mean {' and '.join(hints)}?" if hints else ""
 
 
 def refuse(parser: Parser, flag: str, why: str) -> None:

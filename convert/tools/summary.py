@@ -9,7 +9,13 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB")
 
 
 def shown_size(count: float) -> str:
-    """A number of bytes in the unit that suits it.
+    """A number of bytes in a suitable unit.
+
+    Args:
+        count: The bytes.
+
+    Returns:
+        The number and the unit.
 
     >>> shown_size(300), shown_size(2 * 1024 * 1024)
     ('300 bytes', '2.0 MiB')
@@ -32,7 +38,7 @@ def written(path: Path, adapter: Adapter, trigger_words: str | None = None) -> s
         A few lines.
     """
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    ranks = rank_range(one.rank for one in adapter.modules.values() if one.rank is not None)
+    ranks = rank_range(change.rank for change in adapter.modules.values() if change.rank is not None)
     kind = f"DyLoRA of unit {adapter.dylora.unit}" if adapter.dylora else ", ".join(adapter.kinds)
     size = shown_size(sum(file.stat().st_size for file in files))
     words = adapter.metadata.get("modelspec.trigger_phrase") or trigger_words

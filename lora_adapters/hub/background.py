@@ -1,4 +1,4 @@
-"""Pushing what training saves to the Hub while training goes on."""
+"""Uploads of saved adapters and states to the Hub while training continues."""
 
 import logging
 import queue
@@ -296,8 +296,8 @@ def download_state(place: str, *, token: str | bool | None = None, endpoint: str
         raise AdapterError(f"{place}: repo_type must be one of {', '.join(REPO_TYPES)}, got {repo_type}")
     with hub_errors(repo_id, revision):
         where: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
-        found = snapshot_download(repo_id, allow_patterns=[f"{folder}/*"], token=token, endpoint=endpoint, **where)
-    state = Path(found) / folder
+        snapshot = snapshot_download(repo_id, allow_patterns=[f"{folder}/*"], token=token, endpoint=endpoint, **where)
+    state = Path(snapshot) / folder
     if not state.is_dir() or not any(state.iterdir()):
         raise AdapterError(f"{repo_id} has no folder {folder} in {revision or 'main'}")
     return state

@@ -13,7 +13,7 @@ from lora_adapters.convert.families import detection
 from lora_adapters.convert.families.registry import BASE_VERSION, version_named
 from lora_adapters.convert.formats.metadata import DYLORA_FACTS, network_args
 
-# A card with this line was written here and is written anew with each push; without it, it is somebody's own.
+# A card with this line was written here and is replaced by each push; one without it belongs to the user.
 MARK = "<!-- Written by lora-adapters. Take this line out, and later pushes leave this card as it is. -->"
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -60,13 +60,18 @@ def kind(adapter: Adapter) -> str:
 
 
 def family(adapter: Adapter) -> tuple[str, str]:
-    """The name of the family of base models, and the Hub's repository of its first model.
+    """The base model of an adapter, for its model card.
 
-    SD1.x and SD2.x are told apart by the metadata, or else by the width of the text encoder's output (768, 1024).
+    Args:
+        adapter: The adapter. The metadata state the version; otherwise the width of the text encoder's output tells
+            SD1.x (768) from SD2.x (1024).
+
+    Returns:
+        The title of the version, and the Hub repository of its first model.
     """
-    found = detection.base_model_of(adapter.modules, adapter.metadata)
+    base = detection.base_model_of(adapter.modules, adapter.metadata)
     declared = version_named(adapter.metadata.get(BASE_VERSION, ""))
-    version = declared or found.version or found.family.versions[0]
+    version = declared or base.version or base.family.versions[0]
     return version.long_title, version.repository
 
 

@@ -43,7 +43,7 @@ class AdapterType:
             None: this one.
         variant: The class by which PEFT computes its layers; None: as plain LoRA. With a method `gate_of_all(layer,
             adapter_name)` it is stacked with others, as plain LoRA is: what its components are multiplied with between
-            down and up, (components,), or None where there is more to a call.
+            down and up, (components,), or None if there is more to a call.
     """
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class AdapterType:
     # --- in files ------------------------------------------------------------------------------------------------
 
     def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-        """The type's own fields by kohya's metadata; None where it does not say that the adapter is of this type."""
+        """The type's own fields by kohya's metadata; None if it does not say that the adapter is of this type."""
         return None
 
     def metadata(self, config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -81,11 +81,14 @@ class AdapterType:
         return {**lora_config(modules), "facts": dict(facts)}
 
     def fields(self, network_module: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of the config that a name of --network_module decides, or values in the place of those given.
+        """Fields of the config that the name of --network_module decides.
 
         Args:
             network_module: One of `network_modules`.
-            given: The fields that the other network options say.
+            given: The fields from the other network options.
+
+        Returns:
+            Fields to add or to replace.
         """
         return {}
 
@@ -103,7 +106,7 @@ class AdapterType:
         """Make the LoRA layers of an adapter, which are in the model, compute what this type does."""
 
     def detach(self, model: nn.Module, adapter_name: str) -> None:
-        """Make an adapter of this type plain LoRA again; nothing where it is of another type."""
+        """Make an adapter of this type plain LoRA again; nothing if it is of another type."""
 
     def refit(self, model: nn.Module) -> None:
         """Follow layers whose factors have been padded."""
@@ -113,9 +116,14 @@ class AdapterType:
         return layers.low_rank(layer, adapter_name, stabilized)
 
     def parts(self, layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
-        """(kind, module) of everything of an adapter in a layer that may be trained.
+        """The modules of an adapter in a layer that may be trained.
 
-        The kind "up" is what LoRA+ has another learning rate for.
+        Args:
+            layer: A layer that has the adapter.
+            adapter_name: The name of the adapter.
+
+        Yields:
+            (kind, module); LoRA+ has another learning rate for the kind "up".
         """
         down, up = layers.factors(layer, adapter_name)
         yield "down", down

@@ -67,10 +67,10 @@ class AdapterConfig(LoraConfig):
         default=None, metadata={"help": "Rank by regular expression, the first that matches; 0 skips a module."}
     )
     reg_alphas: dict[str, float] | None = field(
-        default=None, metadata={"help": "Alpha of a pattern of reg_dims; where there is none: lora_alpha."}
+        default=None, metadata={"help": "Alpha of a pattern of reg_dims; default: lora_alpha."}
     )
     resolved: bool = field(
-        default=False, metadata={"help": "Set once it is in a model: every rank and alpha stands in the patterns."}
+        default=False, metadata={"help": "Set once it is in a model: the patterns have every rank and alpha."}
     )
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class AdapterConfig(LoraConfig):
         return {name: copy.deepcopy(getattr(self, name)) for name in _DECIDED}
 
     def decide(self, decided: Mapping[str, Any], asked: dict[str, Any] | None = None) -> None:
-        """Fill in what a model has decided; `asked` is what `asked()` gave before, None where it is known already."""
+        """Fill in what a model has decided; `asked` is what `asked()` gave before, None if it is known already."""
         if asked is None:
             asked = self._before[0] if self._before is not None else self.asked()
         for name, value in decided.items():
@@ -139,7 +139,7 @@ class AdapterConfig(LoraConfig):
         return self.covers_conv or self.conv_dim is not None or self.conv_block_dims is not None
 
     def facts(self) -> dict[str, Any]:
-        """The type and its own fields, as they stand in `auto_mapping`."""
+        """The type and its own fields, as stored in `auto_mapping`."""
         return {
             "type": type(self).__name__.removesuffix("Config"),
             **{name: getattr(self, name) for name in fields_beyond(type(self), LoraConfig)},
@@ -162,10 +162,10 @@ def variants(config: LoraConfig) -> list[str]:
     """The options of the config by which PEFT computes a layer in another way than plain LoRA (its LoRA variants)."""
     known = {field.name: field.metadata for field in fields(LoraConfig)}
     marked = [name for name, facts in known.items() if facts.get("is_lora_variant") or name in _UNMARKED_VARIANTS]
-    found = [name for name in marked if getattr(config, name)]
+    active = [name for name in marked if getattr(config, name)]
     if config.init_lora_weights in known["init_lora_weights"].get("lora_variants", ()):
-        found.append(f"init_lora_weights={config.init_lora_weights!r}")
-    return found
+        active.append(f"init_lora_weights={config.init_lora_weights!r}")
+    return active
 
 
 def fields_beyond(config: type, other: type) -> list[str]:

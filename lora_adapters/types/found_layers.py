@@ -1,4 +1,4 @@
-"""PEFT's layers in a model, found once and kept as long as the model stays as it is."""
+"""PEFT's layers in a model, cached as long as the model does not change."""
 
 import weakref
 from collections.abc import Iterator
@@ -10,10 +10,16 @@ from torch import nn
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) as `named_modules` has it, without what PEFT's layers hold of adapters.
+    """The modules of a model as `named_modules` lists them, except for those inside of PEFT's layers that belong to
+    adapters.
 
-    Of these there are dozens in a layer that has several adapters: PEFT's layers themselves and what they wrap are all
-    that is ever looked for.
+    A layer with several adapters has dozens of these, and only PEFT's layers themselves and what they wrap are needed.
+
+    Args:
+        model: The model.
+
+    Yields:
+        (path, module).
     """
     seen = set[int]()
     rest: list[tuple[str, nn.Module]] = [("", model)]
@@ -74,10 +80,10 @@ _found: "weakref.WeakKeyDictionary[nn.Module, _Found]" = weakref.WeakKeyDictiona
 
 def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """(path, layer) of every layer of PEFT, of whatever type, as `named_modules` has them."""
-    found = _found.get(model)
-    if found is None or not found.are_all():
-        found = _found[model] = _Found(model)
-    return [(path, layer()) for path, layer in found.layers]
+    known = _found.get(model)
+    if known is None or not known.are_all():
+        known = _found[model] = _Found(model)
+    return [(path, layer()) for path, layer in known.layers]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

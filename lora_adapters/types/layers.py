@@ -56,12 +56,15 @@ def is_factor(name: str) -> bool:
 
 
 def low_rank(layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
-    """The change of weight of plain LoRA in a layer; views of the live weights, without padding.
+    """The change of plain LoRA in a layer.
 
     Args:
         layer: A LoRA layer that has the adapter.
         adapter_name: The adapter's name.
         stabilized: Whether its scale is alpha/sqrt(rank) (rsLoRA).
+
+    Returns:
+        A pair of views of the live weights, without padding.
     """
     down, up = (factor.weight.detach() for factor in factors(layer, adapter_name))
     rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
@@ -74,9 +77,14 @@ def low_rank(layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank
 
 
 def put(layer: Any, adapter_name: str, pair: LowRank, device: torch.device, dtype: torch.dtype) -> None:
-    """Make copies of a pair's factors the weights of an adapter in a layer; they are trainable where the old ones were.
+    """Replace the weights of an adapter in a layer. They are trainable if the old ones were.
 
-    An alpha of 0 is written as an `up` of zeros.
+    Args:
+        layer: A LoRA layer that has the adapter.
+        adapter_name: The adapter's name.
+        pair: The new factors, which are copied. If alpha is 0, `up` becomes zeros.
+        device: The device of the new weights.
+        dtype: The dtype of the new weights.
     """
     up = pair.up if pair.alpha else torch.zeros_like(pair.up)
     for part, values in zip(factors(layer, adapter_name), (pair.down, up), strict=True):

@@ -59,7 +59,7 @@ def is_ours(model: nn.Module, adapter_name: str) -> bool:
 
 
 def restored(config: LoraConfig) -> LoraConfig:
-    """The config as its own type, where `auto_mapping` says that it is one of this package's; else as it is."""
+    """The config as the type that `auto_mapping` names; unchanged if it belongs to PEFT."""
     facts = dict((config.auto_mapping or {}).get(base.FACTS) or {})
     kind = type_named(facts.pop("type", ""))
     if kind is None or isinstance(config, base.AdapterConfig):
@@ -84,11 +84,11 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {"type": plain().name}
 
 
-def facts_for(config: Any, metadata: Mapping[str, str], given: Collection[str]) -> dict[str, Any]:
+def facts_for(config: Any, metadata: Mapping[str, str], explicit: Collection[str]) -> dict[str, Any]:
     """The facts of a config's type: of the `given` fields those of the config, of the others those of the metadata."""
     kind, own = type_of(config), facts_of_config(config)
     of_file = kind.facts_of(metadata)
-    return own if of_file is None else {**own, **of_file, **{name: own[name] for name in own if name in given}}
+    return own if of_file is None else {**own, **of_file, **{name: own[name] for name in own if name in explicit}}
 
 
 def metadata_of(config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -97,11 +97,14 @@ def metadata_of(config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the `LoraConfig` that gives each module its own rank and alpha, and that `restored` makes a type of.
+    """The options of a `LoraConfig` that gives each module its own rank and alpha.
 
     Args:
-        modules: What has a rank and an alpha, by the module's path.
-        facts: The type and its own fields, as `facts_of_metadata` returns them.
+        modules: An object with rank and alpha for each path.
+        facts: The type and its fields, as `facts_of_metadata` returns them.
+
+    Returns:
+        Options, from which `restored` makes a config of the type.
     """
     own = {name: value for name, value in facts.items() if name != "type"}
     kind = type_named(facts["type"]) or plain()
@@ -111,7 +114,7 @@ def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
 
 
 def covered(model: nn.Module, config: Any) -> list[str]:
-    """Paths of the layers that an adapter of `config` has in a model; AdapterError where there are none."""
+    """Paths of the layers that an adapter of `config` has in a model; AdapterError if there are none."""
     return type_of(config).covered(model, config)
 
 
@@ -140,12 +143,15 @@ def refit(model: nn.Module) -> None:
 
 
 def delta_of(layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
-    """The change of weight of an adapter in a layer, as a file has it; views of the live weights where it can be.
+    """The change of an adapter in a layer, as a file has it.
 
     Args:
         layer: A LoRA layer that has the adapter.
         adapter_name: The adapter's name.
         stabilized: Whether its scale is alpha/sqrt(rank) (rsLoRA).
+
+    Returns:
+        The change, with views of the live weights where possible.
     """
     return (type_in(layer, adapter_name) or plain()).delta(layer, adapter_name, stabilized)
 

@@ -19,7 +19,7 @@ from lora_adapters.convert.programs.info import as_text, facts
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.train.data.cache_files import (
     CachedLatents,
-    LatentsWanted,
+    LatentsRequest,
     latents_fit,
     read_latents,
     read_text,
@@ -222,7 +222,7 @@ def data(folder: Path) -> Iterator[Reader]:
         source = FileSource(str(folder / f"picture.{kind}"))
         Image.effect_noise((64, 48), 50).convert("RGB").save(source.path)
         yield Reader(f"picture.{kind}", Path(source.path), lambda s=source: (size_if_whole(s), open_image(s)))
-    wanted = LatentsWanted((64, 48), (64, 48), True, True, "vae")
+    wanted = LatentsRequest((64, 48), (64, 48), True, True, "vae")
     latents, text = str(folder / "a_0064x0048_sd.npz"), str(folder / "a_te_outputs.npz")
     write_latents(latents, CachedLatents(torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.rand(48, 64)), wanted)
     yield Reader("latents", Path(latents), lambda: (latents_fit(latents, wanted), read_latents(latents, (64, 48))))

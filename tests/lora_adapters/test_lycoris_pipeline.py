@@ -186,7 +186,7 @@ def test_read_put_into_a_pipeline_saved_and_read(pipeline, tmp_path):
     assert first.keys() == third.keys()
     assert all(torch.equal(first[key].flatten(), third[key].flatten()) for key in first)
     changed = {key: tensor + 1 for key, tensor in states["unet_lora_layers"].items()}
-    with pytest.raises(AdapterError, match="the unet's tensors are of no adapter in memory"):
+    with pytest.raises(AdapterError, match="the unet's tensors belong to no adapter in memory"):
         pipe.save_lora_weights(tmp_path / "changed", unet_lora_layers=changed)
     assert not (tmp_path / "changed").exists()
 

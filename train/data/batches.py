@@ -40,11 +40,11 @@ class Batch:
     """
 
     images: torch.Tensor | None  # (b, 3, height, width) in [-1, 1]; None where latents are cached
-    latents: torch.Tensor | None  # (b, 4, height/8, width/8), unscaled; None where they are not cached
+    latents: torch.Tensor | None  # (b, 4, height/8, width/8), unscaled; None if they are not cached
     captions: list[str]
     text: dict[str, torch.Tensor] | None  # cached text-encoder outputs, (b, ...) each
     loss_weights: torch.Tensor  # (b,)
-    masks: torch.Tensor | None  # (b, 1, height/8, width/8) in [0, 1]; None where no sample has one
+    masks: torch.Tensor | None  # (b, 1, height/8, width/8) in [0, 1]; None if no sample has one
     original_sizes: torch.Tensor  # (b, 2) int64
     crop_top_lefts: torch.Tensor  # (b, 2) int64
     target_sizes: torch.Tensor  # (b, 2) int64

@@ -47,7 +47,7 @@ class CachedLatents:
 
 
 @dataclass(frozen=True)
-class LatentsWanted:
+class LatentsRequest:
     """What an entry of a latents file must hold to be used. Sizes are (width, height).
 
     `modified` (ns) and `length` (bytes) are those of the image's file, `interpolation` is resize_interpolation.
@@ -81,12 +81,12 @@ class LatentFiles:
         """The file for the latents of the image at `stem` (its path without suffix)."""
         return f"{stem}_{size[0]:04d}x{size[1]:04d}{self.ending}"
 
-    def existing(self, stem: str, wanted: LatentsWanted, *, check: bool) -> str | None:
+    def existing(self, stem: str, request: LatentsRequest, *, check: bool) -> str | None:
         """The usable file, or None. Without `check` any file will do that has latents of the bucket's size."""
-        if self.unsized is not None and latents_fit(f"{stem}{self.unsized}", wanted):
+        if self.unsized is not None and latents_fit(f"{stem}{self.unsized}", request):
             return f"{stem}{self.unsized}"
-        path = self.path(stem, wanted.size)
-        usable = latents_fit(path, wanted) if check else _has_latents(path, wanted.bucket)
+        path = self.path(stem, request.size)
+        usable = latents_fit(path, request) if check else _has_latents(path, request.bucket)
         return path if usable else None
 
 
@@ -100,7 +100,7 @@ def _has_latents(path: str, bucket: Size) -> bool:
 
 
 def _entry(file: Any, bucket: Size) -> str:
-    """The suffix of the keys of this bucket's entry in an open file; KeyError where there is none."""
+    """The suffix of the keys of this bucket's entry in an open file; KeyError if there is none."""
     height, width = bucket[1] // VAE_FACTOR, bucket[0] // VAE_FACTOR
     for suffix in (f"_{height}x{width}", ""):
         if f"latents{suffix}" in file and _shape(file, f"latents{suffix}")[-2:] == (height, width):
@@ -108,34 +108,34 @@ def _entry(file: Any, bucket: Size) -> str:
     raise KeyError(f"latents_{height}x{width}")
 
 
-def latents_fit(path: str, wanted: LatentsWanted) -> bool:
-    """Whether the file has such an entry: made from this image as it is now, by this VAE, with all that is wanted."""
-    shape = (wanted.bucket[1] // VAE_FACTOR, wanted.bucket[0] // VAE_FACTOR)
+def latents_fit(path: str, request: LatentsRequest) -> bool:
+    """Whether a file has a usable entry: made from this image as it is now, by this VAE, with everything asked for."""
+    shape = (request.bucket[1] // VAE_FACTOR, request.bucket[0] // VAE_FACTOR)
     try:
         with opened(path) as file:
-            of = {name: name + _entry(file, wanted.bucket) for name in _OF_ENTRY}
+            of = {name: name + _entry(file, request.bucket) for name in _OF_ENTRY}
             if of["picture"] in file:
-                if tuple(file[of["picture"]].tolist()) != (wanted.modified, wanted.length):
+                if tuple(file[of["picture"]].tolist()) != (request.modified, request.length):
                     return False
-            elif os.stat(path).st_mtime_ns < wanted.modified:
+            elif os.stat(path).st_mtime_ns < request.modified:
                 return False
             if of["checksum"] in file and int(file[of["checksum"]]) != _stored_checksum(file, of["latents"]):
                 return False
-            if tuple(int(side) for side in file[of["original_size"]]) != wanted.size or of["crop_ltrb"] not in file:
+            if tuple(int(side) for side in file[of["original_size"]]) != request.size or of["crop_ltrb"] not in file:
                 return False
             for name in ("vae", "interpolation"):
-                if of[name] in file and str(file[of[name]]) != getattr(wanted, name):
+                if of[name] in file and str(file[of[name]]) != getattr(request, name):
                     return False
-            if of["alpha_mask"] in file and not wanted.alpha_mask:
+            if of["alpha_mask"] in file and not request.alpha_mask:
                 return False  # it would be read, and the loss masked with it
-            mask_fits = not wanted.alpha_mask or _shape(file, of["alpha_mask"]) == wanted.bucket[::-1]
-            return mask_fits and (not wanted.flip or _shape(file, of["latents_flipped"])[-2:] == shape)
+            mask_fits = not request.alpha_mask or _shape(file, of["alpha_mask"]) == request.bucket[::-1]
+            return mask_fits and (not request.flip or _shape(file, of["latents_flipped"])[-2:] == shape)
     except Exception:  # of many kinds: see opened
         return False
 
 
 def read_latents(path: str, bucket: Size) -> CachedLatents:
-    """The entry for this bucket (width, height) of a latents file; DataError where there is none or it is damaged."""
+    """The entry for this bucket (width, height) of a latents file; DataError if there is none or it is damaged."""
     try:
         with opened(path) as file:
             suffix = _entry(file, bucket)
@@ -154,24 +154,24 @@ def read_latents(path: str, bucket: Size) -> CachedLatents:
     return CachedLatents(latents, flipped, mask)
 
 
-def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted, *, keep_all: bool = False) -> None:
+def write_latents(path: str, cached: CachedLatents, request: LatentsRequest, *, keep_all: bool = False) -> None:
     """Write the entry for a bucket into a latents file, all of it or nothing. Entries for other buckets are kept.
 
     Args:
         path: The .npz file.
         cached: The latents, and those of the flipped image and the mask if there are any.
-        wanted: The image and the options that the latents were made with; stored for later checks.
+        request: The image and the options that the latents were made with; stored for later checks.
         keep_all: Keep entries that do not say which image they were made from even if the file is older than the image.
             By default these are removed, since the new file no longer shows that they are outdated.
     """
     latents = cached.latents.float().numpy()
     entry: dict[str, Any] = {
         "latents": latents,
-        "original_size": np.array(wanted.size),
-        "crop_ltrb": np.array(_box_in_bucket(wanted.bucket, wanted.size)),
-        "vae": np.array(wanted.vae),
-        "interpolation": np.array(wanted.interpolation),
-        "picture": np.array([wanted.modified, wanted.length], np.int64),
+        "original_size": np.array(request.size),
+        "crop_ltrb": np.array(_box_in_bucket(request.bucket, request.size)),
+        "vae": np.array(request.vae),
+        "interpolation": np.array(request.interpolation),
+        "picture": np.array([request.modified, request.length], np.int64),
         "checksum": np.array(_checksum(latents)),
     }
     if cached.flipped is not None:
@@ -179,7 +179,7 @@ def write_latents(path: str, cached: CachedLatents, wanted: LatentsWanted, *, ke
     if cached.mask is not None:
         entry["alpha_mask"] = cached.mask.float().numpy()
     suffix = "_{}x{}".format(*latents.shape[-2:])
-    others = _other_entries(path, suffix, 0 if keep_all else wanted.modified)
+    others = _other_entries(path, suffix, 0 if keep_all else request.modified)
     write_npz(path, others | {name + suffix: array for name, array in entry.items()})
 
 
@@ -216,7 +216,7 @@ def _stored_checksum(file: Any, name: str) -> int:
 
 
 def read_text(path: str) -> dict[str, torch.Tensor]:
-    """The text-encoder outputs of a file; DataError where it is damaged."""
+    """The text-encoder outputs of a file; DataError if it is damaged."""
     try:
         with opened(path) as file:
             return {name: torch.from_numpy(file[name]).float() for name in file if name not in ("caption", "encoder")}
@@ -306,7 +306,7 @@ def _identity(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _shape(file: Any, name: str) -> tuple[int, ...]:
-    """The shape of an array in an open .npz, from its header alone; KeyError where it is not there."""
+    """The shape of an array in an open .npz, from its header alone; KeyError if it is not there."""
     with file.zip.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -15,7 +15,7 @@ from lora_adapters.train.data.cache_files import (
     TEXT_ENDING,
     CachedLatents,
     LatentFiles,
-    LatentsWanted,
+    LatentsRequest,
     read_text,
     text_fits,
     vae_identity,
@@ -46,20 +46,32 @@ def encode_latents(
     rank: int,
     world_size: int,
 ) -> list[CachedLatents | str | DataError]:
-    """The latents of every image, the path of their file, or why there are none; see TrainingData.cache_latents."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if factor != VAE_FACTOR:
-        raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
-    identity = vae_identity(vae)
-    requests = [_latents_wanted(image, identity) for image in images.images]
+    """Encode the latents of all images; see TrainingData.cache_latents.
+
+    Args:
+        images: The images.
+        vae: The VAE, on `device`.
+        seed: The seed of the run.
+        to_disk: Whether to use files, or to keep latents in memory.
+        batch_size: The number of images that are encoded together.
+        device: The device of the VAE.
+        files: The names and the layout of the files.
+        check: Whether existing files must be from this image and this VAE.
+        rank: The number of this process.
+        world_size: The number of processes.
+
+    Returns:
+        For each image its latents, the path of their file, or why it cannot be encoded.
+
+    Raises:
+        DataError: The VAE is not supported.
+    """
+    identity = _identity(vae)
+    requests = [_latents_request(image, identity) for image in images.images]
     cached: list[CachedLatents | str | DataError | None] = [None] * len(requests)
     paths: list[str] = []
     if to_disk:
-        stems = _stems(images.images)
-        paths = [files.path(stem, request.size) for stem, request in zip(stems, requests, strict=True)]
-        _one_use_each([(path, request.bucket) for path, request in zip(paths, requests, strict=True)], requests)
-        for number, request in enumerate(requests):
-            cached[number] = files.existing(stems[number], request, check=check)
+        paths = _existing(images.images, requests, files, check, cached)
     numbers = [number for number, result in enumerate(cached) if result is None]
     if to_disk:
         numbers = _share(numbers, paths, [request.bucket for request in requests], rank, world_size)
@@ -83,6 +95,29 @@ def encode_latents(
     bar.close()
     _warn_of_damaged([str(result) for result in cached if isinstance(result, DataError)])
     return [result if result is not None else paths[number] for number, result in enumerate(cached)]
+
+
+def _identity(vae: Any) -> str:
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if factor != VAE_FACTOR:
+        raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
+    return vae_identity(vae)
+
+
+def _existing(
+    images: Sequence[TrainingImage],
+    requests: Sequence[LatentsRequest],
+    files: LatentFiles,
+    check: bool,
+    cached: list[CachedLatents | str | DataError | None],
+) -> list[str]:
+    """The path of each image's file; those that can be used are put into `cached`."""
+    stems = _stems(images)
+    paths = [files.path(stem, request.size) for stem, request in zip(stems, requests, strict=True)]
+    _one_use_each([(path, request.bucket) for path, request in zip(paths, requests, strict=True)], requests)
+    for number, request in enumerate(requests):
+        cached[number] = files.existing(stems[number], request, check=check)
+    return paths
 
 
 def _share(
@@ -110,7 +145,25 @@ def encode_text(
     world_size: int,
     ending: str = TEXT_ENDING,
 ) -> list[dict[str, torch.Tensor] | str]:
-    """The text-encoder outputs of every image's caption, or the path of their file; see TrainingData.cache_text."""
+    """Encode the captions of all images; see TrainingData.cache_text.
+
+    Args:
+        images: The images.
+        encode: Returns the text-encoder outputs of captions, each with the captions as the first dimension.
+        to_disk: Write files beside the images and reuse existing ones, instead of keeping outputs in memory.
+        batch_size: The number of captions that are encoded together.
+        encoder: The identity of the text encoders, stored in the files.
+        check: Whether existing files must be from this caption and these text encoders.
+        rank: The number of this process; with files each process encodes a part.
+        world_size: The number of processes.
+        ending: The end of the files' names.
+
+    Returns:
+        For each image the outputs, or the path of their file.
+
+    Raises:
+        DataError: Two images would use one file for different captions.
+    """
     captions = [draw_caption(image.origin.caption, image.subset, python_random(0), Moment()) for image in images.images]
     if not to_disk:
         distinct = sorted(set(captions))
@@ -131,9 +184,9 @@ def encode_text(
     return list(paths)
 
 
-def _latents_wanted(image: TrainingImage, identity: str) -> LatentsWanted:
+def _latents_request(image: TrainingImage, identity: str) -> LatentsRequest:
     origin, subset = image.origin, image.subset
-    return LatentsWanted(
+    return LatentsRequest(
         size=origin.size,
         bucket=image.placement.bucket,
         flip=subset.flip_aug,

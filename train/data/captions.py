@@ -74,7 +74,7 @@ def _expand(caption: str, rng: random.Random) -> str:
 
 
 def _arrange(caption: str, subset: SubsetConfig, rng: random.Random, moment: Moment) -> str:
-    """The tags, kept ones in place; a caption that no option touches comes back as it is."""
+    """The tags, kept ones in place; a caption that no option affects is returned unchanged."""
     changes = subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0
     separator = subset.keep_tokens_separator or ""
     separated = separator != "" and separator in caption

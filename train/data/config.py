@@ -86,7 +86,7 @@ class DatasetConfig(BucketFields):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything to train on. `file` is None where the command line alone describes it."""
+    """Everything to train on. `file` is None if the command line alone describes it."""
 
     datasets: tuple[DatasetConfig, ...]
     file: Path | None = None

@@ -72,7 +72,7 @@ class TrainingData:
 
     @property
     def trigger_words(self) -> list[str]:
-        """The class tokens that were captions of pictures without one."""
+        """The class tokens that were used as captions of images without one."""
         used = (loaded for loaded in self.images.subsets if not loaded.config.is_reg and loaded.without_caption)
         return list(dict.fromkeys(loaded.config.class_tokens for loaded in used if loaded.config.class_tokens))
 
@@ -137,23 +137,23 @@ class TrainingData:
     ) -> None:
         """Encode every image once, of the validation data too; batches then carry latents and no images.
 
-        Each posterior is sampled once, from noise that depends on the seed and the image alone. Images that cannot be
-        decoded are left out, with a warning that counts and names them: see `batches`. On disk, each of several
-        processes writes its part: let all wait for each other before the first batch. In memory every process encodes
-        everything.
+        Each posterior is sampled once, from noise that depends on the seed and the image only. Images that cannot be
+        decoded are left out, with a warning that counts and names them; see `batches`. On disk, each of several
+        processes writes its part, so let all wait for each other before the first batch. In memory every process
+        encodes everything.
 
         Args:
-            vae: the VAE, on `device` already.
-            files: how the family's files are named.
-            to_disk: whether latents are kept for later runs, in .npz files beside the images (`cache_files`).
-            batch_size: images to encode at once.
-            device: where the VAE is.
-            check: whether existing files are checked; otherwise they are used as they are.
-            rank: this process's number.
-            world_size: how many processes train.
+            vae: The VAE, on `device`.
+            files: The names and the layout of the family's files.
+            to_disk: Keep latents for later runs, in .npz files beside the images (`cache_files`).
+            batch_size: The number of images that are encoded together.
+            device: The device of the VAE.
+            check: Check existing files; False uses them unchecked.
+            rank: The number of this process.
+            world_size: The number of processes that train.
 
         Raises:
-            DataError: with color_aug or random_crop.
+            DataError: The data has color_aug or random_crop.
         """
         for subset in self._subsets():
             for name in ("color_aug", "random_crop"):
@@ -180,16 +180,18 @@ class TrainingData:
         """Encode every caption once, of the validation data too; batches then carry `text`.
 
         Args:
-            encode: captions to tensors of shape (captions, ...), the same names and shapes each time: those of the
-                family's `to_cache`, so that kohya's scripts read the files.
-            to_disk: whether the outputs are kept for later runs, in .npz files beside the images.
-            batch_size: captions to encode at once.
-            encoder: how the outputs are made (model, clip_skip, length); files with another value are made anew.
-            ending: the ending of the files' names.
-            check, rank, world_size: as in `cache_latents`.
+            encode: Returns tensors of shape (captions, ...) for captions, with the same names and shapes each time:
+                those of the family's `to_cache`, so that kohya's scripts read the files.
+            to_disk: Keep the outputs for later runs, in .npz files beside the images.
+            batch_size: The number of captions that are encoded together.
+            encoder: How the outputs are made (model, clip_skip, length); files with another value are replaced.
+            ending: The end of the files' names.
+            check: Check existing files; False uses them unchecked.
+            rank: The number of this process.
+            world_size: The number of processes that train.
 
         Raises:
-            DataError: with options that vary captions.
+            DataError: Options change the captions in each epoch.
         """
         for subset in self._subsets():
             varying = varying_options(subset)

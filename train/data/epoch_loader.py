@@ -48,6 +48,7 @@ class EpochLoader:
         self.loader = None
 
     def batches(self, epoch: int, start: int, rank: int, world_size: int, workers: int) -> Iterator[Batch]:
+        """The batches of an epoch. Arguments: see `TrainingData.batches`."""
         self.orders.orders = self.reader.orders(epoch, start, rank, world_size)
         if self.loader is None or self.loader.num_workers != workers:
             self.loader = DataLoader(

@@ -30,6 +30,7 @@ class FileSource:
         return self.path
 
     def stream(self) -> BinaryIO:
+        """Open the file."""
         return open(self.path, "rb")
 
     def modified(self) -> int:
@@ -51,6 +52,7 @@ class RowSource:
     name: str
 
     def stream(self) -> BinaryIO:
+        """Open the encoded image of the row."""
         value = self.dataset[self.row][self.column]
         if value is None:
             raise OSError("the row has no image")

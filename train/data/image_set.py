@@ -112,7 +112,7 @@ def matched(regularisation: list[tuple[int, int]], count: int) -> list[tuple[int
 
 
 def load_images(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """(training images, held-out images or None). Raises DataError where nothing is left to train on."""
+    """(training images, held-out images or None). Raises DataError if nothing is left to train on."""
     training: list[LoadedSubset] = []
     held_out: list[LoadedSubset] = []
     for number, dataset in enumerate(config.datasets):

@@ -35,7 +35,7 @@ from lora_adapters.train.seeding import derive, python_random
 
 @dataclass(frozen=True)
 class Order:
-    """All that a loading process must be told to make one batch."""
+    """Everything that a loading process needs to make one batch."""
 
     epoch: int
     step: int
@@ -217,7 +217,7 @@ def _load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tens
 
 
 def load_mask(image: TrainingImage, variation: Variation) -> torch.Tensor | None:
-    """(height, width) in [0, 1] from the image's mask file, None where it has none."""
+    """(height, width) in [0, 1] from the image's mask file, None if it has none."""
     if image.origin.mask is None:
         return None
     mask = open_image(FileSource(image.origin.mask))
@@ -246,7 +246,7 @@ def _blank(like: Sample, image: TrainingImage) -> Sample:
 
 
 def _stack_masks(samples: list[Sample]) -> torch.Tensor | None:
-    """Masks of a batch, all ones for samples without; None where no sample has one."""
+    """Masks of a batch, all ones for samples without; None if no sample has one."""
     if all(sample.mask is None for sample in samples):
         return None
     height, width = samples[0].target

@@ -88,5 +88,5 @@ def _find(folder: Path, key: str) -> Path:
     beside = (Path(name) for name in sorted(glob.glob(glob.escape(str(path)) + ".*")))
     image = next((other for other in beside if other.suffix.lower() in TRAINED and other.stem == path.name), None)
     if image is None and Path(key).is_file():
-        return Path(key)  # as kohya's tools write it where they are told of a folder by a relative path
+        return Path(key)  # as kohya's tools write it for a folder given by a relative path
     return image or path

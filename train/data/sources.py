@@ -98,7 +98,7 @@ def load_subset(subset: SubsetConfig) -> SubsetImages:
 
 
 def read_caption(path: Path, *, all_lines: bool) -> str | None:
-    """A caption file's first line, or all its lines that are not blank; None where there is no such file."""
+    """A caption file's first line, or all its lines that are not blank; None if there is no such file."""
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
             for key, entry in table.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        logger.warning("%s is damaged; reading the images anew", file)
+        logger.warning("%s is damaged; reading the images again", file)
         return {}
 
 

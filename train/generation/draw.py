@@ -96,11 +96,11 @@ class Drawer:
         width, height = first.width or 0, first.height or 0
         self._working.use(first.multipliers or self._multipliers, first.rank)
         chunks = self._windows(first)
-        wanted = self._encode([request.prompt for request in batch], chunks)
-        unwanted = self._encode([request.negative_prompt for request in batch], chunks)
+        positive = self._encode([request.prompt for request in batch], chunks)
+        negative = self._encode([request.negative_prompt for request in batch], chunks)
         generators = [torch.Generator().manual_seed(request.seed) for request in batch]
         call: dict[str, Any] = {
-            **self.models.family.prompt_arguments(wanted, unwanted),
+            **self.models.family.prompt_arguments(positive, negative),
             **self.models.family.size_arguments(_size_conditions(first, width, height)),
             "num_inference_steps": first.steps,
             "guidance_scale": first.scale,

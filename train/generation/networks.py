@@ -62,8 +62,8 @@ def networks(settings: GenerateSettings) -> list[Network]:
     for name in ("network_mul", "network_args"):
         if len(getattr(settings, name) or []) > count:
             raise OptionError(f"{len(getattr(settings, name))} of --{name} for {count} of --network_weights")
-    given = settings.network_mul or []
-    twice = next((argument.source for argument in arguments[: len(given)] if argument.unet is not None), None)
+    multipliers = settings.network_mul or []
+    twice = next((argument.source for argument in arguments[: len(multipliers)] if argument.unet is not None), None)
     if twice is not None:
         raise OptionError(f"{twice} has a weight behind it and one in --network_mul: give one of them")
     args = [*(settings.network_args or []), *[""] * count][:count]
@@ -71,18 +71,18 @@ def networks(settings: GenerateSettings) -> list[Network]:
     if not 0 <= first_n <= count:
         raise OptionError(f"--network_merge_n_models {first_n}: there are {count} of --network_weights")
     merged = count if settings.network_merge else first_n
-    found = []
+    adapters = []
     for number, (argument, module, text) in enumerate(zip(arguments, modules, args, strict=True)):
         source = argument.source
         adapter, rank = _typed(Adapter.load(source), source, module, text)
         adapter, multiplier = argument.applied(adapter)
-        multiplier = given[number] if number < len(given) else multiplier
+        multiplier = multipliers[number] if number < len(multipliers) else multiplier
         own = rank if rank is not None else settings.rank if adapter.dylora is not None else None
-        found.append(Network(source, adapter, multiplier, own, number < merged))
-        found[-1].at(None)  # checks the rank
-    if settings.rank is not None and not any(network.adapter.dylora for network in found):
+        adapters.append(Network(source, adapter, multiplier, own, number < merged))
+        adapters[-1].at(None)  # checks the rank
+    if settings.rank is not None and not any(network.adapter.dylora for network in adapters):
         raise TrainingError(f"--rank {settings.rank}: none of --network_weights is a DyLoRA, the others have one rank")
-    return found
+    return adapters
 
 
 def _refuse_without_weights(settings: GenerateSettings) -> None:
@@ -117,26 +117,28 @@ def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapt
     return adapter.as_dylora(dylora), int(numbers["rank"]) if "rank" in numbers else None
 
 
-def metadata(found: Sequence[Network]) -> str:
+def metadata(networks: Sequence[Network]) -> str:
     """What --network_show_meta prints."""
-    return "\n".join(f"{network.source}: {json.dumps(dict(network.adapter.metadata), indent=2)}" for network in found)
+    return "\n".join(
+        f"{network.source}: {json.dumps(dict(network.adapter.metadata), indent=2)}" for network in networks
+    )
 
 
 class LiveNetworks:
     """Adapters as layers of the pipeline, whose weights and ranks change without touching the model's own weights."""
 
-    def __init__(self, pipe: Any, found: Sequence[Network]):
-        self._pipe, self._networks = pipe, found
-        self._names = [f"network_{number}" for number in range(len(found))]
-        for name, network in zip(self._names, found, strict=True):
+    def __init__(self, pipe: Any, networks: Sequence[Network]):
+        self._pipe, self._networks = pipe, networks
+        self._names = [f"network_{number}" for number in range(len(networks))]
+        for name, network in zip(self._names, networks, strict=True):
             try:
                 network.adapter.to_pipeline(pipe, name)
             except AdapterError as error:
                 raise AdapterError(f"{network.source}: {error}") from None
 
-    def follow(self, found: Sequence[Network]) -> None:
+    def follow(self, networks: Sequence[Network]) -> None:
         """Take the ranks of these, which are the same adapters."""
-        self._networks = found
+        self._networks = networks
 
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:
         """Work with these multipliers; `rank` is for the DyLoRAs, None for their own."""
@@ -152,11 +154,11 @@ class LiveNetworks:
 class MergedNetworks:
     """Adapters merged into the weights anew for each setting, from a copy of the original weights."""
 
-    def __init__(self, models: BaseModels, found: Sequence[Network]):
-        self._networks = found
+    def __init__(self, models: BaseModels, networks: Sequence[Network]):
+        self._networks = networks
         self._models = models
         self._originals: dict[Any, Any] = {}
-        for network in found:
+        for network in networks:
             self._originals |= {layer: original(layer) for layer, _ in _placed(models, network, None)}
         self._now: tuple[tuple[float, ...], int | None] | None = None
 
@@ -177,14 +179,14 @@ def _placed(models: BaseModels, network: Network, rank: int | None) -> Placed:
 
 
 def apply_networks(
-    models: BaseModels, pipe: Any, found: Sequence[Network], pre_calc: bool
+    models: BaseModels, pipe: Any, networks: Sequence[Network], pre_calc: bool
 ) -> LiveNetworks | MergedNetworks:
     """Merge the adapters that stay merged; returns the object that the multipliers of the others are set on."""
-    merge_weights([(_placed(models, network, None), network.multiplier) for network in found if network.merged])
-    live = unmerged(found)
+    merge_weights([(_placed(models, network, None), network.multiplier) for network in networks if network.merged])
+    live = unmerged(networks)
     return MergedNetworks(models, live) if pre_calc else LiveNetworks(pipe, live)
 
 
-def unmerged(found: Sequence[Network]) -> list[Network]:
+def unmerged(networks: Sequence[Network]) -> list[Network]:
     """The adapters whose multipliers and ranks can still be changed."""
-    return [network for network in found if not network.merged]
+    return [network for network in networks if not network.merged]

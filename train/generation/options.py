@@ -44,7 +44,7 @@ class PromptOptions:
     prompt: str | None = option(None, "prompt, with options behind it: a cat --n blurry --w 512 --h 768 --d 1,2")
     from_file: str | None = option(None, "file of prompts, one a line; blank lines and lines with # are left out")
     images_per_prompt: int = option(1, "images for each prompt", **_COUNT)
-    n_iter: int = option(1, "go through all prompts so many times", **_COUNT)
+    n_iter: int = option(1, "number of passes over all prompts", **_COUNT)
     shuffle_prompts: bool = option(False, "in another order each time")
     seed: int | None = option(
         None,
@@ -56,7 +56,7 @@ class PromptOptions:
     )
     iter_same_seed: bool = option(False, "the same seed for all prompts; a prompt's further images count on from it")
     image_path: str | None = option(None, "image or folder of images to start from; without prompts, theirs are taken")
-    strength: float | None = option(None, "how much of such an image is drawn anew, above 0, up to 1", unset="0.8")
+    strength: float | None = option(None, "how much of such an image is changed, above 0, up to 1", unset="0.8")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Images' files: their names, and the settings that stand in them."""
+"""Image files: their names, and the settings that are stored in them."""
 
 import time
 from collections.abc import Sequence

@@ -49,22 +49,22 @@ def plan(settings: GenerateSettings) -> Plan:
     _check(settings)
     starts = _starts(settings)
     lines = _lines(settings, starts)
-    wanted = requests(settings, lines, starts)
-    found = networks(settings)
-    check_one_family({network.source: network.adapter for network in found})
+    images = requests(settings, lines, starts)
+    adapters = networks(settings)
+    check_one_family({network.source: network.adapter for network in adapters})
     family = family_on_disk(settings)
     if family is not None:
-        check_sizes(wanted, family)
-        _check_family(settings, found, family)
-    live = unmerged(found)
-    for request in wanted:
+        check_sizes(images, family)
+        _check_family(settings, adapters, family)
+    live = unmerged(adapters)
+    for request in images:
         _check_networks(request, live)
-    made = columns(settings.sweep, found, settings) if settings.sweep else []
+    made = columns(settings.sweep, adapters, settings) if settings.sweep else []
     check_lines(lines, made)
-    for request in {request.start: request for request in wanted if request.start is not None}.values():
+    for request in {request.start: request for request in images if request.start is not None}.values():
         start_image(request)
     font_of(settings.sheet_font, 14)
-    return Plan(_filled(wanted, live), found, made)
+    return Plan(_filled(images, live), adapters, made)
 
 
 def _check(settings: GenerateSettings) -> None:
@@ -94,11 +94,11 @@ def _check(settings: GenerateSettings) -> None:
 
 def _check_xformers() -> None:
     if not torch.cuda.is_available():
-        raise TrainingError("--xformers needs a CUDA device; go on with --sdpa")
+        raise TrainingError("--xformers needs a CUDA device; use --sdpa")
     try:
         import xformers  # noqa: F401
     except ImportError:
-        raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
+        raise TrainingError("--xformers: the package xformers is not installed; use --sdpa") from None
 
 
 def _starts(settings: GenerateSettings) -> list[Path]:
@@ -110,10 +110,10 @@ def _starts(settings: GenerateSettings) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise TrainingError(f"--image_path {path} does not exist")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in READ)
-    if not found:
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in READ)
+    if not images:
         raise TrainingError(f"--image_path {path} has no images")
-    return found
+    return images
 
 
 def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str, str]]:
@@ -127,23 +127,23 @@ def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str
         return lines
     if not starts:
         raise OptionError("there is nothing to draw: give --prompt or --from_file")
-    found = []
+    lines = []
     for start in starts:
         try:
             text = read_text(start)
         except OSError as error:
             raise TrainingError(f"--image_path {start} cannot be read as an image ({error})") from None
         if not text:
-            raise TrainingError(f"{start} holds no prompt: give --prompt or --from_file")
+            raise TrainingError(f"{start} contains no prompt: give --prompt or --from_file")
         prompt, negative = prompts_in(text)
-        found.append((f"{prompt} --n {negative}" if negative else prompt, str(start)))
-    return found
+        lines.append((f"{prompt} --n {negative}" if negative else prompt, str(start)))
+    return lines
 
 
-def _check_family(settings: GenerateSettings, found: Sequence[Network], family: TrainingFamily) -> None:
+def _check_family(settings: GenerateSettings, networks: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
     check_draws(family, model)
-    for network in found:
+    for network in networks:
         own = network.adapter.family
         if own.name != family.name:
             raise AdapterError(f"{network.source} is for {own.title}, but {model} is {family.title}")
@@ -161,10 +161,10 @@ def _check_networks(request: ImageRequest, live: Sequence[Network]) -> None:
             raise TrainingError(f"{request.where}: {error}") from None
 
 
-def _filled(wanted: Sequence[ImageRequest], live: Sequence[Network]) -> list[ImageRequest]:
+def _filled(images: Sequence[ImageRequest], live: Sequence[Network]) -> list[ImageRequest]:
     """Requests whose --am has a multiplier for every adapter: the last one is repeated."""
     filled = []
-    for request in wanted:
+    for request in images:
         own = request.multipliers
         filled.append(
             request if own is None else replace(request, multipliers=(*own, *[own[-1]] * (len(live) - len(own))))

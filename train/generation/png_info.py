@@ -53,7 +53,7 @@ def save_options(text: str, suffix: str) -> dict[str, Any]:
 
 
 def read_text(file: Path) -> str | None:
-    """The settings' text of an image, or None where it has none."""
+    """The settings' text of an image, or None if it has none."""
     with Image.open(file) as image:
         text = image.info.get(KEY)
         if isinstance(text, str):

@@ -16,21 +16,21 @@ _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 class LineOption:
     """What an option's letters mean: the field that its value goes to, and how the value is read from text.
 
-    `read` raises ValueError for a value that it does not take; `wanted` says what it does. `empty`: it may have none.
+    `read` raises ValueError for a value that it does not take; `expected` says what it does. `empty`: it may have none.
     """
 
     field: str
     read: Callable[[str], Any] = str
-    wanted: str = "text"
+    expected: str = "text"
     empty: bool = False
 
 
 def whole(text: str) -> int:
     """A whole number of 0 or more; 28.0 is one."""
-    found = re.fullmatch(r"([0-9]+)(\.0*)?", text)
-    if not found:
+    match = re.fullmatch(r"([0-9]+)(\.0*)?", text)
+    if not match:
         raise ValueError
-    return int(found[1])
+    return int(match[1])
 
 
 WHOLE = "a whole number"
@@ -43,20 +43,23 @@ def parse_line(
     refused: Mapping[str, str] | None = None,
     leave_out: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """`a cat --w 512 --n bad` as a table with `prompt` and the fields of its options.
+    """Read a prompt line with options, such as `a cat --w 512 --n bad`.
 
-    An option is two dashes after a space and before a letter; its value runs to the next one.
+    An option begins with a space, two dashes and a letter. Its value ends at the next option.
 
     Args:
-        line: the prompt line.
-        options: what the letters mean.
-        where: the line's place, for messages.
-        refused: the reasons for which other options are not supported.
-        leave_out: called with a message for each part that cannot be read. kohya's trainer takes the number that a
-            value begins with, and ignores the rest, or the whole part; so does this then, and goes on.
+        line: The prompt line.
+        options: The options by their letters.
+        where: The place of the line, for messages.
+        refused: Options that are not supported, and why.
+        leave_out: Called with a message for each part that cannot be read. As in kohya's trainer, the number at the
+            beginning of the value is then used, or the part is ignored. None raises an error instead.
+
+    Returns:
+        A table with `prompt` and the fields of the options.
 
     Raises:
-        TrainingError: begins with `where`, for a part that cannot be read where `leave_out` is not given.
+        TrainingError: A part cannot be read and `leave_out` is None; the message begins with `where`.
     """
     prompt, *rest = _OPTION.split(line.strip())
     table: dict[str, Any] = {"prompt": prompt.strip()}
@@ -67,7 +70,7 @@ def parse_line(
             if refused and letters.lower() in refused:
                 raise TrainingError(f"{where}: --{letters} {refused[letters.lower()]}")
             if option is None:
-                raise TrainingError(f"{where}: --{letters} in {line!r} is none of --{', --'.join(options)}")
+                raise TrainingError(f"{where}: --{letters} in {line!r} is not one of --{', --'.join(options)}")
             if option.field in table:
                 if leave_out is None:
                     raise TrainingError(f"{where}: --{letters} is given twice")
@@ -79,7 +82,7 @@ def parse_line(
             begun = _number_at_start(option, text) if option is not None else None
             if option is not None and begun is not None:
                 table[option.field] = begun
-            leave_out(f"{error}; {'left out' if begun is None else f'read as {begun}'}")
+            leave_out(f"{error}; {'ignored' if begun is None else f'read as {begun}'}")
     return table
 
 
@@ -87,20 +90,20 @@ def _value(option: LineOption, letters: str, text: str, where: str) -> Any:
     if not text:
         if option.empty:
             return ""
-        raise TrainingError(f"{where}: --{letters} has no value; it takes {option.wanted}")
+        raise TrainingError(f"{where}: --{letters} has no value; it takes {option.expected}")
     try:
         return option.read(text)
     except ValueError:
-        raise TrainingError(f"{where}: --{letters} {text}: it takes {option.wanted}") from None
+        raise TrainingError(f"{where}: --{letters} {text}: it takes {option.expected}") from None
 
 
 def _number_at_start(option: LineOption, text: str) -> Any:
-    """The number that a text begins with, for an option that takes one; None where there is none."""
+    """The number that a text begins with, for an option that takes one; None if there is none."""
     patterns: dict[Callable[[str], Any], str] = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}
     pattern = patterns.get(option.read)
-    found = re.match(pattern, text) if pattern else None
+    match = re.match(pattern, text) if pattern else None
     try:
-        return option.read(found[0]) if found else None
+        return option.read(match[0]) if match else None
     except ValueError:  # it has more digits than Python reads
         return None
 
@@ -121,7 +124,7 @@ def numbered_lines(text: str, file: Path | str) -> Iterator[tuple[str, str]]:
 
 
 def read_prompt_file(file: Path, option: str) -> str:
-    """The text of a prompt file. TrainingError, which names the option, where it cannot be read."""
+    """The text of a prompt file. TrainingError, which names the option, if it cannot be read."""
     try:
         return read_text(file)
     except OSError as error:

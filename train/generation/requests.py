@@ -91,15 +91,18 @@ OPTIONS: dict[str, LineOption] = {
 def requests(
     settings: GenerateSettings, lines: Sequence[tuple[str, str]], starts: Sequence[Path] = ()
 ) -> list[ImageRequest]:
-    """All images in the order in which they are drawn.
+    """All images to draw, in order.
 
     Args:
-        settings: the options.
-        lines: (prompt line, its place for messages).
-        starts: images to begin with, taken in turn.
+        settings: The settings.
+        lines: Prompt lines, each with its place for messages.
+        starts: Images for image-to-image, used in turn.
+
+    Returns:
+        A request for each image.
 
     Raises:
-        TrainingError: with the line's number, for a line that cannot be drawn.
+        TrainingError: A line cannot be drawn; the message has its place.
     """
     tables = [(parse_line(line, OPTIONS, where, UNSUPPORTED_IN_LINES), where) for line, where in lines]
     common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SIZES)}
@@ -116,10 +119,10 @@ def requests(
             draw.shuffle(tables)
         for table, where in tables:
             own = {**common, **table}
-            given = own.pop("seeds", None)
-            if given is None and single and settings.seed is not None:
-                given = (settings.seed,)
-            for nth, seed in enumerate(_chosen(given, shared, draw, settings.images_per_prompt, where)):
+            seeds = own.pop("seeds", None)
+            if seeds is None and single and settings.seed is not None:
+                seeds = (settings.seed,)
+            for nth, seed in enumerate(_chosen(seeds, shared, draw, settings.images_per_prompt, where)):
                 file = _numbered(own["file"], nth) if "file" in own else None
                 start = starts[len(made) % len(starts)] if starts else None
                 made.append(ImageRequest(**{**own, "seed": seed, "where": where, "start": start, "file": file}))
@@ -130,25 +133,25 @@ def requests(
 
 def _in_8s(sizes: Mapping[str, Any], where: str) -> dict[str, int | None]:
     """The width and height among `sizes`, as multiples of 8, said where that changes one."""
-    found: dict[str, int | None] = {}
+    rounded: dict[str, int | None] = {}
     for name in ("width", "height"):
         if name not in sizes:
             continue
-        found[name] = side = sizes[name]
+        rounded[name] = side = sizes[name]
         if side is not None:
-            found[name], said = multiple_of_8(side, where)
+            rounded[name], said = multiple_of_8(side, where)
             if said:
                 log.warning("%s", said)
-    return found
+    return rounded
 
 
 def _chosen(
-    given: Sequence[int] | None, shared: int | None, draw: random.Random, count: int, where: str
+    seeds: Sequence[int] | None, shared: int | None, draw: random.Random, count: int, where: str
 ) -> Sequence[int]:
     """The seeds of a prompt's images: those given and on from the last, else on from the shared one, else drawn."""
-    if given is None and shared is None:
+    if seeds is None and shared is None:
         return [draw.randrange(SEEDS) for _ in range(count)]
-    first = [shared or 0] if given is None else list(given)
+    first = [shared or 0] if seeds is None else list(seeds)
     if len(first) > count:
         raise TrainingError(f"{where}: --d has {len(first)} seeds for {count} of --images_per_prompt")
     if any(seed >= SEEDS for seed in first):

@@ -29,9 +29,18 @@ from lora_adapters.train.models.schedulers import sampler
 
 
 def generate(settings: GenerateSettings) -> list[Path]:
-    """Draw what the options (`generation.options.parse`) say; the paths of what was written.
+    """Draw images.
 
-    TrainingError or AdapterError for whatever cannot be done, before the model is loaded where it can be told by then.
+    Args:
+        settings: From `generation.options.parse`.
+
+    Returns:
+        The paths of the files that were written.
+
+    Raises:
+        TrainingError: A setting is wrong or the model cannot be loaded. Settings are checked first, as far as possible
+            without the model.
+        AdapterError: An adapter cannot be read, or does not fit the model.
     """
     made = plan(settings)
     device = device_of(settings.device, torch.float32) if settings.device else best_device()
@@ -39,7 +48,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
         print(metadata(made.networks))
     models = load(settings, device)
     check_sizes(made.requests, models.family)
-    wanted = [sized(request, models.default_size) for request in made.requests]
+    requests = [sized(request, models.default_size) for request in made.requests]
     pipe = models.pipeline(sampler("ddim", models.prediction_type))
     working = apply_networks(models, pipe, made.networks, settings.network_pre_calc)
     drawer = Drawer(
@@ -47,9 +56,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
     )
     album = Album(settings, models, made.networks)
     if made.columns:
-        written = [_sweep(drawer, album, wanted, made)]
+        written = [_sweep(drawer, album, requests, made)]
     else:
-        pairs = tqdm(drawer.draw(wanted), "images", len(wanted), unit="image", disable=is_quiet() or None)
+        pairs = tqdm(drawer.draw(requests), "images", len(requests), unit="image", disable=is_quiet() or None)
         written = [album.add(request, image) for request, image in pairs]
     say(f"{len(written)} image{'s' if len(written) > 1 else ''} written: {_shown(written)}")
     return written
@@ -63,7 +72,7 @@ def best_device() -> torch.device:
 
 
 def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
-    """The model on the device, in the precision asked for. TrainingError where it is not what the options say."""
+    """The model on the device, in the precision asked for. TrainingError if it is not what the options say."""
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
@@ -91,24 +100,24 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
     return models
 
 
-def _sweep(drawer: Drawer, album: Album, wanted: Sequence[ImageRequest], made: Plan) -> Path:
+def _sweep(drawer: Drawer, album: Album, requests: Sequence[ImageRequest], made: Plan) -> Path:
     """Draw every request with every column's settings, on one sheet."""
-    total = len(wanted) * len(made.columns)
+    total = len(requests) * len(made.columns)
     with tqdm(total=total, desc="images", unit="image", disable=is_quiet() or None) as bar:
         drawn: list[list[Any]] = []
         for column in made.columns:  # in this order, adapters change their settings as seldom as can be
             drawn.append([])
-            for _, image in drawer.draw([column.of(request, made.networks) for request in wanted]):
+            for _, image in drawer.draw([column.of(request, made.networks) for request in requests]):
                 drawn[-1].append(image)
                 bar.update()
-    several = len({request.seed for request in wanted}) > 1 and len({request.prompt for request in wanted}) < len(
-        wanted
+    several = len({request.seed for request in requests}) > 1 and len({request.prompt for request in requests}) < len(
+        requests
     )
-    labels = [f"{request.prompt}\nseed {request.seed}" if several else request.prompt for request in wanted]
+    labels = [f"{request.prompt}\nseed {request.seed}" if several else request.prompt for request in requests]
     rows = [(label, [column[row] for column in drawn]) for row, label in enumerate(labels)]
     sheet = draw_sheet(rows, [column.title for column in made.columns], album.settings.sheet_font)
     path = album.sheet_path()
-    save(sheet, path, album.text(wanted[0], " ".join(album.settings.sweep or [])))
+    save(sheet, path, album.text(requests[0], " ".join(album.settings.sweep or [])))
     return path
 
 

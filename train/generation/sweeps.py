@@ -46,9 +46,18 @@ class Column:
 
 
 def columns(sweep: Sequence[str], networks: Sequence[Network], settings: GenerateSettings) -> list[Column]:
-    """All combinations of the values, the first name changing slowest. Ranks at weight 0, where nothing is, are one.
+    """The columns of a sheet: all combinations of the values of --sweep, the first name changing slowest.
 
-    Raises TrainingError for a name or value that cannot be, or that the adapters do not have.
+    Args:
+        sweep: Items such as "weight=0,0.5,1".
+        networks: The adapters.
+        settings: The settings.
+
+    Returns:
+        The columns. Combinations with weight 0 that differ in the rank only are one column.
+
+    Raises:
+        TrainingError: A name or value is wrong, or the adapters do not have it.
     """
     values = {name: _values(name, text) for name, text in _pairs(sweep)}
     live = unmerged(networks)
@@ -72,7 +81,7 @@ def columns(sweep: Sequence[str], networks: Sequence[Network], settings: Generat
 
 
 def check_rank(rank: int, live: Sequence[Network], where: str) -> None:
-    """Raise TrainingError where no adapter can work at that rank, or one of the DyLoRAs cannot."""
+    """Raise TrainingError if no adapter can work at that rank, or one of the DyLoRAs cannot."""
     dyloras = [network for network in live if network.adapter.dylora]
     if not dyloras:
         raise TrainingError(f"{where}: rank {rank}: no adapter that is not merged is a DyLoRA; others have one rank")
@@ -94,15 +103,15 @@ def check_lines(lines: Sequence[tuple[str, str]], made: Sequence[Column]) -> Non
 
 
 def _pairs(sweep: Sequence[str]) -> list[tuple[str, str]]:
-    found = key_values(sweep, "sweep")
+    texts = key_values(sweep, "sweep")
     names = [part.partition("=")[0] for part in sweep]
-    for name, text in found.items():
+    for name, text in texts.items():
         if name not in _READ or not text:
             takes = f"it takes NAME=VALUE,VALUE,...; names are {', '.join(_READ)}"
             raise OptionError(f"--sweep {name}={text}: {takes}{did_you_mean(name, _READ)}")
         if names.count(name) > 1:
             raise OptionError(f"--sweep: {name} is given twice")
-    return list(found.items())
+    return list(texts.items())
 
 
 def _values(name: str, text: str) -> list[Any]:

@@ -158,7 +158,7 @@ def check_path(settings: ModelSource) -> str:
 
 
 def family_on_disk(settings: ModelSource) -> TrainingFamily | None:
-    """The family of a diffusers folder or .safetensors file, which is not loaded; None where only loading shows it."""
+    """The family of a diffusers folder or .safetensors file, which is not loaded; None if only loading shows it."""
     path = Path(required(settings.pretrained_model_name_or_path, "--pretrained_model_name_or_path"))
     index = path / "model_index.json"
     if index.exists():
@@ -243,7 +243,7 @@ def check_draws(family: TrainingFamily, name: str | None) -> None:
 
 
 def check_declared_kind(models: BaseModels, settings: ModelSource) -> None:
-    """Raise TrainingError where an option (--v1, --v2, --sdxl) declares another kind of model than was loaded."""
+    """Raise TrainingError if an option (--v1, --v2, --sdxl) declares another kind of model than was loaded."""
     for flag, kind in KIND_FLAGS.items():
         if getattr(settings, flag) and models.kind != kind:
             raise TrainingError(f"--{flag}: {models.name} is {models.kind}")

@@ -20,4 +20,5 @@ class ModelChoices:
 
     @classmethod
     def of(cls, settings: Any) -> "ModelChoices":
+        """The choices in the settings of a run."""
         return cls(settings.t5xxl_max_token_length, settings.apply_t5_attn_mask, settings.guidance_scale)

@@ -45,7 +45,7 @@ class TrainingFamily(ABC):
         checkpoint_options: arguments of `pipeline_class.from_single_file`.
         latent_files: the names of the files that latents are cached in.
         fixed_clip_skip: the text encoders' layer (from the end) that the family was trained with, where --clip_skip
-            has no effect; None where it has.
+            has no effect; None if it has.
         frozen_text_encoders: those that get no adapter unless asked for.
         predictions: what its models may predict; the first is assumed where the scheduler's config says nothing.
         text_ending: the ending of the files that outputs of text encoders are cached in.
@@ -110,10 +110,10 @@ class TrainingFamily(ABC):
 
     @abstractmethod
     def kind_of(self, pipeline: Any) -> str | None:
-        """The kind of a loaded pipeline, None where it is of another family."""
+        """The kind of a loaded pipeline, None if it is of another family."""
 
     def with_v2(self, kind: str, denoiser: Any) -> str | None:
-        """The kind under --v2, which declares SD2.x; None where that contradicts the model."""
+        """The kind under --v2, which declares SD2.x; None if that contradicts the model."""
         return None
 
     # --- text -------------------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ class TrainingFamily(ABC):
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
-    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
+    def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
         """Encoded prompts as arguments of the pipelines' call."""
-        return {"prompt_embeds": wanted.hidden, "negative_prompt_embeds": unwanted.hidden}
+        return {"prompt_embeds": positive.hidden, "negative_prompt_embeds": negative.hidden}
 
     def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
         """Sizes as arguments of the pipelines' call."""

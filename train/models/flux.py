@@ -159,8 +159,8 @@ class Flux1(TransformerFamily):
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
-    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
-        return {"prompt_embeds": wanted.hidden, "pooled_prompt_embeds": wanted.pooled}
+    def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
+        return {"prompt_embeds": positive.hidden, "pooled_prompt_embeds": positive.pooled}
 
     def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
         return {"ss_v2": False, "ss_base_model_version": by_name(self.name).stated}
@@ -187,7 +187,7 @@ def image_ids(rows: int, columns: int, device: Any) -> torch.Tensor:
 
 
 def _attention(mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(n, 1, 1, text and image tokens): True where there is attention, which images always get."""
+    """(n, 1, 1, text and image tokens): True if there is attention, which images always get."""
     image = torch.ones(len(mask), tokens, dtype=torch.bool, device=mask.device)
     return torch.cat([mask.bool(), image], dim=1)[:, None, None]
 

@@ -22,7 +22,7 @@ _PIPELINE_PARTS_UNUSED = {"safety_checker": None, "feature_extractor": None, "im
 
 
 def load_pipeline(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
-    """The pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError where it cannot be loaded."""
+    """The pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError if it cannot be loaded."""
     path = Path(name)
     return _from_file(path, settings, dtype) if path.is_file() else _from_folder(name, settings, dtype)
 
@@ -72,12 +72,12 @@ def _text_encoders(
     for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         library, kind = index.get(part) or (None, None)
         if library == "transformers" and kind is not None:
-            model, found = getattr(transformers, kind).from_pretrained(
+            model, report = getattr(transformers, kind).from_pretrained(
                 name, subfolder=part, dtype=dtype, cache_dir=cache, device_map=device_map, output_loading_info=True
             )
-            if found["missing_keys"]:
+            if report["missing_keys"]:
                 raise TrainingError(
-                    f"base model {name}: its {part} lacks {min(found['missing_keys'])} for transformers "
+                    f"base model {name}: its {part} lacks {min(report['missing_keys'])} for transformers "
                     f"{transformers.__version__}; was it saved by another version? Load and save it with that one"
                 )
             loaded[part] = model

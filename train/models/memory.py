@@ -47,18 +47,26 @@ def check_machine(settings: Settings) -> None:
         instead["--xformers"] = "--sdpa"
     if instead and not torch.cuda.is_available():
         need = f"need{'s' if len(instead) == 1 else ''} a CUDA device"
-        raise TrainingError(f"{' and '.join(instead)} {need}; go on with {' and '.join(instead.values())}")
+        raise TrainingError(f"{' and '.join(instead)} {need}; use {' and '.join(instead.values())}")
     if chosen == "xformers":
         try:
             import xformers  # noqa: F401
         except ImportError:
-            raise TrainingError("--xformers: the package xformers is not installed; go on with --sdpa") from None
+            raise TrainingError("--xformers: the package xformers is not installed; use --sdpa") from None
 
 
 def apply_memory_options(models: BaseModels, settings: Settings, trained_text: bool) -> None:
-    """Attention kernels and gradient checkpointing. Call it before adapters are added.
+    """Set the attention kernels and gradient checkpointing. Call it before adapters are injected.
 
-    Checkpointing acts on modules in training mode only; `set_training` sees to that.
+    Checkpointing is active in modules in training mode only; see `set_training`.
+
+    Args:
+        models: The base model, changed in place.
+        settings: The settings of the run.
+        trained_text: Whether text encoders are trained, so that they need checkpointing.
+
+    Raises:
+        TrainingError: The denoiser does not support --mem_eff_attn.
     """
     chosen = attention(settings)
     if chosen == "mem_eff_attn" and not hasattr(models.denoiser, "set_attention_slice"):
@@ -80,10 +88,15 @@ def apply_memory_options(models: BaseModels, settings: Settings, trained_text: b
 
 
 def keep_in_float8(models: BaseModels, settings: Settings) -> None:
-    """With --fp8_base: weights of the denoiser's linear layers in float8, in the run's precision while one computes.
+    """With --fp8_base, store the weights of the denoiser's linear layers in float8, and convert one layer at a time to
+    compute.
 
-    Norms and embeddings of positions stay as they are, as diffusers has it, and so do convolutions, whose backward
-    pass reads the weight again. Call it after adapters are added: their own weights are left alone.
+    Norms and position embeddings keep their dtype, as in diffusers, and so do convolutions, whose backward pass reads
+    the weight again. Call it after adapters are injected, whose weights are not converted.
+
+    Args:
+        models: The base model, changed in place.
+        settings: The settings of the run.
     """
     if not (settings.fp8_base or settings.fp8_base_unet):
         return

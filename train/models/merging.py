@@ -17,7 +17,7 @@ Placed = list[tuple[Any, Delta]]  # a layer, and its change
 
 def match_to_model(models: BaseModels, adapter: Adapter) -> Placed:
     """The adapter's changes with the layers of `models` that they are for. AdapterError if one fits nowhere."""
-    found: Placed = []
+    placed: Placed = []
     for component in adapter.components:
         if component not in models.components:
             raise AdapterError(f"it adapts {component}, which {models.name or 'the model'} does not have")
@@ -27,8 +27,8 @@ def match_to_model(models: BaseModels, adapter: Adapter) -> Placed:
             for name, change in adapter.modules.items()
             if name.component == component
         }
-        found += [(model.get_submodule(path), one) for path, one in in_model(model, component, modules).items()]
-    return found
+        placed += [(model.get_submodule(path), change) for path, change in in_model(model, component, modules).items()]
+    return placed
 
 
 Original = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and a bias

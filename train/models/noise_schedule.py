@@ -16,11 +16,11 @@ _OTHER_KINDS = {"EDM": "EDM's continuous noise levels", "FlowMatch": "flow match
 
 def betas(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments for diffusers' schedulers that make the betas of `config`, those of a pipeline's scheduler."""
-    found = {key: config.get(key, value) for key, value in SD_BETAS.items()}
+    arguments = {key: config.get(key, value) for key, value in SD_BETAS.items()}
     trained = config.get("trained_betas")
     if trained is not None:
-        found["trained_betas"] = [float(beta) for beta in trained]
-    return found
+        arguments["trained_betas"] = [float(beta) for beta in trained]
+    return arguments
 
 
 def ends_in_noise(config: Mapping[str, Any]) -> bool:
@@ -66,9 +66,9 @@ def marks(path: Path) -> dict[str, Any]:
 
     with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     if "v_pred" in keys:
-        found["prediction_type"] = "v_prediction"
+        entries["prediction_type"] = "v_prediction"
     if "ztsnr" in keys:
-        found["rescale_betas_zero_snr"] = True
-    return found
+        entries["rescale_betas_zero_snr"] = True
+    return entries

@@ -19,7 +19,7 @@ _CPU_WIDTH = 64  # bitsandbytes' kernel for 4 bits on the CPU wants widths that 
 
 
 def bitsandbytes() -> Any:
-    """The package. TrainingError where it is not installed."""
+    """The package. TrainingError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError:
@@ -39,11 +39,11 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 def scale_bytes(model: torch.nn.Module) -> int:
     """Bytes of the scales beside the quantised weights: one of each 64 numbers in 4 bits, one of each row in 8."""
-    found = 0
+    size = 0
     for layer in layers(model):
         state = getattr(layer.weight, "quant_state", None)
-        found += 4 * layer.out_features if state is None else state.absmax.numel() * state.absmax.element_size()
-    return found
+        size += 4 * layer.out_features if state is None else state.absmax.numel() * state.absmax.element_size()
+    return size
 
 
 class _NothingKept(torch.autograd.Function):
@@ -57,13 +57,13 @@ class _NothingKept(torch.autograd.Function):
 @contextmanager
 def on_shapes(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """In the block the quantised layers give outputs of the right shape, in `dtype`, and compute nothing."""
-    found = layers(model)
-    for layer in found:
+    quantised = layers(model)
+    for layer in quantised:
         layer.forward = lambda x, width=layer.out_features: _NothingKept.apply(x, width, dtype)
     try:
         yield
     finally:
-        for layer in found:
+        for layer in quantised:
             del layer.forward
 
 

@@ -36,7 +36,7 @@ def family_of_checkpoint(keys: Collection[str]) -> TrainingFamily:
 
 
 def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
-    """The family and the kind of a loaded pipeline. TrainingError, which shows `name`, where it is of none."""
+    """The family and the kind of a loaded pipeline. TrainingError, which shows `name`, if it is of none."""
     for family in FAMILIES.values():
         kind = family.kind_of(pipeline)
         if kind is not None:

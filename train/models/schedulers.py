@@ -29,18 +29,21 @@ def sampler(
     steps_offset: int | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Any:
-    """diffusers' scheduler for a sampler, with the betas of the training schedule.
+    """The scheduler of diffusers for a sampler, with the betas of the training schedule.
 
     Args:
-        name: one of SAMPLERS.
-        prediction_type: epsilon or v_prediction.
-        zero_terminal_snr: whether sampling starts from pure noise.
-        steps_offset: in place of the sampler's own.
-        base: the base model's scheduler config, whose betas, zero terminal SNR and trailing timesteps are kept;
-            Stable Diffusion's without it.
+        name: One of SAMPLERS.
+        prediction_type: "epsilon" or "v_prediction".
+        zero_terminal_snr: Whether sampling starts from pure noise.
+        steps_offset: Replaces that of the sampler; None keeps it.
+        base: The scheduler config of the base model, of which betas, zero terminal SNR and trailing timesteps are kept.
+            None uses the betas of Stable Diffusion.
+
+    Returns:
+        The scheduler.
 
     Raises:
-        TrainingError: if the sampler is unknown, or cannot start from pure noise.
+        TrainingError: The sampler is unknown, or cannot start from pure noise.
     """
     base = base or {}
     zero_terminal_snr = zero_terminal_snr or ends_in_noise(base)

@@ -101,8 +101,8 @@ class StableDiffusion3(TransformerFamily):
         """CLIP's 77 tokens, twice, and T5's; there is one window, and words have no weights."""
         *clips, t5 = models.tokenizers
         length = models.choices.t5_length or _T5_LENGTH
-        found = [clip_tokens(tokenizer, captions) for tokenizer in clips]
-        return [*found, t5_tokens(t5, captions, length, models.choices.t5_mask)]
+        tokens = [clip_tokens(tokenizer, captions) for tokenizer in clips]
+        return [*tokens, t5_tokens(t5, captions, length, models.choices.t5_mask)]
 
     def encode(
         self,
@@ -160,9 +160,9 @@ class StableDiffusion3(TransformerFamily):
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
-    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
-        pooled = {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
-        return super().prompt_arguments(wanted, unwanted) | pooled
+    def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
+        pooled = {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+        return super().prompt_arguments(positive, negative) | pooled
 
     def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
         version = by_name(self.name).versions[_KINDS.index(kind)]

@@ -66,9 +66,9 @@ class StableDiffusionXL(TrainingFamily):
         added = {"text_embeds": text.pooled, "time_ids": conditions}
         return denoiser(noisy, timesteps, text.hidden, added_cond_kwargs=added, return_dict=False)[0]
 
-    def prompt_arguments(self, wanted: Encoded, unwanted: Encoded) -> dict[str, Any]:
-        pooled = {"pooled_prompt_embeds": wanted.pooled, "negative_pooled_prompt_embeds": unwanted.pooled}
-        return super().prompt_arguments(wanted, unwanted) | pooled
+    def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
+        pooled = {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+        return super().prompt_arguments(positive, negative) | pooled
 
     def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
         return {

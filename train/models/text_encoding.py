@@ -17,7 +17,7 @@ _ROUND, _SQUARE = 1.1, 1 / 1.1
 class Encoded:
     """Text-encoder outputs: `hidden` (n, tokens, width), and `pooled` (n, width) for families that use it.
 
-    mask: (n, tokens) of ones, and zeros for tokens that get no attention; None where all get it.
+    mask: (n, tokens) of ones, and zeros for tokens that get no attention; None if all get it.
     """
 
     hidden: torch.Tensor
@@ -25,6 +25,7 @@ class Encoded:
     mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Encoded":
+        """The same outputs on another device or in another dtype."""
         pooled = None if self.pooled is None else moved(self.pooled, device, dtype)
         mask = None if self.mask is None else moved(self.mask, device)
         return Encoded(moved(self.hidden, device, dtype), pooled, mask)
@@ -54,7 +55,7 @@ class Reading:
 class Tokens:
     """`ids` (n, chunks, length), and the `weights` of the same shape where captions have weighted words.
 
-    mask: of the same shape, ones, and zeros for padding that gets no attention; None where all tokens get it.
+    mask: of the same shape, ones, and zeros for padding that gets no attention; None if all tokens get it.
     """
 
     ids: torch.Tensor
@@ -63,19 +64,26 @@ class Tokens:
 
 
 def weighted_parts(text: str) -> list[tuple[str, float]]:
-    """Split "a (red:1.3) [old] hat" into texts and weights: (x) is 1.1, [x] is 1/1.1, (x:w) is w; they multiply.
+    """Split a prompt with weights, such as "a (red:1.3) [old] hat".
 
-    A backslash before a bracket keeps it as text. Brackets left open apply to the end of the text.
+    (x) multiplies the weight of x by 1.1, [x] by 1/1.1, (x:w) by w; nested factors multiply. A backslash before a
+    bracket makes it text. A bracket that is not closed applies to the end of the prompt.
+
+    Args:
+        text: The prompt.
+
+    Returns:
+        (text, weight) of each part.
     """
     parts: list[tuple[str, float]] = []
     opened: list[tuple[str, int]] = []  # kind of bracket, and where its contents begin in `parts`
 
     def close(kind: str, factor: float) -> None:
         while opened:
-            found, start = opened.pop()
-            own = factor if found == kind else (_ROUND if found == "(" else _SQUARE)
+            bracket, start = opened.pop()
+            own = factor if bracket == kind else (_ROUND if bracket == "(" else _SQUARE)
             parts[start:] = [(piece, weight * own) for piece, weight in parts[start:]]
-            if found == kind:
+            if bracket == kind:
                 return
 
     for match in _PIECES.finditer(text):
@@ -103,9 +111,16 @@ def weighted_parts(text: str) -> list[tuple[str, float]]:
 
 
 def tokenize(tokenizer, captions: list[str], chunks: int = 1, weighted: bool = False) -> Tokens:
-    """Tokens of `captions` in `chunks` windows of the tokenizer's length, each with its start and end token.
+    """Tokenize captions in several windows of the tokenizer's length, each with a start and an end token.
 
-    Words beyond the last window are cut off.
+    Args:
+        tokenizer: A tokenizer of transformers.
+        captions: n captions.
+        chunks: The number of windows. Words beyond the last one are cut off.
+        weighted: Read weights in the captions; see `weighted_parts`.
+
+    Returns:
+        Ids (n, chunks, length), and weights of the same shape or None.
     """
     room = tokenizer.model_max_length - 2
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -114,9 +129,9 @@ def tokenize(tokenizer, captions: list[str], chunks: int = 1, weighted: bool = F
         ids: list[int] = []
         weights: list[float] = []
         for part, weight in weighted_parts(caption) if weighted else [(caption, 1.0)]:
-            found = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids
-            ids += found
-            weights += [weight] * len(found)
+            tokens = tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids
+            ids += tokens
+            weights += [weight] * len(tokens)
         for chunk in range(chunks):
             own, factors = (x[chunk * room : (chunk + 1) * room] for x in (ids, weights))
             rest = room - len(own)

@@ -14,9 +14,9 @@ def clip_tokens(tokenizer: Any, captions: list[str]) -> Tokens:
 
 def t5_tokens(tokenizer: Any, captions: list[str], length: int, masked: bool) -> Tokens:
     """T5's tokens of each caption, (n, 1, length), and with `masked` the mask of its padding."""
-    found = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    mask = found.attention_mask.unsqueeze(1) if masked else None
-    return Tokens(found.input_ids.unsqueeze(1), mask=mask)
+    encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    mask = encoded.attention_mask.unsqueeze(1) if masked else None
+    return Tokens(encoded.input_ids.unsqueeze(1), mask=mask)
 
 
 def t5_states(encoder: Any, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:

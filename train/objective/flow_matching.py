@@ -39,7 +39,7 @@ class FlowOptions:
 
     @classmethod
     def of(cls, settings: Settings, picture_loss: bool = False) -> "FlowOptions":
-        """The options of a run; `picture_loss` is the family's. OptionError for a comparison that there is not."""
+        """The options of a run; `picture_loss` is the family's. OptionError for an unknown comparison."""
         if settings.model_prediction_type == "additive":
             raise OptionError(
                 "--model_prediction_type additive compares a sum that no flow-matching model predicts; give raw"
@@ -62,7 +62,7 @@ def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def flux_shift(tokens: int) -> float:
-    """The shift that Flux.1 has for an image of so many tokens (of 2x2 latents)."""
+    """The shift that Flux.1 has for an image with this number of tokens (of 2x2 latents)."""
     (x, low), (x_high, high) = _SHIFTS
     return math.exp(low + (tokens - x) * (high - low) / (x_high - x))
 

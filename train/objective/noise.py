@@ -31,6 +31,7 @@ class NoiseOptions:
 
     @classmethod
     def of(cls, settings: Settings) -> "NoiseOptions":
+        """The noise options in the settings of a run."""
         return cls(
             min_timestep=settings.min_timestep or 0,
             max_timestep=1000 if settings.max_timestep is None else settings.max_timestep,

@@ -68,7 +68,7 @@ OBJECTIVES: dict[str, type[NoisePrediction]] = {"epsilon": NoisePrediction, "v_p
 
 
 def objective(name: str, schedule: Any) -> Objective:
-    """The objective called `name`, under a base model's noise schedule. TrainingError where there is none."""
+    """The objective called `name`, under a base model's noise schedule. TrainingError if there is none."""
     if name not in OBJECTIVES:
         raise TrainingError(f"unknown training objective {name}: {', '.join(OBJECTIVES)} are known")
     return OBJECTIVES[name](schedule)

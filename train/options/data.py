@@ -60,7 +60,7 @@ class CaptionFields:
     caption_separator: str = option(",", "separator of tags", scope=ANYWHERE)
     shuffle_caption: bool = option(False, "shuffle the tags", scope=ANYWHERE)
     keep_tokens: int = option(0, "leave the first n tags in place", scope=ANYWHERE, at_least=0)
-    keep_tokens_separator: str | None = option("", "leave in place what stands before this separator", scope=ANYWHERE)
+    keep_tokens_separator: str | None = option("", "keep tags before this separator in place", scope=ANYWHERE)
     secondary_separator: str | None = option(
         None, "separator within a tag: becomes --caption_separator after shuffling", scope=ANYWHERE
     )

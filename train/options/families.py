@@ -28,5 +28,5 @@ def check_family_options(settings: Settings, family: Any) -> None:
             raise OptionError(f"{known[name].flag} is for {reason}, and the base model is {family.title}: leave it out")
     if family.has_flow and settings.loss_type in ("huber", "smooth_l1") and settings.huber_schedule == "snr":
         raise OptionError(
-            "--huber_schedule snr is for noise schedules, which flow matching has none of: give constant or exponential"
+            "--huber_schedule snr needs a noise schedule, which flow matching lacks: give constant or exponential"
         )

@@ -35,7 +35,7 @@ class FlowOptions:
     training_shift: float = option(1.0, "SD3: shift towards noise", above=0, metadata=True)
     model_prediction_type: str = option(
         "raw",
-        "what the loss compares: the velocity (raw), or the picture that it leads to (sigma_scaled)",
+        "what the loss compares: the velocity (raw), or the image that it leads to (sigma_scaled)",
         choices=["raw", "additive", "sigma_scaled"],
         metadata=True,
     )

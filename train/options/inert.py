@@ -34,7 +34,7 @@ def _leave_out_samples(settings: Settings) -> None:
     """The occasions for sample images where there are no prompts to draw them from."""
     given = [name for name in _SAMPLES if getattr(settings, name)]
     if given and not settings.sample_prompts:
-        log.warning("--%s: no sample pictures are drawn without --sample_prompts, a file of prompts", given[0])
+        log.warning("--%s: no sample images are drawn without --sample_prompts, a file of prompts", given[0])
         for name in given:
             _reset(settings, name, options_of(type(settings))[name].default)
 

@@ -22,7 +22,7 @@ def _every(help: str) -> Any:
 
 def _samples(help: str) -> Any:
     """An interval of sample images."""
-    case = Inert(lambda value, _: value <= 0, "{value} draws no sample pictures")
+    case = Inert(lambda value, _: value <= 0, "{value} draws no sample images")
     return option(None, help, at_least=1, inert=(case,))
 
 
@@ -67,7 +67,7 @@ class SavingOptions:
     huggingface_repo_visibility: str | None = option(
         None, "public or private, if the repository is created", unset="private"
     )
-    save_state_to_huggingface: bool = option(False, "upload states, too")
+    save_state_to_huggingface: bool = option(False, "also upload states")
     resume_from_huggingface: bool = option(False, "--resume names a state in a repository")
     async_upload: bool = option(False, "push beside training, as is always done here")
 
@@ -79,7 +79,7 @@ class SampleOptions:
     title: ClassVar[str] = "sample images"
     sample_every_n_steps: int | None = _samples("make sample images every n steps; 0: none")
     sample_every_n_epochs: int | None = _samples("make sample images every n epochs; wins over steps; 0: none")
-    sample_at_first: bool = option(False, "make sample images before training, too")
+    sample_at_first: bool = option(False, "also make sample images before training")
     sample_prompts: str | None = option(None, "file of prompts: txt, toml or json")
     sample_sampler: str = option(
         "ddim", "sampler", choices=list(SAMPLERS), unread=lambda settings: not settings.sample_prompts

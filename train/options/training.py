@@ -8,7 +8,9 @@ from lora_adapters.convert.parsing import number
 from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import Inert, option
 
-_RESUME = "starting in the middle is not supported; use --resume with a saved state, which goes on exactly where it was"
+_RESUME = (
+    "starting in the middle is not supported; use --resume with a saved state, which continues exactly where it was"
+)
 _HUBER = ("huber", "smooth_l1")
 
 

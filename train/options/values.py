@@ -83,7 +83,7 @@ def _single(option: Option, value: Any, source: object) -> Any:
 
 
 def required(value: T | None, flag: str) -> T:
-    """`value`; OptionError where it is missing."""
+    """`value`; OptionError if it is missing."""
     if value is None:
         raise OptionError(f"{flag} is missing")
     return value

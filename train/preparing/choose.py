@@ -27,7 +27,7 @@ class Plan:
 
 
 def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
-    """The settings for these folders. OptionError where the base model is not known, TrainingError if it is broken."""
+    """The settings for these folders. OptionError if the base model is not known, TrainingError if it is broken."""
     model = settings.pretrained_model_name_or_path
     if not model:
         raise OptionError(
@@ -50,7 +50,7 @@ def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
 def _presets(model: str, settings: InitSettings) -> list[Preset]:
     """A preset for the machine and one for the purpose."""
     family = settings.family or _family(model)
-    purpose = next(one for one in presets().values() if one.purpose == settings.purpose)
+    purpose = next(preset for preset in presets().values() if preset.purpose == settings.purpose)
     return [for_machine(family, _card() if settings.card is None else settings.card), purpose]
 
 
@@ -62,9 +62,9 @@ def _family(model: str) -> str:
 
     source = ModelSource(pretrained_model_name_or_path=model)
     check_path(source)
-    found = family_on_disk(source)
-    if found is not None:
-        return found.name
+    family = family_on_disk(source)
+    if family is not None:
+        return family.name
     name = name_by_repository(model)
     if name is not None:
         return name
@@ -79,7 +79,7 @@ def _card() -> float:
 
 
 def _trained_side(model: str) -> int | None:
-    """The side in pixels of pictures that a Diffusers folder's U-Net was made for; None where no file says it."""
+    """The side in pixels of pictures that a Diffusers folder's U-Net was made for; None if no file says it."""
     from lora_adapters.train.models.registry import FAMILIES
 
     files = (Path(model) / name / "config.json" for name in {family.denoiser for family in FAMILIES.values()})
@@ -95,40 +95,42 @@ def _trained_side(model: str) -> int | None:
 
 def _from_pictures(folders: Sequence[Folder], side: int) -> dict[str, Choice]:
     """What the pictures' shapes, sizes and number ask for."""
-    sizes = [one.size for folder in folders for one in folder.readable]
+    sizes = [picture.size for folder in folders for picture in folder.readable]
     small = sum(width * height < side * side for width, height in sizes)
     shapes = len({round(width / height, 2) for width, height in sizes})
-    found = {
+    choices = {
         "enable_bucket": Choice(True, f"{shapes} shapes: each picture keeps its own" if shapes > 1 else
                                 "pictures keep their shape", _SEEN),
     }  # fmt: skip
     steps = 64
     if side < 4 * steps:
         steps = max(8, side // 8)
-        found["bucket_reso_steps"] = Choice(steps, f"steps of 64 are too coarse for {side} pixels", "the resolution")
+        choices["bucket_reso_steps"] = Choice(steps, f"steps of 64 are too coarse for {side} pixels", "the resolution")
     if small and all(min(size) >= steps for size in sizes):
         why = f"{small} pictures have fewer pixels than {side}x{side}: they are not enlarged"
-        found["bucket_no_upscale"] = Choice(True, why, _SEEN)
+        choices["bucket_no_upscale"] = Choice(True, why, _SEEN)
     if len(sizes) >= _HELD_OUT_FROM:
-        found["validation_split"] = Choice(0.1, f"of {len(sizes)} pictures some can be held out to measure with", _SEEN)
-    return found
+        choices["validation_split"] = Choice(
+            0.1, f"of {len(sizes)} pictures some can be held out to measure with", _SEEN
+        )
+    return choices
 
 
 def _subset(folder: Folder, settings: InitSettings) -> dict[str, Choice]:
     """The table of one folder."""
-    found = {"image_dir": Choice(folder.path.as_posix(), f"{len(folder.readable)} pictures", _SEEN)}
+    choices = {"image_dir": Choice(folder.path.as_posix(), f"{len(folder.readable)} pictures", _SEEN)}
     ending = folder.ending
     if ending is not None:
-        found["caption_extension"] = Choice(ending, f"{folder.endings[ending]} pictures have such a caption", _SEEN)
+        choices["caption_extension"] = Choice(ending, f"{folder.endings[ending]} pictures have such a caption", _SEEN)
     missing = len(folder.uncaptioned(ending)) if ending else len(folder.readable)
     if missing:
         tokens, source = settings.class_tokens or folder.class_tokens, "--class_tokens"
         if settings.class_tokens is None:
             source = "the folder's name" if folder.class_tokens else "a guess: give --class_tokens"
-        found["class_tokens"] = Choice(tokens or "a photo", f"caption of {missing} pictures that have none", source)
+        choices["class_tokens"] = Choice(tokens or "a photo", f"caption of {missing} pictures that have none", source)
     if folder.repeats > 1:
-        found["num_repeats"] = Choice(folder.repeats, "how often an epoch shows each picture", "the folder's name")
-    return found
+        choices["num_repeats"] = Choice(folder.repeats, "how often an epoch shows each picture", "the folder's name")
+    return choices
 
 
 def _options(
@@ -143,19 +145,19 @@ def _options(
         "output_dir": Choice(settings.output_dir, "where the adapter and its report will be", "--output_dir"),
         "output_name": Choice(name, "the adapter's name", "--output_name" if settings.output_name else "the folder"),
     }
-    batch, found = int(dataset["batch_size"].value), {**own, **options}
-    if "max_train_steps" in found and batch > 1:
-        steps = found["max_train_steps"]
+    batch, chosen = int(dataset["batch_size"].value), {**own, **options}
+    if "max_train_steps" in chosen and batch > 1:
+        steps = chosen["max_train_steps"]
         fewer = max(1, int(steps.value) // batch)
-        found["max_train_steps"] = Choice(fewer, f"{steps.value} pictures, {batch} a step", steps.source)
-        if "save_every_n_steps" in found:
-            saves = found["save_every_n_steps"]
-            found["save_every_n_steps"] = Choice(max(1, int(saves.value) // batch), saves.why, saves.source)
-    if "save_every_n_steps" in found:
-        every = Choice(found["save_every_n_steps"].value, "see what it has learned, at each save", "this program")
+        chosen["max_train_steps"] = Choice(fewer, f"{steps.value} pictures, {batch} a step", steps.source)
+        if "save_every_n_steps" in chosen:
+            saves = chosen["save_every_n_steps"]
+            chosen["save_every_n_steps"] = Choice(max(1, int(saves.value) // batch), saves.why, saves.source)
+    if "save_every_n_steps" in chosen:
+        every = Choice(chosen["save_every_n_steps"].value, "see what it has learned, at each save", "this program")
         prompts = Choice((out / "prompts.txt").as_posix(), "what to draw", "this program")
-        found |= {"sample_every_n_steps": every, "sample_prompts": prompts}
-    return found
+        chosen |= {"sample_every_n_steps": every, "sample_prompts": prompts}
+    return chosen
 
 
 def _prompts(folders: Sequence[Folder], subsets: Sequence[Mapping[str, Choice]]) -> list[str]:

@@ -18,25 +18,25 @@ def seen(folder: Folder, side: int) -> list[str]:
     lines = [f"{folder.path}: {len(folder.pictures)} pictures"]
     if folder.repeats > 1:
         lines.append(f"  its name says {folder.repeats} repeats of {folder.class_tokens}")
-    areas = sorted((one.size for one in pictures), key=lambda size: size[0] * size[1])
+    areas = sorted((picture.size for picture in pictures), key=lambda size: size[0] * size[1])
     shapes = Counter(_shape(*size) for size in areas)
     small, large = ("x".join(map(str, size)) for size in (areas[0], areas[-1]))
     lines.append(
         f"  sizes {small} to {large}: {', '.join(f'{count} {shape}' for shape, count in shapes.most_common())}"
     )
-    turned = sum(one.turned for one in pictures)
+    turned = sum(picture.turned for picture in pictures)
     if turned:
         lines.append(f"  {turned} are turned by their EXIF data, as training turns them too")
-    below = [one.path.name for one in pictures if one.size[0] * one.size[1] < side * side]
+    below = [picture.path.name for picture in pictures if picture.size[0] * picture.size[1] < side * side]
     if below:
         lines.append(f"  {len(below)} have fewer pixels than {side}x{side}, and less detail: {_names(below)}")
     if 4 * areas[len(areas) // 2][0] * areas[len(areas) // 2][1] < side * side:
         lines.append(f"  most have less than a quarter of that: find larger ones, or enlarge them to {side} pixels")
     if unreadable:
-        reasons = [f"{one.path.name} ({one.wrong})" for one in unreadable]
+        reasons = [f"{picture.path.name} ({picture.wrong})" for picture in unreadable]
         lines.append(f"  {len(unreadable)} cannot be read, and are left out in training: {_names(reasons)}")
     lines += [*_captions(folder), *_others(folder)]
-    groups = [[one.path.name for one in group] for group in alike(pictures)]
+    groups = [[picture.path.name for picture in group] for group in alike(pictures)]
     if groups:
         extra = sum(map(len, groups)) - len(groups)
         shown = "; ".join(" = ".join(group[:3]) for group in groups[:_SHOWN])
@@ -78,9 +78,9 @@ def _others(folder: Folder) -> list[str]:
 
 def chosen(made: Plan) -> list[str]:
     """What was chosen, and why, a line each."""
-    subsets = [(key, one) for subset in made.subsets for key, one in subset.items() if key != "image_dir"]
+    subsets = [(key, choice) for subset in made.subsets for key, choice in subset.items() if key != "image_dir"]
     entries = [*made.dataset.items(), *dict(subsets).items(), *made.options.items()]
-    return [printable(f"  {key} = {one.value}: {one.why} [{one.source}]") for key, one in entries]
+    return [printable(f"  {key} = {choice.value}: {choice.why} [{choice.source}]") for key, choice in entries]
 
 
 def _shape(width: int, height: int) -> str:

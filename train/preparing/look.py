@@ -52,11 +52,11 @@ class Folder:
 
     @property
     def readable(self) -> list[Picture]:
-        return [one for one in self.pictures if one.wrong is None]
+        return [picture for picture in self.pictures if picture.wrong is None]
 
     @property
     def unreadable(self) -> list[Picture]:
-        return [one for one in self.pictures if one.wrong is not None]
+        return [picture for picture in self.pictures if picture.wrong is not None]
 
     @property
     def ending(self) -> str | None:
@@ -65,25 +65,25 @@ class Folder:
 
     def uncaptioned(self, ending: str) -> list[Path]:
         """Pictures without a caption file of that ending."""
-        return [one.path for one in self.readable if not one.path.with_suffix(ending).is_file()]
+        return [picture.path for picture in self.readable if not picture.path.with_suffix(ending).is_file()]
 
 
 def look(path: str) -> list[Folder]:
-    """The folder, or those folders in it that have pictures. DataError where no picture can be read."""
+    """The folder, or those folders in it that have pictures. DataError if no picture can be read."""
     top = existing_folder(path)
-    places = [top, *sorted(one for one in top.iterdir() if one.is_dir() and not one.name.startswith("."))]
-    found = [_folder(place) for place in places if find_images(place)]
-    if not found:
+    places = [top, *sorted(entry for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))]
+    folders = [_folder(place) for place in places if find_images(place)]
+    if not folders:
         raise DataError(f"{top} has no pictures{_deeper(top)}")
-    if not any(folder.readable for folder in found):
-        first = found[0].pictures[0]
+    if not any(folder.readable for folder in folders):
+        first = folders[0].pictures[0]
         raise DataError(f"{top}: none of its pictures can be read; the first, {first.path.name}: {first.wrong}")
-    return [folder for folder in found if folder.readable]
+    return [folder for folder in folders if folder.readable]
 
 
 def _deeper(top: Path) -> str:
     """Where pictures are if they are further down than `look` looks; an empty string if there are none."""
-    folders = (one for one in sorted(top.glob("*/*")) if one.is_dir() and find_images(one))
+    folders = (entry for entry in sorted(top.glob("*/*")) if entry.is_dir() and find_images(entry))
     names = [str(folder) for folder in itertools.islice(folders, 3)]
     return f" in it or in its folders, but further down: name one of {', '.join(names)}" if names else ""
 
@@ -91,8 +91,8 @@ def _deeper(top: Path) -> str:
 def alike(pictures: Sequence[Picture]) -> list[list[Picture]]:
     """Groups of pictures that look the same: of one shape, and equal as thumbnails of 16 greys."""
     groups: dict[str, list[Picture]] = {}
-    for one in pictures:
-        groups.setdefault(one.looks, []).append(one)
+    for picture in pictures:
+        groups.setdefault(picture.looks, []).append(picture)
     return [group for group in groups.values() if len(group) > 1]
 
 

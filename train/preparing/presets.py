@@ -43,7 +43,7 @@ def presets() -> dict[str, Preset]:
 
 
 def named(name: str) -> Preset:
-    """The preset of a name. OptionError where there is none."""
+    """The preset of a name. OptionError if there is none."""
     known = presets()
     if name not in known:
         raise OptionError(f"--preset {name}: the presets are {', '.join(known)}{did_you_mean(name, known)}")
@@ -51,14 +51,14 @@ def named(name: str) -> Preset:
 
 
 def for_machine(family: str, card: float) -> Preset:
-    """The preset for models of a family on a card of so many GB. OptionError where none is for so small a card."""
-    fitting = [one for one in presets().values() if one.family == family and one.card is not None]
+    """The preset for models of a family on a card of so many GB. OptionError if none is for so small a card."""
+    fitting = [preset for preset in presets().values() if preset.family == family and preset.card is not None]
     if not fitting:
         raise OptionError(f"there is no preset for models of {family}: name others with --preset")
-    small = min(one.card for one in fitting if one.card)
+    small = min(preset.card for preset in fitting if preset.card)
     if 0 < card < small:
         raise OptionError(f"--card {card:g}: {family} needs {small:g} GB; 0 trains without a GPU")
-    return max((one for one in fitting if (one.card or 0) <= card), key=lambda one: one.card or 0)
+    return max((preset for preset in fitting if (preset.card or 0) <= card), key=lambda preset: preset.card or 0)
 
 
 def _read(name: str, file: Any) -> Preset:

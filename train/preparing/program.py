@@ -26,7 +26,7 @@ def program(argv: Sequence[str] | None) -> None:
     say(f"chosen, from the presets {', '.join(preset.name for preset in made.presets)} and from the pictures:")
     say("\n".join(chosen(made)))
     config = files[1]
-    say(f"wrote {', '.join(map(str, files))}; the reasons stand in them")
+    say(f"wrote {', '.join(map(str, files))}, with the reason of each value")
     say(f"next: lora-adapters train --config_file {config} --dry_run, then the same without --dry_run")
 
 

@@ -13,7 +13,7 @@ NAMES = ("dataset.toml", "config.toml", "prompts.txt")
 
 
 def write(plan: Plan, out: Path, overwrite: bool) -> list[Path]:
-    """Write the three files. TrainingError where one is there and `overwrite` is off; nothing is written then."""
+    """Write the three files. TrainingError if one is there and `overwrite` is off; nothing is written then."""
     files = [out / name for name in NAMES]
     there = ", ".join(str(file) for file in files if file.exists())
     if there and not overwrite:
@@ -54,19 +54,19 @@ def config_text(plan: Plan) -> str:
 def prompts_text(plan: Plan) -> str:
     """prompts.txt."""
     side = plan.dataset["resolution"].value
-    lines = ["# Prompts of the pictures that are drawn while training; options stand behind them."]
+    lines = ["# Prompts of the sample images, each followed by its options."]
     return "\n".join([*lines, *(f"{_prompt(text)} --w {side} --h {side} --s 20 --d 1" for text in plan.prompts)]) + "\n"
 
 
 def _lines(choices: Mapping[str, Choice]) -> list[str]:
-    values = [f"{key} = {toml_literal(choice.value)}" for key, choice in choices.items()]
-    return [f"{value}  # {_one_line(f'{one.why} [{one.source}]')}"
-            for value, one in zip(values, choices.values(), strict=True)]  # fmt: skip
+    values = [f"{key} = {toml_literal(item.value)}" for key, item in choices.items()]
+    return [f"{value}  # {_one_line(f'{choice.why} [{choice.source}]')}"
+            for value, choice in zip(values, choices.values(), strict=True)]  # fmt: skip
 
 
 def _one_line(text: str) -> str:
     """Text of a comment: folders' names may hold anything."""
-    return "".join(one if one.isprintable() else " " for one in text)
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _prompt(text: str) -> str:

@@ -16,9 +16,9 @@ DEFAULT_RESOLUTIONS: tuple[Size, ...] = ((512, 512), (384, 384), (256, 256), (12
 
 
 def _resolutions(text: str) -> list[Size]:
-    found = [re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", part.strip().lower()) for part in text.split(",")]
-    pairs = [(int(match[1]), int(match[2])) for match in found if match]
-    if len(pairs) < len(found):
+    matches = [re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", part.strip().lower()) for part in text.split(",")]
+    pairs = [(int(match[1]), int(match[2])) for match in matches if match]
+    if len(pairs) < len(matches):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 512x512,384x384")
     return pairs
 

@@ -49,9 +49,21 @@ class Job:
 def plan(
     src: Path, dst: Path, resolutions: Sequence[Size], suffix: str, copy_associated: bool
 ) -> tuple[list[Job], list[Copy], int]:
-    """A job for each image of `src`, the other files to copy, and the number of subfolders.
+    """Plan the resized images and the copies of other files.
 
-    suffix: ".png" or ".jpg", what the resized images are saved as. Raises ResizeError.
+    Args:
+        src: The folder with the original images.
+        dst: The folder for the new ones.
+        resolutions: (width, height) pairs whose areas limit the sizes, in pixels.
+        suffix: ".png" or ".jpg", the format of the resized images.
+        copy_associated: Copy captions and other files of the same name for each resized image.
+
+    Returns:
+        A job for each image, the other files to copy, and the number of subfolders, which are not entered.
+
+    Raises:
+        ResizeError: A folder is missing, has no images, or two files would get the same name.
+        ResizeOptionError: A resolution is not positive.
     """
     if not resolutions or any(side < 1 for pair in resolutions for side in pair):
         raise ResizeOptionError(f"resolutions {list(resolutions)}: give pairs of 1 or more")

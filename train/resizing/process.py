@@ -76,10 +76,10 @@ def _is_done(target: Path, source: Path, note: str) -> bool:
             return False
         with Image.open(target) as image:
             image.load()
-            found = image.info.get("comment") or image.info.get("Comment")
+            comment = image.info.get("comment") or image.info.get("Comment")
     except Exception:  # whatever is wrong with it, the answer is to make it again
         return False
-    return found in (note, note.encode())
+    return comment in (note, note.encode())
 
 
 def _save(image: Image.Image, target: Path, note: str, source: Path) -> None:

@@ -18,10 +18,19 @@ class UnreadableImage(ValueError):
 
 
 def read_image(path: Path) -> Image.Image:
-    """The (first) image in `path`, upright, in mode RGB, or RGBA if the file knows transparency.
+    """Read the (first) image of a file.
 
-    EXIF orientation is applied, 16-bit and floating-point greys are scaled to 8 bits, and an RGB colour profile stays
-    in `info["icc_profile"]`, where nothing else is kept. Raises UnreadableImage.
+    EXIF orientation is applied. Grey of 16 bits or floating point is scaled to 8 bits.
+
+    Args:
+        path: The file.
+
+    Returns:
+        An image in mode RGB, or RGBA if the file has transparency. `info` has an RGB colour profile ("icc_profile") or
+        nothing.
+
+    Raises:
+        UnreadableImage: The file is not an image, or is damaged; the message says why.
     """
     try:
         image = _eight_bit(read_upright(path))
@@ -76,9 +85,15 @@ def divisible_size(size: Size, divisible_by: int) -> Size:
 
 
 def resize(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
-    """`image` (RGB or RGBA) at `size`, which no side may exceed. Colours count by their opacity.
+    """Resize an image. With transparency, colours are weighted by their opacity.
 
-    interpolation: a name in `interpolation.RESIZING`; "area" is the exact mean.
+    Args:
+        image: RGB or RGBA.
+        size: (width, height) in pixels; no side may be larger than that of the image.
+        interpolation: A name in `interpolation.RESIZING`; "area" is the exact mean.
+
+    Returns:
+        An image in the same mode, or `image` itself if it has this size.
     """
     if image.size == size:
         return image

@@ -61,7 +61,7 @@ class Scene:
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):
             if _OPTION.search(text):
-                raise StudioError(f"{text:.60}: give what stands behind -- in the fields of its own")
+                raise StudioError(f"{text:.60}: use the fields for what follows --")
 
     def words(self, model: Sequence[str]) -> list[str]:
         """The words of `lora-adapters generate` that draw it. model: the options about the model."""
@@ -87,7 +87,7 @@ def labels(architecture: str) -> tuple[str, ...]:
 
 
 def block_values(text: str, architecture: str) -> list[float]:
-    """The number of each block that a preset, names or numbers mean. AdapterError where they cannot be read."""
+    """The number of each block that a preset, names or numbers mean. AdapterError if they cannot be read."""
     if not text.strip():
         return [1.0] * len(labels(architecture))
     weights = parse(text, rest=0.0)
@@ -97,7 +97,7 @@ def block_values(text: str, architecture: str) -> list[float]:
 
 
 def block_text(values: Sequence[float]) -> str:
-    """The numbers as text; empty where the adapter is whole."""
+    """The numbers as text; empty if the adapter is whole."""
     return "" if all(value == 1 for value in values) else ",".join(f"{value:g}" for value in values)
 
 
@@ -113,7 +113,7 @@ class Choice:
 
 
 def choice_of(source: str) -> Choice:
-    """The same of a file, folder or repository. AdapterError where it cannot be read."""
+    """The same of a file, folder or repository. AdapterError if it cannot be read."""
     adapter = Adapter.load(source)
     if adapter.dylora is None:
         return Choice(adapter.architecture)
@@ -126,7 +126,7 @@ def choice_of(source: str) -> Choice:
 
 
 def axes(slots: int) -> list[str]:
-    """The names of what a grid can go over, with so many adapters."""
+    """The names of the settings that a grid can vary, for this number of adapters."""
     of_adapters = [f"{what} of adapter {n + 1}" for n in range(slots) for what in ("weight", "rank", "blocks")]
     return ["prompt", "seed", "steps", "scale", *of_adapters]
 
@@ -159,7 +159,7 @@ class Axis:
 
     @classmethod
     def of(cls, name: str, text: str) -> "Axis":
-        """An axis from what the page has. StudioError where there are no values."""
+        """An axis from what the page has. StudioError if there are no values."""
         kind = name.partition(" ")[0]
         parts = re.split(r"\n" if kind == "prompt" else r"[;\n]" if kind == "blocks" else r"[,;\s]+", text)
         values = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
@@ -168,7 +168,7 @@ class Axis:
         return cls(name, values)
 
     def applied(self, scene: Scene, value: str) -> Scene:
-        """The scene with this value. StudioError where it cannot be."""
+        """The scene with this value. StudioError if it cannot be."""
         kind, _, adapter = self.name.partition(" of adapter ")
         place = int(adapter or 0) - 1
         if place >= len(scene.slots):
@@ -214,10 +214,15 @@ def command_lines(rows: Sequence[Sequence[Scene]], model: Sequence[str]) -> str:
 
 
 def python_code(rows: Sequence[Sequence[Scene]], load: str, schedulers: Mapping[str, str]) -> str:
-    """The pictures in Python, through diffusers.
+    """A Python program that draws the pictures with diffusers.
 
-    load: the expression that loads the pipeline, whose class it names first. schedulers: that of each sampler's
-    scheduler, likewise.
+    Args:
+        rows: The scenes, by rows of the sheet.
+        load: The expression that loads the pipeline; it begins with the class.
+        schedulers: The expression for the scheduler of each sampler; it begins with the class.
+
+    Returns:
+        The source code.
     """
     scenes = [scene for row in rows for scene in row]
     slots = [slot for scene in scenes for slot in scene.slots]
@@ -274,9 +279,20 @@ def _call(scene: Scene, file: str) -> list[str]:
 
 
 def merge_words(scene: Scene, folders: Folders, name: str, into_model: bool, one_file: bool) -> list[str]:
-    """The words of `lora-adapters merge` for what the scene shows; DyLoRAs are first cut to their ranks, as files.
+    """The command line of `lora-adapters merge` for a scene. DyLoRAs are first cut to their ranks and written as files.
 
-    StudioError where there is nothing to merge or the name is taken.
+    Args:
+        scene: The adapters with their weights.
+        folders: The folders of the studio.
+        name: The name of the result.
+        into_model: Merge into the base model; False merges the adapters into one.
+        one_file: Write one file for a model that is a folder.
+
+    Returns:
+        The words after `lora-adapters`.
+
+    Raises:
+        StudioError: There is no adapter, or the name is taken.
     """
     if not scene.slots:
         raise StudioError("there is no adapter to merge: choose one")

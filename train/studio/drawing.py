@@ -60,7 +60,7 @@ class Artist:
         down: Axis | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Path:
-        """Draw a labelled grid into the folder; its path. StudioError where it was stopped."""
+        """Draw a labelled grid into the folder; its path. StudioError if it was stopped."""
         self._stopped.clear()
         rows = cells(scene, across, down)
         places = [(row, column) for row in range(len(rows)) for column in range(len(rows[0]))]
@@ -91,7 +91,12 @@ class Artist:
         request = sized(made.requests[0], models.default_size)
         made = Plan([request], made.networks, [])
         drawer = Drawer(
-            models, settings, device, self._pipe, self._networks(scene, made), [one.multiplier for one in made.networks]
+            models,
+            settings,
+            device,
+            self._pipe,
+            self._networks(scene, made),
+            [network.multiplier for network in made.networks],
         )
         (_, image), *_ = drawer.draw([request])
         return image, Album(settings, models, made.networks), made

@@ -15,7 +15,22 @@ _FOLDERS = ("peft",)  # formats that are folders
 def merge(
     folders: Folders, adapters: Sequence[str], weights: str, into_model: bool, name: str, precision: str
 ) -> list[str]:
-    """Adapters into one, exactly, or into the model. weights: numbers with commas between them, or none: 1 each."""
+    """The command line that merges adapters into one, exactly, or into the model.
+
+    Args:
+        folders: The folders of the studio.
+        adapters: The names of the adapters.
+        weights: Numbers with commas between them; empty is 1 for each.
+        into_model: Merge into the base model; False merges the adapters into one.
+        name: The name of the result.
+        precision: The dtype of the result; empty keeps the default.
+
+    Returns:
+        The words after `lora-adapters`.
+
+    Raises:
+        StudioError: A file is outside of the folders, or the name is taken.
+    """
     ending = "" if into_model and Path(folders.model).is_dir() else ".safetensors"
     words = ["merge", f"--save_to={folders.new(name, ending)}", *_precision(precision)]
     words += [f"--sd_model={folders.model}"] if into_model else []
@@ -31,7 +46,23 @@ def svd_merge(
     name: str,
     precision: str,
 ) -> list[str]:
-    """Adapters into one of a rank."""
+    """The command line that merges adapters into one of a given rank.
+
+    Args:
+        folders: The folders of the studio.
+        adapters: The names of the adapters.
+        weights: Numbers with commas between them; empty is 1 for each.
+        rank: The rank of linear layers and 1x1 convolutions.
+        conv_rank: The rank of larger convolutions; None takes `rank`.
+        name: The name of the result.
+        precision: The dtype of the result; empty keeps the default.
+
+    Returns:
+        The words after `lora-adapters`.
+
+    Raises:
+        StudioError: A file is outside of the folders, or the name is taken.
+    """
     words = ["svd-merge", f"--save_to={folders.new(name, '.safetensors')}", *_precision(precision)]
     words += [f"--new_rank={_rank(rank)}", *_conv("new_conv_rank", conv_rank)]
     return [*words, *_models(folders, adapters, weights)]
@@ -46,7 +77,23 @@ def extract(
     name: str,
     precision: str,
 ) -> list[str]:
-    """The adapter between the studio's model and another in the folders."""
+    """The command line that extracts the adapter between the studio's model and another one.
+
+    Args:
+        folders: The folders of the studio.
+        tuned: The name of the fine-tuned model.
+        rank: The rank of linear layers and 1x1 convolutions.
+        conv_rank: The rank of larger convolutions; None leaves them out.
+        target_error: The relative error to reach; None uses the rank alone.
+        name: The name of the result.
+        precision: The dtype of the result; empty keeps the default.
+
+    Returns:
+        The words after `lora-adapters`.
+
+    Raises:
+        StudioError: A file is outside of the folders, or the name is taken.
+    """
     words = ["extract", f"--model_org={folders.model}", f"--model_tuned={folders.base_model(tuned)}"]
     words += [f"--save_to={folders.new(name, '.safetensors')}", f"--dim={_rank(rank)}", *_conv("conv_dim", conv_rank)]
     return [*words, *_error(target_error), *_precision(precision)]
@@ -61,14 +108,45 @@ def resize(
     name: str,
     precision: str,
 ) -> list[str]:
-    """An adapter of a smaller rank."""
+    """The command line that reduces the rank of an adapter.
+
+    Args:
+        folders: The folders of the studio.
+        adapter: The name of the adapter.
+        rank: The rank of linear layers and 1x1 convolutions.
+        conv_rank: The rank of larger convolutions; None takes `rank`.
+        target_error: The relative error to reach; None uses the rank alone.
+        name: The name of the result.
+        precision: The dtype of the result; empty keeps the default.
+
+    Returns:
+        The words after `lora-adapters`.
+
+    Raises:
+        StudioError: A file is outside of the folders, or the name is taken.
+    """
     words = ["resize", f"--model={folders.adapter(adapter)}", f"--save_to={folders.new(name, '.safetensors')}"]
     words += [f"--new_rank={_rank(rank)}", *_conv("new_conv_rank", conv_rank)]
     return [*words, *_error(target_error), *_precision(precision)]
 
 
 def convert(folders: Folders, adapter: str, form: str, rank: float | None, name: str, precision: str) -> list[str]:
-    """An adapter in another format; with a rank, as low-rank pairs whatever it is."""
+    """The command line that writes an adapter in another format.
+
+    Args:
+        folders: The folders of the studio.
+        adapter: The name of the adapter.
+        form: The format, one of FORMATS.
+        rank: Approximate changes of all kinds by low-rank pairs of this rank; None keeps them.
+        name: The name of the result.
+        precision: The dtype of the result; empty keeps the default.
+
+    Returns:
+        The words after `lora-adapters`.
+
+    Raises:
+        StudioError: The format is unknown, a file is outside of the folders, or the name is taken.
+    """
     if form not in FORMATS:
         raise StudioError(f"{form!r:.40} is not a format: {', '.join(FORMATS)} are")
     target = folders.new(name, "" if form in _FOLDERS else ".safetensors")
@@ -78,7 +156,7 @@ def convert(folders: Folders, adapter: str, form: str, rank: float | None, name:
 
 
 def _models(folders: Folders, adapters: Sequence[str], weights: str) -> list[str]:
-    """--models and --ratios. StudioError where there is a weight too few or too many."""
+    """--models and --ratios. StudioError if there is a weight too few or too many."""
     if not adapters:
         raise StudioError("choose the adapters to merge")
     words = ["--models", *(folders.adapter(source) for source in adapters)]
@@ -94,7 +172,7 @@ def _models(folders: Folders, adapters: Sequence[str], weights: str) -> list[str
 
 
 def _precision(precision: str) -> list[str]:
-    """The precision of the result; nothing where the program shall choose."""
+    """The precision of the result; nothing if the program shall choose."""
     if precision == OWN:
         return []
     if precision not in PRECISIONS:

@@ -32,7 +32,7 @@ class Report:
 
 
 def look(source: str) -> Report:
-    """Read an adapter from a file, folder or repository. AdapterError where it cannot be read."""
+    """Read an adapter from a file, folder or repository. AdapterError if it cannot be read."""
     path = locate(source)
     adapter, unknown = read(path)
     return Report(source, adapter, facts(adapter, path, unknown))

@@ -77,9 +77,18 @@ class Jobs:
         self._job = self._read()
 
     def start(self, title: str, words: Sequence[str], log: Path) -> Job:
-        """Run `lora-adapters WORDS`, its output behind what the log has already.
+        """Start `lora-adapters` with arguments in a process.
 
-        StudioError where something else is running.
+        Args:
+            title: The name of the job on the page.
+            words: The arguments.
+            log: The file that the output is appended to.
+
+        Returns:
+            The job, which is also written to the record.
+
+        Raises:
+            StudioError: Another job is running.
         """
         with self.reserved(title):
             self._before()
@@ -150,7 +159,7 @@ class Jobs:
 
 
 def claim(file: Path) -> None:
-    """Say in the file that this process is the studio of its folder. StudioError where another one is, and runs."""
+    """Say in the file that this process is the studio of its folder. StudioError if another one is, and runs."""
     try:
         pid, created = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):  # there was none yet
@@ -162,7 +171,7 @@ def claim(file: Path) -> None:
 
 
 def _created(pid: int) -> float | None:
-    """When the process of that number began; None where there is none, or it has ended."""
+    """When the process of that number began; None if there is none, or it has ended."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

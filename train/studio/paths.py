@@ -38,7 +38,7 @@ class Folders:
         return self.output / ".studio"
 
     def base_model(self, path: str) -> Path:
-        """A model in the folders. StudioError where it is below none of them, or does not exist."""
+        """A model in the folders. StudioError if it is below none of them, or does not exist."""
         return _existing(_below(path, (*self.adapters, self.output)))
 
     def adapter(self, source: str) -> str:
@@ -51,10 +51,10 @@ class Folders:
 
     def pictures_in(self, folder: str | Path) -> Path:
         """A folder of training pictures."""
-        found = _existing(_below(folder, self.pictures))
-        if not found.is_dir():
+        path = _existing(_below(folder, self.pictures))
+        if not path.is_dir():
             raise StudioError(f"{folder} is not a folder")
-        return found
+        return path
 
     def new(self, name: str, ending: str = "", folder: str = "") -> Path:
         """A path to write, in the output folder. StudioError for a name that is none, or is taken already."""
@@ -90,13 +90,13 @@ class Folders:
 
 def _below(path: str | Path, roots: Sequence[Path]) -> Path:
     try:
-        found = Path(path).resolve()
+        resolved = Path(path).resolve()
     except (OSError, ValueError, RuntimeError):  # a NUL in a name, a circle of links
         raise StudioError(f"{str(path)!r:.120} is not a path") from None
-    if not any(found.is_relative_to(root.resolve()) for root in roots):
+    if not any(resolved.is_relative_to(root.resolve()) for root in roots):
         where = ", ".join(map(str, roots)) or "none was named"
         raise StudioError(f"{path!s:.200} is outside of the folders that the studio was started with ({where})")
-    return found
+    return resolved
 
 
 def _existing(path: Path) -> Path:
@@ -121,27 +121,27 @@ def _has_pictures(path: Path) -> bool:
     return path.is_dir() and any(entry.suffix.lower() in TRAINED for entry in path.iterdir())
 
 
-def _walk(roots: Iterable[Path], wanted: Callable[[Path], bool], roots_too: bool = False) -> list[Path]:
+def _walk(roots: Iterable[Path], matches: Callable[[Path], bool], roots_too: bool = False) -> list[Path]:
     """What is wanted below the roots, by name.
 
     Hidden entries, links that lead out, saved states and what models and PEFT adapters consist of are left alone.
     """
-    found: dict[Path, Path] = {}
+    paths: dict[Path, Path] = {}
     for root in roots:
-        if roots_too and root.is_dir() and wanted(root):
-            found.setdefault(root.resolve(), root)
+        if roots_too and root.is_dir() and matches(root):
+            paths.setdefault(root.resolve(), root)
         level = [root]
         for _ in range(_DEEPEST):
             deeper: list[Path] = []
             for path in (entry for folder in level for entry in _entries(folder)):
-                if len(found) >= _MOST or not path.resolve().is_relative_to(root.resolve()):
+                if len(paths) >= _MOST or not path.resolve().is_relative_to(root.resolve()):
                     continue
-                if wanted(path):
-                    found.setdefault(path.resolve(), path)
+                if matches(path):
+                    paths.setdefault(path.resolve(), path)
                 if path.is_dir() and not _is_adapter(path) and not _is_model(path):
                     deeper.append(path)
             level = deeper
-    return sorted(found.values())
+    return sorted(paths.values())
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ THUMBNAIL = 320  # pixels of the longer side
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and its caption; None where there is no file of one."""
+    """A picture and its caption; None if there is no file of one."""
 
     path: Path
     caption: str | None
@@ -32,7 +32,7 @@ def caption_ending(folder: Path) -> str:
 
 
 def pictures(folder: Path) -> list[Picture]:
-    """All pictures of the folder, by name. StudioError where a caption cannot be read."""
+    """All pictures of the folder, by name. StudioError if a caption cannot be read."""
     ending = caption_ending(folder)
     return [Picture(path, _caption(path.with_suffix(ending))) for path in find_images(folder)]
 
@@ -47,7 +47,7 @@ def _caption(file: Path) -> str | None:
 
 
 def save_caption(folder: Path, name: str, caption: str) -> Path:
-    """Write the caption of one of the folder's pictures; its file. StudioError where the folder has no such picture."""
+    """Write the caption of one of the folder's pictures; its file. StudioError if the folder has no such picture."""
     known = {path.name: path for path in find_images(folder)}
     if name not in known:
         raise StudioError(f"{folder} has no picture {name:.80}")

@@ -26,34 +26,34 @@ _PER_PICTURE = ("steps", "save_every")  # presets count pictures, the page steps
 
 def choices() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(title, name) of the presets for machines, and of those for purposes."""
-    machines = [(one.title, one.name) for one in presets().values() if one.family is not None]
-    purposes = [(one.title, one.name) for one in presets().values() if one.purpose is not None]
+    machines = [(preset.title, preset.name) for preset in presets().values() if preset.family is not None]
+    purposes = [(preset.title, preset.name) for preset in presets().values() if preset.purpose is not None]
     return machines, purposes
 
 
 def values(machine: str, purpose: str) -> dict[str, Any]:
     """What the page's fields become; fields that the presets say nothing of are not in it."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, choice in _choices(machine, purpose):
         if name == "network_module":
-            found["type"] = _TYPES[choice.value]
+            fields["type"] = _TYPES[choice.value]
         elif name == "network_args":
-            found |= {key: int(value) for key, value in (text.split("=") for text in choice.value)}
+            fields |= {key: int(value) for key, value in (text.split("=") for text in choice.value)}
         elif name in _FIELDS:
-            found[_FIELDS[name]] = choice.value
+            fields[_FIELDS[name]] = choice.value
     for field in _PER_PICTURE:
-        if field in found:
-            found[field] = max(1, found[field] // found.get("batch", 1))
-    return found
+        if field in fields:
+            fields[field] = max(1, fields[field] // fields.get("batch", 1))
+    return fields
 
 
 def words(machine: str, purpose: str) -> list[str]:
     """The options of the presets that the page has no field for."""
-    found = {}
+    options = {}
     for name, choice in _choices(machine, purpose):
         if name not in _FIELDS and name not in ("network_module", "network_args"):
-            found[name] = f"--{name}" if choice.value is True else f"--{name}={choice.value}"
-    return list(found.values())
+            options[name] = f"--{name}" if choice.value is True else f"--{name}={choice.value}"
+    return list(options.values())
 
 
 def reasons(machine: str, purpose: str) -> list[tuple[str, str, str, str]]:

@@ -43,7 +43,7 @@ def parser() -> Parser:
 
 
 def folders(args: Any) -> Folders:
-    """The folders of the options. UsageError where one is missing."""
+    """The folders of the options. UsageError if one is missing."""
     for flag in ("adapters", "pictures"):
         for name in getattr(args, flag) or ():
             if not Path(name).expanduser().is_dir():

@@ -131,7 +131,7 @@ def write(recipe: Recipe, run: Path) -> None:
 
 
 def prepared(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
-    """The words and the folder of a new run, written. StudioError where the name is taken."""
+    """The words and the folder of a new run, written. StudioError if the name is taken."""
     folders.pictures_in(recipe.pictures)
     run = folders.new(recipe.name)
     write(recipe, run)
@@ -147,26 +147,26 @@ def dry(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
 
 
 def resumed(name: str, steps: int, folders: Folders) -> tuple[list[str], Path]:
-    """The words that go on with a run up to so many steps. StudioError where it has no saved state."""
+    """The words that go on with a run up to so many steps. StudioError if it has no saved state."""
     run = run_folder(name, folders)
     recipe = replace(load(run), steps=steps)
     state = newest_state(run)
     if state is None:
-        raise StudioError(f"{name} has no saved state to go on from")
+        raise StudioError(f"{name} has no saved state to resume from")
     if state[0] >= steps:
-        raise StudioError(f"{name} has made {state[0]} steps: give more than {state[0]} to go on")
+        raise StudioError(f"{name} has made {state[0]} steps: give more than {state[0]} to resume")
     write(recipe, run)
     return [*recipe.words(folders.model, run), f"--resume={state[1]}"], run
 
 
 def load(run: Path) -> Recipe:
-    """The settings of a run. StudioError where its folder has none."""
+    """The settings of a run. StudioError if its folder has none."""
     try:
         entries = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
         known = {field.name for field in fields(Recipe)}
         return Recipe(**{key: value for key, value in entries.items() if key in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise StudioError(f"{run} holds no settings of a run ({error})") from None
+        raise StudioError(f"{run} has no settings of a run ({error})") from None
 
 
 # --- what runs say ---------------------------------------------------------------------------------------------------
@@ -174,12 +174,12 @@ def load(run: Path) -> Recipe:
 
 def runs(folders: Folders) -> list[str]:
     """The names of all runs, the newest first."""
-    found = [path.parent for path in folders.output.glob(f"*/{SETTINGS}")]
-    return [path.name for path in sorted(found, key=lambda path: -(path / SETTINGS).stat().st_mtime)]
+    folders_of_runs = [path.parent for path in folders.output.glob(f"*/{SETTINGS}")]
+    return [path.name for path in sorted(folders_of_runs, key=lambda path: -(path / SETTINGS).stat().st_mtime)]
 
 
 def run_folder(name: str, folders: Folders) -> Path:
-    """The folder of a run. StudioError where there is none of that name."""
+    """The folder of a run. StudioError if there is none of that name."""
     if name not in runs(folders):
         raise StudioError(f"there is no run {name!r:.80}")
     return folders.output / name
@@ -187,13 +187,13 @@ def run_folder(name: str, folders: Folders) -> Path:
 
 def newest_state(run: Path) -> tuple[int, Path] | None:
     """(steps made, folder) of the state that goes furthest; None without any."""
-    found: list[tuple[int, Path]] = []
+    states: list[tuple[int, Path]] = []
     for file in run.glob("*-state/train_state.json"):
         try:
-            found.append((int(json.loads(file.read_text(encoding="utf-8"))["current_step"]), file.parent))
+            states.append((int(json.loads(file.read_text(encoding="utf-8"))["current_step"]), file.parent))
         except (OSError, ValueError, KeyError, TypeError):  # one that is being written, or is damaged
             continue
-    return max(found, default=None)
+    return max(states, default=None)
 
 
 def log_of(run: Path) -> str:
@@ -205,9 +205,15 @@ def log_of(run: Path) -> str:
 
 
 def losses(log: str, most: int = 400) -> list[tuple[int, float, str]]:
-    """(step, loss, which) for a plot: the mean training loss that the bar shows, and held-out losses.
+    """The losses in the log of a run, for a plot.
 
-    Of more than `most` steps every n-th is taken. Of a step that was made again after a stop, the last one counts.
+    Args:
+        log: The output of the training so far.
+        most: The largest number of training losses; if there are more, every n-th is taken.
+
+    Returns:
+        (step, loss, name): the mean training loss that the progress bar shows, and held-out losses. If a step was
+        repeated after a stop, its last loss counts.
     """
     training = {int(step): float(loss) for step, loss in _STEP.findall(log)}
     steps = sorted(training)

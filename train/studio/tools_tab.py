@@ -20,7 +20,7 @@ class ToolsTab:
 
     def build(self) -> None:
         """Put the forms into the tab that is open, and connect them."""
-        gr.Markdown("Results go into the folder of `--output`. Progress and what a tool says stand at the top.")
+        gr.Markdown("Results go into the folder of `--output`. Progress and output of a tool are shown at the top.")
         with gr.Tab("Merge"):
             gr.Markdown("Adapters into one, exactly: the ranks add up. Or into the model.")
             with gr.Row():

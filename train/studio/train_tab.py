@@ -167,8 +167,8 @@ class TrainTab:
     def _show(self, folder: str | None) -> list[Any]:
         if not folder:
             return [[], [], None, ""]
-        found = pictures(self._folders.pictures_in(folder))
-        return [self._thumbnails(folder), [picture.path.name for picture in found], None, ""]
+        images = pictures(self._folders.pictures_in(folder))
+        return [self._thumbnails(folder), [picture.path.name for picture in images], None, ""]
 
     def _thumbnails(self, folder: str) -> list[Any]:
         cache = self._folders.private / "thumbnails"
@@ -191,10 +191,10 @@ class TrainTab:
         return self._thumbnails(folder)
 
     def _recipe(self, values: tuple[Any, ...]) -> Recipe:
-        given = dict(zip(_NAMES, values, strict=True))
-        if not given["pictures"]:
+        entries = dict(zip(_NAMES, values, strict=True))
+        if not entries["pictures"]:
             raise StudioError("choose a folder of pictures (the studio finds those below --pictures)")
-        return runs.recipe_of(given, _NAMES)
+        return runs.recipe_of(entries, _NAMES)
 
     def _preset(self, machine: str, purpose: str) -> list[Any]:
         """What the presets say, and the fields that they fill."""
@@ -216,7 +216,7 @@ class TrainTab:
 
     def _resume(self, name: str | None, steps: float | None) -> None:
         if not name or steps is None:
-            raise StudioError("choose a run, and the number of steps that it shall have made")
+            raise StudioError("choose a run and its new total number of steps")
         with self._jobs.reserved(f"training {name}"):
             words, run = runs.resumed(name, int(steps), self._folders)
         self._jobs.start(f"training {name}", words, run / runs.LOG)

@@ -288,7 +288,7 @@ def merge_base_weights(settings: Settings, models: BaseModels) -> None:
 
 
 def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameter groups with params, lr and name. TrainingError where nothing is left to train."""
+    """Parameter groups with params, lr and name. TrainingError if nothing is left to train."""
     encoders = list(text_components(trained).values())
     text_rates = settings.text_encoder_lr or []
     if len(text_rates) > max(1, len(encoders)) and len(set(text_rates)) > 1:

@@ -12,7 +12,7 @@ from lora_adapters.train.options.settings import Settings
 
 
 def check_average(settings: Settings, optimizer: type) -> None:
-    """Raise OptionError where the optimizer, a class, averages weights itself, as schedule-free ones do."""
+    """Raise OptionError if the optimizer, a class, averages weights itself, as schedule-free ones do."""
     if settings.ema_decay and callable(getattr(optimizer, "eval", None)):
         raise OptionError(f"--ema_decay: {optimizer.__name__} saves and measures its own average of the weights")
 
@@ -33,7 +33,7 @@ class WeightAverage:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew with the weights as they are, as after a change of what their components mean."""
+        """Restart from the present weights, as after their components have been sorted."""
         shadows = [torch.nn.Parameter(weight.detach().float()) for weight in self.weights]
         self._model = EMAModel(shadows, decay=self.decay, foreach=True)
 
@@ -52,14 +52,14 @@ class WeightAverage:
             self._model.restore(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on exactly; it refers to the tensors."""
+        """The state for `load_state_dict`; it refers to the tensors, without a copy."""
         return self._model.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, at this average's decay; ValueError where it is of other weights."""
+        """Resume from a state, with this average's decay; ValueError if it belongs to other weights."""
         shapes = [shadow.shape for shadow in state["shadow_params"]]
         if shapes != [weight.shape for weight in self.weights]:
-            raise ValueError("the average is of other weights")
+            raise ValueError("the average belongs to other weights")
         self._model.load_state_dict(state)
         self._model.decay = self.decay
         pairs = zip(self._model.shadow_params, self.weights, strict=True)

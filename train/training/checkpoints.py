@@ -37,18 +37,22 @@ class Position:
 
 
 def ending(settings: Settings) -> str:
+    """The suffix of the saved files."""
     return f".{settings.save_model_as or 'safetensors'}"
 
 
 def step_name(settings: Settings, step: int) -> str:
+    """The name of the save after a step."""
     return f"{settings.output_name or 'at'}-step{step:08d}"
 
 
 def epoch_name(settings: Settings, epoch: int) -> str:
+    """The name of the save after an epoch."""
     return f"{settings.output_name or 'epoch'}-{epoch:06d}"
 
 
 def final_name(settings: Settings) -> str:
+    """The name of the last save."""
     return settings.output_name or "last"
 
 
@@ -71,7 +75,7 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
-    """A state that save_state wrote. TrainingError where there is none."""
+    """A state that save_state wrote. TrainingError if there is none."""
     position = load_position(folder)
     try:
         # Optimizers keep the tensors: a mapped state could not be deleted or replaced later, on Windows.
@@ -79,14 +83,14 @@ def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):
-        raise TrainingError(f"--resume {folder}: {_STATE} holds no state of this program")
+        raise TrainingError(f"--resume {folder}: {_STATE} is not a state of this program")
     if not all(isinstance(weight, torch.Tensor) for weight in state["weights"].values()):
-        raise TrainingError(f"--resume {folder}: {_STATE} holds weights that are none")
+        raise TrainingError(f"--resume {folder}: {_STATE} has invalid weights")
     return state, position
 
 
 def load_position(folder: Path) -> Position:
-    """Where a state that save_state wrote was saved, and with which seed. TrainingError where there is none."""
+    """Where a state that save_state wrote was saved, and with which seed. TrainingError if there is none."""
     _bring_back(folder.parent)
     try:
         for name in (_POSITION, _STATE):
@@ -109,7 +113,7 @@ def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Put the adapter's weights back. TrainingError where the adapter has other modules or ranks than the state's."""
+    """Put the adapter's weights back. TrainingError if the adapter has other modules or ranks than the state's."""
     own = _adapter_weights(module)
     differing = sorted(own.keys() ^ state.keys())
     differing += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]

@@ -16,7 +16,7 @@ NAMES = (
 
 
 def as_steps(value: int | float, total: int) -> int:
-    """A number of steps as it is, or a share of `total` (a float below 1)."""
+    """A number of steps unchanged, or a share of `total` (a float below 1) as a number of steps."""
     return int(value * total) if isinstance(value, float) and value < 1 else int(value)
 
 

@@ -39,7 +39,19 @@ def base_metadata(models: BaseModels) -> dict[str, Any]:
 def run_metadata(
     settings: Settings, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
 ) -> dict[str, str]:
-    """What is known when training starts. All values are text, as the file format has it."""
+    """The metadata that are known when training starts.
+
+    Args:
+        settings: The settings of the run.
+        models: The base model.
+        data: The images (TrainingData).
+        world_size: The number of processes.
+        steps: The number of steps of the whole training.
+        epochs: The number of epochs.
+
+    Returns:
+        The entries; all values are text, as the file format requires.
+    """
     entries: dict[str, Any] = option_entries(settings, "ss_")
     if not models.family.has_flow:
         entries = {key: value for key, value in entries.items() if key not in _OF_FLOW}

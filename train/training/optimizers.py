@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Kind:
-    """Where an optimizer class lives, the package that brings it, and arguments it is given unless told."""
+    """The module and the package of an optimizer class, and its default arguments."""
 
     module: str
     name: str
@@ -129,7 +129,7 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
 
 
 def uses_relative_step(settings: Settings) -> bool:
-    """Whether Adafactor is to find its own learning rate, as it does unless told otherwise."""
+    """Whether Adafactor finds the learning rate itself, which is its default."""
     if optimizer_name(settings).lower() != "adafactor":
         return False
     return bool(literals(settings.optimizer_args, "optimizer_args").get("relative_step", True))
@@ -180,7 +180,7 @@ def state_bytes(settings: Settings, parameters: Iterable[torch.Tensor]) -> int |
 
 
 def after_one_step(settings: Settings, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer after a step over weights of a trial, with gradients of one; None where it cannot run here."""
+    """The optimizer after a step over weights of a trial, with gradients of one; None if it cannot run here."""
     optimizer = create_optimizer(settings, [{"params": weights, "lr": settings.learning_rate, "name": "trial"}])
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -193,7 +193,7 @@ def after_one_step(settings: Settings, weights: list[torch.nn.Parameter]) -> tor
 
 
 def check_sortable(settings: Settings) -> None:
-    """AdapterError where the optimizer keeps something that cannot be carried over when components are sorted."""
+    """AdapterError if the optimizer keeps something that cannot be carried over when components are sorted."""
     weight = torch.nn.Parameter(torch.zeros(4, 4))
     check_restart(after_one_step(settings, [weight]), [weight])
 

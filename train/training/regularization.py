@@ -1,4 +1,4 @@
-"""Dropout and norm limits on low-rank layers, as hooks: the layers themselves know nothing of them."""
+"""Dropout and norm limits on low-rank layers, as hooks, without changes of the layers."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -99,7 +99,7 @@ _POWERS: dict[type, int | None] = {
 
 
 def check_limits(layers: Iterable[Any], adapter: str) -> None:
-    """TrainingError where a change is of a kind whose norm cannot be limited by a factor."""
+    """TrainingError if a change is of a kind whose norm cannot be limited by a factor."""
     for layer in layers:
         weights = held(layer, adapter)
         if weights is not None and not isinstance(weights.change, (WithScalar, *_POWERS)):

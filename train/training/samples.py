@@ -74,7 +74,7 @@ def wants_samples(settings: Settings) -> bool:
 
 
 def check_samples(settings: Settings) -> None:
-    """Raise TrainingError where the file of prompts cannot be read, or a sampler cannot draw them."""
+    """Raise TrainingError if the file of prompts cannot be read, or a sampler cannot draw them."""
     if not wants_samples(settings):
         if settings.sample_prompts:  # kohya's GUI always names a file
             occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
@@ -161,12 +161,12 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
     values: dict[str, Any] = {}
     for key, value in entry.items():
         if key not in names:
-            leave_out(f"{where}: {key} is none of {', '.join(names)}; left out")
+            leave_out(f"{where}: {key} is not one of {', '.join(names)}; ignored")
             continue
         try:
             values[key] = _KINDS.get(key, str)(value)
         except (ValueError, TypeError, OverflowError):
-            leave_out(f"{where}: {key} cannot be {value!r:.80}; left out")
+            leave_out(f"{where}: {key} cannot be {value!r:.80}; ignored")
     if values.get("sample_sampler") and values["sample_sampler"] not in SAMPLERS:
         leave_out(f"{where}: unknown sampler {values['sample_sampler']}, --sample_sampler is used; "
                   f"known are {', '.join(SAMPLERS)}")  # fmt: skip
@@ -174,7 +174,7 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < 2**64:
         if seed >= 2**64:  # below 0, as in other programs, asks for any seed
-            leave_out(f"{where}: seeds are 0 to {2**64 - 1}, not {seed}; left out")
+            leave_out(f"{where}: seeds are 0 to {2**64 - 1}, not {seed}; ignored")
         del values["seed"]
     made = Prompt(**values)
     for side in ("width", "height"):

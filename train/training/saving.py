@@ -1,4 +1,4 @@
-"""What is saved when: adapters and states at steps, epochs and the end; and going on from a state."""
+"""Saving adapters and states at steps, epochs and the end, and resuming from a state."""
 
 import errno
 import glob
@@ -208,9 +208,9 @@ def go_on_from(run: Run, folder: Path) -> Position:
     if position.seed != run.settings.seed:
         log.warning("--resume %s was made with --seed %d: from here on the run is another one", folder, position.seed)
     if position.batches_per_epoch != run.batches_per_epoch:
-        log.warning("%s was made with other data or devices: the epoch it stopped in starts anew", folder)
+        log.warning("%s was made with other data or devices: the epoch in which it stopped is restarted", folder)
         position.batch, position.batches_per_epoch = 0, run.batches_per_epoch
-    log.info("going on after step %d, in epoch %d", position.step, position.epoch + 1)
+    log.info("resuming after step %d, in epoch %d", position.step, position.epoch + 1)
     return position
 
 

@@ -18,7 +18,6 @@ from accelerate.utils import broadcast_object_list
 
 from lora_adapters.convert.portable import forbidden
 from lora_adapters.train.data.batches import Batch
-from lora_adapters.train.data.cache_files import text_identity
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.errors import OptionError, TrainingError
@@ -46,6 +45,7 @@ from lora_adapters.train.options.unsupported import refuse
 from lora_adapters.train.options.values import required
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.average import WeightAverage, check_average
+from lora_adapters.train.training.caching import cache
 from lora_adapters.train.training.checkpoints import load_position
 from lora_adapters.train.training.fitting import check_base_model, check_known_family, noise_schedule
 from lora_adapters.train.training.lr_schedules import check_schedule, create_schedule
@@ -139,6 +139,7 @@ class Run:
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def training_mode(self, training: bool = True) -> None:
+        """Switch the trained models to training or evaluation mode."""
         text = bool(adapters.text_components(self.trained))
         set_training(self.models, training, text)
 
@@ -190,7 +191,7 @@ def check(settings: Settings) -> None:
 
 
 def open_output(settings: Settings) -> None:
-    """Make --output_dir. TrainingError where nothing could be saved in it, which would show after training only."""
+    """Make --output_dir. TrainingError if nothing could be saved in it, which would show after training only."""
     folder = Path(required(settings.output_dir, "--output_dir"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +224,7 @@ def create_accelerator(settings: Settings) -> Accelerator:
 
 
 def decide_seed(settings: Settings) -> int:
-    """--seed, or that of the run that goes on, or one that is drawn and the same in every process."""
+    """--seed, or that of the resumed run, or a random one that is equal in all processes."""
     if settings.seed is not None:
         return settings.seed
     if settings.resume:
@@ -342,51 +343,3 @@ def _to_device(settings: Settings, models: BaseModels, denoiser: Denoiser, devic
     models.vae.to(device)
     if settings.no_half_vae and models.vae.dtype != torch.float32:
         models.vae.to(torch.float32)
-
-
-def cache(
-    settings: Settings,
-    models: BaseModels,
-    denoiser: Denoiser,
-    data: TrainingData,
-    accelerator: Accelerator,
-    options: StepOptions,
-) -> None:
-    """Encode images and captions once where asked to; what is no longer needed then leaves the device."""
-    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    check_disk = not settings.skip_cache_check
-    away = "cpu" if not settings.highvram else accelerator.device
-    if settings.cache_latents or settings.cache_latents_to_disk:
-        data.cache_latents(
-            models.vae,
-            models.family.latent_files,
-            to_disk=settings.cache_latents_to_disk,
-            batch_size=settings.vae_batch_size,
-            device=accelerator.device,
-            check=check_disk,
-            **place,
-        )
-        models.vae.to(away)
-    if settings.cache_text_encoder_outputs or settings.cache_text_encoder_outputs_to_disk:
-        if denoiser.train_text:
-            raise OptionError("--cache_text_encoder_outputs needs --network_train_unet_only")
-        widths = [encoder.config.hidden_size for encoder in models.text_encoders]
-
-        @torch.no_grad()
-        def encode(captions: list[str]) -> dict[str, torch.Tensor]:
-            encoded = denoiser.encode(models.tokenize(captions, options.chunks, options.weighted_captions))
-            return {name: part.float().cpu() for name, part in models.family.to_cache(encoded, widths).items()}
-
-        made, to_disk = "", settings.cache_text_encoder_outputs_to_disk
-        if to_disk:  # reading all weights takes a while, and only files need to tell
-            made = f"{text_identity(models.text_encoders)} clip_skip={settings.clip_skip} chunks={options.chunks}"
-            made += " weighted" if options.weighted_captions else ""
-        choices = models.choices
-        if models.family.has_flow:
-            made += f" t5={choices.t5_length} mask={choices.t5_mask}"
-        ending = models.family.text_ending
-        data.cache_text(encode, to_disk=to_disk, encoder=made, ending=ending, check=check_disk, **place)
-        denoiser.text_encoders = torch.nn.ModuleList()  # accelerate would take them back to the device
-        for encoder in models.text_encoders:
-            encoder.to(away)
-    accelerator.wait_for_everyone()

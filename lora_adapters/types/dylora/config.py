@@ -120,9 +120,14 @@ class DyLoraType(AdapterType):
         return {"sort_at": SORT_AT, **args} if fits else dict(args)
 
     def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-        """unit, rank_scaling, freeze_lower and rank_sampling of a DyLoRA's file.
+        """The options of a DyLoRA from the metadata of a file.
 
-        Not the sort_at of its training, which is over; but 0 for one that sorting does not suit.
+        Args:
+            metadata: kohya's metadata.
+
+        Returns:
+            unit, rank_scaling, freeze_lower and rank_sampling; None for another type. sort_at is not included, since
+            the training is over, except as 0 for a file that cannot be sorted (another scaling).
         """
         dylora = dylora_of(metadata)
         if dylora is None:

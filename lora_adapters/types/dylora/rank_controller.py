@@ -106,12 +106,12 @@ class RankController:
             detach(model, self.adapter_name)  # the adapter has been deleted by a library that knows no controllers
             return
         training = model.training and torch.is_grad_enabled()
-        tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor) and one.ndim > 1)
-        given = next(tensors, None)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
+        samples = next(tensors, None)
         if training or self.drawn:
-            self._next(training, 1 if given is None else len(given))
-        if given is not None and given.device != self.gates.device:
-            self._move(given.device)
+            self._next(training, 1 if samples is None else len(samples))
+        if samples is not None and samples.device != self.gates.device:
+            self._move(samples.device)
 
     def keep(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model: the ranks of this call come back when the gradient of its output arrives."""
@@ -128,9 +128,9 @@ class RankController:
                 self.drawn = True
                 self._turn(ranks)
 
-        for one in _tensors(output):
-            if one.requires_grad:
-                one.register_hook(back)
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(back)
 
     @torch.compiler.disable
     def _next(self, training: bool, rows: int) -> None:
@@ -155,22 +155,22 @@ class RankController:
     def fill(self) -> None:
         """Lay the gates out anew, after layers or their ranks have changed."""
         self._settings = {}
-        if any(one.gate.numel() != one.length * len(self.gates) for one in self.variants):
+        if any(variant.gate.numel() != variant.length * len(self.gates) for variant in self.variants):
             self._lay_out(len(self.now), self.gates.device)
         self._turn(self.now)
 
     def _lay_out(self, rows: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
-            self.gates = torch.zeros(rows, sum(one.length for one in self.variants), device=device)
+            self.gates = torch.zeros(rows, sum(variant.length for variant in self.variants), device=device)
         start = 0
-        for one in self.variants:
-            one.gate = one.shaped(self.gates[:, start : start + one.length], 3)  # most layers see sequences
-            start += one.length
+        for variant in self.variants:
+            variant.gate = variant.shaped(self.gates[:, start : start + variant.length], 3)  # most layers see sequences
+            start += variant.length
 
     def _turn(self, ranks: list[int]) -> None:
         self.now = ranks
         for rank in {*ranks} - self._settings.keys():
-            values = torch.cat([one.values(rank) * one.scaling for one in self.variants])
+            values = torch.cat([variant.values(rank) * variant.scaling for variant in self.variants])
             self._settings[rank] = values.to(self.gates.device)
         if len(ranks) != len(self.gates):
             self._lay_out(len(ranks), self.gates.device)
@@ -214,19 +214,27 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
 
 
 def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float = 0.0) -> None:
-    """Make a LoRA adapter that is in the model a DyLoRA. The model draws a rank whenever it is called in training.
+    """Make a LoRA adapter in a model a DyLoRA. From then on the model draws a rank whenever it is called in training.
 
-    Where it is one already, its controller stays, with the layers' present ranks, at its highest. AdapterError where a
-    layer computes the adapter in another way (see `refuse_unfit`); then nothing is changed.
+    If it is a DyLoRA already, its controller stays, with the present ranks of the layers, at the highest rank.
+
+    Args:
+        model: The model.
+        adapter_name: The name of the adapter.
+        dylora: Unit, scaling and sampling of ranks.
+        sort_at: Share of the training after which components are sorted; 0 never sorts.
+
+    Raises:
+        AdapterError: A layer computes the adapter in another way (see `refuse_unfit`); nothing is changed.
     """
     refuse_unfit(model, adapter_name)
     mine = [layer for _, layer in layers(model, adapter_name)]
     highest = max(layer.r[adapter_name] for layer in mine)
     variants = [layer.lora_variant.get(adapter_name) for layer in mine]
-    if variants and all(isinstance(one, DyLoraVariant) for one in variants):
+    if variants and all(isinstance(variant, DyLoraVariant) for variant in variants):
         controller = variants[0].controller  # type: ignore[union-attr]
-        for layer, one in zip(mine, variants, strict=True):
-            one.fit(layer, adapter_name)  # type: ignore[union-attr]
+        for layer, variant in zip(mine, variants, strict=True):
+            variant.fit(layer, adapter_name)  # type: ignore[union-attr]
         controller.highest, controller.dylora, controller.rank, controller.now = highest, dylora, highest, [highest]
         if sort_at != controller.sort_at:
             controller.sort_at, controller.nested_from = sort_at, 0 if sort_at == 0 else None
@@ -278,15 +286,15 @@ def models_of(target: Any) -> list[nn.Module]:
 
 def controllers(target: Any, adapter_name: str | None = None) -> list[RankController]:
     """The controllers in a pipeline, a model or a list of models, of one adapter or of all."""
-    found = {}
+    by_id = {}
     for model in models_of(target):
         for _, layer in lora_layers(model):
             for name, variant in layer.lora_variant.items():
                 if not (has_adapter(layer, name) and isinstance(variant, DyLoraVariant)):
                     continue
                 if adapter_name in (None, name):
-                    found[id(variant.controller)] = variant.controller
-    return list(found.values())
+                    by_id[id(variant.controller)] = variant.controller
+    return list(by_id.values())
 
 
 def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
@@ -310,8 +318,8 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
     Traceback (most recent call last):
     lora_adapters.convert.errors.AdapterError: rank 5 is not one of adapter default's: 4, 8
     """
-    found = controllers(target, adapter_name)
-    if not found:
+    matching = controllers(target, adapter_name)
+    if not matching:
         name = f"{adapter_name} is not a DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
         raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
     for model in models_of(target):
@@ -321,12 +329,12 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
                 for name in layer.merged_adapters
             ):
                 raise AdapterError(f"{', '.join(layer.merged_adapters)} is fused into the weights: unfuse it first")
-    highest = max(controller.highest for controller in found)
-    valid = sorted({one for controller in found for one in controller.ranks})
-    for controller in found:  # a text encoder's or a smaller adapter's controller stops at its own highest rank
+    highest = max(controller.highest for controller in matching)
+    valid = sorted({valid_rank for controller in matching for valid_rank in controller.ranks})
+    for controller in matching:  # a text encoder's or a smaller adapter's controller stops at its own highest rank
         if rank not in controller.ranks and not (rank in valid and rank > controller.highest and rank <= highest):
             controller.set_rank(rank)  # raises
-    for controller in found:
+    for controller in matching:
         controller.set_rank(min(rank, controller.highest))
 
 
@@ -367,9 +375,9 @@ def set_step(
         raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
     if samples is not None and not (len(samples) and min(samples) >= 0 and max(samples) < (total or max(samples) + 1)):
         raise AdapterError(f"samples {samples} are none of a batch of {total}: they are numbered from 0")
-    found = controllers(target)
-    for controller in found:
+    matching = controllers(target)
+    for controller in matching:
         if total_steps is not None:
             controller.nested_from = sorting_step(controller.sort_at, total_steps)
         controller.set_step(step, seed, samples, total)
-    return any(controller.sort_at > 0 and controller.nested_from == step for controller in found)
+    return any(controller.sort_at > 0 and controller.nested_from == step for controller in matching)

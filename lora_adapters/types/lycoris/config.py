@@ -149,9 +149,15 @@ class LycorisType(AdapterType):
                 del layer.lora_variant[adapter_name]
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
-        """The change that the layer holds; its tensors are the live parameters, without gradients.
+        """The change in a layer, as files have it.
 
-        A trained scalar is a part of the other tensors, as in files.
+        Args:
+            layer: A layer that has the adapter.
+            adapter_name: The name of the adapter.
+            stabilized: Not used; it is for rsLoRA.
+
+        Returns:
+            A change whose tensors are the live parameters without gradients. A trained scalar is multiplied into them.
         """
         return without_scalars(with_tensors(layer.lora_A[adapter_name].change, lambda _, tensor: tensor.detach()))
 
@@ -167,7 +173,7 @@ class LycorisType(AdapterType):
 
     @contextmanager
     def as_used(self, model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
-        """AdapterError where an adapter has a change that is no pair: factors alone cannot stand for it."""
+        """AdapterError if an adapter has a change that is no pair: factors alone cannot stand for it."""
         for name in adapter_names:
             for path, layer in layers(model, name):
                 if (weights := held(layer, name)) is not None:

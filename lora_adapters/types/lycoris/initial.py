@@ -112,9 +112,15 @@ def initial_magnitude(layer: nn.Module, on_output: bool) -> torch.Tensor:
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Two factors of a size, the smaller one first: `factor` itself where it divides, else as near below it as can be.
+    """Two factors of a size, as LyCORIS chooses them.
 
-    -1: factors of about the same size.
+    Args:
+        size: The number to factor.
+        factor: One of the factors if it divides the size; otherwise the largest allowed value of the smaller factor. -1
+            asks for factors of about the same size.
+
+    Returns:
+        The smaller and the larger factor.
 
     >>> factorization(128), factorization(128, 4), factorization(360, 16), factorization(127, 4)
     ((8, 16), (4, 32), (12, 30), (1, 127))
@@ -128,9 +134,14 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def butterfly_factors(size: int, factor: int) -> tuple[int, int] | None:
-    """An even block size of at most `factor`, the largest for which the number of blocks is a power of two, and that.
+    """The block size of BOFT: the largest even one for which the number of blocks is a power of two.
 
-    None where there is none.
+    Args:
+        size: The number of output channels.
+        factor: The largest block size.
+
+    Returns:
+        The block size and the number of blocks; None if there are none.
 
     >>> butterfly_factors(320, 16), butterfly_factors(36, 4), butterfly_factors(7, 4)
     ((10, 32), None, None)
@@ -243,13 +254,13 @@ def _oft(layer: Any, rank: int, alpha: float, options: AlgorithmOptions) -> Delt
 
 def _boft(layer: Any, rank: int, alpha: float, options: AlgorithmOptions) -> Delta:
     out = weight_shape(layer)[0]
-    found = butterfly_factors(out, rank)
-    if found is None:
+    factors = butterfly_factors(out, rank)
+    if factors is None:
         raise AdapterError(
             f"algo boft with rank {rank}: {out} output channels are no even block size of at most {rank} times a power "
             "of two; give another network_dim"
         )
-    size, count = found
+    size, count = factors
     stages = (count - 1).bit_count() + 1
     return BOFT(torch.zeros(stages, count, size, size), options.constraint, _rescale(layer, options))
 

@@ -48,7 +48,7 @@ class DeltaVariant(LoraVariant):
     # --- fusing ------------------------------------------------------------------------------------------------------
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The weight with the change added; the bias is changed in place. ValueError where numbers are not finite."""
+        """The weight with the change added; the bias is changed in place. ValueError if numbers are not finite."""
         weight, bias = self._merged(module, active_adapter, orig_weight)
         for part in (weight, bias):
             if part is not None and not torch.isfinite(part).all():
@@ -75,7 +75,7 @@ class DeltaVariant(LoraVariant):
         return orig_weight.data if change is None else (orig_weight.data - change).to(orig_weight.dtype)
 
     def _merged(self, module: Any, adapter: str, orig_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight with the change added, a new tensor, and the bias; None where that stays.
+        """The weight with the change added, a new tensor, and the bias; None if that stays.
 
         What cannot be computed backwards is kept for `unmerge`.
         """
@@ -102,7 +102,7 @@ class DeltaVariant(LoraVariant):
 
 
 def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
-    """What holds the adapter's change in a LoRA layer; None where the layer computes it from LoRA's factors."""
+    """What holds the adapter's change in a LoRA layer; None if the layer computes it from LoRA's factors."""
     if adapter_name not in layer.lora_A:
         return None
     weights = layer.lora_A[adapter_name]

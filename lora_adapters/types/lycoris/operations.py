@@ -22,10 +22,17 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
 
 
 def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
-    """The weight of a layer on a device, without a gradient; also one that is offloaded or quantised.
+    """The weight of a layer, also of one that is offloaded or quantised.
+
+    Args:
+        layer: The layer.
+        device: The device of the result.
+
+    Returns:
+        The weight in its full shape and in floating point, without a gradient.
 
     Raises:
-        AdapterError: It is quantised in a way that it cannot be read from.
+        AdapterError: It is quantised in a way that cannot be read.
     """
     with align_module_device(layer):
         try:

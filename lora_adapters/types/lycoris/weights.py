@@ -15,7 +15,7 @@ class DeltaWeights(nn.Module):
 
     A parameter is named like the field that it is, with the fields above it: "w1_a" of a LoHa, "change_w1_a" and
     "magnitude" of a DoRA around one. Gradients flow through the change's own arithmetic to all of them; what is no
-    tensor (alpha, a multiplier, a constraint) stays as it is.
+    tensor (alpha, a multiplier, a constraint) is not trained.
 
     What is needed of the parameters is computed in `forward`, so that hooks on this module (offloading, sharding) see
     it.
@@ -87,14 +87,17 @@ class DeltaWeights(nn.Module):
         dtype: torch.dtype,
         apply: Callable[[Delta], torch.Tensor | None] | None = None,
     ) -> Any:
-        """ΔW and Δb at a multiplier; None for what the change leaves alone.
+        """ΔW and Δb at a multiplier, or what `apply` returns.
 
         Args:
-            shape: That of the weight W.
+            shape: The shape of the weight W.
             multiplier: The weight of the adapter, as LyCORIS multiplies with it.
-            base_weight: W, on the parameters' device; None will do where ΔW does not depend on it.
-            dtype: Of the results and of the arithmetic.
-            apply: See `applied`; what it returns is returned, and no ΔW made.
+            base_weight: W, on the device of the parameters; None if ΔW does not depend on it.
+            dtype: The dtype of the results and of the arithmetic.
+            apply: See `applied`; its result is returned, and no ΔW is computed.
+
+        Returns:
+            ΔW in `shape`, and Δb (out,); None for each that does not change. With `apply`, its result.
         """
         change = self.at(multiplier)
         if apply is not None:

@@ -281,7 +281,7 @@ def test_other_kinds_of_a_fused_layer_are_cut_and_written_as_they_were(tmp_path)
         (path, first), *others = adapter.modules.items()
         for fewer in (dict(others), {path: first.scaled(0.5), **dict(others)}):
             if kind == "LoHa" or len(fewer) < 3:
-                with pytest.raises(AdapterError, match=f"a {kind} of a part of a fused layer cannot be written"):
+                with pytest.raises(AdapterError, match=f"a {kind} of one part of a fused layer cannot be written"):
                     adapter.with_modules(fewer).save(tmp_path / "part.safetensors")
 
 

@@ -142,7 +142,7 @@ def test_options_of_other_kinds_are_refused(tmp_path, capsys):
         (["--algo", "full", "--target_error", "0.1"], "--target_error does not go with --algo full"),
         (["--factor", "4"], "--factor does not go with --algo lora"),
         (["--algo", "lokr", "--factor", "4", "--target_error", "0.1"], "give one"),
-        (["--algo", "lokr", "--factor", "0"], "--factor 0 is none"),
+        (["--algo", "lokr", "--factor", "0"], "--factor must be -1, or at least 1, got 0"),
     ):
         models = ["--model_org", GOLDEN / "sd15", "--model_tuned", GOLDEN / "sd15"]
         assert said in misused(capsys, "extract", *models, "--save_to", tmp_path / "a.safetensors", *words)

@@ -7,7 +7,7 @@ import torch
 
 from lora_adapters.train.data.cache_files import (
     CachedLatents,
-    LatentsWanted,
+    LatentsRequest,
     latents_fit,
     read_latents,
     text_identity,
@@ -19,7 +19,7 @@ from lora_adapters.train.data.transforms import centred, image_tensor
 from lora_adapters.train.data_error import DataError
 from tests.train.drawn import LATENT_FILES, data, folder, picture, small_vae
 
-WANTED = LatentsWanted(size=(100, 50), bucket=(64, 32), flip=False, alpha_mask=False, vae="abc")
+WANTED = LatentsRequest(size=(100, 50), bucket=(64, 32), flip=False, alpha_mask=False, vae="abc")
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,13 @@ def test_a_file_of_kohyas_own_is_read(tmp_path, suffix):
     assert latents_fit(path, WANTED)
     assert read_latents(path, (64, 32)).latents.eq(1).all()
     later = os.stat(path).st_mtime_ns + 1
-    assert not latents_fit(path, LatentsWanted(**{**vars(WANTED), "modified": later}))
+    assert not latents_fit(path, LatentsRequest(**{**vars(WANTED), "modified": later}))
 
 
 def test_an_entry_without_a_size_is_not_taken_for_another_buckets(tmp_path):
     path = str(tmp_path / "p.npz")
     kohyas(path, suffix="")
-    taller = LatentsWanted(**{**vars(WANTED), "bucket": (64, 40)})
+    taller = LatentsRequest(**{**vars(WANTED), "bucket": (64, 40)})
     assert not latents_fit(path, taller)
     with pytest.raises(DataError, match=r"p\.npz: no latents of a 64x40 bucket; delete it"):
         read_latents(path, (64, 40))
@@ -92,22 +92,24 @@ def test_an_entry_that_another_program_wrote_anew_is_not_ours_any_more(tmp_path)
 @pytest.mark.parametrize("keep_all", [False, True])
 def test_writing_does_not_make_an_outdated_entry_look_new(tmp_path, keep_all):
     path = str(tmp_path / "p.npz")
-    write(path, CachedLatents(torch.zeros(4, 6, 8)), LatentsWanted(**{**vars(WANTED), "bucket": (64, 48)}))
+    write(path, CachedLatents(torch.zeros(4, 6, 8)), LatentsRequest(**{**vars(WANTED), "bucket": (64, 48)}))
     kohyas(path, (5, 8))
     os.utime(path, ns=(1000, 1000))
     later = {**vars(WANTED), "modified": 2000}
-    write(path, CachedLatents(torch.zeros(4, 4, 8)), LatentsWanted(**later), keep_all=keep_all)
-    assert latents_fit(path, LatentsWanted(**later))
-    assert latents_fit(path, LatentsWanted(**{**later, "bucket": (64, 40)})) == keep_all
-    assert not latents_fit(path, LatentsWanted(**{**later, "bucket": (64, 48)}))  # it says when its picture was written
-    assert latents_fit(path, LatentsWanted(**{**vars(WANTED), "bucket": (64, 48)}))
+    write(path, CachedLatents(torch.zeros(4, 4, 8)), LatentsRequest(**later), keep_all=keep_all)
+    assert latents_fit(path, LatentsRequest(**later))
+    assert latents_fit(path, LatentsRequest(**{**later, "bucket": (64, 40)})) == keep_all
+    assert not latents_fit(
+        path, LatentsRequest(**{**later, "bucket": (64, 48)})
+    )  # it says when its picture was written
+    assert latents_fit(path, LatentsRequest(**{**vars(WANTED), "bucket": (64, 48)}))
 
 
 def test_a_mask_that_is_not_wanted_is_stale(tmp_path):
     path = str(tmp_path / "p.npz")
     write(path, CachedLatents(torch.ones(4, 4, 8), mask=torch.ones(32, 64)), WANTED)
     assert not latents_fit(path, WANTED)
-    assert latents_fit(path, LatentsWanted(**{**vars(WANTED), "alpha_mask": True}))
+    assert latents_fit(path, LatentsRequest(**{**vars(WANTED), "alpha_mask": True}))
 
 
 @pytest.mark.parametrize(
@@ -127,14 +129,14 @@ def test_stale_files_are_told(tmp_path, change):
     path = str(tmp_path / "p.npz")
     write(path, CachedLatents(torch.ones(4, 4, 8)), WANTED)
     assert latents_fit(path, WANTED)
-    assert not latents_fit(path, LatentsWanted(**{**vars(WANTED), **change}))
+    assert not latents_fit(path, LatentsRequest(**{**vars(WANTED), **change}))
 
 
 def test_older_than_its_picture_or_damaged_is_stale(tmp_path):
     path = str(tmp_path / "p.npz")
     write(path, CachedLatents(torch.ones(4, 4, 8)), WANTED)
     later = os.stat(path).st_mtime_ns + 1
-    assert not latents_fit(path, LatentsWanted(**{**vars(WANTED), "modified": later}))
+    assert not latents_fit(path, LatentsRequest(**{**vars(WANTED), "modified": later}))
     Path(path).write_bytes(Path(path).read_bytes()[:-30])
     assert not latents_fit(path, WANTED)
     with pytest.raises(DataError, match=r"p\.npz: damaged latents cache .*; delete it"):

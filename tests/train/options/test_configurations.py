@@ -66,7 +66,7 @@ def test_lora_scripts(sd1, pictures, tmp_path, caplog, capsys, name) -> None:
     assert facts == {"network_dim": "4", "steps": "8", "seed": "1337", "clip_skip": "2", "unet_lr": "0.0001"}
     (unknown,) = [said for said in caplog.messages if "not options of this trainer" in said]
     assert set(unknown.partition("ignored: ")[2].split(", ")) == set(IGNORED[name])
-    assert "no sample pictures are drawn without --sample_prompts" in capsys.readouterr().err
+    assert "no sample images are drawn without --sample_prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*IGNORED, "notebook"])
@@ -98,7 +98,7 @@ def test_a_notebooks_two_files(sd1, pictures, tmp_path, capsys) -> None:
         "--network_args disable_conv_cp is ignored",
         "not options of a dataset, and ignored: general.max_token_length",
         "--train_data_dir: not used, since --dataset_config",
-        "--sample_every_n_steps is left out: 0 draws no sample pictures",
+        "--sample_every_n_steps is left out: 0 draws no sample images",
     ):
         assert shown.count(said) == 1, said
 

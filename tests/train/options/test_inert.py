@@ -13,10 +13,10 @@ DEFAULTS = vars(parser().parse_args([]))
 
 # (options, what each is afterwards where that is not its default, what is said)
 LEFT_OUT = [
-    ({"sample_every_n_steps": 0}, {}, "--sample_every_n_steps is left out: 0 draws no sample pictures"),
-    ({"sample_every_n_epochs": -1}, {}, "--sample_every_n_epochs is left out: -1 draws no sample pictures"),
-    ({"sample_every_n_steps": 5000}, {}, "--sample_every_n_steps: no sample pictures are drawn without --sample_prom"),
-    ({"sample_at_first": True}, {}, "--sample_at_first: no sample pictures are drawn without --sample_prompts"),
+    ({"sample_every_n_steps": 0}, {}, "--sample_every_n_steps is left out: 0 draws no sample images"),
+    ({"sample_every_n_epochs": -1}, {}, "--sample_every_n_epochs is left out: -1 draws no sample images"),
+    ({"sample_every_n_steps": 5000}, {}, "--sample_every_n_steps: no sample images are drawn without --sample_prom"),
+    ({"sample_at_first": True}, {}, "--sample_at_first: no sample images are drawn without --sample_prompts"),
     ({"save_every_n_epochs": 0}, {}, "--save_every_n_epochs is left out: 0 is taken as not given"),
     ({"save_every_n_steps": 0}, {}, "--save_every_n_steps is left out"),
     ({"max_train_epochs": 0}, {}, "--max_train_epochs is left out"),

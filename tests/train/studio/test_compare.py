@@ -28,7 +28,7 @@ def test_the_words_are_read_as_they_were_meant():
 
 def test_options_do_not_hide_in_a_prompt():
     for text in ("a cat --f ../x.png", "--w 8"):
-        with pytest.raises(StudioError, match="in the fields of its own"):
+        with pytest.raises(StudioError, match="use the fields for what follows"):
             Scene(text)
     assert Scene("a cat -- or a dog").prompt
 

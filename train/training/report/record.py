@@ -27,7 +27,7 @@ class Record:
         self.held_out += [(loss.step, loss.rank, loss.loss) for loss in measured if (loss.step, loss.rank) not in known]
 
     def before(self, step: int) -> "Record":
-        """The part up to a step, which a resumed run goes on from."""
+        """The part up to the step that a run resumes from."""
         return Record(*([entry for entry in entries if entry[0] <= step] for entries in vars(self).values()))
 
     def as_json(self) -> str:

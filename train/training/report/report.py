@@ -27,7 +27,7 @@ class Report:
         self._last_sample: Path | None = None
 
     @property
-    def wanted(self) -> bool:
+    def enabled(self) -> bool:
         return not self.run.settings.no_report and self.run.accelerator.is_main_process
 
     @property
@@ -37,19 +37,19 @@ class Report:
         return adapter.with_name(f"{adapter.stem}-report.html")
 
     def resume(self, step: int) -> None:
-        """Go on from the page that the run before has written, up to the step that is resumed from."""
-        if self.wanted:
+        """Resume from the page of the run before, up to the step that it resumes from."""
+        if self.enabled:
             self.record = read_record(self.file).before(step)
 
     def stepped(self, step: int, loss: float, rate: float) -> None:
         """Note a step that was made."""
-        if self.wanted:
+        if self.enabled:
             self.record.losses.append((step, loss, rate))
 
     def drawn(self, step: int) -> None:
         """Take up the sample pictures that were drawn now, if they were."""
         file = self.run.samples
-        if not self.wanted or file is None or file == self._last_sample:
+        if not self.enabled or file is None or file == self._last_sample:
             return
         self._last_sample = file
         try:
@@ -65,7 +65,7 @@ class Report:
 
     def write(self, step: int, measured: Iterable[HeldOut]) -> None:
         """Write the page as it is after `step` steps. Where that fails, one warning says so and training goes on."""
-        if not self.wanted:
+        if not self.enabled:
             return
         try:
             from lora_adapters.train.training.report.page import page  # needs jinja2 and matplotlib
