@@ -146,7 +146,8 @@ def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: Mod
     if old.numel() != new.numel() or old.shape[:2] != new.shape[:2]:
         raise AdapterError(f"{module} is {list(old.shape)} in {first.path}, but {list(new.shape)} in {second.path}")
     wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
-    delta = new.reshape(old.shape).to(wide, copy=True).sub_(old.to(wide)).to(torch.float32)
+    old = old.to(wide) if old.dtype.itemsize == 1 else old  # else it is widened number by number, with no copy of it
+    delta = new.reshape(old.shape).to(wide, copy=True).sub_(old).to(torch.float32)
     if not bool(torch.isfinite(delta.sum())):
         raise AdapterError(f"{module} has NaN or infinite numbers in {first.path} or {second.path}")
     return delta
