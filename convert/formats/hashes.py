@@ -31,8 +31,7 @@ def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     ordered = dict(sorted(tensors.items(), key=lambda item: (*_ORDER[_name(item[1])], item[0])))
     whole, short, at = hashlib.sha256(), hashlib.sha256(), 0
-    for part in chain([_header(ordered, ss_only)], _bytes(ordered)):
-        view = memoryview(part)
+    for view in chain([memoryview(_header(ordered, ss_only))], _bytes(ordered)):
         if at:
             whole.update(view)
         short.update(view[max(_START - at, 0) : max(_STOP - at, 0)])
