@@ -233,15 +233,6 @@ def check_fixed_clip_skip(family: TrainingFamily, clip_skip: int | None) -> None
         )
 
 
-def check_draws(family: TrainingFamily, name: str | None) -> None:
-    """Raise TrainingError for a base model that images are not generated with here."""
-    if not family.draws:
-        raise TrainingError(
-            f"{name} is {family.title}, which is trained, not drawn with: load adapters into its pipeline of diffusers "
-            "(pipe.load_lora_weights)"
-        )
-
-
 def check_declared_kind(models: BaseModels, settings: ModelSource) -> None:
     """Raise TrainingError where an option (--v1, --v2, --sdxl) declares another kind of model than was loaded."""
     for flag, kind in KIND_FLAGS.items():

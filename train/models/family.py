@@ -57,7 +57,6 @@ class TrainingFamily(ABC):
         unused_options: options of training that other families with the same objective have.
         rank_args: network_args that give a kind of layer its rank, with the pattern of its paths.
         block_args: network_args that say which blocks are trained, with the path of their stack.
-        draws: whether the program that generates images can use its models.
         has_sizes: whether the denoiser is conditioned on `SizeConditions`.
     """
 
@@ -82,7 +81,6 @@ class TrainingFamily(ABC):
     pixel_step: ClassVar[int] = 8
     guidance: ClassVar[float] = 7.5
     reads_negative_prompt: ClassVar[bool] = True
-    draws: ClassVar[bool] = True
     picture_loss: ClassVar[bool] = False
     unused_options: ClassVar[tuple[str, ...]] = ()
     rank_args: ClassVar[Mapping[str, str]] = {}
@@ -169,9 +167,16 @@ class TrainingFamily(ABC):
         """The number of the denoiser's block that a module is in, as presets of weights count; None outside of them."""
         return by_name(self.name).blocks.index(path)
 
-    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
-        """diffusers' scheduler for sample images, see `schedulers.sampler`; `config` is the base model's own."""
-        return sampler(name, prediction, zero_terminal_snr, base=config)
+    def sampler(
+        self,
+        name: str,
+        prediction: str,
+        zero_terminal_snr: bool,
+        config: Mapping[str, Any],
+        steps_offset: int | None = None,
+    ) -> Any:
+        """diffusers' scheduler for drawing, see `schedulers.sampler`; `config` is the base model's own."""
+        return sampler(name, prediction, zero_terminal_snr, steps_offset, config)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
@@ -182,6 +187,14 @@ class TrainingFamily(ABC):
     def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
         """Sizes as arguments of the pipelines' call."""
         return {}
+
+    def noise_argument(self, noise: torch.Tensor) -> torch.Tensor:
+        """Noise (n, channels, h, w) as the pipeline takes it."""
+        return noise
+
+    def drawn_latents(self, drawn: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the pipeline has drawn as latents (n, channels, height, width)."""
+        return drawn
 
     # --- the saved file ---------------------------------------------------------------------------------------------
 
