@@ -110,6 +110,10 @@ class TrainingFamily(ABC):
     def kind_of(self, pipeline: Any) -> str | None:
         """The kind of a loaded pipeline, None where it is of another family."""
 
+    def absent_text_encoder(self, component: str, pipeline: Any) -> torch.nn.Module | None:
+        """What stands for a text encoder that the pipeline lacks; None where the family's models need it."""
+        return None
+
     def with_v2(self, kind: str, denoiser: Any) -> str | None:
         """The kind under --v2, which declares SD2.x; None where that contradicts the model."""
         return None
