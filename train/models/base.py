@@ -96,7 +96,9 @@ class BaseModels:
     @property
     def default_size(self) -> tuple[int, int]:
         """The (width, height) in pixels of images that the model was made for."""
-        side = (getattr(self.denoiser.config, "sample_size", None) or 64) * self.latent_space.factor
+        side = (
+            getattr(self.denoiser.config, "sample_size", None) or self.family.sample_size
+        ) * self.latent_space.factor
         return side, side
 
     def encode(self, tokens: Sequence[Tokens], clip_skip: int | None = None, keep_mean: str = "none") -> Encoded:

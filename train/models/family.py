@@ -49,6 +49,7 @@ class TrainingFamily(ABC):
         frozen_text_encoders: those that get no adapter unless asked for.
         predictions: what its models may predict; the first is assumed where the scheduler's config says nothing.
         text_ending: the ending of the files that outputs of text encoders are cached in.
+        sample_size: the side in latents of pictures, where the denoiser's config does not say it.
         pixel_step: sides of images in pixels are multiples of it.
         guidance: the guidance scale of sample images, where a prompt has none.
         reads_negative_prompt: whether the pipeline's pictures keep away from a second prompt.
@@ -78,6 +79,7 @@ class TrainingFamily(ABC):
     frozen_text_encoders: ClassVar[tuple[str, ...]] = ()
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
     text_ending: ClassVar[str] = TEXT_ENDING
+    sample_size: ClassVar[int] = 64
     pixel_step: ClassVar[int] = 8
     guidance: ClassVar[float] = 7.5
     reads_negative_prompt: ClassVar[bool] = True

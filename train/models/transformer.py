@@ -28,7 +28,7 @@ class TransformerFamily(TrainingFamily):
     vae_config: ClassVar[Mapping[str, Any]]
     denoiser, denoiser_title = "transformer", "transformer"
     predictions = (FLOW,)
-    pixel_step = 16
+    pixel_step, sample_size = 16, 128
 
     def in_folder(self, index: Mapping[str, Any]) -> bool:
         return (index.get("transformer") or (None, None))[1] == self.transformer_class.__name__
