@@ -1,6 +1,5 @@
 """The metadata that kohya's trainer writes and other programs read: ss_*, sshs_* and modelspec.*."""
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -9,9 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import safetensors.torch
-import torch
 
 from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
 from lora_adapters.convert.errors import AdapterError
@@ -202,23 +198,3 @@ def _listed(texts: Iterable[str]) -> str:
     """All that comma-separated lists name, each once."""
     words = [word.strip() for text in texts for word in text.split(",")]
     return ", ".join(dict.fromkeys(word for word in words if word))
-
-
-def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The hashes of a file, as A1111's extensions compute them.
-
-    Args:
-        tensors: The tensors of the file.
-        metadata: Its metadata, of which the entries that begin with ss_ count.
-
-    Returns:
-        sshs_model_hash, the SHA-256 of all bytes after the header; sshs_legacy_hash, the first 8 digits of the SHA-256
-        of the 64 KiB from 1 MiB on in a file with no other metadata than ss_*.
-    """
-    ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    written = memoryview(safetensors.torch.save(dict(tensors), ss_only))
-    data_start = 8 + int.from_bytes(written[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(written[data_start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(written[0x100000:0x110000]).hexdigest()[:8],
-    }

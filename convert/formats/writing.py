@@ -10,7 +10,7 @@ from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.storage.files import replacing, save_pickle
 
-from .metadata import hashes
+from .hashes import hashes
 
 _BUNDLED = "bundle_emb."  # the beginning of the keys of embeddings that a file carries beside its adapter
 

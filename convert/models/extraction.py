@@ -21,6 +21,7 @@ from lora_adapters.convert.families.registry import BASE_VERSION, is_v2, role_of
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 
+_ROWS = 256  # that are widened at a time
 Approximate = Callable[[torch.Tensor], tuple[Delta, Fit]]  # of a difference that is not all 0
 
 
@@ -146,6 +147,7 @@ def _approximate(
         delta = difference(module)
         if bool(delta.any()):
             changes[module], fits[module] = approximated(delta.to(target))
+        del delta  # before the next one is made
     if not changes:
         raise AdapterError(f"{base} and {tuned} have the same weights: there is nothing to extract")
     version = first.version
@@ -172,7 +174,10 @@ def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: Mod
     if old.numel() != new.numel() or old.shape[:2] != new.shape[:2]:
         raise AdapterError(f"{module} is {list(old.shape)} in {first.path}, but {list(new.shape)} in {second.path}")
     wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
-    delta = new.reshape(old.shape).to(wide, copy=True).sub_(old.to(wide)).to(torch.float32)
+    delta = new.reshape(old.shape).to(wide, copy=True)
+    for part, rows in zip(delta.split(_ROWS), old.split(_ROWS), strict=True):  # never two wide copies
+        part.sub_(rows.to(wide))
+    delta = delta.to(torch.float32)
     if not bool(torch.isfinite(delta.sum())):
         raise AdapterError(f"{module} has NaN or infinite numbers in {first.path} or {second.path}")
     return delta

@@ -1,5 +1,6 @@
 """Requests to images, in batches, through diffusers' pipelines."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,9 +15,10 @@ from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.requests import ImageRequest
 from lora_adapters.train.models.base import BaseModels
 from lora_adapters.train.models.family import SizeConditions
-from lora_adapters.train.models.schedulers import sampler
 from lora_adapters.train.models.text_encoding import Encoded, windows
 from lora_adapters.train.resizing.resize import UnreadableImage, on_white, read_image
+
+log = logging.getLogger(__name__)
 
 _OWN = ("prompt", "negative_prompt", "seed", "start", "where", "file")  # what images of one batch may differ in
 
@@ -34,15 +36,26 @@ def start_image(request: ImageRequest) -> Image.Image | None:
     return image.resize((request.width, request.height), Image.Resampling.LANCZOS)
 
 
-def sized(request: ImageRequest, own: tuple[int, int]) -> ImageRequest:
-    """The request with a size: the one that it has, the nearest to that of its first image, or the model's `own`."""
-    if request.start is None:
-        return replace(request, width=request.width or own[0], height=request.height or own[1])
+def completed(request: ImageRequest, models: BaseModels) -> ImageRequest:
+    """The request with a guidance scale and a size, where it has none.
+
+    Args:
+        request: one image.
+        models: the base model, whose family has a usual scale, and whose sides are multiples of a number of pixels.
+
+    Returns:
+        The request with its own size, the nearest to that of the image it begins with, or the model's.
+    """
+    own, step = models.default_size, models.family.pixel_step
+    scale = models.family.guidance if request.scale is None else request.scale
     image = start_image(request)
-    if request.width is not None or image is None:
-        return request
-    width, height = (max(8, round(side / 8) * 8) for side in image.size)
-    return replace(request, width=width, height=height)
+    width, height = request.width or own[0], request.height or own[1]
+    if image is not None and request.width is None:
+        width, height = (max(step, round(side / step) * step) for side in image.size)
+    sides = tuple(max(step, side - side % step) for side in (width, height))
+    if sides != (width, height):
+        log.warning("%s: sides are multiples of %d; %dx%d is drawn", request.where, step, *sides)
+    return replace(request, scale=scale, width=sides[0], height=sides[1])
 
 
 class Drawer:
@@ -86,6 +99,8 @@ class Drawer:
 
     def _windows(self, request: ImageRequest) -> int:
         """Windows of 75 tokens that its longer text needs, up to --max_embeddings_multiples."""
+        if self.models.family.has_flow:
+            return 1
         texts = (request.prompt, request.negative_prompt)
         needed = max(windows(tokenizer, text) for tokenizer in self.models.tokenizers for text in texts)
         return min(needed, self.settings.max_embeddings_multiples or needed)
@@ -108,11 +123,16 @@ class Drawer:
             "output_type": "latent",
         }
         if first.start is None:
-            call |= {"width": width, "height": height, "latents": self._noise(generators, width, height)}
+            noise = self.models.family.noise_argument(self._noise(generators, width, height))
+            call |= {"width": width, "height": height, "latents": noise}
         else:
             images = [start_image(request) for request in batch]
             call |= {"image": self._to_latents([image for image in images if image]), "strength": first.strength}
-        return self._decoded(self._pipeline(first)(**call).images)
+            if self.models.family.has_flow:
+                call |= {"width": width, "height": height}
+        factor = self.models.latent_space.factor
+        drawn = self._pipeline(first)(**call).images
+        return self._decoded(self.models.family.drawn_latents(drawn, height // factor, width // factor))
 
     def _noise(self, generators: list[torch.Generator], width: int, height: int) -> torch.Tensor:
         """(n, channels, h, w), drawn in float32: some versions of torch draw other numbers in half precision."""
@@ -127,7 +147,7 @@ class Drawer:
         # Set on the finished pipeline: its constructor changes the steps_offset of what it is given.
         zero = self.settings.zero_terminal_snr
         own = self.models.schedule_config
-        pipe.scheduler = sampler(request.sampler, self.models.prediction_type, zero, offset, own)
+        pipe.scheduler = self.models.family.sampler(request.sampler, self.models.prediction_type, zero, own, offset)
         return pipe
 
     def _encode(self, texts: list[str], chunks: int) -> Encoded:

@@ -64,7 +64,7 @@ class Album:
         weights += [(network.name, weight) for network, weight in zip(live, own, strict=True)]
         entries: dict[str, object] = {
             "Steps": request.steps,
-            "Sampler": SAMPLERS[request.sampler].title,
+            "Sampler": "Euler" if self._models.family.has_flow else SAMPLERS[request.sampler].title,
             "CFG scale": f"{request.scale:g}",
             "Seed": request.seed,
             "Size": f"{request.width}x{request.height}",

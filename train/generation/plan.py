@@ -11,6 +11,7 @@ from lora_adapters.convert.families.detection import check_one_family
 from lora_adapters.train.data.image_suffixes import READ
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.generation.draw import start_image
+from lora_adapters.train.generation.flow import check_options
 from lora_adapters.train.generation.image_grid import font_of
 from lora_adapters.train.generation.networks import Network, networks, unmerged
 from lora_adapters.train.generation.options import GenerateSettings
@@ -18,7 +19,7 @@ from lora_adapters.train.generation.png_info import prompts_in, read_text
 from lora_adapters.train.generation.prompt_lines import numbered_lines, read_prompt_file
 from lora_adapters.train.generation.requests import ImageRequest, check_sizes, requests
 from lora_adapters.train.generation.sweeps import Column, check_lines, check_rank, columns
-from lora_adapters.train.models.base import check_draws, check_fixed_clip_skip, check_path, family_on_disk
+from lora_adapters.train.models.base import check_fixed_clip_skip, check_path, family_on_disk
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.registry import KIND_FLAGS
 from lora_adapters.train.options.settings import check_ranges
@@ -54,6 +55,7 @@ def plan(settings: GenerateSettings) -> Plan:
     check_one_family({network.source: network.adapter for network in adapters})
     family = family_on_disk(settings)
     if family is not None:
+        check_options(settings, family)
         check_sizes(images, family)
         _check_family(settings, adapters, family)
     live = unmerged(adapters)
@@ -142,7 +144,6 @@ def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str
 
 def _check_family(settings: GenerateSettings, networks: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
-    check_draws(family, model)
     for network in networks:
         own = network.adapter.family
         if own.name != family.name:

@@ -27,16 +27,16 @@ SEEDS = 2**32
 class ImageRequest:
     """One image. Sizes are in pixels; None is the model's own size, or the size of the image begun with.
 
-    where: the option or line that it comes from, for errors. multipliers: one for each adapter that is not merged, None
-    for their own. strength and start are of img2img. original_* and crop_* are conditions of SDXL. file: its
-    name, if given.
+    where: the option or line that it comes from, for errors. scale: None for the model's usual one. multipliers: one
+    for each adapter that is not merged, None for their own. strength and start are of img2img. original_* and crop_*
+    are conditions of SDXL. file: its name, if given.
     """
 
     prompt: str
     where: str
     seed: int
     steps: int
-    scale: float
+    scale: float | None
     sampler: str
     negative_prompt: str = ""
     width: int | None = None

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.terminal import is_quiet, say
 from lora_adapters.train.errors import TrainingError
-from lora_adapters.train.generation.draw import Drawer, sized
+from lora_adapters.train.generation.draw import Drawer, completed
+from lora_adapters.train.generation.flow import check_options, say_unread
 from lora_adapters.train.generation.image_grid import draw_sheet
 from lora_adapters.train.generation.networks import apply_networks, metadata, unmerged
 from lora_adapters.train.generation.options import GenerateSettings
@@ -21,11 +22,9 @@ from lora_adapters.train.models.base import (
     BaseModels,
     check_clip_skip,
     check_declared_kind,
-    check_draws,
     check_fixed_clip_skip,
     load_base_models,
 )
-from lora_adapters.train.models.schedulers import sampler
 
 
 def generate(settings: GenerateSettings) -> list[Path]:
@@ -48,8 +47,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
         print(metadata(made.networks))
     models = load(settings, device)
     check_sizes(made.requests, models.family)
-    requests = [sized(request, models.default_size) for request in made.requests]
-    pipe = models.pipeline(sampler("ddim", models.prediction_type))
+    say_unread(settings, made.requests, models.family)
+    requests = [completed(request, models) for request in made.requests]
+    pipe = models.pipeline(models.family.sampler("ddim", models.prediction_type, False, models.schedule_config))
     working = apply_networks(models, pipe, made.networks, settings.network_pre_calc)
     drawer = Drawer(
         models, settings, device, pipe, working, [network.multiplier for network in unmerged(made.networks)]
@@ -84,7 +84,7 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
     if settings.zero_terminal_snr and not models.v_prediction:
         raise TrainingError(f"--zero_terminal_snr is for models that predict v, which {models.name} does not "
                             "(--v_parameterization says that it does)")  # fmt: skip
-    check_draws(models.family, models.name)
+    check_options(settings, models.family)
     check_fixed_clip_skip(models.family, settings.clip_skip)
     check_clip_skip(models, settings.clip_skip)
     for module in (*models.text_encoders, models.vae, models.denoiser):

@@ -34,6 +34,7 @@ from lora_adapters.train.models.registry import (
     family_of_pipeline,
 )
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
+from lora_adapters.train.models.transformer_text import AbsentEncoder
 from lora_adapters.train.models.vae_files import load_vae
 from lora_adapters.train.options.model import ModelSource
 from lora_adapters.train.options.values import required
@@ -95,7 +96,9 @@ class BaseModels:
     @property
     def default_size(self) -> tuple[int, int]:
         """The (width, height) in pixels of images that the model was made for."""
-        side = (getattr(self.denoiser.config, "sample_size", None) or 64) * self.latent_space.factor
+        side = (
+            getattr(self.denoiser.config, "sample_size", None) or self.family.sample_size
+        ) * self.latent_space.factor
         return side, side
 
     def encode(self, tokens: Sequence[Tokens], clip_skip: int | None = None, keep_mean: str = "none") -> Encoded:
@@ -131,14 +134,16 @@ class BaseModels:
         family = self.family
         parts: dict[str, Any] = {"vae": self.vae, family.denoiser: self.denoiser, "scheduler": scheduler}
         parts |= zip(family.tokenizers, self.tokenizers, strict=True)
-        return family.pipeline_class(**parts, **self._text_components(), **family.pipeline_options)
+        parts |= {**dict.fromkeys(family.text_encoders), **self._text_components()}
+        return family.pipeline_class(**parts, **family.pipeline_options)
 
     def image_to_image(self, pipeline: Any) -> Any:
         """A pipeline of the same parts as `pipeline`, which starts from images."""
         return self.family.image_to_image_class(**pipeline.components, **self.family.image_to_image_options)
 
     def _text_components(self) -> dict[str, Any]:
-        return dict(zip(self.family.text_encoders, self.text_encoders, strict=True))
+        named = zip(self.family.text_encoders, self.text_encoders, strict=True)
+        return {name: model for name, model in named if not isinstance(model, AbsentEncoder)}
 
 
 def check_path(settings: ModelSource) -> str:
@@ -205,9 +210,10 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
     tokenizers, text_encoders = (
         [getattr(pipeline, part) for part in parts] for parts in (family.tokenizers, family.text_encoders)
     )
-    for part, model in zip(family.text_encoders, text_encoders, strict=True):
-        if model is None:
-            raise TrainingError(f"{name or 'the base model'} lacks its {part}, which training needs")
+    for number, part in enumerate(family.text_encoders):
+        text_encoders[number] = text_encoders[number] or family.absent_text_encoder(part, pipeline)
+        if text_encoders[number] is None:
+            raise TrainingError(f"{name or 'the base model'} lacks its {part}, which it needs")
     schedule = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     prediction = schedule.get("prediction_type", family.predictions[0])
     denoiser = getattr(pipeline, family.denoiser)
@@ -230,15 +236,6 @@ def check_fixed_clip_skip(family: TrainingFamily, clip_skip: int | None) -> None
     if fixed is not None and clip_skip not in (None, fixed):
         raise TrainingError(
             f"--clip_skip {clip_skip}: {family.title} was trained with {fixed}, and takes no other here"
-        )
-
-
-def check_draws(family: TrainingFamily, name: str | None) -> None:
-    """Raise TrainingError for a base model that images are not generated with here."""
-    if not family.draws:
-        raise TrainingError(
-            f"{name} is {family.title}, which is trained, not drawn with: load adapters into its pipeline of diffusers "
-            "(pipe.load_lora_weights)"
         )
 
 

@@ -49,6 +49,7 @@ class TrainingFamily(ABC):
         frozen_text_encoders: those that get no adapter unless asked for.
         predictions: what its models may predict; the first is assumed where the scheduler's config says nothing.
         text_ending: the ending of the files that outputs of text encoders are cached in.
+        sample_size: the side in latents of pictures, where the denoiser's config does not say it.
         pixel_step: sides of images in pixels are multiples of it.
         guidance: the guidance scale of sample images, where a prompt has none.
         reads_negative_prompt: whether the pipeline's pictures keep away from a second prompt.
@@ -57,7 +58,6 @@ class TrainingFamily(ABC):
         unused_options: options of training that other families with the same objective have.
         rank_args: network_args that give a kind of layer its rank, with the pattern of its paths.
         block_args: network_args that say which blocks are trained, with the path of their stack.
-        draws: whether the program that generates images can use its models.
         has_sizes: whether the denoiser is conditioned on `SizeConditions`.
     """
 
@@ -79,10 +79,10 @@ class TrainingFamily(ABC):
     frozen_text_encoders: ClassVar[tuple[str, ...]] = ()
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
     text_ending: ClassVar[str] = TEXT_ENDING
+    sample_size: ClassVar[int] = 64
     pixel_step: ClassVar[int] = 8
     guidance: ClassVar[float] = 7.5
     reads_negative_prompt: ClassVar[bool] = True
-    draws: ClassVar[bool] = True
     picture_loss: ClassVar[bool] = False
     unused_options: ClassVar[tuple[str, ...]] = ()
     rank_args: ClassVar[Mapping[str, str]] = {}
@@ -111,6 +111,10 @@ class TrainingFamily(ABC):
     @abstractmethod
     def kind_of(self, pipeline: Any) -> str | None:
         """The kind of a loaded pipeline, None if it is of another family."""
+
+    def absent_text_encoder(self, component: str, pipeline: Any) -> torch.nn.Module | None:
+        """What stands for a text encoder that the pipeline lacks; None where the family's models need it."""
+        return None
 
     def with_v2(self, kind: str, denoiser: Any) -> str | None:
         """The kind under --v2, which declares SD2.x; None if that contradicts the model."""
@@ -169,9 +173,16 @@ class TrainingFamily(ABC):
         """The number of the denoiser's block that a module is in, as presets of weights count; None outside of them."""
         return by_name(self.name).blocks.index(path)
 
-    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
-        """diffusers' scheduler for sample images, see `schedulers.sampler`; `config` is the base model's own."""
-        return sampler(name, prediction, zero_terminal_snr, base=config)
+    def sampler(
+        self,
+        name: str,
+        prediction: str,
+        zero_terminal_snr: bool,
+        config: Mapping[str, Any],
+        steps_offset: int | None = None,
+    ) -> Any:
+        """diffusers' scheduler for drawing, see `schedulers.sampler`; `config` is the base model's own."""
+        return sampler(name, prediction, zero_terminal_snr, steps_offset, config)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
@@ -182,6 +193,14 @@ class TrainingFamily(ABC):
     def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
         """Sizes as arguments of the pipelines' call."""
         return {}
+
+    def noise_argument(self, noise: torch.Tensor) -> torch.Tensor:
+        """Noise (n, channels, h, w) as the pipeline takes it."""
+        return noise
+
+    def drawn_latents(self, drawn: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the pipeline has drawn as latents (n, channels, height, width)."""
+        return drawn
 
     # --- the saved file ---------------------------------------------------------------------------------------------
 

@@ -162,6 +162,12 @@ class Flux1(TransformerFamily):
     def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
         return {"prompt_embeds": positive.hidden, "pooled_prompt_embeds": positive.pooled}
 
+    def noise_argument(self, noise: torch.Tensor) -> torch.Tensor:
+        return packed(noise)
+
+    def drawn_latents(self, drawn: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return unpacked(drawn, height, width)
+
     def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
         return {"ss_v2": False, "ss_base_model_version": by_name(self.name).stated}
 

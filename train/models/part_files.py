@@ -7,7 +7,7 @@ from the Hub.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -109,8 +109,13 @@ def load_parts(path: Path, family: Any, settings: ModelSource, dtype: torch.dtyp
         TrainingError: a part, a config or a tokenizer is missing, or does not fit.
     """
     check_parts(settings, family)
-    tokenizers = _tokenizers(family, settings)
     tensors = read_weights(path, whole=settings.disable_mmap_load_safetensors)
+    without = [
+        part.option
+        for component, part in family.text_parts.items()
+        if part.optional and not (getattr(settings, part.option) or part_of_file(tensors, _prefixes(family, component)))
+    ]
+    tokenizers = _tokenizers(family, settings, without)
     denoiser = _denoiser(path, family, settings, tensors, dtype)
     parts = text_encoders(family, settings, dtype, tensors, str(path))
     parts["vae"] = load_vae(settings.ae or settings.vae or str(path), dtype, settings, family.vae_config)
@@ -213,12 +218,15 @@ def _scheduler(family: Any, settings: ModelSource, denoiser: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**family.scheduler_config(denoiser))
 
 
-def _tokenizers(family: Any, settings: ModelSource) -> dict[str, Any]:
-    """The tokenizers of all text encoders, by component."""
+def _tokenizers(family: Any, settings: ModelSource, without: Collection[str] = ()) -> dict[str, Any]:
+    """The tokenizers of all text encoders, by component; None for those whose option is among `without`."""
     from transformers import AutoTokenizer
 
     found: dict[str, Any] = {}
     for component, part in zip(family.tokenizers, family.text_parts.values(), strict=True):
+        if part.option in without:
+            found[component] = None
+            continue
         kept = Path(settings.tokenizer_cache_dir or "") / part.tokenizer.replace("/", "_")
         if settings.model_config:
             source, options = settings.model_config, {"subfolder": component}

@@ -17,7 +17,7 @@ from lora_adapters.convert.families.registry import by_name
 from lora_adapters.train.data.cache_files import LatentFiles
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
 from lora_adapters.train.models.transformer import TransformerFamily, clip_g, clip_l, count, t5_xxl, vae_config
-from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
+from lora_adapters.train.models.transformer_text import AbsentEncoder, clip_tokens, t5_states, t5_tokens
 
 _CLIP_TOKENS = 77
 _HEAD = 64  # width of an attention head where no norm tells it
@@ -28,7 +28,7 @@ _TRANSFORMER: Any = SD3Transformer2DModel  # type checkers see the placeholder t
 
 
 class StableDiffusion3(TransformerFamily):
-    """SD3 medium, SD3.5 medium and SD3.5 large, with all three text encoders."""
+    """SD3 medium, SD3.5 medium and SD3.5 large, with T5 or without."""
 
     name = "sd3"
     kinds: ClassVar[Mapping[str, Any]] = dict(
@@ -95,11 +95,17 @@ class StableDiffusion3(TransformerFamily):
         first, *others = zip(_KINDS, by_name(self.name).versions, strict=True)
         return next((kind for kind, version in others if version.mark in paths), first[0])
 
+    def absent_text_encoder(self, component: str, pipeline: Any) -> torch.nn.Module | None:
+        """T5 may be left out."""
+        absent = component == self.text_encoders[-1]
+        return AbsentEncoder(pipeline.transformer.config.joint_attention_dim) if absent else None
+
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, models: Any, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
         """CLIP's 77 tokens, twice, and T5's; there is one window, and words have no weights."""
         *clips, t5 = models.tokenizers
+        t5 = None if isinstance(models.text_encoders[-1], AbsentEncoder) else t5
         length = models.choices.t5_length or _T5_LENGTH
         tokens = [clip_tokens(tokenizer, captions) for tokenizer in clips]
         return [*tokens, t5_tokens(t5, captions, length, models.choices.t5_mask)]

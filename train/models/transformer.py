@@ -28,8 +28,7 @@ class TransformerFamily(TrainingFamily):
     vae_config: ClassVar[Mapping[str, Any]]
     denoiser, denoiser_title = "transformer", "transformer"
     predictions = (FLOW,)
-    pixel_step = 16
-    draws = False
+    pixel_step, sample_size = 16, 128
 
     def in_folder(self, index: Mapping[str, Any]) -> bool:
         return (index.get("transformer") or (None, None))[1] == self.transformer_class.__name__
@@ -54,7 +53,14 @@ class TransformerFamily(TrainingFamily):
     def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
         return []
 
-    def sampler(self, name: str, prediction: str, zero_terminal_snr: bool, config: Mapping[str, Any]) -> Any:
+    def sampler(
+        self,
+        name: str,
+        prediction: str,
+        zero_terminal_snr: bool,
+        config: Mapping[str, Any],
+        steps_offset: int | None = None,
+    ) -> Any:
         """The base model's own: Euler's steps along the flow."""
         return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
 

@@ -1,10 +1,28 @@
 """Text for diffusion transformers: one window of tokens for each of their text encoders, T5's with a mask."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from lora_adapters.train.models.text_encoding import Tokens, tokenize
+
+
+class AbsentEncoder(torch.nn.Module):
+    """Stands for a T5 that a model does without: its output is zeros, as in diffusers' pipeline.
+
+    Args:
+        width: of the output.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=width)
+        self.place = torch.nn.Parameter(torch.zeros(0), requires_grad=False)  # tells device and dtype
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+        """Zeros (n, length, width) for tokens (n, length)."""
+        return (self.place.new_zeros((*ids.shape, self.config.hidden_size)),)
 
 
 def clip_tokens(tokenizer: Any, captions: list[str]) -> Tokens:
@@ -13,7 +31,9 @@ def clip_tokens(tokenizer: Any, captions: list[str]) -> Tokens:
 
 
 def t5_tokens(tokenizer: Any, captions: list[str], length: int, masked: bool) -> Tokens:
-    """T5's tokens of each caption, (n, 1, length), and with `masked` the mask of its padding."""
+    """T5's tokens of each caption, (n, 1, length), and with `masked` the mask of its padding; zeros without T5."""
+    if tokenizer is None:
+        return Tokens(torch.zeros(len(captions), 1, length, dtype=torch.long))
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     mask = encoded.attention_mask.unsqueeze(1) if masked else None
     return Tokens(encoded.input_ids.unsqueeze(1), mask=mask)

@@ -16,13 +16,17 @@ _NOT_FLOW = (
 )  # fmt: skip
 
 
+def unused_options(family: Any) -> tuple[str, ...]:
+    """Options of training that a base model of `family` (TrainingFamily) makes no use of."""
+    names = _NOT_FLOW if family.has_flow else (*options_of(FlowOptions), *PARTS)
+    return names + tuple(family.unused_options)
+
+
 def check_family_options(settings: Settings, family: Any) -> None:
     """Raise OptionError for the first option that a base model of `family` (TrainingFamily) makes no use of."""
     known = options_of(Settings)
-    names = _NOT_FLOW if family.has_flow else (*options_of(FlowOptions), *PARTS)
     other = "noise or v prediction with a U-Net" if family.has_flow else "flow matching"
-    names += family.unused_options
-    for name in names:
+    for name in unused_options(family):
         if getattr(settings, name) != known[name].default:
             reason = f"{other}" if name not in family.unused_options else "other models"
             raise OptionError(f"{known[name].flag} is for {reason}, and the base model is {family.title}: leave it out")

@@ -35,16 +35,26 @@ def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
             "stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     chosen = [named(name) for name in settings.preset or []] or _presets(model, settings)
-    options = {key: choice for preset in chosen for key, choice in preset.options.items()}
+    left_out, step = _of_family(chosen)
+    options = {key: choice for preset in chosen for key, choice in preset.options.items() if key not in left_out}
     dataset = {key: choice for preset in chosen for key, choice in preset.dataset.items()}
     if "resolution" not in dataset:
         raise OptionError(f"--preset {' '.join(settings.preset or [])}: none is for a machine, as sd15-8gb is")
     side = _trained_side(model)
     if side is not None and side != dataset["resolution"].value:
         dataset["resolution"] = Choice(side, "what the model was trained at", f"{model}: unet/config.json")
-    dataset |= _from_pictures(folders, int(dataset["resolution"].value))
+    dataset |= _from_pictures(folders, int(dataset["resolution"].value), step)
     subsets = [_subset(folder, settings) for folder in folders]
     return Plan(chosen, _options(options, dataset, folders, settings), dataset, subsets, _prompts(folders, subsets))
+
+
+def _of_family(chosen: Sequence[Preset]) -> tuple[frozenset[str], int]:
+    """Options that models of the presets' family make no use of, and the pixels that their pictures' sides step by."""
+    from lora_adapters.train.models.registry import FAMILIES
+    from lora_adapters.train.options.families import unused_options
+
+    family = next((FAMILIES[preset.family] for preset in chosen if preset.family is not None), None)
+    return (frozenset(), 8) if family is None else (frozenset(unused_options(family)), family.pixel_step)
 
 
 def _presets(model: str, settings: InitSettings) -> list[Preset]:
@@ -68,7 +78,7 @@ def _family(model: str) -> str:
     name = name_by_repository(model)
     if name is not None:
         return name
-    raise OptionError(f"--family is missing: {model} does not tell whether it is sd (1.x, 2.x) or sdxl")
+    raise OptionError(f"--family is missing: {model} does not tell whether it is sd (1.x, 2.x), sdxl, flux or sd3")
 
 
 def _card() -> float:
@@ -93,8 +103,8 @@ def _trained_side(model: str) -> int | None:
     return 8 * size if isinstance(size, int) else None
 
 
-def _from_pictures(folders: Sequence[Folder], side: int) -> dict[str, Choice]:
-    """What the pictures' shapes, sizes and number ask for."""
+def _from_pictures(folders: Sequence[Folder], side: int, step: int) -> dict[str, Choice]:
+    """What the pictures' shapes, sizes and number ask for; `step` divides the sides that the model can read."""
     sizes = [picture.size for folder in folders for picture in folder.readable]
     small = sum(width * height < side * side for width, height in sizes)
     shapes = len({round(width / height, 2) for width, height in sizes})
@@ -104,7 +114,7 @@ def _from_pictures(folders: Sequence[Folder], side: int) -> dict[str, Choice]:
     }  # fmt: skip
     steps = 64
     if side < 4 * steps:
-        steps = max(8, side // 8)
+        steps = max(step, side // 8 // step * step)
         choices["bucket_reso_steps"] = Choice(steps, f"steps of 64 are too coarse for {side} pixels", "the resolution")
     if small and all(min(size) >= steps for size in sizes):
         why = f"{small} pictures have fewer pixels than {side}x{side}: they are not enlarged"

@@ -17,7 +17,9 @@ class InitSettings(Given):
     pretrained_model_name_or_path: str | None = option(
         None, "base model: checkpoint file, Diffusers folder or hub id", flag="--model"
     )
-    family: str | None = option(None, "sd or sdxl", unset="what the model's files or name say", choices=["sd", "sdxl"])
+    family: str | None = option(
+        None, "sd, sdxl, flux or sd3", unset="what the model's files or name say", choices=["sd", "sdxl", "flux", "sd3"]
+    )
     card: float | None = option(
         None, "memory of the graphics card in GB; 0: none", unset="what this machine has", at_least=0
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from lora_adapters.train.models.registry import FAMILIES
+from lora_adapters.convert.families.registry import FAMILIES
+from lora_adapters.train.models.registry import FAMILIES as TRAINED
 from lora_adapters.train.samplers import SAMPLERS
 from lora_adapters.train.studio import compare
 from lora_adapters.train.studio.compare import PRESETS, Axis, Choice, Scene, Slot
@@ -17,7 +18,8 @@ from lora_adapters.train.studio.page import Lists, shown
 from lora_adapters.train.studio.paths import Folders, StudioError
 
 SLOTS = 4
-_BLOCKS = max((compare.labels(name) for name, family in FAMILIES.items() if family.draws), key=len)
+_FIRST = max((compare.labels(name) for name, family in TRAINED.items() if not family.has_flow), key=len)
+_MOST = max(len(compare.labels(family.name)) for family in FAMILIES)  # sliders; those of a family's blocks are shown
 _MOST_SIDE = 2048
 
 
@@ -82,12 +84,18 @@ class CompareTab:
                 self.edited = gr.Dropdown([], label="of adapter", scale=2)
                 self.preset = gr.Dropdown(list(PRESETS), value=None, label="preset", scale=1, elem_id="preset")
             with gr.Row(elem_classes="blocks-of"):
-                third = -(-len(_BLOCKS) // 3)
-                for start in range(0, len(_BLOCKS), third):
+                third = -(-len(_FIRST) // 3)
+                names = [*_FIRST, *(f"{number}" for number in range(len(_FIRST), _MOST))]
+                for start in (0, third, 2 * third):
                     with gr.Column(min_width=120):
-                        for label in _BLOCKS[start : start + third]:
-                            name = f"block-{label}"
-                            self.sliders.append(gr.Slider(-1, 2, 1, step=0.05, label=label, elem_id=name))
+                        more = range(len(_FIRST) + start // third, _MOST, 3)
+                        for place in (*range(start, min(start + third, len(_FIRST))), *more):
+                            self._slider(place, names[place])
+            self.sliders.sort(key=lambda slider: names.index(slider.elem_id.removeprefix("block-")))
+
+    def _slider(self, place: int, name: str) -> None:
+        visible = place < len(_FIRST)
+        self.sliders.append(gr.Slider(-1, 2, 1, step=0.05, label=name, elem_id=f"block-{name}", visible=visible))
 
     def _picture(self) -> None:
         with gr.Row():
@@ -184,24 +192,24 @@ class CompareTab:
     def _to_sliders(self, chosen: list[str], edited: int | None, *blocks: str) -> list[Any]:
         """The sliders of the adapter that is edited, as its text says."""
         if edited is None or edited >= len(chosen):
-            return [gr.Slider()] * len(_BLOCKS)
+            return [gr.Slider()] * _MOST
         return self._sliders(self._architecture(chosen, edited), blocks[edited])
 
     def _sliders(self, architecture: str, text: str) -> list[Any]:
         labels, values = compare.labels(architecture), compare.block_values(text, architecture)
         updates = [gr.Slider(value, label=label, visible=True) for label, value in zip(labels, values, strict=True)]
-        return updates + [gr.Slider(visible=False)] * (len(_BLOCKS) - len(labels))
+        return updates + [gr.Slider(visible=False)] * (_MOST - len(labels))
 
     def _preset(self, preset: str | None, chosen: list[str], edited: int | None, *blocks: str) -> list[Any]:
         if preset is None:
-            return [gr.Slider()] * len(_BLOCKS) + list(blocks)
+            return [gr.Slider()] * _MOST + list(blocks)
         architecture = self._architecture(chosen, edited)
         texts = [("" if preset == "ALL" else preset) if n == edited else text for n, text in enumerate(blocks)]
         return [*self._sliders(architecture, preset), *texts]
 
     def _from_sliders(self, chosen: list[str], edited: int | None, *values: Any) -> list[str]:
         count = len(compare.labels(self._architecture(chosen, edited)))
-        numbers, texts = values[: len(_BLOCKS)], values[len(_BLOCKS) :]
+        numbers, texts = values[:_MOST], values[_MOST:]
         return [compare.block_text(numbers[:count]) if n == edited else text for n, text in enumerate(texts)]
 
     def _scene(self, *values: Any) -> Scene:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lora_adapters.train.generation.draw import Drawer, sized
+from lora_adapters.train.generation.draw import Drawer, completed
 from lora_adapters.train.generation.image_grid import draw_sheet
 from lora_adapters.train.generation.networks import LiveNetworks
 from lora_adapters.train.generation.options import parse
@@ -19,7 +19,6 @@ from lora_adapters.train.generation.plan import Plan, plan
 from lora_adapters.train.generation.requests import check_sizes
 from lora_adapters.train.generation.run import best_device, load
 from lora_adapters.train.models.base import BaseModels
-from lora_adapters.train.models.schedulers import sampler
 from lora_adapters.train.studio.compare import Axis, Scene, cells, python_code
 from lora_adapters.train.studio.paths import StudioError
 
@@ -85,10 +84,11 @@ class Artist:
         device = best_device()
         if self._models is None:
             self._models = load(settings, device)
-            self._pipe = self._models.pipeline(sampler("ddim", self._models.prediction_type))
+            scheduler = self._sampler("ddim")
+            self._pipe = self._models.pipeline(scheduler)
         models = self._models
         check_sizes(made.requests, models.family)
-        request = sized(made.requests[0], models.default_size)
+        request = completed(made.requests[0], models)
         made = Plan([request], made.networks, [])
         drawer = Drawer(
             models,
@@ -100,6 +100,11 @@ class Artist:
         )
         (_, image), *_ = drawer.draw([request])
         return image, Album(settings, models, made.networks), made
+
+    def _sampler(self, name: str) -> Any:
+        models = self._models
+        assert models is not None
+        return models.family.sampler(name, models.prediction_type, False, models.schedule_config)
 
     def _networks(self, scene: Scene, made: Plan) -> LiveNetworks:
         """The adapters as layers of the pipeline; those of the last picture stay where only numbers differ."""
@@ -124,10 +129,7 @@ class Artist:
         if self._models is None:
             raise StudioError("draw the picture first")
         models = self._models
-        schedulers = {
-            name: _as_code(sampler(name, models.prediction_type, base=models.schedule_config))
-            for name in {scene.sampler for row in rows for scene in row}
-        }
+        schedulers = {name: _as_code(self._sampler(name)) for name in {scene.sampler for row in rows for scene in row}}
         start = "from_single_file" if Path(models.name).is_file() else "from_pretrained"
         dtype = str(models.denoiser.dtype)
         load = f"{type(self._pipe).__name__}.{start}({models.name!r}, dtype={dtype})"

@@ -210,7 +210,8 @@ def test_every_supported_option_is_read():
     folder = Path(generate_options.__file__).parents[1]
     names = (
         "generation/run generation/plan generation/draw generation/networks generation/requests "
-        "generation/output generation/sweeps models/base models/loading models/sd models/sdxl"
+        "generation/output generation/sweeps models/base models/loading models/sd models/sdxl "
+        "models/part_files models/transformer"
     )
     code = "".join((folder / f"{name}.py").read_text() for name in names.split())
     made = generate_options.parser()

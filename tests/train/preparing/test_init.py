@@ -16,6 +16,8 @@ from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.preparing.presets import Preset, presets
 from lora_adapters.train.training.setup import prepare
 
+from ..transformers import build_flux, build_sd3
+
 ORIENTATION = 0x0112
 
 
@@ -200,6 +202,9 @@ def test_folders_without_pictures(tmp_path, capsys) -> None:
         ("stabilityai/stable-diffusion-xl-base-1.0", 24, "sdxl-24gb"),
         ("cagliostrolab/animagine-xl-3.1", 80, "sdxl-24gb"),
         ("stabilityai/stable-diffusion-xl-base-1.0", 12, "sdxl-12gb"),
+        ("black-forest-labs/FLUX.1-dev", 16, "flux-12gb"),
+        ("black-forest-labs/FLUX.1-schnell", 24, "flux-24gb"),
+        ("stabilityai/stable-diffusion-3.5-medium", 12, "sd3-12gb"),
     ],
 )
 def test_the_preset_of_a_model_and_a_card(tmp_path, capsys, model, card, machine) -> None:
@@ -208,8 +213,10 @@ def test_the_preset_of_a_model_and_a_card(tmp_path, capsys, model, card, machine
     assert cli.main(["init", str(folder), "--model", model, "--card", str(card), "--out", str(out)]) == 0
     assert f"from the presets {machine}, subject" in capsys.readouterr().out
     options = written(folder, "config.toml")
-    assert options["gradient_checkpointing"] if "xl" in machine else "gradient_checkpointing" not in options
-    assert written(folder, "dataset.toml")["general"]["resolution"] == (1024 if "xl" in machine else 512)
+    large = "sd15" not in machine
+    assert options["gradient_checkpointing"] if large else "gradient_checkpointing" not in options
+    assert written(folder, "dataset.toml")["general"]["resolution"] == (1024 if large else 512)
+    assert ("min_snr_gamma" in options) == machine.startswith(("sd15", "sdxl"))
 
 
 def test_sdxl_settings_are_taken(sdxl, tmp_path, capsys) -> None:
@@ -219,6 +226,19 @@ def test_sdxl_settings_are_taken(sdxl, tmp_path, capsys) -> None:
     assert run.settings.cache_text_encoder_outputs
     assert set(run.trained) == {"unet"}
     assert run.settings.network_module == "networks.dylora"
+
+
+@pytest.mark.parametrize("build", [build_flux, build_sd3])
+def test_transformers_settings_are_taken(tmp_path, capsys, build) -> None:
+    model = build(tmp_path / "model")
+    folder = fill(tmp_path / "few", [(80, 64)] * 2)
+    init(capsys, folder, model, "--card", "0")
+    run = taken(folder, "--resolution=64", "--bucket_reso_steps=16")
+    assert run.settings.cache_text_encoder_outputs
+    assert set(run.trained) == {"transformer"}
+    assert run.settings.min_snr_gamma is None
+    if build is build_sd3:  # its config says the side, 64 pixels
+        assert written(folder, "dataset.toml")["general"]["bucket_reso_steps"] == 16
 
 
 @pytest.mark.parametrize("preset", presets().values(), ids=lambda preset: preset.name)

@@ -13,6 +13,8 @@ from lora_adapters.train.studio.compare import Axis, Scene, Slot, cells
 from lora_adapters.train.studio.drawing import Artist
 from tests.train.generating import adapter_for, differ, pixels
 
+from ..transformers import build_flux, build_sd3
+
 ROUNDING = 1  # of 255: adapters that were exchanged on a model are added up in another order
 
 
@@ -119,3 +121,32 @@ def test_other_kinds_of_adapters_come_and_go(artist, files, sd1, tmp_path):
     assert differ(drawn, generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
     assert differ(drawn, before) > 8
     assert differ(before, pixels(artist.draw(alone))) <= ROUNDING
+
+
+@pytest.mark.parametrize("build", [build_flux, build_sd3])
+def test_transformers_are_drawn_as_on_the_command_line_and_in_python(build, tmp_path, monkeypatch):
+    model = build(tmp_path / "model")
+    family = "flux1" if build is build_flux else "medium"
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    module = ModuleName("transformer", "transformer_blocks.0.attn.to_v")
+    file = Adapter({module: LowRank(down, up, 4.0)}, {"ss_base_model_version": family}).save(tmp_path / "a.safetensors")
+    slots = (Slot(str(file), 0.7, blocks="D00" if family == "flux1" else "J00"),)
+    wanted = Scene("a red disc", seed=3, steps=2, scale=3.0, width=64, height=64, slots=slots)
+    artist = Artist([f"--ckpt={model}"], tmp_path / "drawn")
+    drawn = pixels(artist.draw(wanted))
+    assert differ(drawn, generated(wanted, model, tmp_path / "program")) <= ROUNDING
+    monkeypatch.chdir(tmp_path)
+    exec(artist.code([[wanted]]), {})
+    assert differ(drawn, pixels(tmp_path / "picture.png")) <= ROUNDING
+
+
+def test_block_sliders_are_those_of_the_adapters_family(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page"))
+    from lora_adapters.train.studio.compare_tab import CompareTab
+
+    for family, labels in (("flux", ["BASE", "D00", "S37"]), ("sd3", ["BASE", "J00", "J37"]), ("sd", ["BASE", "IN01"])):
+        updates = CompareTab._sliders(None, family, "")
+        shown = [one.label for one in updates if one.visible]
+        assert [label for label in labels if label in shown] == labels
+        assert len({len(CompareTab._sliders(None, name, "")) for name in ("flux", "sd3", "sd")}) == 1

@@ -276,13 +276,6 @@ def test_options_of_flow_matching_are_refused_for_a_unet(basics) -> None:
         prepare(settings(**basics, timestep_sampling="uniform"))
 
 
-def test_the_generator_refuses_flux_in_a_line(flux, capsys) -> None:
-    from lora_adapters.train.gen_img_diffusers import main
-
-    assert main(["--ckpt", str(flux), "--prompt", "x"]) != 0
-    assert "load adapters into its pipeline" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("module", ["networks.loha", "networks.lokr"])
 def test_other_kinds_are_refused_where_files_fuse_layers_and_trained_elsewhere(options, module) -> None:
     options |= {"network_module": module, "max_train_steps": 2, "learning_rate": 0.1}

@@ -1,5 +1,6 @@
 """SD3 and SD3.5 are trained: their inputs are those of the stock pipeline, the loss falls, the files open elsewhere."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training.loop import train
 from lora_adapters.train.training.setup import prepare
 
+from ..transformer_files import sd3_file
 from ..transformers import build_sd3
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
@@ -53,9 +55,32 @@ def test_a_model_is_named_by_its_layers(sd3, tmp_path) -> None:
     assert version(build_sd3(tmp_path / "dual", dual=(0,))) == "5-medium"
 
 
-def test_a_model_without_t5_is_refused_in_a_line(sd3) -> None:
-    pipe = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None)
-    with pytest.raises(OneLineError, match="m lacks its text_encoder_3"):
+def test_without_t5_its_states_are_zeros_as_in_the_pipeline(sd3) -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_3=None, tokenizer_3=None)
+    models = from_pipeline(pipe, "m")
+    assert set(models.components) == {"transformer", "text_encoder", "text_encoder_2"}
+    with torch.no_grad():
+        found = models.encode(models.tokenize(["a red disc"]))
+        states, _, pooled, _ = pipe.encode_prompt(["a red disc"], None, None, do_classifier_free_guidance=False)
+    clip = 77
+    torch.testing.assert_close(found.hidden[:, :clip], states[:, :clip])
+    assert found.hidden.shape == (1, clip + 256, 72)
+    assert not found.hidden[:, clip:].any()
+    torch.testing.assert_close(found.pooled, pooled)
+    assert models.pipeline(pipe.scheduler).text_encoder_3 is None
+
+
+@pytest.mark.parametrize("more", [{}, CACHED, {"apply_t5_attn_mask": True}])
+def test_it_is_trained_without_t5(options, sd3, tmp_path, more) -> None:
+    files = sd3_file(sd3, tmp_path / "sd3.safetensors", texts=("clip_l", "clip_g"))
+    trained = train(settings(**options | files | more | {"max_train_steps": 2}))
+    assert all(map(math.isfinite, trained.losses))
+    assert "text_encoder_3" not in trained.adapter.components
+
+
+def test_a_model_without_clip_is_refused_in_a_line(sd3) -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3, text_encoder_2=None)
+    with pytest.raises(OneLineError, match="m lacks its text_encoder_2"):
         from_pipeline(pipe, "m")
 
 

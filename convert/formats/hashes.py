@@ -1,0 +1,60 @@
+"""The hashes by which A1111's extensions know a file, made without holding the file in memory."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+import torch
+
+# The dtypes in the order in which the safetensors library puts tensors into a file; those of one dtype by their names.
+_ORDER = {
+    name: (number, code)
+    for number, (name, code) in enumerate(
+        {
+            "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32", "uint32": "U32",
+            "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16",
+            "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8": "I8",
+            "uint8": "U8", "bool": "BOOL",
+        }.items()
+    )
+}  # fmt: skip
+_START, _STOP = 0x100000, 0x110000  # the bytes of a file that its short hash is of
+
+
+def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """sshs_model_hash and sshs_legacy_hash of a file with these tensors, as A1111's extensions compute them.
+
+    The first is the SHA-256 of all bytes behind the header; the second of 64 KiB from 1 MiB on, of the file as it would
+    be with no other metadata than ss_*.
+    """
+    ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (*_ORDER[_name(item[1])], item[0])))
+    whole, short, at = hashlib.sha256(), hashlib.sha256(), 0
+    for view in chain([memoryview(_header(ordered, ss_only))], _bytes(ordered)):
+        if at:
+            whole.update(view)
+        short.update(view[max(_START - at, 0) : max(_STOP - at, 0)])
+        at += len(view)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": short.hexdigest()[:8]}
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        code = _ORDER[_name(tensor)][1]
+        table[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,62 @@
+"""What drawing with models of flow matching (Flux.1, SD3) has not: said or refused once the family is known."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from lora_adapters.train.errors import OptionError
+from lora_adapters.train.generation.options import GenerateSettings
+from lora_adapters.train.generation.requests import ImageRequest
+from lora_adapters.train.models.family import TrainingFamily
+from lora_adapters.train.models.part_files import check_parts
+from lora_adapters.train.models.transformer import TransformerFamily
+from lora_adapters.train.options.model import PARTS
+from lora_adapters.train.options.option import options_of
+
+log = logging.getLogger(__name__)
+
+_OF_UNETS = (
+    "v2", "v_parameterization", "zero_terminal_snr", "clip_skip", "max_embeddings_multiples", "emb_normalize_mode",
+    "force_scheduler_zero_steps_offset", "xformers", "diffusers_xformers",
+)  # fmt: skip
+
+
+def check_options(settings: GenerateSettings, family: TrainingFamily) -> None:
+    """Raise OptionError for an option that models of this family make no use of.
+
+    Args:
+        settings: the program's options.
+        family: the base model's.
+    """
+    known = options_of(GenerateSettings)
+    for name in _OF_UNETS if family.has_flow else PARTS:
+        if getattr(settings, name) != known[name].default:
+            others = "models with a U-Net" if family.has_flow else "Flux.1 and SD3"
+            raise OptionError(f"{known[name].flag} is for {others}, and the model is {family.title}: leave it out")
+    if not isinstance(family, TransformerFamily):
+        return
+    if any(part.startswith("sampler=") for part in settings.sweep or []):
+        raise OptionError(f"--sweep sampler=: {family.title} has one sampler, Euler's along the flow")
+    check_parts(settings, family)
+
+
+def say_unread(settings: GenerateSettings, requests: Sequence[ImageRequest], family: TrainingFamily) -> None:
+    """Warn of what is asked for and models of this family do not read.
+
+    Args:
+        settings: the program's options.
+        requests: what is to be drawn.
+        family: the base model's.
+    """
+    if not family.has_flow:
+        return
+    asked = next((one.sampler for one in requests if one.sampler != _default("sampler")), None)
+    asked = asked or (settings.sampler if "sampler" in settings.given else None)
+    if asked:
+        log.warning("the sampler %s is left out: %s has one of its own, Euler's along the flow", asked, family.title)
+    if not family.reads_negative_prompt and any(one.negative_prompt for one in requests):
+        log.warning("negative prompts are left out: %s reads none", family.title)
+
+
+def _default(name: str) -> Any:
+    return options_of(GenerateSettings)[name].default
