@@ -31,7 +31,12 @@ def stacked(stock: Method) -> Method:
         The replacement.
     """
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not args and "input" in kwargs:  # as AnimateDiff's motion modules call theirs, and no layer of PEFT's
+            args = (kwargs.pop("input"),)
+        return of_input(self, *args, **kwargs)
+
+    def of_input(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         active = self._active_adapter
         if isinstance(active, str) or len(active) < 2 or kwargs or self._disable_adapters or self.merged_adapters:
             return stock(self, x, *args, **kwargs)

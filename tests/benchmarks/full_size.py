@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert import Adapter, LowRank, ModuleName
-from lora_adapters.convert.deltas import Delta, Hadamard, Kronecker
+from lora_adapters.convert.deltas import Delta, DoRA, Full, Hadamard, Kronecker
 from lora_adapters.convert.deltas.nearest_kronecker import split
 from lora_adapters.convert.families.checkpoint_names import slices_in_file
 from lora_adapters.convert.families.registry import by_name
@@ -134,7 +134,9 @@ def modules(size: str) -> Iterator[tuple[ModuleName, tuple[int, ...], bool]]:
 
 
 def make_lycoris(path: Path, size: str, kind: str, seed: int) -> Path:
-    """A random LoHa of rank 8, or a LoKr with full factors (kind "loha" or "lokr"), of all modules of LoRA-C3Lier."""
+    """A random LoHa of rank 8, LoKr with full factors, DoRA of rank 16 or full differences in bf16 of all modules of
+    LoRA-C3Lier: kind is "loha", "lokr", "dora" or "full".
+    """
     if path.exists():
         return path
     torch.manual_seed(seed)
@@ -144,6 +146,11 @@ def make_lycoris(path: Path, size: str, kind: str, seed: int) -> Path:
             flat, rank = into * math.prod(kernel), 8
             shapes_of = ((out, rank), (rank, flat)) * 2
             made[module] = Hadamard(*(torch.randn(shape) * 0.1 for shape in shapes_of), alpha=float(rank))
+        elif kind == "dora":
+            pair = LowRank(torch.randn(16, into, *kernel) * 0.02, torch.randn(out, 16, *[1] * len(kernel)) * 0.01, 16.0)
+            made[module] = DoRA(pair, torch.ones(out, 1, *[1] * len(kernel)))
+        elif kind == "full":
+            made[module] = Full((torch.randn(out, into, *kernel) * 0.001).bfloat16())
         else:
             (a, c), (b, d) = split(out, 8), split(into, 8)
             made[module] = Kronecker(torch.randn(a, b) * 0.1, torch.randn(c, d, *kernel) * 0.1, 1.0)

@@ -255,3 +255,10 @@ def test_a_pipeline_draws_what_peft_draws(pipeline, monkeypatch) -> None:
     pipe.unload_lora_weights()
     with pytest.raises(AdapterError):
         set_rank(pipe, 4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_input_by_name(count) -> None:
+    """AnimateDiff's motion modules call their projections so."""
+    one, x = model(count=count)
+    assert torch.equal(one[0](input=x), one[0](x))
