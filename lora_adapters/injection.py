@@ -19,7 +19,7 @@ from lora_adapters.types.layers import HELD, layers, put, width
 from lora_adapters.types.lycoris.config import TYPE as LYCORIS
 from lora_adapters.types.lycoris.layer import hold
 from lora_adapters.types.lycoris.operations import LAYERS, NORMS, weight_shape
-from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of
+from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of, refit
 
 from .target_modules import RankAlpha
 from .tuner import inject_at
@@ -166,6 +166,7 @@ def place(
             hold(layer, adapter_name, _as_live(change, device, dtype, pages))
     if left:
         raise AdapterError(f"{next(iter(left))} found no place in the model")
+    refit(model)  # else a DyLoRA would see at the first call only how wide its factors are, and be compiled twice
     model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
 
 

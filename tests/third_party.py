@@ -24,14 +24,18 @@ CLIPS = (
     "hf-internal-testing/tiny-sd3-text_encoder-2",
 )
 T5 = "hf-internal-testing/tiny-random-t5"
-# A plugin of pytest: the Hub's library tries again without waiting, since nothing will ever answer.
-NO_WAITING = """
+# A plugin of pytest for all runs: the Hub's library tries again without waiting, since nothing will ever answer; and
+# transformers' `add_adapter` takes this PEFT (since 5.24 it asks for 0.22, though older versions do all that it needs),
+# else nearly all tests of pipelines with text encoders fail at it.
+PLUGIN = """
 import time
 import types
 
+import transformers.integrations.peft
 from huggingface_hub.utils import _http
 
 _http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+transformers.integrations.peft.MIN_PEFT_VERSION = "0.17.0"
 """
 # Modules in the order in which a run imports them before its tests.
 RUNS = {
@@ -99,7 +103,7 @@ def outcomes(report: Path) -> dict[str, str]:
 
 def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[str, str]:
     """One run of the tests; their outcomes."""
-    (folder / "no_waiting.py").write_text(NO_WAITING)
+    (folder / "offline_run.py").write_text(PLUGIN)
     paths = [checkout / "src", checkout, folder, *([ROOT] if RUNS[name] else [])]
     environment = {
         **os.environ,
@@ -109,7 +113,7 @@ def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[s
         "HF_ENDPOINT": "http://127.0.0.1:9",  # some tests go online all the same: refused at once
     }
     report = folder / f"{name}.xml"
-    plugins = [option for module in (*RUNS[name], "no_waiting") for option in ("-p", module)]
+    plugins = [option for module in (*RUNS[name], "offline_run") for option in ("-p", module)]
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}", *plugins, *arguments]
     done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=checkout, env=environment, check=False)
     if done.returncode not in (0, 1):

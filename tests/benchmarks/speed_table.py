@@ -27,7 +27,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIDES = ("ours", "stock")
-KEPT = ("seconds", "MiB", "operations")
+KEPT = ("seconds", "MiB", "anonymous", "operations")
 DRAWN = ("sd15",)  # whose U-Net's weights are made: 3.4 GB in float32
 Results = dict[str, Any]
 
@@ -114,7 +114,7 @@ def measure_live(case: Case, rounds: int) -> dict[str, Any]:
             found[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
     pairs = zip(found["ours"], found["stock"], strict=True)
     return {
-        **{side: {key: middle(one[key] for one in runs) for key in KEPT} for side, runs in found.items()},
+        **{side: {key: middle(one.get(key) for one in runs) for key in KEPT} for side, runs in found.items()},
         "ratio": statistics.median(ours["seconds"] / stock["seconds"] for ours, stock in pairs),
         "rounds": rounds,
     }  # fmt: skip
@@ -151,10 +151,17 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.2f} ms"
 
 
+def peaks(one: dict[str, Any]) -> str:
+    """Peaks of memory: all, and what is in no file where that was measured."""
+    anonymous = one.get("anonymous")
+    return f"{one['MiB']:.0f} MiB" if anonymous is None else f"{one['MiB']:.0f} MiB, {anonymous:.0f}"
+
+
 def table(results: Results, out: Path) -> str:
     """Everything that was measured, as markdown."""
     lines = [f"Machine: {results['machine']}.", ""]
-    lines += ["CPU seconds of one thread (medians of processes that took turns), and memory above the pipeline's.", ""]
+    lines += ["CPU seconds of one thread (medians of processes that took turns), and the peak of memory above the"]
+    lines += ["pipeline's: all of it, and that which is not the pages of mapped files.", ""]
     lines += [
         "| | ours | diffusers alone | ours / diffusers | memory ours | memory diffusers | operations of torch |",
         "|---|---|---|---|---|---|---|",
@@ -162,7 +169,7 @@ def table(results: Results, out: Path) -> str:
     for name, one in results["live"].items():
         ours, stock = one["ours"], one["stock"]
         cells = [name, seconds(ours["seconds"]), seconds(stock["seconds"]), f"{one['ratio']:.3f}"]
-        cells += [f"{ours['MiB']:.0f} MiB", f"{stock['MiB']:.0f} MiB"]
+        cells += [peaks(ours), peaks(stock)]
         counts = ours.get("operations"), stock.get("operations")
         cells.append("" if None in counts else f"{counts[0]:.0f}, {counts[1]:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -185,7 +192,7 @@ def table(results: Results, out: Path) -> str:
 def chart(results: Results, out: Path) -> None:
     """DIR/chart.png: ratios to diffusers and to PEFT, the curve of loading against rank, file tools beside kohya's.
 
-    A panel for each of them that was measured.
+    A panel for each of them that was measured; no chart where nothing was.
     """
     import matplotlib
 
@@ -201,6 +208,8 @@ def chart(results: Results, out: Path) -> None:
     ]
     draw = [panel for measured, panel in panels if measured]
     rows = -(-len(draw) // 2)
+    if not draw:
+        return
     figure, grid = pyplot.subplots(rows, 2, figsize=(15, 6 * rows), squeeze=False)
     for axes, panel in zip(grid.flat, draw, strict=False):
         panel(axes)

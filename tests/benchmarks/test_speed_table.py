@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import file_tools
+import peak_memory
 import speed_table
 
 STEP = {"name": "sd15: LierLa", "ms": 1237.55, "ratio": 1.0046, "MiB": 323.9}
@@ -31,6 +33,33 @@ def test_the_table_has_every_measurement(tmp_path) -> None:
     assert "| sd15: LierLa | 1237.5 | 1.005 | 324 |" in lines
     assert "| sd15: training loop | 1748.6 | 1.033 |  |" in lines
     assert "| merge | 6.0 s |" in lines
+
+
+def test_memory_in_no_file_stands_beside_all(tmp_path) -> None:
+    loaded = LIVE | {side: {"seconds": 0.3, "MiB": 40.4, "anonymous": 19.6} for side, _ in SIDES_OF}
+    lines = speed_table.table({"machine": "this", "live": {"sd15 load rank 16": loaded}}, tmp_path).splitlines()
+    assert lines[-1] == "| sd15 load rank 16 | 300 ms | 300 ms | 0.794 | 40 MiB, 20 | 40 MiB, 20 |  |"
+
+
+def test_there_is_no_chart_of_nothing(tmp_path) -> None:
+    speed_table.chart({"live": {}}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
+def test_the_peak_of_memory_is_that_of_the_action(tmp_path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(16 << 20))
+
+    def take() -> None:
+        mapped = torch.UntypedStorage.from_file(str(file), False, 16 << 20)
+        torch.ones(8 << 20, dtype=torch.uint8).max()
+        torch.empty(0, dtype=torch.uint8).set_(mapped).max()
+
+    take()  # what PyTorch's own libraries have of it is there from now on
+    resident, anonymous = peak_memory.peaks_above_rest(take)
+    assert 15 < resident < 40
+    assert 7 < anonymous < 14
 
 
 def test_operations_stand_beside_what_is_drawn(tmp_path) -> None:

@@ -6,6 +6,7 @@ temporal layers, the blocks of upscalers) and of CLIP's text encoders, under the
 
 import copy
 import inspect
+from contextlib import suppress
 from functools import cache
 
 import diffusers
@@ -51,7 +52,12 @@ FAST = (
 
 
 def classes() -> list[str]:
-    found = (getattr(diffusers, name, None) for name in dir(diffusers))
+    found = []
+    for name in dir(diffusers):
+        with suppress(
+            RuntimeError
+        ):  # diffusers 0.35 imports ftfy where it is not installed: none of these is on a mixin
+            found.append(getattr(diffusers, name, None))
     taken = [cls for cls in found if inspect.isclass(cls) and issubclass(cls, MIXINS) and cls not in MIXINS]
     return sorted({cls.__name__ for cls in taken})
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent.parent))
 
-from peak_memory import peak_above_rest
+from peak_memory import Peak, peaks_above_rest
 
 from speed.pipelines import give_weights, pipeline
 
@@ -35,17 +35,22 @@ CALLS = 50  # of what takes about a millisecond
 
 
 class Measured(NamedTuple):
-    """CPU and wall seconds of each call, the MiB of one, and how many operations of torch it consists of."""
+    """CPU and wall seconds of each call, the memory of one, and how many operations of torch it consists of."""
 
     times: list[tuple[float, float]]
-    memory: float
+    memory: Peak
     operations: int | None = None
 
 
 def timed(action: Callable[[], Any], undo: Callable[[], Any], repeat: int) -> Measured:
-    """CPU and wall seconds of each of `repeat` calls of the action, and the MiB of one more before them."""
+    """CPU and wall seconds of each of `repeat` calls of the action, and the memory of one of two more before them.
+
+    The first imports what it needs, and is not counted.
+    """
+    action()
+    undo()
     gc.collect()
-    memory = peak_above_rest(action)
+    memory = peaks_above_rest(action)
     undo()
     found = []
     for _ in range(repeat):
@@ -183,7 +188,18 @@ def main() -> None:
     found = CASES[args.case](pipe, args)
     assert ("lora_adapters" in sys.modules) == (args.side == "ours")
     cpu, wall = (statistics.median(column) for column in zip(*found.times, strict=True))
-    print(json.dumps({"seconds": cpu, "wall": wall, "MiB": found.memory, "operations": found.operations}))
+    peak = found.memory
+    print(
+        json.dumps(
+            {
+                "seconds": cpu,
+                "wall": wall,
+                "MiB": peak.resident,
+                "anonymous": peak.anonymous,
+                "operations": found.operations,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
