@@ -27,6 +27,7 @@ _PUBLIC = {
     "block_lr_weights": "block_lr",
     "network_options": "kohya_options",
     "param_groups": "optimizer_groups",
+    "scale_component_rates": "component_rates",
     "sort_components": "sorting",
     **{name: f"types.{module}" for name, module in types.PUBLIC.items()},
 }

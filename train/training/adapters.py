@@ -28,6 +28,7 @@ from lora_adapters.train.models.merging import match_to_model, merge_weights
 from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
+from lora_adapters.train.training.optimizers import is_schedule_free
 from lora_adapters.train.training.pattern_counts import warn_of_idle_patterns
 from lora_adapters.train.training.regularization import add_dropouts, check_limits
 from lora_adapters.train.training.transformer_args import trains_frozen_text, translated
@@ -50,7 +51,10 @@ def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
         raise OptionError("--network_module is missing: networks.lora, networks.dylora, networks.loha, ...")
     args = translated(key_values(settings.network_args, "network_args"), family)
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
-    args = training_args(settings.network_module, args)
+    asked = args
+    args = training_args(settings.network_module, asked)
+    if "rate_power" not in asked and is_schedule_free(settings):  # which `scale_component_rates` refuses
+        args.pop("rate_power", None)
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
 
 

@@ -128,6 +128,11 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
         raise TrainingError(f"--optimizer_type {name}: this version of {kind.package} has no {kind.name}") from None
 
 
+def is_schedule_free(settings: Settings) -> bool:
+    """Whether the optimizer trains averages of weights, as the package schedulefree does."""
+    return optimizer_name(settings).lower().endswith("schedulefree")
+
+
 def uses_relative_step(settings: Settings) -> bool:
     """Whether Adafactor finds the learning rate itself, which is its default."""
     if optimizer_name(settings).lower() != "adafactor":

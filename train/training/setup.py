@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from lora_adapters.component_rates import scale_component_rates
 from lora_adapters.convert.portable import forbidden
 from lora_adapters.train.data.batches import Batch
 from lora_adapters.train.data.config import load_data_config
@@ -329,6 +330,7 @@ def _optimizer(settings: Settings, models: BaseModels, trained: dict[str, Any], 
     optimizer = create_optimizer(settings, groups)
     if any(dial.sort_at for dial in controllers(list(trained.values()))):
         check_sortable(settings)
+    scale_component_rates(list(trained.values()), optimizer, adapters.ADAPTER)
     return optimizer
 
 

@@ -27,7 +27,8 @@ from . import rank_controller
 from .layer import DyLoraVariant
 
 SORTED_SCALING = "constant"  # at which the first of sorted components are the best adapter of their rank
-SORT_AT = "0.3"  # of the steps: what the rank study found
+# What the rank study found: the share of the steps, and the power of the components' learning rates.
+SORT_AT, RATE_POWER = "0.3", "0.25"
 
 
 @dataclass
@@ -44,7 +45,8 @@ class DyLoraConfig(LierLaConfig):
 
     With sort_at above 0 every sample trains the full rank at first; after that share of the steps the components are
     sorted by size (see `sort_components`), and ranks are drawn from then on. Where the training is said to have N steps
-    (`set_step(..., total_steps=N)`), `set_step` says when to sort; our trainer does it by itself.
+    (`set_step(..., total_steps=N)`), `set_step` says when to sort; our trainer does it by itself. With a rate_power the
+    first components learn faster than the last ones: see `scale_component_rates`.
     """
 
     unit: int = field(default=1, metadata={"help": "Ranks are trained in steps of this; it divides r and conv_dim."})
@@ -68,6 +70,11 @@ class DyLoraConfig(LierLaConfig):
         metadata={"help": "Share of the steps that train the full rank alone; then components are sorted."},
     )
 
+    rate_power: float = field(
+        default=0.0,
+        metadata={"help": "Component k learns at (4/k)**rate_power times the learning rate; needs sort_at."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank_scaling is None:
@@ -77,6 +84,14 @@ class DyLoraConfig(LierLaConfig):
             not self.sort_at or self.rank_scaling == SORTED_SCALING,
             f"sort_at needs rank_scaling {SORTED_SCALING}, at which sorted components are cut, not "
             f"{self.rank_scaling}; sort_at=0 goes with any",
+        )
+        check(
+            0 <= self.rate_power <= 1,
+            f"rate_power is {self.rate_power}: it is at least 0, where all components learn alike, and at most 1",
+        )
+        check(
+            not self.rate_power or self.sort_at > 0,
+            f"rate_power {self.rate_power} is for sorted components: give sort_at, or take rate_power=0",
         )
         check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
         for name in ("r", "conv_dim"):
@@ -111,13 +126,20 @@ class DyLoraType(AdapterType):
         "rank_sampling": NetworkArg(str, "a name"),
         "freeze_lower": NetworkArg(flag, "True or False"),
         "sort_at": NetworkArg(number, "a number"),
+        "rate_power": NetworkArg(number, "a number"),
     }
     variant = DyLoraVariant
 
     def training_args(self, args: Mapping[str, str]) -> dict[str, str]:
-        """With a sort_at of .3, unless a scale is asked for at which sorted components cannot be cut."""
-        fits = args.get("rank_scaling", SORTED_SCALING) == SORTED_SCALING
-        return {"sort_at": SORT_AT, **args} if fits else dict(args)
+        """With the study's sort_at and rate_power, unless a scale is given at which sorted components cannot be cut."""
+        if args.get("rank_scaling", SORTED_SCALING) != SORTED_SCALING:
+            return dict(args)
+        sort_at = args.get("sort_at", SORT_AT)
+        try:
+            sorts = float(sort_at) > 0
+        except ValueError:  # it is reported with the other arguments
+            sorts = False
+        return {"sort_at": SORT_AT, **({"rate_power": RATE_POWER} if sorts else {}), **args}
 
     def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         """The options of a DyLoRA from the metadata of a file.
@@ -136,8 +158,8 @@ class DyLoraType(AdapterType):
 
     def metadata(self, config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
         """ss_network_module and ss_network_args; other network args are kept."""
-        sort_at = {"sort_at": str(config.sort_at)} if config.sort_at else {}
-        return dylora_metadata(config.dylora, {**network_args(metadata), **sort_at})
+        of_training = {name: str(getattr(config, name)) for name in ("sort_at", "rate_power") if getattr(config, name)}
+        return dylora_metadata(config.dylora, {**network_args(metadata), **of_training})
 
     def config_options(self, modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
         """As for LoRA, with an r and a unit that fit each other: the unit of a file need not divide its ranks."""
@@ -149,7 +171,7 @@ class DyLoraType(AdapterType):
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
         """The model draws ranks whenever it is called in training; see `rank_controller.attach`."""
-        rank_controller.attach(model, adapter_name, config.dylora, config.sort_at)
+        rank_controller.attach(model, adapter_name, config.dylora, config.sort_at, config.rate_power)
 
     def detach(self, model: nn.Module, adapter_name: str) -> None:
         """See `rank_controller.detach`."""

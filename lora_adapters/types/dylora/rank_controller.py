@@ -30,9 +30,18 @@ class RankController:
     place: a compiled model follows without being compiled again.
     """
 
-    def __init__(self, adapter_name: str, highest: int, dylora: DyLora, sort_at: float = 0.0, seed: int = 0):
+    def __init__(
+        self,
+        adapter_name: str,
+        highest: int,
+        dylora: DyLora,
+        sort_at: float = 0.0,
+        rate_power: float = 0.0,
+        seed: int = 0,
+    ):
         self.adapter_name, self.highest, self.dylora, self.seed = adapter_name, highest, dylora, seed
-        self.sort_at = sort_at
+        self.sort_at, self.rate_power = sort_at, rate_power
+        self.rates_of: Any = None  # the optimizer whose steps are scaled by component, see `component_rates`
         self.nested_from: int | None = 0 if sort_at == 0 else None  # the step from which ranks are drawn
         self.unsorted = False  # whether the full rank alone has been trained, and the components are in no order yet
         self.rank = highest
@@ -45,8 +54,8 @@ class RankController:
         self._settings: dict[int, torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the layers' gates would be views of `gates` no more, so they are laid out anew."""
-        return {**self.__dict__, "gates": torch.zeros(0, 0, device=self.gates.device)}
+        """For copies and pickles: gates are laid out anew, since they are views of `gates`; the optimizer is not theirs."""
+        return {**self.__dict__, "gates": torch.zeros(0, 0, device=self.gates.device), "rates_of": None}
 
     @property
     def ranks(self) -> list[int]:
@@ -83,7 +92,8 @@ class RankController:
             raise AdapterError(f"a batch of {rows} came where one of {len(samples)} was announced to the DyLoRA")
         if self.dylora.freeze_lower or self.dylora.rank_sampling == "uniform":
             samples, total = range(1), 1
-        drawn = ranks_of_step(tuple(self.ranks), self.dylora.rank_sampling, self.seed, self.step, samples, total)
+        sampling, ordered = self.dylora.rank_sampling, self.sort_at > 0
+        drawn = ranks_of_step(tuple(self.ranks), sampling, self.seed, self.step, samples, total, ordered)
         return drawn if len(drawn) == 1 else [rank for rank in drawn for _ in range(rows // len(drawn))]
 
     def set_step(self, step: int, seed: int, samples: range | None, total: int | None) -> None:
@@ -213,7 +223,7 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
             weight.data = data
 
 
-def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float = 0.0) -> None:
+def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float = 0.0, rate_power: float = 0.0) -> None:
     """Make a LoRA adapter in a model a DyLoRA. From then on the model draws a rank whenever it is called in training.
 
     If it is a DyLoRA already, its controller stays, with the present ranks of the layers, at the highest rank.
@@ -223,6 +233,7 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float =
         adapter_name: The name of the adapter.
         dylora: Unit, scaling and sampling of ranks.
         sort_at: Share of the training after which components are sorted; 0 never sorts.
+        rate_power: See `component_rates`.
 
     Raises:
         AdapterError: A layer computes the adapter in another way (see `refuse_unfit`); nothing is changed.
@@ -238,10 +249,10 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float =
         controller.highest, controller.dylora, controller.rank, controller.now = highest, dylora, highest, [highest]
         if sort_at != controller.sort_at:
             controller.sort_at, controller.nested_from = sort_at, 0 if sort_at == 0 else None
-        controller.unsorted = False
+        controller.unsorted, controller.rate_power = False, rate_power
         controller.fill()
         return
-    controller = RankController(adapter_name, highest, dylora, sort_at)
+    controller = RankController(adapter_name, highest, dylora, sort_at, rate_power)
     detach(model, adapter_name)
     for layer in mine:
         layer.lora_variant[adapter_name] = DyLoraVariant(controller, layer, adapter_name)
@@ -369,7 +380,7 @@ def set_step(
         Whether components are to be sorted before this step: call `sort_components` then, with the optimizer.
 
     Raises:
-        AdapterError: samples and total do not fit.
+        AdapterError: samples and total do not fit, or an adapter has a rate_power and no optimizer follows it.
     """
     if samples is None and total is not None:
         raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
@@ -377,6 +388,11 @@ def set_step(
         raise AdapterError(f"samples {samples} are none of a batch of {total}: they are numbered from 0")
     matching = controllers(target)
     for controller in matching:
+        if controller.rate_power and controller.rates_of is None:
+            raise AdapterError(
+                f"rate_power={controller.rate_power} changes the optimizer's steps of adapter "
+                f"{controller.adapter_name}: call scale_component_rates(models, optimizer) before training"
+            )
         if total_steps is not None:
             controller.nested_from = sorting_step(controller.sort_at, total_steps)
         controller.set_step(step, seed, samples, total)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_adapters import Adapter, DyLoraConfig, LierLaConfig
 from lora_adapters.convert.formats.metadata import DyLora
-from lora_adapters.types.dylora.config import SORT_AT
+from lora_adapters.types.dylora.config import RATE_POWER, SORT_AT
 
 RANK = 16
 RANKS = (1, 2, 4, 8, 16)
@@ -59,7 +59,7 @@ def methods(kohya: Path | None) -> Iterator[Method]:
     for kind, settings in kinds.items():
         for scaling in ("constant", "sqrt", "rank"):
             yield Method(f"ours {scaling}{kind}", settings={"rank_scaling": scaling, **settings})
-    yield Method("ours sorted", settings={"sort_at": float(SORT_AT)})
+    yield Method("ours sorted", settings={"sort_at": float(SORT_AT), "rate_power": float(RATE_POWER)})
     if kohya is not None:
         yield Method("kohya", kind="kohya")
     if importlib.util.find_spec("lycoris"):

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from lora_adapters import Adapter, set_step, sort_components
+from lora_adapters import Adapter, scale_component_rates, set_step, sort_components
 
 from .methods import Method
 from .tasks import Examples, Task
@@ -33,6 +33,7 @@ def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: in
     unet.train().requires_grad_(False)
     fitted = method.put_on(unet, seed, kohya)
     optimizer = torch.optim.AdamW(fitted.parameters, lr=lr, weight_decay=0.01, fused=True)
+    scale_component_rates(unet, optimizer)
     schedule = DDPMScheduler(**SCHEDULE)
     clean, text = task.train.latents, task.train.text
     sorted_at = -WARM_UP

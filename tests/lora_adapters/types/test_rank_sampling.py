@@ -21,6 +21,20 @@ def test_how_often(sampling, shares, batch):
     assert found == pytest.approx([share / sum(shares) for share in shares], abs=0.02)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_how_often_after_sorting(batch):
+    """3/10 for the full rank, and 7/10 in proportion to b**-1.5."""
+    every = [
+        rank
+        for step in range(8000)
+        for rank in ranks_of_step(RANKS, "spread", 5, step, range(batch), batch, sorted_components=True)
+    ]
+    powers = [rank**-1.5 for rank in RANKS]
+    shares = [0.7 * power / sum(powers) for power in powers]
+    shares[-1] += 0.3
+    assert [every.count(rank) / len(every) for rank in RANKS] == pytest.approx(shares, abs=0.02)
+
+
 def test_uniform_is_one_for_all():
     steps = drawn("uniform", 60, 4)
     assert {len(set(step)) for step in steps} == {1}

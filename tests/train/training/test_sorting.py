@@ -43,13 +43,24 @@ def test_the_step_and_the_scale_by_the_options(basics, args, share, scaling) -> 
         assert drawn == [4] or step >= (run.sort_step or 0)
     adapter = Adapter.from_models(run.trained)
     assert adapter.dylora.rank_scaling == scaling
-    assert network_args(adapter.metadata).get("sort_at") == (str(share) if share else None)
+    written = network_args(adapter.metadata)
+    assert written.get("sort_at") == (str(share) if share else None)
+    assert written.get("rate_power") == ("0.25" if share else None)
+    assert {dial.rates_of for dial in run.dials} == {run.optimizer.optimizer if share else None}
+
+
+def test_a_schedule_free_optimizer_has_one_rate_for_all_components(basics) -> None:
+    pytest.importorskip("schedulefree")
+    run = prepare(settings(**{**basics, **DYLORA, "optimizer_type": "AdamWScheduleFree"}))
+    assert {(dial.sort_at, dial.rate_power) for dial in run.dials} == {(0.3, 0.0)}
 
 
 def test_a_scale_that_does_not_fit_is_refused(basics) -> None:
     args = {"sort_at": "0.3", "rank_scaling": "sqrt"}
     with pytest.raises(AdapterError, match="sort_at needs rank_scaling constant"):
         prepare(settings(**{**basics, **DYLORA, "network_args": args}))
+    with pytest.raises(AdapterError, match=r"rate_power 0.5 is for sorted components: give sort_at"):
+        prepare(settings(**{**basics, **DYLORA, "network_args": {"sort_at": "0", "rate_power": "0.5"}}))
     with pytest.raises(AdapterError, match="Rprop keeps prev for each weight"):
         prepare(settings(**{**basics, **DYLORA, "optimizer_type": "Rprop"}))
 
@@ -57,7 +68,11 @@ def test_a_scale_that_does_not_fit_is_refused(basics) -> None:
 def test_saves_before_and_after_the_sorting_are_sorted(basics, tmp_path) -> None:
     options = {**basics, **DYLORA, "max_train_steps": 3, "save_every_n_steps": 1, "output_name": "x"}
     unsorted = train(settings(**{**options, "network_module": "networks.lora", "network_args": {}}))
-    trained = train(settings(**{**options, "network_args": {"sort_at": 0.9}, "output_dir": str(tmp_path / "dylora")}))
+    trained = train(
+        settings(
+            **{**options, "network_args": {"sort_at": 0.9, "rate_power": 0}, "output_dir": str(tmp_path / "dylora")}
+        )
+    )
     last = trained.adapter
     assert last.dylora == DyLora(1, "constant")
     # The sorting is due after the last step: until then it is a plain LoRA's training.
