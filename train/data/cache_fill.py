@@ -69,9 +69,7 @@ def encode_latents(
     identity = _identity(vae)
     requests = [_latents_request(image, identity) for image in images.images]
     cached: list[CachedLatents | str | DataError | None] = [None] * len(requests)
-    paths: list[str] = []
-    if to_disk:
-        paths = _existing(images.images, requests, files, check, cached)
+    paths = _existing(images.images, requests, files, check, cached) if to_disk else []
     numbers = [number for number, result in enumerate(cached) if result is None]
     if to_disk:
         numbers = _share(numbers, paths, [request.bucket for request in requests], rank, world_size)

@@ -130,7 +130,7 @@ def test_several_tags_and_files_without_their_endings(tmp_path, monkeypatch):
     ("text", "said"),
     [
         ("a cat <lora:x:1>", "'a cat'"),
-        ("<lora:x:1:stop=10>", "stop= is about the steps"),
+        ("<lora:x:1:stop=10>", "stop= is about sampling steps"),
         ("x:1:strength=2", "strength= is not known"),
         ("<lora::1>", "names no adapter"),
         ("<lora:x:te=high>", "high"),
