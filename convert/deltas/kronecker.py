@@ -112,10 +112,13 @@ class Kronecker(TensorDelta):
         return flat and whole and (weight_shape[0], math.prod(weight_shape[1:])) == self.shape
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """w1, with the scale in it, and w2, each in full; see `sizes`.
+        """The two factors in full, w1 multiplied by the scale; see `sizes`.
 
         Args:
-            dtype: Of both, and of the arithmetic.
+            dtype: The dtype of both, and of the arithmetic.
+
+        Returns:
+            w1 and w2.
         """
         if self.w1_a is not None and self.w1_b is not None:
             first = self.w1_a.to(dtype) @ self.w1_b.to(dtype)

@@ -119,10 +119,16 @@ def _picked_again(change: "Rows", rows: tuple[slice, ...]) -> Delta:
 
 
 def row_count(change: Delta) -> int | None:
-    """How many rows the weight has that a change is for, whose `out_in` is None; None where it changes no rows apart.
+    """The number of rows of the weight that a change is for, if its `out_in` is None.
+
+    Args:
+        change: The change.
+
+    Returns:
+        The number; None for a change that does not act on single rows.
 
     Raises:
-        AdapterError: the change does not tell.
+        AdapterError: The change does not tell.
     """
     if isinstance(change, InputRotation) or (isinstance(change, IA3) and change.on_input):
         return None

@@ -128,7 +128,8 @@ class ModelFamily:
     type. formats: those of files that can hold its adapters. implementation: of modelspec. options: kohya's flags that
     ask for it, with the beginning of the metadata value that they mean. tag: the Hub's. marks_v_prediction: whether a
     checkpoint file says by empty tensors that its model predicts v. network_module: kohya's, in the metadata of plain
-    adapters. single_file: diffusers' pipeline that opens a model in one file; empty if it has none.
+    adapters. single_file: diffusers' pipeline that opens a model in one file; empty if it has none. vae_prefix: the
+    beginning of the VAE's names in such a file.
     """
 
     name: str
@@ -148,6 +149,7 @@ class ModelFamily:
     marks_v_prediction: bool = False
     network_module: str = "networks.lora"
     single_file: str = ""
+    vae_prefix: str = "first_stage_model."
 
     # --- names -----------------------------------------------------------------------------------------------------
 

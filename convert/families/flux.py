@@ -102,7 +102,7 @@ FLUX = ModelFamily(
             *("text_encoder", "text_encoder", "lora_te1", TextEncoder(clip=(COMFY_CLIP_L,))),
             others=(COMFY_CLIP_L, "clip_l."),
         ),
-        Component("text_encoder_2", "text_encoder", "lora_te3", T5, others=("lora_te2_", *T5_NAMES)),
+        Component("text_encoder_2", "text_encoder", "lora_te3", T5, others=(*T5_NAMES, "lora_te2_")),
     ),
     blocks=StackBlocks(_TRANSFORMER.stacks, (_LIST,), {"text_encoder": "CLIP", "text_encoder_2": "T5"}),
     coverage=_TRANSFORMER.coverage(),
@@ -120,4 +120,5 @@ FLUX = ModelFamily(
     options={},
     tag="flux",
     single_file="FluxPipeline",
+    vae_prefix="vae.",
 )

@@ -17,15 +17,18 @@ from .transformer import Transformer
 def from_original(
     layout: Transformer, keys: Collection[str], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors that diffusers' model of these `keys` has, out of those of an original file; views where they can be.
+    """The tensors of diffusers' model, made from those of an original file; views if possible.
 
     Args:
-        layout: the transformer's.
-        keys: names of diffusers' model, as its `state_dict` has them.
-        tensors: by their names in the original code.
+        layout: The layout of the transformer.
+        keys: The names in diffusers' model, as in its `state_dict`.
+        tensors: The tensors of the file, by their names in the original code.
+
+    Returns:
+        The tensors by `keys`.
 
     Raises:
-        AdapterError: the file lacks one, or has it in a shape that a fused layer cannot be.
+        AdapterError: The file lacks a tensor, or its shape is impossible for a fused layer.
     """
     found, shapes = {}, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for key in keys:
@@ -50,14 +53,17 @@ def _place(layout: Transformer, key: str, shapes: Mapping[str, tuple[int, ...]])
 
 
 def to_original(layout: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Origin]:
-    """The original code's name -> the tensors of diffusers' model, of these shapes, that it is made of.
+    """The tensors of diffusers' model that each tensor of an original file is made from.
 
     Args:
-        layout: the transformer's.
-        shapes: of diffusers' tensors, by their names.
+        layout: The layout of the transformer.
+        shapes: The shapes of diffusers' tensors, by their names.
+
+    Returns:
+        The tensors, and how they are put together, by the names in the original code.
 
     Raises:
-        AdapterError: a tensor has no name in the original code, or a part of a fused layer is missing.
+        AdapterError: A tensor has no name in the original code, or a part of a fused layer is missing.
     """
     made = {layout.single_tensors[key]: Origin((key,)) for key in shapes if key in layout.single_tensors}
     left = {key for key in shapes if key not in layout.single_tensors}

@@ -23,10 +23,15 @@ _START, _STOP = 0x100000, 0x110000  # the bytes of a file that its short hash is
 
 
 def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """sshs_model_hash and sshs_legacy_hash of a file with these tensors, as A1111's extensions compute them.
+    """The hashes of a file, as A1111's extensions compute them.
 
-    The first is the SHA-256 of all bytes behind the header; the second of 64 KiB from 1 MiB on, of the file as it would
-    be with no other metadata than ss_*.
+    Args:
+        tensors: The tensors of the file.
+        metadata: Its metadata, of which the entries that begin with ss_ count.
+
+    Returns:
+        sshs_model_hash, the SHA-256 of all bytes after the header; sshs_legacy_hash, the first 8 digits of the SHA-256
+        of the 64 KiB from 1 MiB on in a file with no other metadata than ss_*.
     """
     ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     ordered = dict(sorted(tensors.items(), key=lambda item: (*_ORDER[_name(item[1])], item[0])))

@@ -36,7 +36,10 @@ class MappedPages:
 
         Args:
             path: The file, or the folder, which may have one for each component.
-            changes: What was read.
+            changes: The changes that were read.
+
+        Returns:
+            The pages that the changes occupy.
         """
         return cls(span for span in _mapped(path) if _holds(span, changes))
 

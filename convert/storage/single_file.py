@@ -10,6 +10,7 @@ import torch
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.original_layout import (
+    VAE,
     Origin,
     clip_origins,
     open_clip_origins,
@@ -17,7 +18,9 @@ from lora_adapters.convert.families.original_layout import (
     vae_origins,
 )
 from lora_adapters.convert.families.text_encoder import TextEncoder
-from lora_adapters.convert.families.unet import UNet
+from lora_adapters.convert.families.transformer import Transformer
+from lora_adapters.convert.families.transformer_tensors import to_original
+from lora_adapters.convert.families.unet import PREFIX, UNet
 from lora_adapters.convert.parsing import json_value
 
 from .changed_weights import Change
@@ -27,7 +30,8 @@ from .folder_weights import variant, weights_of
 from .weights_writing import Planned, write
 
 ENDINGS = (".safetensors", ".ckpt")
-Naming = Callable[[Collection[str]], dict[str, Origin]]  # a component's keys -> original names
+Shapes = Mapping[str, tuple[int, ...]]
+Naming = Callable[[Shapes], dict[str, Origin]]  # a component's tensors -> original names
 _OPEN_CLIP_WIDTH = 1024  # of the one in SD2.x; CLIP's has 768
 _UNSUPPORTED = ("image_encoder", "image_normalizer")  # weights that images depend on, without a place in the layout
 
@@ -64,7 +68,7 @@ def write_single_file(
     target = Path(target).expanduser()
     if target.suffix not in ENDINGS:
         raise AdapterError(f"{target}: a checkpoint in the original layout ends in {' or '.join(ENDINGS)}")
-    if not isinstance(checkpoint.family.denoiser.layout, UNet):
+    if not _is_known(checkpoint):
         raise AdapterError(
             f"{checkpoint.path} is a folder of {checkpoint.family.title}, which is written as a folder only: give "
             "--save_to the name of one"
@@ -81,7 +85,7 @@ def write_single_file(
         for file in _main_files(checkpoint, component):
             parts |= file.planned(changes, dtype)
         try:
-            made = origins(parts)
+            made = origins({key: one.shape for key, one in parts.items()})
         except AdapterError as error:
             raise AdapterError(f"{checkpoint.path / component}: {error}") from None
         planned |= {
@@ -94,11 +98,41 @@ def write_single_file(
 
 def _components(checkpoint: Checkpoint) -> list[tuple[str, Naming]]:
     """Each component that goes into the file, with what names its tensors."""
-    listed: list[tuple[str, Naming]] = [(checkpoint.family.denoiser.name, unet_origins), ("vae", vae_origins)]
+    denoiser = checkpoint.family.denoiser
+    layout = denoiser.layout
+    transformer = isinstance(layout, Transformer)
+    naming: Naming = partial(_transformer_origins, layout) if isinstance(layout, Transformer) else unet_origins
+    vae = partial(_vae_origins, prefix=checkpoint.family.vae_prefix)
+    listed: list[tuple[str, Naming]] = [(denoiser.name, naming), ("vae", vae)]
     for part in checkpoint.family.components:
-        if isinstance(part.layout, TextEncoder):
+        if transformer and part.role == "text_encoder":
+            if (checkpoint.path / part.name).is_dir():  # SD3 does without T5
+                listed.append((part.name, partial(_comfy_origins, prefix=part.others[0])))
+        elif isinstance(part.layout, TextEncoder):
             listed.append((part.name, _text_naming(checkpoint, part.name, part.layout)))
     return listed
+
+
+def _is_known(checkpoint: Checkpoint) -> bool:
+    """Whether the original layout has names for all of the model's tensors."""
+    layout = checkpoint.family.denoiser.layout
+    return isinstance(layout, UNet) or (isinstance(layout, Transformer) and any(stack.norms for stack in layout.stacks))
+
+
+def _transformer_origins(layout: Transformer, shapes: Shapes) -> dict[str, Origin]:
+    return {f"{PREFIX}{name}": origin for name, origin in to_original(layout, shapes).items()}
+
+
+def _comfy_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
+    """A text encoder's tensors as ComfyUI's files have them: CLIP's with `text_model.`, T5's as they are."""
+    clip = any(".self_attn." in key for key in keys)
+    bare = ("text_model.", "text_projection.")
+    levels = {key: "text_model." if clip and not key.startswith(bare) else "" for key in keys}
+    return {f"{prefix}{level}{key}": Origin((key,)) for key, level in levels.items()}
+
+
+def _vae_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
+    return {f"{prefix}{name.removeprefix(VAE)}": origin for name, origin in vae_origins(keys).items()}
 
 
 def _text_naming(checkpoint: Checkpoint, component: str, layout: TextEncoder) -> Naming:
@@ -159,6 +193,8 @@ def _combined(name: str, parts: Sequence[Planned], form: str) -> Planned:
         return first
     if form == "conv":
         return Planned(first.dtype, (*first.shape, 1, 1), lambda: first.make()[:, :, None, None])
+    if form == "swapped":
+        return Planned(first.dtype, first.shape, lambda: torch.cat(first.make().chunk(2)[::-1]))
     if form == "transposed":
         return Planned(first.dtype, first.shape[::-1], lambda: first.make().T)
     if any(part.dtype != first.dtype or part.shape[1:] != first.shape[1:] for part in parts):

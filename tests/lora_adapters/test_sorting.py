@@ -22,6 +22,7 @@ from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training.optimizers import KINDS, create_optimizer, start_training, weights_to_keep
 from lora_adapters.types.dylora.rank_controller import controllers
+from lora_adapters.types.dylora.rank_sampling import ranks_of_step
 from lora_adapters.types.layers import layers
 from tests.lora_adapters.conftest import expected
 from tests.lora_adapters.golden_outputs import error, outputs
@@ -182,7 +183,10 @@ def test_ranks_are_drawn_from_the_sorting_step_on():
     _, ranks = trained_linear(0.3)
     assert ranks[:3] == [[4]] * 3
     assert all(len(drawn) == 8 and set(drawn) > {1} for drawn in ranks[3:])
-    assert trained_linear(0)[1][3:] == ranks[3:]
+    assert ranks[3:] == [
+        ranks_of_step((1, 2, 3, 4), "spread", 0, step, range(8), 8, sorted_components=True)
+        for step in range(3, len(ranks))
+    ]
 
 
 def test_freeze_lower_begins_at_the_sorting_step():

@@ -22,11 +22,15 @@ _OF_UNETS = (
 
 
 def check_options(settings: GenerateSettings, family: TrainingFamily) -> None:
-    """Raise OptionError for an option that models of this family make no use of.
+    """Check the options of the program against the family of the base model.
 
     Args:
-        settings: the program's options.
-        family: the base model's.
+        settings: The options of the program.
+        family: The family of the base model.
+
+    Raises:
+        OptionError: An option has no effect for this family.
+        TrainingError: A file that an option names is missing.
     """
     known = options_of(GenerateSettings)
     for name in _OF_UNETS if family.has_flow else PARTS:

@@ -62,11 +62,14 @@ class TextPart:
 
 
 def check_parts(settings: ModelSource, family: Any) -> None:
-    """Raise TrainingError where a part of a base model in files is missing, which only names are read for.
+    """Check that all parts of a base model in files are there. Only the names of tensors are read.
 
     Args:
-        settings: options that name the files.
-        family: of the base model (TransformerFamily).
+        settings: The options that name the files.
+        family: The family of the base model (TransformerFamily).
+
+    Raises:
+        TrainingError: A file or a part is missing, or two options name the VAE.
     """
     path = Path(str(settings.pretrained_model_name_or_path))
     for name in _options(family):
@@ -131,18 +134,21 @@ def text_encoders(
     inside: Mapping[str, torch.Tensor] | None = None,
     base: str = "",
 ) -> dict[str, Any]:
-    """The text encoders of files, by component.
+    """The text encoders of a base model in files.
 
     Args:
-        family: of the base model (TransformerFamily).
-        settings: options that name files and configs.
-        dtype: of the weights.
-        inside: the tensors of the base model's file, where the parts that no option names are looked for; None for a
-            base model that is no file: only those that options name are returned.
-        base: that file's name.
+        family: The family of the base model (TransformerFamily).
+        settings: The options that name files and configs.
+        dtype: The dtype of the weights.
+        inside: The tensors of the base model's file, which may have the parts that no option names. None for a base
+            model that is not a file: only parts that options name are returned.
+        base: The name of that file, for messages.
+
+    Returns:
+        The text encoders by component; None for one that the model works without.
 
     Raises:
-        TrainingError: a file or config does not fit.
+        TrainingError: A file or config does not fit.
     """
     made: dict[str, Any] = {}
     for component, part in family.text_parts.items():

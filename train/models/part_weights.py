@@ -23,14 +23,17 @@ _SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor of T5's
 
 
 def read_weights(file: Path, whole: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file; scaled fp8 weights as bfloat16, others as they are.
+    """Read a weights file; scaled fp8 weights are converted to bfloat16.
 
     Args:
-        file: a .safetensors file, or a pickle of plain tensors.
-        whole: whether a .safetensors file is read at once, and not mapped.
+        file: A .safetensors file, or a pickle of plain tensors.
+        whole: Read a .safetensors file at once instead of mapping it.
+
+    Returns:
+        The tensors by their names, without scales.
 
     Raises:
-        TrainingError: it cannot be read, or its weights are quantised in a way that is not read.
+        TrainingError: It cannot be read, or its weights are quantised in a way that cannot be read.
     """
     try:
         if whole and file.is_file() and is_safetensors(file):

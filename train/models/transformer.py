@@ -39,11 +39,17 @@ class TransformerFamily(TrainingFamily):
 
     @abstractmethod
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """The config of a transformer in the original code's names, by the shapes of its tensors.
+        """The config of a transformer, from the shapes of its tensors.
+
+        Args:
+            shapes: The shapes by the names of the original code.
+
+        Returns:
+            The config for diffusers' model.
 
         Raises:
-            KeyError: a tensor is missing, whose name is the argument.
-            TrainingError: the shapes do not tell it, or it is a variant that is not trained.
+            KeyError: A tensor is missing, whose name is the argument.
+            TrainingError: The shapes do not tell the config, or the variant cannot be trained.
         """
 
     @abstractmethod

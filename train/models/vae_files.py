@@ -20,16 +20,19 @@ PREFIXES = ("first_stage_model.", "vae.")  # in files with more than the VAE
 def load_vae(
     name: str, dtype: torch.dtype, settings: ModelSource, released: Mapping[str, Any] | None = None
 ) -> AutoencoderKL:
-    """A VAE that an option names.
+    """Load the VAE that an option names.
 
     Args:
-        name: a checkpoint file, a VAE's folder or a whole model's, or a hub id.
-        dtype: of the weights.
-        settings: with --model_config, where a file's config is.
-        released: the config for a file without --model_config; None for the one that diffusers chooses.
+        name: A checkpoint file, the folder of a VAE or of a whole model, or a repository on the Hub.
+        dtype: The dtype of the weights.
+        settings: The options; --model_config has the config of a file.
+        released: The config of a file without --model_config; None lets diffusers choose it.
+
+    Returns:
+        The VAE.
 
     Raises:
-        TrainingError: it cannot be loaded, or is no VAE of this config.
+        TrainingError: It cannot be loaded, or is not a VAE of this config.
     """
     path = Path(name)
     try:

@@ -6,7 +6,10 @@ from typing import Any, ClassVar
 from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import Inert, option
 
-_SWAP = "blocks are not swapped: use --gradient_checkpointing, --fp8_base and --cache_text_encoder_outputs"
+_SWAP = (
+    "blocks are not swapped: use --gradient_checkpointing with --fp8_base or --quantize_base nf4, and "
+    "--cache_text_encoder_outputs"
+)
 
 
 _POSITIONS = "positions are those that diffusers' transformer gives each size"

@@ -148,13 +148,14 @@ class DyLoraType(AdapterType):
             metadata: kohya's metadata.
 
         Returns:
-            unit, rank_scaling, freeze_lower and rank_sampling; None for another type. sort_at is not included, since
-            the training is over, except as 0 for a file that cannot be sorted (another scaling).
+            unit, rank_scaling, freeze_lower and rank_sampling; None for another type. sort_at and rate_power are not
+            included, since the training is over, except as 0 for a file that cannot be sorted (another scaling).
         """
         dylora = dylora_of(metadata)
         if dylora is None:
             return None
-        return asdict(dylora) if dylora.rank_scaling == SORTED_SCALING else {**asdict(dylora), "sort_at": 0.0}
+        unsortable = dylora.rank_scaling != SORTED_SCALING
+        return {**asdict(dylora), **({"sort_at": 0.0, "rate_power": 0.0} if unsortable else {})}
 
     def metadata(self, config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
         """ss_network_module and ss_network_args; other network args are kept."""

@@ -54,7 +54,7 @@ class RankController:
         self._settings: dict[int, torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: gates are laid out anew, since they are views of `gates`; the optimizer is not theirs."""
+        """For copies and pickles: the gates are laid out anew, and the optimizer is not that of the copy."""
         return {**self.__dict__, "gates": torch.zeros(0, 0, device=self.gates.device), "rates_of": None}
 
     @property

@@ -97,7 +97,7 @@ def test_measuring_before_the_sorting_step_changes_nothing(basics) -> None:
 
 def test_the_moving_average_begins_anew_and_is_saved_sorted(basics, tmp_path) -> None:
     options = {**basics, **DYLORA, "ema_decay": 0.5, "save_every_n_steps": 1, "output_name": "x"}
-    options |= {"network_args": {"sort_at": 0.4}}
+    options |= {"network_args": {"sort_at": 0.4, "rate_power": 0}}  # until it is sorted it is a plain LoRA then
     train(settings(**options))
     plain = {**options, "network_module": "networks.lora", "network_args": {}, "output_dir": str(tmp_path / "plain")}
     train(settings(**plain))
