@@ -98,9 +98,9 @@ def _made(kind: type, *shape: Any, **options: Any) -> _Pattern:
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
     inject_adapter_in_model(config, holder, adapter_name=_PATTERN, low_cpu_mem_usage=True)
     layer: Any = holder.layer
-    holders = [
-        name for name in (*layer.adapter_layer_names, *layer.other_param_names) if _PATTERN in getattr(layer, name)
-    ]
+    # Not all are in `adapter_layer_names` and `other_param_names`: some versions leave out `lora_bias` and `use_dora`.
+    attributes = {**vars(layer), **layer._modules}
+    holders = [name for name, value in attributes.items() if hasattr(value, "keys") and _PATTERN in value]
     added = {name: getattr(layer, name)[_PATTERN] for name in holders}
     for name in holders:
         del getattr(layer, name)[_PATTERN]

@@ -54,9 +54,10 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_transient(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    if isinstance(error, OfflineModeIsEnabled):
+    # That a file is not in the cache says nothing: its cause does. Before version 1.0 it is an HTTPError, too.
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return False
     status = _status(error)
     if status is not None:

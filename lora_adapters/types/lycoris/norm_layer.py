@@ -28,7 +28,9 @@ class NormLayer(nn.Module, LoraLayer):
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Make room for an adapter; `layer.hold` puts its change there."""
         self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = 1, 1, 1.0
-        self.use_rslora[adapter_name] = self.lora_bias[adapter_name] = False
+        self.lora_bias[adapter_name] = False
+        if hasattr(self, "use_rslora"):  # PEFT's older versions have no such attribute
+            self.use_rslora[adapter_name] = False
         self.lora_dropout[adapter_name] = nn.Identity()
         self.lora_A[adapter_name], self.lora_B[adapter_name] = nn.Identity(), nn.Identity()
         self.set_adapter(self.active_adapters)

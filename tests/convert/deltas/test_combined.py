@@ -1,7 +1,9 @@
 """TIES, DARE and magnitude pruning, against PEFT's merge_utils."""
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft.utils import merge_utils
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
@@ -12,6 +14,8 @@ from lora_adapters.convert.deltas.low_rank import add_up
 WEIGHTS = [0.7, -0.4, 1.1]
 NAME = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 CONV = ModuleName("unet", "mid_block.resnets.0.conv1")
+# These versions compute the quotient by the density and drop it.
+DROPS_THE_DENSITY = Version(peft.__version__) < Version("0.19")
 
 
 def changes(*shape):
@@ -22,7 +26,8 @@ def changes(*shape):
 def peft_s(method, tensors, density, majority="total"):
     function = getattr(merge_utils, method)
     options = {"majority_sign_method": majority} if method.endswith("ties") else {}
-    return function(tensors, torch.tensor(WEIGHTS), density, **options)
+    total = function(tensors, torch.tensor(WEIGHTS), density, **options)
+    return total / density if method.startswith("dare") and DROPS_THE_DENSITY else total
 
 
 @pytest.mark.parametrize("method", METHODS)
