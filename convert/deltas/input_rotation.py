@@ -17,6 +17,7 @@ class InputRotation(TensorDelta):
     `upper` is (blocks, size * (size - 1) / 2): each Q's numbers above the diagonal, row by row. A single block is that
     of all groups of channels. `terms` is 0 for R = (I - Q) · (I + Q)⁻¹, else PEFT's length of the Neumann series
     R = I + 2Q + 2Q² + ... + 2Qⁿ⁻¹ + Qⁿ, of which its last power is n = terms - 1, and at least 3 for three terms.
+    Before PEFT 0.18 the last power counts twice, too, and three terms end with Q² (`halves_last` is False).
 
     At a multiplier w each rotation is drawn towards I: w · R + (1 - w) · I.
     """
@@ -25,6 +26,7 @@ class InputRotation(TensorDelta):
 
     upper: torch.Tensor
     terms: int = 0
+    halves_last: bool = True
 
     def __post_init__(self) -> None:
         check_shape("oft_R.weight", self.upper, (None, None))
@@ -68,10 +70,11 @@ class InputRotation(TensorDelta):
         if self.terms == 0:
             identity = torch.eye(self.size, dtype=dtype, device=skew.device)
             return (torch.linalg.solve(identity + skew, identity - skew) - identity) * self.multiplier
-        highest = self.terms - 1 if self.terms < 3 else max(self.terms - 1, 3)
+        halves = self.halves_last and self.terms > 2
+        highest = max(self.terms - 1, 3) if halves else self.terms - 1
         power, total = skew, torch.zeros_like(skew)
         for exponent in range(1, highest + 1):
-            total = total + (power if exponent == highest > 1 else 2 * power)
+            total = total + (power if halves and exponent == highest else 2 * power)
             power = power @ skew
         return total * self.multiplier
 

@@ -82,7 +82,8 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
             raise AdapterError(f"an OFT module of PEFT's has {_OFT} alone, not {', '.join(sorted(tensors))}")
         neumann = config.get("use_cayley_neumann", False)
         terms = int(config.get("num_cayley_neumann_terms", 5)) if neumann else 0
-        return InputRotation(tensors[_OFT], terms)
+        # Configs name PEFT's version since 0.18, which also computes the series in another way.
+        return InputRotation(tensors[_OFT], terms, halves_last=config.get("peft_version") is not None)
     if kind == "IA3":
         if set(tensors) != {"ia3_l"}:
             raise AdapterError(f"an IA3 module of PEFT's has ia3_l alone, not {', '.join(sorted(tensors))}")

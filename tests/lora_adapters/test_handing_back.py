@@ -152,8 +152,9 @@ def test_a_scale_that_diffusers_drops_is_an_error(pipeline, tmp_path) -> None:
     pipe = pipeline()
     tensors = dora(pipe, tmp_path / "dora.safetensors")
     before = snapshot(pipe)
-    config = '{"unet.r": 2, "unet.lora_alpha": 1, "unet.use_dora": true, "unet.target_modules": ["to_q", "to_k"]}'
-    save_file(tensors, tmp_path / "half.safetensors", {"lora_adapter_metadata": config})
+    config = {"r": 2, "lora_alpha": 1, "use_dora": True, "target_modules": ["to_q", "to_k"], "rank_pattern": {}}
+    text = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    save_file(tensors, tmp_path / "half.safetensors", {"lora_adapter_metadata": text})
     pipe.load_lora_weights(tmp_path / "half.safetensors", adapter_name="halved")  # told by the metadata: right
     assert pipe.unet.get_submodule(QUERY).scaling["halved"] == 0.5
     pipe.unload_lora_weights()

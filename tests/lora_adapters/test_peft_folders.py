@@ -27,6 +27,9 @@ CONFIGS = {
     "OFT, exact and shared": lambda: peft.OFTConfig(
         oft_block_size=4, use_cayley_neumann=False, block_share=True, **TARGETS
     ),
+    "OFT, three terms": lambda: peft.OFTConfig(
+        oft_block_size=8, use_cayley_neumann=True, num_cayley_neumann_terms=3, **TARGETS
+    ),
     "IA3": lambda: peft.IA3Config(feedforward_modules=[], target_modules=["to_q", "to_v"]),
     "IA3, of inputs": lambda: peft.IA3Config(feedforward_modules=WITH_CONV["target_modules"], **WITH_CONV),
     "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, alpha_pattern={"to_q": 7}, **TARGETS),

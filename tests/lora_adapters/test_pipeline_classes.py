@@ -195,7 +195,8 @@ def layers(pipe):
 
 def test_every_class_is_here_or_said_to_be_missing() -> None:
     assert len(classes()) >= 60
-    assert set(NOT_BUILT) - set(WITHOUT_SENTENCEPIECE) <= set(classes())
+    hidden = {*WITHOUT_SENTENCEPIECE, *(() if hasattr(diffusers, "PRXPipeline") else ("PRXPipeline",))}  # since 0.36
+    assert set(NOT_BUILT) - hidden <= set(classes())
     assert set(FAST) <= set(classes())
 
 

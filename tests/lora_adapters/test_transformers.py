@@ -14,6 +14,7 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.injection import live_path
 from lora_adapters.types.layers import layers
 
 from .transformers import CONFIGS, flux, flux_file, pair, sd3, transformer
@@ -56,7 +57,7 @@ def test_weights_of_all_components_are_set_fused_and_unloaded():
     pipe.fuse_lora(components=components)
     for component in components:
         for module in (one for one in adapter.modules if one.component == component):
-            live = module.path if component != "text_encoder" else module.path.removeprefix("text_model.")
+            live = live_path(getattr(pipe, component), module.path)
             layer = getattr(pipe, component).get_submodule(live).get_base_layer()
             wanted = before[f"{component}.{live}.weight"] + 0.5 * adapter.modules[module].delta()
             torch.testing.assert_close(layer.weight.data, wanted, atol=1e-6, rtol=1e-5)
@@ -237,6 +238,8 @@ def kohyas(name, model):
 @pytest.mark.parametrize("config", [LierLaConfig, C3LierConfig, DyLoraConfig])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_adapt_what_kohyas_trainers_do(name, config):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}: 0.36 is the first")
     model = transformer(name)
     wanted = kohyas(name, model)
     inject_adapter_in_model(config(r=2), model)
