@@ -100,7 +100,10 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
     flat, table = rest.replace(".", "_"), paths_by_flat_name(component, norms=True)
     path = table.get(flat) or (lookup(component, rest) if lookup is not None else None)
     if path is None:
-        raise UnknownModuleError(f"unknown module {name:.100}{nearest(flat, table)}")
+        near = nearest(flat, table)
+        if not near and not prefix:
+            near = f": a name begins with {', '.join(PREFIXES | DOTTED)}"
+        raise UnknownModuleError(f"unknown module {name:.100}{near}")
     return ModuleName(component, path)
 
 

@@ -31,7 +31,13 @@ def test_defaults_are_those_of_the_command_line() -> None:
     one = made(["a"], "--steps", 9, "--scale", 2, "--sampler", "lms", "--W", 64, "--H", 72, "--crop_top", 5)[0]
     assert (one.steps, one.scale, one.sampler, one.width, one.height, one.crop_top) == (9, 2.0, "lms", 64, 72, 5)
     plain = made(["a"])[0]
-    assert (plain.steps, plain.scale, plain.sampler, plain.width, plain.negative_prompt) == (50, 7.5, "ddim", None, "")
+    assert (plain.steps, plain.scale, plain.sampler, plain.width, plain.negative_prompt) == (
+        50,
+        None,
+        "ddim",
+        None,
+        "",
+    )  # None: the family's
 
 
 def test_sizes_are_rounded_down_to_multiples_of_8(caplog) -> None:
