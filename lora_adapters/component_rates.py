@@ -83,7 +83,7 @@ class _ScaledSteps:
     """Hooks around an optimizer's step, which multiply what the step adds to each weight."""
 
     def __init__(self, weights: Sequence[tuple[nn.Parameter, torch.Tensor]]):
-        self.weights = weights
+        self.weights = list(weights)
         self.previous: list[torch.Tensor] = []
 
     @torch.no_grad()
@@ -94,7 +94,8 @@ class _ScaledSteps:
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Scale the way from there to the values after the step."""
+        # Moved once: a copy to a GPU in each step would wait for it.
+        self.weights = [(weight, rates.to(weight.device)) for weight, rates in self.weights]
         for (weight, rates), start in zip(self.weights, self.previous, strict=True):
-            factors = rates.to(weight.device).expand_as(weight)
-            weight.copy_(torch.lerp(start.float(), weight.float(), factors))
+            weight.copy_(torch.lerp(start.float(), weight.float(), rates.expand_as(weight)))
         self.previous = []
