@@ -90,11 +90,12 @@ def test_two_processes_equal_one(basics, tmp_path, sort_at) -> None:
     two = {**options, "train_batch_size": 1, "output_dir": str(tmp_path / "two")}
     finished = launch(two)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    shown = [float(text) for text in re.findall(r"rank\d (\d\.\d+)", finished.stdout.splitlines()[-1])]
+    line = next(line for line in reversed(finished.stdout.splitlines()) if "held-out" in line)
+    shown = [float(text) for text in re.findall(r"rank ?\d+:? (\d\.\d+)", line)]
     assert shown == pytest.approx([measured.loss for measured in one.held_out if measured.step == 4], abs=2e-5)
     adapter = Adapter.load(Path(two["output_dir"]) / "last.safetensors")
     for name, expected in one.adapter.modules.items():
-        torch.testing.assert_close(adapter.modules[name].delta(), expected.delta(), rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(adapter.modules[name].delta(), expected.delta(), rtol=1e-3, atol=1e-4)
         if sort_at == "0":  # else rounding is larger in the factors of small components than in what they do
             torch.testing.assert_close(adapter.modules[name].up, expected.up, rtol=1e-3, atol=2e-5)
             torch.testing.assert_close(adapter.modules[name].down, expected.down, rtol=1e-3, atol=2e-5)
