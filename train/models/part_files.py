@@ -24,10 +24,12 @@ from lora_adapters.train.models.part_weights import (
     denoiser_weights,
     empty,
     fill,
+    has_part,
     own_part,
     part_of_file,
     read_weights,
     text_weights,
+    weight_names,
 )
 from lora_adapters.train.models.vae_files import PREFIXES as VAE_PREFIXES
 from lora_adapters.train.models.vae_files import load_vae
@@ -80,13 +82,13 @@ def check_parts(settings: ModelSource, family: Any) -> None:
         raise TrainingError("--ae and --vae both name the VAE: give one")
     if not path.is_file():
         return
-    inside = read_weights(path, whole=False)
+    inside = weight_names(path)
     missing = [
         f"--{part.option} ({part.title})"
         for component, part in family.text_parts.items()
-        if not (part.optional or getattr(settings, part.option) or part_of_file(inside, _prefixes(family, component)))
+        if not (part.optional or getattr(settings, part.option) or has_part(inside, _prefixes(family, component)))
     ]
-    if not (settings.ae or settings.vae or part_of_file(inside, VAE_PREFIXES)):
+    if not (settings.ae or settings.vae or has_part(inside, VAE_PREFIXES)):
         missing.append("--ae (the VAE)" if family.name == "flux" else "--vae")
     if missing:
         raise TrainingError(f"{path} lacks parts of the model: name their files with {', '.join(missing)}")
@@ -116,7 +118,7 @@ def load_parts(path: Path, family: Any, settings: ModelSource, dtype: torch.dtyp
     without = [
         part.option
         for component, part in family.text_parts.items()
-        if part.optional and not (getattr(settings, part.option) or part_of_file(tensors, _prefixes(family, component)))
+        if part.optional and not (getattr(settings, part.option) or has_part(tensors, _prefixes(family, component)))
     ]
     tokenizers = _tokenizers(family, settings, without)
     denoiser = _denoiser(path, family, settings, tensors, dtype)
@@ -181,7 +183,7 @@ def _prefixes(family: Any, component: str) -> tuple[str, ...]:
 def _denoiser(
     path: Path, family: Any, settings: ModelSource, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> Any:
-    own = part_of_file(tensors, _DENOISER_PREFIXES) or tensors
+    own = own_part(tensors, _DENOISER_PREFIXES)
     if settings.model_config:
         config = _config(family.transformer_class, family.denoiser, settings)
     else:

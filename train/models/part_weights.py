@@ -35,6 +35,22 @@ def read_weights(file: Path, whole: bool) -> dict[str, torch.Tensor]:
     Raises:
         TrainingError: It cannot be read, or its weights are quantised in a way that cannot be read.
     """
+    tensors, scales = _opened(file, whole)
+    return {
+        name: dequantised(tensors[name], tensors[scales[name]], scales[name]).bfloat16()
+        if name in scales
+        else tensors[name]
+        for name in _names(tensors, scales)
+    }
+
+
+def weight_names(file: Path) -> list[str]:
+    """The names of the tensors that `read_weights` returns, without converting any."""
+    return _names(*_opened(file, whole=False))
+
+
+def _opened(file: Path, whole: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A file's tensors without what no model reads, and the names of the scales by those of their weights."""
     try:
         if whole and file.is_file() and is_safetensors(file):
             from safetensors.torch import load
@@ -46,13 +62,19 @@ def read_weights(file: Path, whole: bool) -> dict[str, torch.Tensor]:
         refuse(beside.foreign, beside.foreign, str(file))
     except AdapterError as error:
         raise TrainingError(error) from None
-    scales = beside.scales
-    left_out = beside.extras | set(scales.values())
-    return {
-        name: dequantised(tensor, tensors[scales[name]], scales[name]).bfloat16() if name in scales else tensor
-        for name, tensor in tensors.items()
-        if name not in left_out
-    }
+    return {name: tensor for name, tensor in tensors.items() if name not in beside.extras}, dict(beside.scales)
+
+
+def _names(tensors: Tensors, scales: Mapping[str, str]) -> list[str]:
+    """The names of a file's tensors that are no scales."""
+    beside = set(scales.values())
+    return [name for name in tensors if name not in beside]
+
+
+def has_part(names: Iterable[str], prefixes: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names has a part with one of the prefixes."""
+    starts = tuple(prefixes)
+    return any(name.startswith(starts) for name in names)
 
 
 def part_of_file(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from lora_adapters.convert.errors import OneLineError
 from lora_adapters.convert.families.registry import by_name
 from lora_adapters.convert.families.transformer_tensors import from_original, to_original
+from lora_adapters.train.models import part_weights
 from lora_adapters.train.models.base import load_base_models
 from lora_adapters.train.models.flux import FLUX
-from lora_adapters.train.models.part_weights import empty
+from lora_adapters.train.models.part_files import check_parts
+from lora_adapters.train.models.part_weights import empty, read_weights, weight_names
 from lora_adapters.train.models.sd3 import SD3
 from lora_adapters.train.options.arguments import settings
 
@@ -152,6 +154,26 @@ def test_float8_files_with_scales_and_without(flux, files, tmp_path) -> None:
             found = mine.state_dict()[name]
             assert found.dtype == torch.float32
             assert (found - weight).abs().max() <= 0.0625 * weight.abs().max() + 0.002
+
+
+def test_checking_for_parts_converts_no_weight(files, tmp_path, monkeypatch) -> None:
+    """Those of a scaled float8 file would take 24 GB at Flux.1's size."""
+    tensors = {}
+    for key, weight in load_file(files["pretrained_model_name_or_path"]).items():
+        tensors[key] = weight.to(torch.float8_e4m3fn)
+        if key.endswith("weight") and weight.ndim == 2:
+            tensors[key.removesuffix("weight") + "scale_weight"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "flux.safetensors")
+    assert weight_names(tmp_path / "flux.safetensors") == list(read_weights(tmp_path / "flux.safetensors", False))
+
+    def convert(*_):
+        raise AssertionError("a weight is converted")
+
+    monkeypatch.setattr(part_weights, "dequantised", convert)
+    files = {**files, "pretrained_model_name_or_path": str(tmp_path / "flux.safetensors")}
+    check_parts(settings(**files), FLUX)
+    with pytest.raises(OneLineError, match=r"lacks parts of the model: name their files with --t5xxl \(T5-XXL\)"):
+        check_parts(settings(**{**files, "t5xxl": None}), FLUX)
 
 
 # --- the configs of the released models -----------------------------------------------------------------------------
