@@ -1,12 +1,13 @@
 """Learning rates of single components: the first components of a DyLoRA learn faster than the last ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
+from lora_adapters.optimizer_state import averages_weights, unwrapped
 from lora_adapters.types.dylora.rank_controller import RankController, controllers, models_of
 from lora_adapters.types.layers import factors, layers
 
@@ -49,19 +50,19 @@ def scale_component_rates(target: Any, optimizer: Any, adapter_name: str | None 
         AdapterError: The optimizer does not train an adapter that has a `rate_power`, or it averages weights in its
             steps (schedule-free). Then nothing is changed.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    trained = {id(weight) for group in inner.param_groups for weight in group["params"]}
+    inner = unwrapped(optimizer)
     scaled = [dial for dial in controllers(target, adapter_name) if dial.rate_power and dial.rates_of is not inner]
-    pairs = [pair for dial in scaled for pair in _weights(target, dial)]
-    if scaled and not any(id(weight) in trained for weight, _ in pairs):
-        raise AdapterError(f"the optimizer does not train adapter {scaled[0].adapter_name}: give the one that does")
     if not scaled:
         return
-    if callable(getattr(inner, "eval", None)):
+    trained = {id(weight) for group in inner.param_groups for weight in group["params"]}
+    pairs = [pair for dial in scaled for pair in _weights(target, dial) if id(pair[0]) in trained]
+    if not pairs:
+        raise AdapterError(f"the optimizer does not train adapter {scaled[0].adapter_name}: give the one that does")
+    if averages_weights(inner):
         raise AdapterError(
             f"{type(inner).__name__} averages weights in its steps, which cannot be scaled: take rate_power=0"
         )
-    steps = _ScaledSteps([(weight, rates) for weight, rates in pairs if id(weight) in trained])
+    steps = _ScaledSteps(pairs)
     inner.register_step_pre_hook(steps.before)
     inner.register_step_post_hook(steps.after)
     for dial in scaled:
@@ -82,8 +83,8 @@ def _weights(target: Any, dial: RankController) -> Iterator[tuple[nn.Parameter, 
 class _ScaledSteps:
     """Hooks around an optimizer's step, which multiply what the step adds to each weight."""
 
-    def __init__(self, weights: Sequence[tuple[nn.Parameter, torch.Tensor]]):
-        self.weights = list(weights)
+    def __init__(self, weights: list[tuple[nn.Parameter, torch.Tensor]]):
+        self.weights = weights
         self.previous: list[torch.Tensor] = []
 
     @torch.no_grad()

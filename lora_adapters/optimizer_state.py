@@ -22,11 +22,21 @@ _SUMS = ("d_numerator", "d_denom")  # Prodigy's, since the start; the step size 
 _KNOWN = (*_GRADIENTS, *_SIZES, *_WEIGHTS, *_EIGHT_BIT, "step", "unorm_vec")
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer in one that accelerate may have wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def averages_weights(optimizer: Any) -> bool:
+    """Whether an optimizer, or a class of them, averages the weights (schedule-free) and has `train` and `eval`."""
+    return callable(getattr(unwrapped(optimizer), "eval", None))
+
+
 def check_restart(optimizer: Any, parameters: Iterable[torch.Tensor]) -> None:
     """AdapterError where `restart` does not know what to do with something that the optimizer keeps."""
     if optimizer is None:
         return
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     name = type(inner).__name__
     if name.startswith("DAdapt"):
         raise AdapterError(
@@ -57,11 +67,11 @@ def restart(optimizer: Any, parameters: Sequence[torch.Tensor]) -> Iterator[None
     Yields:
         None.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     if inner is None:
         yield
         return
-    averages = callable(getattr(inner, "eval", None)) and inner.param_groups[0].get("train_mode", False)
+    averages = averages_weights(inner) and inner.param_groups[0].get("train_mode", False)
     if averages:
         inner.eval()
     try:

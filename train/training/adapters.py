@@ -20,6 +20,7 @@ from lora_adapters.injection import add_adapter, place
 from lora_adapters.injection import match_to_model as match_component
 from lora_adapters.kohya_options import NetworkOptions, network_options, training_args, without_effect
 from lora_adapters.optimizer_groups import param_groups
+from lora_adapters.optimizer_state import averages_weights
 from lora_adapters.target_modules import RankRule, base_layers
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
@@ -28,7 +29,7 @@ from lora_adapters.train.models.merging import match_to_model, merge_weights
 from lora_adapters.train.models.registry import FAMILIES
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import key_values
-from lora_adapters.train.training.optimizers import is_schedule_free
+from lora_adapters.train.training.optimizers import optimizer_class, optimizer_name
 from lora_adapters.train.training.pattern_counts import warn_of_idle_patterns
 from lora_adapters.train.training.regularization import add_dropouts, check_limits
 from lora_adapters.train.training.transformer_args import trains_frozen_text, translated
@@ -53,8 +54,9 @@ def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
     args = {name: value for name, value in args.items() if name not in without_effect(settings.network_module, args)}
     asked = args
     args = training_args(settings.network_module, asked)
-    if "rate_power" not in asked and is_schedule_free(settings):  # which `scale_component_rates` refuses
-        args.pop("rate_power", None)
+    defaulted = "rate_power" in args and "rate_power" not in asked
+    if defaulted and averages_weights(optimizer_class(optimizer_name(settings))[0]):
+        del args["rate_power"]  # a default that `scale_component_rates` refuses with such an optimizer
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
+from lora_adapters.optimizer_state import averages_weights
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.settings import Settings
 
 
 def check_average(settings: Settings, optimizer: type) -> None:
     """Raise OptionError if the optimizer, a class, averages weights itself, as schedule-free ones do."""
-    if settings.ema_decay and callable(getattr(optimizer, "eval", None)):
+    if settings.ema_decay and averages_weights(optimizer):
         raise OptionError(f"--ema_decay: {optimizer.__name__} saves and measures its own average of the weights")
 
 

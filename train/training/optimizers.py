@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_adapters.optimizer_state import check_restart
+from lora_adapters.optimizer_state import averages_weights, check_restart, unwrapped
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.options.settings import Settings
 from lora_adapters.train.options.values import did_you_mean, key_values
@@ -128,11 +128,6 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
         raise TrainingError(f"--optimizer_type {name}: this version of {kind.package} has no {kind.name}") from None
 
 
-def is_schedule_free(settings: Settings) -> bool:
-    """Whether the optimizer trains averages of weights, as the package schedulefree does."""
-    return optimizer_name(settings).lower().endswith("schedulefree")
-
-
 def uses_relative_step(settings: Settings) -> bool:
     """Whether Adafactor finds the learning rate itself, which is its default."""
     if optimizer_name(settings).lower() != "adafactor":
@@ -209,16 +204,15 @@ def _bytes(value: Any) -> int:
 
 def start_training(optimizer: Any) -> None:
     """Tell an optimizer that knows two sets of weights that training begins."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     if callable(getattr(inner, "train", None)):
         inner.train()
 
 
 def settle_weights(optimizer: Any) -> None:
     """Leave the weights as those to save: the end of training."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if callable(getattr(inner, "eval", None)):
-        inner.eval()
+    if averages_weights(optimizer):
+        unwrapped(optimizer).eval()
 
 
 @contextlib.contextmanager
@@ -234,7 +228,7 @@ def weights_to_keep(optimizer: Any) -> Iterator[None]:
     Yields:
         None.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     if not (callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))):
         yield
         return
