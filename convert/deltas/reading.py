@@ -1,7 +1,7 @@
 """The delta in a module's tensors, whatever kind it is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,6 +52,16 @@ _BESIDE = ("alpha", "dora_scale", "lora_magnitude_vector", "scalar", "diff_b", "
 
 # All ends of keys that `read_module` takes.
 SUFFIXES = frozenset([*_ALIASES, *_BESIDE, *(suffix for kind in KINDS for suffix in kind.suffixes)])
+
+
+def split_suffix(key: str, suffixes: Collection[str] = SUFFIXES) -> tuple[list[str], str] | None:
+    """The parts of a key before its end, and the end, the longest among `suffixes`; None if it has no such end."""
+    parts = key.split(".")
+    for length in (3, 2, 1):
+        suffix = ".".join(parts[-length:])
+        if len(parts) > length and suffix in suffixes:
+            return parts[:-length], suffix
+    return None
 
 
 def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:

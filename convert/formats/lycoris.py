@@ -13,7 +13,7 @@ import torch
 
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_changes
-from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
+from lora_adapters.convert.deltas.reading import read_module, split_suffix
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.kohya_names import DOTTED, PREFIXES, component_of, paths_by_flat_name
 from lora_adapters.convert.families.names import Lookup, ModuleName, nearest
@@ -55,12 +55,11 @@ def split_key(key: str) -> tuple[str, str]:
     ('diffusion_model.middle_block.1.proj_in', 'diff_b')
     """
     key = _RAW_NAME.sub(r".\1", key.replace(_RAW_LEVEL, "", 1))
-    flat, parts = key.startswith(tuple(PREFIXES)), key.split(".")
-    for length in (2, 1):
-        suffix = ".".join(parts[-length:])
-        if len(parts) > length and suffix in SUFFIXES:
-            # Diffusers leaves dots in flat names when it converts magnitudes to kohya's names.
-            return ("_" if flat else ".").join(parts[:-length]), suffix
+    flat, split = key.startswith(tuple(PREFIXES)), split_suffix(key)
+    if split is not None:
+        parts, suffix = split
+        # Diffusers leaves dots in flat names when it converts magnitudes to kohya's names.
+        return ("_" if flat else ".").join(parts), suffix
     if flat:
         name, _, suffix = key.partition(".")
         return name, suffix  # `read_module` says that there is no such tensor

@@ -10,13 +10,14 @@ from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.ia3 import IA3
 from lora_adapters.convert.deltas.input_rotation import InputRotation
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.deltas.reading import SUFFIXES
+from lora_adapters.convert.deltas.reading import SUFFIXES, split_suffix
 from lora_adapters.convert.errors import AdapterError
 
 from .diffusers import alpha_from_config, pattern_value
 
 KINDS = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
 _OFT = "oft_R.weight"
+_ENDS = SUFFIXES | {_OFT}
 _BESIDE = ("bias", "modules_to_save", "trainable_token_indices")  # options that train more than the adapter
 
 
@@ -54,12 +55,11 @@ def split_key(key: str) -> tuple[str, str]:
     >>> split_key("mid_block.attentions.0.proj_in.lora_A.weight")
     ('mid_block.attentions.0.proj_in', 'lora_A.weight')
     """
-    parts = key.split(".")
-    for length in (2, 1):
-        suffix = ".".join(parts[-length:])
-        if len(parts) > length and (suffix in SUFFIXES or suffix == _OFT):
-            return ".".join(parts[:-length]), suffix
-    raise AdapterError(f"{key:.200} is no tensor of an adapter that is read")
+    split = split_suffix(key, _ENDS)
+    if split is None:
+        raise AdapterError(f"{key:.200} is no tensor of an adapter that is read")
+    parts, suffix = split
+    return ".".join(parts), suffix
 
 
 def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torch.Tensor]) -> Delta:

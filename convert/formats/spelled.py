@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from lora_adapters.convert.deltas.base import Delta, with_article
-from lora_adapters.convert.deltas.reading import SUFFIXES, read_module
+from lora_adapters.convert.deltas.reading import SUFFIXES, read_module, split_suffix
 from lora_adapters.convert.deltas.rows import cut, halves_swapped, row_count
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.family import ModelFamily
@@ -66,12 +66,8 @@ def split_key(key: str) -> tuple[str, str] | None:
     if key.startswith(_FLAT):
         name, _, end = key.partition(".")
         return (name, _ENDS[end]) if end in _ENDS else None
-    parts = key.split(".")
-    for length in (3, 2, 1):
-        end = ".".join(parts[-length:])
-        if len(parts) > length and end in _ENDS:
-            return ".".join(parts[:-length]), _ENDS[end]
-    return None
+    split = split_suffix(key, _ENDS)
+    return None if split is None else (".".join(split[0]), _ENDS[split[1]])
 
 
 def read(
