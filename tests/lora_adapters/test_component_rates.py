@@ -133,5 +133,7 @@ def test_nothing_is_changed_without_a_rate_power():
     model = make(rate_power=0.0)
     optimizer = torch.optim.SGD([weight for weight, _ in factors(model)], lr=0.1)
     scale_component_rates(model, optimizer)
+    scaled = make()
+    scale_component_rates(scaled, optimizer, "another")  # there is no such adapter in it
     assert not optimizer._optimizer_step_pre_hooks
     set_step(model, 0, total_steps=10)
