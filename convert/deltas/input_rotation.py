@@ -1,13 +1,17 @@
-"""PEFT's OFT: rotations of the weight's input channels in blocks (arXiv:2306.07280, arXiv:2506.19847)."""
+"""OFT of PEFT and OneTrainer: rotations of the weight's inputs in blocks (arXiv:2306.07280, arXiv:2506.19847)."""
 
 from dataclasses import dataclass
+from math import prod, sqrt
 from typing import ClassVar
 
 import torch
+from typing_extensions import Self
 
 from lora_adapters.convert.errors import AdapterError
 
-from .base import TensorDelta, check_shape
+from .base import TensorDelta, Tensors, check_shape, check_suffixes
+
+_TERMS = 5  # of OneTrainer's series
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -19,14 +23,19 @@ class InputRotation(TensorDelta):
     R = I + 2Q + 2Q² + ... + 2Qⁿ⁻¹ + Qⁿ, of which its last power is n = terms - 1, and at least 3 for three terms.
     Before PEFT 0.18 the last power counts twice, too, and three terms end with Q² (`halves_last` is False).
 
+    PEFT rotates what a layer reads, so that it is for linear layers and 1x1 convolutions. OneTrainer rotates the weight
+    of a convolution, over its flattened kernel and with R in the place of Rᵀ (`of_kernels`).
+
     At a multiplier w each rotation is drawn towards I: w · R + (1 - w) · I.
     """
 
     kind: ClassVar[str] = "OFT"
+    suffixes: ClassVar[tuple[str, ...]] = ("oft_R.weight", "oft_R.scaled_oft")
 
     upper: torch.Tensor
     terms: int = 0
     halves_last: bool = True
+    of_kernels: bool = False
 
     def __post_init__(self) -> None:
         check_shape("oft_R.weight", self.upper, (None, None))
@@ -50,13 +59,14 @@ class InputRotation(TensorDelta):
 
     @property
     def _made_for(self) -> str:
-        return f"a linear weight with {len(self.upper)} blocks of {self.size} input channels"
+        layer = "a weight" if self.of_kernels else "the weight of a linear layer or 1x1 convolution"
+        return f"{layer} with {len(self.upper)} blocks of {self.size} input channels"
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether a linear layer's or 1x1 convolution's weight of this shape has as many input channels."""
-        if len(weight_shape) < 2 or set(weight_shape[2:]) - {1}:
+        """Whether a weight of this shape has as many input channels, with its kernel."""
+        if len(weight_shape) < 2 or (set(weight_shape[2:]) - {1} and not self.of_kernels):
             return False
-        blocks, left = divmod(weight_shape[1], self.size)
+        blocks, left = divmod(prod(weight_shape[1:]), self.size)
         return left == 0 and len(self.upper) in (1, blocks)
 
     def _rotations(self, dtype: torch.dtype) -> torch.Tensor:
@@ -83,8 +93,27 @@ class InputRotation(TensorDelta):
         base = base_weight.to(dtype).flatten(1)
         groups = base.reshape(len(base), -1, self.size)
         turns = self._rotations(dtype).to(dtype).expand(groups.shape[1], -1, -1)
+        if self.of_kernels and base_weight.ndim > 2:
+            turns = turns.mT
         return torch.einsum("ogc,gkc->ogk", groups, turns).reshape(base.shape)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """AdapterError: LyCORIS' files have no place for it."""
-        raise AdapterError("PEFT's OFT rotates inputs, which files of LyCORIS have no place for: keep PEFT's folder")
+        """`oft_R.weight`, as OneTrainer has it; AdapterError for PEFT's, whose options no file of LyCORIS' holds."""
+        self._check_unscaled()
+        if not self.of_kernels:
+            raise AdapterError(
+                "PEFT's OFT rotates inputs, which files of LyCORIS have no place for: keep PEFT's folder"
+            )
+        return {"oft_R.weight": self.upper}
+
+    @classmethod
+    def read(cls, tensors: Tensors) -> Self | None:
+        """OneTrainer's OFT in a module's tensors; None if there is none."""
+        if "oft_R.weight" not in tensors:
+            return None
+        check_suffixes("OFT", tensors, ("oft_R.weight",), ("oft_R.scaled_oft",))
+        change = cls(tensors["oft_R.weight"], _TERMS, of_kernels=True)
+        if "oft_R.scaled_oft" not in tensors:
+            return change
+        # The mark of a scaled OFT, which divides its numbers so that blocks of any size learn alike.
+        return cls(change.upper.float() / (2 * sqrt(max(change.size - 1, 1))), _TERMS, of_kernels=True)

@@ -17,6 +17,8 @@ from .full import Full, WithBias
 from .glora import GLoRA
 from .hadamard import Hadamard
 from .ia3 import IA3
+from .input_butterfly import InputButterfly
+from .input_rotation import InputRotation
 from .kronecker import Kronecker
 from .norm import Norm
 from .oft import OFT
@@ -39,6 +41,8 @@ KINDS = (  # in the order in which they are tried
     Kind(IA3.read, IA3.suffixes),
     Kind(OFT.read, OFT.suffixes),
     Kind(BOFT.read, BOFT.suffixes),
+    Kind(InputRotation.read, InputRotation.suffixes),
+    Kind(InputButterfly.read, InputButterfly.suffixes),
     Kind(Full.read, Full.suffixes),
 )
 

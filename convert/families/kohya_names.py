@@ -20,6 +20,7 @@ PREFIXES = {
     **{f"{part.kohya}_": part.name for family in _UNETS for part in family.components},
     **{f"lycoris_{part.kohya.removeprefix('lora_')}_": part.name for family in _UNETS for part in family.components},
     "lycoris_": DENOISER,  # what LyCORIS' own wrapper writes, of the one model that it wraps
+    "oft_unet_": DENOISER,  # of kohya's networks.oft
 }
 DOTTED = {
     **{f"{part.name}.": part.name for family in _UNETS for part in family.components},

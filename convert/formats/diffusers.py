@@ -40,6 +40,8 @@ from .writing import bundled, write_file
 
 NAME = "diffusers"
 METADATA_KEY = "lora_adapter_metadata"
+_CONFIGS = (METADATA_KEY, "peft_config", "adapter_config")  # entries that hold a config of PEFT's
+_CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
 _COMPONENTS = {  # the beginnings of keys, and the component that each is of
     **{f"{component}.": component for component in COMPONENTS},
@@ -118,14 +120,17 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 def checked(config: Any, where: str) -> dict[str, Any]:
     """A PEFT config from a file; AdapterError if a field that is used here has another type than PEFT writes."""
+    if not isinstance(config, dict):
+        raise AdapterError(f"{where} is not a table")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGE_THE_BASE):
+        raise AdapterError(f"{where}: an adapter that was begun with {start} changes the base weights too")
     kinds: dict[str, Any] = {
         "lora_alpha": (int, float),
         "alpha_pattern": dict,
         "rank_pattern": dict,
         "auto_mapping": dict,
     }
-    if not isinstance(config, dict):
-        raise AdapterError(f"{where} is not a table")
     for key, kind in kinds.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
@@ -148,17 +153,32 @@ def checked(config: Any, where: str) -> dict[str, Any]:
     return config
 
 
-def _config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
-    """The component's part of `lora_adapter_metadata`, without its prefix; {} where there is none."""
+def config_of(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
+    """PEFT's config of a component in the metadata of a file; {} if there is none.
+
+    Args:
+        metadata: The metadata. Pipelines of diffusers write the configs of all components into one table, each field
+            behind the component's name; models (`save_lora_adapter`) write the fields of their one config.
+        component: The component.
+
+    Returns:
+        The fields of the config.
+
+    Raises:
+        AdapterError: It is not JSON, a field has another type than PEFT writes, or the adapter changes the base too.
+    """
+    entry = next((key for key in _CONFIGS if key in metadata), None)
+    if entry is None:
+        return {}
     try:
-        table = json_value(metadata.get(METADATA_KEY, "{}"))
+        table = json_value(metadata[entry])
     except ValueError as error:
-        raise AdapterError(f"{METADATA_KEY} is not JSON ({error})") from None
-    start = f"{component}."
+        raise AdapterError(f"{entry} is not JSON ({error})") from None
     if not isinstance(table, dict):
-        raise AdapterError(f"{METADATA_KEY} is not a table")
+        raise AdapterError(f"{entry} is not a table")
+    start = f"{component}."
     mine = {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
-    return checked(mine, f"{METADATA_KEY} of {component}")
+    return checked(table if "peft_type" in table else mine, f"{entry} of {component}")
 
 
 def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
@@ -210,7 +230,7 @@ def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 def alpha_of(metadata: Mapping[str, str], component: str, path: str, rank: int) -> float:
     """alpha of one module by the metadata of a diffusers file; its rank where they tell none."""
-    return alpha_from_config(_config(metadata, component), path, rank)
+    return alpha_from_config(config_of(metadata, component), path, rank)
 
 
 @cache
@@ -240,8 +260,8 @@ def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
         The entries without those about the diffusers format, whose alphas the modules have now; and with the DyLoRA
         options of this package's configs, which diffusers saves among the fields of the config.
     """
-    kept = {key: value for key, value in metadata.items() if key not in (METADATA_KEY, "format")}
-    options = (dylora_of_config(_config(metadata, component)) for component in COMPONENTS)
+    kept = {key: value for key, value in metadata.items() if key not in (*_CONFIGS, "format")}
+    options = (dylora_of_config(config_of(metadata, component)) for component in COMPONENTS)
     dylora = next((candidate for candidate in options if candidate is not None), None)
     if dylora is None or dylora_of(kept) is not None:
         return kept
@@ -278,7 +298,7 @@ def read_modules(
         if split[1] in pair:
             raise AdapterError(f"{key:.120} and another key stand for the same matrix")
         pair[split[1]] = tensor
-    configs = {component: _config(metadata, component) for component in COMPONENTS}
+    configs = {component: config_of(metadata, component) for component in COMPONENTS}
     modules = {}
     for module, pair in halves.items():
         for half in ("down", "up"):

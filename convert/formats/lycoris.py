@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,24 +17,25 @@ from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.reading import read_module, split_suffix
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.kohya_names import DOTTED, PREFIXES, component_of, paths_by_flat_name
-from lora_adapters.convert.families.names import Lookup, ModuleName, nearest
+from lora_adapters.convert.families.names import COMPONENTS, Lookup, ModuleName, nearest
 from lora_adapters.convert.families.registry import DENOISER
 
 from .contents import Contents, Stored, WriteOptions
-from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
+from .diffusers import alpha_from_config, config_of, kohya_metadata
 from .fused import named_changes
 from .kinds import kind_of
 from .kohya import with_family
 from .metadata import network_args
+from .peft_files import ROTATION_FACTS, open_rotation, without_adapter_name
+from .peft_kinds import read_change
 from .writing import bundled, tensors_of, write_hashed
 
 NAME = "lycoris"
 _RS_LORA = "rs_lora"  # of LyCORIS' network arguments
 _PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's names of tensors, which are not written here
 
-# What PEFT's raw state dicts have more than its files: a level of their own, and the adapter's name in each key.
-_RAW_LEVEL = "base_model.model."
-_RAW_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|ia3_l)\.(?!weight$|bias$)[^.]+")
+_RAW_LEVEL = "base_model.model."  # a level of their own that PEFT's raw state dicts have
+_SCALED = ("LOHA", "LOKR")  # PEFT's types that have their scale in the config
 _DOTTED_TEXT_ENCODER = re.compile(r"^(lora_te[12])\.")
 
 
@@ -54,7 +56,7 @@ def split_key(key: str) -> tuple[str, str]:
     >>> split_key("diffusion_model.middle_block.1.proj_in.diff_b")
     ('diffusion_model.middle_block.1.proj_in', 'diff_b')
     """
-    key = _RAW_NAME.sub(r".\1", key.replace(_RAW_LEVEL, "", 1))
+    key = without_adapter_name(key.replace(_RAW_LEVEL, "", 1))
     flat, split = key.startswith(tuple(PREFIXES)), split_suffix(key)
     if split is not None:
         parts, suffix = split
@@ -151,33 +153,47 @@ def read_modules(
 def _stored(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None
 ) -> dict[ModuleName, Stored]:
-    rs_lora = _is_rank_stabilised(metadata)
+    rs_lora, configs = _is_rank_stabilised(metadata), _configs(metadata)
+    unknown = open_rotation(tensors, metadata)
     modules: dict[ModuleName, Stored] = {}
     for name, group in group_tensors(tensors).items():
         module = resolve(name, lookup)
         if module in modules:
             raise AdapterError(f"{name:.100} and another name stand for the same module {module}")
+        config = configs[module.component]
         try:
-            change = read_module({**group, **_alpha(module, group, metadata)}, rs_lora)
+            if unknown is None or "oft_R.weight" not in group:
+                change = _change(config, module, group, rs_lora)
+            elif config.get("peft_type") == "OFT":
+                change = read_change(config, module.path, group)
+            else:
+                raise AdapterError(f"it does not say {ROTATION_FACTS}: give PEFT's folder with adapter_config.json")
         except AdapterError as error:
             raise AdapterError(f"{name:.100}: {error}") from None
         modules[module] = Stored(change, group)
     return modules
 
 
+def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's config of each component in the metadata."""
+    return {component: config_of(metadata, component) for component in COMPONENTS}
+
+
+def _change(config: Mapping[str, Any], module: ModuleName, group: Mapping[str, torch.Tensor], rs_lora: bool) -> Delta:
+    """The change of a module, with the scale that PEFT's config in the metadata has for it."""
+    if "alpha" in group:
+        return read_module(group, rs_lora)
+    if config.get("peft_type") in _SCALED:
+        return read_change(config, module.path, group)
+    down = group.get("lora_A.weight")
+    if down is None or not down.ndim or not config:
+        return read_module(group, rs_lora)
+    alpha = torch.tensor(alpha_from_config(config, module.path, down.shape[0]), dtype=torch.float64)
+    return read_module({**group, "alpha": alpha}, rs_lora)
+
+
 def _is_rank_stabilised(metadata: Mapping[str, str]) -> bool:
     return network_args(metadata).get(_RS_LORA, "").lower() in ("true", "1")
-
-
-def _alpha(
-    module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> dict[str, torch.Tensor]:
-    """The alpha that diffusers' metadata have for a LoRA without one; {} where there is none to add."""
-    down = group.get("lora_A.weight")
-    if down is None or not down.ndim or "alpha" in group or METADATA_KEY not in metadata:
-        return {}
-    alpha = alpha_of(metadata, module.component, module.path, down.shape[0])
-    return {"alpha": torch.tensor(alpha, dtype=torch.float64)}
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:

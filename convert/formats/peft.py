@@ -14,6 +14,7 @@ import torch
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.casting import cast_pairs
 from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.reading import read_module
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.kohya_names import check_known
 from lora_adapters.convert.families.names import COMPONENTS, TEXT_PROJECTION, Lookup, ModuleName, text_path
@@ -24,19 +25,21 @@ from lora_adapters.convert.storage import atomic
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.peft_folder import CONFIG, WEIGHTS, WEIGHTS_PICKLED
 
+from . import lycoris
 from .contents import Contents, WriteOptions
-from .diffusers import checked, lora_config
+from .diffusers import checked, config_of, lora_config
 from .kinds import kind_of, unread, warn_of_embeddings
 from .metadata import dylora_metadata, dylora_of, dylora_of_config, network_args, own_facts
+from .peft_files import ROTATION_FACTS, SCALE_FACTS, open_rotation, open_scale, without_adapter_name
 from .peft_kinds import check_kind, read_change, split_key
 from .projections import in_own_shapes
 from .writing import apart
 
 NAME = "peft"
 PREFIX = "base_model.model."
-_CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
 _TEXT_LAYER = re.compile(r"\bencoder\.layers\.\d+\.(self_attn|mlp)\.")
-_WIDTH_OF_TEXT_ENCODER_2 = 1280
+_SQUARE = (".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", ".self_attn.out_proj")
+_WIDTH_OF_TEXT_ENCODER, _WIDTH_OF_TEXT_ENCODER_2 = 768, 1280
 
 
 def matches(keys: Collection[str]) -> bool:
@@ -45,9 +48,30 @@ def matches(keys: Collection[str]) -> bool:
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
-    """UnknownFormatError: without the config in their folder, nobody knows alphas and component. See `read_folder`."""
-    found, said = kind_of(tensors), f"these are weights of PEFT's, without the {CONFIG} beside them"
-    raise UnknownFormatError(said) if found is None or found[0].is_read else unread(tensors, said)
+    """Read the weights of a folder without the config beside them, where they or their metadata tell everything.
+
+    Args:
+        tensors: The tensors; the component is recognised by their names and widths.
+        metadata: The metadata of the file, which may have the config.
+        lookup: See `names.check_known`.
+
+    Returns:
+        The changes and the metadata.
+
+    Raises:
+        UnknownFormatError: It is of a type that is not read, or the config has what the tensors do not tell.
+    """
+    said = f"these are weights of PEFT's, without the {CONFIG} beside them"
+    found = kind_of(tensors)
+    if found is not None and not found[0].is_read:
+        raise unread(tensors, said)
+    component = _component_of(tensors)
+    if not config_of(metadata, component):
+        missing = ROTATION_FACTS if open_rotation(tensors, metadata) else SCALE_FACTS if open_scale(tensors) else None
+        if missing is not None:
+            raise UnknownFormatError(f"{said}, which says {missing}: put it there, or give their folder")
+    named = {f"{component}.{key.removeprefix(PREFIX)}": tensor for key, tensor in tensors.items()}
+    return lycoris.read(named, metadata, lookup)
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:
@@ -85,17 +109,10 @@ def _read_component(
     folder: Path, component: str, lookup: Lookup | None
 ) -> tuple[dict[ModuleName, Delta], dict[str, Any]]:
     config = _config(folder)
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(_CHANGE_THE_BASE):
-        raise AdapterError(f"{folder}: an adapter that was begun with {start} changes the base weights too")
-    groups: dict[str, dict[str, torch.Tensor]] = {}
     modules: dict[ModuleName, Delta] = {}
     try:
         check_kind(config)
-        for key, tensor in _tensors(folder).items():
-            path, end = split_key(key.removeprefix(PREFIX))
-            groups.setdefault(path, {})[end] = tensor
-        for path, tensors in groups.items():
+        for path, tensors in _by_module(_tensors(folder)).items():
             name = path if role_of(component) == "denoiser" else text_path(path)
             module = check_known(ModuleName(component, name), lookup)
             if module in modules:
@@ -114,20 +131,27 @@ def _tensors(folder: Path) -> dict[str, Any]:
     return read_tensors(weights if weights.exists() else folder / WEIGHTS_PICKLED)[0]
 
 
-def _component_of(folder: Path) -> str:
-    """Whose a folder without component folders is, by the names and widths of its tensors."""
-    tensors = _tensors(folder)
-    text = {key: tensor for key, tensor in tensors.items() if _TEXT_LAYER.search(key)}
-    if not text:
-        if any(f"{TEXT_PROJECTION}.lora_" in key for key in tensors):
-            return "text_encoder_2"
-        names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors}
-        return denoiser_of(names)
-    reads = re.compile(r"\.(self_attn\.[qkv]_proj|mlp\.fc1)\.lora_A\.weight$")  # what these have is the model's width
-    wide = any(
-        reads.search(key) and tuple(factor.shape[1:]) == (_WIDTH_OF_TEXT_ENCODER_2,) for key, factor in text.items()
-    )
-    return "text_encoder_2" if wide else "text_encoder"
+def _component_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Whose they are, without a folder for each component: by the names of their modules, and by their widths."""
+    groups = _by_module(tensors)
+    if not any(_TEXT_LAYER.search(f"{path}.") for path in groups):
+        return "text_encoder_2" if TEXT_PROJECTION in groups else denoiser_of(groups)
+    for path, group in groups.items():
+        if path.endswith(_SQUARE):
+            change = read_module(group)
+            width, other = _WIDTH_OF_TEXT_ENCODER_2, _WIDTH_OF_TEXT_ENCODER
+            if change.fits((width, width)) and not change.fits((other, other)):
+                return "text_encoder_2"
+    return "text_encoder"
+
+
+def _by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each module, by the ends of their keys."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, end = split_key(without_adapter_name(key.removeprefix(PREFIX)))
+        groups.setdefault(path, {})[end] = tensor
+    return groups
 
 
 def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
@@ -149,7 +173,7 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
     parts = [(folder / part, part) for part in COMPONENTS if (folder / part / CONFIG).is_file()]
     if not parts:
         name = folder.resolve().name
-        parts = [(folder, name if name in COMPONENTS else _component_of(folder))]
+        parts = [(folder, name if name in COMPONENTS else _component_of(_tensors(folder)))]
     for path, component in parts:
         changes, config = _read_component(path, component, lookup)
         modules |= changes

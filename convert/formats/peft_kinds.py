@@ -1,6 +1,8 @@
-"""The changes in a PEFT folder's tensors, by its config: LoRA, DoRA, LoHa, LoKr, OFT and IA3."""
+"""The changes in the tensors of a PEFT adapter, by its config: LoRA, DoRA, LoHa, LoKr, OFT, BOFT and IA3."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,14 +12,14 @@ from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.ia3 import IA3
 from lora_adapters.convert.deltas.input_rotation import InputRotation
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.deltas.reading import SUFFIXES, split_suffix
+from lora_adapters.convert.deltas.reading import split_suffix
 from lora_adapters.convert.errors import AdapterError
 
 from .diffusers import alpha_from_config, pattern_value
 
-KINDS = ("LORA", "LOHA", "LOKR", "OFT", "IA3")
+KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 _OFT = "oft_R.weight"
-_ENDS = SUFFIXES | {_OFT}
+_BUTTERFLY = {"boft_R", "boft_s"}
 _BESIDE = ("bias", "modules_to_save", "trainable_token_indices")  # options that train more than the adapter
 
 
@@ -29,8 +31,6 @@ def check_kind(config: Mapping[str, Any]) -> None:
     for option in _BESIDE:
         if config.get(option) not in (None, "none", [], {}):
             raise AdapterError(f"it was trained with {option}={config[option]!s:.60}, which is beyond an adapter")
-    if kind == "OFT" and config.get("coft"):
-        raise AdapterError("it is an OFT with a constraint (coft), which is not read")
 
 
 def _is_among(path: str, targets: Any) -> bool:
@@ -55,7 +55,7 @@ def split_key(key: str) -> tuple[str, str]:
     >>> split_key("mid_block.attentions.0.proj_in.lora_A.weight")
     ('mid_block.attentions.0.proj_in', 'lora_A.weight')
     """
-    split = split_suffix(key, _ENDS)
+    split = split_suffix(key)
     if split is None:
         raise AdapterError(f"{key:.200} is no tensor of an adapter that is read")
     parts, suffix = split
@@ -78,12 +78,11 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
     """
     kind = config.get("peft_type")
     if kind == "OFT":
-        if set(tensors) != {_OFT}:
-            raise AdapterError(f"an OFT module of PEFT's has {_OFT} alone, not {', '.join(sorted(tensors))}")
-        neumann = config.get("use_cayley_neumann", False)
-        terms = int(config.get("num_cayley_neumann_terms", 5)) if neumann else 0
-        # Configs name PEFT's version since 0.18, which also computes the series in another way.
-        return InputRotation(tensors[_OFT], terms, halves_last=config.get("peft_version") is not None)
+        return _read_oft(config, path, tensors)
+    if kind == "BOFT":
+        if set(tensors) != _BUTTERFLY:
+            raise AdapterError(f"a BOFT module of PEFT's has boft_R and boft_s, not {', '.join(sorted(tensors))}")
+        return read_module(tensors)
     if kind == "IA3":
         if set(tensors) != {"ia3_l"}:
             raise AdapterError(f"an IA3 module of PEFT's has ia3_l alone, not {', '.join(sorted(tensors))}")
@@ -101,3 +100,36 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
     except (TypeError, ValueError, ZeroDivisionError):
         raise AdapterError(f"the config's alpha {dim_alpha!s:.20} and rank {dim!s:.20} are no scale") from None
     return read_module(tensors).scaled(scale)
+
+
+def _read_oft(config: Mapping[str, Any], path: str, tensors: Mapping[str, torch.Tensor]) -> Delta:
+    """The change of an OFT module; the names of its tensors tell which versions of PEFT wrote it."""
+    if set(tensors) == {_OFT}:
+        terms = int(config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", False) else 0
+        # Configs name PEFT's version since 0.18, which also computes the series in another way.
+        change = InputRotation(tensors[_OFT], terms, halves_last=config.get("peft_version") is not None)
+        # The norm that is limited is that of a skew matrix, which has each number twice.
+        return replace(change, upper=_limited(config, change.upper, 1 / math.sqrt(2)))
+    if "oft_r" not in tensors or set(tensors) - {"oft_r", "oft_s"} or tensors["oft_r"].ndim != 3:
+        raise AdapterError(f"an OFT module of PEFT's has {_OFT} or oft_r, not {', '.join(sorted(tensors))}")
+    blocks, factors = tensors["oft_r"], tensors.get("oft_s")
+    if factors is None:  # before PEFT 0.14
+        blocks = _limited(config, blocks, blocks.shape[1] ** 2)
+        shared = int(pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8)))
+        return read_module({"oft_r": blocks.expand(shared, -1, -1) if config.get("block_share") else blocks})
+    if config.get("coft") and config.get("block_share"):
+        raise AdapterError("an OFT of PEFT 0.14 or 0.15 with coft and block_share does not tell its limit")
+    blocks = _limited(config, blocks, math.ceil(len(factors) / len(blocks)) ** 2)
+    return read_module({"oft_r": blocks, "oft_s": factors})
+
+
+def _limited(config: Mapping[str, Any], blocks: torch.Tensor, times: float) -> torch.Tensor:
+    """The blocks (count, ...) of an OFT, none above the norm that `coft` allows, eps · times / √count."""
+    if not config.get("coft"):
+        return blocks
+    try:
+        limit = float(config.get("eps", 6e-5)) * times / math.sqrt(len(blocks))
+    except (TypeError, ValueError):
+        raise AdapterError(f"the config's eps is {config.get('eps')!r:.40}, no number") from None
+    norms = torch.linalg.vector_norm(blocks.float().flatten(1), dim=1).clamp(min=limit)
+    return blocks * (limit / norms).reshape(-1, *[1] * (blocks.ndim - 1))

@@ -31,6 +31,7 @@ from lora_adapters.convert.families.tensor_slice import Span, TensorSlice
 from .contents import Contents
 from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
 from .kinds import unread
+from .peft_files import ROTATION_FACTS, open_rotation, without_adapter_name
 
 _FLAT = ("lora_", "lycoris_")  # the beginnings of names without dots
 _ENDS = {
@@ -42,7 +43,6 @@ _ENDS = {
     },
 }
 _XLABS = re.compile(r"(.+\.processor\.\w+_lora[12]?)\.(down|up)\.weight")
-_NAMED_ADAPTER = re.compile(r"(.*)(lora_[AB]|lora_magnitude_vector)\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -61,8 +61,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     """
     if match := _XLABS.fullmatch(key):
         return match[1], f"lora_{match[2]}.weight"
-    if match := _NAMED_ADAPTER.fullmatch(key):
-        key = f"{match[1]}{match[2]}{match[4] or ''}"
+    key = without_adapter_name(key)
     if key.startswith(_FLAT):
         name, _, end = key.partition(".")
         return (name, _ENDS[end]) if end in _ENDS else None
@@ -106,6 +105,12 @@ def read(
     groups = _groups(tensors, splits)
     if family is None and family_of_names(dict.fromkeys(groups), metadata).near is None:
         return None
+    unknown = open_rotation(tensors, metadata)
+    if unknown is not None:
+        raise AdapterError(
+            f"{unknown:.120} is an OFT of PEFT's, and the file does not say {ROTATION_FACTS}: "
+            "give PEFT's folder with adapter_config.json"
+        )
     changes = {name: _change(name, group) for name, group in groups.items()}
     own, near, is_alone = family_of_names({name: change.out_in for name, change in changes.items()}, metadata)
     chosen = family or own or near

@@ -4,7 +4,7 @@ import re
 import secrets
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lora_adapters.convert.errors import AdapterError, first_line
 from lora_adapters.convert.parsing import json_value
 
 from . import atomic
+from .stand_ins import STAND_INS, Array, Inert
 
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
@@ -115,33 +116,41 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
 
 
+_DEEPEST = 4  # tables in tables, of which the innermost has the tensors
+
+
 def _tensors_of(table: dict[Any, Any]) -> dict[Any, Any]:
     """A pickle's tensors: of the one table of tensors in it, where it has none itself; alphas that are numbers too.
 
     Numbers, texts and None beside tensors, under names without a dot, are a training's notes (`epoch`): left out.
     """
-    if not any(isinstance(value, torch.Tensor) for value in table.values()):
-        inner = [value for value in table.values() if isinstance(value, dict) and _holds_tensors(value)]
-        table = inner[0] if len(inner) == 1 else table
+    for _ in range(_DEEPEST):
+        if any(isinstance(value, torch.Tensor | Array) for value in table.values()):
+            break
+        tables = [value for value in table.values() if isinstance(value, dict) and value]
+        inner = [value for value in tables if _holds_tensors(value)] or tables
+        if len(inner) != 1:
+            break
+        table = inner[0]
     found: dict[Any, Any] = {}
     for name, value in table.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and str(name).endswith(".alpha"):
             found[name] = torch.tensor(float(value))
+        elif isinstance(value, Array):
+            found[name] = value if value.value is None else value.value
         elif "." in str(name) or not isinstance(value, int | float | str | None):
             found[name] = value
     return found
 
 
 def _holds_tensors(table: dict[Any, Any]) -> bool:
-    return bool(table) and all(
-        isinstance(value, torch.Tensor) or str(name).endswith(".alpha") for name, value in table.items()
-    )
+    return all(isinstance(value, torch.Tensor | Array) or str(name).endswith(".alpha") for name, value in table.items())
 
 
 def _described(value: object) -> str:
     """A value of a foreign file, in a few words."""
-    name = "a training program's object" if isinstance(value, _Inert) else f"of the type {type(value).__name__}"
+    name = "a training program's object" if isinstance(value, Inert) else f"of the type {type(value).__name__}"
     return f"{name} ({value!s:.40})" if isinstance(value, int | float | str) else name
 
 
@@ -156,28 +165,6 @@ def _is_pickle(file: Path) -> bool:
     """Whether a file begins as torch.save's do: as a zip archive's, or before PyTorch 1.6 as a pickle of protocol 2."""
     with file.open("rb") as opened:
         return opened.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
-
-
-class _Inert:
-    """Replaces objects of training libraries in old checkpoints, so that no code of these is run."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
-
-
-# What the first Stable Diffusion checkpoints hold beside their weights (state of callbacks, numpy numbers in it).
-_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Inert, name)
-    for name in (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "pytorch_lightning.callbacks.ModelCheckpoint",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "numpy.dtype",
-        "_codecs.encode",
-    )
-]
 
 
 def load_plain(file: Path, mapped: bool = True) -> Any:
@@ -198,7 +185,7 @@ def load_plain(file: Path, mapped: bool = True) -> Any:
         with file.open("rb") as opened:
             if opened.read(4) == b"GGUF":
                 raise AdapterError(f"{file} is a GGUF file, of quantised weights: take the model in fp16 or bf16")
-        with torch.serialization.safe_globals(_INERT):
+        with torch.serialization.safe_globals(STAND_INS):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and _can_be_mapped(file))
     except AdapterError:
         raise
@@ -209,6 +196,7 @@ def load_plain(file: Path, mapped: bool = True) -> Any:
         if "weights_only" in str(error):
             strange = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
+            reason += "" if strange else "; files of torch.save and .safetensors are read"
         raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
 
 

@@ -30,6 +30,9 @@ CONFIGS = {
     "OFT, three terms": lambda: peft.OFTConfig(
         oft_block_size=8, use_cayley_neumann=True, num_cayley_neumann_terms=3, **TARGETS
     ),
+    "OFT, constrained": lambda: peft.OFTConfig(oft_block_size=8, coft=True, eps=0.5, **TARGETS),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, **TARGETS),
+    "BOFT, convolutions": lambda: peft.BOFTConfig(boft_block_size=4, **WITH_CONV),
     "IA3": lambda: peft.IA3Config(feedforward_modules=[], target_modules=["to_q", "to_v"]),
     "IA3, of inputs": lambda: peft.IA3Config(feedforward_modules=WITH_CONV["target_modules"], **WITH_CONV),
     "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, alpha_pattern={"to_q": 7}, **TARGETS),
@@ -45,7 +48,7 @@ def saved(pipe, config, folder):
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("lora_A", "lora_B", "hada_", "lokr_", "oft_R", "ia3_l")):
                 parameter.normal_(std=0.2)
-            elif "magnitude" in name:
+            elif "magnitude" in name or "boft_s" in name:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
     model.save_pretrained(folder / "unet")
     other = copy.copy(pipe)
@@ -80,7 +83,6 @@ def test_what_is_not_read_is_one_line(pipeline, tmp_path):
     with pytest.raises(AdapterError, match=r"ff\.net\.2 has a bias, which an IA3 of PEFT's scales too"):
         pipe.load_lora_weights(tmp_path)
     for changes, said in (
-        ({"coft": True}, "with a constraint"),
         ({"peft_type": "VERA"}, "it holds a VERA adapter of PEFT's, which is not read"),
         ({"bias": "all"}, "trained with bias=all"),
         ({"peft_type": "LOHA"}, "alpha 8 and rank 0 are no scale"),

@@ -1,0 +1,73 @@
+"""PEFT's tensors in a file alone, without a folder's config: which of them tell all, and what the others leave open."""
+
+import re
+from collections.abc import Collection, Mapping
+
+from lora_adapters.convert.families.kohya_names import PREFIXES
+
+# The names of tensors that PEFT's raw state dicts put the adapter's name behind.
+_NAMED = re.compile(
+    r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|ia3_l|b?oft_[Rrs])\.(?!weight$|bias$|scaled_oft$)[^.]+"
+)
+_ROTATIONS = ".oft_R.weight"
+_SCALED_BY_ALPHA = re.compile(r"\.(lora_A\.weight|hada_w1_a|lokr_w[12](_a)?)$")
+_ONE_TRAINER = ("ot_branch", "ot_revision", "ot_config")  # its entries in metadata
+_ITS_NAMES = (*PREFIXES, "lora_", "diffusion_model.", "model.diffusion_model.", "text_encoders.")  # never PEFT's
+
+
+def without_adapter_name(key: str) -> str:
+    """A key of a raw state dict of PEFT's without the adapter's name in it; other keys are returned unchanged.
+
+    Args:
+        key: The key.
+
+    Returns:
+        The key without the name.
+
+    >>> without_adapter_name("mid_block.attentions.0.proj_in.lora_A.default.weight")
+    'mid_block.attentions.0.proj_in.lora_A.weight'
+    """
+    return _NAMED.sub(r".\1", key)
+
+
+def open_rotation(keys: Collection[str], metadata: Mapping[str, str]) -> str | None:
+    """A key of an OFT of which only PEFT's config says how it rotates.
+
+    OneTrainer always takes the same series. Its files are known by their metadata, by names of modules that PEFT has
+    not, and by the mark of its scaled OFT.
+
+    Args:
+        keys: The keys of a file.
+        metadata: Its metadata.
+
+    Returns:
+        The key; None if there is none.
+    """
+    if any(entry in metadata for entry in _ONE_TRAINER) or any(key.endswith(".scaled_oft") for key in keys):
+        return None
+    return next(
+        (
+            key
+            for key in keys
+            if without_adapter_name(key).endswith(_ROTATIONS)
+            and not (key.startswith(_ITS_NAMES) and key.endswith(_ROTATIONS))
+        ),
+        None,
+    )
+
+
+def open_scale(keys: Collection[str]) -> str | None:
+    """A key of a module whose scale stands in PEFT's config alone, with no alpha beside it; None if there is none."""
+    plain = {without_adapter_name(key) for key in keys}
+    return next(
+        (
+            key
+            for key in plain
+            if (match := _SCALED_BY_ALPHA.search(key)) and f"{key[: match.start()]}.alpha" not in plain
+        ),
+        None,
+    )
+
+
+ROTATION_FACTS = "how it rotates (use_cayley_neumann, num_cayley_neumann_terms, peft_version)"
+SCALE_FACTS = "the scale (r and alpha)"
