@@ -31,8 +31,14 @@ def loading(stock: Callable[..., None]) -> Callable[..., None]:
     """Of models' `load_lora_adapter`: changes that diffusers has no reader for are read by this package."""
 
     def load_lora_adapter(
-        self: Any, source: Any, prefix: str | None = "transformer", *args: Any, **kwargs: Any
+        self: Any,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
+        source = pretrained_model_name_or_path_or_dict
+
         def own() -> None:
             stock(self, source, prefix, *args, **kwargs)
 
