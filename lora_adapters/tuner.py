@@ -88,7 +88,10 @@ def injecting(stock: Method) -> Method:
 
         def inject(rule: Rule) -> None:
             self._rule = rule
-            stock(self, model, adapter_name, *args, **kwargs)
+            try:
+                stock(self, model, adapter_name, *args, **kwargs)
+            finally:
+                del self._rule  # which no pickle of the model could hold
 
         _settle(inner, adapter_name, config, self.peft_config, inject)
 
