@@ -1,4 +1,4 @@
-"""The live models that have adapters of this package."""
+"""The live models that have adapters of this package, and what keeps threads that change models apart."""
 
 import threading
 import weakref
@@ -7,6 +7,10 @@ from torch import nn
 
 _models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _lock = threading.Lock()  # pipelines may be loaded and saved in several threads
+
+# While PEFT makes layers without memory, torch.nn.Module itself is patched: a parameter that another thread sets in
+# that time has no memory either, and of two such threads one may leave the patch behind. So adapters go in one by one.
+CHANGING = threading.RLock()
 
 
 def remember(model: nn.Module) -> None:
