@@ -38,6 +38,10 @@ class _Kept:
         """Whether nobody has changed the layer since."""
         return self.fused == _versions(base) and self.weight.shape == base.weight.shape
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """For pickles and copies of the layer, whose weights are others: nothing, which opens without this package."""
+        return dict, ()
+
     def restore(self, base: Any) -> None:
         base.weight.data.copy_(self.weight)
         if self.bias is not None:
@@ -51,7 +55,7 @@ def _versions(base: Any) -> tuple[Any, ...]:
 
 def kept_of(layer: Any) -> Any:
     """What was overwritten in a layer by fusing, for `keep`; None if nothing is kept."""
-    return vars(layer).get(_KEPT)
+    return vars(layer).get(_KEPT) or None
 
 
 def keep(layer: Any, kept: Any) -> None:
@@ -105,7 +109,7 @@ def merging(stock: Method) -> Method:
         if keeps is None or not _is_plain(base) or not any(name in self.lora_A for name in names):
             stock(self, safe_merge, adapter_names)
             return
-        kept = vars(self).get(_KEPT)
+        kept = kept_of(self)
         if self.merged_adapters and (kept is None or not kept.is_of(base)):
             keeps = False  # there is something in it already that is not known
         elif keeps and kept is None:
@@ -130,7 +134,8 @@ def unmerging(stock: Method) -> Method:
     """Of the `unmerge` of these layers."""
 
     def unmerge(self: Any) -> None:
-        kept, base = vars(self).pop(_KEPT, None), self.get_base_layer()
+        kept, base = kept_of(self), self.get_base_layer()
+        vars(self).pop(_KEPT, None)
         if kept is None or not self.merged_adapters or not kept.is_of(base):
             stock(self)
             return

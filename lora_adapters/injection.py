@@ -21,6 +21,7 @@ from lora_adapters.types.lycoris.layer import hold
 from lora_adapters.types.lycoris.operations import LAYERS, NORMS, weight_shape
 from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of, refit
 
+from .adapted_models import CHANGING
 from .target_modules import RankAlpha
 from .tuner import inject_at
 
@@ -144,7 +145,18 @@ def place(
     Raises:
         AdapterError: A change has no layer in the model.
     """
-    pages = pages or MappedPages()
+    with CHANGING:
+        _place(model, matched, adapter_name, facts, low_cpu_mem_usage, pages or MappedPages())
+
+
+def _place(
+    model: nn.Module,
+    matched: Mapping[str, Delta],
+    adapter_name: str,
+    facts: Mapping[str, Any],
+    low_cpu_mem_usage: bool,
+    pages: MappedPages,
+) -> None:
     dtype, nothing = _dtype(model), torch.empty(0)
     ranks = {path: change if isinstance(change, LowRank) else RankAlpha(1, 1.0) for path, change in matched.items()}
     if any(not isinstance(change, LowRank) for change in matched.values()):

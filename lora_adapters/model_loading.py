@@ -21,6 +21,7 @@ from lora_adapters.convert.formats.kinds import kind_of
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 
+from .adapted_models import CHANGING
 from .live_names import LiveNames
 from .pipeline import HUB_OPTIONS, load_adapter
 
@@ -31,10 +32,17 @@ def loading(stock: Callable[..., None]) -> Callable[..., None]:
     """Of models' `load_lora_adapter`: changes that diffusers has no reader for are read by this package."""
 
     def load_lora_adapter(
-        self: Any, source: Any, prefix: str | None = "transformer", *args: Any, **kwargs: Any
+        self: Any,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
+        source = pretrained_model_name_or_path_or_dict
+
         def own() -> None:
-            stock(self, source, prefix, *args, **kwargs)
+            with CHANGING:
+                stock(self, source, prefix, *args, **kwargs)
 
         tensors = None if args or kwargs.get("hotswap") else _contents(source, kwargs)
         if tensors is None or not _is_read_here(tensors):
@@ -66,7 +74,8 @@ def loading_text(stock: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         component = prefix or kwargs.get("text_encoder_name") or "text_encoder"
         if args or kwargs.get("hotswap") or component not in COMPONENTS or not _is_read_here(state_dict):
-            stock(state_dict, network_alphas, text_encoder, prefix, *args, **kwargs)
+            with CHANGING:
+                stock(state_dict, network_alphas, text_encoder, prefix, *args, **kwargs)
             return
         chosen = _of_model(state_dict, component, component, network_alphas)
         _load(text_encoder, component, chosen, None, kwargs)

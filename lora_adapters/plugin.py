@@ -140,11 +140,13 @@ def _into_models(peft: ModuleType) -> None:
 
 def _saving_of_models(stock: Any) -> Any:
     @functools.wraps(stock)
-    def save_lora_adapter(self: Any, save_directory: Any, adapter_name: str = "default", **kwargs: Any) -> None:
+    def save_lora_adapter(
+        self: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> None:
         from .save_hook import check_pairs
 
         check_pairs(self, adapter_name, "save_lora_adapter")
-        stock(self, save_directory, adapter_name, **kwargs)
+        stock(self, save_directory, adapter_name, *args, **kwargs)
 
     return save_lora_adapter
 

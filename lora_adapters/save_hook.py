@@ -79,12 +79,14 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
         The replacement.
     """
 
-    def get_peft_model_state_dict(model: Any, *args: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+    def get_peft_model_state_dict(
+        model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
         from lora_adapters.types.registry import is_ours
 
         from .injection import unwrapped
 
-        tensors, inner = stock(model, *args, adapter_name=adapter_name, **kwargs), unwrapped(model)
+        tensors, inner = stock(model, state_dict, adapter_name, *args, **kwargs), unwrapped(model)
         if not is_ours(inner, adapter_name):
             return tensors
         check_pairs(inner, adapter_name, "PEFT")

@@ -78,6 +78,10 @@ def injecting(stock: Method) -> Method:
 
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject as PEFT does, with this package's coverage and ranks; then the layers become its type's."""
+        with adapted_models.CHANGING:
+            inject_in_turn(self, model, adapter_name, *args, **kwargs)
+
+    def inject_in_turn(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         registry.detach(model, adapter_name)  # what a deleted adapter of this name may have left
         config: Any = registry.restored(self.peft_config[adapter_name])
         if not isinstance(config, base.AdapterConfig):
@@ -88,7 +92,10 @@ def injecting(stock: Method) -> Method:
 
         def inject(rule: Rule) -> None:
             self._rule = rule
-            stock(self, model, adapter_name, *args, **kwargs)
+            try:
+                stock(self, model, adapter_name, *args, **kwargs)
+            finally:
+                del self._rule  # which no pickle of the model could hold
 
         _settle(inner, adapter_name, config, self.peft_config, inject)
 

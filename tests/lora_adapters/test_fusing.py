@@ -1,6 +1,8 @@
 """Fusing and unfusing: the weights come back bit by bit, and what is fused is what PEFT computes."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,6 +137,22 @@ def test_nothing_is_kept_where_nothing_is_to_be(pipe) -> None:
     assert not any("_lora_adapters_kept" in vars(layer) for layer in pipe.unet.modules())
     pipe.unfuse_lora()
     torch.testing.assert_close(weights(pipe), before)
+
+
+def test_a_fused_model_s_pickle_opens_without_this_package(pipe, tmp_path) -> None:
+    before = weights(pipe)
+    pipe.fuse_lora()
+    torch.save(pipe.unet, tmp_path / "unet.pt")
+    code = "import sys, torch; torch.load(sys.argv[1], weights_only=False); print('lora_adapters' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "unet.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "False"
+    copied = copy.deepcopy(pipe.unet)
+    copied.unfuse_lora()
+    after = {key: one for key, one in copied.state_dict().items() if "lora_" not in key}
+    torch.testing.assert_close(after, {key: before[key] for key in after})
+    pipe.unfuse_lora()
+    assert equal(weights(pipe), before)
 
 
 def test_pefts_own_merging_is_pefts(pipe) -> None:

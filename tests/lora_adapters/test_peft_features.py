@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from lora_adapters import AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, add_adapter, set_rank
+from lora_adapters import AdapterError, C3LierConfig, DyLoraConfig, LierLaConfig, LycorisConfig, add_adapter, set_rank
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.types.dylora import rank_controller as dylora_module
 
@@ -117,6 +117,15 @@ def test_a_pickled_plain_lora_opens_without_this_package(tmp_path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("kind", [LierLaConfig, C3LierConfig, DyLoraConfig, LycorisConfig])
+def test_a_whole_model_is_saved_and_opened(kind, tmp_path) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 5)), kind(r=2, target_modules=["0"])).eval()
+    fill(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(again(torch.ones(1, 3)), model(torch.ones(1, 3)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [LierLaConfig, C3LierConfig, DyLoraConfig])

@@ -1,0 +1,81 @@
+"""Several threads that put adapters into models of their own at once."""
+
+import sys
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from lora_adapters import adapted_models
+from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.injection import place
+from lora_adapters.types.registry import facts_of_metadata
+
+
+@pytest.fixture(autouse=True)
+def switching():
+    """Threads change places as often as they can."""
+    interval, register = sys.getswitchinterval(), nn.Module.register_parameter
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+    nn.Module.register_parameter = register
+
+
+def in_threads(*works) -> None:
+    """Run all at once; the first error of any."""
+    errors = []
+
+    def guarded(work) -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_a_model_may_be_noted_while_another_thread_looks_at_all() -> None:
+    models = [nn.Identity() for _ in range(3000)]
+
+    def note() -> None:
+        for model in models:
+            adapted_models.remember(model)
+
+    def look() -> None:
+        while len(adapted_models.remembered()) < len(models):
+            pass
+
+    in_threads(note, look)
+    assert set(models) <= set(adapted_models.remembered())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_adapters_are_put_into_models_one_by_one() -> None:
+    before = nn.Module.register_parameter
+
+    def work(width: int) -> None:
+        torch.set_num_threads(1)
+        for turn in range(5):
+            size = width + 8 * turn
+            model = nn.Sequential(*(nn.Linear(size, size) for _ in range(10)))
+            pairs = {str(path): LowRank(torch.randn(2, size), torch.randn(size, 2), 2.0) for path in range(5)}
+            place(model, pairs, "ours", facts_of_metadata({}))
+            config = LoraConfig(r=2, target_modules=["7", "8", "9"])
+            inject_adapter_in_model(config, model, "stock", low_cpu_mem_usage=True)
+            for path, pair in pairs.items():
+                layer = model.get_submodule(path)
+                assert torch.equal(layer.lora_A["ours"].weight, pair.down)
+                assert torch.equal(layer.lora_B["ours"].weight, pair.up)
+
+    in_threads(*(lambda width=width: work(width) for width in (16, 17, 18, 19)))
+    assert nn.Module.register_parameter is before
+    assert not nn.Linear(2, 2).weight.is_meta
