@@ -193,7 +193,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     """
     if not contents.metadata.get("ss_network_module"):
         contents = replace(contents, metadata={**contents.metadata, "ss_network_module": "lycoris.kohya"})
-    family, modules = contents.family, cast_changes(contents.modules, options.dtype)
+    family, modules = contents.naming_family, cast_changes(contents.modules, options.dtype)
     stored = {module: contents.stored.get(module) for module in modules}
     if all(entry is not None and entry.change is modules[module] for module, entry in stored.items()):
         groups = {family.kohya_name(module): entry.tensors for module, entry in stored.items() if entry is not None}

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.errors import AdapterError, UnknownModuleError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import by_name
 from tests.convert.families.transformer_names import FUSES, LAYERS, H, deltas, pairs
@@ -353,12 +353,25 @@ def test_halves_and_sizes_that_do_not_fit_are_errors():
         Adapter.from_tensors(tensors)
 
 
-def test_two_names_of_one_module_are_an_error():
+def test_two_names_of_one_module_with_different_changes_are_an_error():
     made = pairs("flux")
     tensors = file_of({"img_in": made["img_in"]}, ORIGINAL["kohya"])
-    tensors |= file_of({"x_embedder": made["img_in"]}, DIFFUSERS["diffusers"])
-    with pytest.raises(AdapterError, match=r"stand for the same module transformer\.x_embedder"):
+    down, up, alpha = made["img_in"]
+    tensors |= file_of({"x_embedder": (down, 1.1 * up, alpha)}, DIFFUSERS["diffusers"])
+    with pytest.raises(UnknownFormatError, match=r"stand for the same module transformer\.x_embedder"):
         Adapter.from_tensors(tensors, {"ss_base_model_version": "flux1"})
+
+
+@pytest.mark.parametrize("family", FUSES)
+def test_a_fused_layer_with_its_parts_beside_it_is_read_once(family):
+    """As files are that have q, k and v both together and apart."""
+    made = pairs(family)
+    tensors = file_of(made, ORIGINAL["kohya"])
+    for name, (down, up, alpha) in made.items():
+        for path, (rows, *more) in LAYERS[family][name][2].items():
+            if not more:
+                tensors |= file_of({path: (down, up[rows].clone(), alpha)}, DIFFUSERS["musubi"])
+    check(Adapter.from_tensors(tensors, {"ss_base_model_version": TOLD[family]}), family, deltas(family, made))
 
 
 def test_a_file_is_read_from_disk_with_its_embeddings(tmp_path):

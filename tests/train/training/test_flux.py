@@ -50,11 +50,11 @@ def test_latents_are_packed_as_the_pipeline_packs_them() -> None:
 def test_text_is_encoded_as_the_pipeline_encodes_it(flux) -> None:
     pipe = FluxPipeline.from_pretrained(flux)
     models = from_pipeline(pipe, "m")
-    found = models.encode(models.tokenize(["a red disc", "a blue square on white"]))
-    with torch.no_grad():
+    with torch.no_grad():  # both: T5's bias of positions with a gradient makes PyTorch take another attention kernel
+        found = models.encode(models.tokenize(["a red disc", "a blue square on white"]))
         states, pooled, _ = pipe.encode_prompt(["a red disc", "a blue square on white"], None, max_sequence_length=512)
-    torch.testing.assert_close(found.hidden, states, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.pooled, pooled)
+    assert torch.equal(found.hidden, states)
+    assert torch.equal(found.pooled, pooled)
     assert found.mask is None
 
 
