@@ -199,7 +199,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
         groups = {family.kohya_name(module): entry.tensors for module, entry in stored.items() if entry is not None}
         tensors = {f"{name}.{end}": tensor for name, group in groups.items() for end, tensor in group.items()}
     else:
-        tensors = tensors_of(named_changes(modules, family))
+        tensors = tensors_of(named_changes(modules, family, in_parts=True))
         contents = replace(contents, metadata=_without_rank_stabilisation(contents.metadata))
     metadata = replace(contents, modules=modules).full_metadata(options.modelspec)
     write_hashed(path, {**tensors, **bundled(contents.embeddings)}, metadata)

@@ -280,9 +280,31 @@ def test_other_kinds_of_a_fused_layer_are_cut_and_written_as_they_were(tmp_path)
         assert {key.partition(".")[0] for key in written} == {name}
         (path, first), *others = adapter.modules.items()
         for fewer in (dict(others), {path: first.scaled(0.5), **dict(others)}):
-            if kind == "LoHa" or len(fewer) < 3:
-                with pytest.raises(AdapterError, match=f"a {kind} of one part of a fused layer cannot be written"):
-                    adapter.with_modules(fewer).save(tmp_path / "part.safetensors")
+            part = adapter.with_modules(fewer)
+            if kind == "LoKr":
+                with pytest.raises(AdapterError, match="a LoKr of a fused layer cannot be written in parts"):
+                    part.save(tmp_path / "part.safetensors")
+                continue
+            again = Adapter.load(part.save(tmp_path / "part.safetensors"))
+            assert set(again.modules) == set(fewer)
+            for module, change in fewer.items():
+                torch.testing.assert_close(again.modules[module].delta(), change.delta())
+
+
+@pytest.mark.parametrize("family", FUSES)
+def test_parts_of_a_fused_layer_with_factors_of_their_own_have_names_of_their_own(family, tmp_path):
+    """As LyCORIS trains diffusers' models, and as one that changes a layer with swapped halves."""
+    draw = torch.Generator().manual_seed(5)
+    tensors, dense = {}, {}
+    for _, columns, paths in LAYERS[family].values():
+        for path, spans in paths.items():
+            count = sum(span.stop - span.start for span in spans)
+            w1, w2 = torch.randn(2, 2, generator=draw), torch.randn(count // 2, columns // 2, generator=draw)
+            tensors |= {f"lycoris_{path.replace('.', '_')}.lokr_{end}": w for end, w in (("w1", w1), ("w2", w2))}
+            dense[path] = torch.kron(w1, w2)
+    adapter = Adapter.from_tensors(tensors, {"ss_base_model_version": TOLD[family]})
+    check(adapter, family, dense)
+    check(Adapter.load(adapter.save(tmp_path / "a.safetensors")), family, dense)
 
 
 def test_a_lokr_of_swapped_halves_is_written_as_it_was(tmp_path):
