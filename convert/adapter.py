@@ -12,6 +12,7 @@ from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup
+from lora_adapters.convert.families.registry import BASE_VERSION, by_metadata, by_name
 from lora_adapters.convert.formats import peft, registry
 from lora_adapters.convert.formats.contents import Contents, WriteOptions
 from lora_adapters.convert.formats.metadata import dylora_of
@@ -56,7 +57,13 @@ class Adapter(Arithmetic, LiveAdapter):
 
     @classmethod
     def load(
-        cls, source: str | Path, *, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+        cls,
+        source: str | Path,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        base_model: str | None = None,
+        **hub: Any,
     ) -> Self:
         """Read an adapter from a file, a folder or a Hub repository, in any of FORMATS.
 
@@ -64,6 +71,7 @@ class Adapter(Arithmetic, LiveAdapter):
             source: A file, a folder, or a repository (owner/name).
             weight_name: The file in the folder or repository, if there are several.
             subfolder: The folder in the folder or repository.
+            base_model: What it is for, where the file does not tell: "flux", "chroma", "sd3", "qwen_image", ...
             **hub: Options of `huggingface_hub`: token, revision, cache_dir, local_files_only, ...
 
         Returns:
@@ -72,7 +80,11 @@ class Adapter(Arithmetic, LiveAdapter):
         Raises:
             AdapterError: The source is missing, damaged, or in another format; the message names the file.
         """
-        return cls.from_path(locate(source, weight_name=weight_name, subfolder=subfolder, **hub))
+        path = locate(source, weight_name=weight_name, subfolder=subfolder, **hub)
+        if base_model is None:
+            return cls.from_path(path)
+        family = by_name(base_model)
+        return cls.from_path(path, family=family).made_for(family)
 
     @classmethod
     def from_path(cls, path: Path, lookup: Lookup | None = None, family: ModelFamily | None = None) -> Self:
@@ -115,7 +127,7 @@ class Adapter(Arithmetic, LiveAdapter):
             metadata: The metadata of its file, all strings.
             lookup: Called with a component and a name that no known model has; returns the module's path. It finds
                 modules of a live model.
-            family: That of the live model; None takes the one that the tensors are for.
+            family: That of the base model; None takes the one that the tensors are for.
 
         Returns:
             The adapter.
@@ -168,6 +180,28 @@ class Adapter(Arithmetic, LiveAdapter):
         adapter = self.with_common_alpha() if fold_alpha else self
         chosen.write(path, adapter, WriteOptions(dtype, modelspec, embeddings or {}))
         return path
+
+    def made_for(self, family: ModelFamily) -> Self:
+        """The adapter with metadata that say that it is for a family.
+
+        Args:
+            family: The family.
+
+        Returns:
+            The adapter, the same one if its metadata say so already.
+
+        Raises:
+            AdapterError: The family lacks a module, or the metadata name another family.
+        """
+        stated = by_metadata(self.metadata) if self.metadata.get(BASE_VERSION) else None
+        if stated is not None and stated is not family:
+            raise AdapterError(f"its metadata say that it is for {stated.title}, not {family.title}")
+        strange = next((module for module in self.modules if not family.has([module])), None)
+        if strange is not None:
+            raise AdapterError(f"{strange} is no module of {family.title}")
+        if stated is family:
+            return self
+        return self.replaced(metadata={**self.metadata, BASE_VERSION: family.stated})
 
     # --- what it is ------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from lora_adapters.convert.formats.metadata import (
     MERGED_FACTS,
     DyLora,
     dylora_metadata,
-    merged_facts,
     network_args,
     sum_facts,
 )
@@ -89,7 +88,7 @@ class Arithmetic(Contents):
             AdapterError: They are for different base models, or shapes differ (SD1 and SD2).
         """
         ours, theirs = self.family, other.family
-        if ours is not theirs:
+        if set(self.candidates).isdisjoint(other.candidates):
             raise AdapterError(f"one adapter is for {'/'.join(ours.titles)}, the other for {'/'.join(theirs.titles)}")
         modules = dict(self.modules)
         scale = common_scale(
@@ -100,7 +99,7 @@ class Arithmetic(Contents):
                 modules[module] = added([modules[module], change], scale) if module in modules else change
             except AdapterError as error:
                 raise AdapterError(f"{module}: {error}") from None
-        facts = merged_facts([self.metadata, other.metadata])
+        facts = sum_facts([self.metadata, other.metadata])
         return self.replaced(modules=modules, metadata={**self.plain_metadata(), **facts}, stored={})
 
     @classmethod

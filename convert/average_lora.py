@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, run
+from lora_adapters.convert.tools.command_line import Parser, add_base_model, add_dtype, add_skip_unknown, run
 from lora_adapters.convert.tools.startup import importing
 
 
@@ -29,6 +29,7 @@ def parser() -> Parser:
     made.add_argument("--output", "--save_to", dest="save_to", required=True, help="the resulting file")
     add_dtype(made, "--save_precision", "of the result (default: float)")
     add_skip_unknown(made)
+    add_base_model(made)
     made.add_argument("--no_metadata", action="store_true", help="write kohya's least metadata only, no modelspec")
     return made
 

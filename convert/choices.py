@@ -1,6 +1,15 @@
 """The words that options choose from, where the parsers can have them without importing torch."""
 
 FORMATS = ("kohya", "peft", "diffusers", "cloneofsimo", "lycoris")  # modules of formats/, in the order they are tried
+FAMILIES = (
+    "flux",
+    "chroma",
+    "sd3",
+    "flux2",
+    "lumina2",
+    "zimage",
+    "qwen_image",
+)  # of transformers, see registry.py
 EMA = ("keep", "drop", "merge")  # averaged weights of a checkpoint: storage/ema.py
 EXTRACTED = ("lokr", "full")  # kinds of adapters to extract, besides low-rank pairs: models/extraction.py
 METHODS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # of merging, besides the sum: deltas/combined.py

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.convert.choices import FORMATS, ZERO_ALPHA
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, run
+from lora_adapters.convert.tools.command_line import Parser, add_base_model, add_dtype, add_skip_unknown, run
 from lora_adapters.convert.tools.startup import importing
 
 
@@ -46,6 +46,7 @@ def parser() -> Parser:
     made.add_argument("--zero_alpha", choices=ZERO_ALPHA, help="what an alpha of 0 is: the rank, or no effect (none)")
     made.add_argument("--embeddings", nargs="+", default=[], help="embedding files to put into cloneofsimo's format")
     add_skip_unknown(made)
+    add_base_model(made)
     add_dtype(made, "--save_precision", "of the result (default: unchanged)")
     return made
 

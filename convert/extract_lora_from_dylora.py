@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lora_adapters.convert.tools.command_line import Parser, add_skip_unknown, run
+from lora_adapters.convert.tools.command_line import Parser, add_base_model, add_skip_unknown, run
 from lora_adapters.convert.tools.startup import importing
 
 
@@ -31,6 +31,7 @@ def parser() -> Parser:
     made.add_argument("--ranks", help="only these ranks, such as 4,8 (default: all, with the full one)")
     made.add_argument("--sort", action="store_true", help="first sort the components by size (SVD): for any LoRA")
     add_skip_unknown(made)
+    add_base_model(made)
     return made
 
 

@@ -20,7 +20,15 @@ if __name__ == "__main__":
 
 from lora_adapters.convert.choices import EMA
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_methods, add_skip_unknown, rank_option, run
+from lora_adapters.convert.tools.command_line import (
+    Parser,
+    add_base_model,
+    add_dtype,
+    add_methods,
+    add_skip_unknown,
+    rank_option,
+    run,
+)
 from lora_adapters.convert.tools.startup import importing
 
 MODELS_HELP = (
@@ -52,6 +60,7 @@ def parser() -> Parser:
     made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
     made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
     add_skip_unknown(made)
+    add_base_model(made)
     made.add_argument(
         "--ema",
         choices=EMA,

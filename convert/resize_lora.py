@@ -17,7 +17,14 @@ if __name__ == "__main__":
 
 from lora_adapters.convert.choices import DYNAMIC_METHODS
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_skip_unknown, rank_option, run
+from lora_adapters.convert.tools.command_line import (
+    Parser,
+    add_base_model,
+    add_dtype,
+    add_skip_unknown,
+    rank_option,
+    run,
+)
 from lora_adapters.convert.tools.startup import importing
 
 
@@ -37,6 +44,7 @@ def parser() -> Parser:
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_skip_unknown(made)
+    add_base_model(made)
     made.add_argument("--svd_lowrank_niter", type=int, help="kohya's, accepted: the SVD is exact without iterations")
     made.add_argument("--verbose", action="store_true", help="show the rank and the error of each module")
     add_dtype(made, "--save_precision", "of the result (default: float)")

@@ -15,7 +15,15 @@ if __name__ == "__main__":
 
 from lora_adapters.convert.merge_lora import LBWS_HELP, MODELS_HELP
 from lora_adapters.convert.parsing import number
-from lora_adapters.convert.tools.command_line import Parser, add_dtype, add_methods, add_skip_unknown, rank_option, run
+from lora_adapters.convert.tools.command_line import (
+    Parser,
+    add_base_model,
+    add_dtype,
+    add_methods,
+    add_skip_unknown,
+    rank_option,
+    run,
+)
 from lora_adapters.convert.tools.startup import importing
 
 
@@ -45,6 +53,7 @@ def parser() -> Parser:
     add_dtype(made, "--precision", "of the result where save_precision is not given; it is always computed in float")
     add_dtype(made, "--save_precision", "of the result (default: float)")
     add_skip_unknown(made)
+    add_base_model(made)
     made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
     return made
 

@@ -66,6 +66,7 @@ CHROMA = ModelFamily(
     kind_of=_TRANSFORMER.kind_of,
     marks=Marks(
         tensors=_TRANSFORMER.marks(f"{_GUIDANCE}."),
+        widths=frozenset({3072}),
         classes=("ChromaTransformer2DModel",),
         mixins=("FluxLoraLoaderMixin",),
         keys=(f"{_GUIDANCE}.",),

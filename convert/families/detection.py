@@ -1,6 +1,6 @@
 """Which models an adapter is for, and refusing to mix adapters for different ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from lora_adapters.convert.errors import AdapterError
@@ -8,6 +8,8 @@ from lora_adapters.convert.errors import AdapterError
 from .family import ModelFamily, Version
 from .names import ModuleName
 from .registry import BASE_VERSION, FAMILIES, by_metadata, by_modules, version_named
+from .released import SizedLayer, likeliest
+from .spelling import fuses
 
 # Layers whose input is as wide as the text encoder.
 _READ_TEXT = (
@@ -31,6 +33,14 @@ class AdapterData(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, str]: ...
+
+
+def titles_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> str:
+    """What an adapter is for, in words: "SD1.x", "Flux.1 or Chroma"."""
+    candidates = candidates_of(modules, metadata)
+    if len(candidates) == 1:
+        return base_model_of(modules, metadata).title
+    return " or ".join(family.title for family in candidates)
 
 
 class BaseModel(NamedTuple):
@@ -58,14 +68,42 @@ def family_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) 
     Raises:
         AdapterError: No family has all of the modules.
     """
+    return candidates_of(modules, metadata)[0]
+
+
+def candidates_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> tuple[ModelFamily, ...]:
+    """The families that an adapter may be for; see `family_of`.
+
+    Args:
+        modules: The changes by module; only `out_in` is used.
+        metadata: The metadata of the file.
+
+    Returns:
+        The family, and behind it others that neither names, sizes nor metadata rule out: families of transformers have
+        layers of the same names.
+
+    Raises:
+        AdapterError: No family has all of the modules.
+    """
     by_names = by_modules(modules)
     stated = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
     if stated is not None and (by_names is FAMILIES[0] or stated.has(modules)):
-        return stated
+        return (stated,)
+    fitting = [family for family in FAMILIES if family.has(modules)]
+    if fuses(by_names):
+        own = next((family for family in fitting if _has_own_width(family, modules)), None)
+        return (own,) if own is not None else likeliest(fitting, lambda family: _layers(family, modules))
     if by_names is not FAMILIES[0] or metadata.get(BASE_VERSION):
-        return by_names
-    others = (family for family in FAMILIES[1:] if family.marks.width is not None and family.has(modules))
-    return next((family for family in others if _has_own_width(family, modules)), by_names)
+        return (by_names,)
+    others = (family for family in fitting[1:] if family.marks.width is not None)
+    return (next((family for family in others if _has_own_width(family, modules)), by_names),)
+
+
+def _layers(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> Iterator[SizedLayer]:
+    denoiser = family.denoiser.name
+    for module, change in modules.items():
+        if module.component == denoiser:
+            yield SizedLayer(module.path, change.out_in)
 
 
 def _has_own_width(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> bool:
@@ -101,6 +139,9 @@ def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, st
 
 def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
     """AdapterError, with their names, if two adapters are for different models."""
+    candidates = [set(candidates_of(adapter.modules, adapter.metadata)) for adapter in adapters.values()]
+    if any(len(families) > 1 for families in candidates) and set.intersection(*candidates):
+        return
     models = {name: base_model_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
     several = len({model.family.name for model in models.values()}) > 1  # then one of unknown version is a stranger too
     known = {name: model.title for name, model in models.items() if several or model.version is not None}

@@ -91,8 +91,9 @@ class Marks(NamedTuple):
 
     tensors: beginnings of names in an original checkpoint. components: folders of a Diffusers folder. keys: beginnings
     of names in its denoiser's file. config: entries of its denoiser's config. kohya: beginnings of names in kohya's
-    files. width: whether a layer that other families have too is as wide, (out, in), as only this family's. classes: of
-    its live denoisers. mixins: diffusers' classes that load adapters into its pipelines.
+    files. width: whether a layer that other families have too is as wide, (out, in), as only this family's. widths: of
+    the blocks of released transformers. classes: of its live denoisers. mixins: diffusers' classes that load adapters
+    into its pipelines.
     """
 
     tensors: tuple[str, ...] = ()
@@ -101,6 +102,7 @@ class Marks(NamedTuple):
     config: tuple[tuple[str, str], ...] = ()
     kohya: tuple[str, ...] = ()
     width: Callable[[str, tuple[int, int]], bool] | None = None
+    widths: frozenset[int] = frozenset()
     classes: tuple[str, ...] = ()
     mixins: tuple[str, ...] = ()
 

@@ -110,6 +110,7 @@ FLUX = ModelFamily(
     kind_of=_TRANSFORMER.kind_of,
     marks=Marks(
         tensors=_TRANSFORMER.marks("vector_in.", "double_blocks.0.img_mod."),
+        widths=frozenset({3072}),
         classes=("FluxTransformer2DModel",),
         mixins=("FluxLoraLoaderMixin",),
         keys=("transformer_blocks.0.norm1_context.linear.", "time_text_embed.text_embedder."),

@@ -34,9 +34,14 @@ _TRANSFORMER = Transformer(
 
 def _is_own_width(name: str, out_in: tuple[int, int]) -> bool:
     """Whether a layer is gated, and so has other widths than Flux.1's and Chroma's, whose MLPs are 4 times as wide."""
+    out, width = out_in
     if name.endswith("linear1"):
-        return out_in[0] != 7 * out_in[1]
-    return name.endswith(("img_mlp_0", "txt_mlp_0")) and out_in[0] != 4 * out_in[1]
+        return out != 7 * width
+    if name.endswith("linear2"):
+        return width != 5 * out
+    if name.endswith(("img_mlp_2", "txt_mlp_2")):
+        return width != 4 * out
+    return name.endswith(("img_mlp_0", "txt_mlp_0")) and out != 4 * width
 
 
 FLUX2 = ModelFamily(
@@ -62,6 +67,7 @@ FLUX2 = ModelFamily(
     kind_of=_TRANSFORMER.kind_of,
     marks=Marks(
         tensors=_TRANSFORMER.marks("double_stream_modulation_img."),
+        widths=frozenset({3072, 4096, 6144}),
         classes=("Flux2Transformer2DModel",),
         mixins=("Flux2LoraLoaderMixin",),
         keys=("double_stream_modulation_img.",),

@@ -59,6 +59,7 @@ LUMINA2 = ModelFamily(
     kind_of=_TRANSFORMER.kind_of,
     marks=Marks(
         tensors=_TRANSFORMER.marks("layers.0.adaLN_modulation.1."),
+        widths=frozenset({2304}),
         classes=("Lumina2Transformer2DModel",),
         mixins=("Lumina2LoraLoaderMixin",),
         keys=("time_caption_embed.",),

@@ -51,6 +51,7 @@ QWEN_IMAGE = ModelFamily(
     kind_of=_TRANSFORMER.kind_of,
     marks=Marks(
         tensors=_TRANSFORMER.marks("transformer_blocks.0.img_mod.1."),
+        widths=frozenset({3072}),
         classes=("QwenImageTransformer2DModel",),
         mixins=("QwenImageLoraLoaderMixin",),
         keys=("transformer_blocks.0.img_mod.1.",),

@@ -93,6 +93,7 @@ SD3 = ModelFamily(
     kind_of=_TRANSFORMER.kind_of,
     marks=Marks(
         tensors=_TRANSFORMER.marks("joint_blocks."),
+        widths=frozenset({1536, 2432}),
         classes=("SD3Transformer2DModel",),
         mixins=("SD3LoraLoaderMixin",),
         components=("text_encoder_3",),

@@ -6,13 +6,14 @@ code's, diffusers', and those that the family lists as aliases; the text encoder
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import NamedTuple
 
 from .family import ModelFamily
 from .names import ModuleName
 from .registry import BASE_VERSION, DENOISER, FAMILIES, by_metadata
+from .released import SizedLayer, likeliest
 from .tensor_slice import Part
 from .transformer import Fused, Transformer
 
@@ -129,7 +130,7 @@ def denoiser_of(names: Collection[str]) -> str:
 
 class Recognised(NamedTuple):
     """own: the family that has all of a file's modules; None if none has. near: that, or the one that has the most
-    of them; None if none has half of them. is_alone: whether nothing but this one family has such modules.
+    of them; None if none has half of them. is_alone: whether the file can be for no other family.
     """
 
     own: ModelFamily | None
@@ -140,8 +141,8 @@ class Recognised(NamedTuple):
 def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mapping[str, str]) -> Recognised:
     """The family of a file, by the names and sizes of its modules.
 
-    It is the first family that has all of the modules, unless the metadata state another one that has them, or the
-    width of a layer occurs in only one family.
+    It is the first family that has all of the modules, unless the metadata state another one that has them, the width
+    of a layer occurs in only one family, or only another one has released models of these sizes.
 
     Args:
         names: (out, in) of each module, or None, by the names in the file.
@@ -159,7 +160,16 @@ def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mappi
     if stated in fitting:
         return Recognised(stated, stated)
     own = next((family for family in fitting if _has_own_width(family, names)), None)
-    return Recognised(own or fitting[0], own or fitting[0], own is not None or len(fitting) == 1)
+    left = (own,) if own is not None else likeliest(fitting, lambda family: _layers(family, names))
+    return Recognised(left[0], left[0], len(left) == 1)
+
+
+def _layers(family: ModelFamily, names: Mapping[str, tuple[int, int] | None]) -> Iterator[SizedLayer]:
+    """The layers of the denoiser; the sizes of those that the original code fuses are those of the whole."""
+    for name, out_in in names.items():
+        module = (targets_of(family, name) or ())[0].module
+        if module.component == family.denoiser.name:
+            yield SizedLayer(module.path, out_in)
 
 
 def _has_own_width(family: ModelFamily, names: Mapping[str, tuple[int, int] | None]) -> bool:

@@ -59,6 +59,7 @@ ZIMAGE = ModelFamily(
     kind_of=_TRANSFORMER.kind_of,
     marks=Marks(
         tensors=_TRANSFORMER.marks("layers.0.adaLN_modulation.0."),
+        widths=frozenset({3840}),
         classes=("ZImageTransformer2DModel",),
         mixins=("ZImageLoraLoaderMixin",),
         keys=("all_x_embedder.",),

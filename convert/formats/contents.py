@@ -13,7 +13,7 @@ from lora_adapters.convert.deltas.base import Delta, alpha_in
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.sum import pair_of
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.detection import family_of
+from lora_adapters.convert.families.detection import candidates_of
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup, ModuleName
 
@@ -52,7 +52,30 @@ class Contents:
     @property
     def family(self) -> ModelFamily:
         """The family of base models that it is for, recognised by module names, metadata and widths."""
-        return family_of(self.modules, self.metadata)
+        return self.candidates[0]
+
+    @property
+    def candidates(self) -> tuple[ModelFamily, ...]:
+        """The family, and others behind it that it may be for as well, since they have layers of the same names."""
+        return candidates_of(self.modules, self.metadata)
+
+    @property
+    def naming_family(self) -> ModelFamily:
+        """The family whose names its modules have in kohya's files.
+
+        Raises:
+            AdapterError: It may be for families that have other names there.
+        """
+        family, *others = self.candidates
+        for other in others:
+            apart = (module for module in self.modules if family.kohya_name(module) != other.kohya_name(module))
+            if (module := next(apart, None)) is not None:
+                titles = " or ".join(each.title for each in (family, *others))
+                raise AdapterError(
+                    f"{module} is a layer of several models ({titles}) and has another name in the files of each: "
+                    f"say which it is for (--base_model {other.name}; in Python Adapter.load(..., base_model=...))"
+                )
+        return family
 
     @property
     def architecture(self) -> str:
@@ -111,7 +134,7 @@ class Contents:
             The entries.
         """
         alpha = most_common(alpha for change in self.modules.values() if (alpha := alpha_in(change)) is not None) or 0.0
-        metadata = complete(self.metadata, self.architecture, self.rank, alpha)
+        metadata = complete(self.metadata, self.candidates, self.rank, alpha)
         return {key: text for key, text in metadata.items() if modelspec or not key.startswith("modelspec.")}
 
 

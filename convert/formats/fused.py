@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
 from lora_adapters.convert.deltas.base import Delta, with_article
-from lora_adapters.convert.deltas.rows import halves_swapped, whole
+from lora_adapters.convert.deltas.rows import Rows, halves_swapped, whole
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import Component, ModelFamily
 from lora_adapters.convert.families.names import ModuleName
@@ -13,12 +13,16 @@ from lora_adapters.convert.families.transformer import Fused, Transformer
 Change = TypeVar("Change", bound=Delta)
 
 
-def named_changes(modules: Mapping[ModuleName, Change], family: ModelFamily) -> dict[str, Change]:
+def named_changes(
+    modules: Mapping[ModuleName, Change], family: ModelFamily, in_parts: bool = False
+) -> dict[str, Change]:
     """The changes by kohya's names: one for each layer of the original code, which may be several layers in diffusers.
 
     Args:
         modules: The changes.
         family: The family of the base model.
+        in_parts: Whether parts that cannot be joined get names of their own, those that OneTrainer gives to the layers
+            of diffusers' model (`lora_transformer_...`).
 
     Returns:
         The changes by name.
@@ -27,13 +31,32 @@ def named_changes(modules: Mapping[ModuleName, Change], family: ModelFamily) -> 
         AdapterError: A part of a fused layer has no change and its size is unknown, or the parts cannot be joined.
     """
     named: dict[str, Change] = {}
+    apart: set[str] = set()
     for module, change in modules.items():
-        name, part = family.kohya_name(module), family.component(module.component)
+        name, layer = family.kohya_name(module), _fused(family.component(module.component), module.path)
         if name in named:
             continue
-        layer = _fused(part, module.path)
-        named[name] = change if layer is None else cast(Change, _whole(module, layer, modules))
+        if layer is None:
+            named[name] = change
+            continue
+        joined = None if name in apart else _joined(module, layer, modules, in_parts)
+        if joined is not None:
+            named[name] = cast(Change, joined)
+            continue
+        apart.add(name)
+        named[f"lora_{module.component}_{module.path.replace('.', '_')}"] = change
     return named
+
+
+def _joined(module: ModuleName, layer: Fused, modules: Mapping[ModuleName, Delta], may_fail: bool) -> Delta | None:
+    """The change of a fused layer; None if that cannot be written and `may_fail` is set."""
+    try:
+        joined = _whole(module, layer, modules)
+    except AdapterError:
+        if may_fail:
+            return None
+        raise
+    return None if may_fail and isinstance(joined, Rows) else joined
 
 
 def _fused(part: Component | None, path: str) -> Fused | None:

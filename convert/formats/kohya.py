@@ -78,7 +78,7 @@ def with_family(
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     """Write a file in kohya's format."""
-    family = contents.family
+    family = contents.naming_family
     contents = replace(contents, modules=cast_pairs(contents.pairs(), options.dtype))
     tensors = {**to_tensors(contents.pairs(), family.name), **bundled(contents.embeddings)}
     write_hashed(path, tensors, contents.full_metadata(options.modelspec))

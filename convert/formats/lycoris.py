@@ -209,13 +209,13 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     """
     if not contents.metadata.get("ss_network_module"):
         contents = replace(contents, metadata={**contents.metadata, "ss_network_module": "lycoris.kohya"})
-    family, modules = contents.family, cast_changes(contents.modules, options.dtype)
+    family, modules = contents.naming_family, cast_changes(contents.modules, options.dtype)
     stored = {module: contents.stored.get(module) for module in modules}
     if all(entry is not None and entry.change is modules[module] for module, entry in stored.items()):
         groups = {family.kohya_name(module): entry.tensors for module, entry in stored.items() if entry is not None}
         tensors = {f"{name}.{end}": tensor for name, group in groups.items() for end, tensor in group.items()}
     else:
-        tensors = tensors_of(named_changes(modules, family))
+        tensors = tensors_of(named_changes(modules, family, in_parts=True))
         contents = replace(contents, metadata=_without_rank_stabilisation(contents.metadata))
     metadata = replace(contents, modules=modules).full_metadata(options.modelspec)
     write_hashed(path, {**tensors, **bundled(contents.embeddings)}, metadata)

@@ -11,7 +11,8 @@ from typing import Any
 
 from lora_adapters.convert.deltas.low_rank import RANK_SAMPLINGS, RANK_SCALINGS
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.registry import BASE_VERSION, by_name, is_v2, version_named
+from lora_adapters.convert.families.family import ModelFamily
+from lora_adapters.convert.families.registry import BASE_VERSION, is_v2, version_named
 from lora_adapters.convert.parsing import json_table, json_value
 
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
@@ -119,19 +120,26 @@ def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
     return {"ss_network_module": "networks.dylora", "ss_network_args": json.dumps({**args, **facts})}
 
 
-def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: float) -> dict[str, str]:
+def complete(metadata: Mapping[str, str], families: Sequence[ModelFamily], rank: int, alpha: float) -> dict[str, str]:
     """Add the entries that readers of kohya's files expect and that are missing.
 
     Args:
         metadata: The metadata; its entries are kept, except for hashes.
-        architecture: The name of the family.
+        families: The families that the adapter may be for; what differs between them is not added.
         rank: The rank of most modules.
         alpha: The alpha of most modules.
 
     Returns:
         All entries, without hashes.
     """
-    family = by_name(architecture)
+    first, *others = (_defaults(metadata, family, rank, alpha) for family in families)
+    agreed = {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}
+    kept = {key: value for key, value in metadata.items() if key not in _HASHES}
+    date = datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat()
+    return {**agreed, "modelspec.date": date, **kept}
+
+
+def _defaults(metadata: Mapping[str, str], family: ModelFamily, rank: int, alpha: float) -> dict[str, str]:
     base = metadata.get(BASE_VERSION, family.stated)
     version = version_named(base)
     defaults = {
@@ -145,13 +153,11 @@ def complete(metadata: Mapping[str, str], architecture: str, rank: int, alpha: f
         "modelspec.architecture": f"{base if version is None else version.modelspec}/lora",
         "modelspec.implementation": family.implementation,
         "modelspec.title": metadata.get("ss_output_name", "LoRA"),
-        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat(),
         "modelspec.resolution": (version or family.versions[0]).resolution,
     }
     if family.versions[0].prediction is not None:
         defaults["modelspec.prediction_type"] = "v" if base.endswith("_v") else "epsilon"
-    kept = {key: value for key, value in metadata.items() if key not in _HASHES}
-    return {**defaults, **kept}
+    return defaults
 
 
 MERGED_FACTS = ("ss_tag_frequency", "modelspec.trigger_phrase", "modelspec.merged_from")
@@ -183,8 +189,9 @@ def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()
 
 
 def sum_facts(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The metadata of a sum: the first one's base model, and `merged_facts` of all."""
-    base = {key: sources[0][key] for key in ("ss_v2", "ss_base_model_version") if key in sources[0]}
+    """The metadata of a sum: the base model that the first one tells, and `merged_facts` of all."""
+    told = next((source for source in sources if source.get(BASE_VERSION)), sources[0])
+    base = {key: told[key] for key in ("ss_v2", BASE_VERSION) if key in told}
     return {**base, **merged_facts(sources)}
 
 

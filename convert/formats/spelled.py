@@ -88,7 +88,8 @@ def read(
 
     Raises:
         AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
-        UnknownFormatError: A key belongs to no adapter, or neither the family nor the live model has a module.
+        UnknownFormatError: A key belongs to no adapter, neither the family nor the live model has a module, or two
+            names stand for one module with different changes.
     """
     if (family is None or not fuses(family)) and (family is not None or lookup is not None):
         return None  # it is read for a live model of another kind
@@ -122,11 +123,21 @@ def read(
         if alpha is not None:
             change = _change(name, {**groups[name], "alpha": alpha})
         for target, part in zip(targets, _parts(name, change, targets), strict=True):
-            if target.module in modules:
-                raise AdapterError(f"{name:.120} and another name stand for the same module {target.module}")
-            modules[target.module] = part
+            if not _same(modules.setdefault(target.module, part), part):
+                said = f"{name:.120} and another name stand for the same module {target.module}, with other changes"
+                raise UnknownFormatError(said)
     stated = {BASE_VERSION: chosen.stated} if family is not None or is_alone else {}
     return Contents(modules, {**stated, **kohya_metadata(metadata)})
+
+
+def _same(first: Delta, second: Delta) -> bool:
+    """Whether two changes are one: files may have a layer under two names, fused and in parts."""
+    if first is second:
+        return True
+    if first.needs_base or second.needs_base or first.out_in != second.out_in or first.out_in is None:
+        return False
+    one, other = first.delta(), second.delta()
+    return one.shape == other.shape and bool((one - other).norm() <= 1e-3 * one.norm())  # rounded apart
 
 
 def _is_weight(parts: tuple[str, str], gated: Collection[str]) -> bool:

@@ -28,7 +28,9 @@ def average_files(args: Namespace) -> None:
         raise UsageError("one file is its own average: name two or more")
     if twice := next((name for name in args.models if args.models.count(name) > 1), None):
         raise UsageError(f"{twice} is named twice")
-    exact, fits = average({name: load(name, skip_unknown=args.skip_unknown) for name in args.models})
+    exact, fits = average(
+        {name: load(name, skip_unknown=args.skip_unknown, base_model=args.base_model) for name in args.models}
+    )
     result = exact.to(dtype_of(args.save_precision) or torch.float32)
     result.save(path, modelspec=not args.no_metadata)
     pairs = {module: fit for module, fit in fits.items() if fit.total}

@@ -130,7 +130,7 @@ def convert(args: Namespace) -> None:
     if args.fold_alpha and args.format != "kohya":
         raise UsageError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
     source = locate(args.model)
-    adapter = load(source, args.zero_alpha, args.skip_unknown)
+    adapter = load(source, args.zero_alpha, args.skip_unknown, args.base_model)
     if args.to == "lora":
         adapter = as_lora(adapter, args.model, args.rank, args.conv_rank, args.sd_model)
     embeddings = read_embeddings(args.embeddings)

@@ -17,7 +17,7 @@ from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.convert.families.detection import base_model_of
+from lora_adapters.convert.families.detection import titles_of
 from lora_adapters.convert.families.registry import denoisers
 from lora_adapters.convert.formats import peft
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
@@ -130,7 +130,7 @@ def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str
     tensors = read_tensors(path)[0] if path.is_file() else {}
     return {
         "file": str(path),
-        "for": base_model_of(adapter.modules, adapter.metadata).title,
+        "for": titles_of(adapter.modules, adapter.metadata),
         "base": adapter.metadata.get("ss_base_model_version"),
         "type": _kind(adapter),
         "modules": dict(Counter(module.component for module in adapter.modules)),

@@ -29,7 +29,11 @@ MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the ad
 
 
 def load_all(
-    models: Sequence[str], ratios: Sequence[float] | None, lbws: Sequence[str] | None, skip_unknown: bool = False
+    models: Sequence[str],
+    ratios: Sequence[float] | None,
+    lbws: Sequence[str] | None,
+    skip_unknown: bool = False,
+    base_model: str | None = None,
 ) -> tuple[dict[str, Adapter], list[float]]:
     """Load the adapters of a command line.
 
@@ -38,6 +42,7 @@ def load_all(
         ratios: A weight for each; None takes those behind the paths, or 1.
         lbws: Block weights for each; None takes those behind the paths, or none.
         skip_unknown: Leave out modules that no known model has.
+        base_model: The family that they are for; None takes the one that each file tells.
 
     Returns:
         The adapters by name, scaled by their block weights; and the ratios.
@@ -57,7 +62,7 @@ def load_all(
             raise UsageError(f"{argument.source} has a weight behind it and one in --ratios: give one of them")
         if lbws is not None and argument.blocks is not None:
             raise UsageError(f"{argument.source} has block weights behind it and in --lbws: give one of them")
-        adapter, ratio = argument.applied(load(argument.source, skip_unknown=skip_unknown))
+        adapter, ratio = argument.applied(load(argument.source, None, skip_unknown, base_model))
         if lbws is not None:
             adapter = weighted(adapter, parse(lbws[place]))
         adapters[argument.source if argument.source not in adapters else f"{argument.source} ({place + 1})"] = adapter
@@ -100,7 +105,7 @@ def merge(args: Namespace) -> None:
         output_file(args.save_to)
     if args.v2 and not is_v2(checkpoint.base_version):
         raise AdapterError(f"{args.sd_model} is not SD2.x, as --v2 says, but {checkpoint.base_version}")
-    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown, args.base_model)
     if args.skip_unknown:
         adapters = _fitting(checkpoint, adapters)
     facts = merged_facts([adapter.metadata for adapter in adapters.values()], [args.sd_model, *_sources(adapters)])
@@ -163,7 +168,7 @@ def _into_one(args: Namespace, dtype: torch.dtype | None, how: Combination | Non
         raise UsageError(f"--method {args.method} leaves changes of every rank: give --new_rank (or --sd_model)")
     if args.ema != "keep":
         raise UsageError("--ema goes with --sd_model: LoRAs have no averaged weights")
-    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown, args.base_model)
     if args.new_rank is None:
         merged = weighted_sum(adapters, ratios).to(dtype or torch.float32)
     else:

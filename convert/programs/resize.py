@@ -42,7 +42,7 @@ def resize(args: Namespace) -> None:
         AdapterError: Files that cannot be read, or do not fit.
     """
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
-    adapter = weights_alone(load(args.model, skip_unknown=args.skip_unknown), args.model)
+    adapter = weights_alone(load(args.model, skip_unknown=args.skip_unknown, base_model=args.base_model), args.model)
     modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
     metadata = with_rank_facts(modules, adapter.plain_metadata())
     ranks = rank_range(change.rank for change in adapter.modules.values() if change.rank is not None)

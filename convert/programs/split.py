@@ -38,7 +38,7 @@ def split(args: Namespace) -> None:
         AdapterError: Files that cannot be read, or do not fit.
     """
     path = output_file(args.save_to)
-    adapter = load(args.model, skip_unknown=args.skip_unknown)
+    adapter = load(args.model, skip_unknown=args.skip_unknown, base_model=args.base_model)
     adapter = adapter.sorted() if args.sort else adapter
     dylora = adapter.dylora
     if args.unit is not None and args.unit < 1:

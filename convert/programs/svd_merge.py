@@ -27,7 +27,7 @@ def svd_merge(args: Namespace) -> None:
     path, device, how = output_file(args.save_to), device_of(args.device), combination_of(args)
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank
     chosen = rules(rank, args.new_conv_rank, args.target_error)
-    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown)
+    adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown, args.base_model)
     adapters = {name: weights_alone(adapter, name) for name, adapter in adapters.items()}
     merged = put_together(adapters, ratios, how)
     facts = merged_metadata(merged, adapters, args.no_metadata)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_adapters.convert.choices import MAJORITIES, METHODS
+from lora_adapters.convert.choices import FAMILIES, MAJORITIES, METHODS
 from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError, first_line
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import tolerant_console
@@ -65,6 +65,13 @@ def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
     """An option to leave out what a model does not have."""
     parser.add_argument(
         "--skip_unknown", action="store_true", help="leave out modules that the model does not have, and list them"
+    )
+
+
+def add_base_model(parser: argparse.ArgumentParser) -> None:
+    """An option that says what adapters are for."""
+    parser.add_argument(
+        "--base_model", choices=FAMILIES, help="what the LoRA is for, where its layers are those of several models"
     )
 
 

@@ -10,7 +10,7 @@ from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.deltas.reduction import weights_only
 from lora_adapters.convert.errors import AdapterError, UnknownModuleError
 from lora_adapters.convert.families.kohya_names import from_kohya
-from lora_adapters.convert.families.registry import titles
+from lora_adapters.convert.families.registry import by_name, titles
 from lora_adapters.convert.formats import kohya
 from lora_adapters.convert.models.finite import check_finite
 from lora_adapters.convert.storage.files import read_tensors
@@ -19,13 +19,16 @@ from lora_adapters.convert.storage.sources import locate
 from .command_line import report_left_out
 
 
-def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = False) -> Adapter:
+def load(
+    model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = False, base_model: str | None = None
+) -> Adapter:
     """Load an adapter for a program, and check that its values are finite.
 
     Args:
         model: A file, a PEFT folder or a Hub repository.
         zero_alpha: What an alpha of 0 means: the "rank", or no effect ("none"). None refuses it, since programs differ.
         skip_unknown: Whether to leave out modules that no known model has; they are listed on stdout.
+        base_model: The family that it is for, where the file does not tell; None takes the one that the file tells.
 
     Returns:
         The adapter.
@@ -33,7 +36,7 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
     Raises:
         AdapterError: It cannot be read, or has values that are not finite; the message begins with the file.
     """
-    path = locate(model)
+    path, family = locate(model), None if base_model is None else by_name(base_model)
     if path.is_dir():
         adapter, zeros = Adapter.load(path), []
     else:
@@ -42,9 +45,14 @@ def load(model: str | Path, zero_alpha: str | None = None, skip_unknown: bool = 
             tensors, unknown = without_unknown(tensors, metadata)
             report_left_out(str(path), unknown, f"{titles()} do not have")
         try:
-            adapter, zeros = Adapter.from_tensors(tensors, metadata), zero_alphas(tensors)
+            adapter, zeros = Adapter.from_tensors(tensors, metadata, family=family), zero_alphas(tensors)
         except AdapterError as error:
             raise type(error)(f"{path}: {error}") from None
+    if family is not None:
+        try:
+            adapter = adapter.made_for(family)
+        except AdapterError as error:
+            raise AdapterError(f"--base_model {base_model}: {path}: {error}") from None
     if zeros and zero_alpha is None:
         raise AdapterError(
             f"{path}: the alpha of {zeros[0]} is 0, which is the rank to kohya's trainer and no effect to other "

@@ -145,9 +145,9 @@ def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str
 def _check_family(settings: GenerateSettings, networks: Sequence[Network], family: TrainingFamily) -> None:
     model = settings.pretrained_model_name_or_path
     for network in networks:
-        own = network.adapter.family
-        if own.name != family.name:
-            raise AdapterError(f"{network.source} is for {own.title}, but {model} is {family.title}")
+        candidates = network.adapter.candidates
+        if family.name not in [own.name for own in candidates]:
+            raise AdapterError(f"{network.source} is for {candidates[0].title}, but {model} is {family.title}")
     check_fixed_clip_skip(family, settings.clip_skip)
 
 

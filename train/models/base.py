@@ -171,7 +171,7 @@ def family_on_disk(settings: ModelSource) -> TrainingFamily | None:
             content = json_value(read_text(index))
         except (OSError, ValueError):
             return None  # loading says what is wrong with it
-        return family_of_folder(content) if isinstance(content, dict) else None
+        return family_of_folder(content, str(path)) if isinstance(content, dict) else None
     if path.is_file() and path.suffix == ".safetensors":
         return family_of_checkpoint(checkpoint_keys(path))
     return None

@@ -52,14 +52,15 @@ class Flux1(TransformerFamily):
     text_parts: ClassVar[Mapping[str, Any]] = {"text_encoder": clip_l(CLIPTextModel), "text_encoder_2": t5_xxl()}
     vae_config: ClassVar[Mapping[str, Any]] = vae_config(0.3611, 0.1159)
 
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        channels = config["in_channels"]
+        _check_channels(channels, config.get("out_channels") or channels)
+
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels = shapes["img_in.weight"]
         (head,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
         latent = shapes["final_layer.linear.weight"][0]
-        if channels != latent:
-            raise TrainingError(
-                f"a Flux.1 that reads {channels} channels and predicts {latent} (Fill, Control) is not trained here"
-            )
+        _check_channels(channels, latent)
         if head != sum(_AXES):
             raise TrainingError(
                 f"a Flux.1 with attention heads {head} wide: give --model_config=<Diffusers folder of that kind>"
@@ -170,6 +171,14 @@ class Flux1(TransformerFamily):
 
     def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
         return {"ss_v2": False, "ss_base_model_version": by_name(self.name).stated}
+
+
+def _check_channels(read: int, predicted: int) -> None:
+    if read != predicted:
+        raise TrainingError(
+            f"a Flux.1 that reads {read} channels and predicts {predicted} (Fill, Control) is neither trained nor "
+            "drawn with here: its pictures to begin with are not in the data"
+        )
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:

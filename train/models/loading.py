@@ -12,6 +12,7 @@ from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.storage.hub_errors import HubError, hub_errors
 from lora_adapters.convert.storage.sources import is_repo_id
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.part_files import check_parts, load_parts, text_encoders
 from lora_adapters.train.models.registry import family_of_checkpoint, family_of_folder
 from lora_adapters.train.models.transformer import TransformerFamily
@@ -37,13 +38,21 @@ def _from_folder(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
         options["device_map"] = "cuda"
     try:
         index = DiffusionPipeline.load_config(name, cache_dir=settings.tokenizer_cache_dir)
-        parts = _other_parts(name, family_of_folder(index), settings, dtype)
+        family = family_of_folder(index, name)
+        _check_denoiser(name, family, settings.tokenizer_cache_dir)
+        parts = _other_parts(name, family, settings, dtype)
         wanted = {part: kind for part, kind in index.items() if part not in parts}
         parts |= _text_encoders(name, wanted, dtype, settings.tokenizer_cache_dir, options.get("device_map"))
         return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name), **parts)
     except OSError as error:
         here = "" if Path(name).exists() else "no such file or folder is here, and "
         raise TrainingError(f"base model {name} cannot be loaded: {here}{_why(name, error)}") from error
+
+
+def _check_denoiser(name: str, family: TrainingFamily, cache: str | None) -> None:
+    """TrainingError for a variant that cannot be trained, before its weights are loaded."""
+    if isinstance(family, TransformerFamily):
+        family.check_config(family.transformer_class.load_config(name, subfolder=family.denoiser, cache_dir=cache))
 
 
 def _other_parts(name: str, family: Any, settings: ModelSource, dtype: torch.dtype) -> dict[str, Any]:

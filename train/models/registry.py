@@ -25,9 +25,23 @@ def family_of_kind(kind: str) -> TrainingFamily:
     return next(family for family in FAMILIES.values() if kind in family.kinds)
 
 
-def family_of_folder(index: Mapping[str, Any]) -> TrainingFamily:
-    """The family of a diffusers folder with this model_index.json."""
-    return next(family for family in FAMILIES.values() if family.in_folder(index))
+def family_of_folder(index: Mapping[str, Any], name: str = "") -> TrainingFamily:
+    """The family of a diffusers folder with this model_index.json.
+
+    Args:
+        index: The table.
+        name: The folder or repository, for the error.
+
+    Returns:
+        The family.
+
+    Raises:
+        TrainingError: Its denoiser is of no family.
+    """
+    family = next(family for family in FAMILIES.values() if family.in_folder(index))
+    if family.denoiser not in index and "transformer" in index:
+        raise _of_none(name, str(index.get("_class_name", "pipeline")))
+    return family
 
 
 def family_of_checkpoint(keys: Collection[str]) -> TrainingFamily:
@@ -41,8 +55,15 @@ def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
         kind = family.kind_of(pipeline)
         if kind is not None:
             return family, kind
+    raise _of_none(name, type(pipeline).__name__)
+
+
+def _of_none(name: str, pipeline: str) -> TrainingError:
     *most, last = known_titles()
-    raise TrainingError(f"{name or 'the base model'} is a {type(pipeline).__name__}, not {', '.join(most)} or {last}")
+    return TrainingError(
+        f"{name or 'the base model'} is a {pipeline}, not {', '.join(most)} or {last}: its own pipeline in diffusers "
+        "draws with it, and takes adapters (import lora_adapters, pipe.load_lora_weights)"
+    )
 
 
 def known_titles() -> list[str]:

@@ -37,6 +37,9 @@ class TransformerFamily(TrainingFamily):
         marks = by_name(self.name).marks.tensors
         return any(key.startswith(marks) for key in keys)
 
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise TrainingError for a transformer with this config if it is of a variant that cannot be trained."""
+
     @abstractmethod
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """The config of a transformer, from the shapes of its tensors.

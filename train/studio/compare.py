@@ -213,26 +213,31 @@ def command_lines(rows: Sequence[Sequence[Scene]], model: Sequence[str]) -> str:
     return "\n".join(command_line(["generate", *scene.words(model)]) for row in rows for scene in row) + "\n"
 
 
-def python_code(rows: Sequence[Sequence[Scene]], load: str, schedulers: Mapping[str, str]) -> str:
+def python_code(
+    rows: Sequence[Sequence[Scene]], load: str, schedulers: Mapping[str, str], imports: Sequence[str] = ()
+) -> str:
     """A Python program that draws the pictures with diffusers.
 
     Args:
         rows: The scenes, by rows of the sheet.
-        load: The expression that loads the pipeline; it begins with the class.
+        load: The expression that loads the pipeline; it begins with diffusers' class where there are no `imports`.
         schedulers: The expression for the scheduler of each sampler; it begins with the class.
+        imports: Lines that import what `load` needs besides.
 
     Returns:
         The source code.
     """
     scenes = [scene for row in rows for scene in row]
     slots = [slot for scene in scenes for slot in scene.slots]
-    classes = sorted({text.partition("(")[0].partition(".")[0] for text in (load, *schedulers.values())})
+    of_diffusers = (*schedulers.values(), *(() if imports else (load,)))
+    classes = sorted({text.partition("(")[0].partition(".")[0] for text in of_diffusers})
     ours = [name for name, used in (("Adapter", any(slot.blocks for slot in slots)),
                                     ("set_rank", any(slot.rank for slot in slots))) if used]  # fmt: skip
     lines = ["import torch", f"from diffusers import {', '.join(classes)}", "", "import lora_adapters"]
     lines += [f"from lora_adapters import {', '.join(ours)}"] if ours else []
     if "Adapter" in ours:
         lines.append("from lora_adapters.convert.tools.block_weights import parse, weighted")
+    lines += imports
     lines += ["", f"pipe = {load}"]
     before = Scene("")
     for nth, scene in enumerate(scenes, start=1):

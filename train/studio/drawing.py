@@ -130,12 +130,21 @@ class Artist:
             raise StudioError("draw the picture first")
         models = self._models
         schedulers = {name: _as_code(self._sampler(name)) for name in {scene.sampler for row in rows for scene in row}}
-        start = "from_single_file" if Path(models.name).is_file() else "from_pretrained"
-        dtype = str(models.denoiser.dtype)
-        load = f"{type(self._pipe).__name__}.{start}({models.name!r}, dtype={dtype})"
+        is_file, dtype = Path(models.name).is_file(), str(models.denoiser.dtype)
+        imports = []
+        if models.family.has_flow and (is_file or len(self._words) > 1):  # diffusers puts no parts together
+            imports = [
+                "from lora_adapters.train.generation.options import parse as options",
+                "from lora_adapters.train.models.base import load_base_models",
+            ]
+            scheduler = next(iter(schedulers.values()))
+            load = f"load_base_models(options({self._words!r}), {dtype}).pipeline({scheduler})"
+        else:
+            start = "from_single_file" if is_file else "from_pretrained"
+            load = f"{type(self._pipe).__name__}.{start}({models.name!r}, dtype={dtype})"
         if best_device().type != "cpu":
             load += f'.to("{best_device().type}")'
-        return python_code(rows, load, schedulers)
+        return python_code(rows, load, schedulers, imports)
 
 
 def _as_code(scheduler: Any) -> str:

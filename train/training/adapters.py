@@ -13,8 +13,6 @@ from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.deltas.with_scalar import WithScalar
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.families.registry import by_name
-from lora_adapters.convert.families.tensor_slice import Part
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.injection import add_adapter, place
 from lora_adapters.injection import match_to_model as match_component
@@ -172,19 +170,6 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
         check_limits(layers, ADAPTER)
     dropout = settings.network_dropout if asked.dropout is None else asked.dropout
     add_dropouts(layers, ADAPTER, dropout, asked.rank_dropout, asked.module_dropout)
-
-
-def check_writable(models: BaseModels, trained: dict[str, Any]) -> None:
-    """Raise OptionError for changes that no file can hold: of a part of a layer that files have fused with others."""
-    denoiser = by_name(models.family.name).denoiser
-    for name, layer in lora_layers(trained).items():
-        if name.component == denoiser.name and held(layer, ADAPTER) is not None:
-            places = denoiser.layout.slices(name.path)
-            if any(isinstance(place.rows, Part) for place in places):
-                raise OptionError(
-                    f"--network_module: {name.path} is part of a fused layer in files, which hold LoRA and DyLoRA of "
-                    "it alone; give networks.lora or networks.dylora, or leave such layers out with exclude_patterns"
-                )
 
 
 def check_low_precision(settings: Settings, trained: dict[str, Any]) -> None:

@@ -286,7 +286,6 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     adapters.merge_base_weights(settings, models)
     quantise(models, settings.quantize_base, dtype, device)
     adapters.add(settings, models, trained)
-    adapters.check_writable(models, trained)
     adapters.check_low_precision(settings, trained)
     keep_in_float8(models, settings)
     plain = Denoiser(models, settings.clip_skip, train_text)

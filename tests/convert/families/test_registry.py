@@ -49,7 +49,7 @@ def test_a_slice_is_a_view_of_rows_and_columns():
 
 def test_flow_matching_has_no_prediction_type_in_modelspec():
     said = {
-        version.value: complete({"ss_base_model_version": version.value}, family.name, 4, 1.0).get(
+        version.value: complete({"ss_base_model_version": version.value}, [family], 4, 1.0).get(
             "modelspec.prediction_type"
         )
         for family in FAMILIES

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.errors import AdapterError, UnknownModuleError
+from lora_adapters.convert.errors import AdapterError, UnknownFormatError, UnknownModuleError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import by_name
 from tests.convert.families.transformer_names import FUSES, LAYERS, H, deltas, pairs
@@ -280,9 +280,31 @@ def test_other_kinds_of_a_fused_layer_are_cut_and_written_as_they_were(tmp_path)
         assert {key.partition(".")[0] for key in written} == {name}
         (path, first), *others = adapter.modules.items()
         for fewer in (dict(others), {path: first.scaled(0.5), **dict(others)}):
-            if kind == "LoHa" or len(fewer) < 3:
-                with pytest.raises(AdapterError, match=f"a {kind} of one part of a fused layer cannot be written"):
-                    adapter.with_modules(fewer).save(tmp_path / "part.safetensors")
+            part = adapter.with_modules(fewer)
+            if kind == "LoKr":
+                with pytest.raises(AdapterError, match="a LoKr of a fused layer cannot be written in parts"):
+                    part.save(tmp_path / "part.safetensors")
+                continue
+            again = Adapter.load(part.save(tmp_path / "part.safetensors"))
+            assert set(again.modules) == set(fewer)
+            for module, change in fewer.items():
+                torch.testing.assert_close(again.modules[module].delta(), change.delta())
+
+
+@pytest.mark.parametrize("family", FUSES)
+def test_parts_of_a_fused_layer_with_factors_of_their_own_have_names_of_their_own(family, tmp_path):
+    """As LyCORIS trains diffusers' models, and as one that changes a layer with swapped halves."""
+    draw = torch.Generator().manual_seed(5)
+    tensors, dense = {}, {}
+    for _, columns, paths in LAYERS[family].values():
+        for path, spans in paths.items():
+            count = sum(span.stop - span.start for span in spans)
+            w1, w2 = torch.randn(2, 2, generator=draw), torch.randn(count // 2, columns // 2, generator=draw)
+            tensors |= {f"lycoris_{path.replace('.', '_')}.lokr_{end}": w for end, w in (("w1", w1), ("w2", w2))}
+            dense[path] = torch.kron(w1, w2)
+    adapter = Adapter.from_tensors(tensors, {"ss_base_model_version": TOLD[family]})
+    check(adapter, family, dense)
+    check(Adapter.load(adapter.save(tmp_path / "a.safetensors")), family, dense)
 
 
 def test_a_lokr_of_swapped_halves_is_written_as_it_was(tmp_path):
@@ -353,12 +375,25 @@ def test_halves_and_sizes_that_do_not_fit_are_errors():
         Adapter.from_tensors(tensors)
 
 
-def test_two_names_of_one_module_are_an_error():
+def test_two_names_of_one_module_with_different_changes_are_an_error():
     made = pairs("flux")
     tensors = file_of({"img_in": made["img_in"]}, ORIGINAL["kohya"])
-    tensors |= file_of({"x_embedder": made["img_in"]}, DIFFUSERS["diffusers"])
-    with pytest.raises(AdapterError, match=r"stand for the same module transformer\.x_embedder"):
+    down, up, alpha = made["img_in"]
+    tensors |= file_of({"x_embedder": (down, 1.1 * up, alpha)}, DIFFUSERS["diffusers"])
+    with pytest.raises(UnknownFormatError, match=r"stand for the same module transformer\.x_embedder"):
         Adapter.from_tensors(tensors, {"ss_base_model_version": "flux1"})
+
+
+@pytest.mark.parametrize("family", FUSES)
+def test_a_fused_layer_with_its_parts_beside_it_is_read_once(family):
+    """As files are that have q, k and v both together and apart."""
+    made = pairs(family)
+    tensors = file_of(made, ORIGINAL["kohya"])
+    for name, (down, up, alpha) in made.items():
+        for path, (rows, *more) in LAYERS[family][name][2].items():
+            if not more:
+                tensors |= file_of({path: (down, up[rows].clone(), alpha)}, DIFFUSERS["musubi"])
+    check(Adapter.from_tensors(tensors, {"ss_base_model_version": TOLD[family]}), family, deltas(family, made))
 
 
 def test_a_file_is_read_from_disk_with_its_embeddings(tmp_path):

@@ -1,5 +1,6 @@
 """Pictures of Flux.1 and SD3 are those of diffusers' own pipelines, from folders and from files of parts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,15 @@ def test_files_of_parts_are_drawn_with(tmp_path) -> None:
     base = files["pretrained_model_name_or_path"]
     mine = draw(Path(base), tmp_path / "out", "--prompt", "a red disc", *SIZE, *words)
     assert differ(mine[0], by_diffusers(model, "a red disc")) <= 1
+
+
+def test_a_model_of_another_pipeline_is_refused_before_it_is_read(tmp_path, capsys) -> None:
+    index = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert main(["--ckpt", str(tmp_path), "--prompt", "a"]) == 1
+    error = capsys.readouterr().err
+    assert "is a QwenImagePipeline, not SD1.x" in error
+    assert "its own pipeline in diffusers draws with it, and takes adapters (import lora_adapters" in error
 
 
 def test_parts_are_refused_for_a_unet(sd1, capsys) -> None:

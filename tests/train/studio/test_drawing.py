@@ -13,6 +13,7 @@ from lora_adapters.train.studio.compare import Axis, Scene, Slot, cells
 from lora_adapters.train.studio.drawing import Artist
 from tests.train.generating import adapter_for, differ, pixels
 
+from ..transformer_files import flux_files
 from ..transformers import build_flux, build_sd3
 
 ROUNDING = 1  # of 255: adapters that were exchanged on a model are added up in another order
@@ -135,6 +136,17 @@ def test_transformers_are_drawn_as_on_the_command_line_and_in_python(build, tmp_
     artist = Artist([f"--ckpt={model}"], tmp_path / "drawn")
     drawn = pixels(artist.draw(wanted))
     assert differ(drawn, generated(wanted, model, tmp_path / "program")) <= ROUNDING
+    monkeypatch.chdir(tmp_path)
+    exec(artist.code([[wanted]]), {})
+    assert differ(drawn, pixels(tmp_path / "picture.png")) <= ROUNDING
+
+
+def test_the_python_of_a_model_in_files_of_parts_draws_the_same(tmp_path, monkeypatch):
+    files = flux_files(build_flux(tmp_path / "model"), tmp_path / "files")
+    words = [f"--{name}={value}" for name, value in files.items() if name != "pretrained_model_name_or_path"]
+    wanted = Scene("a red disc", seed=3, steps=2, scale=3.0, width=64, height=64)
+    artist = Artist([f"--ckpt={files['pretrained_model_name_or_path']}", *words], tmp_path / "drawn")
+    drawn = pixels(artist.draw(wanted))
     monkeypatch.chdir(tmp_path)
     exec(artist.code([[wanted]]), {})
     assert differ(drawn, pixels(tmp_path / "picture.png")) <= ROUNDING
