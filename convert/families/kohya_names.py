@@ -84,6 +84,8 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
             component = component_of(prefix, flat)
             table = paths_by_flat_name(component)
             path = table.get(flat)
+            if path is None and role_of(component) == "text_encoder":
+                path = table.get(f"text_model_{flat}")  # a trainer's with transformers 5, which dropped the level
             if path is None and lookup is not None:
                 path = lookup(component, flat)
             if path is None:

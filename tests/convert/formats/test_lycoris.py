@@ -328,3 +328,14 @@ def test_a_magnitude_without_dimensions_of_its_own():
     vector, weight = numbers(6).abs(), numbers(6, 5)
     (change,) = Adapter.from_tensors({**pair, f"{flat}.dora_scale": vector}).modules.values()
     torch.testing.assert_close((weight + change.delta(weight)).norm(dim=1), vector)
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te1_", "lora_te2_", "lycoris_te1_"])
+def test_flat_names_without_text_model(prefix):
+    """As with transformers 5; of LoRA as of the other kinds."""
+    name = f"{prefix}encoder_layers_3_self_attn_q_proj"
+    pair = {f"{name}.lora_down.weight": torch.ones(1, 2), f"{name}.lora_up.weight": torch.ones(2, 1)}
+    for tensors in (pair, {**pair, f"{name}.dora_scale": torch.ones(1, 2)}):
+        (module,) = Adapter.from_tensors(tensors).modules
+        component = "text_encoder_2" if "te2" in prefix else "text_encoder"
+        assert module == ModuleName(component, "text_model.encoder.layers.3.self_attn.q_proj")
