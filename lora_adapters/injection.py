@@ -16,9 +16,10 @@ from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
 from lora_adapters.convert.storage.mapped_pages import MappedPages
 from lora_adapters.types.layers import HELD, layers, put, width
+from lora_adapters.types.lycoris import operations
 from lora_adapters.types.lycoris.config import TYPE as LYCORIS
 from lora_adapters.types.lycoris.layer import hold
-from lora_adapters.types.lycoris.operations import LAYERS, NORMS, weight_shape
+from lora_adapters.types.lycoris.operations import norms, weight_shape
 from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of, refit
 
 from .adapted_models import CHANGING
@@ -93,10 +94,10 @@ def match_to_model(
 
 def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
     """AdapterError or UnknownFormatError if no change of this kind is possible in a layer of this type."""
-    if not isinstance(layer, LAYERS):
+    if not isinstance(layer, operations.layers()):
         kinds = "no linear layer or 2D convolution" + ("" if isinstance(change, LowRank) else ", and no norm")
         raise UnknownFormatError(f"{name} is a {type(layer).__name__}, {kinds}")
-    if isinstance(layer, NORMS) and not isinstance(change, Full):
+    if isinstance(layer, norms()) and not isinstance(change, Full):
         raise AdapterError(
             f"{name} is a {type(layer).__name__}, which cannot be changed by {with_article(change.kind)}"
         )

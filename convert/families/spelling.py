@@ -167,9 +167,9 @@ def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mappi
 def _layers(family: ModelFamily, names: Mapping[str, tuple[int, int] | None]) -> Iterator[SizedLayer]:
     """The layers of the denoiser; the sizes of those that the original code fuses are those of the whole."""
     for name, out_in in names.items():
-        module = (targets_of(family, name) or ())[0].module
-        if module.component == family.denoiser.name:
-            yield SizedLayer(module.path, out_in)
+        targets = targets_of(family, name)
+        if targets is not None and targets[0].module.component == family.denoiser.name:
+            yield SizedLayer(targets[0].module.path, out_in)
 
 
 def _has_own_width(family: ModelFamily, names: Mapping[str, tuple[int, int] | None]) -> bool:

@@ -311,3 +311,37 @@ def test_what_loads_without_the_package_loads_with_it(tmp_path):
     pipe = flux()
     pipe.load_lora_weights(tmp_path, adapter_name="a")
     assert "a" in pipe.transformer.x_embedder.lora_A
+
+
+def test_norms_of_root_mean_squares_are_changed_and_given_back():
+    """Flux.1's of queries and keys, and T5's, as ComfyUI's extraction writes them."""
+    pipe, wanted, bare = flux(), flux(), flux()
+    prefixes = {"transformer": "diffusion_model", "text_encoder_2": "text_encoders.t5xxl.transformer"}
+    tensors, draw = {}, torch.Generator().manual_seed(0)
+    for component, prefix in prefixes.items():
+        for each in (pipe, wanted, bare):
+            getattr(each, component).load_state_dict(getattr(pipe, component).eval().state_dict())
+            getattr(each, component).eval()
+        for path, layer in getattr(wanted, component).named_modules():
+            if type(layer).__name__ in ("RMSNorm", "T5LayerNorm"):
+                change = torch.randn(layer.weight.shape, generator=draw)
+                tensors[f"{prefix}.{path}.diff"] = change
+                layer.weight.data += change
+    assert len(tensors) == 15
+
+    @torch.no_grad()
+    def outputs(of) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        call = {"hidden_states": torch.randn(1, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 12)}
+        call |= {"pooled_projections": torch.randn(1, 8), "timestep": torch.tensor([0.5])}
+        call |= {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3)}
+        return [of.transformer(**call).sample, of.text_encoder_2(torch.tensor([[1, 2, 3]])).last_hidden_state]
+
+    pipe.load_lora_weights(tensors, adapter_name="a")
+    torch.testing.assert_close(outputs(pipe), outputs(wanted))
+    assert all((one - other).abs().max() > 0.01 for one, other in zip(outputs(pipe), outputs(bare), strict=True))
+    pipe.fuse_lora(components=list(prefixes))
+    torch.testing.assert_close(outputs(pipe), outputs(wanted))
+    pipe.unfuse_lora(components=list(prefixes))
+    pipe.unload_lora_weights()
+    assert all(torch.equal(one, other) for one, other in zip(outputs(pipe), outputs(bare), strict=True))

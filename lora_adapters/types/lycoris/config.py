@@ -22,7 +22,7 @@ from lora_adapters.types.layers import layers
 from .initial import OPTIONS, AlgorithmOptions, initial_change
 from .layer import DeltaVariant, held, hold
 from .norm_layer import NormLayer
-from .operations import NORMS
+from .operations import norms
 
 _ALGO_OF = {"networks.loha": "loha", "networks.lokr": "lokr", "loha": "loha", "lokr": "lokr"}
 _OPTIONS = tuple(option.name for option in fields(AlgorithmOptions) if option.name not in ("algo", "train_on_input"))
@@ -60,7 +60,7 @@ class LycorisConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.use_rslora = self.rs_lora
-        self._register_custom_module(dict.fromkeys(NORMS, NormLayer))
+        self._register_custom_module(dict.fromkeys(norms(), NormLayer))
         check(not self.train_norm or self.preset is not None, "train_norm needs a preset, which says where")
         if self.algo is not None:
             AlgorithmOptions(self.algo, **{name: getattr(self, name) for name in _OPTIONS})

@@ -1,5 +1,6 @@
 """What layers compute with a weight and a bias, and what their own weight is."""
 
+import sys
 from typing import Any
 
 import torch
@@ -7,11 +8,27 @@ import torch.nn.functional as F
 from accelerate.utils.modeling import align_module_device
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+from torch.func import functional_call
 
 from lora_adapters.convert.errors import AdapterError, first_line
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)
-LAYERS = (nn.Linear, nn.Conv2d, *NORMS)
+_RMS_NORMS = (  # those of libraries, by the modules that have them
+    ("torch.nn", "RMSNorm"),
+    ("diffusers.models.normalization", "RMSNorm"),
+    ("transformers.models.t5.modeling_t5", "T5LayerNorm"),
+)
+
+
+def norms() -> tuple[type[nn.Module], ...]:
+    """The classes of normalisations, of libraries that are imported already: a model's are."""
+    homes = ((sys.modules.get(home), name) for home, name in _RMS_NORMS)
+    return (*NORMS, *(getattr(home, name) for home, name in homes if hasattr(home, name)))
+
+
+def layers() -> tuple[type[nn.Module], ...]:
+    """The classes of layers whose weights can be changed."""
+    return (nn.Linear, nn.Conv2d, *norms())
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
@@ -71,4 +88,7 @@ def applied(
         return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
     if isinstance(layer, nn.GroupNorm):
         return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+    if isinstance(layer, norms()):  # divided by the root of the mean square: each library has a precision of its own
+        parts = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return functional_call(layer, parts, (x,))
     raise TypeError(f"no operation of {type(layer).__name__} is known")

@@ -12,6 +12,7 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lora_adapters.adapter import Adapter
 from lora_adapters.convert.deltas.low_rank import LowRank
@@ -78,6 +79,20 @@ def test_adapters_work_live_and_merged(model, lora, tmp_path, more) -> None:
     )
     assert differ(mine[0], by_diffusers(model, "a red disc", lora, weight=0.5)) <= 1
     assert differ(mine[0], by_diffusers(model, "a red disc")) > 3
+
+
+def test_a_file_that_does_not_say_what_it_is_for_is_drawn_with_a_model_that_has_its_layers(
+    model, lora, tmp_path
+) -> None:
+    """Its names are Flux.1's and SD3's."""
+    silent = tmp_path / "silent.safetensors"
+    save_file(load_file(Adapter.load(lora).save(tmp_path / "a.safetensors", format="diffusers")), silent)
+    assert {"flux", "sd3"} <= {family.name for family in Adapter.load(silent).candidates}
+    pictures = [
+        draw(model, tmp_path / name, "--prompt", "a red disc", *SIZE, "--network_weights", file)[0]
+        for name, file in (("told", lora), ("silent", silent))
+    ]
+    assert differ(*pictures) <= 1
 
 
 def test_several_at_a_time_are_those_drawn_alone(model, lora, tmp_path) -> None:

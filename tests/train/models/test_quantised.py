@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_adapters.convert.adapter import Adapter
 from lora_adapters.convert.errors import OneLineError
@@ -15,6 +16,9 @@ from lora_adapters.train.training.activations import activation_bytes
 from lora_adapters.train.training.dry_run import memory
 from lora_adapters.train.training.loop import train
 from lora_adapters.train.training.setup import prepare
+
+from ..conftest import build_sdxl
+from ..transformers import build_sd3
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 MODELS = {"sd": "tiny-sd", "flux": "tiny-flux"}
@@ -82,6 +86,28 @@ def test_trained_with_less_memory_and_saved(options, bnb, kind, module) -> None:
     assert file.metadata["ss_quantize_base"] == kind
     assert set(file.modules) == set(trained.adapter.modules)
     assert all(torch.isfinite(torch.tensor(trained.losses)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{"fp8_base": True, "gradient_checkpointing": True}, {"quantize_base": "nf4"}, {"quantize_base": "int8"}]
+)
+@pytest.mark.parametrize("build", [build_sd3, build_sdxl])
+def test_sd3_and_sdxl_go_on_exactly_and_draw_samples(basics, tmp_path, build, more) -> None:
+    if "quantize_base" in more:
+        pytest.importorskip("bitsandbytes")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc --w 64 --h 64 --s 1\n")
+    options = {**basics, **more, "pretrained_model_name_or_path": str(build(tmp_path / "m")), "max_train_steps": 4}
+    options |= {"network_train_unet_only": True, "save_state": True, "save_every_n_steps": 2}
+    options |= {"sample_prompts": str(prompts), "sample_every_n_steps": 2}
+    whole = train(settings(**options))
+    state = Path(options["output_dir"]) / "at-step00000002-state"
+    again = train(settings(**options | {"output_dir": str(tmp_path / "again"), "resume": str(state)}))
+    assert again.losses == whole.losses[2:]
+    one, other = (load_file(folder / "last.safetensors") for folder in (state.parent, tmp_path / "again"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert len(list((state.parent / "sample").glob("*.png"))) == 2
 
 
 def test_only_linear_layers_that_the_kernel_takes(bnb) -> None:
