@@ -19,6 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lora_adapters.types.found_layers import outer_modules
+from lora_adapters.types.lycoris.norm_layer import NormLayer
+from lora_adapters.types.lycoris.operations import NORMS
 
 from .target_modules import RankAlpha
 
@@ -69,6 +71,8 @@ class _Pattern(NamedTuple):
         for name, template in self.added.items():
             template = _clone(template) if isinstance(template, nn.Module) else _copied(template)
             getattr(layer, name)[adapter_name] = template
+        if isinstance(layer, NormLayer):  # which has no factors
+            return
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = decided.rank, decided.alpha
         layer.scaling[adapter_name] = decided.alpha / decided.rank
         kind = "channels" if isinstance(layer, lora.Conv2d) else "features"
@@ -78,12 +82,16 @@ class _Pattern(NamedTuple):
 
 def _pattern_of(base: nn.Module) -> _Pattern | None:
     """The pattern for layers like this one; None if PEFT may make something else of it."""
-    if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
+    if type(base) not in (nn.Linear, nn.Conv2d, *NORMS) or type(base.weight) is not nn.Parameter:
         return None
     if not base.weight.is_floating_point() or getattr(base, "_hf_tp_plan", None) is not None:
         return None
     if isinstance(base, nn.Linear):
         return _made(nn.Linear, base.in_features, base.out_features)
+    if isinstance(base, nn.LayerNorm):
+        return _made(nn.LayerNorm, base.normalized_shape)
+    if isinstance(base, nn.GroupNorm):
+        return _made(nn.GroupNorm, base.num_groups, base.num_channels)
     if base.groups != 1:
         return None
     shape = (base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding, base.dilation)
@@ -96,6 +104,7 @@ def _made(kind: type, *shape: Any, **options: Any) -> _Pattern:
     holder = nn.Module()
     holder.layer = kind(*shape, **options, device="meta")
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
+    config._register_custom_module(dict.fromkeys(NORMS, NormLayer))
     inject_adapter_in_model(config, holder, adapter_name=_PATTERN, low_cpu_mem_usage=True)
     layer: Any = holder.layer
     # Not all are in `adapter_layer_names` and `other_param_names`: some versions leave out `lora_bias` and `use_dora`.
@@ -202,7 +211,7 @@ def places(model: nn.Module, paths: Collection[str]) -> Places | None:
         target, around = by_path.get(path), by_path.get(parent)
         if target is None or around is None or name in _TIED:
             return None
-        if isinstance(target, BaseTunerLayer) and type(target) not in (lora.Linear, lora.Conv2d):
+        if isinstance(target, BaseTunerLayer) and type(target) not in (lora.Linear, lora.Conv2d, NormLayer):
             return None
         base: Any = target.base_layer if isinstance(target, BaseTunerLayer) else target
         pattern = _pattern_of(base)

@@ -185,26 +185,29 @@ def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor],
 
     Args:
         change: A delta.
-        take: Called with the name of each field and its tensor; returns the new tensor. Fields of an inner change are
-            named `<field>_<inner field>`, those of the parts of a sum `parts_<number>_<field>`.
+        take: Called with the name of each field and its tensor; returns the new tensor, of the same shape and also
+            floating point: nothing is checked again. Fields of an inner change are named `<field>_<inner field>`,
+            those of the parts of a sum `parts_<number>_<field>`.
         prefix: Is put before all names.
 
     Returns:
         A delta of the same kind.
     """
-    values: dict[str, Any] = {}
-    for item in fields(change):
-        value, name = getattr(change, item.name), f"{prefix}{item.name}"
+    copy = object.__new__(type(change))
+    values = vars(copy)
+    values.update(vars(change))
+    for field_name, value in vars(change).items():
+        name = f"{prefix}{field_name}"
         if isinstance(value, torch.Tensor):
-            values[item.name] = take(name, value)
-        elif is_dataclass(value):
-            values[item.name] = with_tensors(value, take, f"{name}_")
+            values[field_name] = take(name, value)
         elif isinstance(value, tuple):
-            values[item.name] = tuple(
+            values[field_name] = tuple(
                 with_tensors(part, take, f"{name}_{at}_") if is_dataclass(part) else part
                 for at, part in enumerate(value)
             )
-    return replace(change, **values)
+        elif is_dataclass(value):
+            values[field_name] = with_tensors(value, take, f"{name}_")
+    return copy
 
 
 def tensor_fields(delta: Any) -> dict[str, torch.Tensor]:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import torch
+
 from lora_adapters.convert.deltas.base import Delta, tensor_fields
 
 _MAPS = Path("/proc/self/maps")  # of Linux alone, which alone drops pages at once
@@ -42,6 +44,10 @@ class MappedPages:
             The pages that the changes occupy.
         """
         return cls(span for span in _mapped(path) if _holds(span, changes))
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in these pages."""
+        return any(start <= tensor.data_ptr() < end for start, end in self._spans)
 
     def use(self, count: int) -> None:
         """Count what was copied; after every 4 MiB of it, all pages are given back.

@@ -9,8 +9,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_adapters import C3LierConfig, DyLoraConfig, LierLaConfig, LowRank, grafting
+from lora_adapters.convert.deltas.norm import Norm
 from lora_adapters.injection import place
 from lora_adapters.target_modules import base_layers
+from lora_adapters.types.lycoris.norm_layer import NormLayer
+from lora_adapters.types.lycoris.operations import NORMS
 from tests.lora_adapters.pipelines import make
 
 ATTENTION = r".*attn1\.to_(q|v)|.*self_attn\.(q|v)_proj"
@@ -31,6 +34,15 @@ def pairs(model: nn.Module, conv: bool = False) -> dict[str, LowRank]:
         rank, shape = len(found) % 3 + 1, layer.weight.shape
         up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]))
         found[path] = LowRank(torch.randn(rank, *shape[1:]), up, float(len(found) % 5))
+    return found
+
+
+def norms(model: nn.Module) -> dict[str, Norm]:
+    """Changes of all normalisations."""
+    found = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, NORMS):
+            found[path] = Norm(torch.ones(layer.weight.shape), torch.zeros(layer.weight.shape))
     return found
 
 
@@ -89,7 +101,24 @@ def test_grafted_is_what_peft_makes(pipe, component, state, facts, monkeypatch) 
     ours, stock = (copy.deepcopy(getattr(pipe, component)).eval() for _ in range(2))
     for model in (ours, stock):
         STATES[state](model)
-    matched = pairs(ours, conv=True)
+    check_equal_to_pefts(ours, stock, pairs(ours, conv=True), facts, monkeypatch)
+
+
+@pytest.mark.parametrize("state", ["nothing", "trained", "plain", "norms"])
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_so_are_layers_of_normalisations(pipe, component, state, monkeypatch) -> None:
+    changes = norms(getattr(pipe, component))
+    states = {**STATES, "norms": lambda model: place(model, changes, "old", {})}
+    ours, stock = (copy.deepcopy(getattr(pipe, component)).eval() for _ in range(2))
+    for model in (ours, stock):
+        states[state](model)
+    check_equal_to_pefts(ours, stock, {**pairs(ours), **changes}, {}, monkeypatch)
+    assert all(isinstance(ours.get_submodule(path), NormLayer) for path in changes)
+    assert len(changes) > 3
+
+
+def check_equal_to_pefts(ours, stock, matched, facts, monkeypatch) -> None:
+    """Place an adapter in one model and let PEFT inject it in the other; every attribute is the same then."""
     grafted, places = [], grafting.places
     monkeypatch.setattr(grafting, "places", lambda *args: grafted.append(places(*args)) or grafted[-1])
     place(ours, matched, "new", facts)

@@ -127,3 +127,46 @@ def test_what_others_changed_in_memory_stays(tmp_path) -> None:
     layer = pipe.unet.get_submodule(name.path)
     assert layer.lora_A["b"].weight.eq(2).all()
     assert not layer.lora_A["a"].weight.eq(2).all()
+
+
+def full(layer, dtype):
+    return read_module({"diff": torch.randn(layer.weight.shape).to(dtype), "diff_b": torch.randn(len(layer.weight))})
+
+
+def difference_of(pipe, name):
+    return pipe.unet.get_submodule(name.path).lora_A["a"].diff
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a file is mapped is known on Linux alone")
+def test_full_differences_in_the_models_dtype_stay_mapped(tmp_path) -> None:
+    pipe = wide_pipeline()
+    adapter = Adapter(
+        {name: full(layer, torch.float16) for name, layer in linear_layers(pipe).items() if layer.bias is not None}
+    )
+    path = adapter.save(tmp_path / "a.safetensors")
+    file = path.stat().st_size / MIB
+    assert peak(pipe, path) < OBJECTS < file
+    bits = path.read_bytes()
+    with torch.no_grad():
+        for name, one in adapter.modules.items():
+            difference = difference_of(pipe, name)
+            assert torch.equal(difference, one.diff)
+            difference.fill_(1)  # as training and exchanging do: the file stays as it is
+    assert path.read_bytes() == bits
+    path.unlink()
+    assert all(difference_of(pipe, name).eq(1).all() for name in adapter.modules)
+
+
+@pytest.mark.parametrize("why", ["dtype", "option", "in memory"])
+def test_they_are_copied_where_they_are_to_be_other_numbers_or_others(why, tmp_path) -> None:
+    pipe = wide_pipeline()
+    name, layer = next((name, layer) for name, layer in linear_layers(pipe).items() if layer.bias is not None)
+    dtype = torch.bfloat16 if why == "dtype" else torch.float16
+    path = Adapter({name: full(layer, dtype)}).save(tmp_path / "a.safetensors")
+    before = Adapter.load(path).modules[name].diff.clone()
+    source = Adapter.load(path) if why == "in memory" else path
+    pipe.load_lora_weights(source, adapter_name="a", low_cpu_mem_usage=why != "option")
+    with path.open("r+b") as file:  # over the numbers that are mapped, where any are
+        file.seek(path.stat().st_size - before.nbytes)
+        file.write(bytes(before.nbytes))
+    assert torch.equal(difference_of(pipe, name), before.half())
