@@ -18,6 +18,7 @@ _SIZES = (
 _WEIGHTS = ("z", "p0")  # copies of the weights: averaged with them (schedule-free), or their start (Prodigy)
 _EIGHT_BIT = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")  # bitsandbytes: first and second moments
 _BLOCK = 256  # numbers that have one entry of absmax
+BASIS = "basis"  # the key of the matrix that `component_steps` keeps beside them
 _SUMS = ("d_numerator", "d_denom")  # Prodigy's, since the start; the step size that it found stays
 _KNOWN = (*_GRADIENTS, *_SIZES, *_WEIGHTS, *_EIGHT_BIT, "step", "unorm_vec")
 
@@ -38,14 +39,9 @@ def check_restart(optimizer: Any, parameters: Iterable[torch.Tensor]) -> None:
         return
     inner = unwrapped(optimizer)
     name = type(inner).__name__
-    if name.startswith("DAdapt"):
-        raise AdapterError(
-            f"{name} finds its learning rate from sums since the start, which end where components are sorted: take "
-            "sort_at=0, or another optimizer (Prodigy)"
-        )
     for parameter in parameters:
         for key, value in inner.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor) and value.numel() > 1 and key not in _KNOWN:
+            if _is_unknown(key, value):
                 raise AdapterError(
                     f"{name} keeps {key} for each weight, of which it is not known what becomes of it when components "
                     "are sorted: take sort_at=0, or another optimizer"
@@ -87,7 +83,15 @@ def restart(optimizer: Any, parameters: Sequence[torch.Tensor]) -> Iterator[None
             inner.train()
 
 
+def _is_unknown(key: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() > 1 and key not in _KNOWN
+
+
 def _restart(state: dict[str, Any], weight: torch.Tensor, group: dict[str, Any]) -> None:
+    state.pop(BASIS, None)
+    if any(_is_unknown(key, value) for key, value in state.items()):
+        state.clear()  # as before the first step
+        return
     changes: dict[Sequence[str], Callable[[torch.Tensor], Any]] = {
         _GRADIENTS: torch.Tensor.zero_,
         _SIZES: lambda value: value.fill_(value.mean()),

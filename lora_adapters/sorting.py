@@ -1,6 +1,7 @@
 """Sorting the components of live adapters by size, so that the first b of them are the best adapter of rank b."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,9 +17,11 @@ from lora_adapters.types.dylora.rank_controller import controllers, models_of
 from lora_adapters.types.layers import factors, has_adapter, layers, low_rank
 from lora_adapters.types.lycoris.layer import held
 
+from . import optimizer_state
+from .component_steps import Components, components_of, keep_basis, steps_of
 from .hotswap import swap
 from .injection import unwrapped
-from .optimizer_state import check_restart, restart
+from .optimizer_state import averages_weights, check_restart, restart
 
 
 def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None = None) -> None:
@@ -28,9 +31,11 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
     unit 1 from then on, with an adapter of each rank: `set_rank(pipe, 4)` is what the best cut to rank 4 does. A DyLoRA
     keeps its unit, and has the scale of its full rank at every rank ("constant").
 
-    In a training with a sort_at (see `DyLoraConfig`) it is called when `set_step` says so, with the optimizer, whose
-    state is of the components as they were: first moments become zero, second moments the mean of their tensor. The
-    learning rate should warm up again, over ten steps for instance.
+    In a training with a sort_at (see `DyLoraConfig`) it is called when `set_step` says so, with the optimizer. What it
+    keeps is of the components as they were. It goes on to step these, and the sorted ones change accordingly
+    (`component_steps`): a training of the full rank continues as if nothing had been sorted. An optimizer that averages
+    weights (schedule-free) restarts instead: first moments become zero, second moments the mean of their tensor, and
+    the learning rate should warm up again, over ten steps for instance.
 
     Args:
         target: A pipeline, a model, or a list of models.
@@ -48,13 +53,32 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
         adapters = [adapter for adapter in adapters if not _is_of_another_kind(*adapter)] or adapters
     for model, name in adapters:
         _check(model, name)
-    trained = [
-        factor.weight for model, name in adapters for _, layer in layers(model, name) for factor in factors(layer, name)
+    parts = [
+        part for model, name in adapters for _, layer in layers(model, name) for part in components_of(layer, name)
     ]
-    check_restart(optimizer, trained)
-    with torch.no_grad(), restart(optimizer, trained):
+    with torch.no_grad(), _following(optimizer, parts):
         for model, name in adapters:
             _sort(model, name)
+
+
+@contextmanager
+def _following(optimizer: Any, parts: list[Components]) -> Iterator[None]:
+    """A context in which components are sorted, after which an optimizer goes on with them."""
+    inner = optimizer_state.unwrapped(optimizer)
+    if inner is None or averages_weights(inner):
+        weights = [part.weight for part in parts]
+        check_restart(inner, weights)
+        with restart(inner, weights):
+            yield
+        return
+    before = [part.weight.detach().clone() for part in parts]
+    yield
+    steps = steps_of(inner)
+    steps.add(part for part in parts if not steps.has(part.weight))
+    lost = [part.weight for part, was in zip(parts, before, strict=True) if not keep_basis(inner, part, was)]
+    if lost:
+        with restart(inner, lost):
+            pass
 
 
 def _adapters(target: Any, adapter_name: str | None) -> Iterator[tuple[nn.Module, str]]:

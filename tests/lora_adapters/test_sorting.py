@@ -19,8 +19,15 @@ from lora_adapters import (
     sort_components,
 )
 from lora_adapters.convert.formats.metadata import DyLora
+from lora_adapters.optimizer_state import averages_weights
 from lora_adapters.train.options.arguments import settings
-from lora_adapters.train.training.optimizers import KINDS, create_optimizer, start_training, weights_to_keep
+from lora_adapters.train.training.optimizers import (
+    KINDS,
+    create_optimizer,
+    optimizer_class,
+    start_training,
+    weights_to_keep,
+)
 from lora_adapters.types.dylora.rank_controller import controllers
 from lora_adapters.types.dylora.rank_sampling import ranks_of_step
 from lora_adapters.types.layers import layers
@@ -119,15 +126,6 @@ def test_what_cannot_be_sorted_is_left_alone():
     fused[0].merge()
     with pytest.raises(AdapterError, match="fused into the weights: unfuse it first"):
         sort_components(fused)
-    strange = model()
-    weights = [weight for weight in strange.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Rprop(weights)
-    strange(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    before = [weight.detach().clone() for weight in weights]
-    with pytest.raises(AdapterError, match="Rprop keeps prev for each weight"):
-        sort_components(strange, optimizer)
-    assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
 
 
 def test_all_loras_are_sorted_beside_another_kind():
@@ -237,8 +235,8 @@ def test_what_is_saved_before_the_sorting_step_is_sorted(pipeline):
 RATES = {"sgdnesterov": 1.0, "sgdnesterov8bit": 1.0, "sgdschedulefree": 1.0, "prodigy": 1.0, "dadaptation": 1.0}
 
 
-def descent(name):
-    """The loss of a linear problem before the sorting step, after it, and at the end."""
+def descent(name, sort=True):
+    """The loss of a linear problem before the sorting step, after it, and at the end; and what is learned."""
     torch.manual_seed(0)
     target = torch.randn(80, 64) @ torch.randn(64, 64) / 40  # above 4,096 numbers, which bitsandbytes keeps in 8 bits
     config = LoraConfig(r=64, lora_alpha=64, target_modules=["0"])
@@ -256,7 +254,8 @@ def descent(name):
         if step == 20:
             with weights_to_keep(optimizer):
                 found.append((model[0](torch.eye(64)).T - target).square().mean().item())
-            sort_components(model, optimizer)
+            if sort:
+                sort_components(model, optimizer)
             with weights_to_keep(optimizer):
                 found.append((model[0](torch.eye(64)).T - target).square().mean().item())
         optimizer.zero_grad()
@@ -264,19 +263,21 @@ def descent(name):
         optimizer.step()
     with weights_to_keep(optimizer):
         found.append((model[0](torch.eye(64)).T - target).square().mean().item())
-    return found
+        return *found, model[0](torch.eye(64)).T.detach()
 
 
-@pytest.mark.parametrize("name", sorted(name for name in KINDS if not name.startswith("dadapt")))
-def test_every_optimizer_goes_on_after_sorting(name):
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_an_optimizer_goes_on_as_if_nothing_had_been_sorted(name):
     if KINDS[name].package:
         pytest.importorskip(KINDS[name].package.replace("-", "_"))
-    before, sorted_, after = descent(name)
+    before, sorted_, after, change = descent(name)
     assert sorted_ == pytest.approx(before, rel=1e-4)
-    assert after < before
-
-
-def test_d_adaptation_is_refused():
-    pytest.importorskip("dadaptation")
-    with pytest.raises(AdapterError, match="DAdaptAdamPreprint finds its learning rate from sums since the start"):
-        descent("dadaptation")
+    if averages_weights(optimizer_class(name)[0]):  # it restarts
+        assert after < before
+        return
+    start, _, unsorted, expected_change = descent(name, sort=False)
+    assert before == start
+    assert after == pytest.approx(unsorted, rel=1e-3)
+    torch.testing.assert_close(
+        change, expected_change, rtol=1e-3, atol=1e-3 if "8bit" in name or "dadapt" in name else 3e-5
+    )

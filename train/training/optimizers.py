@@ -193,9 +193,10 @@ def after_one_step(settings: Settings, weights: list[torch.nn.Parameter]) -> tor
 
 
 def check_sortable(settings: Settings) -> None:
-    """AdapterError if the optimizer keeps something that cannot be carried over when components are sorted."""
-    weight = torch.nn.Parameter(torch.zeros(4, 4))
-    check_restart(after_one_step(settings, [weight]), [weight])
+    """AdapterError if the optimizer, one that averages weights, cannot restart when components are sorted."""
+    if averages_weights(optimizer_class(optimizer_name(settings))[0]):
+        weight = torch.nn.Parameter(torch.zeros(4, 4))
+        check_restart(after_one_step(settings, [weight]), [weight])
 
 
 def _bytes(value: Any) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from accelerate.utils import broadcast
 
+from lora_adapters.optimizer_state import BASIS, averages_weights, unwrapped
 from lora_adapters.sorting import sort_components
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.setup import Run
@@ -14,7 +15,7 @@ from lora_adapters.types.layers import factors
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 10  # steps after the sorting in which the learning rate comes back
+WARM_UP = 10  # steps in which the learning rate comes back, where the sorting restarts the optimizer
 
 
 def sort_if_due(run: Run, step: int) -> None:
@@ -24,6 +25,8 @@ def sort_if_due(run: Run, step: int) -> None:
     sort_components(list(run.trained.values()), run.optimizer, adapters.ADAPTER)
     for parameter in run.parameters:
         broadcast(parameter.data)
+        if (basis := unwrapped(run.optimizer).state[parameter].get(BASIS)) is not None:
+            broadcast(basis)
     if run.average is not None:
         run.average.restart()
     if run.accelerator.is_main_process:
@@ -32,9 +35,9 @@ def sort_if_due(run: Run, step: int) -> None:
 
 @contextlib.contextmanager
 def warmed_up(run: Run, step: int) -> Iterator[None]:
-    """In the block learning rates are lower, where the sorting was only a few steps ago."""
+    """In the block learning rates are lower, where an optimizer has restarted only a few steps ago."""
     since = step - run.sort_step if run.sort_step is not None else -1
-    if not 0 <= since < WARM_UP - 1:
+    if not (0 <= since < WARM_UP - 1 and averages_weights(run.optimizer)):
         yield
         return
     groups = [group for group in run.optimizer.param_groups if group["lr"] is not None]

@@ -18,7 +18,7 @@ from .methods import Method
 from .tasks import Examples, Task
 
 BATCH = 8
-WARM_UP = 10  # steps, at the start and after the sorting of components
+WARM_UP = 10  # steps, at the start
 NOISES = 16  # draws of noise for each held-out picture, at as many timesteps evenly spread
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -36,11 +36,9 @@ def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: in
     scale_component_rates(unet, optimizer)
     schedule = DDPMScheduler(**SCHEDULE)
     clean, text = task.train.latents, task.train.text
-    sorted_at = -WARM_UP
     for step in range(steps):
         if set_step(unet, step, total_steps=steps):
             sort_components(unet, optimizer)
-            sorted_at = step
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         picked = torch.randint(len(clean), (BATCH,), generator=generator)
         noise = torch.randn(BATCH, *clean.shape[1:], generator=generator)
@@ -48,7 +46,7 @@ def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: in
         timesteps = timesteps.long()
         noisy = schedule.add_noise(clean[picked], noise, timesteps)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, lr) * min(1.0, (step - sorted_at + 1) / WARM_UP)
+            group["lr"] = rate(step, steps, lr)
         loss = (unet(noisy, timesteps, text[picked]).sample - noise).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(fitted.parameters, 1.0)

@@ -61,8 +61,6 @@ def test_a_scale_that_does_not_fit_is_refused(basics) -> None:
         prepare(settings(**{**basics, **DYLORA, "network_args": args}))
     with pytest.raises(AdapterError, match=r"rate_power 0.5 is for sorted components: give sort_at"):
         prepare(settings(**{**basics, **DYLORA, "network_args": {"sort_at": "0", "rate_power": "0.5"}}))
-    with pytest.raises(AdapterError, match="Rprop keeps prev for each weight"):
-        prepare(settings(**{**basics, **DYLORA, "optimizer_type": "Rprop"}))
 
 
 def test_saves_before_and_after_the_sorting_are_sorted(basics, tmp_path) -> None:
@@ -130,14 +128,17 @@ def test_as_if_sorted_gives_every_bit_back(basics) -> None:
     assert not any(dial.unsorted for dial in run.dials)
 
 
-def test_the_rate_comes_back_in_ten_steps(basics) -> None:
-    run = prepare(settings(**{**basics, **DYLORA, "max_train_steps": 100}))
+@pytest.mark.parametrize(("optimizer", "restarts"), [("AdamW", False), ("AdamWScheduleFree", True)])
+def test_the_rate_comes_back_in_ten_steps_where_the_optimizer_restarts(basics, optimizer, restarts) -> None:
+    if restarts:
+        pytest.importorskip("schedulefree")
+    run = prepare(settings(**{**basics, **DYLORA, "max_train_steps": 100, "optimizer_type": optimizer}))
     rates = []
     for step in (29, *range(30, 45)):
         with warmed_up(run, step):
             rates.append(run.optimizer.param_groups[0]["lr"] / 1e-2)
         assert run.optimizer.param_groups[0]["lr"] == 1e-2
-    assert rates == pytest.approx([1, *(share / WARM_UP for share in range(1, 10)), *[1] * 6])
+    assert rates == pytest.approx([1, *(share / WARM_UP for share in range(1, 10)), *[1] * 6] if restarts else [1] * 16)
 
 
 def test_resuming_across_the_sorting_step_gives_the_same_bits(basics, tmp_path) -> None:

@@ -1,0 +1,181 @@
+"""An optimizer's steps of weights with components: scaled by component, and in the basis in which they began.
+
+When the components of a pair are sorted, both factors become others: up = up_before · A, down = A⁻¹ · down_before. What
+an optimizer keeps belongs to the factors before. So each weight keeps its A beside what the optimizer keeps for it, and
+every step is taken in terms of the weights as they would be without the sorting, with the gradients that these would
+have; their change is then that of the sorted weights. For the optimizer nothing has happened, whichever it is.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.optimizer_state import BASIS  # the key of A (rank, rank) in what the optimizer keeps for a weight
+from lora_adapters.types.layers import factors
+
+_steps: "WeakKeyDictionary[torch.optim.Optimizer, ComponentSteps]" = WeakKeyDictionary()
+_LARGEST_CONDITION = 1e6  # of A, beyond which float32 cannot tell a step
+
+
+class Components(NamedTuple):
+    """A factor of a pair: its weight, the dimension of its components, and (rank,) factors of their steps or None."""
+
+    weight: nn.Parameter
+    dim: int
+    rates: torch.Tensor | None = None
+
+    def columns(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the weight's shape as a matrix (rest, rank)."""
+        return values.flatten(1).T if self.dim == 0 else values.flatten(1)
+
+    def shaped(self, columns: torch.Tensor) -> torch.Tensor:
+        """The inverse of `columns`."""
+        return (columns.T if self.dim == 0 else columns).reshape(self.weight.shape)
+
+
+def change_of_basis(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
+    """A with before · A = after.
+
+    Args:
+        before: (rest, rank), the columns of a factor.
+        after: The same, after sorting.
+
+    Returns:
+        (rank, rank), float64; None where there is none that can be inverted, as for factors of fewer rows than columns.
+    """
+    before, after = before.double(), after.double()
+    if len(before) < before.shape[1]:
+        return None
+    basis = torch.linalg.lstsq(before, after, driver="gels" if before.is_cuda else "gelsd").solution
+    if not bool(basis.isfinite().all()) or float(torch.linalg.cond(basis)) > _LARGEST_CONDITION:
+        return None
+    missing = torch.linalg.matrix_norm(before @ basis - after)
+    return basis if missing <= 1e-4 * torch.linalg.matrix_norm(after) else None
+
+
+def keep_basis(optimizer: torch.optim.Optimizer, part: Components, before: torch.Tensor) -> bool:
+    """Let an optimizer continue with a weight whose components have been replaced by others that mean the same.
+
+    Args:
+        optimizer: A torch optimizer with `ComponentSteps`.
+        part: The factor, with the new weight in it.
+        before: The weight's values before.
+
+    Returns:
+        Whether it can; if not, nothing has been changed, and what it keeps for the weight is of no use.
+    """
+    state = optimizer.state.get(part.weight)
+    if not state:  # it has not taken a step: it begins with the new components
+        return True
+    basis = change_of_basis(part.columns(before), part.columns(part.weight.detach()))
+    if basis is None:
+        return False
+    if BASIS in state:
+        basis = state[BASIS].to(basis) @ basis
+    # In the weight's dtype, as which it comes back from a state dict: a resumed training is bit for bit the same.
+    state[BASIS] = basis.to(part.weight)
+    return True
+
+
+def components_of(layer: Any, adapter_name: str) -> list[Components]:
+    """The two factors of an adapter's pair in a layer."""
+    return [Components(factor.weight, dim) for dim, factor in enumerate(factors(layer, adapter_name))]
+
+
+def steps_of(optimizer: torch.optim.Optimizer) -> "ComponentSteps":
+    """The hooks of an optimizer, made when they are asked for the first time."""
+    if optimizer not in _steps:
+        _steps[optimizer] = ComponentSteps(optimizer)
+    return _steps[optimizer]
+
+
+class _Batch(NamedTuple):
+    """Weights of one shape, stacked (n, rest, rank), around a step."""
+
+    parts: Sequence[Components]
+    start: torch.Tensor
+    raw: torch.Tensor
+    basis: torch.Tensor | None
+    gradients: list[torch.Tensor | None]
+
+
+class ComponentSteps:
+    """Hooks around the steps of an optimizer, which scale them by component and take them in the basis of its state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.parts: dict[int, Components] = {}
+        self._batches: list[_Batch] = []
+        self._inverses: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        optimizer.register_step_pre_hook(self.before)
+        optimizer.register_step_post_hook(self.after)
+
+    def add(self, parts: Iterable[Components]) -> None:
+        """Take these weights in; those that are there already get the new rates."""
+        self.parts |= {id(part.weight): part for part in parts}
+
+    def has(self, weight: nn.Parameter) -> bool:
+        """Whether a weight has been taken in."""
+        return id(weight) in self.parts
+
+    @torch.no_grad()
+    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Keep the weights, and give the optimizer those in its basis, with their gradients."""
+        groups: dict[Any, list[Components]] = defaultdict(list)
+        for number, part in self.parts.items():
+            weight = part.weight
+            if part.rates is not None and part.rates.device != weight.device:
+                # Moved once: a copy to a GPU in each step would wait for it.
+                part = self.parts[number] = part._replace(rates=part.rates.to(weight.device))
+            turned = BASIS in optimizer.state.get(weight, {})
+            if turned and (*args[1:], kwargs.get("closure"))[0] is not None:  # the first argument is the optimizer
+                raise AdapterError("a closure would see weights that are not sorted: call step() without one")
+            if weight.grad is not None and (turned or part.rates is not None):
+                key = weight.shape, part.dim, weight.dtype, weight.device, turned, part.rates is not None
+                groups[key].append(part)
+        self._batches = [self._turned(optimizer, parts, key[4]) for key, parts in groups.items()]
+
+    def _turned(self, optimizer: torch.optim.Optimizer, parts: list[Components], turned: bool) -> _Batch:
+        start = _stacked([part.columns(part.weight) for part in parts])
+        gradients = [part.weight.grad for part in parts]
+        if not turned:
+            return _Batch(parts, start, start, None, gradients)
+        bases = [optimizer.state[part.weight][BASIS] for part in parts]
+        basis = _stacked(bases)
+        raw = start @ torch.stack([self._inverse(part, own) for part, own in zip(parts, bases, strict=True)])
+        slopes = _stacked([part.columns(part.weight.grad) for part in parts]) @ basis.mT
+        for part, value, slope in zip(parts, raw, slopes, strict=True):
+            part.weight.copy_(part.shaped(value))
+            part.weight.grad = part.shaped(slope).to(part.weight).contiguous()
+        # As the optimizer has them: rounded to the weight's dtype.
+        return _Batch(parts, start, _stacked([part.columns(part.weight) for part in parts]), basis, gradients)
+
+    def _inverse(self, part: Components, basis: torch.Tensor) -> torch.Tensor:
+        known = self._inverses.get(id(part.weight))
+        if known is None or known[0] is not basis:
+            known = self._inverses[id(part.weight)] = basis, torch.linalg.inv(basis.double()).float()
+        return known[1]
+
+    @torch.no_grad()
+    def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Change the weights that were kept as the optimizer has changed its own."""
+        for parts, start, raw, basis, gradients in self._batches:
+            values = _stacked([part.columns(part.weight) for part in parts])
+            if parts[0].rates is not None:
+                rates = torch.stack([part.rates for part in parts])[:, None]  # type: ignore[misc]
+                values = torch.lerp(raw, values, rates.expand_as(values))
+            if basis is not None:
+                values = start + (values - raw) @ basis
+            for part, value, gradient in zip(parts, values, gradients, strict=True):
+                part.weight.copy_(part.shaped(value))
+                part.weight.grad = gradient
+        self._batches = []
+
+
+def _stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matrices of one shape in one tensor, float32."""
+    return torch.stack([matrix.float() for matrix in matrices])
