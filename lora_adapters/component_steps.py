@@ -147,8 +147,8 @@ class ComponentSteps:
         bases = [optimizer.state[part.weight][BASIS] for part in parts]
         basis = _stacked(bases)
         raw = start @ torch.stack([self._inverse(part, own) for part, own in zip(parts, bases, strict=True)])
-        slopes = _stacked([part.columns(part.weight.grad) for part in parts]) @ basis.mT
-        for part, value, slope in zip(parts, raw, slopes, strict=True):
+        slopes = [part.columns(part.weight.grad) for part in parts if part.weight.grad is not None]
+        for part, value, slope in zip(parts, raw, _stacked(slopes) @ basis.mT, strict=True):
             part.weight.copy_(part.shaped(value))
             part.weight.grad = part.shaped(slope).to(part.weight).contiguous()
         # As the optimizer has them: rounded to the weight's dtype.
