@@ -33,10 +33,6 @@ class Components(NamedTuple):
         """Values of the weight's shape as a matrix (rest, rank)."""
         return values.flatten(1).T if self.dim == 0 else values.flatten(1)
 
-    def shaped(self, columns: torch.Tensor) -> torch.Tensor:
-        """The inverse of `columns`."""
-        return (columns.T if self.dim == 0 else columns).reshape(self.weight.shape)
-
 
 def change_of_basis(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
     """A with before · A = after.
@@ -95,7 +91,7 @@ def steps_of(optimizer: torch.optim.Optimizer) -> "ComponentSteps":
 
 
 class _Batch(NamedTuple):
-    """Weights of one shape, stacked (n, rest, rank), around a step."""
+    """Weights of one shape as matrices, stacked, around a step."""
 
     parts: Sequence[Components]
     start: torch.Tensor
@@ -140,19 +136,22 @@ class ComponentSteps:
         self._batches = [self._turned(optimizer, parts, key[4]) for key, parts in groups.items()]
 
     def _turned(self, optimizer: torch.optim.Optimizer, parts: list[Components], turned: bool) -> _Batch:
-        start = _stacked([part.columns(part.weight) for part in parts])
+        start = _stacked([part.weight for part in parts])
         gradients = [part.weight.grad for part in parts]
         if not turned:
             return _Batch(parts, start, start, None, gradients)
         bases = [optimizer.state[part.weight][BASIS] for part in parts]
-        basis = _stacked(bases)
-        raw = start @ torch.stack([self._inverse(part, own) for part, own in zip(parts, bases, strict=True)])
-        slopes = [part.columns(part.weight.grad) for part in parts if part.weight.grad is not None]
-        for part, value, slope in zip(parts, raw, _stacked(slopes) @ basis.mT, strict=True):
-            part.weight.copy_(part.shaped(value))
-            part.weight.grad = part.shaped(slope).to(part.weight).contiguous()
-        # As the optimizer has them: rounded to the weight's dtype.
-        return _Batch(parts, start, _stacked([part.columns(part.weight) for part in parts]), basis, gradients)
+        basis = torch.stack([own.float() for own in bases])
+        inverse = torch.stack([self._inverse(part, own) for part, own in zip(parts, bases, strict=True)])
+        raw = _multiplied(start, inverse, parts[0].dim)
+        slopes = _stacked([gradient for gradient in gradients if gradient is not None])
+        slopes = _multiplied(slopes, basis.mT, parts[0].dim)
+        _write(parts, raw)
+        for part, slope in zip(parts, slopes, strict=True):
+            part.weight.grad = slope.reshape(part.weight.shape).to(part.weight)
+        if parts[0].weight.dtype != torch.float32:
+            raw = _stacked([part.weight for part in parts])  # as the optimizer has them, rounded
+        return _Batch(parts, start, raw, basis, gradients)
 
     def _inverse(self, part: Components, basis: torch.Tensor) -> torch.Tensor:
         known = self._inverses.get(id(part.weight))
@@ -164,18 +163,28 @@ class ComponentSteps:
     def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Change the weights that were kept as the optimizer has changed its own."""
         for parts, start, raw, basis, gradients in self._batches:
-            values = _stacked([part.columns(part.weight) for part in parts])
+            dim, values = parts[0].dim, _stacked([part.weight for part in parts])
             if parts[0].rates is not None:
-                rates = torch.stack([part.rates for part in parts])[:, None]  # type: ignore[misc]
-                values = torch.lerp(raw, values, rates.expand_as(values))
+                rates = torch.stack([part.rates for part in parts])  # type: ignore[misc]
+                values = torch.lerp(raw, values, (rates[:, :, None] if dim == 0 else rates[:, None]).expand_as(values))
             if basis is not None:
-                values = start + (values - raw) @ basis
-            for part, value, gradient in zip(parts, values, gradients, strict=True):
-                part.weight.copy_(part.shaped(value))
+                values = start.add_(_multiplied(values.sub_(raw), basis, dim))
+            _write(parts, values)
+            for part, gradient in zip(parts, gradients, strict=True):
                 part.weight.grad = gradient
         self._batches = []
 
 
-def _stacked(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Matrices of one shape in one tensor, float32."""
-    return torch.stack([matrix.float() for matrix in matrices])
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape as matrices in one tensor, float32."""
+    return torch.stack([tensor.flatten(1).float() for tensor in tensors])
+
+
+def _multiplied(values: torch.Tensor, bases: torch.Tensor, dim: int) -> torch.Tensor:
+    """Each matrix times its basis, from the side on which the components are."""
+    return bases.mT @ values if dim == 0 else values @ bases
+
+
+def _write(parts: Sequence[Components], values: torch.Tensor) -> None:
+    for part, value in zip(parts, values, strict=True):
+        part.weight.copy_(value.reshape(part.weight.shape))

@@ -38,7 +38,8 @@ def test_a_step_is_that_of_the_weight_before_two_changes_of_basis(dim: int, rate
     for step in range(9):
         if step in (3, 6):
             before, change = turned.detach().clone(), (first, second)[step // 3 - 1]
-            turned.data = part.shaped(part.columns(before) @ change).contiguous()
+            columns = part.columns(before) @ change
+            turned.data = (columns.T if dim == 0 else columns).contiguous()
             basis = basis @ change
             assert keep_basis(optimizer, part, before)
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a resumed training does
