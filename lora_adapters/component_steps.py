@@ -44,11 +44,13 @@ def change_of_basis(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor |
     Returns:
         (rank, rank), float64; None where there is none that can be inverted, as for factors of fewer rows than columns.
     """
+    if torch.equal(before, after):  # also of zeros, as an `up` is that has not been trained
+        return torch.eye(before.shape[1], dtype=torch.float64, device=before.device)
     before, after = before.double(), after.double()
     if len(before) < before.shape[1]:
         return None
     basis = torch.linalg.lstsq(before, after, driver="gels" if before.is_cuda else "gelsd").solution
-    if not bool(basis.isfinite().all()) or float(torch.linalg.cond(basis)) > _LARGEST_CONDITION:
+    if not (bool(basis.isfinite().all()) and float(torch.linalg.cond(basis)) <= _LARGEST_CONDITION):
         return None
     missing = torch.linalg.matrix_norm(before @ basis - after)
     return basis if missing <= 1e-4 * torch.linalg.matrix_norm(after) else None

@@ -15,7 +15,9 @@ def test_the_basis_between_the_columns_of_factors() -> None:
     torch.manual_seed(0)
     before, basis = torch.randn(10, 4), torch.randn(4, 4, dtype=torch.float64)
     torch.testing.assert_close(change_of_basis(before, before.double() @ basis), basis)
-    assert change_of_basis(before[:3], before[:3]) is None  # fewer rows than columns
+    assert change_of_basis(before[:3], 2 * before[:3]) is None  # fewer rows than columns
+    assert change_of_basis(torch.zeros(10, 4), torch.zeros(10, 4)).equal(torch.eye(4, dtype=torch.float64))
+    assert change_of_basis(before, torch.zeros(10, 4)) is None
     assert change_of_basis(before, before * torch.tensor([1, 1, 1, 0])) is None  # a component is lost
     assert change_of_basis(before, torch.randn(10, 4)) is None  # they do not mean the same
 
