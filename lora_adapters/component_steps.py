@@ -56,28 +56,50 @@ def change_of_basis(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor |
     return basis if missing <= 1e-4 * torch.linalg.matrix_norm(after) else None
 
 
-def keep_basis(optimizer: torch.optim.Optimizer, part: Components, before: torch.Tensor) -> bool:
-    """Let an optimizer continue with a weight whose components have been replaced by others that mean the same.
+def keep_bases(
+    optimizer: torch.optim.Optimizer, parts: Sequence[Components], before: Sequence[torch.Tensor]
+) -> list[nn.Parameter]:
+    """Let an optimizer continue with weights whose components have been replaced by others that mean the same.
 
     Args:
         optimizer: A torch optimizer with `ComponentSteps`.
-        part: The factor, with the new weight in it.
-        before: The weight's values before.
+        parts: The factors, with the new weights in them; the same in every process of a distributed training.
+        before: The weights' values before.
 
     Returns:
-        Whether it can; if not, nothing has been changed, and what it keeps for the weight is of no use.
+        The weights with which it cannot; what it keeps for these is of no use.
     """
-    state = optimizer.state.get(part.weight)
-    if not state:  # it has not taken a step: it begins with the new components
-        return True
-    basis = change_of_basis(part.columns(before), part.columns(part.weight.detach()))
-    if basis is None:
-        return False
-    if BASIS in state:
-        basis = state[BASIS].to(basis) @ basis
-    # In the weight's dtype, as which it comes back from a state dict: a resumed training is bit for bit the same.
-    state[BASIS] = basis.to(part.weight)
-    return True
+    # A weight that has not taken a step begins with the new components.
+    stepped = [(part, was) for part, was in zip(parts, before, strict=True) if optimizer.state.get(part.weight)]
+    bases = [change_of_basis(part.columns(was), part.columns(part.weight.detach())) for part, was in stepped]
+    lost = []
+    for (part, _), basis in zip(stepped, _agreed(bases, [part for part, _ in stepped]), strict=True):
+        state = optimizer.state[part.weight]
+        if basis is None:
+            lost.append(part.weight)
+            continue
+        if BASIS in state:
+            basis = state[BASIS].to(basis) @ basis
+        # In the weight's dtype, as which it comes back from a state dict: a resumed training is bit for bit the same.
+        state[BASIS] = basis.to(part.weight)
+    return lost
+
+
+def _agreed(bases: list[torch.Tensor | None], parts: list[Components]) -> list[torch.Tensor | None]:
+    """The bases of the main process, in all processes of a distributed training: rounding may differ between them."""
+    distributed = torch.distributed
+    if not (bases and distributed.is_available() and distributed.is_initialized()):
+        return bases
+    known = torch.tensor([basis is not None for basis in bases], dtype=torch.uint8, device=parts[0].weight.device)
+    distributed.broadcast(known, 0)
+    agreed: list[torch.Tensor | None] = []
+    for basis, part, is_known in zip(bases, parts, known.tolist(), strict=True):
+        rank = part.weight.shape[part.dim]
+        shared = part.weight.new_zeros(rank, rank, dtype=torch.float64) if basis is None else basis.contiguous()
+        if is_known:
+            distributed.broadcast(shared, 0)
+        agreed.append(shared if is_known else None)
+    return agreed
 
 
 def components_of(layer: Any, adapter_name: str) -> list[Components]:

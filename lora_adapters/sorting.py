@@ -18,7 +18,7 @@ from lora_adapters.types.layers import factors, has_adapter, layers, low_rank
 from lora_adapters.types.lycoris.layer import held
 
 from . import optimizer_state
-from .component_steps import Components, components_of, keep_basis, steps_of
+from .component_steps import Components, components_of, keep_bases, steps_of
 from .hotswap import swap
 from .injection import unwrapped
 from .optimizer_state import averages_weights, check_restart, restart
@@ -75,8 +75,7 @@ def _following(optimizer: Any, parts: list[Components]) -> Iterator[None]:
     yield
     steps = steps_of(inner)
     steps.add(part for part in parts if not steps.has(part.weight))
-    lost = [part.weight for part, was in zip(parts, before, strict=True) if not keep_basis(inner, part, was)]
-    if lost:
+    if lost := keep_bases(inner, parts, before):
         with restart(inner, lost):
             pass
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_adapters.component_steps import Components, ComponentSteps, change_of_basis, keep_basis
+from lora_adapters.component_steps import Components, ComponentSteps, change_of_basis, keep_bases
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.optimizer_state import BASIS
 
@@ -43,7 +43,7 @@ def test_a_step_is_that_of_the_weight_before_two_changes_of_basis(dim: int, rate
             columns = part.columns(before) @ change
             turned.data = (columns.T if dim == 0 else columns).contiguous()
             basis = basis @ change
-            assert keep_basis(optimizer, part, before)
+            assert not keep_bases(optimizer, [part], [before])
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a resumed training does
         (own @ basis - target).square().sum().backward()
         (part.columns(turned) - target).square().sum().backward()
@@ -63,13 +63,13 @@ def test_a_closure_is_refused_and_a_weight_without_gradient_left_alone() -> None
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     steps, part = ComponentSteps(optimizer), Components(weight, 1)
     steps.add([part])
-    assert keep_basis(optimizer, part, weight.detach().clone())  # no step has been taken yet
+    assert not keep_bases(optimizer, [part], [weight.detach().clone()])  # no step has been taken yet
     assert not optimizer.state
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     before = weight.detach().clone()
     weight.data = before @ torch.tensor([[0.0, 1.0], [2.0, 0.0]])
-    assert keep_basis(optimizer, part, before)
+    assert not keep_bases(optimizer, [part], [before])
     with pytest.raises(AdapterError, match=r"call step\(\) without one"):
         optimizer.step(lambda: 0.0)
     optimizer.zero_grad()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from accelerate.utils import broadcast
 
-from lora_adapters.optimizer_state import BASIS, averages_weights, unwrapped
+from lora_adapters.optimizer_state import averages_weights
 from lora_adapters.sorting import sort_components
 from lora_adapters.train.training import adapters
 from lora_adapters.train.training.setup import Run
@@ -25,8 +25,6 @@ def sort_if_due(run: Run, step: int) -> None:
     sort_components(list(run.trained.values()), run.optimizer, adapters.ADAPTER)
     for parameter in run.parameters:
         broadcast(parameter.data)
-        if (basis := unwrapped(run.optimizer).state[parameter].get(BASIS)) is not None:
-            broadcast(basis)
     if run.average is not None:
         run.average.restart()
     if run.accelerator.is_main_process:
