@@ -95,7 +95,9 @@ def test_two_processes_equal_one(basics, tmp_path, sort_at) -> None:
     assert shown == pytest.approx([measured.loss for measured in one.held_out if measured.step == 4], abs=2e-5)
     adapter = Adapter.load(Path(two["output_dir"]) / "last.safetensors")
     for name, expected in one.adapter.modules.items():
-        torch.testing.assert_close(adapter.modules[name].delta(), expected.delta(), rtol=1e-3, atol=2e-5)
+        # Components that are equally large, as after one step, are told apart by rounding: others are cut then.
+        atol = 2e-5 if sort_at == "0" else 1e-4
+        torch.testing.assert_close(adapter.modules[name].delta(), expected.delta(), rtol=1e-3, atol=atol)
         if sort_at == "0":  # else rounding is larger in the factors of small components than in what they do
             torch.testing.assert_close(adapter.modules[name].up, expected.up, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(adapter.modules[name].down, expected.down, rtol=1e-3, atol=1e-4)
