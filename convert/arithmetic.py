@@ -87,9 +87,10 @@ class Arithmetic(Contents):
         Raises:
             AdapterError: They are for different base models, or shapes differ (SD1 and SD2).
         """
-        ours, theirs = self.family, other.family
-        if set(self.candidates).isdisjoint(other.candidates):
-            raise AdapterError(f"one adapter is for {'/'.join(ours.titles)}, the other for {'/'.join(theirs.titles)}")
+        ours, theirs = self.candidates, other.candidates
+        if set(ours).isdisjoint(theirs):
+            first, second = ("/".join(families[0].titles) for families in (ours, theirs))
+            raise AdapterError(f"one adapter is for {first}, the other for {second}")
         modules = dict(self.modules)
         scale = common_scale(
             pair for change in (self, other) for pair in change.modules.values() if isinstance(pair, LowRank)

@@ -39,7 +39,7 @@ def titles_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) 
     """What an adapter is for, in words: "SD1.x", "Flux.1 or Chroma"."""
     candidates = candidates_of(modules, metadata)
     if len(candidates) == 1:
-        return base_model_of(modules, metadata).title
+        return _base_model(candidates[0], modules, metadata).title
     return " or ".join(family.title for family in candidates)
 
 
@@ -91,8 +91,9 @@ def candidates_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, st
         return (stated,)
     fitting = [family for family in FAMILIES if family.has(modules)]
     if fuses(by_names):
-        own = next((family for family in fitting if _has_own_width(family, modules)), None)
-        return (own,) if own is not None else likeliest(fitting, lambda family: _layers(family, modules))
+        return likeliest(
+            fitting, lambda family: _has_own_width(family, modules), lambda family: _layers(family, modules)
+        )
     if by_names is not FAMILIES[0] or metadata.get(BASE_VERSION):
         return (by_names,)
     others = (family for family in fitting[1:] if family.marks.width is not None)
@@ -127,7 +128,10 @@ def reads_other_text_than(family: ModelFamily, modules: Mapping[ModuleName, Size
 
 def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> BaseModel:
     """The family and, by the widths of the modules or else by the metadata, the version that an adapter is for."""
-    family = family_of(modules, metadata)
+    return _base_model(family_of(modules, metadata), modules, metadata)
+
+
+def _base_model(family: ModelFamily, modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> BaseModel:
     sizes = (change.out_in for module, change in modules.items() if module.path.endswith(_READ_TEXT))
     reading = (out_in[1] for out_in in sizes if out_in is not None)
     by_width = next((version for width in reading if (version := family.version(width)) is not None), None)
@@ -139,10 +143,12 @@ def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, st
 
 def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
     """AdapterError, with their names, if two adapters are for different models."""
-    candidates = [set(candidates_of(adapter.modules, adapter.metadata)) for adapter in adapters.values()]
-    if any(len(families) > 1 for families in candidates) and set.intersection(*candidates):
+    candidates = {name: candidates_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
+    if any(len(families) > 1 for families in candidates.values()) and set.intersection(*map(set, candidates.values())):
         return
-    models = {name: base_model_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
+    models = {
+        name: _base_model(candidates[name][0], adapter.modules, adapter.metadata) for name, adapter in adapters.items()
+    }
     several = len({model.family.name for model in models.values()}) > 1  # then one of unknown version is a stranger too
     known = {name: model.title for name, model in models.items() if several or model.version is not None}
     first = next(iter(known.items()), None)

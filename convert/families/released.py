@@ -1,4 +1,4 @@
-"""Telling families whose layers have the same names apart by the sizes of the released models."""
+"""Telling families whose layers have the same names apart by the sizes of the layers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -15,12 +15,15 @@ class SizedLayer(NamedTuple):
 
 
 def likeliest(
-    families: Sequence[ModelFamily], layers_of: Callable[[ModelFamily], Iterable[SizedLayer]]
+    families: Sequence[ModelFamily],
+    has_own_width: Callable[[ModelFamily], bool],
+    layers_of: Callable[[ModelFamily], Iterable[SizedLayer]],
 ) -> tuple[ModelFamily, ...]:
-    """Those of the families that have a released model as large as an adapter's layers.
+    """The family that alone has a layer of such a width, or those that have a released model of such sizes.
 
     Args:
         families: The families that have all of the adapter's layers, by name.
+        has_own_width: Whether a layer of the adapter is as wide as only this family's (`Marks.width`).
         layers_of: The layers of the denoiser that are adapted, as each family calls them.
 
     Returns:
@@ -32,6 +35,9 @@ def likeliest(
     """
     if len(families) < 2:
         return tuple(families)
+    own = next(filter(has_own_width, families), None)
+    if own is not None:
+        return (own,)
     fitting = tuple(family for family in families if _is_released(family, layers_of(family)))
     return fitting or tuple(families)
 

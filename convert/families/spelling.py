@@ -159,8 +159,7 @@ def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mappi
     stated = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
     if stated in fitting:
         return Recognised(stated, stated)
-    own = next((family for family in fitting if _has_own_width(family, names)), None)
-    left = (own,) if own is not None else likeliest(fitting, lambda family: _layers(family, names))
+    left = likeliest(fitting, lambda family: _has_own_width(family, names), lambda family: _layers(family, names))
     return Recognised(left[0], left[0], len(left) == 1)
 
 
