@@ -72,15 +72,20 @@ def restart(optimizer: Any, parameters: Sequence[torch.Tensor]) -> Iterator[None
         inner.eval()
     try:
         yield
-        changed = {id(parameter) for parameter in parameters}
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in changed:
-                    _restart(inner.state.get(parameter, {}), parameter.detach(), group)
-            group.update({name: 0.0 for name in _SUMS if name in group})
+        reset(inner, parameters)
     finally:
         if averages:
             inner.train()
+
+
+def reset(optimizer: Any, parameters: Iterable[torch.Tensor]) -> None:
+    """Make what a torch optimizer keeps for parameters that have been replaced that of a restart; see `restart`."""
+    changed = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in changed:
+                _restart(optimizer.state.get(parameter, {}), parameter.detach(), group)
+        group.update({name: 0.0 for name in _SUMS if name in group})
 
 
 def _is_unknown(key: str, value: Any) -> bool:

@@ -21,7 +21,7 @@ from . import optimizer_state
 from .component_steps import Components, components_of, keep_bases, steps_of
 from .hotswap import swap
 from .injection import unwrapped
-from .optimizer_state import averages_weights, check_restart, restart
+from .optimizer_state import averages_weights, check_restart, reset, restart
 
 
 def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None = None) -> None:
@@ -76,8 +76,7 @@ def _following(optimizer: Any, parts: list[Components]) -> Iterator[None]:
     steps = steps_of(inner)
     steps.add(part for part in parts if not steps.has(part.weight))
     if lost := keep_bases(inner, parts, before):
-        with restart(inner, lost):
-            pass
+        reset(inner, lost)
 
 
 def _adapters(target: Any, adapter_name: str | None) -> Iterator[tuple[nn.Module, str]]:
