@@ -9,10 +9,10 @@ import torch
 from typing_extensions import Self
 
 from lora_adapters.convert.deltas.low_rank import rank_range
-from lora_adapters.convert.deltas.sum import as_pair
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup
 from lora_adapters.convert.families.registry import BASE_VERSION, by_metadata, by_name
+from lora_adapters.convert.families.unlisted import FAMILY as UNLISTED
 from lora_adapters.convert.formats import peft, registry
 from lora_adapters.convert.formats.contents import Contents, WriteOptions
 from lora_adapters.convert.formats.metadata import dylora_of
@@ -71,7 +71,9 @@ class Adapter(Arithmetic, LiveAdapter):
             source: A file, a folder, or a repository (owner/name).
             weight_name: The file in the folder or repository, if there are several.
             subfolder: The folder in the folder or repository.
-            base_model: What it is for, where the file does not tell: "flux", "chroma", "sd3", "qwen_image", ...
+            base_model: What it is for, where the file does not tell: "flux", "chroma", "sd3", "qwen_image", ...;
+                "other" for a model that is not known here: names of layers stay as they are in the file, and the
+                adapter can be saved in their spelling alone.
             **hub: Options of `huggingface_hub`: token, revision, cache_dir, local_files_only, ...
 
         Returns:
@@ -173,7 +175,7 @@ class Adapter(Arithmetic, LiveAdapter):
             AdapterError: The adapter has no modules, or the path cannot be written; a file that was there before is
                 unchanged.
         """
-        chosen = registry.by_name(format or ("kohya" if self.has_only_pairs else "lycoris"))
+        chosen = registry.to_write(format, self)
         if not self.modules:
             raise AdapterError(f"{path} is not written: the adapter has no modules")
         path = Path(path).expanduser()
@@ -193,6 +195,8 @@ class Adapter(Arithmetic, LiveAdapter):
         Raises:
             AdapterError: The family lacks a module, or the metadata name another family.
         """
+        if family is UNLISTED and family.has(self.modules):
+            return self  # whatever the metadata say
         stated = by_metadata(self.metadata) if self.metadata.get(BASE_VERSION) else None
         if stated is not None and stated is not family:
             raise AdapterError(f"its metadata say that it is for {stated.title}, not {family.title}")
@@ -204,11 +208,6 @@ class Adapter(Arithmetic, LiveAdapter):
         return self.replaced(metadata={**self.metadata, BASE_VERSION: family.stated})
 
     # --- what it is ------------------------------------------------------------------------------------------------
-
-    @property
-    def has_only_pairs(self) -> bool:
-        """Whether all of its changes are low-rank pairs, or are so in another form; see `pairs`."""
-        return all(as_pair(change) is not None for change in self.modules.values())
 
     def __repr__(self) -> str:
         kind = f", DyLoRA unit {self.dylora.unit}" if self.dylora else ""

@@ -11,6 +11,8 @@ from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.low_rank import LowRank, common_scale
 from lora_adapters.convert.deltas.sum import added
 from lora_adapters.convert.families.names import ModuleName
+from lora_adapters.convert.families.unlisted import FAMILY as UNLISTED
+from lora_adapters.convert.families.unlisted import check_alike
 from lora_adapters.convert.formats import diffusers
 from lora_adapters.convert.formats.contents import Contents, most_common
 from lora_adapters.convert.formats.metadata import (
@@ -91,6 +93,8 @@ class Arithmetic(Contents):
         if set(ours).isdisjoint(theirs):
             first, second = ("/".join(families[0].titles) for families in (ours, theirs))
             raise AdapterError(f"one adapter is for {first}, the other for {second}")
+        if ours == theirs == (UNLISTED,):
+            check_alike([("one adapter", self.modules), ("the other", other.modules)])
         modules = dict(self.modules)
         scale = common_scale(
             pair for change in (self, other) for pair in change.modules.values() if isinstance(pair, LowRank)

@@ -10,6 +10,8 @@ from .names import ModuleName
 from .registry import BASE_VERSION, FAMILIES, by_metadata, by_modules, version_named
 from .released import SizedLayer, likeliest
 from .spelling import fuses
+from .unlisted import FAMILY as UNLISTED
+from .unlisted import check_alike
 
 # Layers whose input is as wide as the text encoder.
 _READ_TEXT = (
@@ -85,6 +87,8 @@ def candidates_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, st
     Raises:
         AdapterError: No family has all of the modules.
     """
+    if modules and UNLISTED.has(modules):
+        return (UNLISTED,)
     by_names = by_modules(modules)
     stated = by_metadata(metadata) if metadata.get(BASE_VERSION) else None
     if stated is not None and (by_names is FAMILIES[0] or stated.has(modules)):
@@ -144,6 +148,9 @@ def _base_model(family: ModelFamily, modules: Mapping[ModuleName, Sized], metada
 def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
     """AdapterError, with their names, if two adapters are for different models."""
     candidates = {name: candidates_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
+    if all(families == (UNLISTED,) for families in candidates.values()):
+        check_alike([(name, adapter.modules) for name, adapter in adapters.items()])
+        return
     if any(len(families) > 1 for families in candidates.values()) and set.intersection(*map(set, candidates.values())):
         return
     models = {

@@ -8,6 +8,7 @@ from lora_adapters.convert.suggestions import closest
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_PROJECTION = "text_projection"  # of SDXL's second text encoder, beside its `text_model`
+NEAREST = "the nearest known name is"
 _NOT_BELOW_TEXT_MODEL = ("text_model.", "encoder.block.", "layers.")
 
 # What finds a module that is in none of the tables: from a component and a name in it, with dots or flat, to its path.
@@ -81,4 +82,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return ""
     numbers = re.findall(r"\d+", name)
     near = closest(name, (candidate for candidate in known if re.findall(r"\d+", candidate) == numbers), 0.8)
-    return f"; the nearest known name is {near}" if near else ""
+    return f"; {NEAREST} {near}" if near else ""

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lora_adapters.convert.deltas.base import Delta, alpha_in
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.deltas.sum import pair_of
+from lora_adapters.convert.deltas.sum import as_pair, pair_of
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import candidates_of
 from lora_adapters.convert.families.family import ModelFamily
@@ -97,6 +97,11 @@ class Contents:
         """How many modules are of each kind (LoRA, LoHa, DoRA, norm, ...), the most common first."""
         counts = Counter(change.kind for change in self.modules.values())
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def has_only_pairs(self) -> bool:
+        """Whether all of its changes are low-rank pairs, or are so in another form; see `pairs`."""
+        return all(as_pair(change) is not None for change in self.modules.values())
 
     @property
     def dylora(self) -> DyLora | None:

@@ -9,13 +9,17 @@ import torch
 from lora_adapters.convert import choices
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import ModelFamily
-from lora_adapters.convert.families.names import Lookup
+from lora_adapters.convert.families.names import NEAREST, Lookup
+from lora_adapters.convert.families.unlisted import FAMILY as UNLISTED
+from lora_adapters.convert.families.unlisted import refuse
 
-from . import diffusers, kohya, spelled
+from . import diffusers, kohya, spelled, unlisted
 from .contents import Contents, Format
 from .kinds import split_bundled, unread, without_strays
 
 FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for name in choices.FORMATS)  # type: ignore
+
+_HINT = f"; of a model that is not known here: --base_model {UNLISTED.name}"
 
 
 def by_name(name: str) -> Format:
@@ -24,6 +28,25 @@ def by_name(name: str) -> Format:
     if format_ is None:
         raise AdapterError(f"unknown format {name}: {', '.join(choices.FORMATS)} are known")
     return format_
+
+
+def to_write(name: str | None, contents: Contents) -> Format:
+    """The format to write an adapter in.
+
+    Args:
+        name: As users choose it; None: kohya's, LyCORIS' if some changes are no low-rank pairs, or the file's own
+            spelling where the model is not known.
+        contents: The adapter.
+
+    Returns:
+        The format.
+
+    Raises:
+        AdapterError: There is no format of that name, or it needs to know the model.
+    """
+    if contents.modules and contents.family is UNLISTED:
+        return unlisted if name is None else refuse(f"it cannot be written in the format {name}")  # type: ignore
+    return by_name(name or ("kohya" if contents.has_only_pairs else "lycoris"))
 
 
 def read(
@@ -38,7 +61,7 @@ def read(
         tensors: The tensors of the file; they are not copied.
         metadata: The metadata of the file.
         lookup: Finds modules that no known family has, in a live model.
-        family: The family of the live model; None recognises that of the file.
+        family: The family of the live model, or that somebody says; None recognises that of the file.
 
     Returns:
         The changes, metadata and embeddings.
@@ -50,12 +73,29 @@ def read(
     rest, embeddings = split_bundled(without_strays(tensors))
     if not rest:
         raise AdapterError("there are no tensors in it")
+    if family is UNLISTED:
+        return replace(unlisted.read(rest, metadata), embeddings=embeddings)
+    try:
+        return replace(_read(rest, metadata, lookup, family), embeddings=embeddings)
+    except AdapterError as error:
+        is_typo = NEAREST in str(error)
+        if family is None and lookup is None and not is_typo and not unlisted.is_of_known_model(rest):
+            error.args = (f"{error}{_HINT}",)
+        raise
+
+
+def _read(
+    rest: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    lookup: Lookup | None,
+    family: ModelFamily | None,
+) -> Contents:
     of_transformer = spelled.read(rest, metadata, lookup, family)
     if of_transformer is not None:
-        return replace(of_transformer, embeddings=embeddings)
+        return of_transformer
     for known in FORMATS:
         if known.matches(rest):
-            return replace(known.read(rest, metadata, lookup), embeddings=embeddings)
+            return known.read(rest, metadata, lookup)
     mine = kohya if any(kohya.matches({key}) for key in rest) else diffusers
     strange = next((key for key in rest if not mine.matches({key})), next(iter(rest)))
     raise unread(rest, f"{strange:.120} is not a key of kohya's or diffusers' LoRA formats")

@@ -103,7 +103,7 @@ def read(
         if family is None:
             return None
         raise unread(tensors, f"{strange:.120} is no key of an adapter's file")
-    groups = _groups(tensors, splits)
+    groups = group_tensors(tensors, splits)
     if family is None and family_of_names(dict.fromkeys(groups), metadata).near is None:
         return None
     unknown = open_rotation(tensors, metadata)
@@ -145,10 +145,10 @@ def _is_weight(parts: tuple[str, str], gated: Collection[str]) -> bool:
     return parts[1] == "weight" and parts[0] not in gated
 
 
-def _groups(
+def group_tensors(
     tensors: Mapping[str, torch.Tensor], splits: Mapping[str, tuple[str, str] | None]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each module by the ends of their keys."""
+    """The tensors of each module by the ends of their keys, which `split_key` has split."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, end = splits[key] or ("", "")

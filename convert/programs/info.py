@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_adapters.convert.adapter import Adapter
+from lora_adapters.convert.choices import UNLISTED
 from lora_adapters.convert.deltas.base import Delta, alpha_in
 from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.deltas.sum import as_pair
@@ -19,7 +20,8 @@ from lora_adapters.convert.deltas.svd import product_norm_squared
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import titles_of
 from lora_adapters.convert.families.registry import denoisers
-from lora_adapters.convert.formats import peft
+from lora_adapters.convert.formats import peft, unlisted
+from lora_adapters.convert.formats.kinds import split_bundled
 from lora_adapters.convert.storage.files import is_safetensors, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.convert.tools.block_weights import block_name
@@ -73,8 +75,8 @@ def _kind(adapter: Adapter) -> str:
     if set(kinds) != {"LoRA"} or adapter.stored:
         return ", ".join(f"{kind} in {count}" for kind, count in kinds.items())
     family = adapter.family
-    kind = f"LoRA-{family.adapter_type(adapter.modules).title}"
-    if any(family.part(module) == "outer" for module in adapter.modules):
+    kind = f"LoRA-{family.adapter_type(adapter.modules).title}" if family.coverage else "LoRA"
+    if family.coverage and any(family.part(module) == "outer" for module in adapter.modules):
         kind += " and layers outside of the blocks"
     return f"DyLoRA (unit {adapter.dylora.unit}), as {kind}" if adapter.dylora else kind
 
@@ -119,6 +121,8 @@ def read(path: Path) -> tuple[Adapter, list[str]]:
     if path.is_dir() or (path.parent / peft.CONFIG).is_file():
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)
+    if not unlisted.is_of_known_model(split_bundled(tensors)[0]):
+        return Adapter.load(path, base_model=UNLISTED), []
     known, unknown = without_unknown(tensors, metadata)
     return (Adapter.load(path), []) if not unknown or not known else (Adapter.from_tensors(known, metadata), unknown)
 
@@ -176,18 +180,19 @@ def as_text(about: Mapping[str, Any]) -> str:
     """The facts as a few lines and a table."""
     modules = ", ".join(f"{count} in {component}" for component, count in about["modules"].items())
     hashed = "LyCORIS' own, not of the file's bytes" if about["hash"] == "lycoris" else about["hash"]
+    width = max(16, *(len(row["block"]) + 1 for row in about["blocks"]))
     lines = [
         about["file"],
         f"  {about['type']} for {about['for']} ({about['base'] or 'base not stated'}), rank {about['rank']}, {modules}",
         f"  {about['parameters']:,} parameters in {', '.join(about['dtypes'])}; hash: {hashed}",
-        f"  {'block':<16}{'modules':>8}{'norm':>10}  rank / alpha",
+        f"  {'block':<{width}}{'modules':>8}{'norm':>10}  rank / alpha",
     ]
     for row in about["blocks"]:
         ranks, alphas = _shown(row["ranks"]), _shown(row["alphas"])
         missing = "-" if row["depends_on_weights"] else "none: NaN"
         norm = missing if row["norm"] is None else f"{row['norm']:.4g}"
         kinds = f"  {_shown(row['kinds'])}" if set(about["kinds"]) != {"LoRA"} else ""
-        lines.append(f"  {row['block']:<16}{row['modules']:>8}{norm:>10}  {ranks} / {alphas}{kinds}")
+        lines.append(f"  {row['block']:<{width}}{row['modules']:>8}{norm:>10}  {ranks} / {alphas}{kinds}")
     if about["unknown_modules"]:
         lines.append(f"  left out here, in no known model: {', '.join(about['unknown_modules'])}")
     if about["zero_alphas"]:

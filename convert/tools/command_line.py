@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_adapters.convert.choices import FAMILIES, MAJORITIES, METHODS
+from lora_adapters.convert.choices import FAMILIES, MAJORITIES, METHODS, UNLISTED
 from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError, first_line
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import tolerant_console
@@ -71,7 +71,10 @@ def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
 def add_base_model(parser: argparse.ArgumentParser) -> None:
     """An option that says what adapters are for."""
     parser.add_argument(
-        "--base_model", choices=FAMILIES, help="what the LoRA is for, where its layers are those of several models"
+        "--base_model",
+        choices=(*FAMILIES, UNLISTED),
+        help="what the LoRA is for, where its layers are those of several models; other: a model that is not known "
+        "here, whose layers keep the names that they have in the file",
     )
 
 
