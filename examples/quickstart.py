@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250, help="training steps")
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for everything that is made")
-    parser.add_argument("--data", type=Path, default=HERE / "pictures" / "delft", help="folder with train and held_out")
+    parser.add_argument("--data", type=Path, default=HERE / "images" / "delft", help="folder with train and held_out")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # products of tiny gradients slow a CPU down several times over

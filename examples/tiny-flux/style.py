@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny-flux-style"), help="folder for everything that is made")
     parser.add_argument("--model", type=Path, default=HERE, help="the pipeline")
     parser.add_argument(
-        "--data", type=Path, default=HERE.parent / "pictures" / "delft", help="folder with train and held_out"
+        "--data", type=Path, default=HERE.parent / "images" / "delft", help="folder with train and held_out"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

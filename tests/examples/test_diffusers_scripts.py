@@ -23,7 +23,7 @@ from tests.examples import stand_in
 ROOT = Path(__file__).parent.parent.parent
 WRAPPER = ROOT / "examples" / "diffusers_text_to_image" / "run_with_lora_adapters.py"
 GOLDEN = ROOT / "tests" / "golden" / "sd15"
-PICTURES = ROOT / "examples" / "pictures" / "delft" / "train"
+PICTURES = ROOT / "examples" / "images" / "delft" / "train"
 EXAMPLES = os.environ.get("LORA_ADAPTERS_DIFFUSERS_EXAMPLES")
 theirs = pytest.mark.skipif(
     not EXAMPLES or find_spec("torchvision") is None,

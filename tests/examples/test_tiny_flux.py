@@ -68,7 +68,7 @@ def test_padding_means_nothing(pipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dylora"])
 def test_a_few_steps_of_the_recipe_lower_the_held_out_loss(name, script, pipe, tmp_path):
-    data, file = TINY.parent / "pictures" / "delft", tmp_path / f"{name}.safetensors"
+    data, file = TINY.parent / "images" / "delft", tmp_path / f"{name}.safetensors"
     held_out = script.examples(pipe, data / "held_out")
     base = script.held_out_loss(pipe, held_out)
     script.train_adapter(TINY, data, file, 20, script.MODULES[name])

@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_adapters.convert.storage.atomic import replacing
 from lora_adapters.train.studio import presets
+from lora_adapters.train.studio.images import caption_ending
 from lora_adapters.train.studio.paths import Folders, StudioError
-from lora_adapters.train.studio.pictures import caption_ending
 
 TYPES = {"LoRA": "lierla", "LoRA-C3Lier": "c3lier", "DyLoRA": "dylora", "LoHa": "loha", "LoKr": "lokr"}
 PRECISIONS = ("no", "fp16", "bf16")

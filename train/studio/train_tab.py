@@ -7,10 +7,10 @@ import gradio as gr
 import pandas
 
 from lora_adapters.train.studio import presets, runs
+from lora_adapters.train.studio.images import pictures, save_caption, thumbnail
 from lora_adapters.train.studio.jobs import Jobs
 from lora_adapters.train.studio.page import Lists, framed, shown
 from lora_adapters.train.studio.paths import Folders, StudioError
-from lora_adapters.train.studio.pictures import pictures, save_caption, thumbnail
 from lora_adapters.train.studio.runs import Recipe
 
 _NAMES = (

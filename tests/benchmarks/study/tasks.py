@@ -38,10 +38,10 @@ class Task:
 def folder_of(name: str, out: Path) -> Path:
     """The folder with train/ and held_out/; the subject is drawn into the results' folder."""
     if name == "style":
-        return ROOT / "examples" / "pictures" / "delft"
+        return ROOT / "examples" / "images" / "delft"
     folder = out / "subject"
     if not (folder / "held_out").exists():
-        script = BASE / "subject_pictures.py"
+        script = BASE / "subject_images.py"
         subprocess.run([sys.executable, str(script), "--out", str(folder)], check=True)
     return folder
 

@@ -24,7 +24,7 @@ MODEL = ROOT / "examples" / "tiny-sd"
 def places(tmp_path):
     (tmp_path / "adapters").mkdir()
     dylora_file(tmp_path / "adapters" / "tiles.safetensors")
-    shutil.copytree(ROOT / "examples" / "pictures" / "delft" / "train", tmp_path / "pictures" / "delft")
+    shutil.copytree(ROOT / "examples" / "images" / "delft" / "train", tmp_path / "pictures" / "delft")
     return tmp_path
 
 

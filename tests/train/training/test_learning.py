@@ -23,7 +23,7 @@ def options(tmp_path: Path, **changes) -> dict:
     """A style on two dozen pictures, a quarter of them held out."""
     dataset = {
         "general": {"resolution": 64, "caption_extension": ".txt"},
-        "datasets": [{"batch_size": 8, "subsets": [{"image_dir": str(EXAMPLES / "pictures" / "delft" / "train")}]}],
+        "datasets": [{"batch_size": 8, "subsets": [{"image_dir": str(EXAMPLES / "images" / "delft" / "train")}]}],
     }
     (tmp_path / "data.json").write_text(json.dumps(dataset))
     return {

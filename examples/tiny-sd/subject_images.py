@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw a subject that no model has seen: the zwib, a one-eyed creature, in many poses, places, sizes and colours.
 
-usage: subject_pictures.py --out DIR [--train N] [--held-out N]
+usage: subject_images.py --out DIR [--train N] [--held-out N]
 
 Writes DIR/train and DIR/held_out, 64x64 PNGs with their captions beside them (.txt): "a zwib on yellow". Needs no font.
 """

@@ -7,13 +7,13 @@ from lora_adapters.train.resizing import options
 from .blocks import PAGES, blocks
 from .test_readme import clone, quickstart_file, run_shell  # noqa: F401  # fixtures
 
-PAGE = PAGES / "training-pictures.md"
+PAGE = PAGES / "training-images.md"
 
 
 def test_the_command(clone):  # noqa: F811
     [block] = blocks(PAGE)
     said = run_shell(block.text)
-    pictures = len([*(clone / "examples" / "pictures" / "delft" / "train").glob("*.png")])
+    pictures = len([*(clone / "examples" / "images" / "delft" / "train").glob("*.png")])
     assert f"images: {pictures}, resized: {2 * pictures}, already there: 0" in said
     made = {file.name for file in (clone / "smaller").iterdir()}
     assert {"anchor.png", "anchor.txt", "anchor+48x48.jpg", "anchor+48x48.txt", "anchor+32x32.jpg"} <= made

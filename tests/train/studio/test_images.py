@@ -5,8 +5,8 @@ import os
 import pytest
 from PIL import Image
 
+from lora_adapters.train.studio.images import THUMBNAIL, caption_ending, pictures, save_caption, thumbnail
 from lora_adapters.train.studio.paths import StudioError
-from lora_adapters.train.studio.pictures import THUMBNAIL, caption_ending, pictures, save_caption, thumbnail
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw the quickstart's pictures: emoji painted blue on white, as on Delft tiles, which the base model has never seen.
 
-usage: style_pictures.py [--out DIR] [--font FILE]
+usage: style_images.py [--out DIR] [--font FILE]
 
 Writes DIR/train and DIR/held_out, 64x64 PNGs with their captions beside them (.txt).
 """
@@ -48,7 +48,7 @@ def write(emoji: list[Emoji], names: tuple[str, ...], folder: Path, font: ImageF
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pictures" / "delft")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "images" / "delft")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf")
     args = parser.parse_args()
     font = load_font(args.font) if args.font else load_font()
