@@ -17,7 +17,7 @@ from lora_adapters.train.data.cache_files import (
 from lora_adapters.train.data.cache_files import write_latents as write
 from lora_adapters.train.data.transforms import centred, image_tensor
 from lora_adapters.train.data_error import DataError
-from tests.train.drawn import LATENT_FILES, data, folder, picture, small_vae
+from tests.train.drawn import LATENT_FILES, data, drawn_image, folder, small_vae
 
 WANTED = LatentsRequest(size=(100, 50), bucket=(64, 32), flip=False, alpha_mask=False, vae="abc")
 
@@ -184,7 +184,7 @@ def test_cached_latents_are_samples_of_the_posterior(tmp_path, vae):
         seen[batch.latents.flatten()[0].item()] = batch.latents
     assert len(seen) == 2  # as it is and mirrored
     for flip in (False, True):
-        pixels = image_tensor(picture((64, 64)), placement, centred(placement, flip=flip))
+        pixels = image_tensor(drawn_image((64, 64)), placement, centred(placement, flip=flip))
         posterior = vae.encode(pixels[None]).latent_dist
         noise = [((latents - posterior.mean) / posterior.std).detach() for latents in seen.values()]
         assert min(abs(part.std().item() - 1) + abs(part.mean().item()) for part in noise) < 0.2
@@ -223,7 +223,7 @@ def test_disk_caches_are_used_again_until_the_picture_changes(tmp_path, vae):
     counting = Counting(vae)
     for change, expected in ((None, 3), (None, 0), ((72, 64), 1), ((72, 64), 1), (None, 0)):
         if change:  # to another size, then written again at the same size
-            picture(change, expected).save(images / "1.png")
+            drawn_image(change, expected).save(images / "1.png")
         counting.count = 0
         data(images).cache_latents(counting, LATENT_FILES, to_disk=True)
         assert counting.count == expected
@@ -236,7 +236,7 @@ def test_disk_caches_are_made_anew_for_an_older_picture_and_another_interpolatio
     images = folder(tmp_path / "p", [(96, 96)] * 2)
     counting = Counting(vae)
     data(images).cache_latents(counting, LATENT_FILES, to_disk=True)
-    picture((96, 96), 5).save(images / "1.png")
+    drawn_image((96, 96), 5).save(images / "1.png")
     os.utime(images / "1.png", (1e9, 1e9))
     for options, expected in (({}, 1), ({"resize_interpolation": "nearest"}, 2), ({}, 2), ({}, 0)):
         counting.count = 0

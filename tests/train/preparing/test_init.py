@@ -21,7 +21,7 @@ from ..transformers import build_flux, build_sd3
 ORIENTATION = 0x0112
 
 
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
+def block_image(size: tuple[int, int], seed: int) -> Image.Image:
     """A picture that looks like no other: blocks of random colours."""
     blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
@@ -30,7 +30,7 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
 def fill(folder: Path, sizes, ending: str = ".jpg", **options) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number, size in enumerate(sizes):
-        picture(size, number).save(folder / f"{number:04d}{ending}", **options)
+        block_image(size, number).save(folder / f"{number:04d}{ending}", **options)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_phone_photos(sd1, tmp_path, capsys) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     folder = fill(tmp_path / "phone", [(400, 300)] * 3, exif=exif)
-    picture((400, 300), 9).save(folder / "wide.JPEG")
+    block_image((400, 300), 9).save(folder / "wide.JPEG")
     for name in ("IMG_1.HEIC", "IMG_2.MOV", "Thumbs.db", ".DS_Store"):
         (folder / name).write_bytes(b"x")
     said = init(capsys, folder, sd1, "--class_tokens", "sks cat")
