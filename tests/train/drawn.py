@@ -1,4 +1,4 @@
-"""Pictures, folders and a tiny VAE for the tests of the data side."""
+"""Images, folders and a tiny VAE for the tests of the data side."""
 
 import random
 from pathlib import Path
@@ -24,7 +24,7 @@ def drawn_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def folder(path: Path, sizes: list[tuple[int, int]], captions: list[str] | None = None, suffix: str = ".png") -> Path:
-    """`path` with pictures 0, 1, ... of `sizes`, each with its caption where there are captions."""
+    """`path` with images 0, 1, ... of `sizes`, each with its caption where there are captions."""
     path.mkdir(parents=True, exist_ok=True)
     for number, size in enumerate(sizes):
         drawn_image(size, number).save(path / f"{number}{suffix}")

@@ -29,7 +29,7 @@ def test_captions_come_from_files_then_from_the_class(tmp_path, caplog):
     assert load(images, caption_extension=".txt", enable_wildcard=True).images[0].caption == "a wide one\nsecond line"
 
 
-def test_unreadable_pictures_are_left_out_by_count_and_name(tmp_path, caplog):
+def test_unreadable_images_are_left_out_by_count_and_name(tmp_path, caplog):
     images = folder(tmp_path / "p", [(16, 16)] * 4)
     (images / "1.png").write_bytes(b"")
     (images / "3.png").write_bytes((images / "3.png").read_bytes()[:100])
@@ -83,7 +83,7 @@ def test_caption_files_of_another_ending_are_pointed_out(tmp_path, caplog):
     assert "beside" not in caplog.text
 
 
-def test_cache_info_spares_opening_pictures_and_notices_changes(tmp_path, monkeypatch):
+def test_cache_info_spares_opening_images_and_notices_changes(tmp_path, monkeypatch):
     images = folder(tmp_path / "p", [(16, 16), (24, 16)], ["a", "b"])
     first = load(images, cache_info=True)
     table = json.loads((images / "metadata_cache.json").read_text())
@@ -157,7 +157,7 @@ def test_metadata_errors(tmp_path, name, text, message):
         load(images, metadata_file=str(tmp_path / "none.json"))
 
 
-def test_masks_belong_to_pictures_by_name(tmp_path):
+def test_masks_belong_to_images_by_name(tmp_path):
     images = folder(tmp_path / "p", [(16, 16)] * 2)
     masks = folder(tmp_path / "m", [(16, 16)], suffix=".jpg")
     with pytest.raises(DataError, match=r"has no mask for .*1\.png"):
@@ -172,7 +172,7 @@ def hub(name, **options):
     return load_subset(SubsetConfig(dataset_name=str(name), **options))
 
 
-def test_a_local_folder_of_pictures_as_a_hugging_face_dataset(tmp_path):
+def test_a_local_folder_of_images_as_a_hugging_face_dataset(tmp_path):
     images = folder(tmp_path / "p", [(24, 16), (16, 16)])
     rows = [("0.png", "a wide one", "x"), ("1.png", "a square", "y")]
     lines = [json.dumps({"file_name": file, "text": text, "other": other}) for file, text, other in rows]

@@ -93,7 +93,7 @@ def test_a_jpeg_with_a_trailer_is_whole(tmp_path):
     assert size_if_whole(FileSource(str(file))) == (16, 16)
 
 
-def test_pictures_are_found_in_either_case_and_in_order(tmp_path):
+def test_images_are_found_in_either_case_and_in_order(tmp_path):
     for name in ("b.PNG", "a.jpeg", "a.txt", "c.webp", "a.npz"):
         (tmp_path / name).touch()
     (tmp_path / "d.png").mkdir()
@@ -147,9 +147,9 @@ def test_colours_move_a_little_a_third_of_the_time():
     assert gamma[0, 0, 0].item() == pytest.approx(2 * (128 / 255) ** 1.05 - 1, abs=0.005)
 
 
-def test_masks_follow_their_picture_and_are_averaged_over_latents():
+def test_masks_follow_their_image_and_are_averaged_over_latents():
     mask = Image.new("L", (128, 64), 0)
-    mask.paste(255, (0, 0, 56, 64))  # of another size than its picture
+    mask.paste(255, (0, 0, 56, 64))  # of another size than its image
     seen = mask_tensor(mask, WIDE, centred(WIDE))
     assert seen.shape == (32, 32)
     assert seen[:, :12].eq(1).all()
