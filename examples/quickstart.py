@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Teach a small Stable Diffusion a style from two dozen pictures, and see what each rank of the adapter has learned.
+"""Teach a small Stable Diffusion a style from two dozen images, and see what each rank of the adapter has learned.
 
 usage: quickstart.py [--steps N] [--out DIR] [--data DIR]
 
 Trains one DyLoRA on DIR/train, loads the file that it saved with `pipe.load_lora_weights`, and draws prompts that were
-not trained at several ranks, beside pictures that were. Prints the held-out loss of each rank, and the mean colour
+not trained at several ranks, beside images that were. Prints the held-out loss of each rank, and the mean colour
 of what was drawn. Needs no network and no GPU; takes two to six minutes on two cores.
 """
 
@@ -77,12 +77,12 @@ def train_adapter(base: Path, data: Path, out: Path, steps: int) -> Path:
 
 @torch.no_grad()
 def held_out_loss(pipe: StableDiffusionPipeline, folder: Path, repeats: int = 4) -> float:
-    """Mean squared error of the predicted noise over a folder of captioned pictures, noise and timesteps fixed."""
+    """Mean squared error of the predicted noise over a folder of captioned images, noise and timesteps fixed."""
     generator = torch.Generator().manual_seed(0)
     losses = []
     for file in sorted(folder.glob("*.png")):
-        picture = pipe.image_processor.preprocess(Image.open(file).convert("RGB"))
-        latents = pipe.vae.encode(picture).latent_dist.mean * pipe.vae.config.scaling_factor
+        image = pipe.image_processor.preprocess(Image.open(file).convert("RGB"))
+        latents = pipe.vae.encode(image).latent_dist.mean * pipe.vae.config.scaling_factor
         text, _ = pipe.encode_prompt(file.with_suffix(".txt").read_text(encoding="utf-8").strip(), "cpu", 1, False)
         noise = torch.randn(repeats, *latents.shape[1:], generator=generator)
         timesteps = torch.linspace(100, 900, repeats).long()
@@ -93,14 +93,14 @@ def held_out_loss(pipe: StableDiffusionPipeline, folder: Path, repeats: int = 4)
 
 
 def draw(pipe: StableDiffusionPipeline) -> list[Image.Image]:
-    """One picture for each prompt, from the same noise whatever the adapter."""
+    """One image for each prompt, from the same noise whatever the adapter."""
     generators = [torch.Generator().manual_seed(1) for _ in PROMPTS]
     return pipe(list(PROMPTS), num_inference_steps=20, guidance_scale=1.4, generator=generators).images
 
 
-def mean_colour(pictures: list[Image.Image]) -> np.ndarray:
-    """Red, green and blue (0 to 255) of all that is not white paper, over all pictures."""
-    pixels = np.concatenate([np.asarray(picture.convert("RGB")).reshape(-1, 3) for picture in pictures]).astype(float)
+def mean_colour(images: list[Image.Image]) -> np.ndarray:
+    """Red, green and blue (0 to 255) of all that is not white paper, over all images."""
+    pixels = np.concatenate([np.asarray(image.convert("RGB")).reshape(-1, 3) for image in images]).astype(float)
     return pixels[pixels.min(axis=1) < PAPER].mean(axis=0)
 
 
@@ -111,11 +111,11 @@ def grid(columns: dict[str, list[Image.Image]], side: int = 128, margin: int = 1
     pen = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(PROMPTS):
         pen.text((8, 26 + row * (side + 4) + side // 2), prompt, "black", font, anchor="lm")
-    for column, (title, pictures) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(columns.items()):
         left = margin + column * (side + 4)
         pen.text((left + side // 2, 13), title, "black", font, anchor="mm")
-        for row, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, 26 + row * (side + 4)))
+        for row, image in enumerate(images):
+            sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (left, 26 + row * (side + 4)))
     return sheet
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250, help="training steps")
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for everything that is made")
-    parser.add_argument("--data", type=Path, default=HERE / "pictures" / "delft", help="folder with train and held_out")
+    parser.add_argument("--data", type=Path, default=HERE / "images" / "delft", help="folder with train and held_out")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # products of tiny gradients slow a CPU down several times over
@@ -137,14 +137,14 @@ def main() -> None:
     columns = {"trained on": tiles[: len(PROMPTS)], "base": draw(pipe)}
     losses = {"base": held_out_loss(pipe, args.data / "held_out")}
     pipe.load_lora_weights(file, adapter_name="delft")
-    for rank in tqdm(RANKS, desc="pictures and held-out loss"):
+    for rank in tqdm(RANKS, desc="images and held-out loss"):
         set_rank(pipe, rank)
         columns[f"rank {rank}"] = draw(pipe)
         losses[f"rank {rank}"] = held_out_loss(pipe, args.data / "held_out")
 
     grid(columns).save(args.out / "grid.png")
     colours = {name: mean_colour(tiles if name == "trained on" else drawn) for name, drawn in columns.items()}
-    table = ["| | held-out loss | mean colour | distance from the training pictures' |", "|---|---|---|---|"]
+    table = ["| | held-out loss | mean colour | distance from the training images' |", "|---|---|---|---|"]
     for name, colour in colours.items():
         loss = f"{losses[name]:.4f}" if name in losses else ""
         away = np.linalg.norm(colour - colours["trained on"])
@@ -154,7 +154,7 @@ def main() -> None:
     cut = Adapter.load(file).truncate(best).save(args.out / f"delft-rank{best}.safetensors")
 
     print("\n".join(table))
-    print(f"\npictures:  {args.out / 'grid.png'}\nadapter:   {file}\ncut to its best rank:  {cut}")
+    print(f"\nimages:    {args.out / 'grid.png'}\nadapter:   {file}\ncut to its best rank:  {cut}")
 
 
 if __name__ == "__main__":

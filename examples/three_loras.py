@@ -4,7 +4,7 @@
 usage: three_loras.py [FILE FILE FILE] [--model MODEL] [--weights 0.5 0.7 0.5] [--prompt PROMPT] [--out DIR]
 
 Trains nothing, needs no network and no GPU. Without files it makes three: random changes of what the prompt does, so
-that each leaves its mark on the picture. All four ways give the same picture; the differences are printed.
+that each leaves its mark on the image. All four ways give the same image; the differences are printed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def make_files(pipe: StableDiffusionPipeline, folder: Path) -> list[Path]:
 
 
 def draw(pipe: StableDiffusionPipeline, prompt: str) -> Image.Image:
-    """The prompt's picture, from the same noise each time."""
+    """The prompt's image, from the same noise each time."""
     generator = torch.Generator().manual_seed(1)
     return pipe(prompt, num_inference_steps=20, guidance_scale=4.0, generator=generator).images[0]
 
@@ -64,20 +64,20 @@ def main(argv: list[str] | None = None) -> dict[str, Image.Image]:
     if len(files) != len(args.weights):
         parser.error(f"{len(files)} files, but {len(args.weights)} weights")
     names = [file.stem for file in files]
-    pictures = {"model alone": draw(pipe, args.prompt)}
+    images = {"model alone": draw(pipe, args.prompt)}
 
     # Live: three adapters in the pipeline. Weights can be changed at any time, and each can be switched off.
     for name, file in zip(names, files, strict=True):
         pipe.load_lora_weights(file, adapter_name=name)
     for name in names:
         pipe.set_adapters([name], [1.0])
-        pictures[name] = draw(pipe, args.prompt)
+        images[name] = draw(pipe, args.prompt)
     pipe.set_adapters(names, args.weights)
-    pictures["all, live"] = draw(pipe, args.prompt)
+    images["all, live"] = draw(pipe, args.prompt)
 
     # Folded into the weights of the pipeline, which is as fast as no adapter, and taken out again.
     pipe.fuse_lora()
-    pictures["all, folded"] = draw(pipe, args.prompt)
+    images["all, folded"] = draw(pipe, args.prompt)
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
 
@@ -87,20 +87,20 @@ def main(argv: list[str] | None = None) -> dict[str, Image.Image]:
     for one in scaled[1:]:
         total = total + one
     pipe.load_lora_weights(total.save(args.out / "sum.safetensors"))
-    pictures["one file"] = draw(pipe, args.prompt)
+    images["one file"] = draw(pipe, args.prompt)
 
     # A model with the three in it, for programs that know no LoRA.
     merged = total.merge_into(args.model, args.out / "merged")
     pipe = StableDiffusionPipeline.from_pretrained(merged, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    pictures["in the model"] = draw(pipe, args.prompt)
+    images["in the model"] = draw(pipe, args.prompt)
 
     for name in ("all, folded", "one file", "in the model"):
-        print(f"{name:<14}differs from live by at most {difference(pictures[name], pictures['all, live'])} of 255")
+        print(f"{name:<14}differs from live by at most {difference(images[name], images['all, live'])} of 255")
     sheet = args.out / "sheet.png"
-    draw_sheet([(args.prompt, list(pictures.values()))], list(pictures)).save(sheet)
-    print(f"pictures:     {sheet}")
-    return pictures
+    draw_sheet([(args.prompt, list(images.values()))], list(images)).save(sheet)
+    print(f"images:       {sheet}")
+    return images
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ PROGRAMS = {
     "resize": ("lora_adapters.convert.resize_lora", "give a LoRA a smaller rank"),
     "convert": ("lora_adapters.convert.convert_format", "write a LoRA in another format"),
     "info": ("lora_adapters.convert.info", "show what a LoRA file is"),
-    "init": ("lora_adapters.train.preparing.program", "look at a folder of pictures and write settings to train on it"),
+    "init": ("lora_adapters.train.preparing.program", "look at a folder of images and write settings to train on it"),
     "train": ("lora_adapters.train.train_network", "train an adapter, with kohya's train_network.py options"),
-    "generate": ("lora_adapters.train.gen_img_diffusers", "draw pictures with adapters, with kohya's gen_img options"),
+    "generate": ("lora_adapters.train.gen_img_diffusers", "draw images with adapters, with kohya's gen_img options"),
     "studio": ("lora_adapters.train.studio.program", "compare, inspect, train and convert in the browser"),
     "completion": ("lora_adapters.completion", "print a script that completes commands and options in a shell"),
-    "resize-images": ("lora_adapters.train.resize_images_to_resolution", "resize a folder of training pictures"),
+    "resize-images": ("lora_adapters.train.resize_images_to_resolution", "resize a folder of training images"),
 }
 
 

@@ -83,7 +83,7 @@ def _preset(*classes: str, names: tuple[str, ...] = (), conv: bool = True, **res
 
 
 def _b_lora(attentions: str) -> Preset:
-    """The attention of the U-Net's blocks that decide a picture's content and style in SDXL."""
+    """The attention of the U-Net's blocks that decide an image's content and style in SDXL."""
     path = rf"up_blocks\.0\.attentions\.{attentions}\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$"
     return _preset(names=(path,), conv=False)
 

@@ -57,7 +57,7 @@ def test_all_files_under_the_rules(file):
 
 def test_workers_are_started_anew_under_the_rules():
     """The data's workers get all they need by pickling, as where processes cannot be forked."""
-    under_the_rules("tests/train/data/test_dataset.py", "-k", "a_picture_that_breaks and 1")
+    under_the_rules("tests/train/data/test_dataset.py", "-k", "an_image_that_breaks and 1")
 
 
 @pytest.fixture

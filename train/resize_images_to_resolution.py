@@ -154,7 +154,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status, which is 0 even if some pictures had to be skipped."""
+    """Run the program; returns its exit status, which is 0 even if some images had to be skipped."""
     return run(program, argv, stopped="stopped; the same command continues from here", traceback=True)
 
 

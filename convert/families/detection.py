@@ -148,7 +148,7 @@ def _base_model(family: ModelFamily, modules: Mapping[ModuleName, Sized], metada
 def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
     """AdapterError, with their names, if two adapters are for different models."""
     candidates = {name: candidates_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
-    if all(families == (UNLISTED,) for families in candidates.values()):
+    if candidates and all(families == (UNLISTED,) for families in candidates.values()):
         check_alike([(name, adapter.modules) for name, adapter in adapters.items()])
         return
     if any(len(families) > 1 for families in candidates.values()) and set.intersection(*map(set, candidates.values())):

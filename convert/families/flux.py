@@ -1,4 +1,4 @@
-"""Flux.1: a transformer of double blocks (picture and text apart) and single ones, and CLIP-L and T5 for the text.
+"""Flux.1: a transformer of double blocks (image and text apart) and single ones, and CLIP-L and T5 for the text.
 
 Source of the original names: black-forest-labs/flux; of XLabs': XLabs-AI/x-flux.
 """

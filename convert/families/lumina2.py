@@ -1,4 +1,4 @@
-"""Lumina-Image 2: a transformer with refiners of picture and text before its layers, and Gemma as its text encoder.
+"""Lumina-Image 2: a transformer with refiners of image and text before its layers, and Gemma as its text encoder.
 
 Source of the original names: Alpha-VLLM/Lumina-Image-2.0.
 """

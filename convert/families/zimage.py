@@ -1,4 +1,4 @@
-"""Z-Image: a transformer with refiners of picture and text before its layers.
+"""Z-Image: a transformer with refiners of image and text before its layers.
 
 diffusers has the names of the original code but for the attention, which ComfyUI's files fuse.
 """

@@ -25,14 +25,14 @@ TINY_SD = HERE.parent / "tiny-sd"
 sys.path.insert(0, str(TINY_SD))
 
 from emoji import all_emoji, draw, load_font  # noqa: E402  (they lie in tiny-sd's folder)
-from stage import SHEET, Training, contact_sheet, encoded, name_as_ever, pictures_to_tensor  # noqa: E402
+from stage import SHEET, Training, contact_sheet, encoded, images_to_tensor, name_as_ever  # noqa: E402
 
 TEXTS, NOISES = 24, 2  # a batch: so many texts, each with so many noises
 LENGTHS = (24,) * 7 + (64,)  # T5's tokens in a batch, padding and all: a prompt means the same at any length
 THINGS_TIMES = 30.0  # how many times as often as signs and gestures it sees a thing
-SIDE = 4  # a picture's latents are 8x8, and a token is a patch of 2x2
+SIDE = 4  # an image's latents are 8x8, and a token is a patch of 2x2
 SHEET_SETTINGS = {"height": 64, "width": 64, "num_inference_steps": 20, "max_sequence_length": 32}
-# FLUX.1-dev's: timesteps are shifted by how many tokens a picture has.
+# FLUX.1-dev's: timesteps are shifted by the number of tokens of an image.
 SCHEDULE = {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
@@ -91,10 +91,10 @@ class TextToLatents(torch.nn.Module):
 
 @dataclass
 class Batch:
-    """What one step predicts: latents between noise and picture, the velocity there, and the texts' numbers."""
+    """What one step predicts: latents between noise and image, the velocity there, and the texts' numbers."""
 
-    noisy: torch.Tensor  # (n, 16, 16): pictures of 4x4 tokens
-    velocity: torch.Tensor  # the same shape: noise - picture
+    noisy: torch.Tensor  # (n, 16, 16): images of 4x4 tokens
+    velocity: torch.Tensor  # the same shape: noise - image
     sigma: torch.Tensor  # (n,), 1 for noise alone
     clip_ids: torch.Tensor  # (texts, tokens)
     t5_ids: torch.Tensor
@@ -112,15 +112,15 @@ class Captions:
             raise ValueError(f"a caption takes {longest} tokens of T5, more than {min(LENGTHS)}")
 
     def choose(self, index: torch.Tensor, empty: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of one of the two captions of each picture, or of the empty text, so often as `empty` says."""
+        """Tokens of one of the two captions of each image, or of the empty text with probability `empty`."""
         texts = 2 * index + torch.randint(2, index.shape)
         texts = torch.where(torch.rand(index.shape) < empty, len(self.clip) - 1, texts)
         length = LENGTHS[torch.randint(len(LENGTHS), ()).item()]
         return self.clip[texts], self.t5[texts, :length]
 
 
-class Pictures:
-    """All pictures' latents as the transformer's tokens, and how often each is drawn."""
+class ImageLatents:
+    """The latents of all images as the transformer's tokens, and how often each is drawn."""
 
     def __init__(self, vae: AutoencoderKL, pixels: torch.Tensor, shares: torch.Tensor, captions: Captions):
         self.mean, self.std = (packed(part * vae.config.scaling_factor) for part in encoded(vae, pixels))
@@ -149,24 +149,24 @@ def encoded_text(model: TextToLatents, clip_ids: torch.Tensor, t5_ids: torch.Ten
 
 
 def velocity(transformer, batch: Batch, text: tuple[torch.Tensor, ...], guidance: torch.Tensor) -> torch.Tensor:
-    """What the transformer says of a batch: the velocity from picture to noise."""
-    picture_ids = FluxPipeline._prepare_latent_image_ids(1, SIDE, SIDE, "cpu", torch.float32)
+    """The velocity from image to noise that the transformer predicts for a batch."""
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, SIDE, SIDE, "cpu", torch.float32)
     return transformer(
         hidden_states=batch.noisy,
         encoder_hidden_states=text[0],
         pooled_projections=text[1],
         timestep=batch.sigma,
         guidance=guidance,
-        img_ids=picture_ids,
+        img_ids=image_ids,
         txt_ids=torch.zeros(text[0].shape[1], 3),
     ).sample
 
 
-def train_transformer(model: TextToLatents, pictures: Pictures, work: Path, steps: int) -> TextToLatents:
-    """Flow matching: the velocity from picture to noise, without guidance (a guidance of 1)."""
+def train_transformer(model: TextToLatents, images: ImageLatents, work: Path, steps: int) -> TextToLatents:
+    """Flow matching: the velocity from image to noise, without guidance (a guidance of 1)."""
 
     def loss_of_step() -> torch.Tensor:
-        batch = pictures.batch()
+        batch = images.batch()
         text = encoded_text(model, batch.clip_ids, batch.t5_ids)
         predicted = velocity(model.transformer, batch, text, torch.ones(len(batch.sigma)))
         return (predicted - batch.velocity).square().mean()
@@ -174,14 +174,14 @@ def train_transformer(model: TextToLatents, pictures: Pictures, work: Path, step
     return Training("transformer", model, work, steps, peak=1e-3).run(loss_of_step)
 
 
-def distil_guidance(model: TextToLatents, pictures: Pictures, work: Path, steps: int) -> TextToLatents:
+def distil_guidance(model: TextToLatents, images: ImageLatents, work: Path, steps: int) -> TextToLatents:
     """Teach the transformer what classifier-free guidance makes of it, for scales from 1 to 5, given as a number."""
     model.requires_grad_(False)
     student = copy.deepcopy(model.transformer).requires_grad_(True)
-    empty = pictures.captions.clip[-1:], pictures.captions.t5[-1:]
+    empty = images.captions.clip[-1:], images.captions.t5[-1:]
 
     def loss_of_step() -> torch.Tensor:
-        batch = pictures.batch(empty=0.0)
+        batch = images.batch(empty=0.0)
         ones = torch.ones(len(batch.sigma))
         guidance = torch.where(torch.rand(len(ones)) < 0.25, ones, 1 + 4 * torch.rand(len(ones)))
         with torch.no_grad():
@@ -236,12 +236,12 @@ def main() -> None:
     tokenizer = t5_tokenizer([text for pair in prompts for text in pair])
     captions = Captions(prompts, clip_tokenizer, tokenizer)
     shares = torch.tensor([THINGS_TIMES if one.is_thing else 1.0 for one in emoji])
-    pictures = Pictures(vae, pictures_to_tensor([draw(one, font) for one in emoji]), shares, captions)
+    images = ImageLatents(vae, images_to_tensor([draw(one, font) for one in emoji]), shares, captions)
 
     torch.manual_seed(1)
     clip = CLIPTextModel.from_pretrained(TINY_SD / "text_encoder", torch_dtype=torch.float32)
-    model = train_transformer(TextToLatents(clip, len(tokenizer)), pictures, args.work, args.steps)
-    model = distil_guidance(model, pictures, args.work, args.guidance_steps)
+    model = train_transformer(TextToLatents(clip, len(tokenizer)), images, args.work, args.steps)
+    model = distil_guidance(model, images, args.work, args.guidance_steps)
     pipe = pipeline(model, vae, clip_tokenizer, tokenizer)
     contact_sheet(pipe, SHEET, guidance_scale=3.0, **SHEET_SETTINGS).save(args.out / "samples.png")
     pipe.to(torch.float16).save_pretrained(args.out)

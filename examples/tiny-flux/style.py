@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Teach the tiny Flux a style from two dozen pictures, as a LoRA and as a DyLoRA, and see what each rank has learned.
+"""Teach the tiny Flux a style from two dozen images, as a LoRA and as a DyLoRA, and see what each rank has learned.
 
 usage: style.py [--steps N] [--out DIR] [--model DIR] [--data DIR]
 
@@ -33,18 +33,18 @@ MODULES = {"lora": "networks.lora_flux", "dylora": "networks.dylora"}
 
 
 class Examples(NamedTuple):
-    """A folder of captioned pictures as the transformer sees them."""
+    """A folder of captioned images as the transformer sees them."""
 
     latents: torch.Tensor  # (n, tokens, 16)
     states: torch.Tensor  # (n, text tokens, 128)
     pooled: torch.Tensor  # (n, 128)
-    picture_ids: torch.Tensor
+    image_ids: torch.Tensor
     text_ids: torch.Tensor
 
 
 @torch.no_grad()
 def examples(pipe: FluxPipeline, folder: Path) -> Examples:
-    """The pictures of a folder with their captions."""
+    """The images of a folder with their captions."""
     files = sorted(folder.glob("*.png"))
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
     pixels = pipe.image_processor.preprocess([Image.open(file).convert("RGB") for file in files])
@@ -86,7 +86,7 @@ def train_adapter(base: Path, data: Path, file: Path, steps: int, module: str) -
 
 @torch.no_grad()
 def held_out_loss(pipe: FluxPipeline, shown: Examples, repeats: int = 4) -> float:
-    """Mean squared error of the velocity on pictures that were not trained, noise and timesteps fixed."""
+    """Mean squared error of the velocity on images that were not trained, noise and timesteps fixed."""
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(len(shown.latents)).repeat(repeats)
     sigma = torch.linspace(0.1, 0.9, repeats).repeat_interleave(len(shown.latents))
@@ -98,14 +98,14 @@ def held_out_loss(pipe: FluxPipeline, shown: Examples, repeats: int = 4) -> floa
         pooled_projections=shown.pooled[index],
         timestep=sigma,
         guidance=torch.ones(len(sigma)),
-        img_ids=shown.picture_ids,
+        img_ids=shown.image_ids,
         txt_ids=shown.text_ids,
     ).sample
     return (predicted - (noise - clean)).square().mean().item()
 
 
 def draw(pipe: FluxPipeline) -> list[Image.Image]:
-    """One picture for each prompt, from the same noise whatever the adapter."""
+    """One image for each prompt, from the same noise whatever the adapter."""
     generators = [torch.Generator().manual_seed(1) for _ in PROMPTS]
     size = {"height": 64, "width": 64, "max_sequence_length": TOKENS}
     return pipe(list(PROMPTS), num_inference_steps=20, guidance_scale=1.4, generator=generators, **size).images
@@ -114,12 +114,12 @@ def draw(pipe: FluxPipeline) -> list[Image.Image]:
 def measure(
     pipe: FluxPipeline, held_out: Examples, files: dict[str, Path]
 ) -> tuple[dict[str, list[Image.Image]], dict[str, float]]:
-    """Pictures and held-out loss of the base, of the LoRA, and of the DyLoRA at each of `RANKS`."""
-    pictures, losses = {"base": draw(pipe)}, {"base": held_out_loss(pipe, held_out)}
+    """Images and held-out loss of the base, of the LoRA, and of the DyLoRA at each of `RANKS`."""
+    images, losses = {"base": draw(pipe)}, {"base": held_out_loss(pipe, held_out)}
 
     def look(title: str, prepare: Callable[[], None] = lambda: None) -> None:
         prepare()
-        pictures[title], losses[title] = draw(pipe), held_out_loss(pipe, held_out)
+        images[title], losses[title] = draw(pipe), held_out_loss(pipe, held_out)
 
     pipe.load_lora_weights(files["lora"], adapter_name="lora")
     look("LoRA")
@@ -127,7 +127,7 @@ def measure(
     pipe.load_lora_weights(files["dylora"], adapter_name="dylora")
     for rank in RANKS:
         look(f"DyLoRA {rank}", lambda rank=rank: set_rank(pipe, rank))
-    return pictures, losses
+    return images, losses
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiny-flux-style"), help="folder for everything that is made")
     parser.add_argument("--model", type=Path, default=HERE, help="the pipeline")
     parser.add_argument(
-        "--data", type=Path, default=HERE.parent / "pictures" / "delft", help="folder with train and held_out"
+        "--data", type=Path, default=HERE.parent / "images" / "delft", help="folder with train and held_out"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -154,14 +154,14 @@ def main() -> None:
     tiles = [Image.open(file).convert("RGB") for file in sorted((args.data / "train").glob("*.png"))]
     grid({"trained on": tiles[: len(PROMPTS)], **drawn}).save(args.out / "grid.png")
     goal = mean_colour(tiles)
-    table = ["| | held-out loss | mean colour | distance from the training pictures' |", "|---|---|---|---|"]
-    for name, pictures in drawn.items():
-        colour = mean_colour(pictures)
+    table = ["| | held-out loss | mean colour | distance from the training images' |", "|---|---|---|---|"]
+    for name, images in drawn.items():
+        colour = mean_colour(images)
         numbers = " ".join(f"{part:.0f}" for part in colour)
         table.append(f"| {name} | {losses[name]:.3f} | {numbers} | {np.linalg.norm(colour - goal):.0f} |")
     (args.out / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
-    print(f"\npictures:  {args.out / 'grid.png'}\nadapters:  {', '.join(map(str, files.values()))}")
+    print(f"\nimages:    {args.out / 'grid.png'}\nadapters:  {', '.join(map(str, files.values()))}")
 
 
 if __name__ == "__main__":

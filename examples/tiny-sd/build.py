@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from emoji import all_emoji, draw, load_font
-from stage import SHEET, THINGS_TIMES, Training, contact_sheet, encoded, name_as_ever, pictures_to_tensor
+from stage import SHEET, THINGS_TIMES, Training, contact_sheet, encoded, images_to_tensor, name_as_ever
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -28,7 +28,7 @@ SD1_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scal
 
 
 def restyled(pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures in other colours, tones, places and sizes, so that the VAE can also show what the U-Net never saw."""
+    """Images in other colours, tones, places and sizes, so that the VAE can also show what the U-Net never saw."""
     n = len(pixels)
     zoom, turn = torch.empty(n).uniform_(0.7, 1.5), torch.empty(n).uniform_(-0.4, 0.4)
     flip = torch.where(torch.rand(n) < 0.5, 1.0, -1.0)
@@ -37,7 +37,7 @@ def restyled(pixels: torch.Tensor) -> torch.Tensor:
     place[:, 1, 0], place[:, 1, 1] = zoom * turn.sin() * flip, zoom * turn.cos()
     place[:, :, 2] = torch.empty(n, 2).uniform_(-0.3, 0.3)
     grid = F.affine_grid(place, list(pixels.shape), align_corners=False)
-    pixels = F.grid_sample(pixels - 1, grid, align_corners=False) + 1  # outside the picture it is white
+    pixels = F.grid_sample(pixels - 1, grid, align_corners=False) + 1  # outside the image it is white
     tones = pixels.mean(1, keepdim=True)
     colour = torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.8)
     pixels = colour * pixels + (1 - colour) * tones
@@ -93,7 +93,7 @@ def train_decoder(vae: AutoencoderKL, pixels: torch.Tensor, work: Path, steps: i
 
 @torch.no_grad()
 def reconstruction_error(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
-    """Mean absolute difference between pictures and their reconstructions, as a share of the range."""
+    """Mean absolute difference between images and their reconstructions, as a share of the range."""
     decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pixels.split(64)])
     return (decoded - pixels).abs().mean().item() / 2
 
@@ -219,9 +219,9 @@ def main() -> None:
     torch.set_flush_denormal(True)  # products of tiny gradients slow a CPU down several times over
     font = load_font(args.font) if args.font else load_font()
     emoji = all_emoji(font)
-    pixels = pictures_to_tensor([draw(one, font) for one in emoji])
+    pixels = images_to_tensor([draw(one, font) for one in emoji])
     words = Counter(word for one in emoji for word in one.name.split())
-    print(f"{len(emoji)} pictures, {len(words)} words")
+    print(f"{len(emoji)} images, {len(words)} words")
     start = StableDiffusionPipeline.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else None
     vae = start.vae.requires_grad_(False) if start else train_vae(pixels, args.work, args.vae_steps)
     print(f"VAE: mean absolute error {reconstruction_error(vae, pixels):.4f} of the range")

@@ -1,4 +1,4 @@
-"""Emoji as captioned training pictures, drawn from the Noto Color Emoji font (SIL Open Font License 1.1)."""
+"""Emoji as captioned training images, drawn from the Noto Color Emoji font (SIL Open Font License 1.1)."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian: fonts-noto-color-emoji
 GLYPH_SIZE = (136, 128)  # the one bitmap size in the font, drawn at 109 points
 BLOCKS = (range(0x203C, 0x3300), range(0x1F300, 0x1FB00))
-# Signs that are a letter, a button or a hand of a clock: hundreds of near-equal pictures with names nobody types.
+# Signs that are a letter, a button or a hand of a clock: hundreds of near-equal images with names nobody types.
 SIGNS = ("SQUARED", "CLOCK FACE", "ARROW", "KEYCAP", "MODIFIER", "INPUT SYMBOL", "CIRCLED", "TRIANGLE", "BUTTON")
 # Animals, plants, food, buildings, vehicles, instruments, things of play: what people ask a small model for first.
 THINGS = (
@@ -61,7 +61,7 @@ def all_emoji(font: ImageFont.FreeTypeFont) -> list[Emoji]:
 
 
 def draw(emoji: Emoji, font: ImageFont.FreeTypeFont, size: int = 64) -> Image.Image:
-    """The emoji on white, centred in a square RGB picture of `size` pixels."""
+    """The emoji on white, centred in a square RGB image of `size` pixels."""
     glyph = Image.new("RGB", GLYPH_SIZE, "white")
     ImageDraw.Draw(glyph).text((0, 0), emoji.character, font=font, embedded_color=True)
     square = Image.new("RGB", (GLYPH_SIZE[0], GLYPH_SIZE[0]), "white")

@@ -18,11 +18,11 @@ SHEET = (
 )  # fmt: skip
 
 
-def pictures_to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
-    """RGB pictures of one size as a float tensor (n, 3, height, width) in [-1, 1]."""
-    flat = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures])
-    width, height = pictures[0].size
-    return flat.view(len(pictures), height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+def images_to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """RGB images of one size as a float tensor (n, 3, height, width) in [-1, 1]."""
+    flat = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in images])
+    width, height = images[0].size
+    return flat.view(len(images), height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -85,7 +85,7 @@ def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def contact_sheet(pipe: DiffusionPipeline, prompts: tuple[str, ...], seed: int = 0, **settings) -> Image.Image:
-    """One picture a prompt, drawn with these settings of the pipeline, eight in a row, at twice their size."""
+    """One image per prompt, drawn with these settings of the pipeline, eight in a row, at twice their size."""
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     pipe.set_progress_bar_config(disable=True)
     images = pipe(list(prompts), generator=generators, **settings).images

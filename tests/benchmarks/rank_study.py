@@ -6,12 +6,12 @@ usage: rank_study.py --out DIR [--steps N] [--seeds N ...] [--rates R R [--third
 
 Trains a small base model on a style and on a subject with plain LoRA at each rank, this package's DyLoRA, kohya's
 (where a checkout of sd-scripts is given) and LyCORIS's (where lycoris-lora is installed), all with the same
-steps, pictures and noise, and measures the held-out denoising loss at ranks 1, 2, 4, 8 and 16. On each task every
+steps, images and noise, and measures the held-out denoising loss at ranks 1, 2, 4, 8 and 16. On each task every
 method first looks for its learning rate with the first seed: it tries --rates, and with --third one more on the side of
 the better one. With the best of them (the lowest loss, averaged over ranks) it then trains with the other seeds.
 
 Every finished run is one file in DIR/runs: the same command goes on where an earlier one stopped. --report (also done
-at the end) writes DIR/table.md, DIR/plot.png (needs matplotlib) and a sheet of pictures for each task.
+at the end) writes DIR/table.md, DIR/plot.png (needs matplotlib) and a sheet of images for each task.
 """
 
 import argparse

@@ -206,10 +206,10 @@ def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> Iterato
 
     for module, args in (("networks.lora", None), ("networks.dylora", [f"unit={max(1, rank // 4)}", "sort_at=0"])):
         with tempfile.TemporaryDirectory() as folder:
-            pictures = _pictures(Path(folder) / "pictures" / "1_x", max(8, batch), 8 * latent)
+            images = _images(Path(folder) / "images" / "1_x", max(8, batch), 8 * latent)
             options = settings(
                 pretrained_model_name_or_path=str(ROOT / "examples" / "tiny-sd"),
-                train_data_dir=str(pictures.parent),
+                train_data_dir=str(images.parent),
                 resolution=str(8 * latent),
                 output_dir=str(Path(folder) / "out"),
                 network_module=module,
@@ -279,7 +279,7 @@ def _models(options: argparse.Namespace, model: str) -> Any:
     return models
 
 
-def _pictures(folder: Path, count: int, size: int) -> Path:
+def _images(folder: Path, count: int, size: int) -> Path:
     from PIL import Image
 
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The page about drawing pictures: its commands and calls run, its tables name the options that there are."""
+"""The page about drawing images: its commands and calls run, its tables name the options that there are."""
 
 import re
 import shlex

@@ -2,7 +2,7 @@
 
 The pages name files that a reader has: here they are small ones of the kind that the page speaks of. A fragment of
 Python that goes on with a `pipe` or a `unet` runs behind lines that make these. Recipes, `generate` and
-`training-pictures` have tests of their own.
+`training-images` have tests of their own.
 """
 
 import os
@@ -22,7 +22,7 @@ from lora_adapters.convert.models.merging import merge_into_model
 from .blocks import PAGES, REPOSITORY, blocks
 from .test_readme import FASTER, clone, quickstart_file, run_shell  # noqa: F401  # fixtures
 
-OTHER_TESTS = {"recipes", "generate", "training-pictures"}
+OTHER_TESTS = {"recipes", "generate", "training-images"}
 NOT_RUN = {  # what a block has in it, and why it is not run
     "pip install": "installs from the net",
     "lora-adapters train ...": "leaves options to the reader",

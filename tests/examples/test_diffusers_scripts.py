@@ -23,7 +23,7 @@ from tests.examples import stand_in
 ROOT = Path(__file__).parent.parent.parent
 WRAPPER = ROOT / "examples" / "diffusers_text_to_image" / "run_with_lora_adapters.py"
 GOLDEN = ROOT / "tests" / "golden" / "sd15"
-PICTURES = ROOT / "examples" / "pictures" / "delft" / "train"
+IMAGES = ROOT / "examples" / "images" / "delft" / "train"
 EXAMPLES = os.environ.get("LORA_ADAPTERS_DIFFUSERS_EXAMPLES")
 theirs = pytest.mark.skipif(
     not EXAMPLES or find_spec("torchvision") is None,
@@ -130,12 +130,12 @@ def test_what_is_said(arguments, line) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of pictures with captions as the text-to-image scripts want it."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """A folder of images with captions as the text-to-image scripts want it."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rows = []
-    for file in sorted(PICTURES.glob("*.png"))[:6]:
+    for file in sorted(IMAGES.glob("*.png"))[:6]:
         shutil.copy(file, folder)
         rows.append({"file_name": file.name, "text": file.with_suffix(".txt").read_text().strip()})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -176,14 +176,14 @@ def check(pipe_class, model, output, tmp_path, dylora, trained):
     pipe = pipe_class.from_pretrained(model, torch_dtype=torch.float32)
     options = {"num_inference_steps": 2, "output_type": "latent", "height": 64, "width": 64}
 
-    def picture():
+    def image():
         return pipe("a blue bird", generator=torch.Generator().manual_seed(0), **options).images
 
-    base = picture()
+    base = image()
     pipe.load_lora_weights(output)
     stock = load_file(tmp_path / "stock")["o"]
     assert (stock - base).abs().max() > 1e-4
-    torch.testing.assert_close(picture(), stock, rtol=0, atol=1e-3)
+    torch.testing.assert_close(image(), stock, rtol=0, atol=1e-3)
 
 
 C3LIER = ("--adapter", "c3lier", "--conv_dim", 2)
@@ -193,9 +193,9 @@ DYLORA = ("--adapter", "dylora", "--unit", 2, "--conv_dim", 2, "--rank_sampling"
 @theirs
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [C3LIER, DYLORA], ids=["c3lier", "dylora"])
-def test_text_to_image(adapter, pictures, tmp_path) -> None:
+def test_text_to_image(adapter, images, tmp_path) -> None:
     model, output, script = ROOT / "examples" / "tiny-sd", tmp_path / "out", "text_to_image/train_text_to_image_lora.py"
-    data = ["--train_data_dir", pictures, "--gradient_checkpointing"]
+    data = ["--train_data_dir", images, "--gradient_checkpointing"]
     script_run(script, adapter, [*common(model, output, 2), *data])
     again = ["--resume_from_checkpoint", "latest", "--validation_prompt", "a blue bird", "--num_validation_images", 1]
     done = script_run(script, adapter, [*common(model, output, 4), *data, *again])
@@ -207,12 +207,12 @@ def test_text_to_image(adapter, pictures, tmp_path) -> None:
 @theirs
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [C3LIER, DYLORA], ids=["c3lier", "dylora"])
-def test_text_to_image_sdxl(adapter, pictures, tmp_path) -> None:
+def test_text_to_image_sdxl(adapter, images, tmp_path) -> None:
     from tests.train.conftest import build_sdxl
 
     model, output = build_sdxl(tmp_path / "sdxl"), tmp_path / "out"
     script = "text_to_image/train_text_to_image_lora_sdxl.py"
-    data = ["--train_data_dir", pictures, "--train_text_encoder"]
+    data = ["--train_data_dir", images, "--train_text_encoder"]
     script_run(script, adapter, [*common(model, output, 2), *data])
     done = script_run(script, adapter, [*common(model, output, 4), *data, "--resume_from_checkpoint", "latest"])
     assert "Resuming from checkpoint checkpoint-2" in done.stdout
@@ -224,10 +224,10 @@ def test_text_to_image_sdxl(adapter, pictures, tmp_path) -> None:
 @theirs
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [C3LIER, DYLORA], ids=["c3lier", "dylora"])
-def test_dreambooth(adapter, pictures, tmp_path) -> None:
-    (pictures / "metadata.jsonl").unlink()
+def test_dreambooth(adapter, images, tmp_path) -> None:
+    (images / "metadata.jsonl").unlink()
     model, output, script = ROOT / "examples" / "tiny-sd", tmp_path / "out", "dreambooth/train_dreambooth_lora.py"
-    data = ["--instance_data_dir", pictures, "--instance_prompt", "a delft tile", "--train_text_encoder"]
+    data = ["--instance_data_dir", images, "--instance_prompt", "a delft tile", "--train_text_encoder"]
     script_run(script, adapter, [*common(model, output, 2), *data])
     done = script_run(script, adapter, [*common(model, output, 4), *data, "--resume_from_checkpoint", "latest"])
     assert "Resuming from checkpoint checkpoint-2" in done.stdout

@@ -17,18 +17,18 @@ def three_loras():
     return module
 
 
-def test_four_ways_give_one_picture(three_loras, tmp_path, monkeypatch):
+def test_four_ways_give_one_image(three_loras, tmp_path, monkeypatch):
     def quick(pipe, prompt):
         generator = torch.Generator().manual_seed(1)
         return pipe(prompt, num_inference_steps=3, guidance_scale=4.0, generator=generator).images[0]
 
     monkeypatch.setattr(three_loras, "draw", quick)
-    pictures = three_loras.main(["--out", str(tmp_path)])
-    live = pictures["all, live"]
+    images = three_loras.main(["--out", str(tmp_path)])
+    live = images["all, live"]
     # the model's own weights are fp16 on disk, and so is the merged model
-    assert [three_loras.difference(pictures[name], live) <= 3 for name in WHOLE] == [True] * 3
+    assert [three_loras.difference(images[name], live) <= 3 for name in WHOLE] == [True] * 3
     for name in ("model alone", "first", "second", "third"):
-        assert three_loras.difference(pictures[name], live) > 10, name
+        assert three_loras.difference(images[name], live) > 10, name
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height < sheet.width
     assert {file.name for file in tmp_path.iterdir()} == {

@@ -31,9 +31,9 @@ def script(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def colour(picture):
+def colour(image):
     """Mean red, green and blue of what is not white paper."""
-    pixels = np.asarray(picture).reshape(-1, 3).astype(float)
+    pixels = np.asarray(image).reshape(-1, 3).astype(float)
     return pixels[pixels.min(axis=1) < 200].mean(axis=0)
 
 
@@ -54,7 +54,7 @@ def test_it_draws_what_is_asked_for(pipe):
 
 
 def test_padding_means_nothing(pipe):
-    """The same picture, nearly, whatever the length of the text."""
+    """The same image, nearly, whatever the length of the text."""
     drawn = []
     for length in (24, 96):
         size = {**SIZE, "max_sequence_length": length}
@@ -68,7 +68,7 @@ def test_padding_means_nothing(pipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dylora"])
 def test_a_few_steps_of_the_recipe_lower_the_held_out_loss(name, script, pipe, tmp_path):
-    data, file = TINY.parent / "pictures" / "delft", tmp_path / f"{name}.safetensors"
+    data, file = TINY.parent / "images" / "delft", tmp_path / f"{name}.safetensors"
     held_out = script.examples(pipe, data / "held_out")
     base = script.held_out_loss(pipe, held_out)
     script.train_adapter(TINY, data, file, 20, script.MODULES[name])

@@ -188,17 +188,17 @@ def checkpoints(folder: Path) -> Iterator[Reader]:
 
 
 def data(folder: Path) -> Iterator[Reader]:
-    """What pictures, captions, caches and their configuration are read from."""
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    """What images, captions, caches and their configuration are read from."""
+    images = folder / "images"
+    images.mkdir()
     for number, kind in enumerate(("png", "jpg", "webp")):
-        Image.new("RGB", (64, 48), (10 * number, 0, 0)).save(pictures / f"{number}.{kind}")
+        Image.new("RGB", (64, 48), (10 * number, 0, 0)).save(images / f"{number}.{kind}")
     (folder / "data.toml").write_text(
         "[general]\nresolution = [64, 64]\nshuffle_caption = true\n[[datasets]]\nbatch_size = 2\nenable_bucket = true\n"
-        "min_bucket_reso = 32\n[[datasets.subsets]]\nimage_dir = 'pictures'\nnum_repeats = 2\n"
+        "min_bucket_reso = 32\n[[datasets.subsets]]\nimage_dir = 'images'\nnum_repeats = 2\n"
         "caption_dropout_rate = 0.1\ncustom_attributes = {a = 1}\n"
     )
-    subsets = [{"image_dir": "pictures", "num_repeats": 2, "caption_extension": ".txt", "keep_tokens": 1}]
+    subsets = [{"image_dir": "images", "num_repeats": 2, "caption_extension": ".txt", "keep_tokens": 1}]
     table = {"general": {"resolution": 64}, "datasets": [{"batch_size": 1, "subsets": subsets}]}
     (folder / "data.json").write_text(json.dumps(table))
     for name in ("data.toml", "data.json"):
@@ -206,22 +206,22 @@ def data(folder: Path) -> Iterator[Reader]:
     (folder / "meta.json").write_text(json.dumps({"0": {"caption": "a", "tags": "b"}, "1.jpg": {"tags": "c, d"}}))
     (folder / "meta.jsonl").write_text('{"image_path": "0.png", "caption": "a"}\n{"image_path": "1.jpg"}\n')
     for name in ("meta.json", "meta.jsonl"):
-        subset = SubsetConfig(image_dir=str(pictures), metadata_file=str(folder / name))
+        subset = SubsetConfig(image_dir=str(images), metadata_file=str(folder / name))
         yield Reader(name, folder / name, lambda subset=subset: metadata_candidates(subset))
-    caption = pictures / "0.txt"
+    caption = images / "0.txt"
     caption.write_text("a red {disc|square}\nsecond line, é\n")
     yield Reader(
         "caption", caption, lambda: (read_caption(caption, all_lines=True), read_caption(caption, all_lines=False))
     )
-    info_cache = pictures / "metadata_cache.json"
+    info_cache = images / "metadata_cache.json"
     known = {"0.png": {"resolution": [64, 48], "modified": None, "caption": ""}, "1.jpg": {"resolution": [64, 48]}}
     info_cache.write_text(json.dumps(known))
-    cached = SubsetConfig(image_dir=str(pictures), cache_info=True)
+    cached = SubsetConfig(image_dir=str(images), cache_info=True)
     yield Reader("metadata_cache.json", info_cache, lambda: load_subset(cached))
     for kind in ("png", "jpg", "webp"):
-        source = FileSource(str(folder / f"picture.{kind}"))
+        source = FileSource(str(folder / f"image.{kind}"))
         Image.effect_noise((64, 48), 50).convert("RGB").save(source.path)
-        yield Reader(f"picture.{kind}", Path(source.path), lambda s=source: (size_if_whole(s), open_image(s)))
+        yield Reader(f"image.{kind}", Path(source.path), lambda s=source: (size_if_whole(s), open_image(s)))
     wanted = LatentsRequest((64, 48), (64, 48), True, True, "vae")
     latents, text = str(folder / "a_0064x0048_sd.npz"), str(folder / "a_te_outputs.npz")
     write_latents(latents, CachedLatents(torch.randn(4, 6, 8), torch.randn(4, 6, 8), torch.rand(48, 64)), wanted)

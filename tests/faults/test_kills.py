@@ -167,14 +167,14 @@ def test_a_merge_that_is_stopped_while_it_writes(stop, tmp_path):
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_trainings_killed_at_random(kills, tmp_path):
     """Runs that save at every step, killed at random moments; each goes on from the last state that is there."""
-    from tests.train.conftest import build_sd1, draw_pictures
+    from tests.train.conftest import build_sd1, draw_images
 
-    model, pictures = build_sd1(tmp_path / "model"), tmp_path / "pictures"
-    draw_pictures(pictures / "1_shape")
+    model, images = build_sd1(tmp_path / "model"), tmp_path / "images"
+    draw_images(images / "1_shape")
     program = ROOT / "train" / "train_network.py"
     out, rng = tmp_path / "out", random.Random(0)
     command = [
-        sys.executable, str(program), f"--pretrained_model_name_or_path={model}", f"--train_data_dir={pictures}",
+        sys.executable, str(program), f"--pretrained_model_name_or_path={model}", f"--train_data_dir={images}",
         "--caption_extension=.txt", "--resolution=64", f"--output_dir={out}", "--network_module=networks.lora",
         "--network_dim=2", "--max_train_steps=100000", "--save_every_n_steps=1", "--save_last_n_steps=3",
         "--save_last_n_steps_state=3", "--save_state", "--output_name=x", "--max_data_loader_n_workers=0", "--seed=1",

@@ -16,7 +16,7 @@ from tests.train.conftest import build_sd1, build_sdxl
 SD = ("StableDiffusion", "StableDiffusionImg2Img", "StableDiffusionInpaint", "StableDiffusionControlNet")
 SDXL = ("StableDiffusionXL", "StableDiffusionXLImg2Img", "StableDiffusionXLInpaint", "StableDiffusionXLControlNet")
 KINDS = SD + SDXL
-PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB")
+IMAGE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB")
 MASK = Image.linear_gradient("L").resize((64, 64)).point(lambda value: 255 * (value > 128))
 ADAPTERS = {
     "style": (C3LierConfig(r=4, lora_alpha=2, conv_dim=2, conv_alpha=3), LierLaConfig(r=3, lora_alpha=3)),
@@ -59,15 +59,15 @@ def make(kind: str, folder: Path) -> DiffusionPipeline:
 
 
 @torch.no_grad()
-def picture(pipe: DiffusionPipeline, **options) -> torch.Tensor:
-    """The latents of a picture in two or three steps, always the same."""
+def latents_of(pipe: DiffusionPipeline, **options) -> torch.Tensor:
+    """The latents of an image in two or three steps, always the same."""
     kind = type(pipe).__name__
     if "Img2Img" in kind:
-        options |= {"image": PICTURE, "strength": 0.8}
+        options |= {"image": IMAGE, "strength": 0.8}
     elif "Inpaint" in kind:
-        options |= {"image": PICTURE, "mask_image": MASK, "strength": 0.8, "height": 64, "width": 64}
+        options |= {"image": IMAGE, "mask_image": MASK, "strength": 0.8, "height": 64, "width": 64}
     elif "ControlNet" in kind:
-        options |= {"image": PICTURE, "height": 64, "width": 64}
+        options |= {"image": IMAGE, "height": 64, "width": 64}
     else:
         options |= {"height": 64, "width": 64}
     return pipe(
@@ -117,8 +117,8 @@ def add_to_weights(pipe: DiffusionPipeline, change: Adapter, weight: float = 1.0
 
 
 def by_hand(kind: str, folder: Path, *changes: tuple[Adapter, float]) -> torch.Tensor:
-    """The picture of a pipeline to whose weights the adapters' changes are added."""
+    """The latents of a pipeline to whose weights the adapters' changes are added."""
     pipe = make(kind, folder)
     for one, weight in changes:
         add_to_weights(pipe, one, weight)
-    return picture(pipe)
+    return latents_of(pipe)

@@ -7,7 +7,7 @@ import torch
 
 from lora_adapters import Adapter, AdapterError, DyLoraConfig, set_rank
 
-from .pipelines import KINDS, adapter, architecture, by_hand, make, models, picture, state
+from .pipelines import KINDS, adapter, architecture, by_hand, latents_of, make, models, state
 
 pytestmark = pytest.mark.slow
 
@@ -38,13 +38,13 @@ def both(folder, kind):
 def test_the_life_of_two_adapters(kind, folder) -> None:
     style, dial = both(folder, kind)
     pipe = make(kind, folder)
-    before, base = state(pipe), picture(pipe)
+    before, base = state(pipe), latents_of(pipe)
     pipe.load_lora_weights(file(folder, "style", kind), adapter_name="style")
-    torch.testing.assert_close(picture(pipe), by_hand(kind, folder, (style, 1.0)), **NEAR)
-    assert (picture(pipe) - base).abs().max() > 0.05
+    torch.testing.assert_close(latents_of(pipe), by_hand(kind, folder, (style, 1.0)), **NEAR)
+    assert (latents_of(pipe) - base).abs().max() > 0.05
     pipe.load_lora_weights(file(folder, "dial", kind), adapter_name="dial")
     pipe.set_adapters(["style", "dial"], [0.5, 0.7])
-    mixed = picture(pipe)
+    mixed = latents_of(pipe)
     torch.testing.assert_close(mixed, by_hand(kind, folder, (style, 0.5), (dial, 0.7)), **NEAR)
     assert all(isinstance(model.peft_config["dial"], DyLoraConfig) for model in models(pipe).values())
 
@@ -53,35 +53,35 @@ def test_the_life_of_two_adapters(kind, folder) -> None:
     with pytest.raises(AdapterError, match="style-"):
         pipe.load_lora_weights(folder / f"style-{other}.safetensors", adapter_name="wrong")
     assert pipe.get_list_adapters() == present
-    assert torch.equal(picture(pipe), mixed)
+    assert torch.equal(latents_of(pipe), mixed)
 
     set_rank(pipe, 2)
     cut = by_hand(kind, folder, (style, 0.5), (dial.truncate(2), 0.7))
-    torch.testing.assert_close(picture(pipe), cut, **NEAR)
+    torch.testing.assert_close(latents_of(pipe), cut, **NEAR)
     assert (cut - mixed).abs().max() > 0.01
     pipe.disable_lora()
-    torch.testing.assert_close(picture(pipe), base, rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents_of(pipe), base, rtol=0, atol=1e-4)
     pipe.enable_lora()
     pipe.delete_adapters("style")
-    torch.testing.assert_close(picture(pipe), by_hand(kind, folder, (dial.truncate(2), 0.7)), **NEAR)
+    torch.testing.assert_close(latents_of(pipe), by_hand(kind, folder, (dial.truncate(2), 0.7)), **NEAR)
     pipe.unload_lora_weights()
     after = state(pipe)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    torch.testing.assert_close(picture(pipe), base, rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents_of(pipe), base, rtol=0, atol=1e-4)
 
     style.to_pipeline(pipe, "style")
     pipe.fuse_lora(lora_scale=0.6)
     fused = by_hand(kind, folder, (style, 0.6))
-    torch.testing.assert_close(picture(pipe), fused, **NEAR)
+    torch.testing.assert_close(latents_of(pipe), fused, **NEAR)
     pipe.unfuse_lora()
     pipe.disable_lora()
-    torch.testing.assert_close(picture(pipe), base, **NEAR)
+    torch.testing.assert_close(latents_of(pipe), base, **NEAR)
     pipe.enable_lora()
     pipe.set_adapters(["style"])  # diffusers leaves the scale of a fusing in place
     pipe.fuse_lora(lora_scale=0.6)
     pipe.unload_lora_weights()
-    torch.testing.assert_close(picture(pipe), fused, **NEAR)
+    torch.testing.assert_close(latents_of(pipe), fused, **NEAR)
 
 
 WEIGHTS = {
@@ -98,12 +98,12 @@ def test_weights_by_component_and_block_are_those_of_diffusers(weights, kind, fo
     ours, stock = make(kind, folder), make(kind, folder)
     ours.load_lora_weights(file(folder, "style", kind), adapter_name="a")
     type(stock).load_lora_weights.stock(stock, str(file(folder, "style", kind, "-diffusers")), adapter_name="a")
-    whole = picture(ours)
-    torch.testing.assert_close(whole, picture(stock), **NEAR)
+    whole = latents_of(ours)
+    torch.testing.assert_close(whole, latents_of(stock), **NEAR)
     for pipe in (ours, stock):
         pipe.set_adapters(["a"], [copy.deepcopy(given)])
-    torch.testing.assert_close(picture(ours), picture(stock), **NEAR)
-    assert (picture(ours) - whole).abs().max() > 0.01
+    torch.testing.assert_close(latents_of(ours), latents_of(stock), **NEAR)
+    assert (latents_of(ours) - whole).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", TEXT_TO_IMAGE)
@@ -115,9 +115,9 @@ def test_the_scale_of_a_call(kind, folder) -> None:
     pipe.set_adapters(["style", "dial"])
     set_rank(pipe, 2)
     wanted = by_hand(kind, folder, (style, 0.3), (dial.truncate(2), 0.3))
-    torch.testing.assert_close(picture(pipe, cross_attention_kwargs={"scale": 0.3}), wanted, **NEAR)
+    torch.testing.assert_close(latents_of(pipe, cross_attention_kwargs={"scale": 0.3}), wanted, **NEAR)
     wanted = by_hand(kind, folder, (style, 1.0), (dial.truncate(2), 1.0))
-    torch.testing.assert_close(picture(pipe), wanted, **NEAR)  # the scale was that of the one call
+    torch.testing.assert_close(latents_of(pipe), wanted, **NEAR)  # the scale was that of the one call
 
 
 @pytest.mark.parametrize("kind", TEXT_TO_IMAGE)
@@ -127,7 +127,7 @@ def test_loaded_deleted_and_loaded_again(kind, low, folder) -> None:
     pipe = make(kind, folder)
     for name, one in (("style", style), ("dial", dial), ("style", style)):
         pipe.load_lora_weights(file(folder, name, kind), adapter_name="same", low_cpu_mem_usage=low)
-        torch.testing.assert_close(picture(pipe), by_hand(kind, folder, (one, 1.0)), **NEAR)
+        torch.testing.assert_close(latents_of(pipe), by_hand(kind, folder, (one, 1.0)), **NEAR)
         assert not any(parameter.device.type == "meta" for parameter in pipe.unet.parameters())
         pipe.delete_adapters("same")
     assert pipe.get_active_adapters() == []
@@ -152,20 +152,20 @@ def test_offloaded_before_or_after(how, kind, folder, tmp_path) -> None:
     pipe = make(kind, folder)
     pipe.load_lora_weights(file(folder, "style", kind), adapter_name="style")
     offloaded(pipe, how)
-    torch.testing.assert_close(picture(pipe), by_hand(kind, folder, (style, 1.0)), **NEAR)
+    torch.testing.assert_close(latents_of(pipe), by_hand(kind, folder, (style, 1.0)), **NEAR)
     pipe.load_lora_weights(file(folder, "dial", kind), adapter_name="dial")
     hooked = [one for one in pipe.unet.modules() if hasattr(one, "_hf_hook") or hasattr(one, "_diffusers_hook")]
     assert hooked
     pipe.set_adapters(["style", "dial"], [0.5, 0.7])
-    torch.testing.assert_close(picture(pipe), by_hand(kind, folder, (style, 0.5), (dial, 0.7)), **NEAR)
+    torch.testing.assert_close(latents_of(pipe), by_hand(kind, folder, (style, 0.5), (dial, 0.7)), **NEAR)
     set_rank(pipe, 2)
     wanted = by_hand(kind, folder, (style, 0.5), (dial.truncate(2), 0.7))
-    torch.testing.assert_close(picture(pipe), wanted, **NEAR)
+    torch.testing.assert_close(latents_of(pipe), wanted, **NEAR)
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(file(folder, "dial", kind).read_bytes()[:9000])
     with pytest.raises(AdapterError, match="torn"):
         pipe.load_lora_weights(torn, adapter_name="torn")
-    torch.testing.assert_close(picture(pipe), wanted, **NEAR)
+    torch.testing.assert_close(latents_of(pipe), wanted, **NEAR)
 
 
 @pytest.mark.parametrize("kind", TEXT_TO_IMAGE)
@@ -178,13 +178,13 @@ def test_saved_as_diffusers_saves(kind, prepared, folder, tmp_path) -> None:
     if prepared:
         pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(file(folder, "dial", kind), adapter_name="default")
-    wanted = picture(pipe)
+    wanted = latents_of(pipe)
     layers = {f"{part}_lora_layers": get_peft_model_state_dict(model) for part, model in models(pipe).items()}
     pipe.save_lora_weights(tmp_path, **layers)
     again = make(kind, folder)
     again.load_lora_weights(tmp_path)
-    torch.testing.assert_close(picture(again), wanted, **NEAR)
+    torch.testing.assert_close(latents_of(again), wanted, **NEAR)
     assert Adapter.load(tmp_path).dylora == dial.dylora
     stock = make(kind, folder)
     type(stock).load_lora_weights.stock(stock, str(tmp_path))
-    torch.testing.assert_close(picture(stock), wanted, **NEAR)
+    torch.testing.assert_close(latents_of(stock), wanted, **NEAR)

@@ -317,7 +317,7 @@ def test_a_load_that_fails_leaves_what_is_fused(pipeline, monkeypatch):
 @pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"},
                                     {"offload_type": "block_level", "num_blocks_per_group": 1}])  # fmt: skip
 def test_offloaded_in_groups(groups, first, pipeline):
-    """Whatever comes first, the pictures are the same, and so is the model without the adapter."""
+    """Whatever comes first, the images are the same, and so is the model without the adapter."""
     golden, pipe, plain = expected("sd15"), pipeline(), pipeline()
     adapter = mixed(pipe)
     base = outputs(plain, golden)

@@ -184,7 +184,7 @@ def test_what_is_no_linear_layer_is_refused() -> None:
         DyLoraConfig(use_dora=True)
 
 
-def test_a_linear_layer_of_pictures_is_cut_in_its_last_dimension() -> None:
+def test_a_linear_layer_of_images_is_cut_in_its_last_dimension() -> None:
     model = fill(get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 5)), DyLoraConfig(r=4, target_modules=["0"])))
     model.eval()  # in training each call would draw a rank
     set_rank(model, 2)

@@ -76,7 +76,7 @@ def row(text, tokenizer, token):
 
 
 @pytest.mark.parametrize("end", ["string_to_param.*", "emb_params", "clip_l", "<mytok>"])
-def test_the_pictures_are_those_of_a_textual_inversion(sd, folder, tmp_path, end):
+def test_the_images_are_those_of_a_textual_inversion(sd, folder, tmp_path, end):
     """diffusers' own load_textual_inversion is the reference, with the same LoRA beside it."""
     tensors, vectors = adapter_of(sd), torch.randn(2, sd.text_encoder.config.hidden_size)
     save_file({**tensors, f"bundle_emb.mytok.{end}": vectors}, tmp_path / "both.safetensors")

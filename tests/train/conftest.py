@@ -1,4 +1,4 @@
-"""Tiny models with the layout of the real ones, random weights, and pictures to train on."""
+"""Tiny models with the layout of the real ones, random weights, and images to train on."""
 
 import json
 import random
@@ -130,7 +130,7 @@ def build_sdxl(folder: Path, second_width: int = 32) -> Path:
     return folder
 
 
-def draw_pictures(folder: Path, count: int = 8, size: int = 64) -> Path:
+def draw_images(folder: Path, count: int = 8, size: int = 64) -> Path:
     """Squares and discs in three colours, with captions."""
     folder.mkdir(parents=True)
     rng = random.Random(0)
@@ -156,19 +156,19 @@ def sdxl(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """A folder `2_shape` of 8 pictures in a folder, as --train_data_dir wants it."""
-    folder = tmp_path_factory.mktemp("pictures")
-    draw_pictures(folder / "1_shape")
+def images(tmp_path_factory) -> Path:
+    """A folder that holds `1_shape` with 8 images, as --train_data_dir wants it."""
+    folder = tmp_path_factory.mktemp("images")
+    draw_images(folder / "1_shape")
     return folder
 
 
 @pytest.fixture
-def basics(sd1, pictures, tmp_path) -> dict:
+def basics(sd1, images, tmp_path) -> dict:
     """Options of a small run."""
     return {
         "pretrained_model_name_or_path": str(sd1),
-        "train_data_dir": str(pictures),
+        "train_data_dir": str(images),
         "caption_extension": ".txt",
         "resolution": "64",
         "output_dir": str(tmp_path / "out"),

@@ -1,4 +1,4 @@
-"""Pictures, folders and a tiny VAE for the tests of the data side."""
+"""Images, folders and a tiny VAE for the tests of the data side."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ from lora_adapters.train.data.dataset import TrainingData
 LATENT_FILES = LatentFiles("_sd.npz", unsized=".npz")
 
 
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+def drawn_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """Smooth random colours, different for each seed and nowhere symmetrical."""
     numbers = random.Random(seed)
     small = Image.new("RGB", (4, 4))
@@ -24,10 +24,10 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def folder(path: Path, sizes: list[tuple[int, int]], captions: list[str] | None = None, suffix: str = ".png") -> Path:
-    """`path` with pictures 0, 1, ... of `sizes`, each with its caption where there are captions."""
+    """`path` with images 0, 1, ... of `sizes`, each with its caption where there are captions."""
     path.mkdir(parents=True, exist_ok=True)
     for number, size in enumerate(sizes):
-        picture(size, number).save(path / f"{number}{suffix}")
+        drawn_image(size, number).save(path / f"{number}{suffix}")
         if captions is not None:
             (path / f"{number}.caption").write_text(captions[number], encoding="utf-8")
     return path

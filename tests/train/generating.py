@@ -36,14 +36,14 @@ def adapter_for(model: Path, file: Path, seed: int = 0, rank: int = 4, dylora: D
 
 
 def draw(model: Path, out: Path, *options: object) -> list[np.ndarray]:
-    """The pictures that the program draws, in the order of their names."""
+    """The images that the program draws, in the order of their names."""
     assert main(["--ckpt", str(model), "--outdir", str(out), *QUICK, *map(str, options)]) == 0
     return [pixels(file) for file in sorted(out.iterdir())]
 
 
 def pixels(file: Path) -> np.ndarray:
-    with Image.open(file) as picture:
-        return np.asarray(picture.convert("RGB"), int)
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"), int)
 
 
 def differ(a: np.ndarray, b: np.ndarray) -> int:

@@ -31,10 +31,10 @@ def test_metadata_in_any_script_is_shown(tmp_path):
     assert rb"\u732b.safetensors" in shown.stdout
 
 
-def test_pictures_in_a_folder_of_any_name_are_resized(tmp_path):
+def test_images_in_a_folder_of_any_name_are_resized(tmp_path):
     (tmp_path / "猫").mkdir()
     Image.new("RGB", (90, 90)).save(tmp_path / "猫" / "→.png")
-    (tmp_path / "猫" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "猫" / "broken.png").write_bytes(b"no image")
     done = program("resize-images", tmp_path / "猫", tmp_path / "out", "--max_resolution", "64x64", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert rb"\u732b" in done.stderr, "the warning of the broken one"

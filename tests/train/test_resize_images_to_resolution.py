@@ -36,8 +36,8 @@ def names(folder: Path) -> list[str]:
 
 
 def size(file: Path) -> tuple[int, int]:
-    with Image.open(file) as picture:
-        return picture.size
+    with Image.open(file) as image:
+        return image.size
 
 
 def run(*arguments: object) -> int:
@@ -53,21 +53,21 @@ def test_original_and_every_resolution_are_saved(src, dst):
     # side · √(2/3) and side · √(3/2), rounded down; width and height are not swapped
     expected = {512: (418, 627), 384: (313, 470), 256: (209, 313), 128: (104, 156)}
     assert {side: size(dst / f"tall+{side}x{side}.jpg") for side in expected} == expected
-    with Image.open(dst / "tall+128x128.jpg") as picture:
-        assert picture.format == "JPEG"
-        assert np.abs(np.asarray(picture, int) - (200, 30, 60)).max() <= 2
+    with Image.open(dst / "tall+128x128.jpg") as image:
+        assert image.format == "JPEG"
+        assert np.abs(np.asarray(image, int) - (200, 30, 60)).max() <= 2
     assert (summary.images, summary.resized, summary.kept, summary.copied) == (1, 4, 0, 1)
 
 
 def test_pixels_come_from_the_right_place(src, dst):
-    # Four quarters of a landscape picture keep their places when both sides are halved.
+    # Four quarters of a landscape image keep their places when both sides are halved.
     pixels = np.zeros((200, 800, 3), np.uint8)
     pixels[:100, :400], pixels[:100, 400:] = (250, 0, 0), (0, 250, 0)
     pixels[100:, :400], pixels[100:, 400:] = (0, 0, 250), (250, 250, 0)
     Image.fromarray(pixels).save(src / "a.png")
     assert run(src, dst, "--max_resolution", "400x100", "--save_as_png") == 0
-    with Image.open(dst / "a+400x100.png") as picture:
-        assert np.array_equal(np.asarray(picture), pixels[::2, ::2])
+    with Image.open(dst / "a+400x100.png") as image:
+        assert np.array_equal(np.asarray(image), pixels[::2, ::2])
 
 
 def test_each_resolution_starts_from_the_original(src, dst):
@@ -89,8 +89,8 @@ def test_divisible_by_crops_the_centre_and_leaves_the_original(src, dst):
     pixels = np.random.default_rng(0).integers(0, 256, (70, 101, 3), np.uint8)
     Image.fromarray(pixels).save(src / "a.png")
     assert run(src, dst, "--max_resolution", "512x512", "--divisible_by", "32", "--save_as_png") == 0
-    with Image.open(dst / "a+512x512.png") as picture:
-        assert np.array_equal(np.asarray(picture), pixels[3:67, 2:98])
+    with Image.open(dst / "a+512x512.png") as image:
+        assert np.array_equal(np.asarray(image), pixels[3:67, 2:98])
     assert size(dst / "a.png") == (101, 70)
     colour((800, 1200)).save(src / "b.png")
     assert run(src, dst, "--max_resolution", "512x512", "--divisible_by", "64") == 0
@@ -109,7 +109,7 @@ def test_a_size_below_divisible_by_is_left_out_and_named(src, dst, capsys):
     assert not [name for name in names(dst) if "32x32" in name]
 
 
-def test_captions_go_with_their_pictures(src, dst):
+def test_captions_go_with_their_images(src, dst):
     colour((90, 90)).save(src / "a.png")
     colour((90, 90)).save(src / "a.b.png")
     files = {"a.txt": "A", "a.caption": "C", "a.b.txt": "AB", "ab.txt": "other", "a.npz": "latents", "meta.json": "{}"}
@@ -125,7 +125,7 @@ def test_captions_go_with_their_pictures(src, dst):
     assert found == files | beside
 
 
-def test_captions_of_resized_pictures_are_not_made_unasked(src, dst):
+def test_captions_of_resized_images_are_not_made_unasked(src, dst):
     colour((90, 90)).save(src / "a.png")
     (src / "a.txt").write_text("A")
     assert run(src, dst, "--max_resolution", "64x64") == 0
@@ -165,18 +165,18 @@ def test_hidden_files_and_subfolders_are_left_alone(src, dst, capsys):
     assert "subfolders left alone: 1" in capsys.readouterr().out
 
 
-def test_turned_phone_pictures_come_out_upright(src, dst):
+def test_turned_phone_images_come_out_upright(src, dst):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying, to be turned clockwise
     pixels = np.zeros((400, 600, 3), np.uint8)
     pixels[:, :300] = 255  # the left half becomes the top
     Image.fromarray(pixels).save(src / "a.jpg", exif=exif, quality=95)
     assert run(src, dst, "--max_resolution", "100x100") == 0
-    with Image.open(dst / "a+100x100.jpg") as picture:
-        assert picture.size == (81, 122)
-        assert 0x0112 not in picture.getexif()
-        assert min(picture.getpixel((40, 10))) > 250
-        assert max(picture.getpixel((40, 110))) < 5
+    with Image.open(dst / "a+100x100.jpg") as image:
+        assert image.size == (81, 122)
+        assert 0x0112 not in image.getexif()
+        assert min(image.getpixel((40, 10))) > 250
+        assert max(image.getpixel((40, 110))) < 5
     assert (dst / "a.jpg").read_bytes() == (src / "a.jpg").read_bytes()
 
 
@@ -187,23 +187,23 @@ def test_transparency(src, dst):
     Image.fromarray(pixels).save(src / "a.png")
     assert run(src, dst, "--max_resolution", "40x40") == 0
     assert run(src, dst, "--max_resolution", "40x40", "--save_as_png") == 0
-    with Image.open(dst / "a+40x40.png") as picture:
-        assert picture.mode == "RGBA"
-        alpha = np.asarray(picture)[:, :, 3]
+    with Image.open(dst / "a+40x40.png") as image:
+        assert image.mode == "RGBA"
+        alpha = np.asarray(image)[:, :, 3]
         assert alpha[:, :20].max() == 0
         assert alpha[:, 20:].min() == 255
-        assert picture.getpixel((30, 5)) == (0, 0, 255, 255)
-    with Image.open(dst / "a+40x40.jpg") as picture:
-        assert min(picture.getpixel((5, 5))) >= 253
-        assert np.abs(np.subtract(picture.getpixel((35, 5)), (0, 0, 255))).max() <= 2
+        assert image.getpixel((30, 5)) == (0, 0, 255, 255)
+    with Image.open(dst / "a+40x40.jpg") as image:
+        assert min(image.getpixel((5, 5))) >= 253
+        assert np.abs(np.subtract(image.getpixel((35, 5)), (0, 0, 255))).max() <= 2
 
 
 def test_jpeg_is_as_good_as_jpeg_gets(src, dst):
     colour((64, 64)).save(src / "a.png")
     assert run(src, dst, "--max_resolution", "32x32") == 0
-    with Image.open(dst / "a+32x32.jpg") as picture:
-        assert {value for table in picture.quantization.values() for value in table} == {1}  # quality 100
-        assert [layer[1:3] for layer in picture.layer] == [(1, 1)] * 3  # no channel subsampled
+    with Image.open(dst / "a+32x32.jpg") as image:
+        assert {value for table in image.quantization.values() for value in table} == {1}  # quality 100
+        assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # no channel subsampled
 
 
 def test_a_second_run_skips_what_is_done(src, dst):
@@ -235,8 +235,8 @@ def test_a_second_run_skips_what_is_done(src, dst):
         os.utime(dst / name, ns=(earlier, earlier))
     fourth = again()
     assert (fourth.resized, fourth.kept, fourth.copied) == (2, 4, 1)
-    with Image.open(dst / "c+32x32.jpg") as picture:
-        assert picture.getpixel((9, 9))[1] > 250
+    with Image.open(dst / "c+32x32.jpg") as image:
+        assert image.getpixel((9, 9))[1] > 250
 
     assert again(interpolation="cubic").resized == 6
     assert again(interpolation="cubic", divisible_by=8).resized == 6
@@ -260,7 +260,7 @@ def test_a_caption_edited_in_the_destination_stays(src, dst):
     assert (dst / "a+64x64.txt").read_text() == "better"
 
 
-def test_unreadable_pictures_are_skipped_and_named(src, dst, capsys):
+def test_unreadable_images_are_skipped_and_named(src, dst, capsys):
     colour((90, 90)).save(src / "good.png")
     (src / "bad.jpg").write_bytes(b"\xff\xd8\xff")
     (src / "phone.HEIC").write_bytes(b"....ftypheic")

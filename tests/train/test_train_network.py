@@ -93,14 +93,14 @@ def test_missing_options(basics, capsys, monkeypatch) -> None:
         assert f"--{name}" in fails(rest, capsys, monkeypatch, status=2)
 
 
-def test_empty_folder_and_broken_pictures(basics, pictures, tmp_path, capsys, monkeypatch) -> None:
+def test_empty_folder_and_broken_images(basics, images, tmp_path, capsys, monkeypatch) -> None:
     data = tmp_path / "data"
     (data / "1_x").mkdir(parents=True)
     assert "1_x" in fails({**basics, "train_data_dir": str(data)}, capsys, monkeypatch)
     (data / "1_x" / "a.png").touch()
     assert main(command_line({**basics, "train_data_dir": str(data)})) == 1
     monkeypatch.undo()
-    shutil.copy(next((pictures / "1_shape").glob("*.png")), data / "1_x" / "b.png")
+    shutil.copy(next((images / "1_shape").glob("*.png")), data / "1_x" / "b.png")
     assert main(command_line({**basics, "train_data_dir": str(data), "max_train_steps": 1})) == 0
 
 
@@ -199,9 +199,9 @@ def test_runs_as_a_file_from_anywhere(basics, tmp_path) -> None:
     assert (tmp_path / "out" / "last.safetensors").exists()
 
 
-def test_a_file_of_kohyas_gui_trains_and_what_has_no_effect_is_said(sd1, pictures, tmp_path, capsys, caplog) -> None:
+def test_a_file_of_kohyas_gui_trains_and_what_has_no_effect_is_said(sd1, images, tmp_path, capsys, caplog) -> None:
     gui = Path(__file__).with_name("gui.toml")
-    places = {"pretrained_model_name_or_path": sd1, "train_data_dir": pictures, "output_dir": tmp_path / "out"}
+    places = {"pretrained_model_name_or_path": sd1, "train_data_dir": images, "output_dir": tmp_path / "out"}
     assert main(command_line({"config_file": gui, **places})) == 0
     said = caplog.text + capsys.readouterr().err
     for name in ("epoch", "noise_offset_type", "--wandb_run_name", "--sample_prompts"):

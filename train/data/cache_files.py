@@ -4,8 +4,9 @@
 size of latents that the image was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
 suffix original_size, crop_ltrb and where needed latents_flipped and alpha_mask. Files of older versions have one entry,
 without a suffix. `<stem>_te_outputs.npz` holds text-encoder outputs. Keys of our own tell what an entry was made from
-(vae, interpolation, picture; caption, encoder); an entry without them is assumed valid. `checksum` ties them to the
-latents beside them: another program that writes an entry anew leaves our keys as they are.
+(vae, interpolation, and as picture the date and size of the image's file; caption, encoder); an entry without them is
+assumed valid. `checksum` ties them to the latents beside them: another program that writes an entry anew leaves our
+keys as they are.
 """
 
 import contextlib
@@ -30,9 +31,10 @@ from lora_adapters.train.data_error import DataError
 
 _ENCODER = ("encoder.", "quant_conv.")
 TEXT_ENDING = "_te_outputs.npz"
+_FILE = "picture"  # the key of an image file's date and size; another name would outdate the caches that exist
 _OF_ENTRY = (
     "latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb",
-    "vae", "interpolation", "picture", "checksum",
+    "vae", "interpolation", _FILE, "checksum",
 )  # fmt: skip
 LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it has terabytes
 
@@ -114,8 +116,8 @@ def latents_fit(path: str, request: LatentsRequest) -> bool:
     try:
         with opened(path) as file:
             of = {name: name + _entry(file, request.bucket) for name in _OF_ENTRY}
-            if of["picture"] in file:
-                if tuple(file[of["picture"]].tolist()) != (request.modified, request.length):
+            if of[_FILE] in file:
+                if tuple(file[of[_FILE]].tolist()) != (request.modified, request.length):
                     return False
             elif os.stat(path).st_mtime_ns < request.modified:
                 return False
@@ -171,7 +173,7 @@ def write_latents(path: str, cached: CachedLatents, request: LatentsRequest, *, 
         "crop_ltrb": np.array(_box_in_bucket(request.bucket, request.size)),
         "vae": np.array(request.vae),
         "interpolation": np.array(request.interpolation),
-        "picture": np.array([request.modified, request.length], np.int64),
+        _FILE: np.array([request.modified, request.length], np.int64),
         "checksum": np.array(_checksum(latents)),
     }
     if cached.flipped is not None:
@@ -192,7 +194,7 @@ def _other_entries(path: str, suffix: str, modified: int) -> dict[str, Any]:
             return {
                 name: file[name]
                 for name in file
-                if name not in replaced and not (outdated and f"picture{_suffix(name)}" not in file)
+                if name not in replaced and not (outdated and f"{_FILE}{_suffix(name)}" not in file)
             }
     except Exception:  # of many kinds: see opened. There is no such file, or it is damaged and is replaced
         return {}

@@ -148,6 +148,7 @@ class BatchReader(Dataset):
     def _load(self, entry: int, number: int, order: Order) -> Sample:
         """Image `number` in the turn of `entry`."""
         image = self.images.images[number]
+        # "picture" is part of the seed: another word would change what a run with the same seed trains.
         variation = vary(image.placement, image.subset, python_random(self.seed, "picture", order.epoch, entry))
         pixels = latents = None
         if self.latents is None:

@@ -49,11 +49,11 @@ class TrainingFamily(ABC):
         frozen_text_encoders: those that get no adapter unless asked for.
         predictions: what its models may predict; the first is assumed where the scheduler's config says nothing.
         text_ending: the ending of the files that outputs of text encoders are cached in.
-        sample_size: the side in latents of pictures, where the denoiser's config does not say it.
+        sample_size: side of the latents, for a denoiser whose config does not give it.
         pixel_step: sides of images in pixels are multiples of it.
         guidance: the guidance scale of sample images, where a prompt has none.
-        reads_negative_prompt: whether the pipeline's pictures keep away from a second prompt.
-        picture_loss: whether flow matching compares pictures, over timesteps of --training_shift (SD3), and not
+        reads_negative_prompt: whether the pipeline uses a negative prompt.
+        image_loss: whether flow matching compares images, over timesteps of --training_shift (SD3), and not
             velocities.
         unused_options: options of training that other families with the same objective have.
         rank_args: network_args that give a kind of layer its rank, with the pattern of its paths.
@@ -83,7 +83,7 @@ class TrainingFamily(ABC):
     pixel_step: ClassVar[int] = 8
     guidance: ClassVar[float] = 7.5
     reads_negative_prompt: ClassVar[bool] = True
-    picture_loss: ClassVar[bool] = False
+    image_loss: ClassVar[bool] = False
     unused_options: ClassVar[tuple[str, ...]] = ()
     rank_args: ClassVar[Mapping[str, str]] = {}
     block_args: ClassVar[Mapping[str, str]] = {}

@@ -87,7 +87,7 @@ class Flux1(TransformerFamily):
         if not isinstance(model, _TRANSFORMER) or pipeline.vae is None:
             return None
         if model.config.in_channels != 4 * pipeline.vae.config.latent_channels:
-            return None  # Fill and Control read pictures beside the latents
+            return None  # Fill and Control read images beside the latents
         return "flux_dev" if model.config.guidance_embeds else "flux_schnell"
 
     # --- text -------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def _check_channels(read: int, predicted: int) -> None:
     if read != predicted:
         raise TrainingError(
             f"a Flux.1 that reads {read} channels and predicts {predicted} (Fill, Control) is neither trained nor "
-            "drawn with here: its pictures to begin with are not in the data"
+            "drawn with here: the data has no input images for it"
         )
 
 

@@ -1,4 +1,4 @@
-"""SD3 and SD3.5: CLIP-L, CLIP-G and T5, a transformer over latents, flow matching that compares pictures."""
+"""SD3 and SD3.5: CLIP-L, CLIP-G and T5, a transformer over latents, flow matching that compares images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class StableDiffusion3(TransformerFamily):
     pipeline_class, image_to_image_class = StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline
     latent_files = LatentFiles("_sd3.npz")
     text_ending = "_sd3_te.npz"
-    picture_loss = True
+    image_loss = True
     rank_args: ClassVar[Mapping[str, str]] = {
         "context_attn_dim": r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
         "context_mlp_dim": r"transformer_blocks\.\d+\.ff_context\..*",

@@ -38,17 +38,17 @@ class FlowOptions:
     mode_scale: float = 1.29
 
     @classmethod
-    def of(cls, settings: Settings, picture_loss: bool = False) -> "FlowOptions":
-        """The options of a run; `picture_loss` is the family's. OptionError for an unknown comparison."""
+    def of(cls, settings: Settings, image_loss: bool = False) -> "FlowOptions":
+        """The options of a run; `image_loss` is the family's. OptionError for an unknown comparison."""
         if settings.model_prediction_type == "additive":
             raise OptionError(
                 "--model_prediction_type additive compares a sum that no flow-matching model predicts; give raw"
             )
         return cls(
-            timestep_sampling="density" if picture_loss else settings.timestep_sampling,
+            timestep_sampling="density" if image_loss else settings.timestep_sampling,
             sigmoid_scale=settings.sigmoid_scale,
-            shift=settings.training_shift if picture_loss else settings.discrete_flow_shift,
-            sigma_scaled=picture_loss or settings.model_prediction_type == "sigma_scaled",
+            shift=settings.training_shift if image_loss else settings.discrete_flow_shift,
+            sigma_scaled=image_loss or settings.model_prediction_type == "sigma_scaled",
             weighting_scheme=settings.weighting_scheme or "none",
             logit_mean=settings.logit_mean,
             logit_std=settings.logit_std,
@@ -98,7 +98,7 @@ class FlowTables:
     loss: LossOptions
 
     def weight_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Factor of the loss (n,); 1 but for the picture that the velocity leads to."""
+        """Factor of the loss (n,), which is 1 if the loss compares velocities."""
         sigmas = (timesteps.float() / _STEPS).clamp(min=1 / _STEPS)
         if not self.flow.sigma_scaled:
             return torch.ones_like(sigmas)
@@ -115,7 +115,7 @@ class FlowTables:
 
 
 class FlowMatching(Objective):
-    """The target is the velocity e - x_0; with `sigma_scaled` the picture x_0 = x_t - t v."""
+    """The target is the velocity e - x_0; with `sigma_scaled` the image x_0 = x_t - t v."""
 
     def __init__(self, options: FlowOptions):
         self.options = options

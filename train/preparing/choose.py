@@ -10,8 +10,8 @@ from lora_adapters.train.preparing.look import Folder
 from lora_adapters.train.preparing.options import InitSettings
 from lora_adapters.train.preparing.presets import Choice, Preset, for_machine, named, presets
 
-_SEEN = "the pictures"
-_HELD_OUT_FROM = 20  # pictures: of fewer, all are needed to learn from
+_SEEN = "the images"
+_HELD_OUT_FROM = 20  # images; with fewer, all are used for training
 _PROMPTS = 2
 
 
@@ -43,13 +43,13 @@ def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
     side = _trained_side(model)
     if side is not None and side != dataset["resolution"].value:
         dataset["resolution"] = Choice(side, "what the model was trained at", f"{model}: unet/config.json")
-    dataset |= _from_pictures(folders, int(dataset["resolution"].value), step)
+    dataset |= _from_images(folders, int(dataset["resolution"].value), step)
     subsets = [_subset(folder, settings) for folder in folders]
     return Plan(chosen, _options(options, dataset, folders, settings), dataset, subsets, _prompts(folders, subsets))
 
 
 def _of_family(chosen: Sequence[Preset]) -> tuple[frozenset[str], int]:
-    """Options that models of the presets' family make no use of, and the pixels that their pictures' sides step by."""
+    """Options that have no effect on the presets' family, and the number of pixels that divides its images' sides."""
     from lora_adapters.train.models.registry import FAMILIES
     from lora_adapters.train.options.families import unused_options
 
@@ -89,7 +89,7 @@ def _card() -> float:
 
 
 def _trained_side(model: str) -> int | None:
-    """The side in pixels of pictures that a Diffusers folder's U-Net was made for; None if no file says it."""
+    """The resolution in pixels that a Diffusers folder's U-Net was trained at; None if no file gives it."""
     from lora_adapters.train.models.registry import FAMILIES
 
     files = (Path(model) / name / "config.json" for name in {family.denoiser for family in FAMILIES.values()})
@@ -103,43 +103,41 @@ def _trained_side(model: str) -> int | None:
     return 8 * size if isinstance(size, int) else None
 
 
-def _from_pictures(folders: Sequence[Folder], side: int, step: int) -> dict[str, Choice]:
-    """What the pictures' shapes, sizes and number ask for; `step` divides the sides that the model can read."""
-    sizes = [picture.size for folder in folders for picture in folder.readable]
+def _from_images(folders: Sequence[Folder], side: int, step: int) -> dict[str, Choice]:
+    """The choices that follow from the images' shapes, sizes and number; `step` divides the sides of buckets."""
+    sizes = [image.size for folder in folders for image in folder.readable]
     small = sum(width * height < side * side for width, height in sizes)
     shapes = len({round(width / height, 2) for width, height in sizes})
     choices = {
-        "enable_bucket": Choice(True, f"{shapes} shapes: each picture keeps its own" if shapes > 1 else
-                                "pictures keep their shape", _SEEN),
+        "enable_bucket": Choice(True, f"{shapes} shapes: each image keeps its own" if shapes > 1 else
+                                "images keep their shape", _SEEN),
     }  # fmt: skip
     steps = 64
     if side < 4 * steps:
         steps = max(step, side // 8 // step * step)
         choices["bucket_reso_steps"] = Choice(steps, f"steps of 64 are too coarse for {side} pixels", "the resolution")
     if small and all(min(size) >= steps for size in sizes):
-        why = f"{small} pictures have fewer pixels than {side}x{side}: they are not enlarged"
+        why = f"{small} images have fewer pixels than {side}x{side}: they are not enlarged"
         choices["bucket_no_upscale"] = Choice(True, why, _SEEN)
     if len(sizes) >= _HELD_OUT_FROM:
-        choices["validation_split"] = Choice(
-            0.1, f"of {len(sizes)} pictures some can be held out to measure with", _SEEN
-        )
+        choices["validation_split"] = Choice(0.1, f"of {len(sizes)} images some can be held out to measure with", _SEEN)
     return choices
 
 
 def _subset(folder: Folder, settings: InitSettings) -> dict[str, Choice]:
     """The table of one folder."""
-    choices = {"image_dir": Choice(folder.path.as_posix(), f"{len(folder.readable)} pictures", _SEEN)}
+    choices = {"image_dir": Choice(folder.path.as_posix(), f"{len(folder.readable)} images", _SEEN)}
     ending = folder.ending
     if ending is not None:
-        choices["caption_extension"] = Choice(ending, f"{folder.endings[ending]} pictures have such a caption", _SEEN)
+        choices["caption_extension"] = Choice(ending, f"{folder.endings[ending]} images have such a caption", _SEEN)
     missing = len(folder.uncaptioned(ending)) if ending else len(folder.readable)
     if missing:
         tokens, source = settings.class_tokens or folder.class_tokens, "--class_tokens"
         if settings.class_tokens is None:
             source = "the folder's name" if folder.class_tokens else "a guess: give --class_tokens"
-        choices["class_tokens"] = Choice(tokens or "a photo", f"caption of {missing} pictures that have none", source)
+        choices["class_tokens"] = Choice(tokens or "a photo", f"caption of {missing} images that have none", source)
     if folder.repeats > 1:
-        choices["num_repeats"] = Choice(folder.repeats, "how often an epoch shows each picture", "the folder's name")
+        choices["num_repeats"] = Choice(folder.repeats, "how often an epoch shows each image", "the folder's name")
     return choices
 
 
@@ -151,7 +149,7 @@ def _options(
     name = settings.output_name or folders[0].path.resolve().name
     own = {
         "pretrained_model_name_or_path": Choice(settings.pretrained_model_name_or_path, "the base model", "--model"),
-        "dataset_config": Choice((out / "dataset.toml").as_posix(), "the pictures", "this program"),
+        "dataset_config": Choice((out / "dataset.toml").as_posix(), "the images", "this program"),
         "output_dir": Choice(settings.output_dir, "where the adapter and its report will be", "--output_dir"),
         "output_name": Choice(name, "the adapter's name", "--output_name" if settings.output_name else "the folder"),
     }
@@ -159,7 +157,7 @@ def _options(
     if "max_train_steps" in chosen and batch > 1:
         steps = chosen["max_train_steps"]
         fewer = max(1, int(steps.value) // batch)
-        chosen["max_train_steps"] = Choice(fewer, f"{steps.value} pictures, {batch} a step", steps.source)
+        chosen["max_train_steps"] = Choice(fewer, f"{steps.value} images, {batch} a step", steps.source)
         if "save_every_n_steps" in chosen:
             saves = chosen["save_every_n_steps"]
             chosen["save_every_n_steps"] = Choice(max(1, int(saves.value) // batch), saves.why, saves.source)

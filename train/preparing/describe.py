@@ -1,4 +1,4 @@
-"""`lora-adapters init` in words: what is in a folder of pictures, and what was chosen for it."""
+"""What `lora-adapters init` prints: what is in a folder of images, and what was chosen for it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ _TO_CONVERT = (READ - TRAINED) | {".dng", ".cr2", ".cr3", ".nef", ".arw"}  # pho
 
 def seen(folder: Folder, side: int) -> list[str]:
     """What there is to say of a folder, a line each; `side` is the resolution that is trained at."""
-    pictures, unreadable = folder.readable, folder.unreadable
-    lines = [f"{folder.path}: {len(folder.pictures)} pictures"]
+    images, unreadable = folder.readable, folder.unreadable
+    lines = [f"{folder.path}: {len(folder.images)} images"]
     if folder.repeats > 1:
         lines.append(f"  its name says {folder.repeats} repeats of {folder.class_tokens}")
-    areas = sorted((picture.size for picture in pictures), key=lambda size: size[0] * size[1])
+    areas = sorted((image.size for image in images), key=lambda size: size[0] * size[1])
     shapes = Counter(_shape(*size) for size in areas)
     small, large = ("x".join(map(str, size)) for size in (areas[0], areas[-1]))
     lines.append(
         f"  sizes {small} to {large}: {', '.join(f'{count} {shape}' for shape, count in shapes.most_common())}"
     )
-    turned = sum(picture.turned for picture in pictures)
+    turned = sum(image.turned for image in images)
     if turned:
         lines.append(f"  {turned} are turned by their EXIF data, as training turns them too")
-    below = [picture.path.name for picture in pictures if picture.size[0] * picture.size[1] < side * side]
+    below = [image.path.name for image in images if image.size[0] * image.size[1] < side * side]
     if below:
         lines.append(f"  {len(below)} have fewer pixels than {side}x{side}, and less detail: {_names(below)}")
     if 4 * areas[len(areas) // 2][0] * areas[len(areas) // 2][1] < side * side:
         lines.append(f"  most have less than a quarter of that: find larger ones, or enlarge them to {side} pixels")
     if unreadable:
-        reasons = [f"{picture.path.name} ({picture.wrong})" for picture in unreadable]
+        reasons = [f"{image.path.name} ({image.wrong})" for image in unreadable]
         lines.append(f"  {len(unreadable)} cannot be read, and are left out in training: {_names(reasons)}")
     lines += [*_captions(folder), *_others(folder)]
-    groups = [[picture.path.name for picture in group] for group in alike(pictures)]
+    groups = [[image.path.name for image in group] for group in alike(images)]
     if groups:
         extra = sum(map(len, groups)) - len(groups)
         shown = "; ".join(" = ".join(group[:3]) for group in groups[:_SHOWN])
@@ -66,7 +66,7 @@ def _captions(folder: Folder) -> list[str]:
 
 
 def _others(folder: Folder) -> list[str]:
-    """Files beside the pictures that are not read."""
+    """Files beside the images that are not read."""
     if not folder.others:
         return []
     lines = [f"  {len(folder.others)} other files are not read: {_names([file.name for file in folder.others])}"]

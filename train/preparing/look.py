@@ -1,4 +1,4 @@
-"""A look at a folder of pictures: what training will read of it, and what is wrong with it."""
+"""Inspects a folder of images: what training will read, and which files have errors."""
 
 import itertools
 from collections import Counter
@@ -23,8 +23,8 @@ _MOST_REPEATS = 200
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture: its size upright, whether EXIF turns it, and what it looks like; or what is wrong with it."""
+class ImageFile:
+    """An image file: its size, upright; whether EXIF turns it; a key of its looks; or why it cannot be read."""
 
     path: Path
     size: tuple[int, int] = (0, 0)
@@ -35,14 +35,14 @@ class Picture:
 
 @dataclass
 class Folder:
-    """The pictures of one folder, with their captions.
+    """The images of one folder, with their captions.
 
     repeats and class_tokens are what a name such as `10_sks dog` says. wrong_captions: (file, reason). others: files
     that training does not read, such as .HEIC photos, broken links, or captions whose ending is written otherwise.
     """
 
     path: Path
-    pictures: list[Picture]
+    images: list[ImageFile]
     endings: Counter[str] = field(default_factory=Counter)
     captions: dict[str, str] = field(default_factory=dict)
     wrong_captions: list[tuple[Path, str]] = field(default_factory=list)
@@ -51,12 +51,12 @@ class Folder:
     class_tokens: str | None = None
 
     @property
-    def readable(self) -> list[Picture]:
-        return [picture for picture in self.pictures if picture.wrong is None]
+    def readable(self) -> list[ImageFile]:
+        return [image for image in self.images if image.wrong is None]
 
     @property
-    def unreadable(self) -> list[Picture]:
-        return [picture for picture in self.pictures if picture.wrong is not None]
+    def unreadable(self) -> list[ImageFile]:
+        return [image for image in self.images if image.wrong is not None]
 
     @property
     def ending(self) -> str | None:
@@ -64,52 +64,52 @@ class Folder:
         return self.endings.most_common(1)[0][0] if self.endings else None
 
     def uncaptioned(self, ending: str) -> list[Path]:
-        """Pictures without a caption file of that ending."""
-        return [picture.path for picture in self.readable if not picture.path.with_suffix(ending).is_file()]
+        """Images without a caption file of that ending."""
+        return [image.path for image in self.readable if not image.path.with_suffix(ending).is_file()]
 
 
 def look(path: str) -> list[Folder]:
-    """The folder, or those folders in it that have pictures. DataError if no picture can be read."""
+    """The folder itself and its subfolders, those that contain images. DataError if no image can be read."""
     top = existing_folder(path)
     places = [top, *sorted(entry for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))]
     folders = [_folder(place) for place in places if find_images(place)]
     if not folders:
-        raise DataError(f"{top} has no pictures{_deeper(top)}")
+        raise DataError(f"{top} has no images{_deeper(top)}")
     if not any(folder.readable for folder in folders):
-        first = folders[0].pictures[0]
-        raise DataError(f"{top}: none of its pictures can be read; the first, {first.path.name}: {first.wrong}")
+        first = folders[0].images[0]
+        raise DataError(f"{top}: none of its images can be read; the first, {first.path.name}: {first.wrong}")
     return [folder for folder in folders if folder.readable]
 
 
 def _deeper(top: Path) -> str:
-    """Where pictures are if they are further down than `look` looks; an empty string if there are none."""
+    """Names folders with images that are deeper than `look` searches; an empty string if there are none."""
     folders = (entry for entry in sorted(top.glob("*/*")) if entry.is_dir() and find_images(entry))
     names = [str(folder) for folder in itertools.islice(folders, 3)]
     return f" in it or in its folders, but further down: name one of {', '.join(names)}" if names else ""
 
 
-def alike(pictures: Sequence[Picture]) -> list[list[Picture]]:
-    """Groups of pictures that look the same: of one shape, and equal as thumbnails of 16 greys."""
-    groups: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        groups.setdefault(picture.looks, []).append(picture)
+def alike(images: Sequence[ImageFile]) -> list[list[ImageFile]]:
+    """Groups of images that look the same: equal aspect ratios, and equal thumbnails in 16 levels of grey."""
+    groups: dict[str, list[ImageFile]] = {}
+    for image in images:
+        groups.setdefault(image.looks, []).append(image)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _folder(path: Path) -> Folder:
     files = find_images(path)
     with ThreadPoolExecutor() as pool:
-        pictures = list(progress(pool.map(_picture, files), f"looking at {path.name}", len(files)))
+        images = list(progress(pool.map(_image_file, files), f"looking at {path.name}", len(files)))
     named = NAME.fullmatch(path.name)
     repeats = int(named[1]) if named and named[2] and int(named[1]) <= _MOST_REPEATS else 0  # 2024_holiday is a year
-    folder = Folder(path, pictures, repeats=repeats or 1, class_tokens=named[2] if named and repeats else None)
-    for picture in pictures:
+    folder = Folder(path, images, repeats=repeats or 1, class_tokens=named[2] if named and repeats else None)
+    for image in images:
         for ending in CAPTION_ENDINGS:
-            caption = picture.path.with_suffix(ending)
+            caption = image.path.with_suffix(ending)
             if caption.is_file():
                 folder.endings[ending] += 1
                 try:
-                    folder.captions.setdefault(picture.path.name, read_text(caption).strip())
+                    folder.captions.setdefault(image.path.name, read_text(caption).strip())
                 except (OSError, ValueError) as error:
                     folder.wrong_captions.append((caption, str(error)))
     read = {*files, *(file.with_suffix(ending) for file in files for ending in CAPTION_ENDINGS)}
@@ -119,19 +119,19 @@ def _folder(path: Path) -> Folder:
     return folder
 
 
-def _picture(path: Path) -> Picture:
-    """One picture, decoded: only that shows whether it is whole."""
+def _image_file(path: Path) -> ImageFile:
+    """Decode an image, which is the only way to know that it is not damaged."""
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
         upright = open_image(FileSource(str(path)))
     except UnidentifiedImageError:
-        return Picture(path, wrong="not an image" if path.stat().st_size else "empty file")
+        return ImageFile(path, wrong="not an image" if path.stat().st_size else "empty file")
     except DataError as error:
-        return Picture(path, wrong=first_line(error.__cause__ or error.__context__ or error))
-    except Exception as error:  # a damaged picture makes Pillow's readers raise almost anything
-        return Picture(path, wrong=first_line(error))
+        return ImageFile(path, wrong=first_line(error.__cause__ or error.__context__ or error))
+    except Exception as error:  # a damaged image makes Pillow's readers raise almost anything
+        return ImageFile(path, wrong=first_line(error))
     small = upright.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
     levels = bytes(value * _LEVELS // 256 for value in small.tobytes())
     shape = f"{upright.width / upright.height:.2f}"
-    return Picture(path, upright.size, turned, f"{shape} {levels.hex()}")
+    return ImageFile(path, upright.size, turned, f"{shape} {levels.hex()}")

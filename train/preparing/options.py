@@ -26,7 +26,7 @@ class InitSettings(Given):
     purpose: str = option("subject", "what is to be learned", choices=["subject", "style"])
     class_tokens: str | None = option(
         None,
-        "caption of pictures that have none, such as: sks dog",
+        "caption of images that have none, such as: sks dog",
         unset="what a name such as 10_sks dog says",
     )
     preset: list[str] | None = option(
@@ -42,11 +42,11 @@ def parser(defaults: bool = True) -> Parser:
     """A parser of all options; without `defaults` its result has only what is on the command line."""
     new = Parser(
         prog="init",
-        description="Look at a folder of pictures, choose settings for a base model and a card, and write them with "
+        description="Look at a folder of images, choose settings for a base model and a card, and write them with "
         "their reasons: dataset.toml, config.toml and prompts.txt for `lora-adapters train --config_file config.toml`.",
         examples=['my_photos --model stable-diffusion-v1-5/stable-diffusion-v1-5 --card 8 --class_tokens "sks dog"'],
     )
-    new.add_argument("folder", help="folder of pictures, or of folders of pictures")
+    new.add_argument("folder", help="folder of images, or of folders of images")
     new.add_options(InitSettings, defaults)
     return new
 

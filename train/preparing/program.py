@@ -1,4 +1,4 @@
-"""`lora-adapters init`: look at a folder of pictures, choose settings, write them, and say what was seen and chosen."""
+"""`lora-adapters init`: look at a folder of images, choose settings, write them, and say what was seen and chosen."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def program(argv: Sequence[str] | None) -> None:
     files = write(made, Path(settings.out), settings.overwrite)
     for folder in folders:
         say("\n".join(seen(folder, int(made.dataset["resolution"].value))))
-    say(f"chosen, from the presets {', '.join(preset.name for preset in made.presets)} and from the pictures:")
+    say(f"chosen, from the presets {', '.join(preset.name for preset in made.presets)} and from the images:")
     say("\n".join(chosen(made)))
     config = files[1]
     say(f"wrote {', '.join(map(str, files))}, with the reason of each value")

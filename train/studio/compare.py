@@ -1,4 +1,4 @@
-"""What Compare shows, as data: a picture's settings, grids over two of them, the same as commands and as Python."""
+"""What Compare shows, as data: an image's settings, grids over two of them, and the commands and Python for them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ _WEIGHTED_WORD = re.compile(r"[(\[]")
 
 @dataclass(frozen=True)
 class Slot:
-    """One adapter of a picture.
+    """One adapter of an image.
 
     source: a path or a repository. rank: of a DyLoRA; None for all it has. blocks: a preset, names of blocks or a
     number for each; empty for the whole adapter.
@@ -46,7 +46,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture depends on, beside the model. Sizes are in pixels; None is the model's own."""
+    """All settings of an image except the model. Sizes are in pixels; None is the model's own."""
 
     prompt: str
     negative: str = ""
@@ -195,12 +195,12 @@ class Axis:
 
 
 def cells(scene: Scene, across: Axis | None, down: Axis | None) -> list[list[Scene]]:
-    """The scenes of a grid, row by row. StudioError for the same axis twice, or too many pictures."""
+    """The scenes of a grid, row by row. StudioError for the same axis twice, or too many images."""
     if across is not None and down is not None and across.name == down.name:
         raise StudioError(f"both directions of the grid are {across.name}: choose two")
     count = len(across.values if across else [""]) * len(down.values if down else [""])
     if count > MOST_CELLS:
-        raise StudioError(f"the grid would have {count} pictures, at most {MOST_CELLS} are drawn")
+        raise StudioError(f"the grid would have {count} images, the limit is {MOST_CELLS}")
     rows = [down.applied(scene, value) for value in down.values] if down else [scene]
     return [[across.applied(row, value) for value in across.values] if across else [row] for row in rows]
 
@@ -209,14 +209,14 @@ def cells(scene: Scene, across: Axis | None, down: Axis | None) -> list[list[Sce
 
 
 def command_lines(rows: Sequence[Sequence[Scene]], model: Sequence[str]) -> str:
-    """A `lora-adapters generate` for each picture."""
+    """A `lora-adapters generate` command for each image."""
     return "\n".join(command_line(["generate", *scene.words(model)]) for row in rows for scene in row) + "\n"
 
 
 def python_code(
     rows: Sequence[Sequence[Scene]], load: str, schedulers: Mapping[str, str], imports: Sequence[str] = ()
 ) -> str:
-    """A Python program that draws the pictures with diffusers.
+    """A Python program that draws the images with diffusers.
 
     Args:
         rows: The scenes, by rows of the sheet.
@@ -241,7 +241,7 @@ def python_code(
     lines += ["", f"pipe = {load}"]
     before = Scene("")
     for nth, scene in enumerate(scenes, start=1):
-        file = "picture.png" if len(scenes) == 1 else f"picture-{nth:03d}.png"
+        file = "image.png" if len(scenes) == 1 else f"image-{nth:03d}.png"
         lines += ["", *_changes(before, scene, schedulers[scene.sampler]), *_call(scene, file)]
         before = scene
     return "\n".join(lines) + "\n"
@@ -271,7 +271,7 @@ def _call(scene: Scene, file: str) -> list[str]:
     return [
         *(["# `lora-adapters generate` reads weights of words such as (word:1.3), diffusers does not"]
           if weighted_words else []),
-        "picture = pipe(",
+        "image = pipe(",
         f"    {scene.prompt!r},",
         *([f"    negative_prompt={scene.negative!r},"] if scene.negative else []),
         f"    num_inference_steps={scene.steps},",
@@ -279,7 +279,7 @@ def _call(scene: Scene, file: str) -> list[str]:
         *(f"    {side}={value}," for side, value in (("width", scene.width), ("height", scene.height)) if value),
         f"    generator=torch.Generator().manual_seed({scene.seed}),",
         ").images[0]",
-        f"picture.save({file!r})",
+        f"image.save({file!r})",
     ]  # fmt: skip
 
 

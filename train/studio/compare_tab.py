@@ -1,4 +1,4 @@
-"""The tab Compare: adapters with sliders, a picture or a grid, and the same as a command, as Python, as a file."""
+"""The tab Compare: adapters with sliders, an image or a grid, its command and Python code, and a merge into a file."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -43,7 +43,7 @@ class CompareTab:
         with gr.Row():
             with gr.Column(scale=5, min_width=380):
                 self._adapters()
-                self._picture()
+                self._image_settings()
                 self._block_sliders()
                 self._grid()
             with gr.Column(scale=6, min_width=380, elem_classes="stays"):
@@ -97,7 +97,7 @@ class CompareTab:
         visible = place < len(_FIRST)
         self.sliders.append(gr.Slider(-1, 2, 1, step=0.05, label=name, elem_id=f"block-{name}", visible=visible))
 
-    def _picture(self) -> None:
+    def _image_settings(self) -> None:
         with gr.Row():
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
             self.steps = gr.Slider(1, 150, 20, step=1, label="Steps", elem_id="steps")
@@ -123,7 +123,7 @@ class CompareTab:
 
     def _result(self) -> None:
         self.image = gr.Image(
-            label="Picture", type="filepath", interactive=False, height=460, elem_id="picture", buttons=["download"]
+            label="Image", type="filepath", interactive=False, height=460, elem_id="image", buttons=["download"]
         )
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=4)
@@ -138,7 +138,7 @@ class CompareTab:
                 language="python", label="draws the same through diffusers", wrap_lines=True, max_lines=12
             )
         with gr.Tab("Merge into a file"):
-            gr.Markdown("The adapters at the weights, ranks and blocks of the picture that is shown, as one file.")
+            gr.Markdown("The adapters at the weights, ranks and blocks of the image that is shown, as one file.")
             with gr.Row():
                 self.into = gr.Radio(["one adapter", "the model"], value="one adapter", label="merge into")
                 self.name = gr.Textbox(label="name of the result", elem_id="merge-name")
@@ -243,9 +243,9 @@ class CompareTab:
 
     def _merge(self, rows: list[list[Scene]], name: str, into: str, one_file: bool) -> None:
         if not rows:
-            raise StudioError("draw a picture first: what it shows is merged")
+            raise StudioError("draw an image first: its adapters are merged")
         if len(rows) > 1 or len(rows[0]) > 1:
-            raise StudioError("a grid has several settings: draw the one picture that is to be merged")
+            raise StudioError("a grid has several settings: draw the single image whose adapters are to be merged")
         words = compare.merge_words(rows[0][0], self.folders, name, into == "the model", one_file)
         self.jobs.start(f"merging {name}", words, self.folders.private / "tools.log")
 

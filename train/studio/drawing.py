@@ -24,9 +24,9 @@ from lora_adapters.train.studio.paths import StudioError
 
 
 class Artist:
-    """The model with the adapters of the last picture on it.
+    """The model with the adapters of the last image on it.
 
-    model: options of `lora-adapters generate` about the model. folder: where pictures go.
+    model: options of `lora-adapters generate` about the model. folder: where images are saved.
     """
 
     def __init__(self, model: Sequence[str], folder: Path):
@@ -37,7 +37,7 @@ class Artist:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Let a grid end after the picture that is being drawn."""
+        """End a grid after the image that is being drawn."""
         self._stopped.set()
 
     def release(self) -> None:
@@ -48,7 +48,7 @@ class Artist:
             torch.cuda.empty_cache()
 
     def draw(self, scene: Scene) -> Path:
-        """Draw a picture into the folder, with its settings in the file; its path."""
+        """Draw an image and save it in the folder, with its settings in the file; returns its path."""
         image, album, made = self._drawn(scene)
         return album.add(made.requests[0], image)
 
@@ -67,7 +67,7 @@ class Artist:
         drawn: dict[tuple[int, int], Image.Image] = {}
         for place in places:
             if self._stopped.is_set():
-                raise StudioError(f"stopped after {len(drawn)} of {len(places)} pictures")
+                raise StudioError(f"stopped after {len(drawn)} of {len(places)} images")
             progress(len(drawn), len(places))
             drawn[place], album, made = self._drawn(rows[place[0]][place[1]])
         labels = down.titles if down else [scene.prompt]
@@ -107,7 +107,7 @@ class Artist:
         return models.family.sampler(name, models.prediction_type, False, models.schedule_config)
 
     def _networks(self, scene: Scene, made: Plan) -> LiveNetworks:
-        """The adapters as layers of the pipeline; those of the last picture stay where only numbers differ."""
+        """Put the adapters on the pipeline; those of the last image stay if only numbers differ."""
         key = [(network.source, _written(network.source), slot.blocks) for network, slot in
                zip(made.networks, scene.slots, strict=True)]  # fmt: skip
         if self._live is not None and self._live[0] == key:
@@ -125,9 +125,9 @@ class Artist:
         return live
 
     def code(self, rows: Sequence[Sequence[Scene]]) -> str:
-        """The pictures that were drawn last, in Python."""
+        """Python code that draws the last images."""
         if self._models is None:
-            raise StudioError("draw the picture first")
+            raise StudioError("draw the image first")
         models = self._models
         schedulers = {name: _as_code(self._sampler(name)) for name in {scene.sampler for row in rows for scene in row}}
         is_file, dtype = Path(models.name).is_file(), str(models.denoiser.dtype)

@@ -35,7 +35,7 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*values)
         except torch.OutOfMemoryError:
-            said = "the device has too little memory: try smaller pictures, or start the studio with --fp16"
+            said = "the device has too little memory: try smaller images, or start the studio with --fp16"
         except OneLineError as error:
             said = str(error)
         except OSError as error:

@@ -23,14 +23,14 @@ class StudioError(OneLineError):
 class Folders:
     """What the studio was started with.
 
-    adapters, pictures: folders that are read; captions are written beside the pictures. output: the folder of all that
+    adapters, images: folders that are read; captions are written beside the images. output: the folder of all that
     is made, whose adapters are listed too. model: a file, a folder, or a repository on the Hub.
     """
 
     model: str
     output: Path
     adapters: tuple[Path, ...] = ()
-    pictures: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
 
     @property
     def private(self) -> Path:
@@ -49,9 +49,9 @@ class Folders:
             return source
         return str(_existing(_below(source, (*self.adapters, self.output))))
 
-    def pictures_in(self, folder: str | Path) -> Path:
-        """A folder of training pictures."""
-        path = _existing(_below(folder, self.pictures))
+    def image_folder(self, folder: str | Path) -> Path:
+        """A folder of training images."""
+        path = _existing(_below(folder, self.images))
         if not path.is_dir():
             raise StudioError(f"{folder} is not a folder")
         return path
@@ -75,13 +75,13 @@ class Folders:
         roots = (*self.adapters, self.output)
         return [str(path) for path in _walk(roots, lambda path: _is_model(path) or _is_weights(path))]
 
-    def picture_folders(self) -> list[str]:
-        """The folders with training pictures in them."""
-        return [str(path) for path in _walk(self.pictures, _has_pictures, roots_too=True)]
+    def image_folders(self) -> list[str]:
+        """The folders with training images in them."""
+        return [str(path) for path in _walk(self.images, _has_images, roots_too=True)]
 
     def shown(self, path: str | Path) -> str:
         """A path as it is listed: relative to the folder that it is in."""
-        for root in (*self.adapters, self.output, *self.pictures):
+        for root in (*self.adapters, self.output, *self.images):
             with contextlib.suppress(ValueError):
                 relative = Path(path).relative_to(root)
                 return root.name if relative == Path() else str(relative)
@@ -117,7 +117,7 @@ def _is_model(path: Path) -> bool:
     return (path / _MODEL_INDEX).is_file()
 
 
-def _has_pictures(path: Path) -> bool:
+def _has_images(path: Path) -> bool:
     return path.is_dir() and any(entry.suffix.lower() in TRAINED for entry in path.iterdir())
 
 

@@ -21,7 +21,7 @@ _FIELDS = {
     "batch_size": "batch",
 }
 _TYPES = {"networks.lora": "LoRA", "networks.dylora": "DyLoRA"}
-_PER_PICTURE = ("steps", "save_every")  # presets count pictures, the page steps
+_PER_IMAGE = ("steps", "save_every")  # presets count images, the page steps
 
 
 def choices() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -41,7 +41,7 @@ def values(machine: str, purpose: str) -> dict[str, Any]:
             fields |= {key: int(value) for key, value in (text.split("=") for text in choice.value)}
         elif name in _FIELDS:
             fields[_FIELDS[name]] = choice.value
-    for field in _PER_PICTURE:
+    for field in _PER_IMAGE:
         if field in fields:
             fields[field] = max(1, fields[field] // fields.get("batch", 1))
     return fields

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ def parser() -> Parser:
     made = Parser(
         prog="studio",
         description="A page in the browser to compare, inspect, train and convert adapters.",
-        examples=["--model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapters loras --pictures photos"],
+        examples=["--model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapters loras --images photos"],
     )
     made.add_argument(
         "--model", required=True, help="base model: a Diffusers folder, checkpoint file or Hub repository"
     )
     made.add_argument("--adapters", nargs="+", metavar="FOLDER", help="folders of adapters to choose from")
-    made.add_argument("--pictures", nargs="+", metavar="FOLDER", help="folders of training pictures, whose "
-                      "captions may be edited")  # fmt: skip
+    made.add_argument("--images", nargs="+", action="extend", metavar="FOLDER", help="folders of training images, "
+                      "whose captions may be edited")  # fmt: skip
+    made.add_argument("--pictures", nargs="+", action="extend", dest="images", help=SUPPRESS)  # its former name
     made.add_argument("--output", default="studio", metavar="FOLDER", help="folder of all that is made")
     made.add_argument(
         "--model_config", help="Diffusers folder or Hub repository with the configs for a checkpoint file"
@@ -44,7 +46,7 @@ def parser() -> Parser:
 
 def folders(args: Any) -> Folders:
     """The folders of the options. UsageError if one is missing."""
-    for flag in ("adapters", "pictures"):
+    for flag in ("adapters", "images"):
         for name in getattr(args, flag) or ():
             if not Path(name).expanduser().is_dir():
                 raise UsageError(f"--{flag} {name} is not a folder")
@@ -55,7 +57,7 @@ def folders(args: Any) -> Folders:
         args.model,
         output.absolute(),
         tuple(Path(name).expanduser().absolute() for name in args.adapters or ()),
-        tuple(Path(name).expanduser().absolute() for name in args.pictures or ()),
+        tuple(Path(name).expanduser().absolute() for name in args.images or ()),
     )
     made.private.mkdir(parents=True, exist_ok=True)
     return made

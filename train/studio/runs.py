@@ -9,12 +9,13 @@ from typing import Any
 
 from lora_adapters.convert.storage.atomic import replacing
 from lora_adapters.train.studio import presets
+from lora_adapters.train.studio.images import caption_ending
 from lora_adapters.train.studio.paths import Folders, StudioError
-from lora_adapters.train.studio.pictures import caption_ending
 
 TYPES = {"LoRA": "lierla", "LoRA-C3Lier": "c3lier", "DyLoRA": "dylora", "LoHa": "loha", "LoKr": "lokr"}
 PRECISIONS = ("no", "fp16", "bf16")
 LOG, SETTINGS, DATASET, PROMPTS = "log.txt", "run.json", "dataset.toml", "prompts.txt"
+_FORMER_NAMES = {"pictures": "images"}  # of settings, in the files of older runs
 _STEP = re.compile(r"training:[^|\r\n]*\|[^|\r\n]*\|\s*(\d+)/\d+ \[[^\]\r\n]*\bloss=([\d.]+)")
 _HELD_OUT = re.compile(r"step (\d+): held-out loss (.+)")
 _VALUE = re.compile(r"(\w+) ([\d.]+)")
@@ -24,12 +25,12 @@ _VALUE = re.compile(r"(\w+) ([\d.]+)")
 class Recipe:
     """The settings of a training.
 
-    pictures: their folder. resolution: in pixels. save_every, sample_every: steps, 0 for never. machine, purpose:
+    images: their folder. resolution: in pixels. save_every, sample_every: steps, 0 for never. machine, purpose:
     names of presets, whose options without a field here are given to the trainer, too; empty for none.
     """
 
     name: str
-    pictures: str
+    images: str
     type: str = "LoRA"
     rank: int = 16
     alpha: float = 16
@@ -96,7 +97,7 @@ class Recipe:
 
     def dataset(self) -> str:
         """dataset.toml."""
-        folder = Path(self.pictures)
+        folder = Path(self.images)
         low = min(256, self.resolution)
         return "\n".join(
             [
@@ -132,7 +133,7 @@ def write(recipe: Recipe, run: Path) -> None:
 
 def prepared(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
     """The words and the folder of a new run, written. StudioError if the name is taken."""
-    folders.pictures_in(recipe.pictures)
+    folders.image_folder(recipe.images)
     run = folders.new(recipe.name)
     write(recipe, run)
     return recipe.words(folders.model, run), run
@@ -140,7 +141,7 @@ def prepared(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
 
 def dry(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
     """The same for a dry run, which makes no run's folder."""
-    folders.pictures_in(recipe.pictures)
+    folders.image_folder(recipe.images)
     run = folders.private / "dry-run"
     write(recipe, run)
     return [*recipe.words(folders.model, run), "--dry_run"], run
@@ -163,6 +164,7 @@ def load(run: Path) -> Recipe:
     """The settings of a run. StudioError if its folder has none."""
     try:
         entries = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
+        entries = {_FORMER_NAMES.get(key, key): value for key, value in entries.items()}
         known = {field.name for field in fields(Recipe)}
         return Recipe(**{key: value for key, value in entries.items() if key in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -234,7 +236,7 @@ def _held_out_name(name: str) -> str:
 
 
 def samples(run: Path) -> list[Path]:
-    """The sample pictures of a run, the newest first."""
+    """The sample images of a run, the newest first."""
     return sorted((run / "sample").glob("*.png"), key=lambda path: -path.stat().st_mtime)
 
 

@@ -1,4 +1,4 @@
-"""The tab Train: pictures and captions, settings, and the run as it goes."""
+"""The tab Train: images and captions, settings, and the run as it goes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,14 @@ import gradio as gr
 import pandas
 
 from lora_adapters.train.studio import presets, runs
+from lora_adapters.train.studio.images import captioned_images, save_caption, thumbnail
 from lora_adapters.train.studio.jobs import Jobs
 from lora_adapters.train.studio.page import Lists, framed, shown
 from lora_adapters.train.studio.paths import Folders, StudioError
-from lora_adapters.train.studio.pictures import pictures, save_caption, thumbnail
 from lora_adapters.train.studio.runs import Recipe
 
 _NAMES = (
-    "name", "pictures", "type", "rank", "alpha", "conv_rank", "unit", "class_tokens", "resolution", "batch", "repeats",
+    "name", "images", "type", "rank", "alpha", "conv_rank", "unit", "class_tokens", "resolution", "batch", "repeats",
     "steps", "learning_rate", "held_out", "precision", "checkpointing", "cache_latents", "save_every", "sample_every",
     "prompts", "seed", "machine", "purpose",
 )  # fmt: skip
@@ -31,7 +31,7 @@ class TrainTab:
         """Put the fields into the tab that is open, and connect them."""
         with gr.Row():
             with gr.Column(scale=5, min_width=380):
-                self._pictures()
+                self._images()
             with gr.Column(scale=6, min_width=380):
                 self._settings()
         self._run()
@@ -39,16 +39,16 @@ class TrainTab:
 
     # --- fields ------------------------------------------------------------------------------------------------------
 
-    def _pictures(self) -> None:
-        self.fields["pictures"] = self._lists.field(
-            self._folders.picture_folders, label="Folder of pictures", elem_id="pictures"
+    def _images(self) -> None:
+        self.fields["images"] = self._lists.field(
+            self._folders.image_folders, label="Folder of images", elem_id="images"
         )
         self.gallery = gr.Gallery(
-            label="Pictures: choose one to edit its caption", columns=5, height=330, object_fit="contain",
+            label="Images: choose one to edit its caption", columns=5, height=330, object_fit="contain",
             allow_preview=False, interactive=False, elem_id="gallery",
         )  # fmt: skip
         self.listed = gr.State([])  # the names of what the gallery shows
-        self.picture = gr.State(None)
+        self.image = gr.State(None)
         self.caption = gr.Textbox(label="Caption", lines=3, elem_id="caption")
         self.save = gr.Button("Save caption", elem_id="save-caption")
 
@@ -79,7 +79,7 @@ class TrainTab:
         with gr.Row():
             new["resolution"] = gr.Number(512, label="Resolution", precision=0, minimum=64, info="pixels",
                                           elem_id="resolution")  # fmt: skip
-            new["held_out"] = gr.Slider(0, 0.5, 0, step=0.05, label="Held out", info="share of the pictures")
+            new["held_out"] = gr.Slider(0, 0.5, 0, step=0.05, label="Held out", info="share of the images")
             new["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
         with gr.Row():
             new["precision"] = gr.Dropdown(list(runs.PRECISIONS), value="no", label="Mixed precision")
@@ -116,11 +116,11 @@ class TrainTab:
 
     def _connect(self) -> None:
         hidden: dict[str, Any] = {"show_progress": "hidden"}
-        folder, fields = self.fields["pictures"], [self.fields[name] for name in _NAMES]
+        folder, fields = self.fields["images"], [self.fields[name] for name in _NAMES]
         show = shown(self._show)
-        folder.change(show, folder, [self.gallery, self.listed, self.picture, self.caption])
-        self.gallery.select(shown(self._select), [folder, self.listed], [self.picture, self.caption], **hidden)
-        self.save.click(shown(self._save), [folder, self.picture, self.caption], self.gallery, **hidden)
+        folder.change(show, folder, [self.gallery, self.listed, self.image, self.caption])
+        self.gallery.select(shown(self._select), [folder, self.listed], [self.image, self.caption], **hidden)
+        self.save.click(shown(self._save), [folder, self.image, self.caption], self.gallery, **hidden)
         for choice in (self.fields["machine"], self.fields["purpose"]):
             choice.input(shown(self._preset), [self.fields["machine"], self.fields["purpose"]],
                          [self.reasons, *fields], **hidden)  # fmt: skip
@@ -159,41 +159,41 @@ class TrainTab:
         if now == before:
             return [gr.skip()] * 4
         frame = pandas.DataFrame(runs.losses(log), columns=["step", "loss", "which"])
-        pictures_changed = before is None or before[0] != name or before[2] != now[2]
-        gallery = [(str(path), path.stem) for path in samples] if pictures_changed else gr.skip()
+        images_changed = before is None or before[0] != name or before[2] != now[2]
+        gallery = [(str(path), path.stem) for path in samples] if images_changed else gr.skip()
         shown_report = framed(report) if before is None or [before[0], before[3]] != [name, now[3]] else gr.skip()
         return [frame, gallery, shown_report, now]
 
     def _show(self, folder: str | None) -> list[Any]:
         if not folder:
             return [[], [], None, ""]
-        images = pictures(self._folders.pictures_in(folder))
-        return [self._thumbnails(folder), [picture.path.name for picture in images], None, ""]
+        images = captioned_images(self._folders.image_folder(folder))
+        return [self._thumbnails(folder), [image.path.name for image in images], None, ""]
 
     def _thumbnails(self, folder: str) -> list[Any]:
         cache = self._folders.private / "thumbnails"
         listed = []
-        for picture in pictures(self._folders.pictures_in(folder)):
-            small = thumbnail(picture.path, cache)
-            text = "no caption" if picture.caption is None else picture.caption
-            listed.append((str(small), text) if small else (_broken(cache), f"{picture.path.name} cannot be read"))
+        for image in captioned_images(self._folders.image_folder(folder)):
+            small = thumbnail(image.path, cache)
+            text = "no caption" if image.caption is None else image.caption
+            listed.append((str(small), text) if small else (_broken(cache), f"{image.path.name} cannot be read"))
         return listed
 
     def _select(self, folder: str, listed: list[str], event: gr.SelectData) -> list[Any]:
         name = listed[event.index]
-        captions = {picture.path.name: picture.caption for picture in pictures(self._folders.pictures_in(folder))}
+        captions = {image.path.name: image.caption for image in captioned_images(self._folders.image_folder(folder))}
         return [name, gr.Textbox(value=captions.get(name) or "", label=f"Caption of {name}")]
 
     def _save(self, folder: str, name: str | None, caption: str) -> list[Any]:
         if not folder or not name:
-            raise StudioError("choose a picture first")
-        save_caption(self._folders.pictures_in(folder), name, caption)
+            raise StudioError("choose an image first")
+        save_caption(self._folders.image_folder(folder), name, caption)
         return self._thumbnails(folder)
 
     def _recipe(self, values: tuple[Any, ...]) -> Recipe:
         entries = dict(zip(_NAMES, values, strict=True))
-        if not entries["pictures"]:
-            raise StudioError("choose a folder of pictures (the studio finds those below --pictures)")
+        if not entries["images"]:
+            raise StudioError("choose a folder of images (the list has the folders inside of --images)")
         return runs.recipe_of(entries, _NAMES)
 
     def _preset(self, machine: str, purpose: str) -> list[Any]:
@@ -229,7 +229,7 @@ class TrainTab:
 
 
 def _broken(cache: Path) -> str:
-    """A grey picture that stands for what cannot be read."""
+    """A grey image, shown instead of an image that cannot be read."""
     from PIL import Image
 
     file = cache / "unreadable.jpg"

@@ -1,4 +1,4 @@
-"""Whether options and pictures fit the base model that was loaded, and the noise that it is trained with."""
+"""Checks that options and images fit the base model that was loaded, and chooses the noise that it is trained with."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def check_known_family(settings: Settings, family: TrainingFamily | None) -> Non
 
 
 def check_base_model(settings: Settings, models: BaseModels, data: TrainingData) -> None:
-    """Raise OptionError for options and pictures that are not for this base model."""
+    """Raise OptionError for options and images that do not fit this base model."""
     check_family_options(settings, models.family)
     if family_on_disk(settings) is None:
         adapters.warn_without_effect(settings, models.family)
@@ -40,7 +40,7 @@ def check_base_model(settings: Settings, models: BaseModels, data: TrainingData)
 def noise_schedule(settings: Settings, models: BaseModels) -> Any:
     """The DDPM schedule of the base model; for one of flow matching, that objective."""
     if models.prediction_type == FLOW:
-        return FlowMatching(FlowOptions.of(settings, models.family.picture_loss))
+        return FlowMatching(FlowOptions.of(settings, models.family.image_loss))
     return models.noise_schedule(settings.zero_terminal_snr)
 
 

@@ -30,7 +30,7 @@ from peak_memory import Peak, peaks_above_rest
 
 from speed.pipelines import give_weights, pipeline
 
-LATENT = 32  # side of the latents that are drawn: pictures of 256 pixels, with and without the prompt
+LATENT = 32  # side of the latents that are drawn: images of 256 pixels, with and without the prompt
 CALLS = 50  # of what takes about a millisecond
 
 

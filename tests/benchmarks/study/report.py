@@ -1,4 +1,4 @@
-"""The study's table, plot and picture sheets, from the records of its runs."""
+"""The study's table, plot and image sheets, from the records of its runs."""
 
 import json
 import statistics
@@ -72,7 +72,7 @@ def spread(values: list[float]) -> float:
 
 
 def against_plain(losses: Losses, task: str, name: str, rank: int) -> list[float]:
-    """loss / loss of plain LoRA at that rank - 1, seed by seed (the same pictures and noise)."""
+    """loss / loss of plain LoRA at that rank - 1, seed by seed (the same images and noise)."""
     pairs = zip(losses.get((task, name, rank), []), losses.get((task, PLAIN, rank), []), strict=False)
     return [one / plain - 1 for one, plain in pairs]
 
@@ -151,7 +151,7 @@ def plot(losses: Losses, file: Path) -> None:
 
 
 def sheet(out: Path, base: Path, task: str, rates: Mapping[str, float], seed: int) -> None:
-    """Pictures of the first seed's adapters: a block of prompts for each method, a column for each rank."""
+    """Images of the first seed's adapters: a block of prompts for each method, a column for each rank."""
     pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts, shown, side = PROMPTS[task], (1, 4, 16), 96
@@ -171,16 +171,16 @@ def sheet(out: Path, base: Path, task: str, rates: Mapping[str, float], seed: in
             adapter = adapter_of(name, rank)
             if adapter is not None:
                 columns.append((f"{name.replace(' ', chr(10), 1)}\nrank {rank}", drawn(pipe, prompts, adapter)))
-    picture = Image.new("RGB", (120 + len(columns) * (side + 3), HEAD + len(prompts) * (side + 3)), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    image = Image.new("RGB", (120 + len(columns) * (side + 3), HEAD + len(prompts) * (side + 3)), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     for row, prompt in enumerate(prompts):
         pen.text((6, HEAD + row * (side + 3) + side // 2), prompt, "black", font, anchor="lm")
-    for column, (title, pictures) in enumerate(columns):
+    for column, (title, images) in enumerate(columns):
         left = 120 + column * (side + 3)
         pen.multiline_text((left + side // 2, HEAD // 2), title, "black", font, anchor="mm", align="center")
-        for row, one in enumerate(pictures):
-            picture.paste(one.resize((side, side), Image.Resampling.BICUBIC), (left, HEAD + row * (side + 3)))
-    picture.quantize(192).save(out / f"{task}.png", optimize=True)
+        for row, one in enumerate(images):
+            image.paste(one.resize((side, side), Image.Resampling.BICUBIC), (left, HEAD + row * (side + 3)))
+    image.quantize(192).save(out / f"{task}.png", optimize=True)
 
 
 def files(out: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -189,14 +189,14 @@ def files(out: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def drawn(pipe: Any, prompts: tuple[str, ...], adapter: Adapter | None) -> list[Image.Image]:
-    """One picture a prompt, from the same noise whatever the adapter."""
+    """One image per prompt, from the same noise whatever the adapter."""
     if adapter is not None:
         adapter.to_pipeline(pipe, "shown")
     generators = [torch.Generator().manual_seed(1) for _ in prompts]
-    pictures = pipe(list(prompts), num_inference_steps=20, guidance_scale=4.0, generator=generators).images
+    images = pipe(list(prompts), num_inference_steps=20, guidance_scale=4.0, generator=generators).images
     if adapter is not None:
         pipe.unload_lora_weights()
-    return pictures
+    return images
 
 
 def write(out: Path, base: Path, seeds: list[int]) -> None:

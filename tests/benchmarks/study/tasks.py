@@ -1,4 +1,4 @@
-"""What is learned: pictures and captions as latents and text states, computed once."""
+"""What is learned: images and captions as latents and text states, computed once."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """Pictures to train with and pictures to measure with."""
+    """Images to train with and images to measure with."""
 
     name: str
     train: Examples
@@ -38,22 +38,22 @@ class Task:
 def folder_of(name: str, out: Path) -> Path:
     """The folder with train/ and held_out/; the subject is drawn into the results' folder."""
     if name == "style":
-        return ROOT / "examples" / "pictures" / "delft"
+        return ROOT / "examples" / "images" / "delft"
     folder = out / "subject"
     if not (folder / "held_out").exists():
-        script = BASE / "subject_pictures.py"
+        script = BASE / "subject_images.py"
         subprocess.run([sys.executable, str(script), "--out", str(folder)], check=True)
     return folder
 
 
 @torch.no_grad()
 def encoded(pipe: Any, folder: Path, mirrored: bool) -> Examples:
-    """Every captioned picture of a folder (and its mirror image); latents are the posterior's means."""
+    """Every captioned image of a folder (and its mirror image); latents are the posterior's means."""
     latents, texts = [], []
     for file in sorted(folder.glob("*.png")):
-        picture = Image.open(file).convert("RGB")
+        image = Image.open(file).convert("RGB")
         text, _ = pipe.encode_prompt(file.with_suffix(".txt").read_text(encoding="utf-8").strip(), "cpu", 1, False)
-        for one in (picture, ImageOps.mirror(picture)) if mirrored else (picture,):
+        for one in (image, ImageOps.mirror(image)) if mirrored else (image,):
             pixels = pipe.image_processor.preprocess(one)
             latents.append(pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor)
             texts.append(text)

@@ -19,7 +19,7 @@ from .tasks import Examples, Task
 
 BATCH = 8
 WARM_UP = 10  # steps, at the start
-NOISES = 16  # draws of noise for each held-out picture, at as many timesteps evenly spread
+NOISES = 16  # draws of noise for each held-out image, at as many timesteps evenly spread
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -29,7 +29,7 @@ def rate(step: int, steps: int, peak: float, warmup: int = WARM_UP) -> float:
 
 
 def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: int, kohya: Path | None) -> Adapter:
-    """Train the method's layers on the U-Net. Step n of a seed sees the same pictures, noise and timesteps always."""
+    """Train the method's layers on the U-Net. Step n of a seed sees the same images, noise and timesteps always."""
     unet.train().requires_grad_(False)
     fitted = method.put_on(unet, seed, kohya)
     optimizer = torch.optim.AdamW(fitted.parameters, lr=lr, weight_decay=0.01, fused=True)

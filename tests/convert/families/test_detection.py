@@ -132,6 +132,7 @@ def test_what_families_with_the_same_names_would_say_is_not_said(tmp_path) -> No
     total = adapter + chroma
     assert total.architecture == "chroma"
     check_one_family({"a": adapter, "b": chroma})
+    check_one_family({})  # as an image is drawn without adapters
     sd3 = Adapter.from_tensors(pair("diffusion_model.joint_blocks.0.x_block.mlp.fc1", 64, 16), {})
     with pytest.raises(AdapterError, match="they cannot be combined"):
         check_one_family({"a": adapter, "b": sd3})

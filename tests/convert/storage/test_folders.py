@@ -48,13 +48,13 @@ def test_components_that_are_links_are_merged_too(model, adapter, in_place, tmp_
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_is_no_part_of_the_model_stays(model, adapter, in_place, tmp_path):
-    for name in ("my_pictures/a.png", ".git/HEAD", "v1-5-pruned.safetensors"):
+    for name in ("my_images/a.png", ".git/HEAD", "v1-5-pruned.safetensors"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(name)
     source = model if in_place else GOLDEN / "sd15"
     (model / "unet" / "stale.fp16.bin").write_text("of the old U-Net")
     assert adapter.merge_into(source, model) == model
-    for name in ("my_pictures/a.png", ".git/HEAD", "v1-5-pruned.safetensors"):
+    for name in ("my_images/a.png", ".git/HEAD", "v1-5-pruned.safetensors"):
         assert (model / name).read_text() == name
     assert in_place or not (model / "unet" / "stale.fp16.bin").exists()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]

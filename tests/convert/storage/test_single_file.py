@@ -166,15 +166,15 @@ def test_original_to_folder_to_original(tmp_path):
 def test_the_whole_pipeline_opens_the_file(tmp_path):
     file = adapter_of(TINY).merge_into(TINY, tmp_path / "x.safetensors", 0.1)
     folder = adapter_of(TINY).merge_into(TINY, tmp_path / "x", 0.1)
-    pictures = []
+    images = []
     for pipe in (
         StableDiffusionPipeline.from_single_file(str(file), config=str(TINY), safety_checker=None),
         StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32),
     ):
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
-        pictures.append(pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images)
-    assert (pictures[0] == pictures[1]).all()
+        images.append(pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np").images)
+    assert (images[0] == images[1]).all()
 
 
 def test_the_program_writes_one_file_and_says_so(tmp_path, capsys):
@@ -251,7 +251,7 @@ def test_old_names_of_the_vae_attention():
 
 
 def test_unclip_files_are_no_sdxl(tmp_path):
-    """SD2.1-unclip has label_emb too, for the picture's embedding."""
+    """SD2.1-unclip has label_emb too, for the image's embedding."""
     tensors = original("sd2")
     tensors["model.diffusion_model.label_emb.0.0.weight"] = torch.zeros(4, 4)
     save_file(tensors, tmp_path / "unclip.safetensors")

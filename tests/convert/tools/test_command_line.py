@@ -32,7 +32,7 @@ def raising(error: BaseException):
     ("error", "status", "message"),
     [
         (AdapterError("a.safetensors: no LoRA"), 1, "a.safetensors: no LoRA"),
-        (TrainingError("no pictures"), 1, "no pictures"),
+        (TrainingError("no images"), 1, "no images"),
         (UsageError("--a needs --b"), 2, "--a needs --b"),
         (OptionError("--a needs --b"), 2, "--a needs --b"),
         (OneLineError("tab\there \x1b[2J"), 1, r"tab here \x1b[2J"),

@@ -132,7 +132,7 @@ def test_diffusers_opens_merged_checkpoints_of_every_version(kind, tmp_path):
     golden, name = ("sdxl", "lierla_xl") if kind == "sdxl" else ("sd15", "c3lier")
     tensors = original("sd1" if kind == "inpainting" else kind)
     options = {}
-    if kind == "inpainting":  # 9 input channels; those of the mask and the masked picture do nothing here
+    if kind == "inpainting":  # 9 input channels; those of the mask and the masked image do nothing here
         key = "model.diffusion_model.input_blocks.0.0.weight"
         tensors[key] = torch.cat([tensors[key], torch.zeros(len(tensors[key]), 5, 3, 3)], dim=1)
     save_file(tensors, tmp_path / "in.safetensors")
@@ -219,7 +219,7 @@ def test_several_at_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_adapter():
-    """An adapter of tiny-sd that changes its pictures visibly."""
+    """An adapter of tiny-sd that changes its images visibly."""
     generator, modules = torch.Generator().manual_seed(5), {}
     opened = Checkpoint.open(TINY)
     for module in opened.modules:
@@ -231,7 +231,7 @@ def tiny_adapter():
     return Adapter(modules)
 
 
-def picture(pipe):
+def image_of(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     return torch.from_numpy(
@@ -240,13 +240,13 @@ def picture(pipe):
 
 
 @pytest.mark.parametrize("form", ["folder", "safetensors", "ckpt"])
-def test_pictures_of_the_merged_model_are_those_of_the_adapter_in_the_pipeline(form, tiny_adapter, tmp_path):
+def test_images_of_the_merged_model_are_those_of_the_adapter_in_the_pipeline(form, tiny_adapter, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None, torch_dtype=torch.float32)
-    plain = picture(pipe)
+    plain = image_of(pipe)
     tiny_adapter.save(tmp_path / "a.safetensors", fold_alpha=True)
     pipe.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
     pipe.set_adapters(["a"], [0.8])
-    wanted = picture(pipe)
+    wanted = image_of(pipe)
     assert float((wanted - plain).abs().mean()) > 0.01
     if form == "folder":
         merged = StableDiffusionPipeline.from_pretrained(
@@ -261,7 +261,7 @@ def test_pictures_of_the_merged_model_are_those_of_the_adapter_in_the_pipeline(f
         merged = StableDiffusionPipeline.from_single_file(
             str(out), config=str(TINY), safety_checker=None, torch_dtype=torch.float32
         )
-    torch.testing.assert_close(picture(merged), wanted, rtol=0, atol=2e-3)
+    torch.testing.assert_close(image_of(merged), wanted, rtol=0, atol=2e-3)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):

@@ -161,8 +161,8 @@ def test_what_is_said_and_nothing_is_left(hub, repo, token, line) -> None:
     assert hub.repos == {}
 
 
-def test_a_bad_picture_makes_no_repository(hub, tmp_path) -> None:
-    (tmp_path / "x.png").write_bytes(b"no picture")
+def test_a_bad_image_makes_no_repository(hub, tmp_path) -> None:
+    (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(AdapterError, match=r"x\.png: not an image"):
         golden("lierla").push_to_hub("me/x", token=TOKEN, grid=tmp_path / "x.png")
     with pytest.raises(AdapterError, match=r"y\.png: No such file"):

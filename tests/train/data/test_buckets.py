@@ -68,12 +68,12 @@ def test_no_upscale_never_exceeds_the_area(width, height, steps):
     assert all(kept <= scaled for kept, scaled in zip(placed.bucket, placed.resized, strict=True))
 
 
-def test_a_picture_of_a_bucket_size_is_left_alone():
+def test_an_image_of_a_bucket_size_is_left_alone():
     buckets = Buckets(DatasetConfig(resolution=(512, 512), enable_bucket=True))
     assert buckets.place((448, 576)).resized == buckets.place((448, 576)).bucket == (448, 576)
 
 
-def test_without_buckets_there_is_one_size_and_the_picture_covers_it():
+def test_without_buckets_there_is_one_size_and_the_image_covers_it():
     buckets = Buckets(DatasetConfig(resolution=(64, 32)))
     placed = buckets.place((100, 100))
     assert (placed.bucket, placed.resized) == ((64, 32), (64, 64))

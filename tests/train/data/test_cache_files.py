@@ -17,7 +17,7 @@ from lora_adapters.train.data.cache_files import (
 from lora_adapters.train.data.cache_files import write_latents as write
 from lora_adapters.train.data.transforms import centred, image_tensor
 from lora_adapters.train.data_error import DataError
-from tests.train.drawn import LATENT_FILES, data, folder, picture, small_vae
+from tests.train.drawn import LATENT_FILES, data, drawn_image, folder, small_vae
 
 WANTED = LatentsRequest(size=(100, 50), bucket=(64, 32), flip=False, alpha_mask=False, vae="abc")
 
@@ -99,9 +99,7 @@ def test_writing_does_not_make_an_outdated_entry_look_new(tmp_path, keep_all):
     write(path, CachedLatents(torch.zeros(4, 4, 8)), LatentsRequest(**later), keep_all=keep_all)
     assert latents_fit(path, LatentsRequest(**later))
     assert latents_fit(path, LatentsRequest(**{**later, "bucket": (64, 40)})) == keep_all
-    assert not latents_fit(
-        path, LatentsRequest(**{**later, "bucket": (64, 48)})
-    )  # it says when its picture was written
+    assert not latents_fit(path, LatentsRequest(**{**later, "bucket": (64, 48)}))  # it says when its image was written
     assert latents_fit(path, LatentsRequest(**{**vars(WANTED), "bucket": (64, 48)}))
 
 
@@ -132,7 +130,23 @@ def test_stale_files_are_told(tmp_path, change):
     assert not latents_fit(path, LatentsRequest(**{**vars(WANTED), **change}))
 
 
-def test_older_than_its_picture_or_damaged_is_stale(tmp_path):
+def test_the_keys_of_caches_that_exist_are_read(tmp_path):
+    """As files have them since the first version: the image's date and size are called picture there."""
+    path = str(tmp_path / "p.npz")
+    wanted = LatentsRequest(**{**vars(WANTED), "modified": 2000, "length": 5})
+    entry = {
+        "latents": np.ones((4, 4, 8), np.float32),
+        "original_size": np.array(WANTED.size),
+        "crop_ltrb": np.zeros(4),
+        "picture": np.array([2000, 5]),
+    }
+    np.savez(path, **{f"{name}_4x8": value for name, value in entry.items()})
+    os.utime(path, ns=(1000, 1000))  # older than the image: of use only because it says which image it is of
+    assert latents_fit(path, wanted)
+    assert not latents_fit(path, LatentsRequest(**{**vars(wanted), "length": 6}))
+
+
+def test_older_than_its_image_or_damaged_is_stale(tmp_path):
     path = str(tmp_path / "p.npz")
     write(path, CachedLatents(torch.ones(4, 4, 8)), WANTED)
     later = os.stat(path).st_mtime_ns + 1
@@ -184,7 +198,7 @@ def test_cached_latents_are_samples_of_the_posterior(tmp_path, vae):
         seen[batch.latents.flatten()[0].item()] = batch.latents
     assert len(seen) == 2  # as it is and mirrored
     for flip in (False, True):
-        pixels = image_tensor(picture((64, 64)), placement, centred(placement, flip=flip))
+        pixels = image_tensor(drawn_image((64, 64)), placement, centred(placement, flip=flip))
         posterior = vae.encode(pixels[None]).latent_dist
         noise = [((latents - posterior.mean) / posterior.std).detach() for latents in seen.values()]
         assert min(abs(part.std().item() - 1) + abs(part.mean().item()) for part in noise) < 0.2
@@ -204,7 +218,7 @@ def test_disk_memory_and_any_batch_size_give_the_same(tmp_path, vae):
 
 
 class Counting(torch.nn.Module):
-    """A VAE that counts the pictures it encodes."""
+    """A VAE that counts the images it encodes."""
 
     def __init__(self, vae):
         super().__init__()
@@ -218,12 +232,12 @@ class Counting(torch.nn.Module):
         return self.vae.encode(pixels)
 
 
-def test_disk_caches_are_used_again_until_the_picture_changes(tmp_path, vae):
+def test_disk_caches_are_used_again_until_the_image_changes(tmp_path, vae):
     images = folder(tmp_path / "p", [(64, 64)] * 3)
     counting = Counting(vae)
     for change, expected in ((None, 3), (None, 0), ((72, 64), 1), ((72, 64), 1), (None, 0)):
         if change:  # to another size, then written again at the same size
-            picture(change, expected).save(images / "1.png")
+            drawn_image(change, expected).save(images / "1.png")
         counting.count = 0
         data(images).cache_latents(counting, LATENT_FILES, to_disk=True)
         assert counting.count == expected
@@ -232,11 +246,11 @@ def test_disk_caches_are_used_again_until_the_picture_changes(tmp_path, vae):
     assert counting.count == 0
 
 
-def test_disk_caches_are_made_anew_for_an_older_picture_and_another_interpolation(tmp_path, vae):
+def test_disk_caches_are_made_anew_for_an_older_image_and_another_interpolation(tmp_path, vae):
     images = folder(tmp_path / "p", [(96, 96)] * 2)
     counting = Counting(vae)
     data(images).cache_latents(counting, LATENT_FILES, to_disk=True)
-    picture((96, 96), 5).save(images / "1.png")
+    drawn_image((96, 96), 5).save(images / "1.png")
     os.utime(images / "1.png", (1e9, 1e9))
     for options, expected in (({}, 1), ({"resize_interpolation": "nearest"}, 2), ({}, 2), ({}, 0)):
         counting.count = 0
@@ -258,7 +272,7 @@ def test_processes_share_the_encoding_to_disk(tmp_path, vae):
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])
-def test_latent_caches_exclude_what_varies_pictures(tmp_path, vae, name):
+def test_latent_caches_exclude_what_varies_images(tmp_path, vae, name):
     with pytest.raises(DataError, match=f"cached latents exclude {name}"):
         data(folder(tmp_path / "p", [(64, 64)]), **{name: True}).cache_latents(vae, LATENT_FILES)
 
@@ -279,7 +293,7 @@ def test_one_folder_at_several_resolutions_shares_its_files(tmp_path, vae, world
     images = folder(tmp_path / "p", [(64, 64), (64, 64), (72, 64)])
     subset = {"subsets": [{"image_dir": str(images)}]}
     file = {"datasets": [{"resolution": side, **subset} for side in (64, 32, 48, 32)]}
-    kohyas(str(images / "2_0072x0064_sd.npz"), (8, 8))  # of another picture: made anew, or taken where unchecked
+    kohyas(str(images / "2_0072x0064_sd.npz"), (8, 8))  # of another image: made anew, or taken where unchecked
     in_memory = data(images, file=file)
     in_memory.cache_latents(vae, LATENT_FILES)
     counts = []
@@ -288,7 +302,7 @@ def test_one_folder_at_several_resolutions_shares_its_files(tmp_path, vae, world
             counting, on_disk = Counting(vae), data(images, file=file)
             on_disk.cache_latents(counting, LATENT_FILES, to_disk=True, rank=rank, world_size=world_size, check=check)
             counts.append((again, counting.count))
-    assert sum(count for again, count in counts if not again) == (9 if check else 8)  # three sizes of three pictures
+    assert sum(count for again, count in counts if not again) == (9 if check else 8)  # three sizes of three images
     assert sum(count for again, count in counts if again) == 0
     assert len(list(images.glob("*.npz"))) == 3
     sizes = []

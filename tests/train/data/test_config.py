@@ -5,7 +5,7 @@ import pytest
 from lora_adapters.train.data.config import load_data_config
 from lora_adapters.train.data_error import DataError
 
-SUBSET = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\n'
+SUBSET = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\n'
 
 
 def load(tmp_path, text: str, **arguments):
@@ -50,8 +50,8 @@ def test_resolution_spellings(tmp_path, value, size):
 
 def test_json_says_the_same_as_toml(tmp_path):
     file = tmp_path / "data.json"
-    file.write_text(json.dumps({"datasets": [{"resolution": 64, "subsets": [{"image_dir": "pictures"}]}]}))
-    as_toml = load(tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'pictures'\n")
+    file.write_text(json.dumps({"datasets": [{"resolution": 64, "subsets": [{"image_dir": "images"}]}]}))
+    as_toml = load(tmp_path, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'images'\n")
     assert load_data_config({"dataset_config": str(file)}).datasets == as_toml.datasets
 
 
@@ -69,7 +69,7 @@ def test_json_says_the_same_as_toml(tmp_path):
         ('caption_extension = "."', r'caption_extension must be a file name ending, such as ".txt", not "."'),
         ('caption_extension = "a/txt"', "caption_extension must be a file name ending"),
         ('caption_separator = ""', "caption_separator must not be empty"),
-        ('dataset_name = "someone/pictures"', "has both dataset_name and image_dir"),
+        ('dataset_name = "someone/images"', "has both dataset_name and image_dir"),
         ('split = "test"', "split goes with dataset_name, which is not given"),
         ("metadata_file = 3", "metadata_file must be a string, not 3"),
         ('alpha_mask = true\nconditioning_data_dir = "x"', "has two masks"),
@@ -172,9 +172,9 @@ def test_caption_extension_is_an_ending_with_or_without_its_dot(tmp_path):
 
 
 def test_metadata_from_the_command_line(tmp_path):
-    line = {"train_data_dir": "pictures", "in_json": "meta.json", "dataset_repeats": 3, "resolution": 64}
+    line = {"train_data_dir": "images", "in_json": "meta.json", "dataset_repeats": 3, "resolution": 64}
     (subset,) = load_data_config(line).datasets[0].subsets
-    assert (subset.image_dir, subset.metadata_file, subset.num_repeats) == ("pictures", "meta.json", 3)
+    assert (subset.image_dir, subset.metadata_file, subset.num_repeats) == ("images", "meta.json", 3)
 
 
 def test_unknown_keys_of_a_file_are_ignored_with_one_warning(tmp_path, caplog):
@@ -191,7 +191,7 @@ def test_unknown_keys_of_a_file_are_ignored_with_one_warning(tmp_path, caplog):
 
 def test_a_file_wins_over_folders_of_the_command_line(tmp_path, caplog):
     config = load(tmp_path, f"general.resolution = 64\n{SUBSET}", train_data_dir="x", reg_data_dir="y")
-    assert [subset.image_dir for subset in config.datasets[0].subsets] == ["pictures"]
+    assert [subset.image_dir for subset in config.datasets[0].subsets] == ["images"]
     assert "--train_data_dir, --reg_data_dir: not used, since --dataset_config" in caplog.text
 
 

@@ -137,7 +137,7 @@ def test_sizes_for_sdxl(tmp_path):
         assert batch.target_sizes.tolist() == [[64, 64]]
 
 
-def test_regularisation_pictures_match_the_training_pictures(tmp_path):
+def test_regularisation_images_match_the_training_images(tmp_path):
     folder(tmp_path / "train" / "3_sks dog", [(64, 64)] * 4)
     folder(tmp_path / "reg" / "1_dog", [(64, 64)] * 5)
     line = {
@@ -229,7 +229,7 @@ def test_token_warmup_counts_optimizer_steps(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_breaks_while_training_is_named_in_one_line(tmp_path, workers):
+def test_an_image_that_breaks_while_training_is_named_in_one_line(tmp_path, workers):
     images = folder(tmp_path / "p", [(64, 64)])
     training = data(images)
     (images / "0.png").write_bytes(b"gone")

@@ -1,4 +1,4 @@
-"""Grey pictures with more than 8 bits: their values become the same grey, or the reason says why not."""
+"""Grey images with more than 8 bits: their values become the same grey, or the reason says why not."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from lora_adapters.train.resizing.resize import read_image
 GREYS = [0, 1, 64, 128, 254, 255]
 
 
-def test_only_deep_pictures_are_deep() -> None:
+def test_only_deep_images_are_deep() -> None:
     modes = ("1", "L", "P", "RGB", "RGBA", "CMYK", "I", "I;16", "F")
     assert [mode for mode in modes if is_deep(Image.new(mode, (1, 1)))] == ["I", "I;16", "F"]
 

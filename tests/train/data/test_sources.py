@@ -7,7 +7,7 @@ from lora_adapters.train.data.config import SubsetConfig
 from lora_adapters.train.data.image_files import open_image
 from lora_adapters.train.data.sources import load_subset
 from lora_adapters.train.data_error import DataError
-from tests.train.drawn import folder, picture
+from tests.train.drawn import drawn_image, folder
 
 
 def load(path, **options):
@@ -29,7 +29,7 @@ def test_captions_come_from_files_then_from_the_class(tmp_path, caplog):
     assert load(images, caption_extension=".txt", enable_wildcard=True).images[0].caption == "a wide one\nsecond line"
 
 
-def test_unreadable_pictures_are_left_out_by_count_and_name(tmp_path, caplog):
+def test_unreadable_images_are_left_out_by_count_and_name(tmp_path, caplog):
     images = folder(tmp_path / "p", [(16, 16)] * 4)
     (images / "1.png").write_bytes(b"")
     (images / "3.png").write_bytes((images / "3.png").read_bytes()[:100])
@@ -83,7 +83,7 @@ def test_caption_files_of_another_ending_are_pointed_out(tmp_path, caplog):
     assert "beside" not in caplog.text
 
 
-def test_cache_info_spares_opening_pictures_and_notices_changes(tmp_path, monkeypatch):
+def test_cache_info_spares_opening_images_and_notices_changes(tmp_path, monkeypatch):
     images = folder(tmp_path / "p", [(16, 16), (24, 16)], ["a", "b"])
     first = load(images, cache_info=True)
     table = json.loads((images / "metadata_cache.json").read_text())
@@ -95,7 +95,7 @@ def test_cache_info_spares_opening_pictures_and_notices_changes(tmp_path, monkey
     )
     assert load(images, cache_info=True).images == first.images
     assert opened == []
-    picture((40, 16)).save(images / "0.png")
+    drawn_image((40, 16)).save(images / "0.png")
     assert load(images, cache_info=True).images[0].size == (40, 16)
     assert opened == [str(images / "0.png")]
     (images / "metadata_cache.json").write_text("{")
@@ -157,7 +157,7 @@ def test_metadata_errors(tmp_path, name, text, message):
         load(images, metadata_file=str(tmp_path / "none.json"))
 
 
-def test_masks_belong_to_pictures_by_name(tmp_path):
+def test_masks_belong_to_images_by_name(tmp_path):
     images = folder(tmp_path / "p", [(16, 16)] * 2)
     masks = folder(tmp_path / "m", [(16, 16)], suffix=".jpg")
     with pytest.raises(DataError, match=r"has no mask for .*1\.png"):
@@ -172,14 +172,14 @@ def hub(name, **options):
     return load_subset(SubsetConfig(dataset_name=str(name), **options))
 
 
-def test_a_local_folder_of_pictures_as_a_hugging_face_dataset(tmp_path):
+def test_a_local_folder_of_images_as_a_hugging_face_dataset(tmp_path):
     images = folder(tmp_path / "p", [(24, 16), (16, 16)])
     rows = [("0.png", "a wide one", "x"), ("1.png", "a square", "y")]
     lines = [json.dumps({"file_name": file, "text": text, "other": other}) for file, text, other in rows]
     (images / "metadata.jsonl").write_text("\n".join(lines))
     found = hub(images)
     assert [(one.caption, one.size) for one in found.images] == [("a wide one", (24, 16)), ("a square", (16, 16))]
-    assert open_image(found.images[0].source).tobytes() == picture((24, 16), 0).tobytes()
+    assert open_image(found.images[0].source).tobytes() == drawn_image((24, 16), 0).tobytes()
     assert [one.caption for one in hub(images, caption_column="other").images] == ["x", "y"]
     with pytest.raises(DataError, match="has no caption_column title; its columns are image, text, other"):
         hub(images, caption_column="title")
@@ -207,7 +207,7 @@ def test_a_folder_with_configurations_is_read_as_it_is_now(tmp_path):
 
 
 def test_a_saved_dataset_with_several_captions_and_empty_rows(tmp_path, caplog):
-    rows = {"image": [picture((16, 8)), None], "captions": [["a", "b\r\nc\u2028d"], ["c"]]}
+    rows = {"image": [drawn_image((16, 8)), None], "captions": [["a", "b\r\nc\u2028d"], ["c"]]}
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
     made = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "saved"))
@@ -221,6 +221,6 @@ def test_a_saved_dataset_with_several_captions_and_empty_rows(tmp_path, caplog):
 
 def test_class_labels_are_captions_by_name(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
-    made = datasets.Dataset.from_dict({"image": [picture((8, 8))] * 2, "kind": [1, 0]}, features=features)
+    made = datasets.Dataset.from_dict({"image": [drawn_image((8, 8))] * 2, "kind": [1, 0]}, features=features)
     made.save_to_disk(str(tmp_path / "saved"))
     assert [one.caption for one in hub(tmp_path / "saved", caption_column="kind").images] == ["dog", "cat"]

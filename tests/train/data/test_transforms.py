@@ -19,7 +19,7 @@ from lora_adapters.train.data.transforms import (
     vary,
 )
 from lora_adapters.train.data_error import DataError
-from tests.train.drawn import picture
+from tests.train.drawn import drawn_image
 
 WIDE = Placement((32, 32), (64, 32))
 ROTATED = Image.Exif()
@@ -72,7 +72,7 @@ def test_exif_rotation_counts_for_size_and_pixels(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
 def test_damaged_files_are_told_from_whole_ones(tmp_path, suffix):
     file = tmp_path / f"p{suffix}"
-    picture((96, 64)).save(file)
+    drawn_image((96, 64)).save(file)
     source = FileSource(str(file))
     assert size_if_whole(source) == (96, 64)
     content = file.read_bytes()
@@ -88,12 +88,12 @@ def test_damaged_files_are_told_from_whole_ones(tmp_path, suffix):
 
 def test_a_jpeg_with_a_trailer_is_whole(tmp_path):
     file = tmp_path / "phone.jpg"
-    picture((16, 16)).save(file)
+    drawn_image((16, 16)).save(file)
     file.write_bytes(file.read_bytes() + b"trailer of a telephone" * 20)
     assert size_if_whole(FileSource(str(file))) == (16, 16)
 
 
-def test_pictures_are_found_in_either_case_and_in_order(tmp_path):
+def test_images_are_found_in_either_case_and_in_order(tmp_path):
     for name in ("b.PNG", "a.jpeg", "a.txt", "c.webp", "a.npz"):
         (tmp_path / name).touch()
     (tmp_path / "d.png").mkdir()
@@ -112,7 +112,7 @@ def test_values_run_from_minus_one_to_one_and_the_middle_is_cut_out():
 
 
 def test_scaling_keeps_the_mean_colour():
-    big, placement = picture((200, 100), 3), Placement((32, 16), (32, 16))
+    big, placement = drawn_image((200, 100), 3), Placement((32, 16), (32, 16))
     for method in (None, "area", "bilinear", "lanczos"):
         small = image_tensor(big, placement, centred(placement), method)
         assert small.shape == (3, 16, 32)
@@ -125,7 +125,7 @@ def test_random_crop_stays_inside_and_is_reported_as_seen():
     assert {left for left, _ in corners} >= {0, 32}
     assert crop_as_seen(WIDE, Variation((5, 0))) == (0, 5)
     assert crop_as_seen(WIDE, Variation((5, 0), flip=True)) == (0, 27)
-    big = picture((64, 32))
+    big = drawn_image((64, 32))
     seen = image_tensor(big.transpose(Image.Transpose.FLIP_LEFT_RIGHT), WIDE, Variation((27, 0)))
     assert torch.equal(image_tensor(big, WIDE, Variation((5, 0), flip=True)), seen)
 
@@ -139,17 +139,17 @@ def test_flips_are_half_of_all_and_need_the_option():
 def test_colours_move_a_little_a_third_of_the_time():
     drawn = [vary(WIDE, SubsetConfig(color_aug=True), random.Random(seed)).colour for seed in range(1000)]
     assert sum(colour is not None for colour in drawn) == pytest.approx(333, abs=60)
-    plain = image_tensor(picture((64, 32)), WIDE, centred(WIDE))
-    moved = image_tensor(picture((64, 32)), WIDE, Variation((16, 0), colour=(16.0, 0.05)))
+    plain = image_tensor(drawn_image((64, 32)), WIDE, centred(WIDE))
+    moved = image_tensor(drawn_image((64, 32)), WIDE, Variation((16, 0), colour=(16.0, 0.05)))
     assert 0.005 < (moved - plain).abs().mean() < 0.3
     grey = Image.new("RGB", (64, 32), (128, 128, 128))
     gamma = image_tensor(grey, WIDE, Variation((16, 0), colour=(0.0, 0.05)))
     assert gamma[0, 0, 0].item() == pytest.approx(2 * (128 / 255) ** 1.05 - 1, abs=0.005)
 
 
-def test_masks_follow_their_picture_and_are_averaged_over_latents():
+def test_masks_follow_their_image_and_are_averaged_over_latents():
     mask = Image.new("L", (128, 64), 0)
-    mask.paste(255, (0, 0, 56, 64))  # of another size than its picture
+    mask.paste(255, (0, 0, 56, 64))  # of another size than its image
     seen = mask_tensor(mask, WIDE, centred(WIDE))
     assert seen.shape == (32, 32)
     assert seen[:, :12].eq(1).all()

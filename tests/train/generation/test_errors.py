@@ -22,12 +22,12 @@ from tests.train.generating import adapter_for
 
 @pytest.fixture(scope="module")
 def files(sd1, sdxl, tmp_path_factory):
-    """Adapters and pictures by name."""
+    """Adapters and images by name."""
     folder = tmp_path_factory.mktemp("files")
     adapter_for(sd1, folder / "lora.safetensors")
     adapter_for(sd1, folder / "dial.safetensors", 1, 8, DyLora(4, "constant"))
     adapter_for(sdxl, folder / "xl.safetensors")
-    Image.new("RGB", (64, 64)).save(folder / "picture.png")
+    Image.new("RGB", (64, 64)).save(folder / "image.png")
     (folder / "broken.png").write_bytes(b"\x89PNG")
     (folder / "broken.safetensors").write_bytes(b"no")
     (folder / "empty").mkdir()
@@ -105,20 +105,20 @@ EARLY = {
     "--ckpt nowhere.safetensors --prompt x": "base model nowhere.safetensors does not exist",
     "--ckpt {files} --prompt x": "is not a Diffusers model",
     "--ckpt {sd1} --prompt x --steps 0": "--prompt: 0 steps; 1 to 1000 are possible",
-    "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/picture.png": "is not a TrueType or OpenType font",
-    "--ckpt {sd1} --prompt x --outdir {files}/picture.png": "is not a folder",
+    "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/image.png": "is not a TrueType or OpenType font",
+    "--ckpt {sd1} --prompt x --outdir {files}/image.png": "is not a folder",
     "--ckpt {sd1} --prompt x --device cuda:99": "device cuda:99 cannot be used",
     "--ckpt {sd1} --prompt x --sampler pndm --zero_terminal_snr": "the sampler pndm cannot do --zero_terminal_snr",
     "--ckpt {sd1} --prompt x --crop_top 8": "--ct (crop_top) is for SDXL, which the model is not",
     "--ckpt {sdxl} --prompt x --clip_skip 1": "--clip_skip 1: SDXL was trained with 2",
-    # pictures to begin with
+    # initial images
     "--ckpt {sd1} --prompt x --image_path nowhere.png": "--image_path nowhere.png does not exist",
     "--ckpt {sd1} --prompt x --image_path {files}/empty": "empty has no images",
     "--ckpt {sd1} --prompt x --image_path {files}/broken.png": "broken.png: not in an image format",
-    "--ckpt {sd1} --image_path {files}/picture.png": "picture.png contains no prompt: give --prompt",
-    "--ckpt {sd1} --prompt x --image_path {files}/picture.png --strength 0": "strength 0.0 is not above 0",
-    "--ckpt {sd1} --prompt x --image_path {files}/picture.png --strength 0.01": "strength 0.01 leaves none of 50",
-    "--ckpt {sd1} --prompt x --image_path {files}/picture.png --W 64": "belong together: give both",
+    "--ckpt {sd1} --image_path {files}/image.png": "image.png contains no prompt: give --prompt",
+    "--ckpt {sd1} --prompt x --image_path {files}/image.png --strength 0": "strength 0.0 is not above 0",
+    "--ckpt {sd1} --prompt x --image_path {files}/image.png --strength 0.01": "strength 0.01 leaves none of 50",
+    "--ckpt {sd1} --prompt x --image_path {files}/image.png --W 64": "belong together: give both",
     # adapters
     "--ckpt {sd1} --prompt x --network_weights nowhere.safetensors": "nowhere.safetensors does not exist",
     "--ckpt {sd1} --prompt x --network_weights {files}/broken.safetensors": "truncated or no safetensors file",
@@ -283,7 +283,7 @@ def test_xformers_is_switched_on(sd1, monkeypatch):
     assert len(called) == 4
 
 
-def test_pictures_that_are_no_numbers(sd1, capsys, tmp_path, monkeypatch):
+def test_images_that_are_no_numbers(sd1, capsys, tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
 
     decode = AutoencoderKL.decode

@@ -15,7 +15,7 @@ def sheet(side: int, labels=("one", "two"), titles=("a", "b", "c")) -> np.ndarra
 
 
 @pytest.mark.parametrize(("side", "shown"), [(64, 128), (100, 200), (256, 256)])
-def test_every_picture_in_its_cell(side, shown) -> None:
+def test_every_image_in_its_cell(side, shown) -> None:
     made = sheet(side)
     step = shown + GAP
     top = made.shape[0] - 2 * step
@@ -38,7 +38,7 @@ def test_long_labels_are_wrapped_and_rows_grow(monkeypatch) -> None:
     assert sheet(64, labels=("word " * 60, "two")).shape[0] > sheet(64).shape[0]
 
 
-def test_pictures_of_different_sizes() -> None:
+def test_images_of_different_sizes() -> None:
     made = draw_sheet([("x", [Image.new("RGB", (128, 128)), Image.new("RGB", (256, 192))])], ["a", "b"])
     assert made.height > 192
 

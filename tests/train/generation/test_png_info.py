@@ -32,15 +32,15 @@ def test_prompts_are_read_back(text, found) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_pictures_keep_it(tmp_path, suffix) -> None:
+def test_images_keep_it(tmp_path, suffix) -> None:
     file = tmp_path / f"a{suffix}"
     Image.new("RGB", (8, 8), "red").save(file, **save_options("a 猫\nSteps: 3", suffix))
     assert read_text(file) == "a 猫\nSteps: 3"
-    with Image.open(file) as picture:
-        assert picture.format == {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[suffix]
+    with Image.open(file) as image:
+        assert image.format == {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[suffix]
 
 
-def test_pictures_without_it(tmp_path) -> None:
+def test_images_without_it(tmp_path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     assert read_text(tmp_path / "a.jpg") is None
 

@@ -51,7 +51,7 @@ def test_sizes_are_rounded_down_to_multiples_of_8(caplog) -> None:
         assert said in caplog.text
 
 
-def test_one_picture_has_the_seed_itself_and_several_have_kohyas() -> None:
+def test_one_image_has_the_seed_itself_and_several_have_kohyas() -> None:
     assert seeds(["a"], "--seed", 7) == [7]
     draw = random.Random(7)
     assert seeds(["a", "b"], "--seed", 7, "--images_per_prompt", 2) == [draw.randint(0, 2**32 - 1) for _ in range(4)]
@@ -81,13 +81,13 @@ def test_rounds_and_their_order() -> None:
     assert mixed == [one.prompt for one in made(lines, "--n_iter", 2, "--shuffle_prompts", "--seed", 1)]
 
 
-def test_pictures_to_begin_with_are_taken_in_turn(tmp_path) -> None:
+def test_initial_images_are_taken_in_turn(tmp_path) -> None:
     starts = [tmp_path / "1.png", tmp_path / "2.png"]
     found = made(["a", "b --t 0.3", "c"], starts=starts)
     assert [(one.start, one.strength) for one in found] == [(starts[0], 0.8), (starts[1], 0.3), (starts[0], 0.8)]
 
 
-def test_one_name_for_several_pictures() -> None:
+def test_one_name_for_several_images() -> None:
     assert [one.file for one in made(["a --f x.png"], "--images_per_prompt", 3)] == ["x.png", "x-2.png", "x-3.png"]
     with pytest.raises(TrainingError, match=r"line 1: the name x.png is taken already \(line 1\)"):
         made(["a --f x.png"], "--n_iter", 2)

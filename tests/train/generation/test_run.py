@@ -34,12 +34,12 @@ def dylora(sd1, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(sd1, tmp_path_factory):
-    """The picture without adapters."""
+    """The image without adapters."""
     return draw(sd1, tmp_path_factory.mktemp("plain"), "--prompt", "a red disc")[0]
 
 
 def by_diffusers(model, prompt, adapters=None, kind=StableDiffusionPipeline, **options):
-    """The same picture by diffusers' own pipeline."""
+    """The same image by diffusers' own pipeline."""
     pipe = kind.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = sampler("ddim", "epsilon")
@@ -52,7 +52,7 @@ def by_diffusers(model, prompt, adapters=None, kind=StableDiffusionPipeline, **o
     return np.asarray(image, int)
 
 
-def test_a_picture_is_that_of_diffusers_pipeline(sd1, tmp_path):
+def test_an_image_is_that_of_diffusers_pipeline(sd1, tmp_path):
     options = {"negative_prompt": "on white", "width": 72, "height": 64}
     mine = draw(sd1, tmp_path, "--prompt", "a red disc --n on white --w 72 --h 64")
     assert len(mine) == 1
@@ -74,7 +74,7 @@ def test_sdxl_is_that_of_diffusers_pipeline(sdxl, tmp_path):
     assert differ(mine, draw(sdxl, tmp_path / "c", "--prompt", "a red disc --n white")[0]) > 1
 
 
-def test_pictures_do_not_depend_on_their_batch(sd1, tmp_path):
+def test_images_do_not_depend_on_their_batch(sd1, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("# three\na red disc --d 1,2\n\nblue --s 2 --d 3\na green square --n bad --d 4,5\n")
     options = ("--from_file", prompts, "--images_per_prompt", 2, "--sampler", "euler_a", "--sequential_file_name")
@@ -166,8 +166,8 @@ def test_a_checkpoint_file_and_its_hash(sd1, plain, tmp_path):
     save_file(checkpoint(sd1), file)
     mine = draw(file, tmp_path / "out", "--prompt", "a red disc", "--model_config", sd1, "--v1")[0]
     assert differ(mine, plain) <= 1
-    with Image.open(next((tmp_path / "out").iterdir())) as picture:
-        assert re.fullmatch("[0-9a-f]{10}", web_ui_reads(picture.text["parameters"])["Model hash"])
+    with Image.open(next((tmp_path / "out").iterdir())) as image:
+        assert re.fullmatch("[0-9a-f]{10}", web_ui_reads(image.text["parameters"])["Model hash"])
 
 
 def test_another_vae(sd1, plain, tmp_path):
@@ -204,7 +204,7 @@ def test_precision_of_the_parts(sd1):
     assert types("--fp16") == [half, half, single]  # this VAE's config asks for it
 
 
-def test_settings_that_change_the_picture(sd1, plain, tmp_path):
+def test_settings_that_change_the_image(sd1, plain, tmp_path):
     changes = {
         "clip_skip": ["--clip_skip", 2],
         "sampler": ["--sampler", "euler"],
@@ -228,11 +228,11 @@ def test_options_in_the_line_are_those_of_the_command_line(sd1, tmp_path):
     assert differ(by_flags, by_line) == 0
 
 
-def test_the_settings_stand_in_the_picture(sd1, lora, dylora, tmp_path):
+def test_the_settings_are_in_the_image(sd1, lora, dylora, tmp_path):
     options = ("--network_weights", lora, dylora, "--network_mul", 0.5, "--rank", 4, "--clip_skip", 2, "--vae", sd1)
     draw(sd1, tmp_path, "--prompt", "a (red:1.2) disc, round --n bad, 坏 --am 0.25,-1 --ss k_euler_a", *options)
-    with Image.open(next(tmp_path.iterdir())) as picture:
-        found = web_ui_reads(picture.text["parameters"])
+    with Image.open(next(tmp_path.iterdir())) as image:
+        found = web_ui_reads(image.text["parameters"])
     hashes = {
         name: Adapter.load(file).metadata["sshs_model_hash"][:12] for name, file in (("one", lora), ("dial", dylora))
     }
@@ -253,7 +253,7 @@ def test_the_settings_stand_in_the_picture(sd1, lora, dylora, tmp_path):
     }
 
 
-def test_from_pictures(sd1, tmp_path):
+def test_from_images(sd1, tmp_path):
     start = Image.new("RGB", (90, 61), (200, 40, 40))
     start.save(tmp_path / "start.png")
     options = ("--image_path", tmp_path / "start.png", "--prompt", "a blue disc")
@@ -266,7 +266,7 @@ def test_from_pictures(sd1, tmp_path):
     assert draw(sd1, tmp_path / "l", *options[:2], "--prompt", "x --w 48 --h 72")[0].shape == (72, 48, 3)
 
 
-def test_a_picture_to_begin_with_is_encoded_as_diffusers_does(sd1, tmp_path):
+def test_an_initial_image_is_encoded_as_diffusers_does(sd1, tmp_path):
     from diffusers import StableDiffusionImg2ImgPipeline
 
     pixels_in = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -281,20 +281,20 @@ def test_a_picture_to_begin_with_is_encoded_as_diffusers_does(sd1, tmp_path):
     assert differ(mine, np.asarray(theirs, int)) <= 1
 
 
-def test_sdxl_from_a_picture(sdxl, tmp_path):
+def test_sdxl_from_an_image(sdxl, tmp_path):
     Image.new("RGB", (64, 64), "green").save(tmp_path / "start.png")
     options = ("--image_path", tmp_path / "start.png", "--prompt", "a disc")
     made = draw(sdxl, tmp_path / "a", *options)[0]
     assert differ(made, draw(sdxl, tmp_path / "b", *options, "--original_height", 32)[0]) > 0
 
 
-def test_prompts_and_names_from_the_pictures_begun_with(sd1, tmp_path):
+def test_prompts_and_names_from_the_initial_images(sd1, tmp_path):
     folder = tmp_path / "first"
     draw(sd1, folder, "--prompt", "a red disc --n bad --f one")
     again = tmp_path / "again"
     draw(sd1, again, "--image_path", folder, "--use_original_file_name")
-    with Image.open(again / "one.png") as picture:
-        found = web_ui_reads(picture.text["parameters"])
+    with Image.open(again / "one.png") as image:
+        found = web_ui_reads(image.text["parameters"])
     assert (found["Prompt"], found["Negative prompt"]) == ("a red disc", "bad")
     assert found["Denoising strength"] == "0.8"
 
@@ -318,13 +318,13 @@ def test_a_sheet_of_settings(sd1, dylora, plain, tmp_path):
     assert main(["--ckpt", str(sd1), "--steps", "3", "--scale", "3", "--outdir", str(tmp_path / "none"),
                  "--from_file", str(prompts), *map(str, (*common, *options))]) == 0  # fmt: skip
     assert not (tmp_path / "none").exists()
-    with Image.open(sheet) as picture:
-        assert picture.text["parameters"].startswith("a red disc")
-        assert web_ui_reads(picture.text["parameters"])["Sweep"] == "weight=0,2 rank=4,8"
-        rows = [picture.height - 264 + at for at in (0, 132)]
-        boxes = [[(picture.width - 132 * n, top, picture.width - 132 * n + 128, top + 128) for n in (3, 2, 1)]
+    with Image.open(sheet) as image:
+        assert image.text["parameters"].startswith("a red disc")
+        assert web_ui_reads(image.text["parameters"])["Sweep"] == "weight=0,2 rank=4,8"
+        rows = [image.height - 264 + at for at in (0, 132)]
+        boxes = [[(image.width - 132 * n, top, image.width - 132 * n + 128, top + 128) for n in (3, 2, 1)]
                  for top in rows]  # fmt: skip
-        cells = [[np.asarray(picture.crop(box), int) for box in row] for row in boxes]
+        cells = [[np.asarray(image.crop(box), int) for box in row] for row in boxes]
     one = draw(sd1, tmp_path / "one", "--prompt", "a blue square --d 6 --am 1 --rank 4", *common)[0]
     shown = np.asarray(Image.fromarray(one.astype(np.uint8)).resize((128, 128), Image.Resampling.BICUBIC), int)
     assert differ(cells[1][1], shown) <= 1

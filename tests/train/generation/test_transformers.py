@@ -1,4 +1,4 @@
-"""Pictures of Flux.1 and SD3 are those of diffusers' own pipelines, from folders and from files of parts."""
+"""Images of Flux.1 and SD3 are those of diffusers' own pipelines, from folders and from files of parts."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def negative(model: Path) -> tuple[str, dict]:
     return (" --n on white", {"negative_prompt": "on white"}) if model.name == "sd3" else ("", {})
 
 
-def test_a_picture_is_that_of_diffusers_pipeline(model, tmp_path) -> None:
+def test_an_image_is_that_of_diffusers_pipeline(model, tmp_path) -> None:
     words, options = negative(model)
     mine = draw(model, tmp_path, "--prompt", f"a red disc --w 96 --h 64{words}")
     assert mine[0].shape == (64, 96, 3)
@@ -90,11 +90,11 @@ def test_a_file_that_does_not_say_what_it_is_for_is_drawn_with_a_model_that_has_
     save_file({key: value for key, value in tensors.items() if ".single_transformer_blocks." not in key}, silent)
     assert {"flux", "sd3"} <= {family.name for family in Adapter.load(silent).candidates}
     told = Adapter.load(silent, base_model=model.name).save(tmp_path / "told.safetensors")
-    pictures = [
+    images = [
         draw(model, tmp_path / name, "--prompt", "a red disc", *SIZE, "--network_weights", file)[0]
         for name, file in (("told", told), ("silent", silent))
     ]
-    assert differ(*pictures) <= 1
+    assert differ(*images) <= 1
 
 
 def test_several_at_a_time_are_those_drawn_alone(model, lora, tmp_path) -> None:
@@ -105,7 +105,7 @@ def test_several_at_a_time_are_those_drawn_alone(model, lora, tmp_path) -> None:
     assert differ(*one) > 3
 
 
-def test_a_picture_that_begins_with_another(model, tmp_path) -> None:
+def test_an_image_from_an_initial_image(model, tmp_path) -> None:
     start = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 60, 3), np.uint8))
     start.save(tmp_path / "start.png")
     options = ["--image_path", tmp_path / "start.png", "--strength", 0.7, "--prompt", "a red disc"]
@@ -124,8 +124,8 @@ def test_the_settings_in_the_file_are_those_of_the_family(model, tmp_path) -> No
     assert (
         main(["--ckpt", str(model), "--outdir", str(tmp_path), "--prompt", "a", "--steps", "2", *map(str, SIZE)]) == 0
     )
-    with Image.open(next(tmp_path.iterdir())) as picture:
-        found = web_ui_reads(picture.text["parameters"])
+    with Image.open(next(tmp_path.iterdir())) as image:
+        found = web_ui_reads(image.text["parameters"])
     assert (found["Sampler"], found["CFG scale"]) == ("Euler", "3.5" if model.name == "flux" else "7.5")
 
 

@@ -111,7 +111,7 @@ def test_noised_latents_and_the_velocity(tensors) -> None:
         ("cosmap", lambda t: 2 / (math.pi * (1 - 2 * t + 2 * t * t))),
     ],
 )
-def test_the_loss_of_the_picture_is_that_of_the_velocity_times_t_squared(tensors, scheme, weight) -> None:
+def test_the_loss_of_the_image_is_that_of_the_velocity_times_t_squared(tensors, scheme, weight) -> None:
     latents, noise, timesteps = tensors
     flow = FlowMatching(FlowOptions(sigma_scaled=True, weighting_scheme=scheme))
     noisy, wrong = flow.noised(latents, noise, timesteps), noise - latents + 0.5

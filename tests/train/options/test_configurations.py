@@ -52,11 +52,11 @@ def smaller(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", IGNORED)
-def test_lora_scripts(sd1, pictures, tmp_path, caplog, capsys, name) -> None:
+def test_lora_scripts(sd1, images, tmp_path, caplog, capsys, name) -> None:
     file = smaller(f"{name}.toml", tmp_path)
     places = {
         "pretrained_model_name_or_path": sd1,
-        "train_data_dir": pictures,
+        "train_data_dir": images,
         "output_dir": tmp_path / "out",
         "logging_dir": tmp_path / "logs",
     }
@@ -80,9 +80,9 @@ def test_the_files_as_they_are_ask_for_nothing_that_is_refused(basics, monkeypat
     check(parse([f"--config_file={FOLDER / name}", model]))
 
 
-def test_a_notebooks_two_files(sd1, pictures, tmp_path, capsys) -> None:
+def test_a_notebooks_two_files(sd1, images, tmp_path, capsys) -> None:
     file, data = smaller("notebook.toml", tmp_path), smaller("notebook_data.toml", tmp_path)
-    data.write_text(data.read_text().replace("/content/pictures", (pictures / "1_shape").as_posix()))
+    data.write_text(data.read_text().replace("/content/images", (images / "1_shape").as_posix()))
     places = {"pretrained_model_name_or_path": sd1, "output_dir": tmp_path / "out", "logging_dir": tmp_path / "logs"}
     line = {"config_file": file, "dataset_config": data, "train_data_dir": "ignored", "max_train_steps": 2, **places}
     text = file.read_text().replace("max_train_epochs = 1\n", "").replace("cache_latents_to_disk = true", "")

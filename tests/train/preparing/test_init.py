@@ -21,8 +21,8 @@ from ..transformers import build_flux, build_sd3
 ORIENTATION = 0x0112
 
 
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
-    """A picture that looks like no other: blocks of random colours."""
+def block_image(size: tuple[int, int], seed: int) -> Image.Image:
+    """An image that looks like no other: blocks of random colours."""
     blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
 
@@ -30,7 +30,7 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
 def fill(folder: Path, sizes, ending: str = ".jpg", **options) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number, size in enumerate(sizes):
-        picture(size, number).save(folder / f"{number:04d}{ending}", **options)
+        block_image(size, number).save(folder / f"{number:04d}{ending}", **options)
     return folder
 
 
@@ -55,11 +55,11 @@ def test_phone_photos(sd1, tmp_path, capsys) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     folder = fill(tmp_path / "phone", [(400, 300)] * 3, exif=exif)
-    picture((400, 300), 9).save(folder / "wide.JPEG")
+    block_image((400, 300), 9).save(folder / "wide.JPEG")
     for name in ("IMG_1.HEIC", "IMG_2.MOV", "Thumbs.db", ".DS_Store"):
         (folder / name).write_bytes(b"x")
     said = init(capsys, folder, sd1, "--class_tokens", "sks cat")
-    assert "4 pictures\n" in said
+    assert "4 images\n" in said
     assert "3 portrait, 1 landscape" in said
     assert "3 are turned by their EXIF data" in said
     assert "no captions" in said
@@ -82,7 +82,7 @@ def test_mixed_captions(sd1, tmp_path, capsys) -> None:
     assert "2 have none, and get class_tokens: 0003.png, 0004.png" in said
     assert "captions of other endings are not read (1 .caption): rename them to .txt" in said
     assert "1 captions are empty: 0002.png" in said
-    assert "class_tokens = a photo: caption of 2 pictures that have none [a guess: give --class_tokens]" in said
+    assert "class_tokens = a photo: caption of 2 images that have none [a guess: give --class_tokens]" in said
     captions = [image.origin.caption for image in taken(folder).data.images.images]
     assert captions == ["number 0", "number 1", "", "a photo", "a photo"]
     prompts = (folder.parent / "settings" / "prompts.txt").read_text()
@@ -93,7 +93,7 @@ def test_corrupt_files_and_captions(sd1, tmp_path, capsys) -> None:
     folder = fill(tmp_path / "corrupt", [(90, 90)] * 3)
     whole = (folder / "0001.jpg").read_bytes()
     (folder / "0001.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "empty.png").touch()
     said = init(capsys, folder, sd1)
     assert "3 cannot be read, and are left out in training: 0001.jpg (" in said
@@ -104,19 +104,19 @@ def test_corrupt_files_and_captions(sd1, tmp_path, capsys) -> None:
     assert "training will stop at captions that are not text, correct them: 0000.txt (" in said
 
 
-def test_tiny_pictures(sd1, tmp_path, capsys) -> None:
+def test_tiny_images(sd1, tmp_path, capsys) -> None:
     folder = fill(tmp_path / "tiny", [(20, 20), (40, 24), (64, 64), (7, 9)], ".png")
     said = init(capsys, folder, sd1)
     assert "3 have fewer pixels than 64x64, and less detail: 0000.png, 0001.png, 0003.png" in said
     assert len(taken(folder).data.images.images) == 4
     (folder / "0003.png").unlink()
     said = init(capsys, folder, sd1, "--overwrite")
-    assert "bucket_no_upscale = True: 2 pictures have fewer pixels than 64x64" in said
+    assert "bucket_no_upscale = True: 2 images have fewer pixels than 64x64" in said
     buckets = {bucket for _, bucket in taken(folder).data.images.group_buckets}
     assert buckets == {(16, 16), (40, 24), (64, 64)}
 
 
-def test_pictures_that_are_too_small_to_learn_from(sd1, tmp_path, capsys) -> None:
+def test_images_that_are_too_small_to_learn_from(sd1, tmp_path, capsys) -> None:
     said = init(capsys, fill(tmp_path / "stamps", [(20, 20), (31, 32), (64, 64)]), sd1)
     assert "most have less than a quarter of that: find larger ones, or enlarge them to 64 pixels" in said
     said = init(capsys, fill(tmp_path / "icons", [(20, 20), (32, 32), (64, 64)]), sd1, "--overwrite")
@@ -128,7 +128,7 @@ def test_a_thousand_files(sd1, tmp_path, capsys) -> None:
     for number in range(3):
         (folder / f"again{number}.png").write_bytes((folder / f"{number:04d}.png").read_bytes())
     said = init(capsys, folder, sd1)
-    assert "1000 pictures\n" in said
+    assert "1000 images\n" in said
     assert "3 look like another one, and count more than once: 0000.png = again0.png; " in said
     assert len(said.splitlines()) < 40
     run = taken(folder)
@@ -181,15 +181,15 @@ def test_what_cannot_be_right(tmp_path, capsys, words, status, message) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_without_pictures(tmp_path, capsys) -> None:
+def test_folders_without_images(tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("x")
     fill(tmp_path / "deep" / "a" / "b", [(64, 64)])
     assert cli.main(["init", str(tmp_path / "deep"), "--model", "a/sdxl"]) == 1
     deep = tmp_path / "deep" / "a" / "b"
-    assert f"has no pictures in it or in its folders, but further down: name one of {deep}" in capsys.readouterr().err
-    for name, message in {"none": "does not exist", "empty": "has no pictures", "bad": "none of its pictures"}.items():
+    assert f"has no images in it or in its folders, but further down: name one of {deep}" in capsys.readouterr().err
+    for name, message in {"none": "does not exist", "empty": "has no images", "bad": "none of its images"}.items():
         assert cli.main(["init", str(tmp_path / name), "--model", "a/sdxl"]) == 1
         assert message in capsys.readouterr().err
 

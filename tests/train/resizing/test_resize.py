@@ -22,7 +22,7 @@ from lora_adapters.train.resizing.resize import (
         ((1200, 800), (512, 512), (627, 418)),
         ((1024, 1024), (256, 256), (256, 256)),
         ((1024, 256), (256, 64), (256, 64)),
-        ((1024, 256), (64, 256), (256, 64)),  # the resolution is an area: its shape is not the picture's
+        ((1024, 256), (64, 256), (256, 64)),  # the resolution is an area: its shape is not the image's
         ((512, 512), (512, 512), (512, 512)),
         ((300, 400), (512, 512), (300, 400)),
         ((40000, 1), (10, 10), (2000, 1)),
@@ -54,7 +54,7 @@ def test_area_counts_covered_parts_of_pixels():
     assert np.asarray(resize(tall, (1, 2), "area"))[:, 0, 0].tolist() == [30, 150]
 
 
-def test_area_equals_the_mean_of_an_upscaled_picture():
+def test_area_equals_the_mean_of_an_upscaled_image():
     pixels = np.random.default_rng(0).integers(0, 256, (15, 21, 3), np.uint8)
     target = (8, 6)  # width, height
     fine = pixels.repeat(6, 0).repeat(8, 1).astype(float)  # 90 × 168: blocks of 15 × 21 are the new pixels
@@ -104,9 +104,9 @@ def test_hidden_colours_do_not_bleed(name):
 
 
 def test_on_white():
-    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
-    picture.putpixel((1, 0), (255, 0, 0, 51))  # a fifth
-    flat = on_white(picture)
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 51))  # a fifth
+    flat = on_white(image)
     assert flat.mode == "RGB"
     assert flat.getpixel((0, 0)) == (255, 255, 255)
     assert flat.getpixel((1, 0)) == (255, 204, 204)
@@ -121,7 +121,7 @@ def test_centre_crop():
 def test_every_exif_orientation_comes_out_upright(tmp_path):
     upright = np.zeros((2, 3, 3), np.uint8)
     upright[0] = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    # How a camera that is held so stores the picture (EXIF 2.32, tag 0x0112).
+    # How a camera that is held so stores the image (EXIF 2.32, tag 0x0112).
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -141,8 +141,8 @@ def test_every_exif_orientation_comes_out_upright(tmp_path):
 
 
 def test_modes_become_rgb_or_rgba(tmp_path):
-    def read(picture: Image.Image, name: str = "picture.png", **options) -> Image.Image:
-        picture.save(tmp_path / name, **options)
+    def read(image: Image.Image, name: str = "image.png", **options) -> Image.Image:
+        image.save(tmp_path / name, **options)
         return read_image(tmp_path / name)
 
     sixteen = read(Image.fromarray(np.full((1, 1), 0x80FF, np.uint16)))
@@ -154,9 +154,9 @@ def test_modes_become_rgb_or_rgba(tmp_path):
     assert keyed.getpixel((0, 0)) == (1, 2, 3, 0)
     palette = Image.new("P", (1, 1))
     palette.putpalette([9, 8, 7])
-    assert read(palette, "picture.gif").getpixel((0, 0)) == (9, 8, 7)
-    assert read(palette, "picture.png", transparency=0).getpixel((0, 0)) == (9, 8, 7, 0)
-    assert read(Image.new("CMYK", (8, 8)), "picture.jpg").getpixel((0, 0)) == (255, 255, 255)
+    assert read(palette, "image.gif").getpixel((0, 0)) == (9, 8, 7)
+    assert read(palette, "image.png", transparency=0).getpixel((0, 0)) == (9, 8, 7, 0)
+    assert read(Image.new("CMYK", (8, 8)), "image.jpg").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_only_an_rgb_profile_is_kept(tmp_path):
@@ -169,11 +169,11 @@ def test_only_an_rgb_profile_is_kept(tmp_path):
     assert read_image(tmp_path / "grey.png").info == {}
 
 
-def test_unreadable_pictures_say_why(tmp_path):
+def test_unreadable_images_say_why(tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.effect_noise((64, 64), 50).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:-500])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     Image.new("F", (2, 2), 255.0).save(tmp_path / "float.tif")
     for name, reason in {

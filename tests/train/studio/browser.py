@@ -136,7 +136,7 @@ class Browser:
         return self.one("#job .job").text
 
     def shot(self, file: Path) -> None:
-        """A picture of the page from its top."""
+        """An image of the page from its top."""
         self.driver.execute_script("window.scrollTo(0, 0)")
         time.sleep(1)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ MODEL = ROOT / "examples" / "tiny-sd"
 def places(tmp_path):
     (tmp_path / "adapters").mkdir()
     dylora_file(tmp_path / "adapters" / "tiles.safetensors")
-    shutil.copytree(ROOT / "examples" / "pictures" / "delft" / "train", tmp_path / "pictures" / "delft")
+    shutil.copytree(ROOT / "examples" / "images" / "delft" / "train", tmp_path / "images" / "delft")
     return tmp_path
 
 
@@ -34,10 +34,10 @@ def shot(browser, name):
 
 
 def drawn(browser, places, count):
-    """The newest of so many pictures, once the page shows it."""
+    """The newest of so many images, once the page shows it."""
     folder = places / "output" / "compare"
-    browser.until(lambda: folder.is_dir() and len([*folder.glob("*.png")]) == count, f"{count} pictures")
-    browser.until(lambda: browser.one("#picture img").get_attribute("src"))
+    browser.until(lambda: folder.is_dir() and len([*folder.glob("*.png")]) == count, f"{count} images")
+    browser.until(lambda: browser.one("#image img").get_attribute("src"))
     return max(folder.glob("*.png"), key=lambda path: path.stat().st_mtime)
 
 
@@ -45,7 +45,7 @@ def drawn(browser, places, count):
 def test_from_sliders_to_a_merged_file(places):
     from selenium.webdriver.common.keys import Keys
 
-    options = ["--model", MODEL, "--adapters", places / "adapters", "--pictures", places / "pictures"]
+    options = ["--model", MODEL, "--adapters", places / "adapters", "--images", places / "images"]
     with studio(*options, "--output", places / "output") as address:
         browser = Browser(address)
         try:
@@ -130,17 +130,17 @@ def inspect(browser):
 
 def train(browser, places, address):
     browser.tab("Train")
-    browser.choose("pictures", "delft")
-    browser.until(lambda: len(browser.all("#gallery img")) == 24, "24 pictures")
+    browser.choose("images", "delft")
+    browser.until(lambda: len(browser.all("#gallery img")) == 24, "24 images")
     browser.all("#gallery button.thumbnail-item, #gallery .thumbnail-item")[0].click()
     browser.until(lambda: browser.value("caption") == "an airplane")
     browser.fill("caption", "a blue airplane")
     browser.click("#save-caption")
-    caption = places / "pictures" / "delft" / "airplane.txt"
+    caption = places / "images" / "delft" / "airplane.txt"
     browser.until(lambda: caption.read_text() == "a blue airplane\n")
     browser.choose("machine", "and smaller models, without a GPU")
     browser.choose("purpose", "a way of drawing or photographing")
-    browser.until(lambda: browser.value("train-steps") == "800", "1600 pictures, two a step")
+    browser.until(lambda: browser.value("train-steps") == "800", "1600 images, two a step")
     browser.choose("type", "LoRA")
     for name, value in (("run-name", "mine"), ("rank", 4), ("train-steps", 10), ("rate", 0.001), ("resolution", 64),
                         ("sample-every", 5), ("sample-prompts", "a cat --w 64 --h 64 --s 2")):  # fmt: skip

@@ -75,7 +75,7 @@ def test_a_grid_over_any_two():
         ("weight of adapter 1", "nan", "weight of adapter 1 is 'nan'"),
         ("weight of adapter 3", "1", "weight of adapter 3: there are 2 adapters"),
         ("blocks of adapter 1", "IN77", "IN77 is not a block"),
-        ("seed", ",".join(map(str, range(101))), "101 pictures"),
+        ("seed", ",".join(map(str, range(101))), "101 images"),
     ],
 )
 def test_what_no_grid_can_have(name, text, said):

@@ -1,4 +1,4 @@
-"""Compare's pictures are those of `lora-adapters generate`, and of the Python that it shows."""
+"""Compare's images are those of `lora-adapters generate`, and of the Python that it shows."""
 
 import numpy as np
 import pytest
@@ -44,13 +44,13 @@ def generated(scene, sd1, folder):
     return pixels(next(folder.iterdir()))
 
 
-def test_a_picture_is_that_of_the_command_line_whatever_was_drawn_before(artist, files, sd1, tmp_path):
+def test_an_image_is_that_of_the_command_line_whatever_was_drawn_before(artist, files, sd1, tmp_path):
     wanted = scene(files)
     others = [scene(files, slots=()), scene(files, slots=(Slot(files[1], 1.0),)), scene(files, seed=4)]
     others.append(scene(files, slots=(wanted.slots[0], Slot(files[1], 0.9, rank=1))))  # only numbers differ
-    pictures = [pixels(artist.draw(each)) for each in [*others, wanted]]
-    assert differ(pictures[-1], generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
-    assert all(differ(pictures[-1], other) > 8 for other in pictures[:-1])
+    images = [pixels(artist.draw(each)) for each in [*others, wanted]]
+    assert differ(images[-1], generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
+    assert all(differ(images[-1], other) > 8 for other in images[:-1])
     text = Image.open(artist.draw(wanted)).info["parameters"]
     assert "<lora:plain:0.7> <lora:dial:-0.5>" in text
     assert 'Lora ranks: "dial: 2"' in text
@@ -62,10 +62,10 @@ def test_the_python_draws_the_same(artist, files, sd1, tmp_path, monkeypatch, sa
     drawn = pixels(artist.draw(wanted))
     monkeypatch.chdir(tmp_path)
     exec(artist.code([[wanted]]), {})
-    assert differ(drawn, pixels(tmp_path / "picture.png")) <= ROUNDING
+    assert differ(drawn, pixels(tmp_path / "image.png")) <= ROUNDING
 
 
-def test_a_grid_has_the_pictures_of_its_cells(artist, files, sd1):
+def test_a_grid_has_the_images_of_its_cells(artist, files, sd1):
     wanted = scene(files, negative="")
     told = []
     grid = artist.draw_grid(
@@ -103,8 +103,8 @@ def test_the_python_of_a_grid_draws_its_cells(artist, files, tmp_path, monkeypat
     drawn = [pixels(artist.draw(each)) for row in rows for each in row]
     monkeypatch.chdir(tmp_path)
     exec(artist.code(rows), {})
-    for number, picture in enumerate(drawn, start=1):
-        assert differ(picture, pixels(tmp_path / f"picture-{number:03d}.png")) <= ROUNDING
+    for number, image in enumerate(drawn, start=1):
+        assert differ(image, pixels(tmp_path / f"image-{number:03d}.png")) <= ROUNDING
 
 
 def test_other_kinds_of_adapters_come_and_go(artist, files, sd1, tmp_path):
@@ -138,7 +138,7 @@ def test_transformers_are_drawn_as_on_the_command_line_and_in_python(build, tmp_
     assert differ(drawn, generated(wanted, model, tmp_path / "program")) <= ROUNDING
     monkeypatch.chdir(tmp_path)
     exec(artist.code([[wanted]]), {})
-    assert differ(drawn, pixels(tmp_path / "picture.png")) <= ROUNDING
+    assert differ(drawn, pixels(tmp_path / "image.png")) <= ROUNDING
 
 
 def test_the_python_of_a_model_in_files_of_parts_draws_the_same(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_the_python_of_a_model_in_files_of_parts_draws_the_same(tmp_path, monkey
     drawn = pixels(artist.draw(wanted))
     monkeypatch.chdir(tmp_path)
     exec(artist.code([[wanted]]), {})
-    assert differ(drawn, pixels(tmp_path / "picture.png")) <= ROUNDING
+    assert differ(drawn, pixels(tmp_path / "image.png")) <= ROUNDING
 
 
 def test_block_sliders_are_those_of_the_adapters_family(tmp_path, monkeypatch):

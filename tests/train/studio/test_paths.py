@@ -9,12 +9,12 @@ from lora_adapters.train.studio.paths import Folders, StudioError
 
 @pytest.fixture
 def folders(tmp_path):
-    for name in ("adapters/deep", "pictures/cats", "output/.studio", "outside"):
+    for name in ("adapters/deep", "images/cats", "output/.studio", "outside"):
         (tmp_path / name).mkdir(parents=True)
     files = ("adapters/a.safetensors", "adapters/deep/b.pt", "adapters/notes.txt", "outside/c.safetensors")
-    for name in (*files, "output/d.safetensors", "output/.studio/e.safetensors", "pictures/cats/1.png"):
+    for name in (*files, "output/d.safetensors", "output/.studio/e.safetensors", "images/cats/1.png"):
         (tmp_path / name).write_bytes(b"")
-    return Folders("model", tmp_path / "output", (tmp_path / "adapters",), (tmp_path / "pictures",))
+    return Folders("model", tmp_path / "output", (tmp_path / "adapters",), (tmp_path / "images",))
 
 
 def test_adapters_of_the_folders_are_listed(folders, tmp_path):
@@ -29,7 +29,7 @@ def test_adapters_of_the_folders_are_listed(folders, tmp_path):
     listed = [folders.shown(path) for path in folders.adapter_files()]
     assert listed == ["a.safetensors", "deep/b.pt", "peft", "d.safetensors"]
     assert "tuned" in [folders.shown(path) for path in folders.model_files()]
-    assert [folders.shown(path) for path in folders.picture_folders()] == ["cats"]
+    assert [folders.shown(path) for path in folders.image_folders()] == ["cats"]
 
 
 def test_what_is_inside_is_taken(folders, tmp_path):
@@ -38,14 +38,14 @@ def test_what_is_inside_is_taken(folders, tmp_path):
     assert folders.adapter("owner/name") == "owner/name"
     assert folders.new("mine.v2", ".safetensors").name == "mine.v2.safetensors"
     assert folders.new("mine.safetensors", ".safetensors").name == "mine.safetensors"
-    assert folders.pictures_in(tmp_path / "pictures" / "cats").name == "cats"
+    assert folders.image_folder(tmp_path / "images" / "cats").name == "cats"
 
 
 @pytest.mark.parametrize("name", ["../outside/c.safetensors", "/etc/passwd", "link.safetensors", "nul\0", ""])
 def test_what_is_outside_is_refused(folders, tmp_path, name):
     os.symlink(tmp_path / "outside" / "c.safetensors", tmp_path / "adapters" / "link.safetensors")
     path = str(tmp_path / "adapters" / name) if name else ""
-    for taken in (folders.adapter, folders.base_model, folders.pictures_in):
+    for taken in (folders.adapter, folders.base_model, folders.image_folder):
         with pytest.raises(StudioError, match=r"outside of the folders|is not a path"):
             taken(path)
 

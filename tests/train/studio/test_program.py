@@ -75,9 +75,12 @@ def test_pages_of_other_sites_are_refused(origin, status):
 def test_folders_are_there(tmp_path):
     made = program.folders(arguments("--adapters", tmp_path, "--output", tmp_path / "new"))
     assert made.private.is_dir()
-    for flag in ("--adapters", "--pictures"):
+    for flag in ("--adapters", "--images"):
         with pytest.raises(UsageError, match=f"{flag} .*none is not a folder"):
             program.folders(arguments(flag, tmp_path / "none"))
+    for flag in ("--images", "--pictures"):  # the second is the option's former name
+        made = program.folders(arguments(flag, tmp_path, "--images", tmp_path / "new", "--output", tmp_path / "new"))
+        assert made.images == (tmp_path, tmp_path / "new")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--output .* is not a folder"):
         program.folders(arguments("--output", tmp_path / "file"))

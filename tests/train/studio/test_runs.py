@@ -10,19 +10,19 @@ from lora_adapters.train.options.arguments import parse
 from lora_adapters.train.studio import runs
 from lora_adapters.train.studio.paths import Folders, StudioError
 from lora_adapters.train.studio.runs import Recipe
-from tests.train.conftest import draw_pictures
+from tests.train.conftest import draw_images
 
 
 @pytest.fixture
 def folders(tmp_path):
-    draw_pictures(tmp_path / "pictures" / "shapes")
+    draw_images(tmp_path / "images" / "shapes")
     (tmp_path / "output").mkdir()
-    return Folders("a model", tmp_path / "output", (), (tmp_path / "pictures",))
+    return Folders("a model", tmp_path / "output", (), (tmp_path / "images",))
 
 
 @pytest.fixture
 def recipe(folders):
-    return Recipe("mine", str(folders.pictures[0] / "shapes"), rank=4, alpha=2, resolution=64, batch=2, steps=10)
+    return Recipe("mine", str(folders.images[0] / "shapes"), rank=4, alpha=2, resolution=64, batch=2, steps=10)
 
 
 def read(words):
@@ -38,6 +38,14 @@ def test_the_words_are_the_trainers(folders, recipe):
     assert (settings.network_module, settings.network_dim, settings.network_alpha) == ("lierla", 4, 2)
     assert (settings.max_train_steps, settings.learning_rate, settings.seed) == (10, 1e-4, 0)
     assert settings.save_every_n_steps is settings.sample_prompts is settings.network_args is None
+    assert runs.load(run) == recipe
+
+
+def test_settings_of_runs_before_the_field_was_renamed_are_read(folders, recipe):
+    _, run = runs.prepared(recipe, folders)
+    settings = json.loads((run / runs.SETTINGS).read_text())
+    settings["pictures"] = settings.pop("images")
+    (run / runs.SETTINGS).write_text(json.dumps(settings))
     assert runs.load(run) == recipe
 
 
@@ -59,7 +67,7 @@ def test_every_setting_reaches_the_trainer(folders, recipe):
     (dataset,) = load_data_config(vars(settings)).datasets
     (subset,) = dataset.subsets
     assert (dataset.resolution, dataset.batch_size, dataset.validation_split) == ((64, 64), 2, 0.25)
-    assert (subset.image_dir, subset.num_repeats) == (full.pictures, 3)
+    assert (subset.image_dir, subset.num_repeats) == (full.images, 3)
     assert (subset.class_tokens, subset.caption_extension) == ('a "shape"', ".txt")
 
 
@@ -75,7 +83,7 @@ def test_a_dry_run_leaves_no_run(folders, recipe):
     [
         ({"name": "../x"}, "is not a file name"),
         ({"name": " "}, "give the adapter a name"),
-        ({"pictures": "/etc"}, "outside of the folders"),
+        ({"images": "/etc"}, "outside of the folders"),
         ({"type": "--x"}, "is not a type of adapter"),
         ({"precision": "fp8"}, "is not a precision"),
         ({"rank": None}, "rank is empty"),
@@ -161,7 +169,7 @@ def test_the_newest_report_of_a_run_is_shown_in_a_frame_without_scripts(folders)
     (run / "old-report.html").write_text("old")
     os.utime(run / "old-report.html", (1, 1))
     (run / "mine-report.html").write_text('<p title="a">é</p><script>bad()</script>', encoding="utf-8")
-    (run / "link-report.html").symlink_to(folders.pictures[0])
+    (run / "link-report.html").symlink_to(folders.images[0])
     report = runs.report(run)
     assert report == run / "mine-report.html"
     page = framed(report)

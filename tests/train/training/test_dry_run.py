@@ -49,9 +49,9 @@ def test_an_optimizer_that_does_not_run_here(basics, monkeypatch) -> None:
     assert state_bytes(run.settings, run.parameters) is None
 
 
-def test_captions_are_those_of_the_first_epoch(basics, pictures) -> None:
+def test_captions_are_those_of_the_first_epoch(basics, images) -> None:
     options = {**basics, "shuffle_caption": True, "caption_tag_dropout_rate": 0.3}
-    for file in (pictures / "1_shape").glob("*.txt"):
+    for file in (images / "1_shape").glob("*.txt"):
         assert file.read_text()
     run = prepare(settings(**options))
     seen = [caption for batch in run.data.batches(0) for caption in batch.captions]

@@ -131,7 +131,7 @@ def test_two_equal_text_encoder_rates_are_one(basics) -> None:
 
 
 def test_saves_and_measurements_come_when_they_were_asked_for(basics, tmp_path) -> None:
-    """8 pictures, 2 held out: 3 batches an epoch, 4 epochs."""
+    """8 images, 2 held out: 3 batches an epoch, 4 epochs."""
     pytest.importorskip("tensorboard")
     options = {
         **basics,

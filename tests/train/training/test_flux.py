@@ -137,14 +137,14 @@ def _deviation(run, batch) -> float:
         return float(run.models.vae.encode(batch.images).latent_dist.std.max())
 
 
-def test_caches_are_files_as_kohyas_trainer_has_them(options, pictures) -> None:
+def test_caches_are_files_as_kohyas_trainer_has_them(options, images) -> None:
     caches = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
     run = prepare(settings(**options | CACHED | caches))
-    text = np.load(next(pictures.glob("*/*_flux_te.npz")))
+    text = np.load(next(images.glob("*/*_flux_te.npz")))
     assert {"l_pooled", "t5_out", "txt_ids", "t5_attn_mask", "apply_t5_attn_mask"} <= set(text)
     assert text["t5_out"].shape == (16, 24)
     assert not text["apply_t5_attn_mask"]
-    latents = np.load(next(pictures.glob("*/*_0064x0064_flux.npz")))["latents_8x8"]
+    latents = np.load(next(images.glob("*/*_0064x0064_flux.npz")))["latents_8x8"]
     space = run.models.latent_space
     raw = torch.from_numpy(latents) / space.scale + space.shift
     assert latents.shape == (4, 8, 8)
@@ -152,7 +152,7 @@ def test_caches_are_files_as_kohyas_trainer_has_them(options, pictures) -> None:
 
 
 def test_kontext_is_trained_as_dev_is(options, flux, tmp_path) -> None:
-    """It has dev's transformer, and reads a picture to begin with as further tokens, where there is one."""
+    """It has dev's transformer, and reads an initial image as further tokens, if there is one."""
     parts = FluxPipeline.from_pretrained(flux).components
     kept = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
     FluxKontextPipeline(**kept).save_pretrained(tmp_path / "kontext")
@@ -203,7 +203,7 @@ torch.save(pipe("a red disc", generator=torch.Generator().manual_seed(0), **draw
         ("networks.dylora", [], "diffusers"),
     ],
 )
-def test_the_file_opens_in_the_stock_pipeline_with_the_trained_pictures(
+def test_the_file_opens_in_the_stock_pipeline_with_the_trained_images(
     options, flux, tmp_path, module, args, form
 ) -> None:
     options |= {"network_module": module, "max_train_steps": 4, "learning_rate": 0.05, "network_args": args}

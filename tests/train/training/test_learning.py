@@ -1,4 +1,4 @@
-"""Real training on examples/tiny-sd, a small Stable Diffusion that was trained: the loss on held-out pictures falls."""
+"""Real training on examples/tiny-sd, a small Stable Diffusion that was trained: the loss on held-out images falls."""
 
 import json
 import re
@@ -20,10 +20,10 @@ CONV = {"conv_dim": 8, "conv_alpha": 4}
 
 
 def options(tmp_path: Path, **changes) -> dict:
-    """A style on two dozen pictures, a quarter of them held out."""
+    """A style on two dozen images, a quarter of them held out."""
     dataset = {
         "general": {"resolution": 64, "caption_extension": ".txt"},
-        "datasets": [{"batch_size": 8, "subsets": [{"image_dir": str(EXAMPLES / "pictures" / "delft" / "train")}]}],
+        "datasets": [{"batch_size": 8, "subsets": [{"image_dir": str(EXAMPLES / "images" / "delft" / "train")}]}],
     }
     (tmp_path / "data.json").write_text(json.dumps(dataset))
     return {
@@ -106,14 +106,14 @@ def test_a_c3lier_opens_in_stock_diffusers_and_draws_the_same(tmp_path, capsys) 
     opened = np.load(tmp_path / "image.npy")
     base = StableDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
     trained = result.models.pipeline(base.scheduler)
-    pictures = []
+    images = []
     for pipe in (trained, base):
         pipe.set_progress_bar_config(disable=True)
-        pictures.append(
+        images.append(
             pipe("a red apple", num_inference_steps=4, generator=torch.manual_seed(0), output_type="np").images[0]
         )
-    assert np.abs(opened - pictures[0]).max() < 1e-3
-    assert np.abs(opened - pictures[1]).max() > 0.05  # the adapter does change the picture
+    assert np.abs(opened - images[0]).max() < 1e-3
+    assert np.abs(opened - images[1]).max() > 0.05  # the adapter does change the image
     said = info(file, capsys)
     for fact in ("LoRA-C3Lier for", "sd_v1", "279 in unet", "18 in text_encoder"):
         assert fact in said, fact

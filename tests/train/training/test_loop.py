@@ -51,7 +51,7 @@ def test_memory_options_change_nothing(basics, option) -> None:
 
 
 def test_accumulated_batches_are_one_batch(basics) -> None:
-    """Two batches of 2 in one step are one batch of 4: the pictures of an epoch are the same ones."""
+    """Two batches of 2 in one step are one batch of 4: the images of an epoch are the same ones."""
     options = {**basics, "max_train_epochs": 1}
     one = train(settings(**{**options, "train_batch_size": 8}))
     four = train(settings(**{**options, "train_batch_size": 2, "gradient_accumulation_steps": 4}))

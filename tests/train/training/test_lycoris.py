@@ -70,7 +70,7 @@ def in_lycoris(file: Path, unet) -> torch.Tensor:
     return outputs(unet.eval())
 
 
-def picture(pipe) -> torch.Tensor:
+def image_of(pipe) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     made = pipe("a red apple", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np")
     return torch.from_numpy(made.images[0])
@@ -105,13 +105,13 @@ def test_the_held_out_loss_falls_and_the_file_is_what_was_trained(tmp_path, kind
     if kind in READ_BY_LYCORIS:
         live = outputs(result.models.denoiser.eval())
         assert difference(in_lycoris(file, deepcopy(base.unet)), live, outputs(base.unet)) < 1e-4
-    trained = picture(result.models.pipeline(base.scheduler))
-    untrained = picture(base)
+    trained = image_of(result.models.pipeline(base.scheduler))
+    untrained = image_of(base)
     assert float((trained - untrained).abs().max()) > 0.02
     merged = Adapter.load(file).merge_into(tmp_path / "base", tmp_path / "merged")
     base.load_lora_weights(str(file))
     for pipe in (base, StableDiffusionPipeline.from_pretrained(merged, torch_dtype=torch.float32)):
-        assert float((picture(pipe) - trained).abs().max()) < 2e-3
+        assert float((image_of(pipe) - trained).abs().max()) < 2e-3
 
 
 MIXED = {

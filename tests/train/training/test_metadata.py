@@ -68,7 +68,7 @@ def test_what_a_file_says_about_its_training(basics, tmp_path) -> None:
 
 def test_what_a_file_says_is_what_was_trained(basics, tmp_path) -> None:
     options = {**basics, "max_train_epochs": 1, "cache_latents_to_disk": True, "resolution": "64,32"}
-    options["train_data_dir"] = str(shutil.copytree(basics["train_data_dir"], tmp_path / "pictures"))
+    options["train_data_dir"] = str(shutil.copytree(basics["train_data_dir"], tmp_path / "images"))
     train(settings(**{**options, "network_alpha": 0}, output_name="x"))
     facts = Adapter.load(tmp_path / "out" / "x.safetensors").metadata
     expected = {

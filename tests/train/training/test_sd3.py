@@ -95,7 +95,7 @@ def test_the_loss_falls(options) -> None:
     assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
-def test_the_loss_is_that_of_the_picture(options) -> None:
+def test_the_loss_is_that_of_the_image(options) -> None:
     run = prepare(settings(**options))
     batch = next(run.data.batches(0))
     seen = {}
@@ -113,7 +113,7 @@ def test_the_loss_is_that_of_the_picture(options) -> None:
     torch.testing.assert_close(loss, (0.5 * seen["t"]).square().mean(), atol=1e-4, rtol=1e-3)
 
 
-def test_cached_and_encoded_text_is_the_same(options, pictures) -> None:
+def test_cached_and_encoded_text_is_the_same(options, images) -> None:
     options |= {"network_train_unet_only": True}
     caches = CACHED | {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
     plain, cached = prepare(settings(**options)), prepare(settings(**options | caches))
@@ -121,12 +121,12 @@ def test_cached_and_encoded_text_is_the_same(options, pictures) -> None:
     one, other = plain.plain.encode(plain.loss.text(batches[0])), cached.loss.text(batches[1])
     torch.testing.assert_close(one.hidden, other.hidden)
     torch.testing.assert_close(one.pooled, other.pooled)
-    text = np.load(next(pictures.glob("*/*_sd3_te.npz")))
+    text = np.load(next(images.glob("*/*_sd3_te.npz")))
     names = {"lg_out", "lg_pooled", "t5_out", "clip_l_attn_mask", "clip_g_attn_mask", "t5_attn_mask",
              "apply_lg_attn_mask", "apply_t5_attn_mask"}  # fmt: skip
     assert names <= set(text)
     assert (text["lg_out"].shape, text["t5_out"].shape) == ((77, 64), (16, 72))
-    latents = torch.from_numpy(np.load(next(pictures.glob("*/*_0064x0064_sd3.npz")))["latents_8x8"])
+    latents = torch.from_numpy(np.load(next(images.glob("*/*_0064x0064_sd3.npz")))["latents_8x8"])
     assert any(torch.equal(plain.models.latent_space.normalised(latents), part) for part in _all_latents(cached))
 
 
@@ -156,7 +156,7 @@ torch.save(pipe("a red disc", generator=torch.Generator().manual_seed(0), **draw
 
 
 @pytest.mark.slow
-def test_the_file_opens_in_the_stock_pipeline_with_the_trained_pictures(options, sd3, tmp_path) -> None:
+def test_the_file_opens_in_the_stock_pipeline_with_the_trained_images(options, sd3, tmp_path) -> None:
     """In diffusers' names: its pipeline reads no others for SD3."""
     options |= {"network_module": "networks.lora_sd3", "max_train_steps": 4, "learning_rate": 0.05}
     trained = train(settings(**options))

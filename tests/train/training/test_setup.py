@@ -90,9 +90,9 @@ def test_cached_parts_leave_the_trained_module(basics) -> None:
 def test_text_outputs_on_disk_are_made_anew_under_other_base_weights(basics, tmp_path) -> None:
     train(settings(**basics))
     options = {**basics, "network_train_unet_only": True, "cache_text_encoder_outputs_to_disk": True}
-    options["train_data_dir"] = str(shutil.copytree(basics["train_data_dir"], tmp_path / "pictures"))
+    options["train_data_dir"] = str(shutil.copytree(basics["train_data_dir"], tmp_path / "images"))
     prepare(settings(**options))
-    file = tmp_path / "pictures" / "1_shape" / "00_te_outputs.npz"
+    file = tmp_path / "images" / "1_shape" / "00_te_outputs.npz"
     before = file.stat().st_mtime_ns
     prepare(settings(**options))
     assert file.stat().st_mtime_ns == before

@@ -1,1 +1,1 @@
-"""The page about a training: charts, pictures, data, settings and the commands to go on, in one file."""
+"""The report of a training run: charts, images, data, settings and commands to continue, in one HTML file."""

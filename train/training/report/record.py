@@ -1,4 +1,4 @@
-"""What a report is made from: the numbers and pictures of a run so far, kept in the page for when it is resumed."""
+"""The data of a report: numbers and images of a run so far, stored in the page so that a resumed run continues them."""
 
 import json
 import re
@@ -15,7 +15,7 @@ CLOSE = 0.01  # a rank whose held-out loss is within 1 % of the best serves as w
 
 @dataclass
 class Record:
-    """losses: (step, loss, learning rate); held_out: (step, rank, loss); samples: (step, picture as base64 JPEG)."""
+    """losses: (step, loss, learning rate); held_out: (step, rank, loss); samples: (step, image as base64 JPEG)."""
 
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     held_out: list[tuple[int, int | None, float]] = field(default_factory=list)

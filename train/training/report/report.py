@@ -16,7 +16,7 @@ from lora_adapters.train.training.setup import Run
 from lora_adapters.train.training.validation import HeldOut
 
 log = logging.getLogger(__name__)
-_WIDEST = 900  # pixels of a picture in the page
+_WIDEST = 900  # pixels of an image in the page
 
 
 class Report:
@@ -47,7 +47,7 @@ class Report:
             self.record.losses.append((step, loss, rate))
 
     def drawn(self, step: int) -> None:
-        """Take up the sample pictures that were drawn now, if they were."""
+        """Add the sample images, if new ones have been drawn."""
         file = self.run.samples
         if not self.enabled or file is None or file == self._last_sample:
             return

@@ -30,16 +30,16 @@ EVIL = '</script><script>document.title = "bad"</script>'
 def options(sd1, tmp_path_factory):
     """A short run of a DyLoRA with everything that the page shows, on captions that try to be HTML."""
     folder = tmp_path_factory.mktemp("report")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for number in range(6):
-        Image.new("RGB", (64, 64), (40 * number, 90, 20)).save(folder / "pictures" / f"{number}.png")
-        (folder / "pictures" / f"{number}.txt").write_text(f"a {EVIL}, <b>bold</b> & more")
+        Image.new("RGB", (64, 64), (40 * number, 90, 20)).save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text(f"a {EVIL}, <b>bold</b> & more")
     prompts = folder / "prompts.txt"
     prompts.write_text(f"a {EVIL} --w 32 --h 32 --s 1\n")
     (folder / "data.toml").write_text(
         "[general]\nresolution = 64\ncaption_extension = '.txt'\n"
         "[[datasets]]\nbatch_size = 2\nvalidation_split = 0.34\n"
-        f"[[datasets.subsets]]\nimage_dir = '{folder / 'pictures'}'\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder / 'images'}'\n"
     )
     return {
         "pretrained_model_name_or_path": str(sd1), "dataset_config": str(folder / "data.toml"), "output_name": "mine",
@@ -83,8 +83,8 @@ def test_it_is_one_file_and_text_stays_text(trained) -> None:
     assert "<i>" not in page
     links = re.findall(r'(?:src|href)="([^"#][^"]*)"', page)
     assert all(link.startswith("data:") for link in links)
-    picture = re.search(r"base64,([^\"]+)", page)
-    assert Image.open(io.BytesIO(base64.b64decode(picture[1]))).format == "JPEG"
+    image = re.search(r"base64,([^\"]+)", page)
+    assert Image.open(io.BytesIO(base64.b64decode(image[1]))).format == "JPEG"
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_charts_and_choices() -> None:
 
 @pytest.mark.slow
 def test_in_a_browser(trained, tmp_path) -> None:
-    """Chromium draws the page: nothing of the captions runs, charts and pictures have a size."""
+    """Chromium draws the page: nothing of the captions runs, charts and images have a size."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("there is no chromium")

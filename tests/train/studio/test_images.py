@@ -1,12 +1,12 @@
-"""Pictures and captions of a folder."""
+"""Images and captions of a folder."""
 
 import os
 
 import pytest
 from PIL import Image
 
+from lora_adapters.train.studio.images import THUMBNAIL, caption_ending, captioned_images, save_caption, thumbnail
 from lora_adapters.train.studio.paths import StudioError
-from lora_adapters.train.studio.pictures import THUMBNAIL, caption_ending, pictures, save_caption, thumbnail
 
 
 @pytest.fixture
@@ -20,14 +20,14 @@ def folder(tmp_path):
 
 
 def test_captions_are_read_and_written(folder):
-    assert [(one.path.name, one.caption) for one in pictures(folder)] == [
+    assert [(one.path.name, one.caption) for one in captioned_images(folder)] == [
         ("a.png", "a red wall\nin the sun"),
         ("b.jpg", "mur rouge, été"),
         ("c.webp", None),
     ]
     assert save_caption(folder, "c.webp", "一面红墙\n") == folder / "c.txt"
     assert (folder / "c.txt").read_text(encoding="utf-8") == "一面红墙\n"
-    assert pictures(folder)[2].caption == "一面红墙"
+    assert captioned_images(folder)[2].caption == "一面红墙"
 
 
 def test_the_ending_is_that_of_most_captions(folder, tmp_path):
@@ -40,8 +40,8 @@ def test_the_ending_is_that_of_most_captions(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["d.png", "../a.png", "notes.txt", "a.txt", "/etc/passwd"])
-def test_captions_are_written_for_the_folders_pictures_only(folder, name):
-    with pytest.raises(StudioError, match="has no picture"):
+def test_captions_are_written_for_the_folders_images_only(folder, name):
+    with pytest.raises(StudioError, match="has no image"):
         save_caption(folder, name, "x")
 
 
@@ -54,7 +54,7 @@ def test_a_link_is_not_written_through(folder, tmp_path):
 def test_a_caption_that_is_no_text_is_named(folder):
     (folder / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(StudioError, match=r"a\.txt cannot be read"):
-        pictures(folder)
+        captioned_images(folder)
 
 
 def test_small_copies(folder, tmp_path):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draw the quickstart's pictures: emoji painted blue on white, as on Delft tiles, which the base model has never seen.
+"""Draw the quickstart's images: emoji painted blue on white, as on Delft tiles, which the base model has never seen.
 
-usage: style_pictures.py [--out DIR] [--font FILE]
+usage: style_images.py [--out DIR] [--font FILE]
 
 Writes DIR/train and DIR/held_out, 64x64 PNGs with their captions beside them (.txt).
 """
@@ -24,14 +24,14 @@ HELD_OUT = (
 )  # fmt: skip
 
 
-def delft(picture: Image.Image) -> Image.Image:
-    """A picture in three tones of blue: dark ink along the edges and in the shadows, a wash, white paper."""
-    grey = ImageOps.grayscale(picture)
+def delft(image: Image.Image) -> Image.Image:
+    """An image in three tones of blue: dark ink along the edges and in the shadows, a wash, white paper."""
+    grey = ImageOps.grayscale(image)
     tones = ImageOps.autocontrast(grey, cutoff=(2, 0))
     edges = grey.filter(ImageFilter.GaussianBlur(1)).filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
-    ink = ImageOps.autocontrast(edges.crop((2, 2, *(side - 2 for side in edges.size)))).resize(picture.size)
+    ink = ImageOps.autocontrast(edges.crop((2, 2, *(side - 2 for side in edges.size)))).resize(image.size)
     coloured = ImageOps.colorize(tones, INK, PAPER, mid=WASH)
-    return Image.composite(Image.new("RGB", picture.size, INK), coloured, ink.point(lambda value: min(255, 2 * value)))
+    return Image.composite(Image.new("RGB", image.size, INK), coloured, ink.point(lambda value: min(255, 2 * value)))
 
 
 def write(emoji: list[Emoji], names: tuple[str, ...], folder: Path, font: ImageFont.FreeTypeFont) -> None:
@@ -40,15 +40,15 @@ def write(emoji: list[Emoji], names: tuple[str, ...], folder: Path, font: ImageF
     by_name = {one.name: one for one in emoji}
     for name in names:
         one = by_name[name]
-        picture = delft(draw(one, font, 136)).resize((64, 64), Image.Resampling.LANCZOS)
+        image = delft(draw(one, font, 136)).resize((64, 64), Image.Resampling.LANCZOS)
         stem = name.replace(" ", "_")
-        picture.save(folder / f"{stem}.png", optimize=True)
+        image.save(folder / f"{stem}.png", optimize=True)
         (folder / f"{stem}.txt").write_text(one.caption + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pictures" / "delft")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "images" / "delft")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf")
     args = parser.parse_args()
     font = load_font(args.font) if args.font else load_font()

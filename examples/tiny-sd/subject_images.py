@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw a subject that no model has seen: the zwib, a one-eyed creature, in many poses, places, sizes and colours.
 
-usage: subject_pictures.py --out DIR [--train N] [--held-out N]
+usage: subject_images.py --out DIR [--train N] [--held-out N]
 
 Writes DIR/train and DIR/held_out, 64x64 PNGs with their captions beside them (.txt): "a zwib on yellow". Needs no font.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 TOKEN = "zwib"  # no word of the base model's captions
-SIDE, FINE = 64, 4  # pixels of the picture; drawn at four times that and scaled down
+SIDE, FINE = 64, 4  # pixels of the image; drawn at four times that and scaled down
 BACKGROUNDS = {
     "white": (255, 255, 255), "yellow": (250, 220, 90), "red": (226, 80, 70), "blue": (90, 140, 230),
     "green": (120, 190, 100), "orange": (245, 160, 70), "purple": (160, 110, 200), "black": (40, 40, 46),
@@ -23,8 +23,8 @@ BODY, BELLY, LINE, HORN = (24, 160, 160), (150, 226, 214), (10, 60, 70), (236, 8
 
 def zwib(draw: random.Random, size: int) -> Image.Image:
     """The creature on a transparent square of `size` pixels; the pose comes from `draw`."""
-    picture = Image.new("RGBA", (size, size))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGBA", (size, size))
+    pen = ImageDraw.Draw(image)
 
     def box(left: float, top: float, right: float, bottom: float) -> tuple[float, ...]:
         return (left * size, top * size, right * size, bottom * size)
@@ -44,11 +44,11 @@ def zwib(draw: random.Random, size: int) -> Image.Image:
     pen.ellipse(box(0.34, 0.3, 0.66, 0.6), (255, 255, 255), LINE, width)
     look = draw.uniform(-0.07, 0.07), draw.uniform(-0.05, 0.05)
     pen.ellipse(box(0.44 + look[0], 0.39 + look[1], 0.56 + look[0], 0.51 + look[1]), (20, 20, 30))
-    return picture.rotate(draw.uniform(-20, 20), Image.Resampling.BICUBIC)
+    return image.rotate(draw.uniform(-20, 20), Image.Resampling.BICUBIC)
 
 
-def picture_and_caption(number: int) -> tuple[Image.Image, str]:
-    """The picture of that number, the same on every machine, and what stands in its caption."""
+def image_and_caption(number: int) -> tuple[Image.Image, str]:
+    """The image of that number, the same on every machine, and its caption."""
     draw = random.Random(f"{TOKEN}/{number}")
     colour = draw.choice(sorted(BACKGROUNDS))
     scene = Image.new("RGB", (SIDE * FINE, SIDE * FINE), BACKGROUNDS[colour])
@@ -60,19 +60,19 @@ def picture_and_caption(number: int) -> tuple[Image.Image, str]:
 
 
 def write(folder: Path, numbers: range) -> None:
-    """The pictures of these numbers, each with a caption file."""
+    """The images of these numbers, each with a caption file."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        picture, caption = picture_and_caption(number)
-        picture.save(folder / f"{TOKEN}_{number:03}.png", optimize=True)
+        image, caption = image_and_caption(number)
+        image.save(folder / f"{TOKEN}_{number:03}.png", optimize=True)
         (folder / f"{TOKEN}_{number:03}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=32, help="number of pictures to train with")
-    parser.add_argument("--held-out", type=int, default=16, help="number of pictures to measure with")
+    parser.add_argument("--train", type=int, default=32, help="number of images to train with")
+    parser.add_argument("--held-out", type=int, default=16, help="number of images to measure with")
     args = parser.parse_args()
     write(args.out / "train", range(args.train))
     write(args.out / "held_out", range(1000, 1000 + args.held_out))

@@ -1,4 +1,4 @@
-"""Pictures that look whole and cannot be decoded: others take their place, the same ones however a run is made."""
+"""Images that look whole and cannot be decoded: others take their place, the same ones however a run is made."""
 
 import json
 import logging
@@ -39,12 +39,12 @@ def damage(file: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Five whole pictures and one damaged one, of one bucket, and one more of another."""
+    """Five whole images and one damaged one, of one bucket, and one more of another."""
     made = tmp_path / "data" / "1_x"
     made.mkdir(parents=True)
     for number in range(5):
         Image.new("RGB", (64, 64), (40 * number, 0, 0)).save(made / f"{number}.png")
-        (made / f"{number}.txt").write_text(f"picture {number}")
+        (made / f"{number}.txt").write_text(f"image {number}")
     damage(made / "bad.png")
     (made / "bad.txt").write_text("the damaged one")
     Image.new("RGB", (192, 64), "white").save(made / "wide.png")
@@ -73,13 +73,13 @@ def equal(first: list, second: list) -> bool:
     )
 
 
-def test_another_picture_of_the_bucket_takes_its_place(folder, caplog) -> None:
+def test_another_image_of_the_bucket_takes_its_place(folder, caplog) -> None:
     data = opened(folder)
     for epoch in range(3):
         captions = [caption for batch in data.batches(epoch) for caption in batch.captions]
         assert len(captions) == 7
         assert "the damaged one" not in captions
-        assert set(captions) == {"wide", *(f"picture {number}" for number in range(5))}
+        assert set(captions) == {"wide", *(f"image {number}" for number in range(5))}
     assert list(data.damaged) == [str(folder / "bad.png")]
     said = [record.getMessage() for record in caplog.records if "in place of" in record.getMessage()]
     assert len(said) == 1
@@ -129,12 +129,12 @@ def test_nothing_that_can_be_read_is_an_error(folder) -> None:
         list(opened(folder).batches(0))
 
 
-def test_pictures_that_change_or_vanish_while_training(folder) -> None:
+def test_images_that_change_or_vanish_while_training(folder) -> None:
     data = opened(folder)
     (folder / "0.png").unlink()
     Image.new("RGB", (32, 64)).save(folder / "1.png")
     captions = {caption for batch in data.batches(0) for caption in batch.captions}
-    assert captions == {"wide", "picture 2", "picture 3", "picture 4"}
+    assert captions == {"wide", "image 2", "image 3", "image 4"}
     assert {Path(name).name for name in data.damaged} == {"bad.png", "0.png", "1.png"}
 
 
@@ -162,7 +162,7 @@ def test_a_run_ends_with_their_names_and_resumes_exactly(folder, basics, tmp_pat
     assert same(resumed.adapter, whole.adapter)
 
 
-def test_damaged_held_out_pictures_and_masks(folder) -> None:
+def test_damaged_held_out_images_and_masks(folder) -> None:
     masks = folder.parent / "masks"
     masks.mkdir()
     for path in folder.glob("*.png"):
@@ -170,5 +170,5 @@ def test_damaged_held_out_pictures_and_masks(folder) -> None:
     damage(masks / "0.png")
     data = opened(folder, conditioning_data_dir=str(masks))
     captions = {caption for batch in data.batches(0) for caption in batch.captions}
-    assert "picture 0" not in captions
+    assert "image 0" not in captions
     assert {Path(name).name for name in data.damaged} == {"bad.png", "0.png"}

@@ -1,4 +1,4 @@
-"""A folder's training pictures, their captions to read and edit, and small copies to show."""
+"""A folder's training images: reading and editing their captions, and thumbnails."""
 
 import hashlib
 from collections import Counter
@@ -17,24 +17,24 @@ THUMBNAIL = 320  # pixels of the longer side
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and its caption; None if there is no file of one."""
+class CaptionedImage:
+    """An image and its caption, which is None if there is no caption file."""
 
     path: Path
     caption: str | None
 
 
 def caption_ending(folder: Path) -> str:
-    """The ending of the folder's caption files: the one that most pictures have, .txt where there are none."""
+    """The ending of the folder's caption files: the most frequent one, or .txt if there are none."""
     images = find_images(folder)
     counts = Counter(ending for path in images for ending in CAPTION_ENDINGS if path.with_suffix(ending).is_file())
     return counts.most_common(1)[0][0] if counts else CAPTION_ENDINGS[0]
 
 
-def pictures(folder: Path) -> list[Picture]:
-    """All pictures of the folder, by name. StudioError if a caption cannot be read."""
+def captioned_images(folder: Path) -> list[CaptionedImage]:
+    """All images of the folder, by name. StudioError if a caption cannot be read."""
     ending = caption_ending(folder)
-    return [Picture(path, _caption(path.with_suffix(ending))) for path in find_images(folder)]
+    return [CaptionedImage(path, _caption(path.with_suffix(ending))) for path in find_images(folder)]
 
 
 def _caption(file: Path) -> str | None:
@@ -47,10 +47,10 @@ def _caption(file: Path) -> str | None:
 
 
 def save_caption(folder: Path, name: str, caption: str) -> Path:
-    """Write the caption of one of the folder's pictures; its file. StudioError if the folder has no such picture."""
+    """Write the caption of an image of the folder; returns its file. StudioError if the folder has no such image."""
     known = {path.name: path for path in find_images(folder)}
     if name not in known:
-        raise StudioError(f"{folder} has no picture {name:.80}")
+        raise StudioError(f"{folder} has no image {name:.80}")
     file = known[name].with_suffix(caption_ending(folder))
     if file.is_symlink():
         raise StudioError(f"{file} is a link: edit the file that it leads to")
