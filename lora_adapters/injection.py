@@ -141,7 +141,7 @@ def place(
         facts: The adapter's type and the fields of the type, as `types.registry.facts_of_metadata` returns them; used
             if all changes are low-rank pairs.
         low_cpu_mem_usage: Whether the layers are created without memory for initial weights, and full differences
-            that are in the model's dtype stay in the file that they are mapped from.
+            that take no more memory than in the model's dtype stay in the file that they are mapped from.
         pages: Pages of a file that the changes lie in, which are given back as they are copied; None keeps them.
 
     Raises:
@@ -177,7 +177,7 @@ def _place(
             put(layer, adapter_name, change, device, dtype)
             pages.use(change.down.nbytes + change.up.nbytes)
         else:
-            hold(layer, adapter_name, _as_live(change, device, dtype, pages, low_cpu_mem_usage))
+            hold(layer, adapter_name, _as_live(change, device, dtype, pages, low_cpu_mem_usage), dtype)
     if left:
         raise AdapterError(f"{next(iter(left))} found no place in the model")
     refit(model)  # else a DyLoRA would see at the first call only how wide its factors are, and be compiled twice
@@ -188,14 +188,15 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
     """A copy of the change, so that the model does not hang on a memory-mapped file, in the model's dtype.
 
     Numbers of whole channels, as DoRA's magnitudes are, stay precise: they scale the weight itself. Where `mapped`,
-    full differences are used as they are mapped, if they need no other dtype or device: they are as large as the
-    model, whose own weights transformers and diffusers keep mapped likewise.
+    full differences are used as they are mapped, if they need no other device and take no more memory than in the
+    model's dtype: they are as large as the model, whose own weights transformers and diffusers keep mapped likewise.
     """
 
     def copied(name: str, tensor: torch.Tensor) -> torch.Tensor:
         precise = tensor.numel() == max(tensor.shape, default=1)
         wanted = torch.float32 if precise else dtype
-        ready = tensor.device == device and tensor.dtype == wanted and tensor.is_contiguous()
+        narrow = tensor.element_size() <= dtype.itemsize and not precise
+        ready = tensor.device == device and tensor.is_contiguous() and (tensor.dtype == wanted or narrow)
         if mapped and ready and name.endswith("diff") and pages.holds(tensor):
             return tensor
         copy = tensor.to(device, wanted, copy=True).contiguous()
