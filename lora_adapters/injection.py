@@ -12,6 +12,7 @@ from torch import nn
 from lora_adapters.convert.deltas.base import Delta, with_article, with_tensors
 from lora_adapters.convert.deltas.full import Full
 from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.scaled_bias import scales_bias, with_base_bias
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
 from lora_adapters.convert.storage.mapped_pages import MappedPages
@@ -19,7 +20,7 @@ from lora_adapters.types.layers import HELD, layers, put, width
 from lora_adapters.types.lycoris import operations
 from lora_adapters.types.lycoris.config import TYPE as LYCORIS
 from lora_adapters.types.lycoris.layer import hold
-from lora_adapters.types.lycoris.operations import norms, weight_shape
+from lora_adapters.types.lycoris.operations import base_bias, norms, weight_shape
 from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of, refit
 
 from .adapted_models import CHANGING
@@ -103,20 +104,18 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
         )
     if getattr(layer, "bias", None) is None and change.bias() is not None:
         raise AdapterError(f"{name} has no bias, which the adapter changes")
-    if getattr(layer, "bias", None) is not None and getattr(change, "scales_bias", False):
-        raise AdapterError(f"{name} has a bias, which an IA3 of PEFT's scales too: that is not read")
     if getattr(layer, "weight", None) is None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 
 
-def _shaped_like(change: Any, layer: nn.Module) -> Any:
+def _shaped_like(change: Any, layer: Any) -> Any:
     """The change, where it fits the layer, as it can be put there; else AdapterError."""
     shape = weight_shape(layer)
     if isinstance(change, LowRank):
         return change.shaped_like(shape)
     if not change.fits(shape):
         raise AdapterError(f"{change!r}, but the model's weight is {list(shape)}")
-    return change
+    return with_base_bias(change, base_bias(layer)) if scales_bias(change) and layer.bias is not None else change
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
