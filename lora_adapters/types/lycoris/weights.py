@@ -33,16 +33,15 @@ class DeltaWeights(nn.Module):
 
     def __init__(self, change: Delta, dtype: torch.dtype | None = None):
         super().__init__()
-        # A buffer, so that it is converted with the model, by `to` and others.
-        self.register_buffer("model_like", None if dtype is None else torch.empty(0, dtype=dtype), persistent=False)
 
         def take(name: str, tensor: torch.Tensor) -> nn.Parameter:
             self.register_parameter(name, parameter := nn.Parameter(tensor))
             return parameter
 
         self._keep(with_tensors(change, take))
-        if not any(self._waits(parameter) for parameter in self.parameters()):
-            self.model_like = None
+        waits = dtype is not None and any(_waits(tensor, dtype) for tensor in self._tensors)
+        # A buffer, so that it is converted with the model, by `to` and others.
+        self.register_buffer("model_like", torch.empty(0, dtype=dtype) if waits else None, persistent=False)
         self._largest = max(self._parameters, key=lambda name: self.get_parameter(name).numel())
 
     def _keep(self, change: Delta) -> None:
@@ -62,9 +61,8 @@ class DeltaWeights(nn.Module):
         return largest
 
     def _waits(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in its file's dtype yet; a wider one than the model's was made so to be trained."""
-        like = self.model_like
-        return like is not None and tensor.dtype != like.dtype and tensor.element_size() <= like.element_size()
+        """Whether a tensor is in its file's dtype yet."""
+        return self.model_like is not None and _waits(tensor, self.model_like.dtype)
 
     def train(self, mode: bool = True) -> Self:
         """As of all modules; what is trained is in the model's dtype."""
@@ -143,6 +141,11 @@ class DeltaWeights(nn.Module):
             return None, change.bias(dtype)
         weight = change.delta(base_weight, dtype) if change.needs_base else change.delta(dtype=dtype).reshape(shape)
         return weight, change.bias(dtype)
+
+
+def _waits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is in another dtype than a model's and no wider; a wider one was made so to be trained."""
+    return tensor.dtype != dtype and tensor.element_size() <= dtype.itemsize
 
 
 def _shapes(change: Delta) -> Any:
