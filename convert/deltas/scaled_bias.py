@@ -34,8 +34,9 @@ def with_base_bias(change: Delta, bias: torch.Tensor) -> Delta:
     if isinstance(change, Sum):
         return replace(change, parts=tuple(with_base_bias(part, bias) for part in change.parts))
     if isinstance(change, WithBias):
-        inner = with_base_bias(change.change, bias)
-        return WithBias(replace(change.change, scales_bias=False), change.bias() + inner.bias())
+        scaled = with_base_bias(change.change, bias)
+        assert isinstance(scaled, WithBias)
+        return WithBias(scaled.change, change.bias() + scaled.bias())
     assert isinstance(change, IA3)
     vector = change.vector.flatten()
     added = vector.float() * bias.to(vector.device, torch.float32)

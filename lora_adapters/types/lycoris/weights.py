@@ -39,7 +39,7 @@ class DeltaWeights(nn.Module):
             return parameter
 
         self._keep(with_tensors(change, take))
-        waits = dtype is not None and any(_waits(tensor, dtype) for tensor in self._tensors)
+        waits = dtype is not None and any(_waits(tensor, dtype) for tensor in self._tensors if tensor is not None)
         # A buffer, so that it is converted with the model, by `to` and others.
         self.register_buffer("model_like", torch.empty(0, dtype=dtype) if waits else None, persistent=False)
         self._largest = max(self._parameters, key=lambda name: self.get_parameter(name).numel())
