@@ -5,7 +5,8 @@ usage: resize_lora.py --model big.safetensors --save_to small.safetensors --new_
        resize_lora.py --model big.safetensors --save_to small.safetensors --new_rank 32 --dynamic_method sv_fro
                       --dynamic_param 0.9
 
-alpha / rank stays as it was in every module.
+alpha / rank stays as it was in every module. Other kinds (LoHa, LoKr, full differences) become pairs of that rank;
+DoRA, GLoRA, (IA)3, OFT and BOFT, whose changes depend on the model's weights, need --sd_model.
 """
 
 import sys
@@ -20,6 +21,7 @@ from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_base_model,
+    add_base_weights,
     add_dtype,
     add_skip_unknown,
     rank_option,
@@ -42,6 +44,7 @@ def parser() -> Parser:
     made.add_argument("--dynamic_method", choices=DYNAMIC_METHODS, help="choose the rank of each module")
     made.add_argument("--dynamic_param", type=number, help="what the method compares with, such as 0.9")
     made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
+    add_base_weights(made)
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_skip_unknown(made)
     add_base_model(made)

@@ -3,7 +3,9 @@
 
 usage: svd_merge_lora.py --save_to c.safetensors --models a.safetensors b.safetensors --ratios 0.6 0.4 --new_rank 32
 
-Any ranks, dtypes and modules; computed from the factors, without a matrix of the size of a weight.
+Any ranks, dtypes and modules; computed from the factors, without a matrix of the size of a weight. Other kinds (LoHa,
+LoKr, full differences) are computed module by module; DoRA, GLoRA, (IA)3, OFT and BOFT, whose changes depend on the
+model's weights, need --sd_model.
 """
 
 import sys
@@ -18,6 +20,7 @@ from lora_adapters.convert.parsing import number
 from lora_adapters.convert.tools.command_line import (
     Parser,
     add_base_model,
+    add_base_weights,
     add_dtype,
     add_methods,
     add_skip_unknown,
@@ -49,6 +52,7 @@ def parser() -> Parser:
         type=number,
         help="clamp factors to this quantile as kohya's scripts do (there 0.99; default: no); slow",
     )
+    add_base_weights(made)
     made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
     add_dtype(made, "--precision", "of the result where save_precision is not given; it is always computed in float")
     add_dtype(made, "--save_precision", "of the result (default: float)")

@@ -12,6 +12,7 @@ from torch import nn
 from lora_adapters.convert.deltas.base import Delta, with_article, with_tensors
 from lora_adapters.convert.deltas.full import Full
 from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.scaled_bias import scales_bias, with_base_bias
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
 from lora_adapters.convert.storage.mapped_pages import MappedPages
@@ -19,7 +20,7 @@ from lora_adapters.types.layers import HELD, layers, put, width
 from lora_adapters.types.lycoris import operations
 from lora_adapters.types.lycoris.config import TYPE as LYCORIS
 from lora_adapters.types.lycoris.layer import hold
-from lora_adapters.types.lycoris.operations import norms, weight_shape
+from lora_adapters.types.lycoris.operations import base_bias, norms, weight_shape
 from lora_adapters.types.registry import beyond_deltas, beyond_lora, config_options, delta_of, refit
 
 from .adapted_models import CHANGING
@@ -103,20 +104,18 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
         )
     if getattr(layer, "bias", None) is None and change.bias() is not None:
         raise AdapterError(f"{name} has no bias, which the adapter changes")
-    if getattr(layer, "bias", None) is not None and getattr(change, "scales_bias", False):
-        raise AdapterError(f"{name} has a bias, which an IA3 of PEFT's scales too: that is not read")
     if getattr(layer, "weight", None) is None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 
 
-def _shaped_like(change: Any, layer: nn.Module) -> Any:
+def _shaped_like(change: Any, layer: Any) -> Any:
     """The change, where it fits the layer, as it can be put there; else AdapterError."""
     shape = weight_shape(layer)
     if isinstance(change, LowRank):
         return change.shaped_like(shape)
     if not change.fits(shape):
         raise AdapterError(f"{change!r}, but the model's weight is {list(shape)}")
-    return change
+    return with_base_bias(change, base_bias(layer)) if scales_bias(change) and layer.bias is not None else change
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -141,7 +140,7 @@ def place(
         facts: The adapter's type and the fields of the type, as `types.registry.facts_of_metadata` returns them; used
             if all changes are low-rank pairs.
         low_cpu_mem_usage: Whether the layers are created without memory for initial weights, and full differences
-            that are in the model's dtype stay in the file that they are mapped from.
+            that take no more memory than in the model's dtype stay in the file that they are mapped from.
         pages: Pages of a file that the changes lie in, which are given back as they are copied; None keeps them.
 
     Raises:
@@ -177,7 +176,7 @@ def _place(
             put(layer, adapter_name, change, device, dtype)
             pages.use(change.down.nbytes + change.up.nbytes)
         else:
-            hold(layer, adapter_name, _as_live(change, device, dtype, pages, low_cpu_mem_usage))
+            hold(layer, adapter_name, _as_live(change, device, dtype, pages, low_cpu_mem_usage), dtype)
     if left:
         raise AdapterError(f"{next(iter(left))} found no place in the model")
     refit(model)  # else a DyLoRA would see at the first call only how wide its factors are, and be compiled twice
@@ -188,14 +187,15 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
     """A copy of the change, so that the model does not hang on a memory-mapped file, in the model's dtype.
 
     Numbers of whole channels, as DoRA's magnitudes are, stay precise: they scale the weight itself. Where `mapped`,
-    full differences are used as they are mapped, if they need no other dtype or device: they are as large as the
-    model, whose own weights transformers and diffusers keep mapped likewise.
+    full differences are used as they are mapped, if they need no other device and take no more memory than in the
+    model's dtype: they are as large as the model, whose own weights transformers and diffusers keep mapped likewise.
     """
 
     def copied(name: str, tensor: torch.Tensor) -> torch.Tensor:
         precise = tensor.numel() == max(tensor.shape, default=1)
         wanted = torch.float32 if precise else dtype
-        ready = tensor.device == device and tensor.dtype == wanted and tensor.is_contiguous()
+        narrow = tensor.element_size() <= dtype.itemsize and not precise
+        ready = tensor.device == device and tensor.is_contiguous() and (tensor.dtype == wanted or narrow)
         if mapped and ready and name.endswith("diff") and pages.holds(tensor):
             return tensor
         copy = tensor.to(device, wanted, copy=True).contiguous()

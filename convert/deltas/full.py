@@ -60,7 +60,8 @@ class Full(TensorDelta):
         if self.diff is None:
             assert base_weight is not None
             return torch.zeros(base_weight.shape, dtype=dtype, device=base_weight.device)
-        return self.diff.to(dtype, copy=True).mul_(self.multiplier)
+        copy = self.diff.to(dtype, copy=True)
+        return copy if self.multiplier == 1 else copy.mul_(self.multiplier)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         """Δb, (out,); None if the bias stays."""

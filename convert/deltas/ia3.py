@@ -13,7 +13,7 @@ from .base import TensorDelta, Tensors, check_shape, check_suffixes, scalar_of, 
 class IA3(TensorDelta):
     """ΔW = W · vector, for each input channel (`on_input`) or for each output channel; the bias stays.
 
-    PEFT's factors of output channels scale the bias too (`scales_bias`): such a change is for layers without one.
+    PEFT's factors of output channels scale the bias too (`scales_bias`); see `scaled_bias` for what that adds to it.
 
     `vector` is (channels,), or (1, channels, 1, 1) as LyCORIS writes it for a convolution.
     """

@@ -115,7 +115,7 @@ def _dense(module: ModuleName, change: Delta, base_weight: Callable[[ModuleName]
     else:
         raise AdapterError(
             f"the change that {with_article(change.kind)} module makes depends on the model's weight: "
-            "`lora-adapters convert --to lora --sd_model MODEL` makes a pair of it"
+            "`lora-adapters convert --to lora --sd_model MODEL` makes a pair of it, as do resize and svd-merge"
         )
     if dense.ndim == 2 and kind_of(module) == "conv3x3" and dense.shape[1] % 9 == 0:
         dense = dense.reshape(len(dense), -1, 3, 3)  # kinds without Tucker cores have flat kernels

@@ -36,6 +36,7 @@ _PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's names of tens
 
 _RAW_LEVEL = "base_model.model."  # a level of their own that PEFT's raw state dicts have
 _SCALED = ("LOHA", "LOKR")  # PEFT's types that have their scale in the config
+_FLAT = tuple(PREFIXES)
 _DOTTED_TEXT_ENCODER = re.compile(r"^(lora_te[12])\.")
 
 
@@ -57,7 +58,7 @@ def split_key(key: str) -> tuple[str, str]:
     ('diffusion_model.middle_block.1.proj_in', 'diff_b')
     """
     key = without_adapter_name(key.replace(_RAW_LEVEL, "", 1))
-    flat, split = key.startswith(tuple(PREFIXES)), split_suffix(key)
+    flat, split = key.startswith(_FLAT), split_suffix(key)
     if split is not None:
         parts, suffix = split
         # Diffusers leaves dots in flat names when it converts magnitudes to kohya's names.
@@ -139,7 +140,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
     own = {
         module: entry for module, entry in stored.items() if not any(end.startswith(_PEFTS) for end in entry.tensors)
     }
-    flat = [_DOTTED_TEXT_ENCODER.sub(r"\1_", key) for key in tensors]
+    flat = [_DOTTED_TEXT_ENCODER.sub(r"\1_", key) if key.startswith("lora_te") else key for key in tensors]
     return Contents(modules, with_family(kohya_metadata(metadata), flat, modules), stored=own)
 
 

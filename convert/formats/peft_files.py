@@ -27,7 +27,7 @@ def without_adapter_name(key: str) -> str:
     >>> without_adapter_name("mid_block.attentions.0.proj_in.lora_A.default.weight")
     'mid_block.attentions.0.proj_in.lora_A.weight'
     """
-    return _NAMED.sub(r".\1", key)
+    return _NAMED.sub(r".\1", key) if key.count(".") > 1 else key
 
 
 def open_rotation(keys: Collection[str], metadata: Mapping[str, str]) -> str | None:
@@ -49,7 +49,8 @@ def open_rotation(keys: Collection[str], metadata: Mapping[str, str]) -> str | N
         (
             key
             for key in keys
-            if without_adapter_name(key).endswith(_ROTATIONS)
+            if "oft_R" in key
+            and without_adapter_name(key).endswith(_ROTATIONS)
             and not (key.startswith(_ITS_NAMES) and key.endswith(_ROTATIONS))
         ),
         None,

@@ -1,6 +1,6 @@
 """Adapters added to the weights of a whole model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import torch
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.combined import Combination, combined
 from lora_adapters.convert.deltas.low_rank import LowRank
+from lora_adapters.convert.deltas.scaled_bias import scales_bias, with_base_bias
 from lora_adapters.convert.deltas.sum import added
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.detection import base_model_of, check_one_family
@@ -106,8 +107,9 @@ def _adding(parts: Sequence[Delta]) -> Change:
 
 def _adding_to_bias(parts: Sequence[Delta]) -> Change:
     def change(bias: torch.Tensor) -> torch.Tensor:
+        before = bias.clone()
         for part in parts:
-            difference = part.bias(bias.dtype)
+            difference = with_base_bias(part, before).bias(bias.dtype)
             if difference is not None:
                 bias.add_(difference)
         return bias
@@ -115,14 +117,15 @@ def _adding_to_bias(parts: Sequence[Delta]) -> Change:
     return change
 
 
-def _changes(parts: Mapping[ModuleName, Sequence[Delta]]) -> dict[ModuleName, Change]:
-    """What makes the new weights and biases, one at a time; biases are named by `names.bias_of`."""
+def _changes(parts: Mapping[ModuleName, Sequence[Delta]], known: Collection[ModuleName]) -> dict[ModuleName, Change]:
+    """What makes the new weights and biases that are known, one at a time; biases are named by `names.bias_of`."""
     changes: dict[ModuleName, Change] = {}
     for module, listed in parts.items():
         of_weight = [part for part in listed if part.changes_weight]
         if of_weight:
             changes[module] = _adding(of_weight)
-        if any(part.bias() is not None for part in listed):
+        scaled = bias_of(module) in known and any(map(scales_bias, listed))
+        if scaled or any(part.bias() is not None for part in listed):
             changes[bias_of(module)] = _adding_to_bias(listed)
     return changes
 
@@ -171,7 +174,7 @@ def merge_into_model(
     for label, adapter in named.items():
         _check_fits(checkpoint, label, adapter, known)
         warn_of_embeddings(adapter.embeddings, f"a model into which {label} is merged")
-    changes = _changes(parts)
+    changes = _changes(parts, known)
     checkpoint = with_ema(checkpoint, ema)
     if ema == "merge":
         changes |= {twin(module): change for module, change in changes.items() if has_twin(module)}
@@ -225,8 +228,6 @@ def _check_bias(
     checkpoint: Checkpoint, name: str, module: ModuleName, change: Delta, known: Mapping[ModuleName, WeightsFile]
 ) -> None:
     difference, bias = change.bias(), bias_of(module)
-    if bias in known and getattr(change, "scales_bias", False):
-        raise AdapterError(f"{name}: {module} has a bias, which an IA3 of PEFT's scales too: that is not read")
     if difference is None:
         return
     if bias not in known:

@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -17,10 +17,10 @@ from lora_adapters.convert.deltas.svd import report, rules, with_rank_facts
 from lora_adapters.convert.errors import AdapterError, UsageError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.formats import cloneofsimo
-from lora_adapters.convert.storage.checkpoint import Checkpoint
 from lora_adapters.convert.storage.files import all_or_none, read_tensors, replacing
 from lora_adapters.convert.storage.sources import locate
 from lora_adapters.convert.terminal import say
+from lora_adapters.convert.tools.base_weights import BaseWeights
 from lora_adapters.convert.tools.command_line import dtype_of, output_file
 from lora_adapters.convert.tools.inputs import load, weights_alone
 from lora_adapters.convert.tools.summary import written
@@ -63,19 +63,6 @@ def _check_target(args: Namespace) -> None:
         args.format = args.format or "kohya"
 
 
-def _weights_in(model: str) -> Callable[[ModuleName], torch.Tensor]:
-    """What gives a module's weight in a model, one at a time."""
-    checkpoint = Checkpoint.open(model)
-    known = checkpoint.modules
-
-    def weight(module: ModuleName) -> torch.Tensor:
-        if module not in known:
-            raise AdapterError(f"{checkpoint.path} does not have it")
-        return checkpoint.read(module, known[module]).to(torch.float32)
-
-    return weight
-
-
 def as_lora(
     adapter: Adapter, name: str, rank: int, conv_rank: int | None = None, sd_model: str | None = None
 ) -> Adapter:
@@ -94,7 +81,8 @@ def as_lora(
     Raises:
         AdapterError: A change depends on the model's weights, and there is no model or a different one.
     """
-    adapter = weights_alone(adapter, name)
+    base = BaseWeights.of(sd_model)
+    adapter = weights_alone(adapter, name, base)
     high, fixed = {}, {}
     for module, change in adapter.modules.items():
         pair = as_pair(change)
@@ -105,8 +93,7 @@ def as_lora(
             high[module] = change
     made: dict[ModuleName, LowRank] = {}
     if high:
-        base_weight = None if sd_model is None else _weights_in(sd_model)
-        made, fits = reduce_modules(high, rules(rank, conv_rank), base_weight=base_weight)
+        made, fits = reduce_modules(high, rules(rank, conv_rank), base_weight=base)
         say(report(fits, "a higher --rank"))
     modules = {module: fixed[module] if module in fixed else made[module] for module in adapter.modules}
     if not high and not adapter.stored:

@@ -10,6 +10,7 @@ from lora_adapters.convert.deltas.svd import Rules, as_written, report, rules, w
 from lora_adapters.convert.devices import device_of
 from lora_adapters.convert.errors import UsageError
 from lora_adapters.convert.terminal import say
+from lora_adapters.convert.tools.base_weights import BaseWeights
 from lora_adapters.convert.tools.command_line import dtype_of, output_file
 from lora_adapters.convert.tools.inputs import load, weights_alone
 from lora_adapters.convert.tools.summary import written
@@ -42,8 +43,10 @@ def resize(args: Namespace) -> None:
         AdapterError: Files that cannot be read, or do not fit.
     """
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
-    adapter = weights_alone(load(args.model, skip_unknown=args.skip_unknown, base_model=args.base_model), args.model)
-    modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True)
+    base = BaseWeights.of(args.sd_model)
+    adapter = load(args.model, skip_unknown=args.skip_unknown, base_model=args.base_model)
+    adapter = weights_alone(adapter, args.model, base)
+    modules, fits = reduce_modules(adapter.modules, chosen, device=device, keep_scale=True, base_weight=base)
     metadata = with_rank_facts(modules, adapter.plain_metadata())
     ranks = rank_range(change.rank for change in adapter.modules.values() if change.rank is not None)
     before = f"; {adapter.metadata['ss_training_comment']}" if adapter.metadata.get("ss_training_comment") else ""

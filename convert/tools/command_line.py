@@ -78,6 +78,11 @@ def add_base_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base_weights(parser: argparse.ArgumentParser) -> None:
+    """An option that names the model from whose weights pairs of some kinds are made."""
+    parser.add_argument("--sd_model", help="the model whose weights DoRA, GLoRA, (IA)3, OFT and BOFT change")
+
+
 def add_methods(parser: argparse.ArgumentParser) -> None:
     """Add --method, --density, --seed and --majority_sign_method."""
     parser.add_argument(

@@ -16,6 +16,7 @@ from lora_adapters.convert.models.finite import check_finite
 from lora_adapters.convert.storage.files import read_tensors
 from lora_adapters.convert.storage.sources import locate
 
+from .base_weights import BaseWeights
 from .command_line import report_left_out
 
 
@@ -68,12 +69,13 @@ def load(
     return adapter
 
 
-def weights_alone(adapter: Adapter, name: str) -> Adapter:
+def weights_alone(adapter: Adapter, name: str, base: BaseWeights | None = None) -> Adapter:
     """The adapter without changes of norms and biases, which low-rank pairs cannot hold.
 
     Args:
         adapter: The adapter.
         name: Its name in messages. What is left out is listed on stdout.
+        base: The model's weights, if they are known; they tell which biases are scaled.
 
     Returns:
         The adapter, the same one if nothing is left out.
@@ -81,7 +83,7 @@ def weights_alone(adapter: Adapter, name: str) -> Adapter:
     Raises:
         AdapterError: Nothing is left of it.
     """
-    kept, left_out = weights_only(adapter.modules)
+    kept, left_out = weights_only((adapter if base is None else base.with_biases(adapter)).modules)
     report_left_out(name, left_out, "low-rank pairs cannot hold")
     if not kept:
         raise AdapterError(f"{name} changes norms and biases alone, which low-rank pairs cannot hold")

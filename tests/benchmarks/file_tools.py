@@ -33,7 +33,7 @@ from lora_adapters.convert import Adapter  # noqa: E402
 from lora_adapters.convert.storage.checkpoint import Checkpoint  # noqa: E402
 from tests.benchmarks.full_size import SIZES, make_adapter, make_checkpoint, make_lycoris  # noqa: E402
 
-KINDS = ("lora", "loha", "lokr")  # merged into the model with as many modules; kohya's scripts merge the first alone
+KINDS = ("lora", "loha", "lokr", "dora", "full")  # merged with as many modules; kohya's scripts merge the first alone
 
 
 class Case(NamedTuple):
@@ -151,7 +151,8 @@ def make_inputs(folder: Path, size: str, options: list[str]) -> None:
     if size != "flux":
         make_adapter(folder / f"{size}-lora.safetensors", size, 16, 16, 3)
         for kind in KINDS[1:]:
-            make_lycoris(folder / f"{size}-{kind}.safetensors", size, kind, 3)
+            if str(path := folder / f"{size}-{kind}.safetensors") in options:
+                make_lycoris(path, size, kind, 3)
     half = torch.bfloat16 if size == "flux" else torch.float16
     for name, tuned, dtype in (
         ("", False, half),
@@ -197,8 +198,9 @@ def markdown(results: dict[str, Any]) -> str:
         "| what | time | CPU | anonymous | resident | error above the optimum |",
         "|---|---|---|---|---|---|",
     ]
+    kinds = {f"{size} merge a {kind} of all layers into the model": size for size in SIZES for kind in KINDS}
     for name, row in results.items():
-        if "curve" not in name:
+        if "curve" not in name and name not in kinds:
             lines.append(f"| {name} | {' | '.join(_cells(row.get('ours')))} |")
             if "kohya" in row:
                 lines.append(f"| ... with kohya's script | {' | '.join(_cells(row['kohya']))} |")
@@ -206,6 +208,14 @@ def markdown(results: dict[str, Any]) -> str:
     for name, row in results.items():
         if "curve" in name:
             lines.append(f"| {name.replace('curve: ', '')} | {' | '.join(_cells(row.get('ours'))[:4])} |")
+    lines += ["", "| kind | time | CPU | anonymous | resident | of the LoRA's CPU |", "|---|---|---|---|---|---|"]
+    for name, size in kinds.items():
+        row, lora = (
+            results.get(one, {}).get("ours", {}) for one in (name, f"{size} merge a lora of all layers into the model")
+        )
+        if row:
+            ratio = f"{row['cpu'] / lora['cpu']:.2f}" if lora.get("cpu") and "cpu" in row else ""
+            lines.append(f"| {name} | {' | '.join(_cells(row)[:4])} | {ratio} |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lora_adapters.convert import Adapter, LowRank, ModuleName
-from lora_adapters.convert.deltas import Delta, DoRA, Full, Hadamard, Kronecker
+from lora_adapters.convert.deltas import Delta, DoRA, Full, Hadamard, Kronecker, Norm
 from lora_adapters.convert.deltas.nearest_kronecker import split
 from lora_adapters.convert.families.checkpoint_names import slices_in_file
 from lora_adapters.convert.families.registry import by_name
@@ -66,15 +66,22 @@ def _big_g(prefix: str) -> dict[str, torch.Tensor]:
     return made
 
 
+def unet(size: str) -> torch.nn.Module:
+    """The U-Net of SD1.5 or SDXL, on the default device."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**(_SDXL_UNET if size == "sdxl" else {"cross_attention_dim": 768}))
+
+
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a checkpoint file."""
     if size == "flux":
         return flux_size.shapes()
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**(_SDXL_UNET if size == "sdxl" else {"cross_attention_dim": 768}))
-        made = {f"model.diffusion_model.{original_unet_name(n, size)}": w for n, w in unet.state_dict().items()}
+        weights = unet(size).state_dict()
+        made = {f"model.diffusion_model.{original_unet_name(n, size)}": w for n, w in weights.items()}
         for name, weight in AutoencoderKL(**_VAE).state_dict().items():
             name = vae_name(name)
             square = "attn_1" in name and weight.ndim == 2
@@ -133,13 +140,26 @@ def modules(size: str) -> Iterator[tuple[ModuleName, tuple[int, ...], bool]]:
         yield module, (entry["out"], entry["in"], *kernel), entry["lierla"]
 
 
-def make_lycoris(path: Path, size: str, kind: str, seed: int) -> Path:
-    """A random LoHa of rank 8, LoKr with full factors, DoRA of rank 16 or full differences in bf16 of all modules of
-    LoRA-C3Lier: kind is "loha", "lokr", "dora" or "full".
+def norms(size: str) -> Iterator[tuple[ModuleName, int]]:
+    """Every normalisation of the U-Net, and its number of channels."""
+    with torch.device("meta"):
+        named = dict(unet(size).named_modules())
+    for path, module in named.items():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)):
+            yield ModuleName("unet", path), len(module.weight)
+
+
+def make_lycoris(path: Path, size: str, kind: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A random adapter of all modules of LoRA-C3Lier, or of all normalisations of the U-Net.
+
+    kind is "loha" (rank 8), "lokr" (both factors full), "dora" (rank 16), "full" (differences in `dtype`) or "norm".
     """
     if path.exists():
         return path
     torch.manual_seed(seed)
+    if kind == "norm":
+        Adapter({name: Norm(*(torch.randn(2, count) * 0.01)) for name, count in norms(size)}).save(path)
+        return path
     made: dict[ModuleName, Delta] = {}
     for module, (out, into, *kernel), _ in modules(size):
         if kind == "loha":
@@ -150,7 +170,7 @@ def make_lycoris(path: Path, size: str, kind: str, seed: int) -> Path:
             pair = LowRank(torch.randn(16, into, *kernel) * 0.02, torch.randn(out, 16, *[1] * len(kernel)) * 0.01, 16.0)
             made[module] = DoRA(pair, torch.ones(out, 1, *[1] * len(kernel)))
         elif kind == "full":
-            made[module] = Full((torch.randn(out, into, *kernel) * 0.001).bfloat16())
+            made[module] = Full((torch.randn(out, into, *kernel) * 0.001).to(dtype))
         else:
             (a, c), (b, d) = split(out, 8), split(into, 8)
             made[module] = Kronecker(torch.randn(a, b) * 0.1, torch.randn(c, d, *kernel) * 0.1, 1.0)
@@ -158,8 +178,8 @@ def make_lycoris(path: Path, size: str, kind: str, seed: int) -> Path:
     return path
 
 
-def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: int) -> Path:
-    """A random adapter; conv_rank None is LoRA-LierLa, a number LoRA-C3Lier."""
+def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: int, most: int | None = None) -> Path:
+    """A random adapter; conv_rank None is LoRA-LierLa, a number LoRA-C3Lier; `most` is the number of its modules."""
     if path.exists():
         return path
     if size == "flux":
@@ -167,7 +187,7 @@ def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: 
     torch.manual_seed(seed)
     made = {}
     for module, shape, lierla in modules(size):
-        if not lierla and conv_rank is None:
+        if (not lierla and conv_rank is None) or len(made) == most:
             continue
         count = conv_rank if shape[2:] == (3, 3) and conv_rank else rank
         up = torch.randn(shape[0], count, *(1 for _ in shape[2:])) * 0.01

@@ -5,8 +5,9 @@ usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl 
                       [--kohya CHECKOUT [--kohya_python PYTHON]] [--report]
 
 live: loading adapters, changing weights of adapters and the rank of a DyLoRA, each side in processes of its own that
-take turns, on pipelines of full size. training: training.py. files: file_tools.py (its part of flux takes 75 GB of
-disk). Every finished measurement is kept in a JSON file in DIR: the same command goes on where an earlier one stopped.
+take turns, on pipelines of full size; and loading other kinds of adapters in turns with a LoRA of as many modules.
+training: training.py. files: file_tools.py (its part of flux takes 75 GB of disk). Every finished measurement is kept
+in a JSON file in DIR: the same command goes on where an earlier one stopped.
 --report measures nothing and writes DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
 """
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 SIDES = ("ours", "stock")
 KEPT = ("seconds", "MiB", "anonymous", "operations")
 DRAWN = ("sd15",)  # whose U-Net's weights are made: 3.4 GB in float32
+KINDS = ("loha", "lokr", "dora", "full in float16", "full in bfloat16", "norm")  # loaded at these sizes, too
 Results = dict[str, Any]
 
 
@@ -81,12 +83,38 @@ def live_cases(folder: Path, sizes: list[str], ranks: list[int]) -> Iterator[Cas
                 yield Case(f"{size} {case} 3", case, size, rank, one, two, 3)
 
 
+def kind_cases(folder: Path, sizes: list[str]) -> Iterator[Case]:
+    """Loads of other kinds of adapters into pipelines in float16, in turns with that of a LoRA with as many modules."""
+    for size in (size for size in sizes if size in DRAWN):
+        for kind in KINDS:
+            lora = folder / f"{size}-lora-16-{'few' if kind == 'norm' else 'all'}.safetensors"
+            yield Case(
+                f"{size} load {kind}", "turns", size, 16, folder / f"{size}-{kind.replace(' ', '-')}.safetensors", lora
+            )
+
+
+def make_kind(case: Case) -> None:
+    """An adapter of another kind, and the LoRA of rank 16 with as many modules."""
+    import torch
+
+    from tests.benchmarks import full_size
+
+    kind, _, dtype = case.name.split(maxsplit=2)[2].partition(" in ")
+    own = [getattr(torch, dtype)] if dtype else []
+    full_size.make_lycoris(case.file, case.size, kind, 3, *own)
+    most = len(list(full_size.norms(case.size))) if kind == "norm" else None
+    full_size.make_adapter(case.second, case.size, case.rank, case.rank, 3, most)
+
+
 def make_files(case: Case) -> None:
     """The adapters of a measurement: random numbers in the modules that LoRA-LierLa has."""
     from lora_adapters.convert import Adapter
     from lora_adapters.convert.formats.metadata import DyLora
-    from tests.benchmarks.file_tools import make_adapter
+    from tests.benchmarks.full_size import make_adapter
 
+    if case.case == "turns":
+        make_kind(case)
+        return
     for seed, path in enumerate(path for path in (case.file, case.second) if path is not None):
         if path.exists():
             continue
@@ -99,23 +127,37 @@ def make_files(case: Case) -> None:
             make_adapter(path, case.size, case.rank, None, 1 + seed)
 
 
+def run_live(case: Case, side: str) -> dict[str, Any]:
+    """What live.py prints in a process of its own."""
+    command = [sys.executable, str(HERE / "speed" / "live.py"), case.case, "--side", side]
+    command += ["--size", case.size, "--file", str(case.file)]
+    command += ["--second", str(case.second)] if case.second else []
+    command += ["--number", str(case.number)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {case.name}, {side}: {done.stderr.strip().splitlines()[-1]}")
+    printed: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return printed
+
+
 def measure_live(case: Case, rounds: int) -> dict[str, Any]:
-    """Each side's seconds and MiB (medians), and the median of the rounds' ratios ours / stock."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    """Each side's seconds and MiB (medians), and the median of the rounds' ratios ours / stock.
+
+    Of "turns" the sides are the kind and the LoRA, which take turns in each process.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            command = [sys.executable, str(HERE / "speed" / "live.py"), case.case, "--side", side]
-            command += ["--size", case.size, "--file", str(case.file)]
-            command += ["--second", str(case.second)] if case.second else []
-            command += ["--number", str(case.number)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"error: {case.name}, {side}: {done.stderr.strip().splitlines()[-1]}")
-            found[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    pairs = zip(found["ours"], found["stock"], strict=True)
+        if case.case == "turns":
+            printed = run_live(case, "ours")
+            runs = {"kind": printed["file"], "lora": printed["second"]}
+        else:
+            runs = {side: run_live(case, side) for side in (SIDES if number % 2 == 0 else SIDES[::-1])}
+        for side, run in runs.items():
+            found.setdefault(side, []).append(run)
+    first, second = (found[side] for side in (("kind", "lora") if case.case == "turns" else SIDES))
     return {
         **{side: {key: middle(one.get(key) for one in runs) for key in KEPT} for side, runs in found.items()},
-        "ratio": statistics.median(ours["seconds"] / stock["seconds"] for ours, stock in pairs),
+        "ratio": statistics.median(one["seconds"] / two["seconds"] for one, two in zip(first, second, strict=True)),
         "rounds": rounds,
     }  # fmt: skip
 
@@ -173,6 +215,12 @@ def table(results: Results, out: Path) -> str:
         counts = ours.get("operations"), stock.get("operations")
         cells.append("" if None in counts else f"{counts[0]:.0f}, {counts[1]:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
+    if results.get("kinds"):
+        lines += ["", "Loads of other kinds, in turns with that of a LoRA of rank 16 with as many modules.", ""]
+        lines += ["| | CPU | of the LoRA's | memory | the LoRA's |", "|---|---|---|---|---|"]
+    for name, one in results.get("kinds", {}).items():
+        cells = [name, seconds(one["kind"]["seconds"]), f"{one['ratio']:.2f}", peaks(one["kind"]), peaks(one["lora"])]
+        lines.append(f"| {' | '.join(cells)} |")
     steps = kept_in(out / "training.json")
     if steps:
         lines += [
@@ -200,9 +248,11 @@ def chart(results: Results, out: Path) -> None:
     from matplotlib import pyplot
 
     steps, tools = kept_in(out / "training.json") or [], kept_in(out / "files.json") or {}
+    kinds = results.get("kinds", {})
     panels = [
         (results["live"], lambda axes: bars(axes, ratios(results["live"].items()), "time, ours / diffusers alone")),
         (results["live"], lambda axes: loading(axes, results["live"])),
+        (kinds, lambda axes: bars(axes, ratios(kinds.items()), "time to load / a LoRA with as many modules")),
         (steps, lambda axes: bars(axes, ratios((s["name"], s) for s in steps), "a step / plain PEFT or bare step")),
         (tools, lambda axes: file_tools(axes, tools)),
     ]
@@ -287,13 +337,14 @@ def main() -> None:
     results: Results = kept_in(kept) or {"live": {}}
     results["machine"] = machine()
     if "live" in args.only and not args.report:
-        for case in live_cases(folder, args.sizes, args.ranks):
-            if case.name in results["live"] or (args.cases and not any(word in case.name for word in args.cases)):
+        for case in (*live_cases(folder, args.sizes, args.ranks), *kind_cases(folder, args.sizes)):
+            there = results.setdefault("kinds" if case.case == "turns" else "live", {})
+            if case.name in there or (args.cases and not any(word in case.name for word in args.cases)):
                 continue
             make_files(case)
             if not args.make:
-                results["live"][case.name] = measure_live(case, args.rounds)
-                print(case.name, results["live"][case.name], flush=True)
+                there[case.name] = measure_live(case, args.rounds)
+                print(case.name, there[case.name], flush=True)
                 kept.write_text(json.dumps(results, indent=1))
     if not args.report and not args.make:
         if "training" in args.only:

@@ -1,6 +1,7 @@
 """What the one command writes of its measurements, and that it measures nothing twice."""
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import file_tools
 import peak_memory
 import speed_table
+from speed import live
+
+from lora_adapters import Adapter
+from tests.benchmarks import full_size
 
 STEP = {"name": "sd15: LierLa", "ms": 1237.55, "ratio": 1.0046, "MiB": 323.9}
 LOOP = {"name": "sd15: training loop", "ms": 1748.6, "ratio": 1.033, "MiB": None}
@@ -90,6 +95,99 @@ def test_the_cases_of_a_size(tmp_path) -> None:
     assert "sd15 draw with 8" in names
     assert "sdxl load an eighth adapter, rank 16" in names
     assert not any(name.startswith("sdxl draw") for name in names)
+
+
+LOAD = {"seconds": 0.2, "MiB": 131.2, "anonymous": 66.0}
+
+
+def test_a_kind_is_beside_the_lora_with_as_many_modules(tmp_path) -> None:
+    kinds = {"sd15 load loha": {"kind": LOAD | {"seconds": 0.3}, "lora": LOAD, "ratio": 1.5, "rounds": 3}}
+    lines = speed_table.table({"machine": "this", "live": {}, "kinds": kinds}, tmp_path).splitlines()
+    assert lines[-1] == "| sd15 load loha | 300 ms | 1.50 | 131 MiB, 66 | 131 MiB, 66 |"
+
+
+def test_kinds_are_measured_in_turns_and_once(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def run(case, side):
+        asked.append((case.name, case.second.name, side))
+        return {"file": LOAD | {"seconds": 0.3}, "second": LOAD}
+
+    monkeypatch.setattr(speed_table, "run_live", run)
+    monkeypatch.setattr(speed_table, "make_kind", lambda case: None)
+    monkeypatch.setattr(speed_table, "chart", lambda *_: None)
+    options = [
+        "--out",
+        str(tmp_path),
+        "--only",
+        "live",
+        "--rounds",
+        "1",
+        "--cases",
+        "load norm",
+        "load full in bfloat16",
+    ]
+    monkeypatch.setattr(sys, "argv", ["speed_table.py", *options])
+    speed_table.main()
+    speed_table.main()
+    assert asked == [
+        ("sd15 load full in bfloat16", "sd15-lora-16-all.safetensors", "ours"),
+        ("sd15 load norm", "sd15-lora-16-few.safetensors", "ours"),
+    ]
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["kinds"]["sd15 load norm"]["ratio"] == pytest.approx(1.5)
+    assert not kept["live"]
+
+
+def test_the_files_of_a_kind(tmp_path, monkeypatch) -> None:
+    few = list(full_size.modules("sd15"))[:2]
+    monkeypatch.setattr(full_size, "modules", lambda _: iter(few))
+    found = {}
+    for case in speed_table.kind_cases(tmp_path, ["sd15", "sdxl"]):
+        speed_table.make_files(case)
+        found[case.name.removeprefix("sd15 load ")] = Adapter.load(case.file), Adapter.load(case.second)
+    assert list(found) == list(speed_table.KINDS)
+    assert {name: {one.kind for one in made.modules.values()} for name, (made, _) in found.items()} == {
+        "loha": {"LoHa"},
+        "lokr": {"LoKr"},
+        "dora": {"DoRA"},
+        "full in float16": {"full"},
+        "full in bfloat16": {"full"},
+        "norm": {"norm"},
+    }
+    assert all(made.modules.keys() == lora.modules.keys() for name, (made, lora) in found.items() if name != "norm")
+    for dtype in (torch.float16, torch.bfloat16):
+        made, _ = found[f"full in {str(dtype).removeprefix('torch.')}"]
+        assert {one.diff.dtype for one in made.modules.values()} == {dtype}
+    assert len(found["norm"][0].modules) == 109
+
+
+def test_files_in_turns(tmp_path) -> None:
+    done = []
+    actions = {name: functools.partial(done.append, name) for name in "ab"}
+    found = live.in_turns(actions, lambda: done.append("undo"), 2)
+    assert [one for one in done if one != "undo"] == list("aabbabab")
+    assert {name: len(one.times) for name, one in found.items()} == {"a": 2, "b": 2}
+
+
+def test_merges_of_kinds_have_a_table_of_their_own() -> None:
+    times = {"seconds": 9.0, "anonymous": 400, "peak": 2000, "status": 0}
+    merge = "merge a {} of all layers into the model"
+    results = {
+        f"sd15 {merge.format(kind)}": {"ours": times | {"cpu": cpu}} for kind, cpu in (("lora", 5.0), ("full", 6.0))
+    }
+    lines = file_tools.markdown(results).splitlines()
+    assert lines[-1] == f"| sd15 {merge.format('full')} | 9.0 s | 6.0 s | 400 MB | 2000 MB | 1.20 |"
+    assert sum("merge" in line for line in lines) == 2
+
+
+def test_only_the_adapter_of_a_merge_is_made(tmp_path, monkeypatch) -> None:
+    made: list[str] = []
+    for name in ("make_adapter", "make_lycoris", "make_checkpoint"):
+        monkeypatch.setattr(file_tools, name, lambda path, *_: made.append(path.name))
+    cases = {case.name: case for case in file_tools.cases(tmp_path, "sd15")}
+    file_tools.make_inputs(tmp_path, "sd15", cases["sd15 merge a dora of all layers into the model"].options)
+    assert [name for name in made if "-dora" in name or "-full" in name] == ["sd15-dora.safetensors"]
 
 
 def test_training_is_not_measured_again(tmp_path, monkeypatch) -> None:

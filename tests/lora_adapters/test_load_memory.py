@@ -1,10 +1,12 @@
 """Loading takes the memory of the adapter, once: neither the file's pages nor anything computed stays beside it."""
 
+import copy
 import sys
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
 from torch import nn
 
 from lora_adapters import Adapter
@@ -12,7 +14,7 @@ from lora_adapters.convert import LowRank, ModuleName
 from lora_adapters.convert.deltas import read_module
 from lora_adapters.convert.storage import mapped_pages
 from tests.benchmarks.peak_memory import peak_above_rest
-from tests.benchmarks.speed.pipelines import weightless
+from tests.benchmarks.speed.pipelines import give_weights, weightless
 
 from .conftest import make_pipeline
 
@@ -138,10 +140,11 @@ def difference_of(pipe, name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where a file is mapped is known on Linux alone")
-def test_full_differences_in_the_models_dtype_stay_mapped(tmp_path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_full_differences_stay_mapped(dtype, tmp_path) -> None:
     pipe = wide_pipeline()
     adapter = Adapter(
-        {name: full(layer, torch.float16) for name, layer in linear_layers(pipe).items() if layer.bias is not None}
+        {name: full(layer, dtype) for name, layer in linear_layers(pipe).items() if layer.bias is not None}
     )
     path = adapter.save(tmp_path / "a.safetensors")
     file = path.stat().st_size / MIB
@@ -158,10 +161,10 @@ def test_full_differences_in_the_models_dtype_stay_mapped(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("why", ["dtype", "option", "in memory"])
-def test_they_are_copied_where_they_are_to_be_other_numbers_or_others(why, tmp_path) -> None:
+def test_they_are_copied_where_they_are_wider_or_are_to_be(why, tmp_path) -> None:
     pipe = wide_pipeline()
     name, layer = next((name, layer) for name, layer in linear_layers(pipe).items() if layer.bias is not None)
-    dtype = torch.bfloat16 if why == "dtype" else torch.float16
+    dtype = torch.float32 if why == "dtype" else torch.bfloat16
     path = Adapter({name: full(layer, dtype)}).save(tmp_path / "a.safetensors")
     before = Adapter.load(path).modules[name].diff.clone()
     source = Adapter.load(path) if why == "in memory" else path
@@ -170,3 +173,99 @@ def test_they_are_copied_where_they_are_to_be_other_numbers_or_others(why, tmp_p
         file.seek(path.stat().st_size - before.nbytes)
         file.write(bytes(before.nbytes))
     assert torch.equal(difference_of(pipe, name), before.half())
+
+
+def one_difference(pipe, tmp_path, dtype=torch.bfloat16):
+    """A file with a full difference of one linear layer, the layer's name, and the change."""
+    layer_of = linear_layers(pipe)
+    name = next(name for name, layer in layer_of.items() if layer.bias is not None)
+    change = full(layer_of[name], dtype)
+    return Adapter({name: change}).save(tmp_path / f"{dtype}.safetensors"), name, change
+
+
+def output(pipe, name, inputs):
+    with torch.no_grad():
+        return pipe.unet.get_submodule(name.path)(inputs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a file is mapped is known on Linux alone")
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("model", [torch.float16, torch.float32], ids=str)
+def test_a_difference_in_another_dtype_does_what_its_copy_does(model, weight, tmp_path) -> None:
+    pipe = wide_pipeline()
+    pipe.unet.to(model)
+    path, name, change = one_difference(pipe, tmp_path)
+    inputs = torch.randn(3, pipe.unet.get_submodule(name.path).in_features).to(model)
+    pipe.load_lora_weights(path, adapter_name="a")
+    assert difference_of(pipe, name).dtype == torch.bfloat16
+    assert pipe.unet.dtype == model
+    pipe.set_adapters("a", weight)
+    found = output(pipe, name, inputs)
+    truth = inputs.double() @ (change.diff.double() * weight).T + change.diff_b.double() * weight
+    assert found.dtype == model
+    assert (found - truth).abs().max() <= 8 * torch.finfo(model).eps * truth.abs().max()
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(path, adapter_name="a", low_cpu_mem_usage=False)
+    assert difference_of(pipe, name).dtype == model
+    pipe.set_adapters("a", weight)
+    assert torch.equal(found, output(pipe, name, inputs))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a file is mapped is known on Linux alone")
+def test_a_lora_beside_it_gets_inputs_that_are_not_rounded(tmp_path) -> None:
+    pipe = wide_pipeline()
+    path, name, _ = one_difference(pipe, tmp_path)
+    layer = pipe.unet.get_submodule(name.path)
+    inputs = torch.randn(3, layer.in_features).half()
+    lora = Adapter({name: pair(layer, torch.float16)})
+    pipe.load_lora_weights(path, adapter_name="a")
+    pipe.load_lora_weights(lora.save(tmp_path / "lora.safetensors"), adapter_name="b")
+    outputs = []
+    for names in (["a"], ["b"], ["a", "b"]):
+        pipe.set_adapters(names)
+        outputs.append(output(pipe, name, inputs).double())
+    assert torch.allclose(outputs[2], outputs[0] + outputs[1], rtol=0, atol=2e-3 * outputs[2].abs().max())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a file is mapped is known on Linux alone")
+@pytest.mark.parametrize("how", ["trained", "to", "cast to be trained"])
+def test_it_is_converted_where_it_is_trained_or_the_model_is_converted(how, tmp_path) -> None:
+    pipe = wide_pipeline()
+    path, name, change = one_difference(pipe, tmp_path)
+    pipe.load_lora_weights(path, adapter_name="a")
+    difference, layer = difference_of(pipe, name), pipe.unet.get_submodule(name.path)
+    dtype = torch.float16 if how == "trained" else torch.float32
+    if how == "trained":
+        pipe.unet.train()
+    elif how == "to":
+        layer.to(torch.float32)
+    else:
+        cast_training_params(layer, torch.float32)
+    assert difference_of(pipe, name) is difference  # which an optimizer may have by now
+    assert difference.dtype == layer.lora_A["a"].weight.dtype == dtype
+    assert torch.equal(difference, change.diff.to(dtype))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a file is mapped is known on Linux alone")
+def test_it_is_exchanged_copied_saved_and_fused_with_all_its_digits(tmp_path) -> None:
+    pipe = wide_pipeline()
+    give_weights(pipe.unet)
+    pipe.unet.half()
+    path, name, change = one_difference(pipe, tmp_path)
+    other, _, finer = one_difference(pipe, tmp_path, torch.float16)
+    pipe.load_lora_weights(path, adapter_name="a")
+    state = {key: tensor for key, tensor in pipe.unet.state_dict().items() if ".lora_A.a" in key}
+    assert {key.rpartition(".")[2] for key in state} == {"diff", "diff_b"}
+    saved = Adapter.from_pipeline(pipe, "a").save(tmp_path / "saved.safetensors")
+    assert torch.equal(Adapter.load(saved).modules[name].diff, change.diff)
+    twin = copy.deepcopy(pipe.unet.get_submodule(name.path))
+    assert torch.equal(twin.lora_A["a"].diff, change.diff)
+    before = twin.base_layer.weight.clone()
+    pipe.fuse_lora()
+    fused = pipe.unet.get_submodule(name.path).base_layer.weight
+    assert torch.equal(fused, (before.float() + change.diff.float()).half())
+    pipe.unfuse_lora()
+    assert torch.equal(pipe.unet.get_submodule(name.path).base_layer.weight, before)
+    pipe.load_lora_weights(other, adapter_name="a", hotswap=True)
+    assert difference_of(pipe, name).dtype == torch.float16
+    assert torch.equal(difference_of(pipe, name), finer.diff)

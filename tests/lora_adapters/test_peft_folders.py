@@ -16,7 +16,7 @@ from .golden_outputs import error, outputs
 
 TARGETS = {"target_modules": ["to_q", "to_v", "ff.net.2"]}
 WITH_CONV = {"target_modules": ["to_q", "conv1", "proj_in"]}
-FACTORS = {"IA3": ["ff.net.2"], "IA3, of inputs": TARGETS["target_modules"]}
+FACTORS = {"IA3": ["ff.net.2"], "IA3, of biases too": [], "IA3, of inputs": TARGETS["target_modules"]}
 CONFIGS = {
     "LoHa": lambda: peft.LoHaConfig(r=3, alpha=5, rank_pattern={"to_v": 2}, alpha_pattern={"to_q": 2}, **TARGETS),
     "LoHa, convolutions": lambda: peft.LoHaConfig(r=3, alpha=5, use_effective_conv2d=True, **WITH_CONV),
@@ -34,6 +34,7 @@ CONFIGS = {
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, **TARGETS),
     "BOFT, convolutions": lambda: peft.BOFTConfig(boft_block_size=4, **WITH_CONV),
     "IA3": lambda: peft.IA3Config(feedforward_modules=[], target_modules=["to_q", "to_v"]),
+    "IA3, of biases too": lambda: peft.IA3Config(feedforward_modules=[], **WITH_CONV),
     "IA3, of inputs": lambda: peft.IA3Config(feedforward_modules=WITH_CONV["target_modules"], **WITH_CONV),
     "DoRA": lambda: peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, alpha_pattern={"to_q": 7}, **TARGETS),
     "rsLoRA": lambda: peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, **TARGETS),
@@ -80,8 +81,6 @@ def test_what_is_not_read_is_one_line(pipeline, tmp_path):
     config = json.loads(file.read_text())
     shutil.rmtree(tmp_path / "unet")
     saved(pipe, peft.IA3Config(feedforward_modules=[], **TARGETS), tmp_path)
-    with pytest.raises(AdapterError, match=r"ff\.net\.2 has a bias, which an IA3 of PEFT's scales too"):
-        pipe.load_lora_weights(tmp_path)
     for changes, said in (
         ({"peft_type": "VERA"}, "it holds a VERA adapter of PEFT's, which is not read"),
         ({"bias": "all"}, "trained with bias=all"),
@@ -94,7 +93,7 @@ def test_what_is_not_read_is_one_line(pipeline, tmp_path):
         assert pipe.get_list_adapters() == {}
 
 
-@pytest.mark.parametrize("name", ["IA3", "IA3, of inputs"])
+@pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("spelling", ["unet.{}", "unet.base_model.model.{}", "diffusion_model.{}"])
 def test_raw_factors_in_one_file(name, spelling, pipeline, tmp_path):
     """As a state dict has them, with the adapter's name; a linear layer's shape says which side they are of."""

@@ -2,7 +2,7 @@
 
 A Kronecker product is applied as two small products: (w1 ⊗ w2) x is w1 X w2ᵀ, where X is x as a matrix. The elementwise
 product of two matrices of rank r is a pair of rank r², whose factors have the products of the rows or columns of theirs
-(the Khatri-Rao product; FedPara, arXiv:2108.06098, proposition 1).
+(the Khatri-Rao product; FedPara, arXiv:2108.06098, proposition 1). A full difference is its own only factor.
 """
 
 import math
@@ -12,27 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_adapters.convert.deltas import Hadamard, Kronecker
+from lora_adapters.convert.deltas import Full, Hadamard, Kronecker
 from lora_adapters.convert.deltas.base import Delta
 from lora_adapters.convert.deltas.with_scalar import WithScalar
 
-from .operations import weight_shape
+from .operations import applied, weight_shape
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # products of factors may be too small for float16
 _WORTH = 0.5  # of the multiplications with ΔW
 
 
 def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torch.Tensor | None:
-    """What a linear layer or convolution makes of x with a change in the place of its weight, without a bias.
+    """What a layer makes of x with a change in the place of its weight and bias.
 
     Args:
-        layer: The layer.
+        layer: The layer: of normalisations full differences are applied alone.
         x: (..., in), or (batch, in, height, width).
         change: The change, at its multiplier.
 
     Returns:
         (..., out) or (batch, out, height, width), in x's dtype; None where ΔW has to be made, or is as quick.
     """
+    if isinstance(change, Full):
+        return _full(layer, x, change)
     if x.dtype not in _DTYPES or not _is_plain(layer, x):
         return None
     if isinstance(change, WithScalar):
@@ -43,6 +45,14 @@ def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torc
     if isinstance(change, Hadamard) and change.t1 is None:
         return _hadamard(layer, x, change)
     return None
+
+
+def _full(layer: Any, x: torch.Tensor, change: Full) -> torch.Tensor | None:
+    """With the difference itself, which is not copied where it is in x's dtype; what comes out is multiplied."""
+    weight = None if change.diff is None else change.diff.to(x.dtype).reshape(weight_shape(layer))
+    bias = None if change.diff_b is None else change.diff_b.to(x.dtype)
+    made = applied(layer, x, weight, bias)
+    return made if change.multiplier == 1 else made * change.multiplier
 
 
 def _is_plain(layer: Any, x: torch.Tensor) -> bool:

@@ -109,7 +109,7 @@ def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
     return weights if isinstance(weights, DeltaWeights) else None
 
 
-def hold(layer: Any, adapter_name: str, change: Delta) -> None:
+def hold(layer: Any, adapter_name: str, change: Delta, dtype: torch.dtype | None = None) -> None:
     """Make an adapter be a change of any kind in a LoRA layer, in the place of its factors there.
 
     The tensors of the change become parameters that are trained where the factors before were. To train a new adapter,
@@ -121,10 +121,11 @@ def hold(layer: Any, adapter_name: str, change: Delta) -> None:
         layer: A LoRA layer that has the adapter: PEFT's for a linear layer or convolution, `NormLayer`.
         adapter_name: The adapter's name.
         change: Its change, which fits the layer's weight, on the device and in the dtype that it is to have.
+        dtype: The model's, where tensors of the change may wait in another (see `DeltaWeights`).
     """
     trained = [parameter.requires_grad for parameter in layer.lora_A[adapter_name].parameters()]
-    weights = DeltaWeights(change).requires_grad_(all(trained))
-    weights.train(layer.training)
+    weights = DeltaWeights(change, dtype).requires_grad_(all(trained))
+    weights.training = layer.training  # as PEFT leaves new layers, also of models that nobody trains
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = weights, nn.Identity()
     layer.lora_variant[adapter_name] = DeltaVariant()
     layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = 1, 1.0, 1.0

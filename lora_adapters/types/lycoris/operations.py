@@ -61,6 +61,13 @@ def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
     return weight
 
 
+def base_bias(layer: Any) -> torch.Tensor:
+    """A copy of the bias of a layer that has one, on the CPU, also of one that is offloaded."""
+    with align_module_device(layer):
+        copy: torch.Tensor = layer.bias.detach().to("cpu", copy=True)
+    return copy
+
+
 def _dequantised(layer: Any) -> torch.Tensor:
     """The weight in numbers. The layer keeps its own: PEFT puts a copy there, without the scales of 8-bit layers."""
     own = layer._parameters.get("weight")

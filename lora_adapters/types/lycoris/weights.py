@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from lora_adapters.convert.deltas.base import Delta, with_tensors
 
@@ -19,9 +20,18 @@ class DeltaWeights(nn.Module):
 
     What is needed of the parameters is computed in `forward`, so that hooks on this module (offloading, sharding) see
     it.
+
+    A large tensor may stay in its file's dtype, where the file is mapped and the model has another dtype that takes as
+    many bytes or more: it is converted at each use, layer by layer, for as long as nobody trains or exchanges it.
+
+    Args:
+        change: The change.
+        dtype: The model's; None: no tensor waits.
     """
 
-    def __init__(self, change: Delta):
+    model_like: torch.Tensor | None
+
+    def __init__(self, change: Delta, dtype: torch.dtype | None = None):
         super().__init__()
 
         def take(name: str, tensor: torch.Tensor) -> nn.Parameter:
@@ -29,6 +39,9 @@ class DeltaWeights(nn.Module):
             return parameter
 
         self._keep(with_tensors(change, take))
+        waits = dtype is not None and any(_waits(tensor, dtype) for tensor in self._tensors if tensor is not None)
+        # A buffer, so that it is converted with the model, by `to` and others.
+        self.register_buffer("model_like", torch.empty(0, dtype=dtype) if waits else None, persistent=False)
         self._largest = max(self._parameters, key=lambda name: self.get_parameter(name).numel())
 
     def _keep(self, change: Delta) -> None:
@@ -37,8 +50,27 @@ class DeltaWeights(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The largest tensor: by this name PEFT asks a layer's factor for its dtype and device."""
-        return self.get_parameter(self._largest)
+        """The largest tensor: by this name PEFT asks a layer's factor for its dtype and device.
+
+        Where it waits in another dtype, one that takes no memory, in the model's: PEFT would round the inputs to its.
+        """
+        largest = self.get_parameter(self._largest)
+        if self._waits(largest):
+            assert self.model_like is not None
+            return largest.new_empty((), dtype=self.model_like.dtype).expand(largest.shape)
+        return largest
+
+    def _waits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in its file's dtype yet."""
+        return self.model_like is not None and _waits(tensor, self.model_like.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of all modules; what is trained is in the model's dtype."""
+        for parameter in self._parameters.values():
+            if mode and parameter is not None and self._waits(parameter):
+                assert self.model_like is not None
+                parameter.data = parameter.data.to(self.model_like.dtype)
+        return super().train(mode)
 
     @property
     def change(self) -> Delta:
@@ -72,6 +104,9 @@ class DeltaWeights(nn.Module):
         with_tensors(change, lambda name, tensor: new.setdefault(name, tensor))
         for name, parameter in self._parameters.items():
             assert parameter is not None
+            if self._waits(parameter):  # in a dtype that might be too coarse for the new numbers
+                assert self.model_like is not None
+                parameter.data = torch.empty_like(parameter, dtype=self.model_like.dtype)
             parameter.copy_(new[name])
         self._keep(with_tensors(change, lambda name, _: self.get_parameter(name)))
 
@@ -106,6 +141,11 @@ class DeltaWeights(nn.Module):
             return None, change.bias(dtype)
         weight = change.delta(base_weight, dtype) if change.needs_base else change.delta(dtype=dtype).reshape(shape)
         return weight, change.bias(dtype)
+
+
+def _waits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is in another dtype than a model's and no wider; a wider one was made so to be trained."""
+    return tensor.dtype != dtype and tensor.element_size() <= dtype.itemsize
 
 
 def _shapes(change: Delta) -> Any:

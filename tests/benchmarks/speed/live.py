@@ -3,10 +3,11 @@
 
 usage: live.py CASE --side ours|stock --size sd15|sdxl|flux --file ADAPTER [--second ADAPTER] [--number N] [--repeat N]
 
-CASE is one of: load (with N adapters there already), set_adapters (which are active, and their weights), weights (of
-active adapters, again and again), rank, draw (one call of the U-Net with N adapters active), fuse, unfuse (of N
-adapters). "stock" is diffusers without this package. Times are CPU seconds of the process with one thread, about what
-it takes on a machine with nothing else to do; `wall` is what it took on this one.
+CASE is one of: load (with N adapters there already), turns (load the file and the second one in turns), set_adapters
+(which are active, and their weights), weights (of active adapters, again and again), rank, draw (one call of the U-Net
+with N adapters active), fuse, unfuse (of N adapters). "stock" is diffusers without this package. Times are CPU seconds
+of the process with one thread, about what it takes on a machine with nothing else to do; `wall` is what it took on this
+one. Of turns the line has both files' by the names of their options.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,19 +49,26 @@ def timed(action: Callable[[], Any], undo: Callable[[], Any], repeat: int) -> Me
 
     The first imports what it needs, and is not counted.
     """
-    action()
-    undo()
-    gc.collect()
-    memory = peaks_above_rest(action)
-    undo()
-    found = []
-    for _ in range(repeat):
-        gc.collect()
-        start, cpu = time.perf_counter(), time.process_time()
+    return in_turns({"": action}, undo, repeat)[""]
+
+
+def in_turns(actions: dict[str, Callable[[], Any]], undo: Callable[[], Any], repeat: int) -> dict[str, Measured]:
+    """As `timed`, of several actions that take turns, by their names."""
+    memory, times = {}, {name: [] for name in actions}
+    for name, action in actions.items():
         action()
-        found.append((time.process_time() - cpu, time.perf_counter() - start))
         undo()
-    return Measured(found, memory)
+        gc.collect()
+        memory[name] = peaks_above_rest(action)
+        undo()
+    for _ in range(repeat):
+        for name, action in actions.items():
+            gc.collect()
+            start, cpu = time.perf_counter(), time.process_time()
+            action()
+            times[name].append((time.process_time() - cpu, time.perf_counter() - start))
+            undo()
+    return {name: Measured(times[name], memory[name]) for name in actions}
 
 
 def nothing() -> None:
@@ -89,6 +98,12 @@ def load(pipe: Any, args: argparse.Namespace) -> Measured:
     several(pipe, args)
     undo = (lambda: pipe.delete_adapters("a")) if args.number else pipe.unload_lora_weights
     return timed(lambda: pipe.load_lora_weights(args.file, adapter_name="a"), undo, args.repeat)
+
+
+def turns(pipe: Any, args: argparse.Namespace) -> dict[str, Measured]:
+    """`pipe.load_lora_weights` of two files in turns."""
+    loads = {name: partial(pipe.load_lora_weights, getattr(args, name)) for name in ("file", "second")}
+    return in_turns(loads, pipe.unload_lora_weights, args.repeat)
 
 
 def set_adapters(pipe: Any, args: argparse.Namespace) -> Measured:
@@ -160,6 +175,7 @@ def rank(pipe: Any, args: argparse.Namespace) -> Measured:
 
 CASES = {
     "load": load,
+    "turns": turns,
     "set_adapters": set_adapters,
     "weights": weights,
     "rank": rank,
@@ -167,6 +183,18 @@ CASES = {
     "fuse": fuse,
     "unfuse": unfuse,
 }
+
+
+def medians(found: Measured) -> dict[str, float | int | None]:
+    """What is printed of a measurement."""
+    cpu, wall = (statistics.median(column) for column in zip(*found.times, strict=True))
+    return {
+        "seconds": cpu,
+        "wall": wall,
+        "MiB": found.memory.resident,
+        "anonymous": found.memory.anonymous,
+        "operations": found.operations,
+    }
 
 
 def main() -> None:
@@ -187,19 +215,8 @@ def main() -> None:
     pipe = pipeline(args.size)
     found = CASES[args.case](pipe, args)
     assert ("lora_adapters" in sys.modules) == (args.side == "ours")
-    cpu, wall = (statistics.median(column) for column in zip(*found.times, strict=True))
-    peak = found.memory
-    print(
-        json.dumps(
-            {
-                "seconds": cpu,
-                "wall": wall,
-                "MiB": peak.resident,
-                "anonymous": peak.anonymous,
-                "operations": found.operations,
-            }
-        )
-    )
+    line = {name: medians(one) for name, one in found.items()} if isinstance(found, dict) else medians(found)
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from lora_adapters.convert import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.deltas import BOFT, IA3, OFT, DoRA, Full, GLoRA, Hadamard, Kronecker, Norm, Tucker, WithBias
+from lora_adapters.convert.deltas.combined import Combination
 from lora_adapters.convert.families.names import bias_of
+from lora_adapters.convert.models.merging import merge_into_model
 from lora_adapters.convert.storage.checkpoint import Checkpoint
+from lora_adapters.convert.tools.combining import put_together
 from tests.convert.checkpoints import original
 from tests.convert.scripts import SD15, delta_distance, fails, run
 
@@ -285,20 +288,63 @@ def test_skip_unknown_leaves_out_modules_of_other_kinds(sd1, tmp_path, capsys):
     assert "lora_unet_strange_norm" in said
 
 
-def test_factors_that_scale_biases_too(tmp_path):
-    """PEFT's IA3 of output channels: exact in a layer without a bias, refused in one with."""
+@pytest.mark.parametrize("how", ["merge", "a sum", "ties", "beside a change of the bias"])
+@pytest.mark.parametrize("path", [f"{ATTENTION}.to_q", "mid_block.attentions.0.proj_in"], ids=["plain", "biased"])
+def test_factors_that_scale_biases_too(path, how, tmp_path):
+    """PEFT's IA3 of output channels, in a layer without a bias and in one with."""
+    save_file(original("sd1"), tmp_path / "model.safetensors")
+    checkpoint, module = Checkpoint.open(tmp_path / "model.safetensors"), ModuleName("unet", path)
+    known = checkpoint.parameters
+    weight = checkpoint.weight(module, known[module]).float()
+    factors, more = 1 + numbers(len(weight), 1), numbers(len(weight))
+    beside = how == "beside a change of the bias"
+    change = WithBias(IA3.of_peft(factors).scaled(0.5), more, 3.0) if beside else IA3.of_peft(factors)
+    adapters, weights = {"a": Adapter({module: change})}, [0.7]
+    if how == "a sum":
+        adapters, weights = adapters | {"b": adapters["a"]}, [0.3, 0.4]
+    if how == "ties":
+        adapters, weights = {"a": put_together(adapters, weights, Combination("ties", 1.0))}, [1.0]
+    given = checkpoint, tmp_path / "out.safetensors", [*adapters.values()], weights
+    bias = bias_of(module)
+    if beside and bias not in known:
+        with pytest.raises(AdapterError, match=f"changes {bias}, which .* does not have"):
+            merge_into_model(*given)
+        return
+    done = Checkpoint.open(merge_into_model(*given))
+    scale = (factors.flatten() - 1) * (0.35 if beside else 0.7)
+    found = done.weight(module, done.parameters[module]).float()
+    torch.testing.assert_close(found, weight * (1 + scale).reshape(-1, *[1] * (weight.ndim - 1)))
+    if bias in known:
+        expected = checkpoint.weight(bias, known[bias]).float() * (1 + scale) + (2.1 * more if beside else 0)
+        torch.testing.assert_close(done.weight(bias, done.parameters[bias]).float(), expected)
+
+
+@pytest.mark.parametrize("command", ["convert", "resize", "svd-merge"])
+def test_pairs_of_kinds_that_depend_on_the_models_weights(command, tmp_path, capsys):
+    """Of full rank, from the model's weights, they are the change itself; what they cannot hold is said."""
     save_file(original("sd1"), tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path / "model.safetensors")
     known = checkpoint.parameters
-    plain, biased = ModuleName("unet", f"{ATTENTION}.to_q"), ModuleName("unet", "mid_block.attentions.0.proj_in")
-    weight = checkpoint.weight(plain, known[plain]).float()
-    change = IA3.of_peft(1 + numbers(len(weight), 1))
-    merged = Adapter({plain: change}).merge_into(checkpoint.path, tmp_path / "out.safetensors")
-    done = Checkpoint.open(merged)
-    torch.testing.assert_close(
-        done.weight(plain, done.parameters[plain]).float(), weight * (1 + change.vector[:, None])
-    )
-    wrong = IA3.of_peft(torch.ones(len(checkpoint.weight(biased, known[biased])), 1))
-    with pytest.raises(AdapterError, match=r"proj_in has a bias, which an IA3 of PEFT's scales too"):
-        Adapter({biased: wrong}).merge_into(checkpoint.path, tmp_path / "none.safetensors")
-    assert not (tmp_path / "none.safetensors").exists()
+    query, key = (ModuleName("unet", f"{ATTENTION}.{name}") for name in ("to_q", "to_k"))
+    biased = ModuleName("unet", "mid_block.attentions.0.proj_in")
+    weights = {module: checkpoint.weight(module, known[module]).float() for module in (query, key, biased)}
+    made = {
+        query: DoRA(pair(*weights[query].shape), 1 + numbers(len(weights[query]), 1).abs()),
+        key: IA3.of_peft(1 + numbers(len(weights[key]), 1)),
+        biased: IA3.of_peft(1 + numbers(len(weights[biased]), 1)),
+    }
+    out = tmp_path / "out.safetensors"
+    words = [
+        command,
+        "--models" if command == "svd-merge" else "--model",
+        Adapter(made).save(tmp_path / "a.safetensors"),
+    ]
+    words += ["--save_to", out, *(["--to", "lora", "--rank"] if command == "convert" else ["--new_rank"]), 64]
+    assert "depends on the model's weight" in fails(capsys, *words)
+    assert not out.exists()
+    said = run(capsys, *words, "--sd_model", checkpoint.path)
+    assert f"1 modules left out, which low-rank pairs cannot hold:\n  {biased}.bias\n" in said
+    pairs = Adapter.load(out).modules
+    for module, change in made.items():
+        wanted = change.delta(weights[module])
+        torch.testing.assert_close(pairs[module].delta(weights[module]), wanted, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,43 @@
+"""Changes that scale a layer's bias, as PEFT's IA3 of output channels does: what they are for a given bias."""
+
+from dataclasses import replace
+
+import torch
+
+from .base import Delta
+from .full import WithBias
+from .ia3 import IA3
+from .sum import Sum
+
+
+def scales_bias(change: Delta) -> bool:
+    """Whether it scales the bias of its layer, where that has one."""
+    if isinstance(change, Sum):
+        return any(map(scales_bias, change.parts))
+    if isinstance(change, WithBias):
+        return scales_bias(change.change)
+    return isinstance(change, IA3) and change.scales_bias
+
+
+def with_base_bias(change: Delta, bias: torch.Tensor) -> Delta:
+    """The same change for a layer with this bias: what it scales of it, it adds.
+
+    Args:
+        change: A change that fits the layer's weight.
+        bias: The layer's bias, (out,).
+
+    Returns:
+        A change that scales no bias; the same one if it did not.
+    """
+    if not scales_bias(change):
+        return change
+    if isinstance(change, Sum):
+        return replace(change, parts=tuple(with_base_bias(part, bias) for part in change.parts))
+    if isinstance(change, WithBias):
+        scaled = with_base_bias(change.change, bias)
+        assert isinstance(scaled, WithBias)
+        return WithBias(scaled.change, change.bias() + scaled.bias())
+    assert isinstance(change, IA3)
+    vector = change.vector.flatten()
+    added = vector.float() * bias.to(vector.device, torch.float32)
+    return WithBias(replace(change, scales_bias=False), added, change.multiplier)
