@@ -27,6 +27,7 @@ from .target_modules import RankAlpha
 from .tuner import inject_at
 
 D = TypeVar("D", bound=Delta)
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32)  # the dtypes of adapters
 
 
 def unwrapped(model: Any) -> Any:
@@ -121,7 +122,19 @@ def _shaped_like(change: Any, layer: nn.Module) -> Any:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     dtype = getattr(model, "dtype", torch.float32)
-    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    return dtype if dtype in _COMPUTED else torch.float32
+
+
+def _dtype_in(base: nn.Module, of_model: torch.dtype) -> torch.dtype:
+    """The dtype of an adapter in a layer: the layer's own, which models may keep at float32 for its range (T5's `wo`).
+
+    A layer that is stored in another dtype than it computes in (quantised, or cast by diffusers) takes the one that it
+    computes in, as far as it says so.
+    """
+    hooks: Any = getattr(base, "_diffusers_hook", None)
+    casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+    dtype = base.weight.dtype if casting is None else casting.compute_dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype in _COMPUTED else of_model
 
 
 def place(
@@ -132,7 +145,7 @@ def place(
     low_cpu_mem_usage: bool = True,
     pages: MappedPages | None = None,
 ) -> None:
-    """Add changes to a model as an adapter, in the model's dtype and on its device.
+    """Add changes to a model as an adapter, in the dtypes of its layers and on their devices.
 
     Args:
         model: The model.
@@ -159,7 +172,7 @@ def _place(
     low_cpu_mem_usage: bool,
     pages: MappedPages,
 ) -> None:
-    dtype, nothing = _dtype(model), torch.empty(0)
+    of_model, nothing = _dtype(model), torch.empty(0)
     ranks = {path: change if isinstance(change, LowRank) else RankAlpha(1, 1.0) for path, change in matched.items()}
     if any(not isinstance(change, LowRank) for change in matched.values()):
         facts = {"type": LYCORIS.name}
@@ -171,7 +184,8 @@ def _place(
         )
     left = dict(matched)
     for path, layer in layers(model, adapter_name):
-        device, change = layer.get_base_layer().weight.device, left.pop(path)
+        base, change = layer.get_base_layer(), left.pop(path)
+        device, dtype = base.weight.device, _dtype_in(base, of_model)
         device = torch.device("cpu") if device.type == "meta" else device
         if isinstance(change, LowRank):
             put(layer, adapter_name, change, device, dtype)

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from diffusers.hooks import apply_layerwise_casting
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from lora_adapters import Adapter, AdapterError, LierLaConfig, set_rank
@@ -132,6 +134,29 @@ def test_half_precision(pipeline):
     pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors")
     kinds = {p.dtype for model in (pipe.unet, pipe.text_encoder) for p in model.parameters()}
     assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("of_model", "of_layer"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_each_layer_has_the_dtype_that_it_computes_in(of_model, of_layer, pipeline):
+    """Also where one part of the model, the first, is kept more precise than the others, or less."""
+    pipe = pipeline().to(of_model)
+    for part in (pipe.unet.conv_in, pipe.unet.time_embedding, pipe.unet.mid_block):
+        part.to(of_layer)
+    pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors", adapter_name="a")
+    layers = [layer for layer in pipe.unet.modules() if isinstance(layer, LoraLayer)]
+    assert {layer.base_layer.weight.dtype for layer in layers} == {of_model, of_layer}
+    for layer in layers:
+        factors = (layer.lora_A["a"].weight, layer.lora_B["a"].weight)
+        assert {factor.dtype for factor in factors} == {layer.base_layer.weight.dtype}
+
+
+def test_layers_stored_in_eight_bits_have_the_dtype_that_they_are_cast_to(pipeline):
+    pipe = pipeline()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    apply_layerwise_casting(pipe.text_encoder, torch.float8_e4m3fn, torch.bfloat16)  # a model that says float8
+    pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors")
+    for model in (pipe.unet, pipe.text_encoder):
+        assert {value.dtype for key, value in model.named_parameters() if ".lora_" in key} == {torch.bfloat16}
 
 
 def test_save_lora_weights_and_back(pipeline, tmp_path):
