@@ -27,14 +27,17 @@ from .target_modules import RankAlpha
 from .tuner import inject_at
 
 D = TypeVar("D", bound=Delta)
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _COMPUTED = (torch.float16, torch.bfloat16, torch.float32)  # the dtypes of adapters
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of the wrappers of torch.compile and PEFT, which rename its modules."""
+    """The model inside of the wrappers of torch.compile, PEFT and parallel training, which rename its modules."""
     while isinstance(model, nn.Module):
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
+        elif isinstance(model, PARALLEL):
+            model = model.module
         elif isinstance(model, PeftModel):
             model = model.get_base_model()
         elif isinstance(model, PeftMixedModel):

@@ -225,6 +225,17 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     return placed
 
 
+def _check_unwrapped(pipe: Any, components: Iterable[str]) -> None:
+    """AdapterError if a component is wrapped for parallel training, where diffusers would not find adapters again."""
+    for component in components:
+        part = getattr(pipe, component)
+        if isinstance(part, injection.PARALLEL):
+            raise AdapterError(
+                f"the {component} is in a {type(part).__name__}, in which set_adapters and unload_lora_weights find no "
+                f"adapters: load with pipe.{component} = pipe.{component}.module"
+            )
+
+
 def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
     """AdapterError if a component has an adapter of that name."""
     present = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
@@ -242,6 +253,7 @@ def _load(
     pages: MappedPages | None = None,
 ) -> None:
     matched = _by_component(pipe, adapter, strict)
+    _check_unwrapped(pipe, matched)
     models, facts = adaptable_models(pipe), facts_of_metadata(adapter.metadata)
     adapter_name = adapter_name or default_name(pipe)
     tokens = token_embeddings.planned(pipe, models, adapter.embeddings, adapter_name if hotswap else None)

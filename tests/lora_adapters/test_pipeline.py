@@ -9,7 +9,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from lora_adapters import Adapter, AdapterError, LierLaConfig, set_rank
+from lora_adapters import Adapter, AdapterError, LierLaConfig, add_adapter, set_rank
 from lora_adapters.types.dylora.rank_controller import controllers
 
 from .conftest import GOLDEN, expected
@@ -253,6 +253,29 @@ def test_wrapped_models_give_an_adapter_that_opens_again(mixed, wrap, pipeline, 
     assert Adapter.from_pipeline(plain, "a").modules.keys() == Adapter.load(file).modules.keys()
     pipe.unet = wrapped["unet"]
     assert Adapter.from_pipeline(pipe).modules.keys() == Adapter.load(file).modules.keys()
+
+
+def test_models_in_parallel_training_are_saved_whole_and_loaded_into_when_they_are_out_of_it(pipeline):
+    """Their part must not be left out of the adapter: the text encoder's alone would be saved without a word."""
+    pipe = pipeline()
+    for part in (pipe.unet, pipe.text_encoder):
+        add_adapter(part, LierLaConfig(r=2), "a")
+    modules = Adapter.from_pipeline(pipe, "a").modules
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel):
+            wrapped = {"unet": wrap(pipe.unet), "text_encoder": pipe.text_encoder}
+            assert Adapter.from_models(wrapped, "a").modules.keys() == modules.keys()
+            pipe.unet, inner = wrapped["unet"], pipe.unet
+            assert Adapter.from_pipeline(pipe, "a").modules.keys() == modules.keys()
+            with pytest.raises(
+                AdapterError, match=rf"the unet is in a {wrap.__name__}, .* pipe.unet = pipe.unet.module$"
+            ):
+                pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors", adapter_name="b")
+            assert set(pipe.text_encoder.peft_config) == {"a"}
+            pipe.unet = inner
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("sd15", "sd"), ("sdxl", "sdxl")])
