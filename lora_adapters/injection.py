@@ -28,7 +28,7 @@ from .tuner import inject_at
 
 D = TypeVar("D", bound=Delta)
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_COMPUTED = (torch.float16, torch.bfloat16, torch.float32)  # the dtypes of adapters
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes of adapters
 
 
 def unwrapped(model: Any) -> Any:
@@ -211,7 +211,7 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
 
     def copied(name: str, tensor: torch.Tensor) -> torch.Tensor:
         precise = tensor.numel() == max(tensor.shape, default=1)
-        wanted = torch.float32 if precise else dtype
+        wanted = torch.promote_types(dtype, torch.float32) if precise else dtype
         ready = tensor.device == device and tensor.dtype == wanted and tensor.is_contiguous()
         if mapped and ready and name.endswith("diff") and pages.holds(tensor):
             return tensor

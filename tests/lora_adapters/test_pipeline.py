@@ -136,7 +136,10 @@ def test_half_precision(pipeline):
     assert kinds == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("of_model", "of_layer"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("of_model", "of_layer"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float32)],
+)
 def test_each_layer_has_the_dtype_that_it_computes_in(of_model, of_layer, pipeline):
     """Also where one part of the model, the first, is kept more precise than the others, or less."""
     pipe = pipeline().to(of_model)
