@@ -15,7 +15,7 @@ from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
 from lora_adapters.convert.storage.mapped_pages import MappedPages
-from lora_adapters.types.layers import HELD, layers, put, width
+from lora_adapters.types.layers import HELD, factors, layers, put, width
 from lora_adapters.types.lycoris import operations
 from lora_adapters.types.lycoris.config import TYPE as LYCORIS
 from lora_adapters.types.lycoris.layer import hold
@@ -220,6 +220,15 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
         return copy
 
     return with_tensors(change, copied)
+
+
+def freeze(model: Any, adapter_name: str) -> None:
+    """Leave an adapter out of training, and the model's dropouts, as transformers' `load_adapter` does."""
+    model.eval()
+    model.peft_config[adapter_name].inference_mode = True
+    for _, layer in layers(model, adapter_name):
+        for factor in factors(layer, adapter_name):
+            factor.requires_grad_(False)
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:

@@ -272,6 +272,8 @@ def _load(
         try:
             for component, modules in matched.items():
                 injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage, pages)
+                if injection.is_text_encoder(component):
+                    injection.freeze(models[component], adapter_name)
                 swapping.prepare(models[component], adapter_name)
             token_embeddings.place(pipe, models, tokens, adapter_name)
         except BaseException:

@@ -258,6 +258,22 @@ def test_wrapped_models_give_an_adapter_that_opens_again(mixed, wrap, pipeline, 
     assert Adapter.from_pipeline(pipe).modules.keys() == Adapter.load(file).modules.keys()
 
 
+@pytest.mark.parametrize("file", ["c3lier", "dylora"])
+def test_what_is_trained_after_a_load_is_what_diffusers_and_transformers_leave(file, pipeline):
+    """The U-Net's adapter can be trained, a text encoder's is for inference until it is activated again."""
+    pipe = pipeline()
+    pipe.unet.train()
+    pipe.text_encoder.train()
+    pipe.load_lora_weights(GOLDEN / "sd15" / f"{file}.safetensors", adapter_name="a")
+    for model, trained in ((pipe.unet, True), (pipe.text_encoder, False)):
+        factors = [value for key, value in model.named_parameters() if ".lora_" in key]
+        assert {factor.requires_grad for factor in factors} == {trained}
+        assert model.peft_config["a"].inference_mode is not trained
+        assert model.training is trained
+    pipe.set_adapters("a")
+    assert all(value.requires_grad for key, value in pipe.text_encoder.named_parameters() if ".lora_" in key)
+
+
 def test_models_in_parallel_training_are_saved_whole_and_loaded_into_when_they_are_out_of_it(pipeline):
     """Their part must not be left out of the adapter: the text encoder's alone would be saved without a word."""
     pipe = pipeline()
