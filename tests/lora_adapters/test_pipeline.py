@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from lora_adapters import Adapter, AdapterError, LierLaConfig, add_adapter, set_rank
+from lora_adapters.convert.storage.hub_errors import HubError
 from lora_adapters.types.dylora.rank_controller import controllers
 
 from .conftest import GOLDEN, expected
@@ -58,6 +59,22 @@ def test_sources(source, pipeline, tmp_path):
         }[source]()
         pipe.load_lora_weights(given, adapter_name="a", low_cpu_mem_usage=source != "not low")
     assert error(outputs(pipe, golden), wanted("sd15", file.stem, "1.0"), base) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("nowhere.safetensors", {}, "nowhere.safetensors does not exist"),
+        (str(GOLDEN), {"weight_name": "a.safetensors"}, "has no file a.safetensors"),
+        ("me/x", {"local_files_only": True}, "me/x"),
+    ],
+)
+def test_what_is_not_there_is_the_error_that_diffusers_raises_too(source, options, message, pipeline):
+    """Programs that try one place after another catch an OSError."""
+    with pytest.raises(AdapterError, match=message) as caught:
+        pipeline().load_lora_weights(source, **options)
+    assert isinstance(caught.value, OSError)
+    assert isinstance(caught.value, HubError) == (source == "me/x")
 
 
 def test_unload_leaves_every_tensor_as_it_was(pipeline):
