@@ -106,7 +106,7 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
             f"{name} is a {type(layer).__name__}, which cannot be changed by {with_article(change.kind)}"
         )
     if getattr(layer, "bias", None) is None and change.bias() is not None:
-        raise AdapterError(f"{name} has no bias, which the adapter changes")
+        raise UnknownFormatError(f"{name} has no bias, which the adapter changes")  # PEFT can add one there
     if getattr(layer, "bias", None) is not None and getattr(change, "scales_bias", False):
         raise AdapterError(f"{name} has a bias, which an IA3 of PEFT's scales too: that is not read")
     if getattr(layer, "weight", None) is None:
