@@ -7,6 +7,7 @@ import torch
 
 from lora_adapters import Adapter, AdapterError, DyLoraConfig, set_rank
 
+from .conftest import needs_groups
 from .pipelines import KINDS, adapter, architecture, by_hand, make, models, picture, state
 
 pytestmark = pytest.mark.slow
@@ -146,7 +147,7 @@ def offloaded(pipe, how) -> None:
 
 
 @pytest.mark.parametrize("kind", TEXT_TO_IMAGE)
-@pytest.mark.parametrize("how", ["model", "group"])
+@pytest.mark.parametrize("how", ["model", pytest.param("group", marks=needs_groups)])
 def test_offloaded_before_or_after(how, kind, folder, tmp_path) -> None:
     style, dial = both(folder, kind)
     pipe = make(kind, folder)

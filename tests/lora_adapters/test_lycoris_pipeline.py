@@ -15,7 +15,7 @@ from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.types.layers import layers
 from lora_adapters.types.lycoris.layer import held
 
-from .conftest import GOLDEN, expected
+from .conftest import GOLDEN, expected, needs_groups
 from .golden_outputs import error, outputs
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
@@ -331,6 +331,7 @@ def test_a_load_that_fails_leaves_what_is_fused(pipeline, monkeypatch):
     assert error(outputs(pipe, golden), fused, base) < 1e-6
 
 
+@needs_groups
 @pytest.mark.parametrize("first", ["offloaded", "loaded"])
 @pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"},
                                     {"offload_type": "block_level", "num_blocks_per_group": 1}])  # fmt: skip
