@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -102,10 +103,12 @@ def _pattern_of(base: nn.Module) -> _Pattern | None:
 def _made(kind: type, *shape: Any, **options: Any) -> _Pattern:
     """Let PEFT make a layer of that shape."""
     holder = nn.Module()
-    holder.layer = kind(*shape, **options, device="meta")
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
     config._register_custom_module(dict.fromkeys(NORMS, NormLayer))
-    inject_adapter_in_model(config, holder, adapter_name=_PATTERN, low_cpu_mem_usage=True)
+    # Not by PEFT's low_cpu_mem_usage, which patches torch.nn.Module for all threads.
+    with torch.device("meta"):
+        holder.layer = kind(*shape, **options)
+        inject_adapter_in_model(config, holder, adapter_name=_PATTERN, low_cpu_mem_usage=False)
     layer: Any = holder.layer
     # Not all are in `adapter_layer_names` and `other_param_names`: some versions leave out `lora_bias` and `use_dora`.
     attributes = {**vars(layer), **layer._modules}
@@ -126,7 +129,8 @@ def _keeps_gradients() -> bool:
         config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
         with warnings.catch_warnings():  # that there is one already
             warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, holder, adapter_name=name, low_cpu_mem_usage=True)
+            with torch.device("meta"):
+                inject_adapter_in_model(config, holder, adapter_name=name, low_cpu_mem_usage=False)
     return all(parameter.requires_grad for parameter in holder.layer.lora_A["first"].parameters())
 
 

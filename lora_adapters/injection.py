@@ -16,7 +16,7 @@ from lora_adapters.convert.deltas.scaled_bias import scales_bias, with_base_bias
 from lora_adapters.convert.errors import AdapterError, UnknownFormatError
 from lora_adapters.convert.families.names import ModuleName, nearest, text_path
 from lora_adapters.convert.storage.mapped_pages import MappedPages
-from lora_adapters.types.layers import HELD, layers, put, width
+from lora_adapters.types.layers import HELD, factors, layers, put, width
 from lora_adapters.types.lycoris import operations
 from lora_adapters.types.lycoris.config import TYPE as LYCORIS
 from lora_adapters.types.lycoris.layer import hold
@@ -28,13 +28,17 @@ from .target_modules import RankAlpha
 from .tuner import inject_at
 
 D = TypeVar("D", bound=Delta)
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes of adapters
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of the wrappers of torch.compile and PEFT, which rename its modules."""
+    """The model inside of the wrappers of torch.compile, PEFT and parallel training, which rename its modules."""
     while isinstance(model, nn.Module):
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
+        elif isinstance(model, PARALLEL):
+            model = model.module
         elif isinstance(model, PeftModel):
             model = model.get_base_model()
         elif isinstance(model, PeftMixedModel):
@@ -103,7 +107,13 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
             f"{name} is a {type(layer).__name__}, which cannot be changed by {with_article(change.kind)}"
         )
     if getattr(layer, "bias", None) is None and change.bias() is not None:
+<<<<<<< HEAD
         raise AdapterError(f"{name} has no bias, which the adapter changes")
+=======
+        raise UnknownFormatError(f"{name} has no bias, which the adapter changes")  # PEFT can add one there
+    if getattr(layer, "bias", None) is not None and getattr(change, "scales_bias", False):
+        raise AdapterError(f"{name} has a bias, which an IA3 of PEFT's scales too: that is not read")
+>>>>>>> live
     if getattr(layer, "weight", None) is None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 
@@ -120,7 +130,19 @@ def _shaped_like(change: Any, layer: Any) -> Any:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     dtype = getattr(model, "dtype", torch.float32)
-    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    return dtype if dtype in _COMPUTED else torch.float32
+
+
+def _dtype_in(base: nn.Module, of_model: torch.dtype) -> torch.dtype:
+    """The dtype of an adapter in a layer: the layer's own, which models may keep at float32 for its range (T5's `wo`).
+
+    A layer that is stored in another dtype than it computes in (quantised, or cast by diffusers) takes the one that it
+    computes in, as far as it says so.
+    """
+    hooks: Any = getattr(base, "_diffusers_hook", None)
+    casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+    dtype = base.weight.dtype if casting is None else casting.compute_dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype in _COMPUTED else of_model
 
 
 def place(
@@ -131,7 +153,7 @@ def place(
     low_cpu_mem_usage: bool = True,
     pages: MappedPages | None = None,
 ) -> None:
-    """Add changes to a model as an adapter, in the model's dtype and on its device.
+    """Add changes to a model as an adapter, in the dtypes of its layers and on their devices.
 
     Args:
         model: The model.
@@ -158,7 +180,7 @@ def _place(
     low_cpu_mem_usage: bool,
     pages: MappedPages,
 ) -> None:
-    dtype, nothing = _dtype(model), torch.empty(0)
+    of_model, nothing = _dtype(model), torch.empty(0)
     ranks = {path: change if isinstance(change, LowRank) else RankAlpha(1, 1.0) for path, change in matched.items()}
     if any(not isinstance(change, LowRank) for change in matched.values()):
         facts = {"type": LYCORIS.name}
@@ -170,7 +192,8 @@ def _place(
         )
     left = dict(matched)
     for path, layer in layers(model, adapter_name):
-        device, change = layer.get_base_layer().weight.device, left.pop(path)
+        base, change = layer.get_base_layer(), left.pop(path)
+        device, dtype = base.weight.device, _dtype_in(base, of_model)
         device = torch.device("cpu") if device.type == "meta" else device
         if isinstance(change, LowRank):
             put(layer, adapter_name, change, device, dtype)
@@ -193,9 +216,14 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
 
     def copied(name: str, tensor: torch.Tensor) -> torch.Tensor:
         precise = tensor.numel() == max(tensor.shape, default=1)
+<<<<<<< HEAD
         wanted = torch.float32 if precise else dtype
         narrow = tensor.element_size() <= dtype.itemsize and not precise
         ready = tensor.device == device and tensor.is_contiguous() and (tensor.dtype == wanted or narrow)
+=======
+        wanted = torch.promote_types(dtype, torch.float32) if precise else dtype
+        ready = tensor.device == device and tensor.dtype == wanted and tensor.is_contiguous()
+>>>>>>> live
         if mapped and ready and name.endswith("diff") and pages.holds(tensor):
             return tensor
         copy = tensor.to(device, wanted, copy=True).contiguous()
@@ -203,6 +231,15 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
         return copy
 
     return with_tensors(change, copied)
+
+
+def freeze(model: Any, adapter_name: str) -> None:
+    """Leave an adapter out of training, and the model's dropouts, as transformers' `load_adapter` does."""
+    model.eval()
+    model.peft_config[adapter_name].inference_mode = True
+    for _, layer in layers(model, adapter_name):
+        for factor in factors(layer, adapter_name):
+            factor.requires_grad_(False)
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:

@@ -19,8 +19,9 @@ from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import METADATA_KEY
 from lora_adapters.convert.formats.kinds import may_go_to_diffusers
 from lora_adapters.convert.storage.files import read_tensors
+from lora_adapters.convert.storage.hub_errors import HubError
 from lora_adapters.convert.storage.mapped_pages import MappedPages
-from lora_adapters.convert.storage.sources import locate
+from lora_adapters.convert.storage.sources import SeveralFilesError, locate
 from lora_adapters.types.registry import facts_of_metadata
 
 from . import handing_back, injection, token_embeddings
@@ -30,6 +31,14 @@ from .model_state import ModelState
 
 logger = logging.getLogger(__name__)
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+
+
+class MissingError(AdapterError, OSError):
+    """There is no such adapter; also an OSError, which is what diffusers raises then."""
+
+
+class MissingOnHubError(HubError, OSError):
+    """The Hub has no such adapter, or cannot be reached; likewise."""
 
 
 def load(
@@ -61,8 +70,7 @@ def load(
     if isinstance(source, Mapping):
         name = "the state dict"
     elif not isinstance(source, Adapter):
-        hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
-        path = locate(source, weight_name=options.get("weight_name"), subfolder=options.get("subfolder"), **hub)
+        path = _located(source, options)
         name = str(path)
     try:
         try:
@@ -88,6 +96,18 @@ def load_adapter(pipe: Any, adapter: Adapter, adapter_name: str | None = None) -
         _load(pipe, adapter, adapter_name, hotswap=False, strict=False, low_cpu_mem_usage=True)
     except AdapterError as error:
         raise type(error)(f"the adapter: {error}") from None
+
+
+def _located(source: Any, options: Mapping[str, Any]) -> Path:
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+    try:
+        return locate(source, weight_name=options.get("weight_name"), subfolder=options.get("subfolder"), **hub)
+    except HubError as error:
+        raise MissingOnHubError(error) from error.__cause__
+    except SeveralFilesError:
+        raise
+    except AdapterError as error:
+        raise MissingError(error) from error.__cause__
 
 
 def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapter:
@@ -225,6 +245,17 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
     return placed
 
 
+def _check_unwrapped(pipe: Any, components: Iterable[str]) -> None:
+    """AdapterError if a component is wrapped for parallel training, where diffusers would not find adapters again."""
+    for component in components:
+        part = getattr(pipe, component)
+        if isinstance(part, injection.PARALLEL):
+            raise AdapterError(
+                f"the {component} is in a {type(part).__name__}, in which set_adapters and unload_lora_weights find no "
+                f"adapters: load with pipe.{component} = pipe.{component}.module"
+            )
+
+
 def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
     """AdapterError if a component has an adapter of that name."""
     present = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
@@ -242,6 +273,7 @@ def _load(
     pages: MappedPages | None = None,
 ) -> None:
     matched = _by_component(pipe, adapter, strict)
+    _check_unwrapped(pipe, matched)
     models, facts = adaptable_models(pipe), facts_of_metadata(adapter.metadata)
     adapter_name = adapter_name or default_name(pipe)
     tokens = token_embeddings.planned(pipe, models, adapter.embeddings, adapter_name if hotswap else None)
@@ -260,6 +292,8 @@ def _load(
         try:
             for component, modules in matched.items():
                 injection.place(models[component], modules, adapter_name, facts, low_cpu_mem_usage, pages)
+                if injection.is_text_encoder(component):
+                    injection.freeze(models[component], adapter_name)
                 swapping.prepare(models[component], adapter_name)
             token_embeddings.place(pipe, models, tokens, adapter_name)
         except BaseException:

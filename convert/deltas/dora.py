@@ -19,10 +19,13 @@ class DoRA(Wrapper):
 
     At another multiplier w only the factor m / ‖W + change‖ is drawn towards 1, as LyCORIS does:
     W + ΔW = (W + change) · (1 + w · (m / ‖W + change‖ - 1)). The change itself stays whole, even at w = 0.
+    Where `scales_change`, as in files of PEFT's, it is the change that is multiplied, as PEFT does:
+    W + ΔW = (W + w · change) · m / ‖W + w · change‖.
     """
 
     magnitude: torch.Tensor
     multiplier: float = 1.0
+    scales_change: bool = False
 
     def __post_init__(self) -> None:
         shape = tuple(self.magnitude.shape)
@@ -76,6 +79,8 @@ class DoRA(Wrapper):
 
     def scaled(self, weight: float) -> Self:
         """The delta at another weight; see the class for what that means."""
+        if self.scales_change:
+            return replace(self, change=self.change.scaled(weight))
         return replace(self, multiplier=self.multiplier * weight)
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:

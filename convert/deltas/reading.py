@@ -89,7 +89,7 @@ def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
             name the module.
     """
     own = _canonical(tensors)
-    magnitude = _take_magnitude(own)
+    magnitude, of_peft = _take_magnitude(own)
     scalar, up_bias = own.pop("scalar", None), own.pop("lora_up.bias", None)
     bias = None if set(own) <= set(Full.suffixes) else own.pop("diff_b", None)
     change = _read_kind(own, tensors)
@@ -102,7 +102,7 @@ def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
             raise AdapterError(f"lora_up.bias cannot be read in {with_article(change.kind)} module")
         change = WithBias(change, up_bias, multiplier=change.scale)
     if magnitude is not None:
-        change = DoRA(change, magnitude)
+        change = DoRA(change, magnitude, scales_change=of_peft)
     return change if bias is None else WithBias(change, bias)
 
 
@@ -117,14 +117,16 @@ def _canonical(tensors: Tensors) -> dict[str, torch.Tensor]:
     return own
 
 
-def _take_magnitude(own: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """The magnitude of a DoRA, removed from the tensors; None if there is none."""
+def _take_magnitude(own: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, bool]:
+    """The magnitude of a DoRA, removed from the tensors, None if there is none; and whether it is PEFT's."""
     vector, magnitude = own.pop("lora_magnitude_vector", None), own.pop("dora_scale", None)
-    if vector is None:  # a vector under the other name is what conversions of PEFT's files make
-        return magnitude_of_vector(magnitude) if magnitude is not None and magnitude.ndim == 1 else magnitude
+    if vector is None:
+        if magnitude is None or magnitude.ndim != 1:
+            return magnitude, False
+        vector, magnitude = magnitude, None  # under the other name: what conversions of PEFT's files make
     if magnitude is not None:
         raise AdapterError("dora_scale and lora_magnitude_vector stand for the same tensor")
-    return magnitude_of_vector(vector)
+    return magnitude_of_vector(vector), True
 
 
 def _read_kind(own: Tensors, tensors: Tensors) -> Delta:

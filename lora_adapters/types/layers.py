@@ -90,4 +90,6 @@ def put(layer: Any, adapter_name: str, pair: LowRank, device: torch.device, dtyp
     for part, values in zip(factors(layer, adapter_name), (pair.down, up), strict=True):
         # A copy, so that the model does not hang on a memory-mapped file.
         values = values.to(device, dtype, copy=True).contiguous()
-        part.weight = nn.Parameter(values, part.weight.requires_grad)
+        # Put there directly: a model that another thread opens has torch.nn.Module patched so that what is assigned
+        # to a module's attribute has no memory.
+        part._parameters["weight"] = nn.Parameter(values, part.weight.requires_grad)

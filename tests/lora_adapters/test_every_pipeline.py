@@ -7,7 +7,12 @@ import torch
 
 from lora_adapters import Adapter, AdapterError, DyLoraConfig, set_rank
 
+<<<<<<< HEAD
 from .pipelines import KINDS, adapter, architecture, by_hand, latents_of, make, models, state
+=======
+from .conftest import needs_groups
+from .pipelines import KINDS, adapter, architecture, by_hand, make, models, picture, state
+>>>>>>> live
 
 pytestmark = pytest.mark.slow
 
@@ -146,7 +151,7 @@ def offloaded(pipe, how) -> None:
 
 
 @pytest.mark.parametrize("kind", TEXT_TO_IMAGE)
-@pytest.mark.parametrize("how", ["model", "group"])
+@pytest.mark.parametrize("how", ["model", pytest.param("group", marks=needs_groups)])
 def test_offloaded_before_or_after(how, kind, folder, tmp_path) -> None:
     style, dial = both(folder, kind)
     pipe = make(kind, folder)

@@ -120,6 +120,26 @@ STRANGE = (
 )
 
 
+@torch.no_grad()
+def test_biases_beside_layers_without_one_are_pefts(pipeline, tmp_path) -> None:
+    """`lora_bias` of PEFT's, which adds a bias to what a layer without one gives."""
+    pipe = pipeline()
+    names = ["attn1.to_q", "attn1.to_out.0"]  # without a bias, and with one
+    config = LoraConfig(r=2, lora_alpha=2, lora_bias=True, init_lora_weights=False, target_modules=names)
+    injection.add_adapter(pipe.unet, config)
+    state = get_peft_model_state_dict(pipe.unet)
+    assert any(key.endswith("to_q.lora_B.bias") for key in state)
+    pipe.save_lora_weights(tmp_path, state)
+    other = pipeline()
+    other.load_lora_weights(tmp_path, adapter_name="a")
+    base = pipeline().unet.get_submodule(QUERY)
+    x = torch.randn(3, base.in_features)
+    for path in (QUERY, f"{ATTENTION}.to_out.0"):
+        ours, stock = (each.unet.get_submodule(path) for each in (other, pipe))
+        assert torch.equal(ours(x), stock(x))
+        assert not torch.equal(ours(x), ours.base_layer(x))
+
+
 @pytest.mark.parametrize("there", [False, True], ids=["alone", "beside another"])
 @pytest.mark.parametrize("kind", STRANGE)
 def test_what_diffusers_does_not_load_whole_changes_nothing(kind, there, pipeline, tmp_path) -> None:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import _collate_lora_metadata
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from lora_adapters import Adapter, AdapterError, LycorisConfig, injection
-from lora_adapters.convert.deltas import read_module
+from lora_adapters import Adapter, AdapterError, LycorisConfig, add_adapter, injection
+from lora_adapters.convert.deltas import DoRA, read_module
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.types.layers import layers
 from lora_adapters.types.lycoris.layer import held
 
-from .conftest import GOLDEN, expected
+from .conftest import GOLDEN, expected, needs_groups
 from .golden_outputs import error, outputs
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
@@ -136,6 +136,24 @@ def test_disabled_deleted_unloaded(pipeline):
     after = pipe.unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_dora_of_pefts_has_the_weights_that_pefts_own_layer_has(pipeline, tmp_path):
+    """Where diffusers wrote it, weights scale the pair under the norm, with this package and without."""
+    source, pipe, golden = pipeline(), pipeline(), expected("sd15")
+    base = outputs(pipe, golden)["unet"]
+    config = LoraConfig(r=3, lora_alpha=2, use_dora=True, init_lora_weights=False, target_modules=["to_q", "conv1"])
+    torch.manual_seed(0)
+    add_adapter(source.unet, config)
+    tensors = get_peft_model_state_dict(source.unet)
+    source.save_lora_weights(tmp_path, tensors, **_collate_lora_metadata({"unet": source.unet}))
+    pipe.load_lora_weights(tmp_path, adapter_name="dora")
+    assert {type(change) for change in Adapter.from_models({"unet": pipe.unet}, "dora").modules.values()} == {DoRA}
+    for weight in (1.0, 0.5, -0.7):
+        source.unet.set_adapters(["default"], [weight])
+        pipe.unet.set_adapters(["dora"], [weight])
+        wanted, found = (outputs(each, golden)["unet"] for each in (source, pipe))
+        assert (found - wanted).norm() < 1e-4 * (wanted - base).norm()
 
 
 @pytest.mark.parametrize("order", [["dylora", "one", "two"], ["one", "two", "dylora"]])
@@ -313,6 +331,7 @@ def test_a_load_that_fails_leaves_what_is_fused(pipeline, monkeypatch):
     assert error(outputs(pipe, golden), fused, base) < 1e-6
 
 
+@needs_groups
 @pytest.mark.parametrize("first", ["offloaded", "loaded"])
 @pytest.mark.parametrize("groups", [{"offload_type": "leaf_level"},
                                     {"offload_type": "block_level", "num_blocks_per_group": 1}])  # fmt: skip

@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from diffusers.hooks import apply_layerwise_casting
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from lora_adapters import Adapter, AdapterError, LierLaConfig, set_rank
+from lora_adapters import Adapter, AdapterError, LierLaConfig, add_adapter, set_rank
+from lora_adapters.convert.storage.hub_errors import HubError
 from lora_adapters.types.dylora.rank_controller import controllers
 
 from .conftest import GOLDEN, expected
@@ -56,6 +59,22 @@ def test_sources(source, pipeline, tmp_path):
         }[source]()
         pipe.load_lora_weights(given, adapter_name="a", low_cpu_mem_usage=source != "not low")
     assert error(outputs(pipe, golden), wanted("sd15", file.stem, "1.0"), base) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("nowhere.safetensors", {}, "nowhere.safetensors does not exist"),
+        (str(GOLDEN), {"weight_name": "a.safetensors"}, "has no file a.safetensors"),
+        ("me/x", {"local_files_only": True}, "me/x"),
+    ],
+)
+def test_what_is_not_there_is_the_error_that_diffusers_raises_too(source, options, message, pipeline):
+    """Programs that try one place after another catch an OSError."""
+    with pytest.raises(AdapterError, match=message) as caught:
+        pipeline().load_lora_weights(source, **options)
+    assert isinstance(caught.value, OSError)
+    assert isinstance(caught.value, HubError) == (source == "me/x")
 
 
 def test_unload_leaves_every_tensor_as_it_was(pipeline):
@@ -132,6 +151,32 @@ def test_half_precision(pipeline):
     pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors")
     kinds = {p.dtype for model in (pipe.unet, pipe.text_encoder) for p in model.parameters()}
     assert kinds == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_layer"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float32)],
+)
+def test_each_layer_has_the_dtype_that_it_computes_in(of_model, of_layer, pipeline):
+    """Also where one part of the model, the first, is kept more precise than the others, or less."""
+    pipe = pipeline().to(of_model)
+    for part in (pipe.unet.conv_in, pipe.unet.time_embedding, pipe.unet.mid_block):
+        part.to(of_layer)
+    pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors", adapter_name="a")
+    layers = [layer for layer in pipe.unet.modules() if isinstance(layer, LoraLayer)]
+    assert {layer.base_layer.weight.dtype for layer in layers} == {of_model, of_layer}
+    for layer in layers:
+        factors = (layer.lora_A["a"].weight, layer.lora_B["a"].weight)
+        assert {factor.dtype for factor in factors} == {layer.base_layer.weight.dtype}
+
+
+def test_layers_stored_in_eight_bits_have_the_dtype_that_they_are_cast_to(pipeline):
+    pipe = pipeline()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    apply_layerwise_casting(pipe.text_encoder, torch.float8_e4m3fn, torch.bfloat16)  # a model that says float8
+    pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors")
+    for model in (pipe.unet, pipe.text_encoder):
+        assert {value.dtype for key, value in model.named_parameters() if ".lora_" in key} == {torch.bfloat16}
 
 
 def test_save_lora_weights_and_back(pipeline, tmp_path):
@@ -228,6 +273,45 @@ def test_wrapped_models_give_an_adapter_that_opens_again(mixed, wrap, pipeline, 
     assert Adapter.from_pipeline(plain, "a").modules.keys() == Adapter.load(file).modules.keys()
     pipe.unet = wrapped["unet"]
     assert Adapter.from_pipeline(pipe).modules.keys() == Adapter.load(file).modules.keys()
+
+
+@pytest.mark.parametrize("file", ["c3lier", "dylora"])
+def test_what_is_trained_after_a_load_is_what_diffusers_and_transformers_leave(file, pipeline):
+    """The U-Net's adapter can be trained, a text encoder's is for inference until it is activated again."""
+    pipe = pipeline()
+    pipe.unet.train()
+    pipe.text_encoder.train()
+    pipe.load_lora_weights(GOLDEN / "sd15" / f"{file}.safetensors", adapter_name="a")
+    for model, trained in ((pipe.unet, True), (pipe.text_encoder, False)):
+        factors = [value for key, value in model.named_parameters() if ".lora_" in key]
+        assert {factor.requires_grad for factor in factors} == {trained}
+        assert model.peft_config["a"].inference_mode is not trained
+        assert model.training is trained
+    pipe.set_adapters("a")
+    assert all(value.requires_grad for key, value in pipe.text_encoder.named_parameters() if ".lora_" in key)
+
+
+def test_models_in_parallel_training_are_saved_whole_and_loaded_into_when_they_are_out_of_it(pipeline):
+    """Their part must not be left out of the adapter: the text encoder's alone would be saved without a word."""
+    pipe = pipeline()
+    for part in (pipe.unet, pipe.text_encoder):
+        add_adapter(part, LierLaConfig(r=2), "a")
+    modules = Adapter.from_pipeline(pipe, "a").modules
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for wrap in (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel):
+            wrapped = {"unet": wrap(pipe.unet), "text_encoder": pipe.text_encoder}
+            assert Adapter.from_models(wrapped, "a").modules.keys() == modules.keys()
+            pipe.unet, inner = wrapped["unet"], pipe.unet
+            assert Adapter.from_pipeline(pipe, "a").modules.keys() == modules.keys()
+            with pytest.raises(
+                AdapterError, match=rf"the unet is in a {wrap.__name__}, .* pipe.unet = pipe.unet.module$"
+            ):
+                pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors", adapter_name="b")
+            assert set(pipe.text_encoder.peft_config) == {"a"}
+            pipe.unet = inner
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("sd15", "sd"), ("sdxl", "sdxl")])

@@ -5,10 +5,14 @@ import threading
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from torch import nn
 
 from lora_adapters import adapted_models
+from lora_adapters.convert.deltas.full import Full
+from lora_adapters.convert.deltas.hadamard import Hadamard
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.injection import place
 from lora_adapters.types.registry import facts_of_metadata
@@ -79,3 +83,34 @@ def test_adapters_are_put_into_models_one_by_one() -> None:
     in_threads(*(lambda width=width: work(width) for width in (16, 17, 18, 19)))
     assert nn.Module.register_parameter is before
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_weights_have_memory_while_another_thread_opens_a_model() -> None:
+    """What `from_pretrained` does meanwhile: torch.nn.Module is patched so that parameters have no memory."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    pair = LowRank(torch.randn(2, 4), torch.randn(4, 2), 2.0)
+    loha = Hadamard(*(torch.randn(shape) for shape in [(4, 2), (2, 4)] * 2), 2.0)
+    with init_empty_weights():
+        assert nn.Linear(1, 1).weight.is_meta
+        place(model, {"0": pair}, "pairs", facts_of_metadata({}))
+        place(model, {"1": loha, "2": Full(torch.randn(4))}, "others", facts_of_metadata({}))
+    assert torch.equal(model[0].lora_A["pairs"].weight, pair.down)
+    assert torch.equal(model[0].lora_B["pairs"].weight, pair.up)
+    assert torch.equal(model[1].lora_A["others"].change.w1_a, loha.w1_a)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_layers_are_made_without_patching_torch(monkeypatch) -> None:
+    """A thread that opens a model at that time would put the patch back when it has ended its own."""
+    stock, register = lora.Linear.update_layer, nn.Module.register_parameter
+
+    def update_layer(self, *args, **kwargs):
+        assert nn.Module.register_parameter is register
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(lora.Linear, "update_layer", update_layer)
+    size = 37  # of no layer before
+    random = torch.get_rng_state()
+    model = nn.Sequential(nn.Linear(size, size, device="meta"))
+    place(model, {"0": LowRank(torch.ones(2, size), torch.ones(size, 2), 2.0)}, "a", facts_of_metadata({}))
+    assert torch.equal(torch.get_rng_state(), random)

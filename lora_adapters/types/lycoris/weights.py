@@ -35,7 +35,7 @@ class DeltaWeights(nn.Module):
         super().__init__()
 
         def take(name: str, tensor: torch.Tensor) -> nn.Parameter:
-            self.register_parameter(name, parameter := nn.Parameter(tensor))
+            self._parameters[name] = parameter = nn.Parameter(tensor)  # directly: see `types.layers.put`
             return parameter
 
         self._keep(with_tensors(change, take))

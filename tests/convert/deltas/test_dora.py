@@ -33,8 +33,10 @@ def test_lycoris_reads_what_is_written():
     check_written(check("LoConModule", made, 1.0, lora_dim=2, alpha=3, weight_decompose=True), made)
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 0.5, 0.0, -1.5])
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(3, 4, 3, padding=1)])
-def test_the_magnitude_vector_of_peft(layer):
+def test_the_magnitude_vector_of_peft(layer, multiplier):
+    """Also at other weights, where PEFT multiplies the change under the norm."""
     torch.manual_seed(0)
     model = nn.Sequential(layer())
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True, init_lora_weights=False)
@@ -49,9 +51,13 @@ def test_the_magnitude_vector_of_peft(layer):
     tensors = {name.removeprefix(prefix): tensor for name, tensor in get_peft_model_state_dict(model).items()}
     assert any(name.startswith("lora_magnitude_vector") for name in tensors)
     change = read_module({**tensors, "alpha": torch.tensor(3.0)})
+    weight = weight.clone()
+    adapted.set_scale("default", multiplier)
     adapted.merge()
     merged = adapted.get_base_layer().weight.detach()
-    torch.testing.assert_close(weight + change.delta(weight), merged, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight + change.scaled(multiplier).delta(weight), merged, rtol=1e-5, atol=1e-6)
+    written = read_module(change.scaled(multiplier).tensors())  # the weight is in the pair's alpha
+    torch.testing.assert_close(weight + written.delta(weight), merged, rtol=1e-5, atol=1e-6)
 
 
 def test_every_row_or_column_has_the_given_length():
