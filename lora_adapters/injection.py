@@ -107,13 +107,7 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
             f"{name} is a {type(layer).__name__}, which cannot be changed by {with_article(change.kind)}"
         )
     if getattr(layer, "bias", None) is None and change.bias() is not None:
-<<<<<<< HEAD
-        raise AdapterError(f"{name} has no bias, which the adapter changes")
-=======
         raise UnknownFormatError(f"{name} has no bias, which the adapter changes")  # PEFT can add one there
-    if getattr(layer, "bias", None) is not None and getattr(change, "scales_bias", False):
-        raise AdapterError(f"{name} has a bias, which an IA3 of PEFT's scales too: that is not read")
->>>>>>> live
     if getattr(layer, "weight", None) is None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 
@@ -216,14 +210,9 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
 
     def copied(name: str, tensor: torch.Tensor) -> torch.Tensor:
         precise = tensor.numel() == max(tensor.shape, default=1)
-<<<<<<< HEAD
-        wanted = torch.float32 if precise else dtype
+        wanted = torch.promote_types(dtype, torch.float32) if precise else dtype
         narrow = tensor.element_size() <= dtype.itemsize and not precise
         ready = tensor.device == device and tensor.is_contiguous() and (tensor.dtype == wanted or narrow)
-=======
-        wanted = torch.promote_types(dtype, torch.float32) if precise else dtype
-        ready = tensor.device == device and tensor.dtype == wanted and tensor.is_contiguous()
->>>>>>> live
         if mapped and ready and name.endswith("diff") and pages.holds(tensor):
             return tensor
         copy = tensor.to(device, wanted, copy=True).contiguous()

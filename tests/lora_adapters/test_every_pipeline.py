@@ -7,12 +7,8 @@ import torch
 
 from lora_adapters import Adapter, AdapterError, DyLoraConfig, set_rank
 
-<<<<<<< HEAD
-from .pipelines import KINDS, adapter, architecture, by_hand, latents_of, make, models, state
-=======
 from .conftest import needs_groups
-from .pipelines import KINDS, adapter, architecture, by_hand, make, models, picture, state
->>>>>>> live
+from .pipelines import KINDS, adapter, architecture, by_hand, latents_of, make, models, state
 
 pytestmark = pytest.mark.slow
 
