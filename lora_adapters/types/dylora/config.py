@@ -63,7 +63,7 @@ class DyLoraConfig(LierLaConfig):
     rank_sampling: str = field(
         default=DyLora.rank_sampling,
         metadata={
-            "help": "How b is sampled: once per step (uniform), or for each sample, low ranks and r more often (spread)."
+            "help": "How b is sampled: once per step (uniform), or per sample, low ranks and r more often (spread)."
         },
     )
 
