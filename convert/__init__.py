@@ -21,7 +21,7 @@ __all__ = ["Adapter", "AdapterError", "DyLora", "LowRank", "ModuleName"]
 
 
 def __getattr__(name: str) -> object:
-    """Load public names when they are first used: the programs show their --help without torch."""
+    """Load public names on first use, so that the programs can print --help without importing torch."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

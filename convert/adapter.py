@@ -1,4 +1,4 @@
-"""The adapter: one small object that is read from files, does arithmetic, and is written to files."""
+"""`Adapter`: an adapter as data, with methods to read, combine and write it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ from .live import LiveAdapter
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter(Arithmetic, LiveAdapter):
-    """An adapter: the change of each module, and the metadata of its file.
+    """An adapter: the weight change of each module, and the metadata of its file.
 
     It is immutable: arithmetic returns new adapters. The tensors of a loaded adapter are views of the memory-mapped
     file until they are used.
 
     Args:
-        modules: The change of each module, `{ModuleName(component, path): change}`: low-rank pairs (`LowRank`), or
-            other kinds (see `deltas.Delta`).
-        metadata: The metadata of its file, all strings.
-        embeddings: Token embeddings that its file holds beside the changes, by the end of their key.
-        stored: The tensors of each module as its file has them, so that they are written again unchanged.
+        modules: The change of each module, `{ModuleName(component, path): change}`: low-rank pairs (`LowRank`) or
+            other types (see `deltas.Delta`).
+        metadata: The metadata of the file; all values are strings.
+        embeddings: Token embeddings stored in the same file, by the end of their key.
+        stored: The tensors of each module as they are in the file, so that they can be written unchanged.
 
     Raises:
         AdapterError: The metadata declare a DyLoRA with an unknown rank_scaling.
@@ -70,10 +70,10 @@ class Adapter(Arithmetic, LiveAdapter):
         Args:
             source: A file, a folder, or a repository (owner/name).
             weight_name: The file in the folder or repository, if there are several.
-            subfolder: The folder in the folder or repository.
-            base_model: What it is for, where the file does not tell: "flux", "chroma", "sd3", "qwen_image", ...;
-                "other" for a model that is not known here: names of layers stay as they are in the file, and the
-                adapter can be saved in their spelling alone.
+            subfolder: The subfolder of the folder or repository.
+            base_model: The base model, if it cannot be detected from the file: "flux", "chroma", "sd3", "qwen_image",
+                ...; "other" for any other model. The layer names are then kept as they are in the file, and the
+                adapter can only be saved with these names.
             **hub: Options of `huggingface_hub`: token, revision, cache_dir, local_files_only, ...
 
         Returns:
@@ -126,17 +126,17 @@ class Adapter(Arithmetic, LiveAdapter):
 
         Args:
             tensors: The state dict. The tensors are not copied; an alpha may be a plain number.
-            metadata: The metadata of its file, all strings.
-            lookup: Called with a component and a name that no known model has; returns the module's path. It finds
-                modules of a live model.
-            family: That of the base model; None takes the one that the tensors are for.
+            metadata: The metadata of the file; all values are strings.
+            lookup: A function that finds modules of a live model. It is called with a component and a name that no
+                known model has, and returns the module's path.
+            family: The family of the base model; None detects it from the tensors.
 
         Returns:
             The adapter.
 
         Raises:
-            UnknownFormatError: Another kind of adapter.
-            AdapterError: Unknown keys or modules, one half of a pair without the other, or shapes that do not fit.
+            UnknownFormatError: The type of adapter is not supported.
+            AdapterError: Keys or modules are unknown, one half of a pair is missing, or shapes do not match.
         """
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             tensors = {key: _as_tensor(key, value) for key, value in tensors.items()}
@@ -155,24 +155,24 @@ class Adapter(Arithmetic, LiveAdapter):
         embeddings: Mapping[str, torch.Tensor] | None = None,
         modelspec: bool = True,
     ) -> Path:
-        """Write the adapter, whole or not at all.
+        """Write the adapter. If writing fails, no partial file is left.
 
         Args:
-            path: The file, or the folder for "peft". Another suffix than .safetensors is torch's pickle.
+            path: The file, or the folder for "peft". Any suffix but .safetensors writes a PyTorch pickle file.
             format: "kohya" (which A1111 and ComfyUI read too), "diffusers" (alphas folded into the weights), "peft",
                 "lycoris" (any kind of change), or "cloneofsimo" (the positional format of cloneofsimo/lora, for SD1.x
                 and SD2.x). None is "kohya", or "lycoris" if some changes are not low-rank pairs.
             dtype: The dtype of the weights; None keeps each tensor's own.
-            fold_alpha: Whether all modules get the most common alpha and `up` takes the difference, since stock
-                diffusers mixes up alphas that differ.
-            embeddings: Token embeddings to write beside the changes, by token; "cloneofsimo" only.
+            fold_alpha: Whether to write the most common alpha in all modules and scale `up` accordingly. Without this
+                package, diffusers reads alphas that differ between modules incorrectly.
+            embeddings: Token embeddings to write into the same file, by token; "cloneofsimo" only.
             modelspec: Whether to add modelspec metadata to kohya's own.
 
         Returns:
             The path.
 
         Raises:
-            AdapterError: The adapter has no modules, or the path cannot be written; a file that was there before is
+            AdapterError: The adapter has no modules, or the path cannot be written. An existing file is then
                 unchanged.
         """
         chosen = registry.to_write(format, self)
@@ -184,13 +184,13 @@ class Adapter(Arithmetic, LiveAdapter):
         return path
 
     def made_for(self, family: ModelFamily) -> Self:
-        """The adapter with metadata that say that it is for a family.
+        """The adapter, with metadata that declare a family as its base model.
 
         Args:
             family: The family.
 
         Returns:
-            The adapter, the same one if its metadata say so already.
+            The adapter; the same object if its metadata already declare the family.
 
         Raises:
             AdapterError: The family lacks a module, or the metadata name another family.
@@ -222,13 +222,13 @@ class Adapter(Arithmetic, LiveAdapter):
     def from_difference(
         cls, base: str | Path, tuned: str | Path, rank: int, conv_rank: int | None = None, **options: Any
     ) -> Self:
-        """The best adapter of a rank for the difference of two models, tuned - base.
+        """Extract the best adapter of a given rank from the difference between two models, tuned - base.
 
         Args:
-            base: The base model, a checkpoint file or a Diffusers folder.
-            tuned: The fine-tuned model, likewise.
+            base: The base model: a checkpoint file or a Diffusers folder.
+            tuned: The fine-tuned model: a checkpoint file or a Diffusers folder.
             rank: The rank of linear layers and 1x1 convolutions.
-            conv_rank: The rank of larger convolutions (LoRA-C3Lier); None leaves them out (LoRA-LierLa).
+            conv_rank: The rank of larger convolutions (LoRA-C3Lier); None skips them (LoRA-LierLa).
             **options: target_error, min_diff, clamp_quantile, device, v_prediction: see
                 `lora_adapters.convert.models.extraction.approximate_difference`.
 
@@ -236,7 +236,7 @@ class Adapter(Arithmetic, LiveAdapter):
             The adapter.
 
         Raises:
-            AdapterError: The models are of different kinds, or equal.
+            AdapterError: The models are of different families, or equal.
         """
         from lora_adapters.convert.models.extraction import approximate_difference
 
@@ -244,9 +244,9 @@ class Adapter(Arithmetic, LiveAdapter):
         return cls(difference.modules, difference.metadata)
 
     def merge_into(self, model: str | Path, out: str | Path, weight: float = 1.0) -> Path:
-        """Write a model with weight · ΔW added to its weights.
+        """Merge the adapter into a model: write the model with weight · ΔW added to its weights.
 
-        Tensors that are not adapted are copied bit for bit; the others keep their dtype.
+        Tensors without an adapter are copied bit for bit; the others keep their dtype.
 
         Args:
             model: A checkpoint file or a Diffusers folder.
@@ -257,7 +257,7 @@ class Adapter(Arithmetic, LiveAdapter):
             The path of the result.
 
         Raises:
-            AdapterError: The adapter is for another model. Nothing is written then.
+            AdapterError: The adapter is for another model. Nothing is then written.
         """
         from lora_adapters.convert.models.merging import merge_into_model
 

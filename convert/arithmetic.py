@@ -1,4 +1,4 @@
-"""What arithmetic makes of adapters: each function returns a new one."""
+"""Arithmetic of adapters. Each method returns a new adapter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +29,10 @@ from .errors import AdapterError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Arithmetic(Contents):
-    """The part of `Adapter` that makes new adapters of it."""
+    """The methods of `Adapter` that compute new adapters."""
 
     def map(self, change, metadata: Mapping[str, str] | None = None) -> Self:
-        """A new adapter with a function applied to the change of every module.
+        """Apply a function to the change of every module.
 
         Args:
             change: The function, from a change to a change.
@@ -49,25 +49,25 @@ class Arithmetic(Contents):
         return self.replaced(modules=modules)
 
     def to(self, dtype: torch.dtype | None, keep_alpha: bool = False) -> Self:
-        """The adapter with all tensors in another dtype.
+        """Convert all tensors to another dtype.
 
-        Factors that would lose small numbers in it are balanced by powers of two first. If that is not enough, all
-        alphas are divided by one factor and the factors multiplied, so that ΔW is the same.
+        Factors whose small values the dtype cannot represent are first balanced by powers of two. If that is not
+        enough, all alphas are divided by a common factor and the factors are scaled up, so that ΔW stays the same.
 
         Args:
             dtype: The dtype; None keeps the tensors as they are.
-            keep_alpha: Whether alphas must not change.
+            keep_alpha: Whether to keep all alphas unchanged.
 
         Returns:
             The new adapter.
 
         Raises:
-            AdapterError: A number is too large for the dtype.
+            AdapterError: A value is too large for the dtype.
         """
         return self if dtype is None else self.with_modules(cast_changes(self.modules, dtype, keep_alpha))
 
     def scale(self, weight: float) -> Self:
-        """The adapter with weight · ΔW in every module.
+        """Scale the adapter: weight · ΔW in every module.
 
         Args:
             weight: The factor; it may be negative or 0.
@@ -84,10 +84,10 @@ class Arithmetic(Contents):
         return self.map(lambda delta: delta.scaled(weight))
 
     def __add__(self, other: "Arithmetic") -> Self:
-        """The exact sum of two adapters: ranks of pairs add up; modules of only one adapter stay as they are.
+        """The exact sum of two adapters. Ranks add up; modules that only one adapter has are unchanged.
 
         Raises:
-            AdapterError: They are for different base models, or shapes differ (SD1 and SD2).
+            AdapterError: The adapters are for different base models, or shapes differ (SD1 and SD2).
         """
         ours, theirs = self.candidates, other.candidates
         if set(ours).isdisjoint(theirs):
@@ -120,22 +120,22 @@ class Arithmetic(Contents):
     ) -> Self:
         """Combine adapters by TIES, DARE or magnitude pruning, as PEFT's `add_weighted_adapter` does with "_svd".
 
-        A sum without pruning is `a.scale(0.7) + b.scale(0.3)`. The result can be merged into a model, exactly. To save
-        it, reduce it with `svd`, since a pruned change has no low rank.
+        For a sum without pruning, use `a.scale(0.7) + b.scale(0.3)`. The result can be merged into a model exactly. To
+        save it, reduce its rank with `svd` first, since pruned changes are not low-rank.
 
         Args:
             adapters: The adapters.
             weights: One for each adapter.
             method: "ties", "dare_linear", "dare_ties" or "magnitude_prune".
-            density: Share of the numbers of each change to keep, above 0 and up to 1.
-            majority: How ties and dare_ties elect the sign: "total" (of the sum) or "frequency" (of most).
-            seed: Of the random pruning of dare_linear and dare_ties.
+            density: Fraction of the values of each change to keep, above 0 and at most 1.
+            majority: How ties and dare_ties elect the sign: "total" (by sum) or "frequency" (by count).
+            seed: Random seed of dare_linear and dare_ties.
 
         Returns:
-            The combination, whose changes are dense.
+            The combined adapter, whose changes are dense.
 
         Raises:
-            AdapterError: The adapters are for different models, or an option is wrong.
+            AdapterError: The adapters are for different models, or an option is invalid.
 
         >>> from lora_adapters.convert import Adapter
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -152,18 +152,18 @@ class Arithmetic(Contents):
         return cls(modules, sum_facts([adapter.metadata for adapter in adapters]))
 
     def truncate(self, rank: int) -> Self:
-        """The first components of every module, at the scale that they were trained at.
+        """Keep the first components of every module, at the scale at which they were trained.
 
-        For a DyLoRA this is the adapter of that rank. Modules with fewer components stay whole.
+        For a DyLoRA, the result is the adapter of that rank. Modules with fewer components are unchanged.
 
         Args:
-            rank: How many components; for a DyLoRA a multiple of its unit.
+            rank: The number of components; for a DyLoRA, a multiple of its unit.
 
         Returns:
             The new adapter.
 
         Raises:
-            AdapterError: It cannot be cut to that rank; the message lists the valid ones.
+            AdapterError: The adapter cannot be cut to that rank; the message lists the valid ranks.
 
         >>> from lora_adapters.convert import Adapter
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -195,15 +195,15 @@ class Arithmetic(Contents):
         target_error: float | None = None,
         device: str | None = None,
     ) -> Self:
-        """The best approximation of every module at a rank, computed from the factors in float32.
+        """The best approximation of every module at a given rank, computed from the factors in float32.
 
         Source: the truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
 
         Args:
-            rank: The rank, or with target_error the largest one allowed (None: no limit).
-            conv_rank: The rank in convolutions larger than 1x1; None is rank.
-            target_error: The largest relative error of a module, 0 to 1: the Frobenius norm of the difference, divided
-                by that of the change. Each module gets the smallest rank that meets it.
+            rank: The rank; with target_error, the maximum rank (None: no limit).
+            conv_rank: The rank of convolutions larger than 1x1; None is rank.
+            target_error: The maximum relative error of a module, 0 to 1: the Frobenius norm of the difference, divided
+                by that of the change. Each module gets the smallest rank that reaches it.
             device: The device for the computation; None is the CPU.
 
         Returns:
@@ -220,17 +220,16 @@ class Arithmetic(Contents):
         return svd(self, rank, conv_rank, target_error, device)
 
     def sorted(self) -> Self:
-        """The same adapter as a DyLoRA: the components of each module are those of its SVD, the largest first.
+        """Convert the adapter to a DyLoRA whose components are those of each module's SVD, the largest first.
 
-        Cut to a rank (`truncate`), it is what `svd` returns for that rank, so that one file contains an adapter of
-        every rank.
+        `truncate` then returns what `svd` returns for the same rank, so one file contains an adapter of every rank.
 
         Returns:
-            The DyLoRA, in the same dtypes. A DyLoRA keeps its unit. At every rank the scale is that of the full rank
+            The DyLoRA, in the same dtypes. A DyLoRA keeps its unit. At every rank, the scale is that of the full rank
             ("constant").
 
         Raises:
-            AdapterError: A module is not a low-rank pair, or has NaN or infinite numbers.
+            AdapterError: A module is not a low-rank pair, or contains NaN or infinite values.
 
         >>> from lora_adapters.convert import Adapter
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -249,12 +248,12 @@ class Arithmetic(Contents):
         return self.with_modules(modules).as_dylora(replace(self.dylora or DyLora(), rank_scaling="constant"))
 
     def resize(self, rank: int, conv_rank: int | None = None, dynamic: tuple[str, float] | None = None) -> Self:
-        """The best approximation at a rank, with alpha / rank of every module unchanged, as kohya's resize_lora does.
+        """The best approximation at a rank, with alpha / rank of every module unchanged, as in kohya's resize_lora.
 
         Args:
-            rank: The rank, or with dynamic the largest one allowed.
-            conv_rank: The rank in convolutions larger than 1x1; None is rank.
-            dynamic: A method of `rank_choice.DYNAMIC_METHODS` and its parameter, by which each module's rank is chosen.
+            rank: The rank; with dynamic, the maximum rank.
+            conv_rank: The rank of convolutions larger than 1x1; None is rank.
+            dynamic: A method of `rank_choice.DYNAMIC_METHODS` and its parameter, which choose the rank of each module.
 
         Returns:
             The new adapter.
@@ -264,7 +263,7 @@ class Arithmetic(Contents):
         return resize(self, rank, conv_rank, dynamic)
 
     def with_common_alpha(self) -> Self:
-        """The same changes with one alpha in all modules: the most common one that is not 0, or 1 if all are 0."""
+        """The same changes, with the same alpha in all modules: the most common nonzero one, or 1 if all are 0."""
         pairs = self.pairs()
         alpha = most_common(pair.alpha for pair in pairs.values() if pair.alpha) or 1.0
         folded = {module: pair.with_alpha(alpha) for module, pair in pairs.items()}
@@ -275,7 +274,7 @@ class Arithmetic(Contents):
         return self.replaced(metadata={**self.metadata, **dylora_metadata(dylora, network_args(self.metadata))})
 
     def plain_metadata(self) -> dict[str, str]:
-        """The metadata without the entries that are not true of a combination: rank, alpha, type, blocks."""
+        """The metadata without entries that do not apply to a combination: rank, alpha, type, blocks."""
         facts = ("ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
         gone = (*facts, "sshs_", "modelspec.", "lycoris_version", diffusers.METADATA_KEY)
         return {key: value for key, value in self.metadata.items() if key in MERGED_FACTS or not key.startswith(gone)}

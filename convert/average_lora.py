@@ -22,15 +22,17 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="average_lora.py",
-        description="Average LoRAs into one of the same rank.",
+        description="Average several LoRAs into one of the same rank.",
         examples=["mine-000008.safetensors mine-000009.safetensors --output average.safetensors"],
     )
     made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
-    made.add_argument("--output", "--save_to", dest="save_to", required=True, help="the resulting file")
-    add_dtype(made, "--save_precision", "of the result (default: float)")
+    made.add_argument("--output", "--save_to", dest="save_to", required=True, help="output file")
+    add_dtype(made, "--save_precision", "precision of the output file (default: float)")
     add_skip_unknown(made)
     add_base_model(made)
-    made.add_argument("--no_metadata", action="store_true", help="write kohya's least metadata only, no modelspec")
+    made.add_argument(
+        "--no_metadata", action="store_true", help="write only kohya's minimum metadata, without modelspec entries"
+    )
     return made
 
 

@@ -30,24 +30,33 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="convert_format.py",
-        description="Write an adapter in another format.",
+        description="Convert an adapter to another format.",
         examples=["--model kohya.safetensors --save_to folder --format peft"],
     )
-    made.add_argument("--model", required=True, help="the adapter: a file, a PEFT folder or a Hub repository")
-    made.add_argument("--save_to", required=True, help="the result: a file, or a folder for peft")
-    made.add_argument("--format", choices=FORMATS, help="what to write (with --to lora: kohya where it is not given)")
-    made.add_argument("--to", choices=("lora",), help="make low-rank pairs of other kinds of changes (needs --rank)")
-    made.add_argument("--rank", type=int, help="rank of the pairs that --to lora makes; pairs of lower ranks stay")
-    made.add_argument("--conv_rank", type=int, help="the same of convolutions above 1x1 (default: rank)")
+    made.add_argument("--model", required=True, help="adapter to convert: a file, a PEFT folder or a Hub repository")
+    made.add_argument("--save_to", required=True, help="output file; for peft, output folder")
+    made.add_argument("--format", choices=FORMATS, help="output format (default with --to lora: kohya)")
+    made.add_argument("--to", choices=("lora",), help="convert LoHa, LoKr and other types to LoRA (requires --rank)")
+    made.add_argument("--rank", type=int, help="rank for --to lora; modules of a lower rank are kept")
+    made.add_argument("--conv_rank", type=int, help="rank of convolutions larger than 1x1 (default: --rank)")
+    made.add_argument("--sd_model", help="base model; --to lora needs it for DoRA, GLoRA, (IA)3, OFT and BOFT")
     made.add_argument(
-        "--sd_model", help="the model whose weights DoRA, GLoRA, (IA)3, OFT and BOFT change, for --to lora"
+        "--fold_alpha",
+        action="store_true",
+        help="write the same alpha in all modules, for diffusers without this package",
     )
-    made.add_argument("--fold_alpha", action="store_true", help="one alpha in all modules, for stock diffusers")
-    made.add_argument("--zero_alpha", choices=ZERO_ALPHA, help="what an alpha of 0 is: the rank, or no effect (none)")
-    made.add_argument("--embeddings", nargs="+", default=[], help="embedding files to put into cloneofsimo's format")
+    made.add_argument(
+        "--zero_alpha", choices=ZERO_ALPHA, help="meaning of an alpha of 0: the rank, or no effect (none)"
+    )
+    made.add_argument(
+        "--embeddings",
+        nargs="+",
+        default=[],
+        help="textual inversion files to include (cloneofsimo only; default: none)",
+    )
     add_skip_unknown(made)
     add_base_model(made)
-    add_dtype(made, "--save_precision", "of the result (default: unchanged)")
+    add_dtype(made, "--save_precision", "precision of the output file (default: unchanged)")
     return made
 
 

@@ -9,7 +9,7 @@ class OneLineError(ValueError):
 
 
 class AdapterError(OneLineError):
-    """An adapter, a model or a file cannot be used so. The message is fit to be shown to a user."""
+    """An adapter, a model or a file cannot be used as requested. The message is written for users."""
 
 
 class UsageError(OneLineError):

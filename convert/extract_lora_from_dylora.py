@@ -22,14 +22,18 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="extract_lora_from_dylora.py",
-        description="Split a DyLoRA into one LoRA for each rank.",
+        description="Split a DyLoRA into several LoRAs, one for each rank.",
         examples=["--model dylora.safetensors --save_to split.safetensors"],
     )
-    made.add_argument("--model", required=True, help="the DyLoRA: a file, a PEFT folder or a Hub repository")
-    made.add_argument("--save_to", required=True, help="name of the results; -0004 and so on is put before its ending")
-    made.add_argument("--unit", type=int, help="distance of ranks (default: what the file says)")
-    made.add_argument("--ranks", help="only these ranks, such as 4,8 (default: all, with the full one)")
-    made.add_argument("--sort", action="store_true", help="first sort the components by size (SVD): for any LoRA")
+    made.add_argument("--model", required=True, help="DyLoRA to split: a file, a PEFT folder or a Hub repository")
+    made.add_argument(
+        "--save_to",
+        required=True,
+        help="name of the output files; the rank is added before the extension, such as -0004",
+    )
+    made.add_argument("--unit", type=int, help="step between the ranks (default: the unit stored in the file)")
+    made.add_argument("--ranks", help="ranks to write, such as 4,8 (default: all, including the full rank)")
+    made.add_argument("--sort", action="store_true", help="first sort the components by size (SVD); works for any LoRA")
     add_skip_unknown(made)
     add_base_model(made)
     return made

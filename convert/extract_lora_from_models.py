@@ -26,34 +26,44 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="extract_lora_from_models.py",
-        description="Extract the LoRA between two models.",
+        description="Extract a LoRA from the difference between two models.",
         examples=["--model_org base.safetensors --model_tuned tuned.safetensors --dim 32 --save_to lora.safetensors"],
     )
-    made.add_argument("--model_org", required=True, help="the original model: checkpoint file or Diffusers folder")
-    made.add_argument("--model_tuned", required=True, help="the fine-tuned model: checkpoint file or Diffusers folder")
-    made.add_argument("--save_to", required=True, help="the resulting file")
+    made.add_argument("--model_org", required=True, help="original model: checkpoint file or Diffusers folder")
+    made.add_argument("--model_tuned", required=True, help="fine-tuned model: checkpoint file or Diffusers folder")
+    made.add_argument("--save_to", required=True, help="output file")
     made.add_argument(
         "--algo",
         choices=("lora", *EXTRACTED),
         default="lora",
-        help="what to write: low-rank pairs (lora, the default), Kronecker products, or the differences themselves",
+        help="type of adapter: LoRA (the default), LoKr, or the full differences",
     )
-    made.add_argument("--factor", type=int, help="size of LoKr's first factor (default: -1, near the square root)")
-    made.add_argument("--dim", type=rank_option, help="rank of the LoRA (default: 4; with target_error: no limit)")
-    made.add_argument("--conv_dim", type=int, help="rank of convolutions above 1x1 (default: leave them out)")
-    made.add_argument("--target_error", type=number, help="smallest ranks (lokr: file) with this relative error")
-    made.add_argument("--min_diff", type=number, default=0.0, help="leave out text encoders that differ no more (0)")
+    made.add_argument(
+        "--factor", type=int, help="lokr: size of the first factor (default: -1, close to the square root)"
+    )
+    made.add_argument("--dim", type=rank_option, help="rank of the LoRA (default: 4; with --target_error: no limit)")
+    made.add_argument("--conv_dim", type=int, help="rank of convolutions larger than 1x1 (default: skip them)")
+    made.add_argument(
+        "--target_error",
+        type=number,
+        help="use the smallest ranks (lokr: the smallest file) that reach this relative error",
+    )
+    made.add_argument(
+        "--min_diff", type=number, default=0.0, help="skip text encoders that differ by no more than this (default: 0)"
+    )
     made.add_argument(
         "--clamp_quantile",
         type=number,
-        help="clamp factors to this quantile as kohya's scripts do (there 0.99; default: no); slow",
+        help="clamp the factors at this quantile, as kohya's scripts do at 0.99; slow (default: no clamping)",
     )
-    made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
-    add_dtype(made, "--save_precision", "of the result (default: float)")
-    made.add_argument("--v2", action="store_true", help="the models must be SD2.x (recognised without this)")
-    made.add_argument("--v_parameterization", action="store_true", help="the models predict v (SD2.x)")
-    made.add_argument("--sdxl", action="store_true", help="the models must be SDXL (recognised without this)")
-    made.add_argument("--no_metadata", action="store_true", help="write kohya's least metadata only, no modelspec")
+    made.add_argument("--device", help="device to compute on: cpu, cuda, ... (default: cpu)")
+    add_dtype(made, "--save_precision", "precision of the output file (default: float)")
+    made.add_argument("--v2", action="store_true", help="require SD2.x models (the version is detected automatically)")
+    made.add_argument("--v_parameterization", action="store_true", help="the models use v-prediction (SD2.x)")
+    made.add_argument("--sdxl", action="store_true", help="require SDXL models (the version is detected automatically)")
+    made.add_argument(
+        "--no_metadata", action="store_true", help="write only kohya's minimum metadata, without modelspec entries"
+    )
     refuse(made, "--load_precision", "models are read as they are, and subtracted in float")
     for flag in ("--load_original_model_to", "--load_tuned_model_to"):
         refuse(made, flag, "models stay on the disk; --device says where to compute")

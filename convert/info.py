@@ -17,10 +17,18 @@ from lora_adapters.convert.tools.startup import importing
 
 def parser() -> Parser:
     """The options."""
-    made = Parser(prog="info.py", description="Show what LoRA files are.", examples=["model.safetensors"])
+    made = Parser(
+        prog="info.py",
+        description="Show the type, base model, ranks and metadata of LoRA files.",
+        examples=["model.safetensors"],
+    )
     made.add_argument("models", nargs="+", help="LoRA files, PEFT folders or Hub repositories")
-    made.add_argument("--json", action="store_true", help="one JSON list, for programs")
-    made.add_argument("--plot", metavar="PNG", help="draw the norm of the change in each block (needs matplotlib)")
+    made.add_argument("--json", action="store_true", help="print a JSON list instead of text")
+    made.add_argument(
+        "--plot",
+        metavar="PNG",
+        help="plot the norm of the weight change in each block to this file (requires matplotlib)",
+    )
     return made
 
 

@@ -49,7 +49,7 @@ def _live() -> LiveMethods:
 
 
 class LiveAdapter:
-    """The part of `Adapter` that speaks with live models and the Hub; it needs diffusers and PEFT when it is called."""
+    """The methods of `Adapter` for live models and the Hub. Calling them requires diffusers and PEFT."""
 
     @classmethod
     def from_models(
@@ -67,7 +67,7 @@ class LiveAdapter:
             The adapter. Its tensors are those of the models, not copies.
 
         Raises:
-            AdapterError: No model has such an adapter, or it is more than low-rank pairs (DoRA, lora_bias).
+            AdapterError: No model has such an adapter, or it is not only low-rank pairs (DoRA, lora_bias).
         """
         return _live().from_models(cls, models, adapter_name, metadata)
 
@@ -89,23 +89,23 @@ class LiveAdapter:
         return _live().from_pipeline(cls, pipe, adapter_name, metadata)
 
     def to_pipeline(self, pipe: Any, adapter_name: str | None = None) -> None:
-        """Load it into a pipeline, as `pipe.load_lora_weights` does with a file.
+        """Load the adapter into a pipeline, as `pipe.load_lora_weights` does with a file.
 
         Args:
             pipe: The pipeline.
-            adapter_name: The name it gets there; None takes the first free one of default_0, default_1, ...
+            adapter_name: The adapter's name in the pipeline; None uses the first free one of default_0, default_1, ...
 
         Raises:
-            AdapterError: It is for another model, or the name is in use. The pipeline is then as it was.
+            AdapterError: It is for another model, or the name is in use. The pipeline is then unchanged.
         """
         _live().to_pipeline(self, pipe, adapter_name)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
-        """Push it to the Hub in one commit: for diffusers, kohya's programs and PEFT, with a model card.
+        """Push the adapter to the Hub in one commit: for diffusers, kohya's programs and PEFT, with a model card.
 
         Args:
             repo_id: The repository, owner/name.
-            **options: private, revision, token, commit_message, create_pr, endpoint, and what the card shows:
+            **options: private, revision, token, commit_message, create_pr, endpoint, and the content of the card:
                 base_model, trigger_words, description, license, samples ({prompt: image}), grid (an image), tags; dtype
                 of the weights. See `lora_adapters.hub.repository.push_to_hub`.
 

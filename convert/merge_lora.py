@@ -32,10 +32,12 @@ from lora_adapters.convert.tools.command_line import (
 from lora_adapters.convert.tools.startup import importing
 
 MODELS_HELP = (
-    "LoRA files, PEFT folders or Hub repositories; a weight and block weights may follow (a.safetensors:0.8, "
-    "a.safetensors:0.8:lbw=MIDD), A1111's tags are read too (<lora:a:0.8>)"
+    "LoRA files, PEFT folders or Hub repositories, optionally with a weight and block weights (a.safetensors:0.8, "
+    "a.safetensors:0.8:lbw=MIDD); A1111's tags (<lora:a:0.8>) are also accepted"
 )
-LBWS_HELP = "block weights for each model: JSON lists of 12, 17, 20 or 26 numbers, presets (MIDD) or blocks (IN02)"
+LBWS_HELP = (
+    "block weights of each of --models: a JSON list of 12, 17, 20 or 26 numbers, a preset (MIDD) or blocks (IN02)"
+)
 
 
 def parser() -> Parser:
@@ -48,28 +50,36 @@ def parser() -> Parser:
             "--models a.safetensors b.safetensors --ratios 0.8 0.5 --save_to sum.safetensors",
         ],
     )
-    made.add_argument("--sd_model", help="checkpoint file or Diffusers folder to merge into; without it, into one LoRA")
-    made.add_argument("--save_to", required=True, help="the result: a file (.safetensors, .ckpt), or a folder")
+    made.add_argument(
+        "--sd_model", help="checkpoint file or Diffusers folder to merge into (default: merge into one LoRA)"
+    )
+    made.add_argument("--save_to", required=True, help="output file (.safetensors, .ckpt) or folder")
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
-    made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
+    made.add_argument("--ratios", nargs="+", type=number, help="weight of each of --models (default: 1)")
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
-    add_dtype(made, "--precision", "of the result where save_precision is not given; sums are always made in float")
-    add_dtype(made, "--save_precision", "of the result; by default tensors of a model keep theirs, a LoRA is float")
+    add_dtype(
+        made, "--precision", "the same as --save_precision, which takes precedence; sums are always computed in float"
+    )
+    add_dtype(made, "--save_precision", "precision of the output (default: unchanged for a model, float for a LoRA)")
     add_methods(made)
-    made.add_argument("--new_rank", type=rank_option, help="reduce the sum to this rank (without sd_model)")
-    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
-    made.add_argument("--v2", action="store_true", help="sd_model must be SD2.x (it is recognised without this)")
+    made.add_argument("--new_rank", type=rank_option, help="reduce the merged LoRA to this rank (not with --sd_model)")
+    made.add_argument(
+        "--new_conv_rank", type=rank_option, help="rank of convolutions larger than 1x1 (default: --new_rank)"
+    )
+    made.add_argument(
+        "--v2", action="store_true", help="require --sd_model to be SD2.x (the version is detected automatically)"
+    )
     add_skip_unknown(made)
     add_base_model(made)
     made.add_argument(
         "--ema",
         choices=EMA,
         default="keep",
-        help="averaged weights in a checkpoint (model_ema.*): kept as they are, left out, or merged too",
+        help="EMA weights in a checkpoint (model_ema.*): keep them unchanged, drop them, or merge into them too",
     )
-    made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
-    made.add_argument("--concat", action="store_true", help="concatenate ranks, as sums are made without this too")
-    made.add_argument("--shuffle", action="store_true", help="put the sum's components into a random order")
+    made.add_argument("--no_metadata", action="store_true", help="do not record the source models in the metadata")
+    made.add_argument("--concat", action="store_true", help="accepted; merged LoRAs are always concatenated")
+    made.add_argument("--shuffle", action="store_true", help="shuffle the rank components of the merged LoRA")
     return made
 
 

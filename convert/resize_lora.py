@@ -34,23 +34,31 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="resize_lora.py",
-        description="Give a LoRA a smaller rank.",
+        description="Reduce the rank of a LoRA.",
         examples=["--model big.safetensors --new_rank 8 --save_to small.safetensors"],
     )
-    made.add_argument("--model", required=True, help="the LoRA: a file, a PEFT folder or a Hub repository")
-    made.add_argument("--save_to", required=True, help="the resulting file")
-    made.add_argument("--new_rank", type=rank_option, help="rank of the result, or the largest (default: 4)")
-    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
-    made.add_argument("--dynamic_method", choices=DYNAMIC_METHODS, help="choose the rank of each module")
-    made.add_argument("--dynamic_param", type=number, help="what the method compares with, such as 0.9")
-    made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
+    made.add_argument("--model", required=True, help="LoRA to resize: a file, a PEFT folder or a Hub repository")
+    made.add_argument("--save_to", required=True, help="output file")
+    made.add_argument(
+        "--new_rank", type=rank_option, help="new rank; with --dynamic_method, the maximum rank (default: 4)"
+    )
+    made.add_argument(
+        "--new_conv_rank", type=rank_option, help="rank of convolutions larger than 1x1 (default: --new_rank)"
+    )
+    made.add_argument(
+        "--dynamic_method", choices=DYNAMIC_METHODS, help="choose the rank of each module by this criterion"
+    )
+    made.add_argument("--dynamic_param", type=number, help="target value of --dynamic_method, such as 0.9")
+    made.add_argument(
+        "--target_error", type=number, help="use the smallest ranks that reach this relative error, at most --new_rank"
+    )
     add_base_weights(made)
-    made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
+    made.add_argument("--device", help="device to compute on: cpu, cuda, ... (default: cpu)")
     add_skip_unknown(made)
     add_base_model(made)
-    made.add_argument("--svd_lowrank_niter", type=int, help="kohya's, accepted: the SVD is exact without iterations")
-    made.add_argument("--verbose", action="store_true", help="show the rank and the error of each module")
-    add_dtype(made, "--save_precision", "of the result (default: float)")
+    made.add_argument("--svd_lowrank_niter", type=int, help="accepted; has no effect, since the SVD is exact")
+    made.add_argument("--verbose", action="store_true", help="print the rank and the error of each module")
+    add_dtype(made, "--save_precision", "precision of the output file (default: float)")
     return made
 
 

@@ -34,31 +34,39 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="svd_merge_lora.py",
-        description="Merge LoRAs into one of a given rank.",
+        description="Merge several LoRAs into one of a given rank.",
         examples=["--models a.safetensors b.safetensors --ratios 0.6 0.4 --new_rank 32 --save_to c.safetensors"],
     )
-    made.add_argument("--save_to", required=True, help="the resulting file")
+    made.add_argument("--save_to", required=True, help="output file")
     made.add_argument("--models", nargs="+", required=True, help=MODELS_HELP)
-    made.add_argument("--ratios", nargs="+", type=number, help="a weight for each model (default: 1 for each)")
+    made.add_argument("--ratios", nargs="+", type=number, help="weight of each of --models (default: 1)")
     made.add_argument("--lbws", nargs="+", help=LBWS_HELP)
     add_methods(made)
     made.add_argument(
-        "--new_rank", type=rank_option, help="rank of the result (default: 4; with target_error: no limit)"
+        "--new_rank", type=rank_option, help="rank of the merged LoRA (default: 4; with --target_error: no limit)"
     )
-    made.add_argument("--new_conv_rank", type=rank_option, help="rank of convolutions above 1x1 (default: new_rank)")
-    made.add_argument("--target_error", type=number, help="smallest ranks with this relative error, new_rank at most")
+    made.add_argument(
+        "--new_conv_rank", type=rank_option, help="rank of convolutions larger than 1x1 (default: --new_rank)"
+    )
+    made.add_argument(
+        "--target_error", type=number, help="use the smallest ranks that reach this relative error, at most --new_rank"
+    )
     made.add_argument(
         "--clamp_quantile",
         type=number,
-        help="clamp factors to this quantile as kohya's scripts do (there 0.99; default: no); slow",
+        help="clamp the factors at this quantile, as kohya's scripts do at 0.99; slow (default: no clamping)",
     )
     add_base_weights(made)
-    made.add_argument("--device", help="where to compute: cpu (default), cuda, ...")
-    add_dtype(made, "--precision", "of the result where save_precision is not given; it is always computed in float")
-    add_dtype(made, "--save_precision", "of the result (default: float)")
+    made.add_argument("--device", help="device to compute on: cpu, cuda, ... (default: cpu)")
+    add_dtype(
+        made,
+        "--precision",
+        "the same as --save_precision, which takes precedence; the merge is always computed in float",
+    )
+    add_dtype(made, "--save_precision", "precision of the output file (default: float)")
     add_skip_unknown(made)
     add_base_model(made)
-    made.add_argument("--no_metadata", action="store_true", help="write no metadata about where the result is from")
+    made.add_argument("--no_metadata", action="store_true", help="do not record the source models in the metadata")
     return made
 
 

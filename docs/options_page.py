@@ -53,7 +53,7 @@ def render(tests: Mapping[str, str]) -> str:
     args = [[f"`{name}`", arg.takes, tests.get(name, "")] for name, arg in NETWORK_ARGS.items()]
     parts += ["### `--network_args`\n", _table(["option", "takes", "tests"], args), "## `lora-adapters generate`\n"]
     for title, names in groups(GenerateSettings).items():
-        parts.append(f"### Drawing: {title}\n")
+        parts.append(f"### Generation: {title}\n")
         own = [options_of(GenerateSettings)[name] for name in names]
         parts.append(_table(["option", "default", "values", "meaning"], [_cells(option) for option in own]))
     return "\n".join(parts)

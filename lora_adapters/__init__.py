@@ -1,6 +1,6 @@
 """Low-Rank Adaptation for Stable Diffusion, native to diffusers and PEFT.
 
-Importing this package is cheap: diffusers and peft are plugged into when, and only when, somebody imports them.
+Importing this package is cheap: diffusers and peft are extended only when they are imported.
 """
 
 from importlib import import_module
@@ -8,7 +8,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# In a checkout, convert/ and train/ stand beside this folder. Python started there finds this folder before the
+# In a checkout, convert/ and train/ are next to this folder. Python started there finds this folder before the
 # installed package, so they are added to its path.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "convert").is_dir() and (_checkout / "pyproject.toml").is_file() and str(_checkout) not in __path__:

@@ -9,19 +9,25 @@ from lora_adapters import __version__
 
 PROGRAMS = {
     "merge": ("lora_adapters.convert.merge_lora", "merge LoRAs into a model, or several LoRAs into one"),
-    "svd-merge": ("lora_adapters.convert.svd_merge_lora", "merge LoRAs into one of a given rank"),
-    "extract": ("lora_adapters.convert.extract_lora_from_models", "extract the LoRA between two models"),
-    "average": ("lora_adapters.convert.average_lora", "average LoRAs, such as the saves of a training"),
-    "split": ("lora_adapters.convert.extract_lora_from_dylora", "split a DyLoRA into one LoRA for each rank"),
-    "resize": ("lora_adapters.convert.resize_lora", "give a LoRA a smaller rank"),
-    "convert": ("lora_adapters.convert.convert_format", "write a LoRA in another format"),
-    "info": ("lora_adapters.convert.info", "show what a LoRA file is"),
-    "init": ("lora_adapters.train.preparing.program", "look at a folder of images and write settings to train on it"),
-    "train": ("lora_adapters.train.train_network", "train an adapter, with kohya's train_network.py options"),
-    "generate": ("lora_adapters.train.gen_img_diffusers", "draw images with adapters, with kohya's gen_img options"),
+    "svd-merge": ("lora_adapters.convert.svd_merge_lora", "merge several LoRAs into one of a given rank"),
+    "extract": (
+        "lora_adapters.convert.extract_lora_from_models",
+        "extract a LoRA from the difference between two models",
+    ),
+    "average": ("lora_adapters.convert.average_lora", "average LoRAs, such as the saves of one training"),
+    "split": ("lora_adapters.convert.extract_lora_from_dylora", "split a DyLoRA into several LoRAs, one for each rank"),
+    "resize": ("lora_adapters.convert.resize_lora", "reduce the rank of a LoRA"),
+    "convert": ("lora_adapters.convert.convert_format", "convert a LoRA to another format"),
+    "info": ("lora_adapters.convert.info", "show the type, base model, ranks and metadata of a LoRA"),
+    "init": ("lora_adapters.train.preparing.program", "inspect a folder of images and write training settings"),
+    "train": ("lora_adapters.train.train_network", "train an adapter, with the options of kohya's train_network.py"),
+    "generate": (
+        "lora_adapters.train.gen_img_diffusers",
+        "generate images with adapters, with the options of kohya's gen_img",
+    ),
     "studio": ("lora_adapters.train.studio.program", "compare, inspect, train and convert in the browser"),
-    "completion": ("lora_adapters.completion", "print a script that completes commands and options in a shell"),
-    "resize-images": ("lora_adapters.train.resize_images_to_resolution", "resize a folder of training images"),
+    "completion": ("lora_adapters.completion", "print a shell completion script"),
+    "resize-images": ("lora_adapters.train.resize_images_to_resolution", "make smaller copies of training images"),
 }
 
 
@@ -56,7 +62,7 @@ def _help() -> str:
         [
             "usage: lora-adapters COMMAND ...",
             "\nexample:\n  lora-adapters info model.safetensors",
-            "\ncommands (COMMAND --help shows the options; with --quiet they print warnings and errors only):",
+            "\ncommands (COMMAND --help shows the options; with --quiet, only warnings and errors are printed):",
             *commands,
             "\n  --version      print the version",
         ]

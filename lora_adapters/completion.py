@@ -26,11 +26,11 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="completion",
-        description="Print a script that completes commands and options. Bash reads those in "
-        "~/.local/share/bash-completion/completions, zsh those in a folder of $fpath, under the name _lora-adapters.",
+        description="Print a shell completion script for commands and options. Save it in "
+        "~/.local/share/bash-completion/completions for bash, or as _lora-adapters in a folder of $fpath for zsh.",
         examples=["bash > ~/.local/share/bash-completion/completions/lora-adapters"],
     )
-    made.add_argument("shell", choices=SHELLS, help="for which shell")
+    made.add_argument("shell", choices=SHELLS, help="shell to print the script for")
     return made
 
 

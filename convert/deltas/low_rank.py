@@ -1,4 +1,4 @@
-"""One module's low-rank change of weight."""
+"""`LowRank`: the low-rank weight change of one module."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,8 +53,8 @@ def with_alpha(tensors: dict[str, torch.Tensor], alpha: float, rank: int, factor
 class LowRank:
     """ΔW = (alpha / rank) · up · down, of one linear layer or convolution (LoRA, arXiv:2106.09685, section 4.1).
 
-    `down` is (rank, in) or (rank, in, height, width), `up` is (out, rank) or (out, rank, 1, 1). The 2-D and the 4-D
-    spelling of a linear layer or 1x1 convolution are the same thing. AdapterError if the shapes do not fit.
+    `down` is (rank, in) or (rank, in, height, width), `up` is (out, rank) or (out, rank, 1, 1). For a linear layer or
+    1x1 convolution, the 2-D and the 4-D form are equivalent. Shapes that do not match raise AdapterError.
 
     >>> one = LowRank(down=torch.ones(2, 3), up=torch.ones(5, 2), alpha=1.0)
     >>> one.rank, one.scale, one.out_in, one.delta()[0, 0].item()

@@ -1,4 +1,4 @@
-"""Module names: a component of a pipeline, and the dotted path of a layer in it, as diffusers has it."""
+"""Module names: a component of a pipeline and the dotted path of a layer in it, as in diffusers."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -19,8 +19,7 @@ Lookup = Callable[[str, str], str]
 class ModuleName(NamedTuple):
     """One adapted module: `component` is one of COMPONENTS, `path` its dotted name in diffusers.
 
-    The paths of CLIP's text encoders begin with `text_model.`, whatever the version of transformers, but for
-    `text_projection`.
+    The paths of CLIP text encoders begin with `text_model.` for all versions of transformers, except `text_projection`.
 
     >>> str(ModuleName("unet", "mid_block.attentions.0.proj_in"))
     'unet.mid_block.attentions.0.proj_in'

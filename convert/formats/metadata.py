@@ -20,12 +20,12 @@ _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 
 @dataclass(frozen=True)
 class DyLora:
-    """What makes an adapter a DyLoRA (arXiv:2210.07558).
+    """The options of a DyLoRA (arXiv:2210.07558).
 
-    Ranks come in steps of `unit`, a number of components. `rank_scaling` says what the b first of R components are
-    multiplied with: "constant" alpha/R, "rank" alpha/b, "sqrt" alpha/R · √(R/b). With `freeze_lower` only the last
-    `unit` of them were trained in a step. `rank_sampling` says how b was drawn: "uniform", one b for all samples of
-    a step, or "spread", for each sample one, low ranks and the full one more often.
+    The ranks are multiples of `unit`. `rank_scaling` is the scale of the first b of R components: "constant" is
+    alpha/R, "rank" is alpha/b, "sqrt" is alpha/R · √(R/b). With `freeze_lower`, only the last `unit` of the b
+    components were trained in a step. `rank_sampling` is how b was sampled: "uniform", one b for all samples of a step,
+    or "spread", one b for each sample, with low ranks and the full rank more often.
     """
 
     unit: int = 1

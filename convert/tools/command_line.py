@@ -64,7 +64,7 @@ def rank_option(text: str) -> int:
 def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
     """An option to leave out what a model does not have."""
     parser.add_argument(
-        "--skip_unknown", action="store_true", help="leave out modules that the model does not have, and list them"
+        "--skip_unknown", action="store_true", help="skip modules that the base model does not have, and list them"
     )
 
 
@@ -73,8 +73,8 @@ def add_base_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base_model",
         choices=(*FAMILIES, UNLISTED),
-        help="what the LoRA is for, where its layers are those of several models; other: a model that is not known "
-        "here, whose layers keep the names that they have in the file",
+        help="base model of the LoRA, if its layer names fit several models; other: any other model (layer names are "
+        "kept as they are in the file)",
     )
 
 
@@ -89,14 +89,14 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=("linear", *METHODS),
         default="linear",
-        help="how to put changes together: their weighted sum (linear, the default), or pruned before, as by PEFT",
+        help="merging method: the weighted sum (linear, the default), or one of PEFT's methods that prune first",
     )
-    parser.add_argument("--density", type=number, help="share of the numbers of each change that pruning keeps")
-    parser.add_argument("--seed", type=int, help="of the random pruning of dare_linear and dare_ties (default: 0)")
+    parser.add_argument("--density", type=number, help="fraction of each LoRA's values that pruning keeps")
+    parser.add_argument("--seed", type=int, help="random seed of dare_linear and dare_ties (default: 0)")
     parser.add_argument(
         "--majority_sign_method",
         choices=MAJORITIES,
-        help="the sign that ties and dare_ties elect: of the sum (total, the default), or of most (frequency)",
+        help="how ties and dare_ties elect the sign: by sum (total, the default) or by count (frequency)",
     )
 
 

@@ -46,14 +46,14 @@ class Parser(argparse.ArgumentParser):
         shown = "\n".join(f"  {self.prog} {line}" for line in examples)
         self.description = f"{description.strip()}\n\nexample:\n{shown}" if examples else description
         self.refused: list[str] = []
-        self.add_argument("-q", "--quiet", action=_Quiet, help="print warnings, errors and what was asked for only")
+        self.add_argument("-q", "--quiet", action=_Quiet, help="print only warnings, errors and requested output")
 
     def format_help(self) -> str:
         """The whole help."""
         needed = [_written(action) for action in self._actions if action.required]
         self.usage = " ".join(["%(prog)s", *(word.replace("%", "%%") for word in needed), "[options]"])
         if self.refused:
-            self.epilog = f"not supported (each says why when it is given): {', '.join(sorted(self.refused))}"
+            self.epilog = f"not supported (giving one prints the reason): {', '.join(sorted(self.refused))}"
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:

@@ -1,8 +1,8 @@
-"""The base of all adapter types' configs.
+"""The base class of the configs of all adapter types.
 
-They are `LoraConfig`s that need no target_modules, since they know which modules kohya's LoRA types adapt. Their
-PEFT type is LORA, and `to_dict` and `adapter_config.json` hold nothing that stock PEFT does not know: what is beyond
-LoRA is in `auto_mapping`, a free-form field, from which `registry.restored` makes the type again.
+The configs are `LoraConfig`s that need no target_modules, since they know which modules kohya's LoRA types adapt. Their
+PEFT type is LORA, and `to_dict` and `adapter_config.json` contain nothing that stock PEFT does not know: options beyond
+LoRA are stored in `auto_mapping`, a free-form field, from which `registry.restored` restores the type.
 """
 
 import copy
@@ -31,10 +31,10 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass
 class AdapterConfig(LoraConfig):
-    """What the configs of all adapter types have: kohya's coverage, and ranks and alphas for each block.
+    """The options of all adapter types: kohya's target modules, and ranks and alphas for each block.
 
-    A `LoraConfig` that needs no target_modules. The model that it is put into fills in what it has decided:
-    target_modules and the ranks and alphas of all modules.
+    It is a `LoraConfig` that needs no target_modules. When the adapter is added to a model, target_modules and the
+    ranks and alphas of all modules are filled in.
     """
 
     covers_conv: ClassVar[bool] = False
@@ -45,32 +45,35 @@ class AdapterConfig(LoraConfig):
     conv_dim: int | None = field(default=None, metadata={"help": "Rank of convolutions larger than 1x1."})
     conv_alpha: float | None = field(
         default=None,
-        metadata={"help": "Alpha of convolutions larger than 1x1; None: 1, or lora_alpha where their rank is r."},
+        metadata={"help": "Alpha of convolutions larger than 1x1; None: 1, or lora_alpha if their rank is r."},
     )
     block_dims: list[int] | None = field(
         default=None, metadata={"help": "Rank in each of the 25 blocks of the U-Net (SDXL: 23); 0 skips a block."}
     )
     block_alphas: list[float] | None = field(default=None, metadata={"help": "Alpha in each block."})
-    conv_block_dims: list[int] | None = field(default=None, metadata={"help": "As block_dims, for conv_dim."})
-    conv_block_alphas: list[float] | None = field(default=None, metadata={"help": "As block_alphas, for conv_alpha."})
+    conv_block_dims: list[int] | None = field(default=None, metadata={"help": "The same as block_dims, for conv_dim."})
+    conv_block_alphas: list[float] | None = field(
+        default=None, metadata={"help": "The same as block_alphas, for conv_alpha."}
+    )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Which modules: a name of lora_adapters.presets, or a file; None: those of kohya's trainer."},
+        metadata={"help": "Target modules: a preset of lora_adapters.presets, or a file; None: as in kohya's trainer."},
     )
     include_patterns: list[str] | None = field(
-        default=None, metadata={"help": "Regular expressions: exceptions from exclude_patterns, or the only modules."}
+        default=None,
+        metadata={"help": "Regular expressions: exceptions to exclude_patterns, or the only modules to adapt."},
     )
     exclude_patterns: list[str] | None = field(
-        default=None, metadata={"help": "Regular expressions of modules without an adapter."}
+        default=None, metadata={"help": "Regular expressions of modules not to adapt."}
     )
     reg_dims: dict[str, int] | None = field(
-        default=None, metadata={"help": "Rank by regular expression, the first that matches; 0 skips a module."}
+        default=None, metadata={"help": "Rank by regular expression (the first match applies); 0 skips a module."}
     )
     reg_alphas: dict[str, float] | None = field(
-        default=None, metadata={"help": "Alpha of a pattern of reg_dims; default: lora_alpha."}
+        default=None, metadata={"help": "Alpha by pattern of reg_dims; default: lora_alpha."}
     )
     resolved: bool = field(
-        default=False, metadata={"help": "Set once it is in a model: the patterns have every rank and alpha."}
+        default=False, metadata={"help": "Set when added to a model: rank_pattern and alpha_pattern are complete."}
     )
 
     def __post_init__(self) -> None:

@@ -46,20 +46,20 @@ class SubsetConfig(CaptionFields, ImageFields):
     """
 
     image_dir: str | None = option(None, "folder of images", scope=SUBSET)
-    metadata_file: str | None = option(None, "json or jsonl file of images and captions", scope=SUBSET)
-    dataset_name: str | None = option(None, "Hugging Face dataset: hub id or folder", scope=SUBSET)
-    dataset_config_name: str | None = option(None, "configuration of that dataset", scope=SUBSET)
-    split: str = option("train", "split of that dataset", scope=SUBSET)
-    image_column: str = option("image", "its column of images", scope=SUBSET)
-    caption_column: str | None = option(None, "its column of captions", unset="text, if there is one", scope=SUBSET)
-    cache_dir: str | None = option(None, "folder for its latents and text-encoder outputs", scope=SUBSET)
-    is_reg: bool = option(False, "the images are regularisation images", scope=SUBSET)
-    class_tokens: str | None = option(None, "caption of images that have none", scope=ANYWHERE)
-    num_repeats: int = option(
-        1, "how often an epoch shows each image; 0 leaves the subset out", scope=ANYWHERE, at_least=0
+    metadata_file: str | None = option(None, "JSON or JSON Lines file with images and captions", scope=SUBSET)
+    dataset_name: str | None = option(None, "Hugging Face dataset: Hub id or folder", scope=SUBSET)
+    dataset_config_name: str | None = option(None, "configuration name of the Hugging Face dataset", scope=SUBSET)
+    split: str = option("train", "split of the Hugging Face dataset", scope=SUBSET)
+    image_column: str = option("image", "image column of the Hugging Face dataset", scope=SUBSET)
+    caption_column: str | None = option(
+        None, "caption column of the Hugging Face dataset", unset="text, if it exists", scope=SUBSET
     )
+    cache_dir: str | None = option(None, "folder to cache its latents and text encoder outputs in", scope=SUBSET)
+    is_reg: bool = option(False, "the images are regularisation images", scope=SUBSET)
+    class_tokens: str | None = option(None, "caption of images without a caption", scope=ANYWHERE)
+    num_repeats: int = option(1, "repeats of each image per epoch; 0 skips the subset", scope=ANYWHERE, at_least=0)
     custom_attributes: dict[str, Any] | None = option(
-        None, "any table, kept in the saved file's metadata", scope=ANYWHERE
+        None, "any table, stored in the metadata of the saved file", scope=ANYWHERE
     )
 
     @property
@@ -72,15 +72,15 @@ class SubsetConfig(CaptionFields, ImageFields):
 class DatasetConfig(BucketFields):
     """Subsets that share a resolution, buckets and a batch size. Sizes are (width, height) in pixels."""
 
-    resolution: tuple[int, int] = option(None, "size of the images", scope=DATASET, read=read_size)
-    batch_size: int = option(1, "images a batch, in each process", scope=DATASET, at_least=1)
+    resolution: tuple[int, int] = option(None, "training resolution", scope=DATASET, read=read_size)
+    batch_size: int = option(1, "batch size per process", scope=DATASET, at_least=1)
     min_bucket_reso: int = option(
-        0, "shortest side; 0: 256, or half the resolution if that is smaller", scope=DATASET, at_least=VAE_FACTOR
+        0, "minimum bucket side; 0: 256, or half the resolution if that is smaller", scope=DATASET, at_least=VAE_FACTOR
     )
     max_bucket_reso: int = option(
-        0, "longest side; 0: 1024, or the resolution if that is larger", scope=DATASET, at_least=VAE_FACTOR
+        0, "maximum bucket side; 0: 1024, or the resolution if that is larger", scope=DATASET, at_least=VAE_FACTOR
     )
-    network_multiplier: float = option(1.0, "weight of the adapter, 1 only", scope=DATASET, read=_multiplier_one)
+    network_multiplier: float = option(1.0, "weight of the adapter; must be 1", scope=DATASET, read=_multiplier_one)
     subsets: tuple[SubsetConfig, ...] = ()
 
 

@@ -22,92 +22,98 @@ class BaseOptions(ModelSource, AttentionOptions):
 
     title: ClassVar[str] = "model"
     pretrained_model_name_or_path: str | None = option(
-        None, "checkpoint file, Diffusers folder or hub id", flag="--ckpt"
+        None, "base model: checkpoint file, Diffusers folder or Hub id", flag="--ckpt"
     )
     lowram: bool = False  # no option here
-    v1: bool = option(False, "the model must be SD1.x (it is recognised without this)")
-    sdxl: bool = option(False, "the model must be SDXL (it is recognised without this)")
-    zero_terminal_snr: bool = option(False, "betas that end in pure noise")
-    no_half_vae: bool = option(False, "the VAE computes in fp32 (an SDXL VAE that asks for it does so in any case)")
-    fp16: bool = option(False, "compute in fp16")
-    bf16: bool = option(False, "compute in bf16")
+    v1: bool = option(False, "require an SD1.x model (the version is detected automatically)")
+    sdxl: bool = option(False, "require an SDXL model (the version is detected automatically)")
+    zero_terminal_snr: bool = option(False, "rescale the noise schedule to zero terminal SNR")
+    no_half_vae: bool = option(False, "run the VAE in fp32 (always done for an SDXL VAE whose config requires it)")
+    fp16: bool = option(False, "run the models in fp16")
+    bf16: bool = option(False, "run the models in bf16")
     diffusers_xformers: bool = option(False, "the same as --xformers")
-    opt_channels_last: bool = option(False, "weights of the U-Net and the VAE in channels-last order")
-    device: str | None = option(None, "cuda, cuda:1, mps, cpu", unset="the first of these that there is")
+    opt_channels_last: bool = option(False, "use the channels-last memory format for the U-Net and the VAE")
+    device: str | None = option(None, "device to run on: cuda, cuda:1, mps or cpu", unset="the first one available")
 
 
 @dataclass
 class PromptOptions:
-    """What to draw."""
+    """Prompts, seeds and input images."""
 
-    title: ClassVar[str] = "what to draw"
-    prompt: str | None = option(None, "prompt, with options behind it: a cat --n blurry --w 512 --h 768 --d 1,2")
-    from_file: str | None = option(None, "file of prompts, one a line; blank lines and lines with # are left out")
-    images_per_prompt: int = option(1, "images for each prompt", **_COUNT)
+    title: ClassVar[str] = "prompts"
+    prompt: str | None = option(
+        None, "prompt, optionally followed by options: a cat --n blurry --w 512 --h 768 --d 1,2"
+    )
+    from_file: str | None = option(
+        None, "file of prompts, one per line; blank lines and lines that start with # are skipped"
+    )
+    images_per_prompt: int = option(1, "images per prompt", **_COUNT)
     n_iter: int = option(1, "number of passes over all prompts", **_COUNT)
-    shuffle_prompts: bool = option(False, "in another order each time")
+    shuffle_prompts: bool = option(False, "shuffle the prompts in each pass")
     seed: int | None = option(
         None,
-        "seed of the images' seeds; of the image itself where there is but one",
-        unset="drawn",
+        "random seed; with several images, each gets its own seed, derived from this one",
+        unset="chosen at random",
         at_least=0,
         at_most=MAX_SEED,
         range_error=f"seeds are 0 to {MAX_SEED}",
     )
-    iter_same_seed: bool = option(False, "the same seed for all prompts; a prompt's further images count on from it")
-    image_path: str | None = option(None, "image or folder of images to start from; without prompts, theirs are taken")
-    strength: float | None = option(None, "how much of such an image is changed, above 0, up to 1", unset="0.8")
+    iter_same_seed: bool = option(
+        False, "use the same seed for all prompts; it is increased by 1 for each further image of a prompt"
+    )
+    image_path: str | None = option(
+        None, "img2img: input image, or folder of images; if no prompt is given, those stored in the images are used"
+    )
+    strength: float | None = option(None, "img2img: strength of the change, above 0 and at most 1", unset="0.8")
 
 
 @dataclass
 class SamplingOptions:
-    """How to draw it."""
+    """Sampling."""
 
-    title: ClassVar[str] = "how to draw it"
-    W: int | None = option(None, "width in pixels", unset="the size that the model was trained at")
-    H: int | None = option(None, "height in pixels", unset="the size that the model was trained at")
-    steps: int = option(50, "sampling steps")
+    title: ClassVar[str] = "sampling"
+    W: int | None = option(None, "image width in pixels", unset="the size the model was trained at")
+    H: int | None = option(None, "image height in pixels", unset="the size the model was trained at")
+    steps: int = option(50, "number of sampling steps")
     scale: float | None = option(None, "guidance scale", unset="7.5; Flux.1: 3.5")
-    sampler: str = option("ddim", "sampler (Flux.1 and SD3 have one of their own)", choices=list(SAMPLERS))
-    force_scheduler_zero_steps_offset: bool = option(False, "the sampler's steps_offset is 0")
-    batch_size: int = option(1, "images at a time", **_COUNT)
+    sampler: str = option("ddim", "sampler (not used for Flux.1 and SD3, which have their own)", choices=list(SAMPLERS))
+    force_scheduler_zero_steps_offset: bool = option(False, "set the scheduler's steps_offset to 0")
+    batch_size: int = option(1, "batch size", **_COUNT)
     vae_batch_size: float | None = option(
         None,
-        "images at a time in the VAE; below 1, a part of --batch_size",
+        "batch size of the VAE; below 1, a fraction of --batch_size",
         unset="--batch_size",
         above=0,
         range_error="give more than 0",
     )
     clip_skip: int | None = option(
-        None, "take the text encoder's n-th layer from the end", unset="the last one; SDXL: always 2", **_COUNT
+        None, "use the n-th layer from the end of the text encoder", unset="the last layer; SDXL: always 2", **_COUNT
     )
     max_embeddings_multiples: int | None = option(
-        None, "longest prompt, in windows of 75 tokens", unset="no limit", **_COUNT
+        None, "maximum length of prompts, in multiples of 75 tokens", unset="no limit", **_COUNT
     )
     emb_normalize_mode: str = option(
         "original",
-        "what words' weights leave as it was: the mean of the text's embedding, the mean of its absolute values, or "
-        "nothing",
+        "what to preserve when prompt weights are applied: the mean of the embedding (original), the mean of its "
+        "absolute values (abs), or nothing (none)",
         choices=["original", "abs", "none"],
     )
-    original_height: int | None = option(
-        None, "SDXL: height of the image that it was cut from", unset="the height drawn"
-    )
-    original_width: int | None = option(None, "SDXL: width of the image that it was cut from", unset="the width drawn")
+    original_height: int | None = option(None, "SDXL micro-conditioning: original height", unset="the image height")
+    original_width: int | None = option(None, "SDXL micro-conditioning: original width", unset="the image width")
     negative_original_height: int | None = option(
         None,
-        "SDXL: the same height for the negative prompt",
+        "SDXL micro-conditioning: original height for the negative prompt",
         unset="--original_height",
         flag="--original_height_negative",
     )
     negative_original_width: int | None = option(
         None,
-        "SDXL: the same width for the negative prompt",
+        "SDXL micro-conditioning: original width for the negative prompt",
         unset="--original_width",
         flag="--original_width_negative",
     )
-    crop_top: int | None = option(None, "SDXL: pixels cut off at the top", unset="0")
-    crop_left: int | None = option(None, "SDXL: pixels cut off at the left", unset="0")
+    crop_top: int | None = option(None, "SDXL micro-conditioning: top crop coordinate", unset="0")
+    crop_left: int | None = option(None, "SDXL micro-conditioning: left crop coordinate", unset="0")
 
 
 @dataclass
@@ -116,18 +122,22 @@ class AdapterOptions:
 
     title: ClassVar[str] = "adapters"
     network_module: list[str] | None = option(
-        None, "networks.lora, networks.dylora; one for each file, or one for all", unset="what each file says"
+        None, "networks.lora or networks.dylora: one for all files, or one for each", unset="detected from each file"
     )
-    network_weights: list[str] | None = option(None, "adapter files, folders or hub ids; FILE:0.8:lbw=MIDD too")
-    network_mul: list[float] | None = option(None, "their weights", unset="1 each")
-    network_args: list[str] | None = option(None, "for each DyLoRA: rank=, unit=, rank_scaling=", metavar="K=V;K=V")
-    network_merge: bool = option(False, "add all adapters to the model's weights")
-    network_merge_n_models: int | None = option(None, "add the first n to the model's weights")
+    network_weights: list[str] | None = option(
+        None, "adapter files, folders or Hub ids, optionally with weights (FILE:0.8:lbw=MIDD)"
+    )
+    network_mul: list[float] | None = option(None, "weight of each adapter", unset="1")
+    network_args: list[str] | None = option(
+        None, "options of each DyLoRA: rank=, unit=, rank_scaling=", metavar="K=V;K=V"
+    )
+    network_merge: bool = option(False, "merge all adapters into the model's weights")
+    network_merge_n_models: int | None = option(None, "merge the first n adapters into the model's weights")
     network_pre_calc: bool = option(
-        False, "add adapters to the weights for each batch, from a copy of these: fastest, exact"
+        False, "merge adapters into a copy of the weights for each batch: fastest, and exact"
     )
-    network_show_meta: bool = option(False, "print the files' metadata")
-    rank: int | None = option(None, "rank that DyLoRA adapters work at", unset="the full one")
+    network_show_meta: bool = option(False, "print the metadata of the adapter files")
+    rank: int | None = option(None, "rank at which DyLoRA adapters are applied", unset="the full rank")
 
 
 @dataclass
@@ -135,25 +145,29 @@ class FileOptions:
     """Files that are written."""
 
     title: ClassVar[str] = "files"
-    outdir: str = option("outputs", "folder of the images")
-    sequential_file_name: bool = option(False, "im_000001.png, im_000002.png, ...; without it, time, number and seed")
-    use_original_file_name: bool = option(False, "with --image_path: the name of that image")
+    outdir: str = option("outputs", "folder for the images")
+    sequential_file_name: bool = option(
+        False, "name images im_000001.png, im_000002.png, ... instead of by time, number and seed"
+    )
+    use_original_file_name: bool = option(False, "img2img: use the file name of the input image")
 
 
 @dataclass
 class SheetOptions:
-    """A sheet of settings."""
+    """A sheet of images with different settings."""
 
-    title: ClassVar[str] = "a sheet of settings"
+    title: ClassVar[str] = "comparison sheet"
     sweep: list[str] | None = option(
         None,
-        "draw one sheet instead of images, with a row for each prompt and a column for each setting: weight=0,0.5,1 "
-        "rank=4,8 steps= scale= sampler=",
+        "generate one sheet of images instead of single images, with a row for each prompt and a column for each "
+        "setting: weight=0,0.5,1 rank=4,8 steps= scale= sampler=",
         metavar="NAME=V,V,...",
         at_least_one=True,
     )
-    sheet: str | None = option(None, "its file", unset="sweep_<time>.png in --outdir")
-    sheet_font: str | None = option(None, "TrueType font for its labels", unset="the built-in one, which is Latin only")
+    sheet: str | None = option(None, "file of the sheet", unset="sweep_<time>.png in --outdir")
+    sheet_font: str | None = option(
+        None, "TrueType font for the labels of the sheet", unset="built-in, Latin letters only"
+    )
 
 
 @dataclass
@@ -167,7 +181,7 @@ def parser(defaults: bool = True) -> Parser:
     """A parser of all options; without `defaults` its result has only what is on the command line."""
     new = Parser(
         prog="gen_img_diffusers.py",
-        description="Draw images with a base model and adapters, with the options of kohya's gen_img.",
+        description="Generate images with a base model and adapters, with the options of kohya's gen_img.",
         examples=[
             '--ckpt MODEL --network_weights a.safetensors --network_mul 0.8 --prompt "a cat --n blurry"',
             "--ckpt MODEL --network_weights dylora.safetensors --from_file prompts.txt --sweep weight=0,0.5,1 rank=4,8",

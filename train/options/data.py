@@ -44,41 +44,50 @@ class BucketFields:
     """Sizes of images, for the command line and [[datasets]]."""
 
     enable_bucket: bool = option(False, "sort images into buckets by aspect ratio", scope=DATASET)
-    bucket_reso_steps: int = option(64, "sides are multiples of this", scope=DATASET, at_least=VAE_FACTOR)
-    bucket_no_upscale: bool = option(False, "never enlarge an image", scope=DATASET)
+    bucket_reso_steps: int = option(64, "bucket sides are multiples of this", scope=DATASET, at_least=VAE_FACTOR)
+    bucket_no_upscale: bool = option(False, "never upscale an image", scope=DATASET)
     validation_split: float = option(
-        0.0, "share of the images that is held out", scope=DATASET, at_least=0, at_most=1, metadata=True
+        0.0, "share of the images to hold out for validation", scope=DATASET, at_least=0, at_most=1, metadata=True
     )
-    validation_seed: int | None = option(None, "seed that chooses them", unset="--seed", scope=DATASET, metadata=True)
+    validation_seed: int | None = option(
+        None, "seed for choosing the validation images", unset="--seed", scope=DATASET, metadata=True
+    )
 
 
 @dataclass(kw_only=True)
 class CaptionFields:
     """How captions are found and varied, for the command line and [[datasets.subsets]]."""
 
-    caption_extension: str = option(".caption", "caption files beside the images end so", scope=ANYWHERE, read=_suffix)
-    caption_separator: str = option(",", "separator of tags", scope=ANYWHERE)
-    shuffle_caption: bool = option(False, "shuffle the tags", scope=ANYWHERE)
-    keep_tokens: int = option(0, "leave the first n tags in place", scope=ANYWHERE, at_least=0)
-    keep_tokens_separator: str | None = option("", "keep tags before this separator in place", scope=ANYWHERE)
+    caption_extension: str = option(".caption", "extension of caption files", scope=ANYWHERE, read=_suffix)
+    caption_separator: str = option(",", "separator between tags", scope=ANYWHERE)
+    shuffle_caption: bool = option(False, "shuffle the tags of each caption", scope=ANYWHERE)
+    keep_tokens: int = option(0, "keep the first n tags in place", scope=ANYWHERE, at_least=0)
+    keep_tokens_separator: str | None = option("", "keep the tags before this separator in place", scope=ANYWHERE)
     secondary_separator: str | None = option(
-        None, "separator within a tag: becomes --caption_separator after shuffling", scope=ANYWHERE
+        None, "separator within a tag; replaced by --caption_separator after shuffling", scope=ANYWHERE
     )
-    enable_wildcard: bool = option(False, "choose among {a|b}, and among the lines of a caption", scope=ANYWHERE)
-    caption_prefix: str | None = option(None, "text before each caption", scope=ANYWHERE)
-    caption_suffix: str | None = option(None, "text after each caption", scope=ANYWHERE)
+    enable_wildcard: bool = option(
+        False, "choose at random among {a|b}, and among the lines of a caption file", scope=ANYWHERE
+    )
+    caption_prefix: str | None = option(None, "text to add before each caption", scope=ANYWHERE)
+    caption_suffix: str | None = option(None, "text to add after each caption", scope=ANYWHERE)
     caption_dropout_rate: float = option(
-        0.0, "share of captions that is left empty", scope=ANYWHERE, at_least=0, at_most=1, metadata=True
+        0.0,
+        "probability of dropping a caption (leaving it empty)",
+        scope=ANYWHERE,
+        at_least=0,
+        at_most=1,
+        metadata=True,
     )
     caption_dropout_every_n_epochs: int = option(
-        0, "leave all captions empty every n epochs", scope=ANYWHERE, at_least=0, metadata=True
+        0, "drop all captions every n epochs", scope=ANYWHERE, at_least=0, metadata=True
     )
     caption_tag_dropout_rate: float = option(
-        0.0, "share of tags that is left out", scope=ANYWHERE, at_least=0, at_most=1, metadata=True
+        0.0, "probability of dropping a tag", scope=ANYWHERE, at_least=0, at_most=1, metadata=True
     )
-    token_warmup_min: int = option(1, "tags at the start of the token warm-up", scope=ANYWHERE, at_least=1)
+    token_warmup_min: int = option(1, "number of tags at the start of token warmup", scope=ANYWHERE, at_least=1)
     token_warmup_step: float = option(
-        0.0, "steps (below 1: share of the run) until all tags are used", scope=ANYWHERE, at_least=0
+        0.0, "number of steps until all tags are used; below 1, a share of all steps", scope=ANYWHERE, at_least=0
     )
 
 
@@ -86,12 +95,12 @@ class CaptionFields:
 class ImageFields:
     """How images are varied, for the command line and [[datasets.subsets]]."""
 
-    flip_aug: bool = option(False, "flip half of the images", scope=ANYWHERE)
-    color_aug: bool = option(False, "vary the colours", scope=ANYWHERE)
-    random_crop: bool = option(False, "crop at random places", scope=ANYWHERE)
+    flip_aug: bool = option(False, "flip images horizontally at random", scope=ANYWHERE)
+    color_aug: bool = option(False, "vary colours at random", scope=ANYWHERE)
+    random_crop: bool = option(False, "crop at random positions", scope=ANYWHERE)
     face_crop_aug_range: str | None = option(
         None,
-        "crop around faces, enlarged between two factors: 1.0,2.0",
+        "crop around faces, with a margin factor in this range: 1.0,2.0",
         scope=ANYWHERE,
         read=_face_crop_not_supported,
         unsupported=_FACE_CROP,
@@ -99,31 +108,33 @@ class ImageFields:
     )
     resize_interpolation: str | None = option(
         None,
-        "how images are resized",
+        "interpolation for resizing images",
         unset="area to shrink, lanczos to enlarge",
         choices=TRAINING,
         scope=ANYWHERE,
         metadata=True,
     )
-    alpha_mask: bool = option(False, "take the images' alpha channels as masks", scope=SUBSET)
-    conditioning_data_dir: str | None = option(None, "folder of masks, named like the images", scope=SUBSET)
-    cache_info: bool = option(False, "keep the list of images and captions on disk", scope=ANYWHERE)
+    alpha_mask: bool = option(False, "use the images' alpha channels as masks", scope=SUBSET)
+    conditioning_data_dir: str | None = option(
+        None, "folder of masks with the same file names as the images", scope=SUBSET
+    )
+    cache_info: bool = option(False, "cache the list of images and captions on disk", scope=ANYWHERE)
 
 
 @dataclass(kw_only=True)
 class SourceOptions:
     """Which data."""
 
-    dataset_config: str | None = option(None, "toml or json file that describes the data")
-    train_data_dir: str | None = option(None, "folder of `<repeats>_<class>` folders with images")
-    reg_data_dir: str | None = option(None, "the same for regularisation images")
-    in_json: str | None = option(None, "metadata file of images and captions")
+    dataset_config: str | None = option(None, "TOML or JSON file that describes the training data")
+    train_data_dir: str | None = option(None, "folder with image folders named `<repeats>_<class>`")
+    reg_data_dir: str | None = option(None, "the same as --train_data_dir, for regularisation images")
+    in_json: str | None = option(None, "JSON metadata file with images and captions")
     dataset_repeats: int = option(
-        1, "how often an epoch shows each image of --in_json", scope=ANYWHERE, toml_name="num_repeats", at_least=0
+        1, "repeats of each image of --in_json per epoch", scope=ANYWHERE, toml_name="num_repeats", at_least=0
     )
     dataset_class: str | None = option(
         None,
-        "dotted name of another dataset class",
+        "custom dataset class (package.module.Class)",
         unsupported="other dataset classes are not supported; describe the data in --dataset_config",
     )
     debug_dataset: bool = option(
@@ -131,10 +142,8 @@ class SourceOptions:
         "show the dataset instead of training",
         unsupported="showing images is not supported; use --dry_run for buckets, steps and captions",
     )
-    resolution: str | None = option(None, "size of the images: 512, or width,height", scope=DATASET)
-    train_batch_size: int = option(
-        1, "images a batch, in each process", scope=DATASET, toml_name="batch_size", at_least=1
-    )
+    resolution: str | None = option(None, "training resolution: 512, or width,height", scope=DATASET)
+    train_batch_size: int = option(1, "batch size per process", scope=DATASET, toml_name="batch_size", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -142,16 +151,16 @@ class DatasetOptions(BucketFields, SourceOptions):
     """Which data, in which sizes and batches."""
 
     title: ClassVar[str] = "data"
-    min_bucket_reso: int = option(256, "shortest side of a bucket", scope=DATASET, at_least=VAE_FACTOR)
-    max_bucket_reso: int = option(1024, "longest side of a bucket", scope=DATASET, at_least=VAE_FACTOR)
+    min_bucket_reso: int = option(256, "minimum side length of a bucket", scope=DATASET, at_least=VAE_FACTOR)
+    max_bucket_reso: int = option(1024, "maximum side length of a bucket", scope=DATASET, at_least=VAE_FACTOR)
     validate_every_n_steps: int | None = option(
-        None, "measure the held-out loss every n steps", at_least=1, inert=(ZERO,), metadata=True
+        None, "compute the validation loss every n steps", at_least=1, inert=(ZERO,), metadata=True
     )
     validate_every_n_epochs: int | None = option(
-        None, "measure the held-out loss every n epochs", unset="1", at_least=1, inert=(ZERO,), metadata=True
+        None, "compute the validation loss every n epochs", unset="1", at_least=1, inert=(ZERO,), metadata=True
     )
     max_validation_steps: int | None = option(
-        None, "held-out batches to measure", unset="all", at_least=1, inert=(ZERO,), metadata=True
+        None, "maximum number of validation batches", unset="all", at_least=1, inert=(ZERO,), metadata=True
     )
 
 
@@ -160,9 +169,7 @@ class CaptionOptions(CaptionFields):
     """Captions."""
 
     title: ClassVar[str] = "captions"
-    caption_extention: str | None = option(
-        None, "--caption_extension in an older spelling", unset="--caption_extension"
-    )
+    caption_extention: str | None = option(None, "older spelling of --caption_extension", unset="--caption_extension")
 
 
 @dataclass(kw_only=True)
@@ -170,14 +177,14 @@ class ImageOptions(ImageFields):
     """Images and what is kept of them."""
 
     title: ClassVar[str] = "images and caches"
-    cache_latents: bool = option(False, "encode the images once, before training")
-    cache_latents_to_disk: bool = option(False, "keep the latents beside the images")
+    cache_latents: bool = option(False, "encode the images once, before training, and cache the latents")
+    cache_latents_to_disk: bool = option(False, "cache latents on disk, next to the images")
     vae_batch_size: int = option(
-        1, "images encoded at once", at_least=1, inert=(Inert(lambda value, _: value == 0, "0 is taken as 1"),)
+        1, "batch size for caching latents", at_least=1, inert=(Inert(lambda value, _: value == 0, "0 is taken as 1"),)
     )
-    skip_cache_check: bool = option(False, "take caches on disk as they are")
-    cache_text_encoder_outputs: bool = option(False, "encode the captions once (needs an untrained text encoder)")
-    cache_text_encoder_outputs_to_disk: bool = option(False, "keep them beside the images")
+    skip_cache_check: bool = option(False, "use caches on disk without checking them")
+    cache_text_encoder_outputs: bool = option(False, "cache text encoder outputs (only if no text encoder is trained)")
+    cache_text_encoder_outputs_to_disk: bool = option(False, "cache text encoder outputs on disk, next to the images")
 
 
 @dataclass(kw_only=True)

@@ -31,45 +31,51 @@ class SavingOptions:
     """Saving and resuming."""
 
     title: ClassVar[str] = "saving and resuming"
-    output_dir: str | None = option(None, "folder of all that is saved")
-    output_name: str | None = option(None, "name of the files, without ending", unset="last", metadata=True)
+    output_dir: str | None = option(None, "folder for everything that is saved")
+    output_name: str | None = option(None, "file name without extension", unset="last", metadata=True)
     save_model_as: str | None = option("safetensors", "file format", choices=["ckpt", "pt", "safetensors"])
-    save_precision: str | None = option(None, "precision of the file", unset="fp32", choices=["float", "fp16", "bf16"])
+    save_precision: str | None = option(
+        None, "precision of the saved file", unset="fp32", choices=["float", "fp16", "bf16"]
+    )
     save_every_n_epochs: int | None = _every("save every n epochs")
     save_every_n_steps: int | None = _every("save every n steps")
-    save_n_epoch_ratio: int | None = option(None, "save at least n times, at the ends of epochs")
-    save_last_n_epochs: int | None = option(None, "delete epoch saves older than n epochs", unset="keep all")
-    save_last_n_epochs_state: int | None = option(None, "the same for states", unset="as for the saves")
-    save_last_n_steps: int | None = option(None, "delete step saves older than n steps", unset="keep all")
-    save_last_n_steps_state: int | None = option(None, "the same for states", unset="as for the saves")
-    save_state: bool = option(False, "with each save, save all that is needed to resume")
-    save_state_on_train_end: bool = option(False, "save such a state at the end")
-    resume: str | None = option(None, "folder of a saved state to resume from")
-    no_metadata: bool = option(False, "leave out all metadata but what readers need")
-    training_comment: str | None = option(None, "any text, kept in the metadata", metadata=True)
+    save_n_epoch_ratio: int | None = option(None, "save at least n times in total, at the ends of epochs")
+    save_last_n_epochs: int | None = option(
+        None, "keep the saves of the last n epochs and delete older ones", unset="keep all"
+    )
+    save_last_n_epochs_state: int | None = option(None, "the same for training states", unset="--save_last_n_epochs")
+    save_last_n_steps: int | None = option(
+        None, "keep the saves of the last n steps and delete older ones", unset="keep all"
+    )
+    save_last_n_steps_state: int | None = option(None, "the same for training states", unset="--save_last_n_steps")
+    save_state: bool = option(False, "with each save, also save a training state to resume from")
+    save_state_on_train_end: bool = option(False, "save a training state at the end of training")
+    resume: str | None = option(None, "folder of a training state to resume from")
+    no_metadata: bool = option(False, "save only the metadata that is needed to load the file")
+    training_comment: str | None = option(None, "comment to store in the metadata", metadata=True)
     metadata_title: str | None = _modelspec("title", "title of the model", "--output_name")
     metadata_author: str | None = _modelspec("author", "author")
     metadata_description: str | None = _modelspec("description", "description")
     metadata_license: str | None = _modelspec("license", "licence")
     metadata_tags: str | None = _modelspec("tags", "tags, separated by commas")
-    metadata_usage_hint: str | None = _modelspec("usage_hint", "how to use it")
-    metadata_thumbnail: str | None = _modelspec("thumbnail", "an image, as a data URL")
-    metadata_merged_from: str | None = _modelspec("merged_from", "models that it was merged from")
+    metadata_usage_hint: str | None = _modelspec("usage_hint", "usage hint")
+    metadata_thumbnail: str | None = _modelspec("thumbnail", "thumbnail image, as a data URL")
+    metadata_merged_from: str | None = _modelspec("merged_from", "models it was merged from")
     metadata_trigger_phrase: str | None = _modelspec("trigger_phrase", "trigger words")
-    metadata_preprocessor: str | None = _modelspec("preprocessor", "preprocessor of its input")
+    metadata_preprocessor: str | None = _modelspec("preprocessor", "preprocessor of the input")
     metadata_is_negative_embedding: str | None = _modelspec(
         "is_negative_embedding", "whether it is a negative embedding"
     )
-    huggingface_repo_id: str | None = option(None, "push each save to this repository, beside training")
-    huggingface_repo_type: str | None = option(None, "model, dataset or space", unset="model")
-    huggingface_path_in_repo: str | None = option(None, "folder in the repository", unset="its top")
-    huggingface_token: str | None = option(None, "access token", unset="that of `hf auth login`", secret=True)
+    huggingface_repo_id: str | None = option(None, "upload each save to this Hub repository, in the background")
+    huggingface_repo_type: str | None = option(None, "repository type: model, dataset or space", unset="model")
+    huggingface_path_in_repo: str | None = option(None, "folder in the repository", unset="its root")
+    huggingface_token: str | None = option(None, "Hub access token", unset="that of `hf auth login`", secret=True)
     huggingface_repo_visibility: str | None = option(
-        None, "public or private, if the repository is created", unset="private"
+        None, "visibility of a newly created repository: public or private", unset="private"
     )
-    save_state_to_huggingface: bool = option(False, "also upload states")
-    resume_from_huggingface: bool = option(False, "--resume names a state in a repository")
-    async_upload: bool = option(False, "push beside training, as is always done here")
+    save_state_to_huggingface: bool = option(False, "also upload training states")
+    resume_from_huggingface: bool = option(False, "--resume names a training state in a Hub repository")
+    async_upload: bool = option(False, "accepted; uploads always run in the background")
 
 
 @dataclass
@@ -77,12 +83,14 @@ class SampleOptions:
     """Sample images."""
 
     title: ClassVar[str] = "sample images"
-    sample_every_n_steps: int | None = _samples("make sample images every n steps; 0: none")
-    sample_every_n_epochs: int | None = _samples("make sample images every n epochs; wins over steps; 0: none")
-    sample_at_first: bool = option(False, "also make sample images before training")
-    sample_prompts: str | None = option(None, "file of prompts: txt, toml or json")
+    sample_every_n_steps: int | None = _samples("generate sample images every n steps; 0 disables this")
+    sample_every_n_epochs: int | None = _samples(
+        "generate sample images every n epochs; overrides steps; 0 disables this"
+    )
+    sample_at_first: bool = option(False, "also generate sample images before training")
+    sample_prompts: str | None = option(None, "file of prompts for sample images: .txt, .toml or .json")
     sample_sampler: str = option(
-        "ddim", "sampler", choices=list(SAMPLERS), unread=lambda settings: not settings.sample_prompts
+        "ddim", "sampler for sample images", choices=list(SAMPLERS), unread=lambda settings: not settings.sample_prompts
     )
 
 
@@ -91,28 +99,28 @@ class LoggingOptions:
     """Logging and configuration files."""
 
     title: ClassVar[str] = "logging and configuration"
-    logging_dir: str | None = option(None, "folder of the logs")
+    logging_dir: str | None = option(None, "folder for logs")
     log_with: str | None = option(
         None,
-        "where losses go",
+        "tracker to log to",
         unset="tensorboard",
         choices=["tensorboard", "wandb", "all"],
         unread=lambda settings: not settings.logging_dir,
     )
-    log_prefix: str | None = option(None, "the log's folder is this and the time")
-    log_tracker_name: str | None = option(None, "name of the run's project", unset="network_train")
-    log_tracker_config: str | None = option(None, "toml file with arguments of the trackers, a section each")
-    wandb_run_name: str | None = option(None, "name of the run in Weights & Biases", unset="W&B's choice")
-    wandb_api_key: str | None = option(None, "key for Weights & Biases", unset="that of `wandb login`", secret=True)
+    log_prefix: str | None = option(None, "prefix of the log folder's name, before the time")
+    log_tracker_name: str | None = option(None, "project name for the tracker", unset="network_train")
+    log_tracker_config: str | None = option(None, "TOML file with tracker arguments, one section per tracker")
+    wandb_run_name: str | None = option(None, "run name in Weights & Biases", unset="chosen by W&B")
+    wandb_api_key: str | None = option(None, "API key for Weights & Biases", unset="that of `wandb login`", secret=True)
     no_report: bool = option(
-        False, "write no report (the page OUTPUT_NAME-report.html beside the adapter, new at each save)"
+        False, "do not write OUTPUT_NAME-report.html, a report next to the adapter that is updated at each save"
     )
-    log_config: bool = option(False, "put all options into the log")
-    console_log_level: str | None = option(None, "what is printed", unset="INFO", choices=_LEVELS)
-    console_log_file: str | None = option(None, "print to this file instead")
-    console_log_simple: bool = option(False, "print bare messages")
-    config_file: str | None = option(None, "toml file of options; the command line wins")
-    output_config: bool = option(False, "write all given options to --config_file and stop")
+    log_config: bool = option(False, "log all options")
+    console_log_level: str | None = option(None, "log level of the console", unset="INFO", choices=_LEVELS)
+    console_log_file: str | None = option(None, "write console messages to this file instead")
+    console_log_simple: bool = option(False, "print messages without time, level and source")
+    config_file: str | None = option(None, "TOML file of options; the command line takes precedence")
+    output_config: bool = option(False, "write the given options to --config_file and exit")
 
 
 @dataclass

@@ -30,34 +30,34 @@ class ResizeSettings(Given):
     title: ClassVar[str] = "sizes and files"
     max_resolution: Sequence[Size] | None = option(
         None,
-        "areas to shrink to, as width x height",
+        "resolutions to shrink to; an image keeps its aspect ratio and gets their area",
         parse=_resolutions,
         metavar="WxH,...",
         unset=",".join(f"{width}x{height}" for width, height in DEFAULT_RESOLUTIONS),
     )
-    divisible_by: int = option(1, "crop resized images from the centre until N divides both sides", at_least=1)
+    divisible_by: int = option(1, "centre-crop resized images so that N divides both sides", at_least=1)
     interpolation: str = option(
         "area",
-        "area is the exact mean; lanczos4 is Pillow's LANCZOS (a = 3); all but nearest antialias",
+        "interpolation; area is the exact mean, lanczos4 is Pillow's LANCZOS (a = 3), all but nearest antialias",
         choices=list(RESIZING),
     )
-    save_as_png: bool = option(False, "save PNG, with transparency, instead of JPEG")
+    save_as_png: bool = option(False, "save as PNG, with transparency, instead of JPEG")
     copy_associated_files: bool = option(
-        False, "copy files with an image's stem, like captions, under each resized image's name (not .npz caches)"
+        False, "also copy files with the stem of an image, such as captions, for each resized image (not .npz caches)"
     )
-    workers: int | None = option(None, "processes", unset="one per core", at_least=1)
+    workers: int | None = option(None, "number of processes", unset="one per core", at_least=1)
 
 
 def parser(defaults: bool = True) -> Parser:
     """A parser of all options; without `defaults` its result has only what is on the command line."""
     new = Parser(
         prog="resize_images_to_resolution.py",
-        description="Add smaller copies of training images: each as it is, and at the area of each resolution, under "
-        "the name that says which. Nothing is enlarged; a second run does only what is missing.",
+        description="Make smaller copies of training images. Each image is copied unchanged, and shrunk to the area "
+        "of each resolution, which is added to its name. Nothing is enlarged; a second run only adds what is missing.",
         examples=["photos smaller --max_resolution 512x512,384x384 --copy_associated_files"],
     )
     new.add_argument("src", help="folder of images")
-    new.add_argument("dst", help="folder to write to, made if need be")
+    new.add_argument("dst", help="output folder, created if needed")
     new.add_options(ResizeSettings, defaults)
     return new
 

@@ -19,28 +19,27 @@ def parser() -> Parser:
     """The options."""
     made = Parser(
         prog="studio",
-        description="A page in the browser to compare, inspect, train and convert adapters.",
+        description="Open a page in the browser to compare, inspect, train and convert adapters.",
         examples=["--model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapters loras --images photos"],
     )
-    made.add_argument(
-        "--model", required=True, help="base model: a Diffusers folder, checkpoint file or Hub repository"
-    )
+    made.add_argument("--model", required=True, help="base model: checkpoint file, Diffusers folder or Hub id")
     made.add_argument("--adapters", nargs="+", metavar="FOLDER", help="folders of adapters to choose from")
-    made.add_argument("--images", nargs="+", action="extend", metavar="FOLDER", help="folders of training images, "
-                      "whose captions may be edited")  # fmt: skip
-    made.add_argument("--pictures", nargs="+", action="extend", dest="images", help=SUPPRESS)  # its former name
-    made.add_argument("--output", default="studio", metavar="FOLDER", help="folder of all that is made")
+    made.add_argument("--pictures", nargs="+", metavar="FOLDER", help="folders of training images, whose "
+                      "captions can be edited")  # fmt: skip
+    made.add_argument("--output", default="studio", metavar="FOLDER", help="folder for everything that is created")
     made.add_argument(
-        "--model_config", help="Diffusers folder or Hub repository with the configs for a checkpoint file"
+        "--model_config", help="Diffusers folder or Hub id with the configs and tokenizers for a checkpoint file"
     )
-    made.add_argument("--fp16", action="store_true", help="draw in fp16")
-    made.add_argument("--bf16", action="store_true", help="draw in bf16")
-    made.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
-    made.add_argument("--listen", action="store_true", help="let other machines in; needs a password")
-    made.add_argument("--share", action="store_true", help="make a public address through Gradio's servers; needs a "
-                      "password")  # fmt: skip
-    made.add_argument("--password_file", help=f"file with the password of the user {USER!r}; {PASSWORD} in the "
-                      "environment is another way")  # fmt: skip
+    made.add_argument("--fp16", action="store_true", help="generate in fp16")
+    made.add_argument("--bf16", action="store_true", help="generate in bf16")
+    made.add_argument("--port", type=int, help="port of the page (default: the first free port from 7860)")
+    made.add_argument(
+        "--listen", action="store_true", help="allow connections from other machines; requires a password"
+    )
+    made.add_argument("--share", action="store_true", help="create a public address through Gradio's servers; requires "
+                      "a password")  # fmt: skip
+    made.add_argument("--password_file", help=f"file with the password of user {USER!r}; the environment "
+                      f"variable {PASSWORD} can be set instead")  # fmt: skip
     return made
 
 

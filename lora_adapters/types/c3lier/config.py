@@ -1,4 +1,4 @@
-"""LoRA-C3Lier: LierLa and all convolutions."""
+"""LoRA-C3Lier: the modules of LierLa and all convolutions."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -10,11 +10,11 @@ from lora_adapters.types.lierla.config import LierLaConfig
 
 @dataclass
 class C3LierConfig(LierLaConfig):
-    """LierLa and everything in ResNet blocks, downsamplers and upsamplers of the U-Net.
+    """LoRA of the modules of LierLa, and of the ResNet blocks, downsamplers and upsamplers of the U-Net.
 
     Convolutions larger than 1x1 have rank conv_dim and alpha conv_alpha; the ResNets' linear layers and 1x1
-    convolutions have r and lora_alpha, as in kohya's trainer. A C3LierConfig whose conv_dim is None covers the same
-    modules, the larger convolutions at r.
+    convolutions have r and lora_alpha, as in kohya's trainer. If conv_dim is None, the larger convolutions have
+    rank r.
     """
 
     covers_conv: ClassVar[bool] = True
@@ -23,7 +23,7 @@ class C3LierConfig(LierLaConfig):
 
 
 class C3LierType(AdapterType):
-    """Plain LoRA in LierLa's coverage and ResNet blocks, downsamplers and upsamplers."""
+    """Plain LoRA of LierLa's target modules and of ResNet blocks, downsamplers and upsamplers."""
 
     name, title, config = "C3Lier", "LoRA-C3Lier", C3LierConfig
     network_modules = ("c3lier",)

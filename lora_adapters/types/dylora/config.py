@@ -1,4 +1,4 @@
-"""DyLoRA: one training, an adapter of every rank."""
+"""DyLoRA: one training run gives an adapter of every rank."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -33,28 +33,28 @@ SORT_AT, RATE_POWER = "0.3", "0.25"
 
 @dataclass
 class DyLoraConfig(LierLaConfig):
-    """DyLoRA (arXiv:2210.07558): one training whose first b components are a good adapter of rank b, for every b.
+    """DyLoRA (arXiv:2210.07558): one adapter whose first b components are a good adapter of rank b, for every b.
 
-    In each training step a b, a multiple of `unit`, is drawn for each sample of the batch, the same in the whole model,
-    and only the first b components take part. Covers what LierLa does, or what C3Lier does where conv_dim (or
-    conv_block_dims) is given. A module whose rank is below b takes part in full.
+    In each training step, a rank b (a multiple of `unit`) is sampled for each sample of the batch. It is the same in
+    the whole model, and only the first b components are used. A module whose rank is below b is used in full. The
+    target modules are those of LierLa, or those of C3Lier if conv_dim or conv_block_dims is given.
 
-    rank_sampling "spread" needs the samples of a batch in the first dimension of what every layer reads, as it is in
-    U-Nets and text encoders; "uniform" draws one b for all samples, as the paper does, and needs nothing. freeze_lower
-    draws one b for all samples too.
+    rank_sampling "spread" requires that the first dimension of every layer's input is that of the samples, as in U-Nets
+    and text encoders. "uniform" samples one b for the whole batch, as in the paper, and has no such requirement.
+    freeze_lower also samples one b for the whole batch.
 
-    With sort_at above 0 every sample trains the full rank at first; after that share of the steps the components are
-    sorted by size (see `sort_components`), and ranks are drawn from then on. Where the training is said to have N steps
-    (`set_step(..., total_steps=N)`), `set_step` says when to sort; our trainer does it by itself. With a rate_power the
-    first components learn faster than the last ones: see `scale_component_rates`.
+    If sort_at is above 0, training begins at the full rank. After that share of the steps the components are sorted by
+    size (see `sort_components`), and ranks are sampled from then on. If the number of steps is given
+    (`set_step(..., total_steps=N)`), `set_step` returns whether to sort now; the training program does this itself.
+    With rate_power, the first components learn faster than the last ones: see `scale_component_rates`.
     """
 
-    unit: int = field(default=1, metadata={"help": "Ranks are trained in steps of this; it divides r and conv_dim."})
+    unit: int = field(default=1, metadata={"help": "Step between the trained ranks; must divide r and conv_dim."})
     rank_scaling: str | None = field(
         default=None,
         metadata={
-            "help": "Scale at rank b: constant is alpha/r, rank is alpha/b (the paper's), sqrt is between. "
-            "None: constant with sort_at, else sqrt."
+            "help": "Scale at rank b: alpha/r (constant), alpha/b as in the paper (rank), or in between (sqrt). "
+            "None: constant with sort_at, otherwise sqrt."
         },
     )
     freeze_lower: bool = field(
@@ -62,17 +62,19 @@ class DyLoraConfig(LierLaConfig):
     )
     rank_sampling: str = field(
         default=DyLora.rank_sampling,
-        metadata={"help": "How b is drawn: uniform, one a step; spread, one a sample, low ranks and r more often."},
+        metadata={
+            "help": "How b is sampled: once per step (uniform), or per sample, low ranks and r more often (spread)."
+        },
     )
 
     sort_at: float = field(
         default=0.0,
-        metadata={"help": "Share of the steps that train the full rank alone; then components are sorted."},
+        metadata={"help": "Share of the steps that train only the full rank; after them, components are sorted."},
     )
 
     rate_power: float = field(
         default=0.0,
-        metadata={"help": "Component k learns at (4/k)**rate_power times the learning rate; needs sort_at."},
+        metadata={"help": "Component k has (4/k)**rate_power times the learning rate; requires sort_at."},
     )
 
     def __post_init__(self) -> None:
@@ -111,7 +113,7 @@ class DyLoraConfig(LierLaConfig):
 
     @property
     def dylora(self) -> DyLora:
-        """Its facts as they stand in kohya's metadata."""
+        """The DyLoRA options as kohya's metadata record them."""
         return DyLora(**{name: getattr(self, name) for name in DYLORA_FACTS})
 
 
@@ -171,7 +173,7 @@ class DyLoraType(AdapterType):
         return {**options, "facts": {**facts, "unit": unit}}
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
-        """The model draws ranks whenever it is called in training; see `rank_controller.attach`."""
+        """The model samples ranks whenever it is called in training; see `rank_controller.attach`."""
         rank_controller.attach(model, adapter_name, config.dylora, config.sort_at, config.rate_power)
 
     def detach(self, model: nn.Module, adapter_name: str) -> None:

@@ -10,13 +10,13 @@ from lora_adapters.types.base import AdapterConfig
 class LierLaConfig(AdapterConfig):
     """LoRA of the linear layers and 1x1 convolutions of attention blocks and CLIP text encoders (kohya's default).
 
-    r is the rank (kohya's network_dim), lora_alpha the alpha. With target_modules given, it acts on any model as
-    `LoraConfig` does. rank_pattern and alpha_pattern win over every other rank and alpha. AdapterError for values that
-    make no sense.
+    r is the rank (kohya's network_dim) and lora_alpha the alpha. If target_modules is given, the config works for any
+    model, like `LoraConfig`. rank_pattern and alpha_pattern take precedence over all other ranks and alphas. Invalid
+    values raise AdapterError.
 
-    As with `LoraConfig`, the model keeps the config that it is given, and fills in what it has decided: target_modules
-    and the ranks and alphas of all modules. One config may be used for several models: those after the first get a copy
-    of it as it was asked for. Source: LoRA (arXiv:2106.09685), with the coverage of kohya's trainer.
+    As with `LoraConfig`, the model keeps the config that it is given and fills in target_modules and the ranks and
+    alphas of all modules. One config can be used for several models: each model after the first gets a copy of the
+    original config. Source: LoRA (arXiv:2106.09685), with the target modules of kohya's trainer.
 
     >>> from diffusers import UNet2DConditionModel
     >>> unet = UNet2DConditionModel(
@@ -32,7 +32,7 @@ class LierLaConfig(AdapterConfig):
 
 
 class LierLaType(AdapterType):
-    """Plain LoRA in kohya's default coverage."""
+    """Plain LoRA of kohya's default target modules."""
 
     name, title, config = "LierLa", "LoRA-LierLa", LierLaConfig
     network_modules = ("networks.lora", "network.lora", "lora", "lierla", "networks.lora_flux", "networks.lora_sd3")

@@ -1,4 +1,4 @@
-"""Adapters of any kinds: LoHa, LoKr, DoRA, full, norms, GLoRA, IA3, OFT, BOFT, and mixes of them."""
+"""Adapters of any type: LoHa, LoKr, DoRA, full, norms, GLoRA, IA3, OFT, BOFT, and mixtures of them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,29 +33,39 @@ _UP = {"LoRA": ("up",), "LoHa": ("w2_a",), "LoKr": ("w1", "w1_a", "w1_b")}
 
 @dataclass
 class LycorisConfig(AdapterConfig):
-    """An adapter whose modules may each be changed in another way: by LoHa, LoKr, DoRA, full, norm and others.
+    """An adapter whose modules can be of different types: LoHa, LoKr, DoRA, full, norm and others.
 
-    With an `algo`, each module begins with a change of that kind that changes nothing yet. Without one, what a module's
-    change is, stands in the layer, not here: `layer.hold` puts it there. Modules without a change of their own are
-    plain LoRA. Names and meanings of the options are those of LyCORIS' network arguments; see
-    `initial.AlgorithmOptions`. Source: LyCORIS (arXiv:2309.14859).
+    With `algo`, each module is initialised with a change of that type that is zero. Without it, the type of a module's
+    change is stored in the layer (see `layer.hold`), and modules for which none is stored are plain LoRA. The options
+    have the names and meanings of LyCORIS' network arguments; see `initial.AlgorithmOptions`. Source: LyCORIS
+    (arXiv:2309.14859).
     """
 
     algo: str | None = field(
         default=None, metadata={"help": "lora, locon, loha, lokr, full, ia3, glora, diag-oft or boft."}
     )
-    factor: int = field(default=-1, metadata={"help": "LoKr: size of the smaller factor; -1: about the root."})
-    decompose_both: bool = field(default=False, metadata={"help": "LoKr: both factors may be low-rank."})
-    full_matrix: bool = field(default=False, metadata={"help": "LoKr: no factor is low-rank."})
-    unbalanced_factorization: bool = field(default=False, metadata={"help": "LoKr: the first factor has more rows."})
-    use_tucker: bool = field(default=False, metadata={"help": "Tucker decomposition of convolutions above 1x1."})
-    use_scalar: bool = field(default=False, metadata={"help": "A trained factor in the place of a matrix of zeros."})
-    dora_wd: bool = field(default=False, metadata={"help": "DoRA's magnitudes."})
-    wd_on_output: bool = field(default=True, metadata={"help": "Magnitudes of output channels, not of input channels."})
-    rs_lora: bool = field(default=False, metadata={"help": "The scale is alpha/√rank."})
-    constraint: float = field(default=0.0, metadata={"help": "OFT and BOFT: limit of the rotations; 0: none."})
-    rescaled: bool = field(default=False, metadata={"help": "OFT and BOFT: a trained factor for each row."})
-    train_norm: bool = field(default=False, metadata={"help": "Train normalisations inside of the preset's blocks."})
+    factor: int = field(
+        default=-1, metadata={"help": "LoKr: size of the smaller factor; -1: close to the square root."}
+    )
+    decompose_both: bool = field(default=False, metadata={"help": "LoKr: allow both factors to be low-rank."})
+    full_matrix: bool = field(default=False, metadata={"help": "LoKr: keep both factors full-rank."})
+    unbalanced_factorization: bool = field(default=False, metadata={"help": "LoKr: give the first factor more rows."})
+    use_tucker: bool = field(
+        default=False, metadata={"help": "Use Tucker decomposition for convolutions larger than 1x1."}
+    )
+    use_scalar: bool = field(
+        default=False, metadata={"help": "Train a scalar that starts at 0, instead of a matrix of zeros."}
+    )
+    dora_wd: bool = field(default=False, metadata={"help": "Use weight decomposition (DoRA)."})
+    wd_on_output: bool = field(
+        default=True, metadata={"help": "DoRA: magnitudes of output channels, not input channels."}
+    )
+    rs_lora: bool = field(default=False, metadata={"help": "Scale by alpha/√rank (rsLoRA)."})
+    constraint: float = field(default=0.0, metadata={"help": "OFT and BOFT: limit of the rotations; 0: no limit."})
+    rescaled: bool = field(default=False, metadata={"help": "OFT and BOFT: train a scale for each row."})
+    train_norm: bool = field(
+        default=False, metadata={"help": "Also train normalisation layers in the preset's blocks."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

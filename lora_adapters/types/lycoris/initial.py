@@ -25,12 +25,12 @@ Shape = tuple[int, ...]
 class AlgorithmOptions:
     """An algorithm and its options, with LyCORIS' names and meanings.
 
-    algo: lora (or locon), loha, lokr, full, ia3, glora, diag-oft, boft. factor: LoKr's, see `factorization`.
+    algo: lora (or locon), loha, lokr, full, ia3, glora, diag-oft or boft. factor: for LoKr, see `factorization`.
     decompose_both: LoKr's w1 may be low-rank too. full_matrix: LoKr's w1 and w2 are never low-rank.
-    unbalanced_factorization: LoKr's w1 has the larger part of the output channels. use_tucker: kernels are
-    Tucker-decomposed. use_scalar: a trained factor begins at 0, in the place of a matrix of zeros. dora_wd: DoRA's
-    magnitudes, of the output channels, or of the input channels without wd_on_output. rs_lora: the scale is
-    alpha/√rank. train_on_input: IA3 scales input channels. constraint, rescaled: of OFT and BOFT.
+    unbalanced_factorization: LoKr's w1 has the larger part of the output channels. use_tucker: use Tucker decomposition
+    for kernels. use_scalar: train a scalar that starts at 0, instead of a matrix of zeros. dora_wd: DoRA magnitudes of
+    the output channels, or of the input channels if wd_on_output is False. rs_lora: scale by alpha/√rank.
+    train_on_input: IA3 scales input channels. constraint and rescaled: for OFT and BOFT.
     """
 
     algo: str = "lora"
