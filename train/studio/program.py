@@ -24,8 +24,9 @@ def parser() -> Parser:
     )
     made.add_argument("--model", required=True, help="base model: checkpoint file, Diffusers folder or Hub id")
     made.add_argument("--adapters", nargs="+", metavar="FOLDER", help="folders of adapters to choose from")
-    made.add_argument("--pictures", nargs="+", metavar="FOLDER", help="folders of training images, whose "
-                      "captions can be edited")  # fmt: skip
+    made.add_argument("--images", nargs="+", action="extend", metavar="FOLDER", help="folders of training images, "
+                      "whose captions can be edited")  # fmt: skip
+    made.add_argument("--pictures", nargs="+", action="extend", dest="images", help=SUPPRESS)  # its former name
     made.add_argument("--output", default="studio", metavar="FOLDER", help="folder for everything that is created")
     made.add_argument(
         "--model_config", help="Diffusers folder or Hub id with the configs and tokenizers for a checkpoint file"
