@@ -4,8 +4,8 @@ usage: python tests/third_party.py CHECKOUT TEST... [pytest options]
 
 CHECKOUT is a checkout of PEFT or diffusers, whose `src` is what is tested. Prints the counts of each run and every test
 that passes without this package and does not pass with it; the exit status is 1 where there are any. The runs are
-offline: a test that needs the Hub fails in all three, but for the tiny CLIP and T5 of diffusers' LoRA tests, for which
-random ones stand in.
+offline: a test that needs the Hub fails in all three, but for text encoders of diffusers' LoRA tests (CLIP, T5, Gemma),
+for which random ones stand in.
 """
 
 import collections
@@ -23,7 +23,18 @@ CLIPS = (
     "hf-internal-testing/tiny-sd3-text_encoder",
     "hf-internal-testing/tiny-sd3-text_encoder-2",
 )
-T5 = "hf-internal-testing/tiny-random-t5"
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+_GEMMA = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_GEMMA |= {"num_key_value_heads": 1, "head_dim": 4}
+QWEN = "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration"
+# Class, class of its config and the config of a text encoder that has a tokenizer of letters beside it, or none.
+LETTERS = {
+    "hf-internal-testing/tiny-random-t5": ("T5EncoderModel", "T5Config", _T5),
+    "hf-internal-testing/tiny-random-umt5": ("UMT5EncoderModel", "UMT5Config", _T5),
+    "hf-internal-testing/dummy-gemma": ("GemmaForCausalLM", "GemmaConfig", _GEMMA),
+    "hf-internal-testing/dummy-gemma-diffusers": ("GemmaForCausalLM", "GemmaConfig", _GEMMA),
+    QWEN: (None, None, {}),
+}
 # A plugin of pytest for all runs: the Hub's library tries again without waiting, since nothing will ever answer; and
 # transformers' `add_adapter` takes this PEFT (since 5.24 it asks for 0.22, though older versions do all that it needs),
 # else nearly all tests of pipelines with text encoders fail at it.
@@ -66,21 +77,27 @@ def make_clip(cache: Path, repository: str) -> None:
     CLIPTextModelWithProjection(config).save_pretrained(snapshot)
 
 
-def make_t5(cache: Path) -> None:
-    """Put a random T5, and a tokenizer of single letters, where the Hub's library keeps `T5`."""
+def make_letters(cache: Path, repository: str) -> None:
+    """Put a tokenizer of single letters, and its random text encoder, where the Hub's library keeps a repository."""
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    snapshot = _snapshot(cache, T5)
-    letters = ["<pad>", "</s>", "<unk>", *map(chr, range(32, 127))]
-    inner = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    snapshot = _snapshot(cache, repository)
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    letters = [*special.values(), *map(chr, range(32, 127))]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    if repository == QWEN:
+        tokenizer = transformers.Qwen2Tokenizer(vocabulary, [], model_max_length=512, **special)
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    else:
+        inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=512, **special)
     tokenizer.save_pretrained(snapshot)
-    config = T5Config(vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
-    T5EncoderModel(config).save_pretrained(snapshot)
+    kind, config, options = LETTERS[repository]
+    if kind is not None:
+        options = {"vocab_size": len(letters), **options}
+        getattr(transformers, kind)(getattr(transformers, config)(**options)).save_pretrained(snapshot)
 
 
 def _snapshot(cache: Path, repository: str) -> Path:
@@ -127,7 +144,8 @@ def main(checkout: str, *arguments: str) -> int:
         folder = Path(temporary)
         for repository in CLIPS:
             make_clip(folder / "hub", repository)
-        make_t5(folder / "hub")
+        for repository in LETTERS:
+            make_letters(folder / "hub", repository)
         results = {name: run(Path(checkout).resolve(), name, list(arguments), folder) for name in RUNS}
     without, worse = results["without"], 0
     for name, found in results.items():
