@@ -70,14 +70,14 @@ def check(found, wanted, before):
 
 
 @pytest.fixture(scope="module")
-def trained(sd1, pictures, tmp_path_factory):
+def trained(sd1, images, tmp_path_factory):
     """The file of a kind after two steps, copies of the base models, their outputs, and those with the adapter."""
     made = {}
 
     def of(kind):
         if kind not in made:
             run = settings(
-                pretrained_model_name_or_path=str(sd1), train_data_dir=str(pictures), caption_extension=".txt",
+                pretrained_model_name_or_path=str(sd1), train_data_dir=str(images), caption_extension=".txt",
                 resolution="64", output_dir=str(tmp_path_factory.mktemp("out")), output_name="x", train_batch_size=2,
                 max_train_steps=2, no_report=True, learning_rate=0.02, max_data_loader_n_workers=0, seed=7,
                 **{"network_dim": 2, "network_alpha": 2, **KINDS[kind]},
