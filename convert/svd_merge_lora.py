@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Merge LoRA files into one of a given rank: the best approximation of their weighted sum.
+"""Merge several LoRA files into one of a given rank: the best approximation of their weighted sum.
 
 usage: svd_merge_lora.py --save_to c.safetensors --models a.safetensors b.safetensors --ratios 0.6 0.4 --new_rank 32
 
-Any ranks, dtypes and modules; computed from the factors, without a matrix of the size of a weight.
+The LoRAs may have any ranks, dtypes and modules. The result is computed from the factors, without full-size matrices.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Sorting the components of live adapters by size, so that the first b of them are the best adapter of rank b."""
+"""Sorts the components of live adapters by size, so that the first b of them are the best adapter of rank b."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

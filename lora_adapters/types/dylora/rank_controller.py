@@ -365,8 +365,7 @@ def set_step(
     """Set the next training step, so that DyLoRA samples the ranks of this step when the models are called.
 
     Without it, each controller counts its model's training calls from 0, which is equivalent if every model is called
-    once per step. A training loop that resumes, or calls a model several times per step, must set the step before each
-    call.
+    once per step. A training loop that resumes or calls a model several times per step must call this before each call.
 
     Args:
         target: A pipeline, a model, or a list of models.
@@ -381,8 +380,7 @@ def set_step(
         Whether to call `sort_components`, with the optimizer, before this step.
 
     Raises:
-        AdapterError: samples and total do not match, or an adapter has a rate_power and `scale_component_rates` was not
-            called.
+        AdapterError: samples and total do not match, or `scale_component_rates` was not called for a rate_power.
     """
     if samples is None and total is not None:
         raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
