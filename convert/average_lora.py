@@ -3,8 +3,8 @@
 
 usage: average_lora.py a.safetensors b.safetensors c.safetensors --output average.safetensors
 
-The average is that of the changes of the weights. Its rank is higher than theirs: what is written is the best
-approximation of their own rank, and its relative error is printed.
+The weight changes are averaged. The average has a higher rank than the LoRAs, so its best approximation of their rank
+is written, and the relative error is printed.
 """
 
 import sys

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Write an adapter in another format: kohya's, diffusers', a PEFT folder, cloneofsimo's or LyCORIS'.
+"""Convert an adapter to another format: kohya's, diffusers', a PEFT folder, cloneofsimo's or LyCORIS'.
 
 usage: convert_format.py --model kohya.safetensors --save_to folder --format peft
        convert_format.py --model cloneofsimo.safetensors --save_to kohya.safetensors --format kohya
        convert_format.py --model loha.safetensors --save_to lora.safetensors --to lora --rank 16
 
---to lora approximates other kinds (LoHa, LoKr, full differences) by low-rank pairs of the given rank, and prints the
-relative error. Changes that depend on the model's weights (DoRA, GLoRA, (IA)3, OFT, BOFT) need --sd_model. Changes of
-norms and biases, which pairs cannot hold, are left out and listed.
+--to lora approximates other types (LoHa, LoKr, full differences) by low-rank pairs of the given rank, and prints the
+relative error. Types whose change depends on the model's weights (DoRA, GLoRA, (IA)3, OFT, BOFT) need --sd_model.
+Changes of norms and biases cannot be expressed as low-rank pairs; they are skipped and listed.
 
-What --model is, is recognised. Textual-inversion embeddings in cloneofsimo's files are written beside the result, one
-file for each token (result.s1.safetensors for <s1>), as pipe.load_textual_inversion reads them; --embeddings puts such
-files back into a file of cloneofsimo's format.
+The format of --model is detected. Textual inversion embeddings in cloneofsimo's files are written next to the result,
+in one file for each token (result.s1.safetensors for <s1>), which pipe.load_textual_inversion can load. --embeddings
+writes such files into a file of cloneofsimo's format.
 """
 
 import sys

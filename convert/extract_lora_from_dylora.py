@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Split a DyLoRA, or with --sort any LoRA, into LoRA files, one for each of its ranks.
+"""Split a DyLoRA (or any LoRA, with --sort) into several LoRA files, one for each of its ranks.
 
 usage: extract_lora_from_dylora.py --model dylora.safetensors --save_to split.safetensors [--unit 4] [--ranks 4,8]
                                    [--sort]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Extract the LoRA between two models: the best approximation of what fine-tuning changed.
+"""Extract a LoRA from the difference between two models: the best approximation of what fine-tuning changed.
 
 usage: extract_lora_from_models.py --model_org base.safetensors --model_tuned tuned.safetensors --dim 32
                                    --save_to lora.safetensors

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show what LoRA files are: for which model, of which type, ranks by block, training facts, whether the hash is right.
+"""Show base model, type, ranks by block and training metadata of LoRA files, and check their hash.
 
 usage: info.py model.safetensors ... [--json] [--plot norms.png]
 """

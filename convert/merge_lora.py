@@ -5,10 +5,10 @@ usage: merge_lora.py --sd_model model.safetensors --save_to merged.safetensors -
        merge_lora.py --sd_model folder --save_to merged.safetensors --models a.safetensors:0.8
        merge_lora.py --save_to sum.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5
 
-Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders, of any known family. The result is a file
-for a file and a folder for a folder, or one file in the original layout where --save_to names a file. Without
---sd_model the result is exactly the weighted sum of the changes: its rank is the sum of the ranks (--new_rank makes it
-smaller).
+Models are checkpoint files (.safetensors, .ckpt) or Diffusers folders of any known family. The result is a file if the
+model is a file, and a folder if it is a folder, or one file in the original layout if --save_to is a file name. Without
+--sd_model, the result is exactly the weighted sum of the LoRAs; its rank is the sum of their ranks (--new_rank reduces
+it).
 """
 
 import sys

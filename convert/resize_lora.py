@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Give a LoRA a smaller rank: the best approximation, of a fixed rank or as small as each module allows.
+"""Reduce the rank of a LoRA: the best approximation, of a fixed rank or of a rank chosen for each module.
 
 usage: resize_lora.py --model big.safetensors --save_to small.safetensors --new_rank 8
        resize_lora.py --model big.safetensors --save_to small.safetensors --new_rank 32 --dynamic_method sv_fro
                       --dynamic_param 0.9
 
-alpha / rank stays as it was in every module. Other kinds (LoHa, LoKr, full differences) become pairs of that rank;
+alpha / rank of every module is unchanged. Other kinds (LoHa, LoKr, full differences) become pairs of the new rank;
 DoRA, GLoRA, (IA)3, OFT and BOFT, whose changes depend on the model's weights, need --sd_model.
 """
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Merge LoRA files into one of a given rank: the best approximation of their weighted sum.
+"""Merge several LoRA files into one of a given rank: the best approximation of their weighted sum.
 
 usage: svd_merge_lora.py --save_to c.safetensors --models a.safetensors b.safetensors --ratios 0.6 0.4 --new_rank 32
 
-Any ranks, dtypes and modules; computed from the factors, without a matrix of the size of a weight. Other kinds (LoHa,
-LoKr, full differences) are computed module by module; DoRA, GLoRA, (IA)3, OFT and BOFT, whose changes depend on the
-model's weights, need --sd_model.
+The LoRAs may have any ranks, dtypes and modules. The result is computed from the factors, without full-size matrices.
+Other kinds (LoHa, LoKr, full differences) are computed module by module; DoRA, GLoRA, (IA)3, OFT and BOFT, whose
+changes depend on the model's weights, need --sd_model.
 """
 
 import sys

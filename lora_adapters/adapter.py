@@ -1,6 +1,6 @@
-"""Adapters into and out of live models and to the Hub: what `Adapter`'s methods of these names do.
+"""Implements the methods of `Adapter` for live models and the Hub.
 
-`lora_adapters.convert.live` declares them; `lora_adapters.plugin` registers this module there.
+`lora_adapters.convert.live` declares the methods; `lora_adapters.plugin` registers this module there.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def from_models(
     adapter_name: str = "default",
     metadata: Mapping[str, str] | None = None,
 ) -> A:
-    """An adapter in live models; see `Adapter.from_models`."""
+    """Read an adapter from live models; see `Adapter.from_models`."""
     models = {component: unwrapped(model) for component, model in models.items()}
     modules, of_type = {}, dict[str, str]()
     for component, model in models.items():
@@ -50,7 +50,7 @@ def from_models(
 def from_pipeline(
     adapter_type: type[A], pipe: Any, adapter_name: str = "default", metadata: Mapping[str, str] | None = None
 ) -> A:
-    """An adapter in a pipeline; see `Adapter.from_pipeline`."""
+    """Read an adapter from a pipeline; see `Adapter.from_pipeline`."""
     models = pipeline.adaptable_models(pipe)
     adapter = from_models(adapter_type, models, adapter_name, metadata)
     return adapter.replaced(embeddings=token_embeddings.embeddings_of(models, adapter_name))

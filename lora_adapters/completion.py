@@ -1,6 +1,6 @@
-"""Print a script that completes commands, options and their choices in bash, zsh or tcsh.
+"""Print a shell completion script for commands, options and their choices, for bash, zsh or tcsh.
 
-The script is static: completing runs no Python, which would take seconds to import what the programs use.
+The script is static: completion does not run Python, which would take seconds for imports.
 """
 
 import argparse

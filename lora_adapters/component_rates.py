@@ -1,4 +1,4 @@
-"""Learning rates of single components: the first components of a DyLoRA learn faster than the last ones."""
+"""Learning rates for single components: the first components of a DyLoRA learn faster than the last ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,21 +35,21 @@ def component_rates(length: int, power: float, unit: int = 1) -> torch.Tensor:
 
 
 def scale_component_rates(target: Any, optimizer: Any, adapter_name: str | None = None) -> None:
-    """Give the components of DyLoRAs with a `rate_power` learning rates of their own, with any optimizer.
+    """Scale the learning rate of each component of DyLoRAs with a `rate_power`. Works with any optimizer.
 
-    In each step of the optimizer, component k of a module moves (4/k)**rate_power times as far as the optimizer moves
-    it; after `sort_components`, the components that the optimizer began with do. Call it once, when the optimizer has
-    been created, before the training or its resumption, also without a `rate_power`: an optimizer that resumes after
-    the sorting step needs it to step as before. Adapters without a `sort_at` are left alone.
+    In each optimizer step, component k of a module moves (4/k)**rate_power times as far as without scaling. After
+    `sort_components`, this applies to the original components. Call it once after creating the optimizer, before
+    training starts or resumes, even without `rate_power`: an optimizer that resumes after the sorting step needs it to
+    step as before. Adapters without `sort_at` are not changed.
 
     Args:
         target: A pipeline, a model, or a list of models.
-        optimizer: The torch optimizer that trains them, also wrapped by accelerate.
+        optimizer: The torch optimizer that trains them; it may be wrapped by accelerate.
         adapter_name: The adapter; None for all DyLoRAs of the target.
 
     Raises:
-        AdapterError: The optimizer does not train an adapter that has a `rate_power`, or it averages weights in its
-            steps (schedule-free). Then nothing is changed.
+        AdapterError: The optimizer does not train an adapter that has a `rate_power`, or it averages weights
+            (schedule-free). Nothing is then changed.
     """
     inner = unwrapped(optimizer)
     dials = [dial for dial in controllers(target, adapter_name) if dial.sort_at and dial.rates_of is not inner]

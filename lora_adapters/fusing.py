@@ -1,11 +1,11 @@
-"""Fusing adapters into the weights of a pipeline so that unfusing gives the weights back bit by bit.
+"""Fuses adapters into the weights of a pipeline so that unfusing restores the weights bit for bit.
 
-Subtracting what was added leaves the rounding errors of both in the weights, and each time more of them. So what is
-overwritten is kept, in the memory of the CPU, as many bytes as the adapted layers have weights, until the adapter is
-unfused or its layers are taken out; `pipe.fuse_lora(keep_weights=False)` keeps nothing, and subtracts.
+Subtracting the fused change would leave rounding errors in the weights, which accumulate each time. So the original
+weights are kept in CPU memory (as many bytes as the weights of the adapted layers) until the adapter is unfused or its
+layers are removed. `pipe.fuse_lora(keep_weights=False)` does not keep them, and unfuses by subtraction.
 
-All adapters of a layer are one addition: their factors are stacked. That is for `fuse_lora` of diffusers, of whole
-pipelines and of models; layers that are merged by PEFT's own functions are merged as PEFT does it.
+All adapters of a layer are fused in one addition: their factors are stacked. This applies to diffusers' `fuse_lora`, of
+pipelines and of models; PEFT's own functions merge as before.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,14 +28,14 @@ _KEPT = "_lora_adapters_kept"  # of a layer: what was overwritten by fusing
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a layer's weight and bias were; and the versions of them that fusing has left."""
+    """The original weight and bias of a layer, and the versions of the tensors after fusing."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     fused: tuple[Any, ...]
 
     def is_of(self, base: Any) -> bool:
-        """Whether nobody has changed the layer since."""
+        """Whether the layer is unchanged since it was fused."""
         return self.fused == _versions(base) and self.weight.shape == base.weight.shape
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -54,12 +54,12 @@ def _versions(base: Any) -> tuple[Any, ...]:
 
 
 def kept_of(layer: Any) -> Any:
-    """What was overwritten in a layer by fusing, for `keep`; None if nothing is kept."""
+    """The values that fusing overwrote in a layer, for `keep`; None if they were not kept."""
     return vars(layer).get(_KEPT) or None
 
 
 def keep(layer: Any, kept: Any) -> None:
-    """Keep again what `kept_of` returned, after the layer has been made what it was then."""
+    """Keep the result of `kept_of` again, after the layer has been restored to its state at that time."""
     vars(layer).pop(_KEPT, None)
     if kept is not None:
         vars(layer)[_KEPT] = kept
@@ -69,7 +69,7 @@ def keep(layer: Any, kept: Any) -> None:
 
 
 def fusing(stock: Method) -> Method:
-    """Of diffusers' functions that fuse: their layers are fused as in this module, unless they are not to be."""
+    """Wraps diffusers' functions that fuse layers, so that they fuse as described in this module."""
 
     def fuse(*args: Any, **kwargs: Any) -> Any:
         with _keeping(_keeps.get() is not False):
@@ -79,7 +79,7 @@ def fusing(stock: Method) -> Method:
 
 
 def fusing_pipelines(stock: Method) -> Method:
-    """Of a pipeline's `fuse_lora`."""
+    """Wraps the `fuse_lora` of pipelines."""
 
     def fuse_lora(self: Any, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
         with _keeping(keep_weights):
@@ -101,7 +101,7 @@ def _keeping(keeps: bool) -> Iterator[None]:
 
 
 def merging(stock: Method) -> Method:
-    """Of the `merge` of PEFT's layers for linear layers and convolutions."""
+    """Wraps the `merge` of PEFT's layers for linear layers and convolutions."""
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         keeps, base = _keeps.get(), self.get_base_layer()
@@ -131,7 +131,7 @@ def merging(stock: Method) -> Method:
 
 
 def unmerging(stock: Method) -> Method:
-    """Of the `unmerge` of these layers."""
+    """Wraps the `unmerge` of these layers."""
 
     def unmerge(self: Any) -> None:
         kept, base = kept_of(self), self.get_base_layer()

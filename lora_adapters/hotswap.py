@@ -1,9 +1,9 @@
-"""Hot-swapping: other weights in the place of an adapter's, in place, so that a compiled model stays compiled.
+"""Hot-swapping: replaces the weights of an adapter in place, so that a compiled model need not be compiled again.
 
-PEFT's own hot-swapping takes any key that contains the adapter's name for one of its weights (swapping "a" would empty
-all others), refuses adapters whose alphas differ between modules, and leaves the layers with the old rank and alpha, on
-which the next `set_adapters` builds. So it is done here, for the U-Net and the text encoders; and PEFT's functions are
-sent here where one of the two adapters is of this package.
+PEFT's own hot-swapping treats any key that contains the adapter's name as one of its weights (swapping "a" would empty
+all others), rejects adapters whose alphas differ between modules, and leaves the old rank and alpha in the layers,
+which the next `set_adapters` uses. So this module replaces it, for the U-Net and the text encoders. PEFT's functions
+are redirected here if one of the two adapters belongs to this package.
 """
 
 import math
@@ -65,7 +65,7 @@ def _changes_of_other_kinds(model: Any, adapter_name: str) -> list[str]:
 
 
 def check(model: Any, component: str, matched: Mapping[str, Delta], adapter_name: str) -> None:
-    """AdapterError if these changes cannot take the adapter's place; nothing is changed."""
+    """Raise AdapterError if these changes cannot replace the adapter's; nothing is changed."""
     if adapter_name not in getattr(model, "peft_config", {}):
         raise AdapterError(
             f"there is no adapter {adapter_name} to swap in the {component}: load it once without hotswap"
@@ -102,13 +102,13 @@ def check(model: Any, component: str, matched: Mapping[str, Delta], adapter_name
 
 @torch.no_grad()
 def swap(model: Any, matched: Mapping[str, Delta], adapter_name: str, facts: Mapping[str, Any]) -> None:
-    """Put changes where an adapter's are; its modules without one do nothing from then on.
+    """Replace the changes of an adapter. Its modules for which there is no new change have no effect any more.
 
-    The weight that `set_adapters` has given to the adapter stays.
+    The adapter keeps the weight that was set with `set_adapters`.
 
     Args:
         model: The model.
-        matched: The changes, which `check` has let through.
+        matched: The changes, checked with `check`.
         adapter_name: The adapter's name in the model.
         facts: The new adapter's type and the type's own fields, as `types.registry.facts_of_metadata` returns them.
     """

@@ -1,4 +1,4 @@
-"""Putting changes of weights into a live model, all or nothing, and taking them out again."""
+"""Injects adapters into live models, all or nothing, and removes them again."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -234,16 +234,16 @@ def freeze(model: Any, adapter_name: str) -> None:
 def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:
     """Add a new adapter to a model and make it the active one, as the `add_adapter` of diffusers' models does.
 
-    The `add_adapter` of transformers' text encoders does the same, but since transformers 5.24 it asks for PEFT 0.22,
-    and refuses older versions that could do it.
+    The `add_adapter` of transformers' text encoders does the same, but since transformers 5.24 it requires PEFT 0.22,
+    although older versions of PEFT could do it too.
 
     Args:
         model: A U-Net, text encoder or any other model, trainable or not.
-        config: The adapter's configuration, one of this package's or of PEFT's.
-        adapter_name: Its name, which no adapter of the model has.
+        config: The adapter's config, from this package or from PEFT.
+        adapter_name: The name of the new adapter.
 
     Raises:
-        AdapterError: The model has an adapter of that name, or no module that the configuration is for.
+        AdapterError: The model already has an adapter of that name, or has no module that matches the config.
     """
     if adapter_name in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model has an adapter {adapter_name} already: choose another name")

@@ -1,4 +1,4 @@
-"""kohya's --network_module, --network_dim, --network_alpha and --network_args as a config."""
+"""Converts kohya's --network_module, --network_dim, --network_alpha and --network_args to a config."""
 
 import ast
 import logging
@@ -30,7 +30,7 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """What kohya's network options say: the layers, and the learning rates and dropouts that go with them."""
+    """kohya's network options, parsed: the config of the layers, learning rates and dropouts."""
 
     config: AdapterConfig
     block_lr_weights: list[float] | None = None
@@ -225,23 +225,23 @@ def network_options(
     network_args: Mapping[str, str] | None = None,
     architecture: str = "sd",
 ) -> NetworkOptions:
-    """The config and the learning rates that kohya's options stand for.
+    """Convert kohya's network options to a config and learning rates.
 
     Options that kohya's trainer silently ignores (block_alphas or conv_block_dims alone) or fails on (one number as a
-    block weight) take effect here. Options that have none (`without_effect`) are left out with a warning.
+    block weight) take effect here. Options without effect (`without_effect`) are ignored with a warning.
 
     Args:
         network_module: "networks.lora", "networks.dylora", "networks.loha", "lycoris.kohya", ... or "lierla", ...
         network_dim: The rank; 4 by default.
-        network_alpha: 1 by default; 0 stands for the rank, as in kohya's trainer.
-        network_args: Names and values as in `--network_args`, both text.
+        network_alpha: The alpha; 1 by default. 0 means the rank, as in kohya's trainer.
+        network_args: Names and values as in `--network_args`, both strings.
         architecture: The base model's family: "sd" (SD1.x and SD2.x), "sdxl", "flux", "sd3".
 
     Returns:
-        The config for PEFT, the learning rates, and what else the options say.
+        The config for PEFT, the learning rates and the other options.
 
     Raises:
-        AdapterError: The module is unknown, a value is wrong, or a list has the wrong length.
+        AdapterError: The network module is unknown, a value is invalid, or a list has the wrong length.
 
     >>> asked = network_options("networks.dylora", 16, 16, {"unit": "4", "conv_dim": "8"})
     >>> type(asked.config).__name__, asked.config.r, asked.config.conv_dim, asked.config.unit

@@ -1,7 +1,7 @@
-"""What happens in `load_lora_adapter` of diffusers' models, and where pipelines load into a single model of theirs.
+"""Loads adapters in `load_lora_adapter` of diffusers' models, and when pipelines load into one of their models.
 
-Diffusers reads low-rank pairs under its own names there, and LoKr of linear layers without their alphas. Other kinds of
-changes (LoHa, DoRA with `dora_scale`, full differences, ...), LoKr and kohya's names are read here.
+There, diffusers reads low-rank pairs under its own names, and LoKr of linear layers without alphas. This module reads
+other types (LoHa, DoRA with `dora_scale`, full differences, ...), LoKr, and kohya's names.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +29,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def loading(stock: Callable[..., None]) -> Callable[..., None]:
-    """Of models' `load_lora_adapter`: changes that diffusers has no reader for are read by this package."""
+    """Wraps `load_lora_adapter` of models: this package reads the types of adapters that diffusers cannot read."""
 
     def load_lora_adapter(
         self: Any,
@@ -62,7 +62,7 @@ def loading(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def loading_text(stock: Callable[..., None]) -> Callable[..., None]:
-    """Of diffusers' `_load_lora_into_text_encoder`: see `loading`."""
+    """Wraps diffusers' `_load_lora_into_text_encoder`; see `loading`."""
 
     def load_lora_into_text_encoder(
         state_dict: Tensors,

@@ -102,7 +102,7 @@ def param_groups(
     reg_lrs: Mapping[str, float] | None = None,
     adapter_name: str = "default",
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of one adapter's trainable parameters.
+    """Create optimizer parameter groups of one adapter's trainable parameters.
 
     Args:
         unet: The U-Net or transformer, or None if it is not trained.
@@ -110,7 +110,7 @@ def param_groups(
         lr: The learning rate.
         unet_lr: The U-Net's or transformer's learning rate; None is lr.
         text_encoder_lr: The text encoders' learning rate, or one for each; None is lr.
-        block_lr_weights: A factor of unet_lr for each block. Layers outside of the blocks (conv_in) keep unet_lr.
+        block_lr_weights: A factor of unet_lr for each block. Layers outside the blocks (conv_in) keep unet_lr.
         loraplus_lr_ratio: The ratio of the learning rates of `up` and `down` (LoRA+, arXiv:2402.12354).
         loraplus_unet_lr_ratio: The same for the U-Net or transformer; it takes precedence.
         loraplus_text_encoder_lr_ratio: The same for the text encoders.
@@ -119,11 +119,11 @@ def param_groups(
 
     Returns:
         Groups for any torch optimizer, each with "params", "lr" and "name": unet (or transformer), unet_block<index>,
-        unet_reg<index>, text_encoder, text_encoder_2, and these with " plus" for `up`. None has a rate of 0.
+        unet_reg<index>, text_encoder, text_encoder_2, and these with " plus" for `up`. No group has a rate of 0.
 
     Raises:
-        AdapterError: There is nothing to train, the number of rates or weights does not fit, or a ratio is given and
-            no module has an `up` or what takes its place in other kinds of changes.
+        AdapterError: There is nothing to train, the number of rates or weights does not match, or a ratio is given and
+            no module has an `up` or its equivalent in other types of adapters.
 
     >>> import torch
     >>> from lora_adapters import LierLaConfig

@@ -1,4 +1,4 @@
-"""What happens in `pipe.load_lora_weights`."""
+"""Loads adapters in `pipe.load_lora_weights`."""
 
 import functools
 import logging
@@ -51,19 +51,19 @@ def load(
     strict: bool = False,
     **options: Any,
 ) -> None:
-    """Load an adapter into the pipeline, all of it or nothing.
+    """Load an adapter into a pipeline. If it fails, the pipeline is unchanged.
 
     Args:
-        pipe: A pipeline of diffusers.
+        pipe: A diffusers pipeline.
         source: A state dict, a file, a folder, a Hub repository, or an `Adapter`.
-        stock: The pipeline's own method, for kinds of adapters that this package does not read.
-        adapter_name: The name; None takes the next default name of diffusers.
+        stock: The pipeline's own method, for types of adapters that this package does not read.
+        adapter_name: The adapter's name; None uses the next default name of diffusers.
         hotswap: Replace the adapter of this name in place.
-        strict: Raise an error for modules that the models lack, instead of leaving them out with one warning.
-        **options: Options of diffusers.
+        strict: Raise an error for modules that the models lack, instead of skipping them with one warning.
+        **options: Options of diffusers' `load_lora_weights`.
 
     Raises:
-        AdapterError: It cannot be loaded; the message names the source, and the pipeline is as before.
+        AdapterError: The adapter cannot be loaded; the message names the source.
     """
     names = LiveNames(adaptable_models(pipe))
     name, path = "the adapter", None
@@ -91,7 +91,7 @@ def load(
 
 
 def load_adapter(pipe: Any, adapter: Adapter, adapter_name: str | None = None) -> None:
-    """Load an adapter that is in memory, as `load` does."""
+    """Load an `Adapter` into a pipeline; see `load`."""
     try:
         _load(pipe, adapter, adapter_name, hotswap=False, strict=False, low_cpu_mem_usage=True)
     except AdapterError as error:
@@ -154,19 +154,19 @@ def _hand_back(
 
 
 def default_name(pipe: Any) -> str:
-    """`default_<n>`, the name that diffusers gives to its n-th adapter, free in every component."""
+    """The next unused default name of diffusers, `default_<n>`, unused in every component."""
     used = {name for part in adaptable_models(pipe).values() for name in getattr(part, "peft_config", {})}
     return next(name for name in (f"default_{n}" for n in range(len(used) + 1)) if name not in used)
 
 
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline that adapters are injected into, without wrappers.
+    """The models of a pipeline that adapters can be injected into, without wrappers.
 
-    The pipeline states which these are; for one that does not, they are all its models. For a known transformer they
-    include the text encoders that files have parts for (T5).
+    They are those that the pipeline declares, or all its models if it declares none. For a known transformer they also
+    include the text encoders that adapter files can contain weights for (T5).
 
     Args:
-        pipe: A pipeline of diffusers.
+        pipe: A diffusers pipeline.
 
     Returns:
         The models by component.
@@ -312,7 +312,7 @@ def _everywhere(
 
 
 def forgetting(stock: Callable[..., None]) -> Callable[..., None]:
-    """Of the pipelines' `unload_lora_weights` and `delete_adapters`: token embeddings leave with their adapters."""
+    """Wraps `unload_lora_weights` and `delete_adapters` to remove token embeddings together with their adapters."""
 
     @functools.wraps(stock)
     def forget(self: Any, *args: Any, **kwargs: Any) -> None:

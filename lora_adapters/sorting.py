@@ -1,4 +1,4 @@
-"""Sorting the components of live adapters by size, so that the first b of them are the best adapter of rank b."""
+"""Sorts the components of live adapters by size, so that the first b of them are the best adapter of rank b."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,26 +25,26 @@ from .optimizer_state import averages_weights, check_restart, reset, restart
 
 
 def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None = None) -> None:
-    """Make the components of adapters in live models those of their SVD, the largest first; what they do stays.
+    """Replace the components of adapters in live models by those of their SVD, the largest first. ΔW stays the same.
 
-    Each module's pair becomes up = U·√Σ and down = √Σ·Vᵀ, written into the same tensors. A plain LoRA is a DyLoRA of
-    unit 1 from then on, with an adapter of each rank: `set_rank(pipe, 4)` is what the best cut to rank 4 does. A DyLoRA
-    keeps its unit, and has the scale of its full rank at every rank ("constant").
+    Each module's pair becomes up = U·√Σ and down = √Σ·Vᵀ, written into the same tensors. A plain LoRA becomes a DyLoRA
+    of unit 1, with an adapter of each rank: `set_rank(pipe, 4)` then gives the best approximation of rank 4. A DyLoRA
+    keeps its unit, and at every rank has the scale of its full rank ("constant").
 
-    In a training with a sort_at (see `DyLoraConfig`) it is called when `set_step` says so, with the optimizer. What it
-    keeps is of the components as they were. It goes on to step these, and the sorted ones change accordingly
-    (`component_steps`): a training of the full rank continues as if nothing had been sorted. An optimizer that averages
-    weights (schedule-free) restarts instead: first moments become zero, second moments the mean of their tensor, and
-    the learning rate should warm up again, over ten steps for instance.
+    When training with sort_at (see `DyLoraConfig`), call this function, with the optimizer, when `set_step` returns
+    True. The optimizer's state belongs to the original components. The optimizer continues to step these, and the
+    sorted components change accordingly (`component_steps`), so training of the full rank continues as if nothing had
+    been sorted. An optimizer that averages weights (schedule-free) restarts instead: first moments become zero, second
+    moments the mean of their tensor, and the learning rate should be warmed up again, for example over ten steps.
 
     Args:
         target: A pipeline, a model, or a list of models.
-        optimizer: The optimizer that trains them; None if there is none, or none yet.
-        adapter_name: The adapter; None for all LoRAs and DyLoRAs, beside which there may be other kinds.
+        optimizer: The optimizer that trains them; None if there is none yet.
+        adapter_name: The adapter; None for all LoRAs and DyLoRAs (adapters of other types are left unchanged).
 
     Raises:
-        AdapterError: There is no such adapter, it is more than low-rank pairs (DoRA, lora_bias, PEFT's variants), it is
-            fused, or the optimizer keeps something that cannot be carried over. Then nothing is changed.
+        AdapterError: There is no such adapter, it is not only low-rank pairs (DoRA, lora_bias, PEFT's variants), it is
+            fused, or the optimizer's state cannot be carried over. Nothing is then changed.
     """
     adapters = list(_adapters(target, adapter_name))
     if not adapters:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train an adapter for Flux.1: `train_network.py` under the name that kohya's scripts have for it.
+"""Train an adapter for Flux.1: `train_network.py` under the name it has in kohya's scripts.
 
 usage: accelerate launch flux_train_network.py --pretrained_model_name_or_path=... --dataset_config=... --output_dir=...
        --network_module=networks.lora_flux ...   (all options: --help)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw images with Stable Diffusion (1.x, 2.x, XL) and adapters, with kohya's gen_img options.
+"""Generate images with a base model and adapters, with the options of kohya's gen_img.
 
 usage: gen_img_diffusers.py --ckpt model --network_weights a.safetensors --network_mul 0.8 --prompt "a cat --n blurry"
        gen_img_diffusers.py --ckpt model --from_file prompts.txt --network_weights dylora.safetensors

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train an adapter for SD3 and SD3.5: `train_network.py` under the name that kohya's scripts have for it.
+"""Train an adapter for SD3 and SD3.5: `train_network.py` under the name it has in kohya's scripts.
 
 usage: accelerate launch sd3_train_network.py --pretrained_model_name_or_path=... --dataset_config=... --output_dir=...
        --network_module=networks.lora_sd3 ...   (all options: --help)

@@ -1,4 +1,4 @@
-"""The adapter between two models: the best approximation of the difference of their weights."""
+"""Extracts an adapter from two models: the best approximation of the difference of their weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ Approximate = Callable[[torch.Tensor], tuple[Delta, Fit]]  # of a difference tha
 
 @dataclass(frozen=True)
 class Difference:
-    """The changes and metadata of an adapter, how well it meets each module's difference, and what was left out.
+    """The changes and metadata of an adapter, the approximation error of each module, and what was left out.
 
-    largest: the largest difference of any number in each text encoder; left_out: those that are the same.
+    largest: the largest absolute difference in each text encoder; left_out: the text encoders that are equal.
     """
 
     modules: Mapping[ModuleName, Delta]
@@ -51,15 +51,15 @@ def approximate_difference(
     device: torch.device | str | None = None,
     v_prediction: bool = False,
 ) -> Difference:
-    """The best low-rank changes for the difference of two models, tuned - base.
+    """Approximate the difference between two models, tuned - base, by low-rank changes.
 
     Args:
         base: The base model, a checkpoint file or a Diffusers folder.
         tuned: The fine-tuned model, likewise.
         rank: The rank of linear layers and 1x1 convolutions; None is allowed with `target_error`.
-        conv_rank: The rank of larger convolutions; ResNet blocks and samplers are covered too (LoRA-C3Lier). None
-            leaves both out (LoRA-LierLa).
-        target_error: Choose the smallest ranks with this relative error, up to `rank` and `conv_rank` if these are
+        conv_rank: The rank of larger convolutions. ResNet blocks and samplers are then included (LoRA-C3Lier); None
+            excludes both (LoRA-LierLa).
+        target_error: Use the smallest ranks that reach this relative error, at most `rank` and `conv_rank` if these are
             given.
         min_diff: A text encoder is left out if no number of it differs by more.
         clamp_quantile: See `svd.clamp`; None does not clamp.
@@ -94,14 +94,14 @@ def approximate_otherwise(
     device: torch.device | str | None = None,
     v_prediction: bool = False,
 ) -> Difference:
-    """The difference of two models, tuned - base, as another kind of adapter, for all modules that LoRA-C3Lier covers.
+    """Extract the difference between two models, tuned - base, as LoKr or in full, for all modules of LoRA-C3Lier.
 
     Args:
         base: The base model, a checkpoint file or a Diffusers folder.
         tuned: The fine-tuned model, likewise.
         algo: "lokr" (the nearest Kronecker products) or "full" (the exact differences).
-        factor: Of LoKr; see `nearest_kronecker.split`.
-        target_error: The smallest LoKr with this relative error, instead of `factor`.
+        factor: For LoKr; see `nearest_kronecker.split`.
+        target_error: Use the smallest LoKr that reaches this relative error, instead of `factor`.
         min_diff: A text encoder is left out if no number of it differs by more.
         device: Where to compute; None is the CPU.
         v_prediction: Record that the base model is trained for v-prediction.

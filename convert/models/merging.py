@@ -1,4 +1,4 @@
-"""Adapters added to the weights of a whole model."""
+"""Merging adapters into the weights of a model file."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ from .finite import check_finite
 
 
 class AdapterData(Protocol):
-    """What is needed of an adapter here: its changes, the metadata that say what it is for, and token embeddings."""
+    """The parts of an adapter that merging needs: changes, metadata and token embeddings."""
 
     @property
     def modules(self) -> Mapping[ModuleName, Delta]: ...
@@ -141,23 +141,23 @@ def merge_into_model(
     keep_metadata: bool = True,
     ema: str = "keep",
 ) -> Path:
-    """Write a model with Σ weight · ΔW added to its weights, and biases likewise.
+    """Merge adapters into a model: write it with Σ weight · ΔW added to its weights and biases.
 
-    Changes that depend on the model's weights (DoRA, OFT, ...) are each computed from those of the unmerged model.
+    Changes that depend on the model's weights (DoRA, OFT, ...) are computed from the weights of the unmerged model.
     Tensors that no adapter changes are copied bit for bit; the others are computed in float32. If anything fails,
     nothing is written.
 
     Args:
         model: A checkpoint file or a Diffusers folder.
-        target: Where to write. A file is written as a file and a folder as a folder, or as one file in the original
-            layout where target ends in .safetensors or .ckpt.
+        target: The output path. A file is written as a file and a folder as a folder. If target ends in .safetensors or
+            .ckpt, a folder is written as one file in the original layout.
         adapters: The adapters to add.
         weights: One for each adapter.
         names: The adapters' names for error messages.
-        dtype: Of all floating point tensors; None keeps the dtype of each.
+        dtype: The dtype of all floating point tensors; None keeps the dtype of each.
         metadata: Entries for the file's metadata.
-        keep_metadata: Whether the model's own entries are kept beside them.
-        ema: What becomes of averaged weights in a checkpoint file; see `ema.with_ema`.
+        keep_metadata: Whether to keep the model's own entries too.
+        ema: What to do with EMA weights in a checkpoint file; see `ema.with_ema`.
 
     Returns:
         The path that was written.

@@ -1,4 +1,4 @@
-"""The adapter between two models: the best approximation of the difference of their weights."""
+"""Extracts an adapter from two models: the best approximation of the difference of their weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from lora_adapters.convert.models.extraction import Difference, approximate_diff
 
 @dataclass(frozen=True)
 class Extraction:
-    """An adapter, how well it meets each module's difference, and what was left out.
+    """An extracted adapter, the approximation error of each module, and what was left out.
 
-    largest: the largest difference of any number in each text encoder; left_out: those that are the same.
+    largest: the largest absolute difference in each text encoder; left_out: the text encoders that are equal.
     """
 
     adapter: Adapter
@@ -26,11 +26,11 @@ class Extraction:
 def extract(
     base: str | Path, tuned: str | Path, rank: int | None, conv_rank: int | None = None, **options: Any
 ) -> Extraction:
-    """The best adapter of a rank for the difference of two models, tuned - base.
+    """Extract the best adapter of a given rank from the difference between two models, tuned - base.
 
     Args:
-        base: The base model, a checkpoint file or a Diffusers folder.
-        tuned: The fine-tuned model, likewise.
+        base: The base model: a checkpoint file or a Diffusers folder.
+        tuned: The fine-tuned model: a checkpoint file or a Diffusers folder.
         rank: The rank of linear layers and 1x1 convolutions.
         conv_rank: The rank of larger convolutions; see `approximate_difference`.
         **options: target_error, min_diff, clamp_quantile, device and v_prediction of `approximate_difference`.
@@ -39,13 +39,13 @@ def extract(
         The adapter, its approximation errors, and what was left out.
 
     Raises:
-        AdapterError: The models are of different kinds, or equal.
+        AdapterError: The models are of different families, or equal.
     """
     return _extraction(approximate_difference(base, tuned, rank, conv_rank, **options))
 
 
 def extract_otherwise(base: str | Path, tuned: str | Path, algo: str, **options: Any) -> Extraction:
-    """As `extract`, of another kind: algo and options are those of `approximate_otherwise`."""
+    """Extract an adapter of another type; algo and options are those of `approximate_otherwise`."""
     return _extraction(approximate_otherwise(base, tuned, algo, **options))
 
 

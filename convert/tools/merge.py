@@ -1,4 +1,4 @@
-"""Weighted sums of adapters, and adapters put into a model's weights."""
+"""Weighted sums of adapters, and merging adapters into a model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,15 +17,16 @@ __all__ = ["combination", "fitting", "merge_into_model", "weighted_sum"]
 
 
 def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> Adapter:
-    """The exact weighted sum Σ weight · ΔW.
+    """The exact weighted sum of adapters, Σ weight · ΔW.
 
     Args:
-        adapters: By their names in error messages. A module that one of them does not have is not changed by it.
-        weights: One for each adapter.
+        adapters: The adapters, by their names in error messages. They need not have the same modules.
+        weights: The weight of each adapter.
 
     Returns:
-        The sum. Its ranks are the sums of the ranks; a module that is not a pair in all of them is a `deltas.sum.Sum`,
-        which has to be reduced before it is saved. The metadata are the base model's, with all tags and trigger words.
+        The sum. Its ranks are the sums of the ranks. A module that is not low-rank in all adapters becomes a
+        `deltas.sum.Sum`, which must be reduced before saving. The metadata contain the entries about the base model,
+        and the tags and trigger words of all adapters.
 
     Raises:
         AdapterError: The adapters are for different models, or a module has different shapes.
@@ -52,12 +53,12 @@ def combination(adapters: Mapping[str, Adapter], weights: Sequence[float], how: 
     """Combine adapters by pruning (TIES, DARE, magnitude); see `Adapter.combine`.
 
     Args:
-        adapters: By their names in error messages.
-        weights: One for each adapter.
+        adapters: The adapters, by their names in error messages.
+        weights: The weight of each adapter.
         how: The method and its density.
 
     Returns:
-        The combination, whose changes are dense.
+        The combined adapter, whose changes are dense.
 
     Raises:
         AdapterError: The adapters are for different models, or a module has different shapes.
@@ -68,7 +69,7 @@ def combination(adapters: Mapping[str, Adapter], weights: Sequence[float], how: 
 
 
 def fitting(checkpoint: Checkpoint, adapter: Adapter, name: str) -> tuple[Adapter, list[ModuleName]]:
-    """Split an adapter's modules into those that a model has and those that it does not have.
+    """Split an adapter's modules into those that a model has and those that it lacks.
 
     Args:
         checkpoint: The model.

@@ -1,4 +1,4 @@
-"""An adapter on the Hub: the folder that is pushed, and pushing it in one commit."""
+"""Pushing adapters to the Hub: writes the repository's files and uploads them in one commit."""
 
 import json
 import re
@@ -44,21 +44,22 @@ def write_folder(
 ) -> Path:
     """Write the files of an adapter's repository.
 
-    `pytorch_lora_weights.safetensors`, which diffusers looks for, is in kohya's format with one alpha for all modules,
-    which stock diffusers reads correctly; PEFT reads the folders of the components (`unet/`, `text_encoder/`, ...);
-    README.md is the model card. An adapter that is not made of low-rank pairs alone is one file in LyCORIS' format.
+    `pytorch_lora_weights.safetensors`, the file that diffusers looks for, is in kohya's format with the same alpha in
+    all modules, which diffusers also reads correctly without this package. PEFT reads the folders of the components
+    (`unet/`, `text_encoder/`, ...). README.md is the model card. An adapter that is not only low-rank pairs is written
+    as one file in LyCORIS' format.
 
     Args:
         adapter: The adapter.
         folder: The folder to write.
         repo_id: The repository, owner/name, for the card.
-        base_model: The base model's repository; None is the one that the metadata name, else the family's first.
-        trigger_words: Words that the prompt needs.
-        description: Text of the card, in Markdown.
+        base_model: The base model's repository; None uses the one in the metadata, or else the family's first one.
+        trigger_words: Words that activate the adapter in a prompt.
+        description: Text for the card, in Markdown.
         license: The license's identifier on the Hub.
-        samples: Images (PIL's, or files) by their prompts, for the card's gallery.
-        grid: One image of many samples.
-        tags: Further tags of the card.
+        samples: Sample images (PIL images or files) by prompt, for the card's gallery.
+        grid: One image that contains several samples.
+        tags: Additional tags for the card.
         dtype: The dtype of the weights; None keeps each tensor's own.
         subfolder: The adapter's folder in the repository, for the card's example.
 
@@ -125,25 +126,25 @@ def push_to_hub(
 ) -> "CommitInfo":
     """Push an adapter to the Hub in one commit.
 
-    A missing repository or branch is created. A model card that this package has not written is not changed.
+    A missing repository or branch is created. A model card that this package did not write is not changed.
 
     Args:
         adapter: The adapter.
-        repo_id: The repository, owner/name, or the name alone for one of the token's owner.
-        private: Whether a new repository is private; None is the account's default.
-        revision: The branch; None is main.
-        token: The access token, if not the one that is logged in.
+        repo_id: The repository: owner/name, or only the name for a repository of the token's owner.
+        private: Whether a new repository is private; None uses the account's default.
+        revision: The branch; None uses main.
+        token: The access token; None uses the saved one.
         commit_message: The commit's message.
-        create_pr: Whether to open a pull request in place of a commit.
-        path_in_repo: The folder for all of the files, in repositories of several adapters (`subfolder=` loads it).
-        endpoint: The Hub's address, if not the usual one.
-        **content: What `write_folder` takes.
+        create_pr: Whether to open a pull request instead of committing to the branch.
+        path_in_repo: The folder for all files, in a repository of several adapters (`subfolder=` loads it).
+        endpoint: The address of the Hub; None uses the default.
+        **content: Arguments of `write_folder`.
 
     Returns:
         The Hub's description of the commit.
 
     Raises:
-        HubError: The Hub refuses, or cannot be reached.
+        HubError: The Hub rejects the request, or cannot be reached.
         AdapterError: Something cannot be read or written.
     """
     from huggingface_hub import HfApi

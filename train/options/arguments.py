@@ -27,7 +27,7 @@ def parser(defaults: bool = True) -> Parser:
 
 
 def settings(**options: Any) -> Settings:
-    """Settings for `train` when it is called from Python: the defaults, changed by `options`.
+    """Create the settings for calling `train` from Python: the defaults, updated with `options`.
 
     Args:
         **options: Named as on the command line, with Python values (`network_args` may be a dictionary).
@@ -36,7 +36,7 @@ def settings(**options: Any) -> Settings:
         The settings.
 
     Raises:
-        OptionError: A name is not an option, or a value is not allowed.
+        OptionError: A name is not an option, or a value is invalid.
     """
     known = options_of(Settings)
     for name in options:

@@ -1,4 +1,4 @@
-"""The training loop: `train(settings)` is the whole program, for callers in Python as for the command line."""
+"""The training loop. `train(settings)` runs the whole training, from Python or from the command line."""
 
 import logging
 from collections.abc import Iterator
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trained:
-    """What `train` returns.
+    """The result of `train`.
 
-    adapter: what was saved last. models: the base model with the adapter on it, in evaluation mode. losses: of every
-    optimizer step of this call. held_out: every measurement of the held-out loss. not_pushed: saves that did not reach
-    the Hub; they are on the disk. damaged: images that could not be used, with the reason, by name.
+    adapter: the adapter that was saved last. models: the base model with the adapter, in evaluation mode. losses: the
+    loss of every optimizer step of this call. held_out: every validation loss. not_pushed: saves that could not be
+    uploaded to the Hub; they are on disk. damaged: images that could not be used, with the reason, by name.
     """
 
     adapter: Adapter
@@ -55,14 +55,14 @@ def train(settings: Settings, models: BaseModels | None = None, data: TrainingDa
 
     Args:
         settings: From `arguments.settings(...)` or `arguments.parse(argv)`.
-        models: A base model that is already loaded; the adapter stays on it. None loads it.
-        data: Images that are already open. None opens them.
+        models: A base model that is already loaded; the adapter stays on it. None loads the base model.
+        data: Training data that are already open. None opens them.
 
     Returns:
         The adapter, and the losses and files of the run.
 
     Raises:
-        TrainingError: The settings, the model or the run fail; the message has one line.
+        TrainingError: The settings or the model are invalid, or the run fails; the message has one line.
         DataError: The images cannot be used.
         AdapterError: An adapter cannot be read.
         Interrupted: The run was stopped; see `train_prepared`.

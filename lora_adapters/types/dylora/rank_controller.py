@@ -1,4 +1,4 @@
-"""The rank controller of a DyLoRA: which rank it works at; attaching and detaching it."""
+"""The rank controller of a DyLoRA, which holds its current rank; attaching and detaching it."""
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
@@ -317,8 +317,8 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
         adapter_name: The adapter; None for all DyLoRAs of the target.
 
     Raises:
-        AdapterError: There is no such DyLoRA, it has no such rank (its ranks are listed), or it is fused into the
-            weights. Then nothing is changed.
+        AdapterError: There is no such DyLoRA, the rank is not one of its ranks (the message lists them), or it is fused
+            into the weights. Nothing is then changed.
 
     >>> from lora_adapters import DyLoraConfig, set_rank
     >>> from peft import inject_adapter_in_model
@@ -362,25 +362,25 @@ def set_step(
     total: int | None = None,
     total_steps: int | None = None,
 ) -> bool:
-    """Say which training step comes next, so that DyLoRA draws the ranks of this step when the models are called.
+    """Set the next training step, so that DyLoRA samples the ranks of this step when the models are called.
 
-    Without it, each controller counts its model's training calls from 0, which is the same where every model is called
-    once a step. A training loop that resumes, or that calls a model several times a step, says it before each call.
+    Without it, each controller counts its model's training calls from 0, which is equivalent if every model is called
+    once per step. A training loop that resumes or calls a model several times per step must call this before each call.
 
     Args:
         target: A pipeline, a model, or a list of models.
-        step: Optimizer steps done so far, from 0.
-        seed: The run's.
-        samples: In a data-parallel process, which samples of the batch it has. A model that is called with a multiple
-            of their number sees each sample that many times in a row.
+        step: The number of optimizer steps done so far.
+        seed: The seed of the training run.
+        samples: In data-parallel training, the indices of the samples of the batch that this process has. If a model is
+            called with a multiple of their number, each sample has that many consecutive rows.
         total: The number of samples in all processes.
-        total_steps: The number of steps of the whole training, which adapters with a sort_at need to know.
+        total_steps: The number of steps of the whole training run; adapters with sort_at require it.
 
     Returns:
-        Whether components are to be sorted before this step: call `sort_components` then, with the optimizer.
+        Whether to call `sort_components`, with the optimizer, before this step.
 
     Raises:
-        AdapterError: samples and total do not fit, or an adapter has a rate_power and no optimizer follows it.
+        AdapterError: samples and total do not match, or `scale_component_rates` was not called for a rate_power.
     """
     if samples is None and total is not None:
         raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
