@@ -93,6 +93,10 @@ class TrainingFamily(ABC):
         """Whether its models are trained by flow matching."""
         return FLOW in self.predictions
 
+    def blocks_to_swap(self, count: int) -> Mapping[str, int]:
+        """By the path of a stack of blocks, how many of them --blocks_to_swap means: as many as in kohya's trainer."""
+        return {}
+
     @property
     def title(self) -> str:
         """The family in messages: the titles of all its kinds."""

@@ -78,6 +78,11 @@ class Flux1(TransformerFamily):
             "axes_dims_rope": _AXES,
         }
 
+    def blocks_to_swap(self, count: int) -> dict[str, int]:
+        """Half are double blocks; for each of the rest two single ones, which are half as large."""
+        double = count // 2
+        return {"transformer_blocks": double, "single_transformer_blocks": 2 * (count - double)}
+
     def scheduler_config(self, denoiser: Any) -> dict[str, Any]:
         dev = bool(denoiser.config.guidance_embeds)
         return {"shift": 3.0 if dev else 1.0, "use_dynamic_shifting": dev}

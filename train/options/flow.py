@@ -6,12 +6,6 @@ from typing import Any, ClassVar
 from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import Inert, option
 
-_SWAP = (
-    "blocks are not swapped: use --gradient_checkpointing with --fp8_base or --quantize_base nf4, and "
-    "--cache_text_encoder_outputs"
-)
-
-
 _POSITIONS = "positions are those that diffusers' transformer gives each size"
 
 
@@ -69,5 +63,13 @@ class FlowOptions:
     clip_l_dropout_rate: float | None = _rate("CLIP-L")
     clip_g_dropout_rate: float | None = _rate("CLIP-G")
     t5_dropout_rate: float | None = _rate("T5")
-    blocks_to_swap: int | None = option(None, "blocks that wait in main memory", unsupported=_SWAP, inert=(ZERO,))
-    split_mode: bool = option(False, "half of the model at a time", unsupported=_SWAP)
+    blocks_to_swap: int | None = option(
+        None,
+        "transformer blocks whose weights wait in main memory, as kohya's trainer counts them; needs "
+        "--gradient_checkpointing (CUDA)",
+        at_least=1,
+        inert=(ZERO,),
+    )
+    split_mode: bool = option(
+        False, "half of the model at a time", unsupported="give --blocks_to_swap, which is faster"
+    )

@@ -5,6 +5,7 @@ from typing import Any
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.models.base import BaseModels, check_clip_skip, family_on_disk
+from lora_adapters.train.models.block_swap import swapped_blocks
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.noise_schedule import FLOW
 from lora_adapters.train.models.part_files import check_parts
@@ -34,6 +35,7 @@ def check_base_model(settings: Settings, models: BaseModels, data: TrainingData)
     if family_on_disk(settings) is None:
         adapters.warn_without_effect(settings, models.family)
     check_clip_skip(models, settings.clip_skip)
+    swapped_blocks(models, settings.blocks_to_swap)  # raises where there are not so many
     check_sizes(models, data)
 
 
