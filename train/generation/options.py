@@ -33,6 +33,12 @@ class BaseOptions(ModelSource, AttentionOptions):
     bf16: bool = option(False, "compute in bf16")
     diffusers_xformers: bool = option(False, "the same as --xformers")
     opt_channels_last: bool = option(False, "weights of the U-Net and the VAE in channels-last order")
+    offload: str | None = option(
+        None,
+        "models wait in main memory until they compute: each model (slower), or each layer (far slower)",
+        unset="all are on the device",
+        choices=["model", "sequential"],
+    )
     device: str | None = option(None, "cuda, cuda:1, mps, cpu", unset="the first of these that there is")
 
 

@@ -13,6 +13,7 @@ from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
 from lora_adapters.train.models.transformer import TransformerFamily, clip_l, count, t5_xxl, vae_config
 from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
+from lora_adapters.train.moving import computing_device
 
 _AXES = (16, 56, 56)  # of the positions in a head
 _T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
@@ -112,7 +113,7 @@ class Flux1(TransformerFamily):
     ) -> Encoded:
         """T5's states, and CLIP's pooled output."""
         clip, t5 = text_encoders
-        pooled = clip(tokens[0].ids[:, 0].to(next(clip.parameters()).device)).pooler_output
+        pooled = clip(tokens[0].ids[:, 0].to(computing_device(clip))).pooler_output
         states, mask = t5_states(t5, tokens[1])
         return Encoded(states, pooled, mask)
 

@@ -33,6 +33,8 @@ def parser() -> Parser:
     )
     made.add_argument("--fp16", action="store_true", help="draw in fp16")
     made.add_argument("--bf16", action="store_true", help="draw in bf16")
+    made.add_argument("--offload", choices=["model", "sequential"], help="models wait in main memory until they "
+                      "compute: each model, or each layer")  # fmt: skip
     made.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
     made.add_argument("--listen", action="store_true", help="let other machines in; needs a password")
     made.add_argument("--share", action="store_true", help="make a public address through Gradio's servers; needs a "
@@ -65,6 +67,7 @@ def model_words(args: Any) -> list[str]:
     """The options of `lora-adapters generate` about the model."""
     words = [f"--ckpt={args.model}"]
     words += [f"--model_config={args.model_config}"] if args.model_config else []
+    words += [f"--offload={args.offload}"] if args.offload else []
     return words + [f"--{name}" for name in ("fp16", "bf16") if getattr(args, name)]
 
 
