@@ -21,6 +21,7 @@ class BaseOptions(ModelSource, AttentionOptions):
     """The model and how it computes."""
 
     title: ClassVar[str] = "model"
+    draws: ClassVar[bool] = True
     pretrained_model_name_or_path: str | None = option(
         None, "checkpoint file, Diffusers folder or hub id", flag="--ckpt"
     )
@@ -73,8 +74,8 @@ class SamplingOptions:
     W: int | None = option(None, "width in pixels", unset="the size that the model was trained at")
     H: int | None = option(None, "height in pixels", unset="the size that the model was trained at")
     steps: int = option(50, "sampling steps")
-    scale: float | None = option(None, "guidance scale", unset="7.5; Flux.1: 3.5")
-    sampler: str = option("ddim", "sampler (Flux.1 and SD3 have one of their own)", choices=list(SAMPLERS))
+    scale: float | None = option(None, "guidance scale", unset="7.5; Flux.1: 3.5; Chroma and others: their pipeline's")
+    sampler: str = option("ddim", "sampler (transformers have one of their own)", choices=list(SAMPLERS))
     force_scheduler_zero_steps_offset: bool = option(False, "the sampler's steps_offset is 0")
     batch_size: int = option(1, "images at a time", **_COUNT)
     vae_batch_size: float | None = option(

@@ -106,7 +106,8 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
     for module in (*models.text_encoders, models.vae, models.denoiser):
         if not any(module is other for other in waiting):
             module.to(device)
-    if settings.no_half_vae or (dtype == torch.float16 and getattr(models.vae.config, "force_upcast", False)):
+    upcast = dtype == torch.float16 and models.family.trained and getattr(models.vae.config, "force_upcast", False)
+    if settings.no_half_vae or upcast:
         models.vae.to(torch.float32)
     if settings.xformers or settings.diffusers_xformers:
         models.denoiser.enable_xformers_memory_efficient_attention()

@@ -9,6 +9,7 @@ from lora_adapters.train.models.block_swap import swapped_blocks
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.noise_schedule import FLOW
 from lora_adapters.train.models.part_files import check_parts
+from lora_adapters.train.models.registry import not_known
 from lora_adapters.train.models.transformer import TransformerFamily
 from lora_adapters.train.objective.flow_matching import FlowMatching, FlowOptions
 from lora_adapters.train.options.families import check_family_options
@@ -30,7 +31,9 @@ def check_known_family(settings: Settings, family: TrainingFamily | None) -> Non
 
 
 def check_base_model(settings: Settings, models: BaseModels, data: TrainingData) -> None:
-    """Raise OptionError for options and pictures that are not for this base model."""
+    """Raise OptionError for options and pictures that are not for this base model, TrainingError if none is trained."""
+    if not models.family.trained:
+        raise not_known(models.name, models.family.title)
     check_family_options(settings, models.family)
     if family_on_disk(settings) is None:
         adapters.warn_without_effect(settings, models.family)
