@@ -23,7 +23,7 @@ PRIVATE = {
     "_register_custom_module": "lora_adapters/grafting.py",
     "_replace": "",  # public, of named tuples
     "_modules": "lora_adapters/",
-    "_parameters": "lora_adapters/",
+    "_parameters": ("lora_adapters/", "train/models/block_swap.py"),
     "_forward_hooks": "lora_adapters/",
     "_forward_pre_hooks": "lora_adapters/",
     "_forward_pre_hooks_with_kwargs": "lora_adapters/types/dylora/rank_controller.py",
@@ -31,6 +31,8 @@ PRIVATE = {
     "_orig_mod": "lora_adapters/injection.py",
     "_version": "lora_adapters/fusing.py",
     "_conv_forward": "lora_adapters/types/lycoris/operations.py",
+    "_apply": "train/models/block_swap.py",
+    "_set_params_and_buffers_to_ignore_for_model": "train/models/block_swap.py",
     "_cdata": "train/training/activations.py",
     "_hf_peft_config_loaded": "lora_adapters/",
     "_active_adapter": "lora_adapters/grafting.py",

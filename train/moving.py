@@ -24,3 +24,13 @@ def moved(
     else:
         device = torch.device(target)
     return tensor.to(device, dtype, non_blocking=device.type != "mps")
+
+
+def computing_device(model: torch.nn.Module) -> torch.device:
+    """The device that a model's inputs go to: that of its weights, or where its offloading brings them to compute."""
+    if hasattr(model, "_hf_hook"):
+        for part in model.modules():
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(model.parameters()).device

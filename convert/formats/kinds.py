@@ -38,6 +38,11 @@ def _kind(name: str, mark: str, **facts: bool) -> Kind:
 
 
 KINDS = (
+    _kind(
+        "a Control LoRA of Flux.1, with norms in place of the model's, for diffusers' FluxControlPipeline",
+        r"\.(query|key)_norm\.scale$",
+        diffusers=True,
+    ),
     _kind("a LoHa adapter", r"\.hada_[wt]\d", is_read=True),
     _kind("a LoKr adapter", r"\.lokr_[wt]\d", is_read=True),
     _kind("an OFT adapter", r"\.oft_blocks$", is_read=True),

@@ -73,8 +73,8 @@ class Drawer:
         self.models, self.settings, self.device = models, settings, device
         self._working, self._multipliers = working, tuple(default_multipliers)
         self._plain: Any = pipe
-        self._image_to_image: Any = models.image_to_image(pipe)
-        for pipeline in (self._plain, self._image_to_image):
+        self._image_to_image: Any = models.image_to_image(pipe) if models.family.trained else None
+        for pipeline in filter(None, (self._plain, self._image_to_image)):
             pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[ImageRequest, Image.Image]]:
@@ -110,6 +110,8 @@ class Drawer:
         first = batch[0]
         width, height = first.width or 0, first.height or 0
         self._working.use(first.multipliers or self._multipliers, first.rank)
+        if not self.models.family.trained:
+            return self._drawn_whole(batch)
         chunks = self._windows(first)
         positive = self._encode([request.prompt for request in batch], chunks)
         negative = self._encode([request.negative_prompt for request in batch], chunks)
@@ -133,6 +135,18 @@ class Drawer:
         factor = self.models.latent_space.factor
         drawn = self._pipeline(first)(**call).images
         return self._decoded(self.models.family.drawn_latents(drawn, height // factor, width // factor))
+
+    def _drawn_whole(self, batch: list[ImageRequest]) -> list[Image.Image]:
+        """The images of a pipeline that reads the prompts itself."""
+        first = batch[0]
+        prompts, negative = ([getattr(one, name) for one in batch] for name in ("prompt", "negative_prompt"))
+        return self._pipeline(first)(
+            **self.models.family.picture_arguments(prompts, negative, first.scale or 0.0),
+            width=first.width,
+            height=first.height,
+            num_inference_steps=first.steps,
+            generator=[torch.Generator().manual_seed(one.seed) for one in batch],
+        ).images
 
     def _noise(self, generators: list[torch.Generator], width: int, height: int) -> torch.Tensor:
         """(n, channels, h, w), drawn in float32: some versions of torch draw other numbers in half precision."""

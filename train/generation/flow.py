@@ -20,6 +20,9 @@ _OF_UNETS = (
     "force_scheduler_zero_steps_offset", "xformers", "diffusers_xformers",
 )  # fmt: skip
 
+# What needs the text, the latents or the VAE in hand, or other files than the pipeline's.
+_STEP_BY_STEP = ("image_path", "no_half_vae", "opt_channels_last", "vae_batch_size", "vae", *PARTS)
+
 
 def check_options(settings: GenerateSettings, family: TrainingFamily) -> None:
     """Check the options of the program against the family of the base model.
@@ -37,11 +40,15 @@ def check_options(settings: GenerateSettings, family: TrainingFamily) -> None:
         if getattr(settings, name) != known[name].default:
             others = "models with a U-Net" if family.has_flow else "Flux.1 and SD3"
             raise OptionError(f"{known[name].flag} is for {others}, and the model is {family.title}: leave it out")
-    if not isinstance(family, TransformerFamily):
+    for name in () if family.trained else _STEP_BY_STEP:
+        if getattr(settings, name) != known[name].default:
+            raise OptionError(f"{known[name].flag}: {family.title} is drawn whole by diffusers' pipeline: leave it out")
+    if not family.has_flow:
         return
     if any(part.startswith("sampler=") for part in settings.sweep or []):
         raise OptionError(f"--sweep sampler=: {family.title} has one sampler, Euler's along the flow")
-    check_parts(settings, family)
+    if isinstance(family, TransformerFamily):
+        check_parts(settings, family)
 
 
 def say_unread(settings: GenerateSettings, requests: Sequence[ImageRequest], family: TrainingFamily) -> None:

@@ -21,6 +21,7 @@ class BaseOptions(ModelSource, AttentionOptions):
     """The model and how it computes."""
 
     title: ClassVar[str] = "model"
+    draws: ClassVar[bool] = True
     pretrained_model_name_or_path: str | None = option(
         None, "base model: checkpoint file, Diffusers folder or Hub id", flag="--ckpt"
     )
@@ -33,6 +34,13 @@ class BaseOptions(ModelSource, AttentionOptions):
     bf16: bool = option(False, "run the models in bf16")
     diffusers_xformers: bool = option(False, "the same as --xformers")
     opt_channels_last: bool = option(False, "use the channels-last memory format for the U-Net and the VAE")
+    offload: str | None = option(
+        None,
+        "keep the models in CPU memory and move each model (slower) or each layer (much slower) to the device while it "
+        "computes",
+        unset="all models stay on the device",
+        choices=["model", "sequential"],
+    )
     device: str | None = option(None, "device to run on: cuda, cuda:1, mps or cpu", unset="the first one available")
 
 
@@ -75,8 +83,8 @@ class SamplingOptions:
     W: int | None = option(None, "image width in pixels", unset="the size the model was trained at")
     H: int | None = option(None, "image height in pixels", unset="the size the model was trained at")
     steps: int = option(50, "number of sampling steps")
-    scale: float | None = option(None, "guidance scale", unset="7.5; Flux.1: 3.5")
-    sampler: str = option("ddim", "sampler (not used for Flux.1 and SD3, which have their own)", choices=list(SAMPLERS))
+    scale: float | None = option(None, "guidance scale", unset="7.5; Flux.1: 3.5; Chroma and others: their pipeline's")
+    sampler: str = option("ddim", "sampler (not used for transformers, which have their own)", choices=list(SAMPLERS))
     force_scheduler_zero_steps_offset: bool = option(False, "set the scheduler's steps_offset to 0")
     batch_size: int = option(1, "batch size", **_COUNT)
     vae_batch_size: float | None = option(

@@ -14,6 +14,7 @@ from lora_adapters.train.generation.draw import Drawer, completed
 from lora_adapters.train.generation.flow import check_options, say_unread
 from lora_adapters.train.generation.image_grid import draw_sheet
 from lora_adapters.train.generation.networks import apply_networks, metadata, unmerged
+from lora_adapters.train.generation.offload import check_offload, offload
 from lora_adapters.train.generation.options import GenerateSettings
 from lora_adapters.train.generation.output import Album, save
 from lora_adapters.train.generation.plan import Plan, plan
@@ -43,6 +44,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     """
     made = plan(settings)
     device = device_of(settings.device, torch.float32) if settings.device else best_device()
+    check_offload(settings, device)
     if settings.network_show_meta:
         print(metadata(made.networks))
     models = load(settings, device)
@@ -51,6 +53,8 @@ def generate(settings: GenerateSettings) -> list[Path]:
     requests = [completed(request, models) for request in made.requests]
     pipe = models.pipeline(models.family.sampler("ddim", models.prediction_type, False, models.schedule_config))
     working = apply_networks(models, pipe, made.networks, settings.network_pre_calc)
+    if settings.offload:
+        offload(pipe, settings.offload, device)
     drawer = Drawer(
         models, settings, device, pipe, working, [network.multiplier for network in unmerged(made.networks)]
     )
@@ -72,7 +76,18 @@ def best_device() -> torch.device:
 
 
 def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
-    """The model on the device, in the precision asked for. TrainingError if it is not what the options say."""
+    """The model, on the device (with --offload: in main memory), in the precision asked for.
+
+    Args:
+        settings: The options.
+        device: Where it computes.
+
+    Returns:
+        The model.
+
+    Raises:
+        TrainingError: It is not what the options say, or cannot be loaded.
+    """
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
@@ -87,9 +102,12 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
     check_options(settings, models.family)
     check_fixed_clip_skip(models.family, settings.clip_skip)
     check_clip_skip(models, settings.clip_skip)
+    waiting = (*models.components.values(), models.vae) if settings.offload else ()
     for module in (*models.text_encoders, models.vae, models.denoiser):
-        module.to(device)
-    if settings.no_half_vae or (dtype == torch.float16 and getattr(models.vae.config, "force_upcast", False)):
+        if not any(module is other for other in waiting):
+            module.to(device)
+    upcast = dtype == torch.float16 and models.family.trained and getattr(models.vae.config, "force_upcast", False)
+    if settings.no_half_vae or upcast:
         models.vae.to(torch.float32)
     if settings.xformers or settings.diffusers_xformers:
         models.denoiser.enable_xformers_memory_efficient_attention()

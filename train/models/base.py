@@ -97,8 +97,10 @@ class BaseModels:
     def default_size(self) -> tuple[int, int]:
         """The (width, height) in pixels of images that the model was made for."""
         side = (
-            getattr(self.denoiser.config, "sample_size", None) or self.family.sample_size
-        ) * self.latent_space.factor
+            self.family.side
+            or (getattr(self.denoiser.config, "sample_size", None) or self.family.sample_size)
+            * self.latent_space.factor
+        )
         return side, side
 
     def encode(self, tokens: Sequence[Tokens], clip_skip: int | None = None, keep_mean: str = "none") -> Encoded:
@@ -171,7 +173,7 @@ def family_on_disk(settings: ModelSource) -> TrainingFamily | None:
             content = json_value(read_text(index))
         except (OSError, ValueError):
             return None  # loading says what is wrong with it
-        return family_of_folder(content, str(path)) if isinstance(content, dict) else None
+        return family_of_folder(content, str(path), settings.draws) if isinstance(content, dict) else None
     if path.is_file() and path.suffix == ".safetensors":
         return family_of_checkpoint(checkpoint_keys(path))
     return None

@@ -59,6 +59,8 @@ class TrainingFamily(ABC):
         rank_args: network_args that give a kind of layer its rank, with the pattern of its paths.
         block_args: network_args that say which blocks are trained, with the path of their stack.
         has_sizes: whether the denoiser is conditioned on `SizeConditions`.
+        trained: whether its models are trained here, and drawn with step by step; else their pipeline draws whole.
+        side: of pictures in pixels where none is given; None where the denoiser's or the family's `sample_size` tells.
     """
 
     name: ClassVar[str]
@@ -76,6 +78,8 @@ class TrainingFamily(ABC):
     latent_files: ClassVar[LatentFiles]
     fixed_clip_skip: ClassVar[int | None] = None
     has_sizes: ClassVar[bool] = False
+    trained: ClassVar[bool] = True
+    side: ClassVar[int | None] = None
     frozen_text_encoders: ClassVar[tuple[str, ...]] = ()
     predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
     text_ending: ClassVar[str] = TEXT_ENDING
@@ -92,6 +96,10 @@ class TrainingFamily(ABC):
     def has_flow(self) -> bool:
         """Whether its models are trained by flow matching."""
         return FLOW in self.predictions
+
+    def blocks_to_swap(self, count: int) -> Mapping[str, int]:
+        """By the path of a stack of blocks, how many of them --blocks_to_swap means: as many as in kohya's trainer."""
+        return {}
 
     @property
     def title(self) -> str:
@@ -189,6 +197,10 @@ class TrainingFamily(ABC):
     def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
         """Encoded prompts as arguments of the pipelines' call."""
         return {"prompt_embeds": positive.hidden, "negative_prompt_embeds": negative.hidden}
+
+    def picture_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
+        """Prompts and guidance as arguments of the call of a pipeline that draws whole (see `trained`)."""
+        raise NotImplementedError
 
     def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
         """Sizes as arguments of the pipelines' call."""

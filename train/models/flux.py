@@ -13,6 +13,7 @@ from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
 from lora_adapters.train.models.transformer import TransformerFamily, clip_l, count, t5_xxl, vae_config
 from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
+from lora_adapters.train.moving import computing_device
 
 _AXES = (16, 56, 56)  # of the positions in a head
 _T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
@@ -78,6 +79,11 @@ class Flux1(TransformerFamily):
             "axes_dims_rope": _AXES,
         }
 
+    def blocks_to_swap(self, count: int) -> dict[str, int]:
+        """Half are double blocks; for each of the rest two single ones, which are half as large."""
+        double = count // 2
+        return {"transformer_blocks": double, "single_transformer_blocks": 2 * (count - double)}
+
     def scheduler_config(self, denoiser: Any) -> dict[str, Any]:
         dev = bool(denoiser.config.guidance_embeds)
         return {"shift": 3.0 if dev else 1.0, "use_dynamic_shifting": dev}
@@ -107,7 +113,7 @@ class Flux1(TransformerFamily):
     ) -> Encoded:
         """T5's states, and CLIP's pooled output."""
         clip, t5 = text_encoders
-        pooled = clip(tokens[0].ids[:, 0].to(next(clip.parameters()).device)).pooler_output
+        pooled = clip(tokens[0].ids[:, 0].to(computing_device(clip))).pooler_output
         states, mask = t5_states(t5, tokens[1])
         return Encoded(states, pooled, mask)
 

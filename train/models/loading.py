@@ -38,7 +38,7 @@ def _from_folder(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
         options["device_map"] = "cuda"
     try:
         index = DiffusionPipeline.load_config(name, cache_dir=settings.tokenizer_cache_dir)
-        family = family_of_folder(index, name)
+        family = family_of_folder(index, name, settings.draws)
         _check_denoiser(name, family, settings.tokenizer_cache_dir)
         parts = _other_parts(name, family, settings, dtype)
         wanted = {part: kind for part, kind in index.items() if part not in parts}

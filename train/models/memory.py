@@ -9,6 +9,7 @@ from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from lora_adapters.compat import checkpoint_activations
 from lora_adapters.train.errors import OptionError, TrainingError
 from lora_adapters.train.models.base import BaseModels
+from lora_adapters.train.models.block_swap import check_block_swap
 from lora_adapters.train.models.quantised import bitsandbytes
 from lora_adapters.train.options.settings import Settings
 
@@ -40,6 +41,7 @@ def check_machine(settings: Settings) -> None:
         if settings.fp8_base or settings.fp8_base_unet:
             raise OptionError("--quantize_base and --fp8_base exclude each other")
         bitsandbytes()
+    check_block_swap(settings)
     instead = {}
     if settings.mixed_precision == "fp16":
         instead["--mixed_precision fp16"] = "--mixed_precision bf16 or no"

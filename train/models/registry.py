@@ -1,10 +1,14 @@
-"""The families of base models that can be trained and drawn with, by name. A new one is a module and a line here."""
+"""The families of base models that can be trained and drawn with, by name. A new one is a module and a line here.
+
+`drawn` has those that are drawn with only.
+"""
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_adapters.train.errors import TrainingError
+from lora_adapters.train.models.drawn import DRAWN
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.flux import FLUX
 from lora_adapters.train.models.sd import SD
@@ -22,15 +26,16 @@ KIND_FLAGS: dict[str, str] = {
 
 def family_of_kind(kind: str) -> TrainingFamily:
     """The family that has this kind of base model (`BaseModels.kind`)."""
-    return next(family for family in FAMILIES.values() if kind in family.kinds)
+    return next(family for family in (*FAMILIES.values(), *DRAWN.values()) if kind in family.kinds)
 
 
-def family_of_folder(index: Mapping[str, Any], name: str = "") -> TrainingFamily:
+def family_of_folder(index: Mapping[str, Any], name: str = "", draws: bool = False) -> TrainingFamily:
     """The family of a diffusers folder with this model_index.json.
 
     Args:
         index: The table.
         name: The folder or repository, for the error.
+        draws: Whether families count that are drawn with and not trained.
 
     Returns:
         The family.
@@ -38,9 +43,12 @@ def family_of_folder(index: Mapping[str, Any], name: str = "") -> TrainingFamily
     Raises:
         TrainingError: Its denoiser is of no family.
     """
+    for drawn in DRAWN.values() if draws else ():
+        if drawn.in_folder(index):
+            return drawn
     family = next(family for family in FAMILIES.values() if family.in_folder(index))
     if family.denoiser not in index and "transformer" in index:
-        raise _of_none(name, str(index.get("_class_name", "pipeline")))
+        raise not_known(name, str(index.get("_class_name", "pipeline")), draws)
     return family
 
 
@@ -51,15 +59,16 @@ def family_of_checkpoint(keys: Collection[str]) -> TrainingFamily:
 
 def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
     """The family and the kind of a loaded pipeline. TrainingError, which shows `name`, if it is of none."""
-    for family in FAMILIES.values():
+    for family in (*DRAWN.values(), *FAMILIES.values()):
         kind = family.kind_of(pipeline)
         if kind is not None:
             return family, kind
-    raise _of_none(name, type(pipeline).__name__)
+    raise not_known(name, type(pipeline).__name__)
 
 
-def _of_none(name: str, pipeline: str) -> TrainingError:
-    *most, last = known_titles()
+def not_known(name: str, pipeline: str, draws: bool = False) -> TrainingError:
+    """The error for a model, whose pipeline's class is `pipeline`, that is not trained (`draws`: nor drawn with)."""
+    *most, last = (*known_titles(), *(family.title for family in DRAWN.values() if draws))
     return TrainingError(
         f"{name or 'the base model'} is a {pipeline}, not {', '.join(most)} or {last}: its own pipeline in diffusers "
         "draws with it, and takes adapters (import lora_adapters, pipe.load_lora_weights)"

@@ -18,6 +18,7 @@ from lora_adapters.train.data.cache_files import LatentFiles
 from lora_adapters.train.models.text_encoding import Encoded, Tokens
 from lora_adapters.train.models.transformer import TransformerFamily, clip_g, clip_l, count, t5_xxl, vae_config
 from lora_adapters.train.models.transformer_text import AbsentEncoder, clip_tokens, t5_states, t5_tokens
+from lora_adapters.train.moving import computing_device
 
 _CLIP_TOKENS = 77
 _HEAD = 64  # width of an attention head where no norm tells it
@@ -121,7 +122,7 @@ class StableDiffusion3(TransformerFamily):
         *clips, t5 = text_encoders
         states, pooled = [], []
         for own, encoder in zip(tokens, clips, strict=False):
-            output = encoder(own.ids[:, 0].to(next(encoder.parameters()).device), output_hidden_states=True)
+            output = encoder(own.ids[:, 0].to(computing_device(encoder)), output_hidden_states=True)
             states.append(output.hidden_states[-2])
             pooled.append(output.text_embeds)
         t5_out, mask = t5_states(t5, tokens[-1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_adapters.train.moving import moved
+from lora_adapters.train.moving import computing_device, moved
 
 _PIECES = re.compile(r"\\[()\[\]\\]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 _ROUND, _SQUARE = 1.1, 1 / 1.1
@@ -175,7 +175,7 @@ def encode_tokens(
     states, pooled = [], None
     for own, encoder, reading in zip(tokens, text_encoders, readings, strict=True):
         n, chunks, length = own.ids.shape
-        ids = moved(own.ids.view(-1, length), _device(encoder))
+        ids = moved(own.ids.view(-1, length), computing_device(encoder))
         output = encoder(ids, output_hidden_states=True)
         hidden = _read(encoder, output, reading)
         if reading.pooled:
@@ -221,7 +221,3 @@ def _weighted(hidden: torch.Tensor, weights: torch.Tensor, keep_mean: str) -> to
     factor = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
     plain = (weights == 1).all(1, keepdim=True)  # nothing to make up for, whatever its mean
     return product * torch.where(plain | ~factor.isfinite(), 1.0, factor).to(product)
-
-
-def _device(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -59,6 +59,9 @@ class TransformerFamily(TrainingFamily):
     def scheduler_config(self, denoiser: Any) -> dict[str, Any]:
         """The arguments of FlowMatchEulerDiscreteScheduler that the released model has."""
 
+    def blocks_to_swap(self, count: int) -> dict[str, int]:
+        return {"transformer_blocks": count}
+
     def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
         return []
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lora_adapters.train.models.text_encoding import Tokens, tokenize
+from lora_adapters.train.moving import computing_device
 
 
 class AbsentEncoder(torch.nn.Module):
@@ -41,6 +42,6 @@ def t5_tokens(tokenizer: Any, captions: list[str], length: int, masked: bool) ->
 
 def t5_states(encoder: Any, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
     """T5's output (n, length, width), and the mask (n, length) on its device; None without one."""
-    device = next(encoder.parameters()).device
+    device = computing_device(encoder)
     mask = None if tokens.mask is None else tokens.mask[:, 0].to(device)
     return encoder(tokens.ids[:, 0].to(device), attention_mask=mask)[0], mask

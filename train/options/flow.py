@@ -6,12 +6,6 @@ from typing import Any, ClassVar
 from lora_adapters.train.options.model import ZERO
 from lora_adapters.train.options.option import Inert, option
 
-_SWAP = (
-    "blocks are not swapped: use --gradient_checkpointing with --fp8_base or --quantize_base nf4, and "
-    "--cache_text_encoder_outputs"
-)
-
-
 _POSITIONS = "positions are those that diffusers' transformer gives each size"
 
 
@@ -81,6 +75,12 @@ class FlowOptions:
     clip_g_dropout_rate: float | None = _rate("CLIP-G")
     t5_dropout_rate: float | None = _rate("T5")
     blocks_to_swap: int | None = option(
-        None, "number of blocks to swap to CPU memory", unsupported=_SWAP, inert=(ZERO,)
+        None,
+        "number of transformer blocks whose weights stay in CPU memory, counted as in kohya's trainer; requires "
+        "--gradient_checkpointing (CUDA)",
+        at_least=1,
+        inert=(ZERO,),
     )
-    split_mode: bool = option(False, "train half of the model at a time", unsupported=_SWAP)
+    split_mode: bool = option(
+        False, "train half of the model at a time", unsupported="give --blocks_to_swap, which is faster"
+    )

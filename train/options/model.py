@@ -29,6 +29,7 @@ def _deepspeed(default: Any, help: str, **facts: Any) -> Any:
 class ModelSource:
     """Where the parts of a base model are, and how they are read: for training and for drawing."""
 
+    draws: ClassVar[bool] = False  # whether models that are not trained are of use, too
     pretrained_model_name_or_path: str | None = option(None, "base model: checkpoint file, Diffusers folder or Hub id")
     model_config: str | None = option(
         None, "Diffusers folder or Hub id with the configs and tokenizers for a checkpoint file"

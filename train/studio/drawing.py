@@ -13,6 +13,7 @@ from PIL import Image
 from lora_adapters.train.generation.draw import Drawer, completed
 from lora_adapters.train.generation.image_grid import draw_sheet
 from lora_adapters.train.generation.networks import LiveNetworks
+from lora_adapters.train.generation.offload import check_offload, offload
 from lora_adapters.train.generation.options import parse
 from lora_adapters.train.generation.output import Album, save
 from lora_adapters.train.generation.plan import Plan, plan
@@ -82,10 +83,13 @@ class Artist:
         settings = parse([*scene.words(self._words), f"--outdir={self._folder}"])
         made = plan(settings)
         device = best_device()
+        check_offload(settings, device)
         if self._models is None:
             self._models = load(settings, device)
             scheduler = self._sampler("ddim")
             self._pipe = self._models.pipeline(scheduler)
+            if settings.offload:
+                offload(self._pipe, settings.offload, device)
         models = self._models
         check_sizes(made.requests, models.family)
         request = completed(made.requests[0], models)
@@ -132,17 +136,21 @@ class Artist:
         schedulers = {name: _as_code(self._sampler(name)) for name in {scene.sampler for row in rows for scene in row}}
         is_file, dtype = Path(models.name).is_file(), str(models.denoiser.dtype)
         imports = []
-        if models.family.has_flow and (is_file or len(self._words) > 1):  # diffusers puts no parts together
+        offloaded = next((word.partition("=")[2] for word in self._words if word.startswith("--offload=")), None)
+        words = [word for word in self._words if not word.startswith("--offload=")]
+        if models.family.has_flow and (is_file or len(words) > 1):  # diffusers puts no parts together
             imports = [
                 "from lora_adapters.train.generation.options import parse as options",
                 "from lora_adapters.train.models.base import load_base_models",
             ]
             scheduler = next(iter(schedulers.values()))
-            load = f"load_base_models(options({self._words!r}), {dtype}).pipeline({scheduler})"
+            load = f"load_base_models(options({words!r}), {dtype}).pipeline({scheduler})"
         else:
             start = "from_single_file" if is_file else "from_pretrained"
             load = f"{type(self._pipe).__name__}.{start}({models.name!r}, dtype={dtype})"
-        if best_device().type != "cpu":
+        if offloaded:
+            load += f"\npipe.enable_{offloaded}_cpu_offload()"
+        elif best_device().type != "cpu":
             load += f'.to("{best_device().type}")'
         return python_code(rows, load, schedulers, imports)
 

@@ -33,6 +33,8 @@ def parser() -> Parser:
     )
     made.add_argument("--fp16", action="store_true", help="generate in fp16")
     made.add_argument("--bf16", action="store_true", help="generate in bf16")
+    made.add_argument("--offload", choices=["model", "sequential"], help="keep the models in CPU memory and move each "
+                      "model or each layer to the device while it computes")  # fmt: skip
     made.add_argument("--port", type=int, help="port of the page (default: the first free port from 7860)")
     made.add_argument(
         "--listen", action="store_true", help="allow connections from other machines; requires a password"
@@ -67,6 +69,7 @@ def model_words(args: Any) -> list[str]:
     """The options of `lora-adapters generate` about the model."""
     words = [f"--ckpt={args.model}"]
     words += [f"--model_config={args.model_config}"] if args.model_config else []
+    words += [f"--offload={args.offload}"] if args.offload else []
     return words + [f"--{name}" for name in ("fp16", "bf16") if getattr(args, name)]
 
 

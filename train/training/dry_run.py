@@ -11,6 +11,7 @@ from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.errors import first_line
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.train.data.captions import Moment, draw_caption
+from lora_adapters.train.models.block_swap import bytes_away
 from lora_adapters.train.models.quantised import scale_bytes
 from lora_adapters.train.seeding import python_random
 from lora_adapters.train.training import adapters
@@ -76,7 +77,8 @@ def memory(run: Run) -> dict[str, int | None]:
         name: sum(p.numel() * p.element_size() for p in part.parameters() if not p.requires_grad)
         for name, part in parts.items()
     }
-    sizes[denoiser] = (sizes[denoiser] or 0) + scale_bytes(run.models.denoiser)
+    away = bytes_away(run.models, run.settings.blocks_to_swap)
+    sizes[denoiser] = (sizes[denoiser] or 0) + scale_bytes(run.models.denoiser) - away
     optimizer = f"optimizer ({optimizer_name(run.settings)})"
     return {**sizes, "adapter and gradients": 2 * trained, optimizer: state_bytes(run.settings, run.parameters)}
 

@@ -5,9 +5,11 @@ from typing import Any
 from lora_adapters.train.data.dataset import TrainingData
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.models.base import BaseModels, check_clip_skip, family_on_disk
+from lora_adapters.train.models.block_swap import swapped_blocks
 from lora_adapters.train.models.family import TrainingFamily
 from lora_adapters.train.models.noise_schedule import FLOW
 from lora_adapters.train.models.part_files import check_parts
+from lora_adapters.train.models.registry import not_known
 from lora_adapters.train.models.transformer import TransformerFamily
 from lora_adapters.train.objective.flow_matching import FlowMatching, FlowOptions
 from lora_adapters.train.options.families import check_family_options
@@ -29,11 +31,14 @@ def check_known_family(settings: Settings, family: TrainingFamily | None) -> Non
 
 
 def check_base_model(settings: Settings, models: BaseModels, data: TrainingData) -> None:
-    """Raise OptionError for options and images that do not fit this base model."""
+    """Raise OptionError for options and images that do not fit this base model, TrainingError if none is trained."""
+    if not models.family.trained:
+        raise not_known(models.name, models.family.title)
     check_family_options(settings, models.family)
     if family_on_disk(settings) is None:
         adapters.warn_without_effect(settings, models.family)
     check_clip_skip(models, settings.clip_skip)
+    swapped_blocks(models, settings.blocks_to_swap)  # raises where there are not so many
     check_sizes(models, data)
 
 

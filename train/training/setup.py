@@ -28,6 +28,7 @@ from lora_adapters.train.models.base import (
     family_on_disk,
     load_base_models,
 )
+from lora_adapters.train.models.block_swap import MainMemory, swap_blocks
 from lora_adapters.train.models.choices import ModelChoices
 from lora_adapters.train.models.memory import (
     apply_memory_options,
@@ -296,6 +297,7 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
     schedule = create_schedule(settings, optimizer, steps)
     data.set_schedule(steps, settings.gradient_accumulation_steps)
     if not settings.dry_run:
+        swap_blocks(models, plain, settings.blocks_to_swap, MainMemory(device))
         _to_device(settings, models, plain, device)
         cache(settings, models, plain, data, accelerator, options)
     denoiser, optimizer = accelerator.prepare(plain, optimizer)

@@ -32,6 +32,14 @@ KINDS = {
     "a DoRA adapter": [*PAIR, f"{NAME}.dora_scale"],
     "a DoRA": [f"{PATH}.lora_A.weight", f"{PATH}.lora_B.weight", f"{PATH}.lora_magnitude_vector"],
     "a LoRA with biases": [f"{PATH}.lora_A.weight", f"{PATH}.lora_B.weight", f"{PATH}.lora_B.bias"],
+    r"a Control LoRA of Flux\.1, .*for diffusers' FluxControlPipeline": [
+        *(f"double_blocks.0.img_attn.proj.lora_{part}" for part in ("A.weight", "B.weight", "B.bias")),
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+    ],
+    r"a Control LoRA of Flux\.1": [
+        *(f"single_blocks.0.linear2.lora_{part}.weight" for part in "AB"),
+        "single_blocks.0.norm.query_norm.scale",
+    ],
     "a Control-LoRA": ["input_blocks.0.0.weight", "lora_controlnet"],
     "an adapter for Stable Cascade": ["lora_prior_unet_down_blocks_0_attentions_0.lora_down.weight"],
     "an adapter for a model with transformers": ["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"],

@@ -75,7 +75,7 @@ def test_every_option_says_its_default(capsys, monkeypatch, command) -> None:
 def test_refused_options_stand_last(capsys, monkeypatch) -> None:
     text = shown(capsys, "train", monkeypatch)
     before, refused = text.split("not supported (giving one prints the reason):")
-    for name in ("--blocks_to_swap", "--zero_stage", "--deepspeed"):
+    for name in ("--zero_stage", "--deepspeed"):
         assert name in refused
         assert name not in before
 

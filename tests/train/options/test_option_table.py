@@ -34,7 +34,7 @@ RARE = {
     "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "huggingface_repo_visibility",
     "save_state_to_huggingface", "resume_from_huggingface", "async_upload", "log_tracker_name", "log_tracker_config",
     "clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate",
-    "blocks_to_swap", "split_mode", "apply_lg_attn_mask", "pos_emb_random_crop_rate", "enable_scaled_pos_embed",
+    "split_mode", "apply_lg_attn_mask", "pos_emb_random_crop_rate", "enable_scaled_pos_embed",
     "wandb_run_name", "wandb_api_key", "log_config", "console_log_level", "console_log_file", "console_log_simple",
 }  # fmt: skip
 

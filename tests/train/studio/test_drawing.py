@@ -7,6 +7,7 @@ from PIL import Image
 
 from lora_adapters import Adapter, AdapterError, LowRank, ModuleName
 from lora_adapters.convert.deltas.hadamard import Hadamard
+from lora_adapters.convert.errors import OneLineError
 from lora_adapters.convert.formats.metadata import DyLora
 from lora_adapters.train.gen_img_diffusers import main as generate
 from lora_adapters.train.studio.compare import Axis, Scene, Slot, cells
@@ -162,3 +163,22 @@ def test_block_sliders_are_those_of_the_adapters_family(tmp_path, monkeypatch):
         shown = [one.label for one in updates if one.visible]
         assert [label for label in labels if label in shown] == labels
         assert len({len(CompareTab._sliders(None, name, "")) for name in ("flux", "sd3", "sd")}) == 1
+
+
+def test_offloaded_models_draw_the_same_and_exchange_their_adapters(files, sd1, tmp_path, monkeypatch):
+    """From the CPU to the CPU: `Artist` calls what `lora-adapters generate` calls."""
+    monkeypatch.setattr("lora_adapters.train.studio.drawing.check_offload", lambda *_: None)
+    offloaded = Artist([f"--ckpt={sd1}", "--offload=model"], tmp_path / "drawn")
+    wanted = scene(files)
+    pictures = [pixels(offloaded.draw(each)) for each in (scene(files, slots=()), wanted)]
+    assert all(hasattr(offloaded._pipe.components[name], "_hf_hook") for name in ("unet", "vae", "text_encoder"))
+    assert differ(pictures[1], generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
+    assert differ(*pictures) > 8
+    code = offloaded.code([[wanted]])
+    assert "\npipe.enable_model_cpu_offload()\n" in code
+    assert ".to(" not in code
+
+
+def test_offloading_needs_a_device(files, sd1, tmp_path):
+    with pytest.raises(OneLineError, match="--offload needs a cuda or mps device"):
+        Artist([f"--ckpt={sd1}", "--offload=model"], tmp_path / "drawn").draw(scene(files))
