@@ -1,4 +1,4 @@
-"""The console program `lora-adapters`: its first word names a command, the rest goes to that command."""
+"""The console program `lora-adapters`: runs the command named by the first argument with the other arguments."""
 
 import sys
 from collections.abc import Sequence

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Add smaller copies of training images: each image of a folder as it is, and at the area of each resolution.
+"""Make smaller copies of training images: each image of a folder unchanged, and at the area of each resolution.
 
     python train/resize_images_to_resolution.py --max_resolution 512x512,384x384 --copy_associated_files photos smaller
 
-For photos/cat.JPG this writes smaller/cat.JPG (the file as it is), smaller/cat+512x512.jpg and smaller/cat+384x384.jpg:
-the name gives the resolution asked for, the image keeps its own shape and has that area. Nothing is enlarged; a
-image with less area is saved under the name at its own size. Every resolution is made from the original, upright.
-JPEG is saved at quality 100 with full colour resolution and transparent parts on white; PNG keeps transparency. Of
-several frames the first is taken. Other files are copied as they are; hidden files and subfolders are left alone.
-A second run does only what is missing, broken, older than its source, or was made with other settings.
+For photos/cat.JPG this writes smaller/cat.JPG (an unchanged copy), smaller/cat+512x512.jpg and smaller/cat+384x384.jpg.
+The name contains the requested resolution; the image keeps its aspect ratio and has the area of that resolution.
+Nothing is enlarged: an image with a smaller area is saved at its own size. Every copy is made from the original,
+upright. JPEG is saved at quality 100 with full colour resolution and transparent parts on white; PNG keeps
+transparency. Only the first of several frames is used. Other files are copied unchanged; hidden files and subfolders
+are ignored. A second run only writes files that are missing, damaged, older than their source, or made with other
+settings.
 """
 
 import os

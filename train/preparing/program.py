@@ -1,4 +1,4 @@
-"""`lora-adapters init`: look at a folder of images, choose settings, write them, and say what was seen and chosen."""
+"""`lora-adapters init`: inspects a folder of images, chooses settings, writes them, and prints the reasons."""
 
 from collections.abc import Sequence
 from pathlib import Path

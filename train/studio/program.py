@@ -1,4 +1,4 @@
-"""`lora-adapters studio`: a page on this machine to compare, inspect, train and convert adapters."""
+"""`lora-adapters studio`: serves a page on this machine to compare, inspect, train and convert adapters."""
 
 import os
 import sys

@@ -234,7 +234,7 @@ def test_help_shows_every_default() -> None:
         shown = {True: "on", False: "off"}[option.default] if option.is_flag else option.default
         if shown not in (None, ""):
             assert f"default: {shown})" in said, name
-    assert "(default: drawn)" in said
+    assert "(default: chosen at random)" in said
 
 
 def test_options_that_are_given_are_known_also_at_their_defaults(tmp_path) -> None:
