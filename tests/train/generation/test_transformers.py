@@ -174,11 +174,11 @@ def test_files_of_parts_are_drawn_with(tmp_path) -> None:
 
 
 def test_a_model_of_another_pipeline_is_refused_before_it_is_read(tmp_path, capsys) -> None:
-    index = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
+    index = {"_class_name": "QwenImageEditPipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert main(["--ckpt", str(tmp_path), "--prompt", "a"]) == 1
     error = capsys.readouterr().err
-    assert "is a QwenImagePipeline, not SD1.x" in error
+    assert "is a QwenImageEditPipeline, not SD1.x" in error
     assert "its own pipeline in diffusers draws with it, and takes adapters (import lora_adapters" in error
 
 
