@@ -38,7 +38,7 @@ def build_chroma(folder: Path) -> Path:
 
 
 def build_qwen_image(folder: Path) -> Path:
-    """Qwen-Image's layout: two blocks, a VAE of pictures in time, Qwen2.5-VL."""
+    """Qwen-Image's layout: two blocks, a VAE of images in time, Qwen2.5-VL."""
     torch.manual_seed(0)
     own_vae = AutoencoderKLQwenImage(
         base_dim=24,

@@ -13,7 +13,7 @@ def check_offload(settings: GenerateSettings, device: torch.device) -> None:
     if settings.offload is None:
         return
     if settings.network_pre_calc:
-        raise OptionError("--offload does not go with --network_pre_calc, which changes weights between the pictures")
+        raise OptionError("--offload does not go with --network_pre_calc, which changes weights between the images")
     if device.type == "cpu":
         raise TrainingError("--offload needs a cuda or mps device: on a CPU all is in main memory; leave it out")
 

@@ -1,6 +1,6 @@
 """Families of transformers that pictures are drawn with, and that are not trained: diffusers' pipelines draw whole.
 
-A pipeline gets prompts and gives pictures; how it reads text and what its latents are is its own business.
+The pipeline takes prompts and returns images; text encoding and latents are its own business.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -60,7 +60,7 @@ class TrainingFamily(ABC):
         block_args: network_args that say which blocks are trained, with the path of their stack.
         has_sizes: whether the denoiser is conditioned on `SizeConditions`.
         trained: whether its models are trained here, and drawn with step by step; else their pipeline draws whole.
-        side: of pictures in pixels where none is given; None where the denoiser's or the family's `sample_size` tells.
+        side: of images in pixels if none is given; None where the denoiser's or the family's `sample_size` tells.
     """
 
     name: ClassVar[str]

@@ -1,4 +1,4 @@
-"""Pictures of Chroma and Qwen-Image, which are not trained here, are those of diffusers' own pipelines."""
+"""Images of Chroma and Qwen-Image, which are not trained here, are those of diffusers' own pipelines."""
 
 from pathlib import Path
 

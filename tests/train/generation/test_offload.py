@@ -1,4 +1,4 @@
-"""--offload: pictures are those without it, by diffusers' own hooks, here from the CPU to the CPU."""
+"""--offload: images are those without it, by diffusers' own hooks, here from the CPU to the CPU."""
 
 import pytest
 import torch

@@ -170,10 +170,10 @@ def test_offloaded_models_draw_the_same_and_exchange_their_adapters(files, sd1, 
     monkeypatch.setattr("lora_adapters.train.studio.drawing.check_offload", lambda *_: None)
     offloaded = Artist([f"--ckpt={sd1}", "--offload=model"], tmp_path / "drawn")
     wanted = scene(files)
-    pictures = [pixels(offloaded.draw(each)) for each in (scene(files, slots=()), wanted)]
+    images = [pixels(offloaded.draw(each)) for each in (scene(files, slots=()), wanted)]
     assert all(hasattr(offloaded._pipe.components[name], "_hf_hook") for name in ("unet", "vae", "text_encoder"))
-    assert differ(pictures[1], generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
-    assert differ(*pictures) > 8
+    assert differ(images[1], generated(wanted, sd1, tmp_path / "program")) <= ROUNDING
+    assert differ(*images) > 8
     code = offloaded.code([[wanted]])
     assert "\npipe.enable_model_cpu_offload()\n" in code
     assert ".to(" not in code
