@@ -90,8 +90,10 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
     changes = {module.path: as_pair(change) or change for module, change in contents.modules.items()}
     tensors: dict[str, torch.Tensor] = {}
     for name, change in cast_changes(changes, options.dtype).items():
-        folded = isinstance(change, LowRank) and not is_flat(name)
-        tensors |= _with_pefts_ends(name, change) if folded else tensors_of({name: change})
+        if isinstance(change, LowRank) and not is_flat(name):
+            tensors |= _with_pefts_ends(name, change)
+        else:
+            tensors |= tensors_of({name: change})
     metadata = {**_facts(contents, changes), **contents.metadata} if any(map(is_flat, changes)) else contents.metadata
     kept = {key: text for key, text in metadata.items() if options.modelspec or not key.startswith("modelspec.")}
     write_hashed(path, {**tensors, **bundled(contents.embeddings)}, kept)

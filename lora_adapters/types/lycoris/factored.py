@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # products of factors 
 _WORTH = 0.5  # of the multiplications with ΔW
 
 
-def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torch.Tensor | None:
+def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torch.Tensor | float | None:
     """What a layer makes of x with a change in the place of its weight and bias.
 
     Args:
@@ -31,7 +31,8 @@ def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torc
         change: The change, at its multiplier.
 
     Returns:
-        (..., out) or (batch, out, height, width), in x's dtype; None where ΔW has to be made, or is as quick.
+        (..., out) or (batch, out, height, width), in x's dtype, or 0.0 if nothing changes; None if ΔW has to be
+        computed, or computing it is as fast.
     """
     if isinstance(change, Full):
         return _full(layer, x, change)
@@ -47,7 +48,7 @@ def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torc
     return None
 
 
-def _full(layer: Any, x: torch.Tensor, change: Full) -> torch.Tensor | None:
+def _full(layer: Any, x: torch.Tensor, change: Full) -> torch.Tensor | float:
     """With the difference itself, which is not copied where it is in x's dtype; what comes out is multiplied."""
     weight = None if change.diff is None else change.diff.to(x.dtype).reshape(weight_shape(layer))
     bias = None if change.diff_b is None else change.diff_b.to(x.dtype)
