@@ -33,7 +33,7 @@ def script(tmp_path_factory):
         ("lora-adapters resize", "resize resize-images"),
         ("lora-adapters train --network_d", "--network_dim --network_dropout"),
         ("lora-adapters train --mixed_precision b", "bf16"),
-        ("lora-adapters train --blocks_to_s", ""),  # what is refused is not offered
+        ("lora-adapters train --zero_st", ""),  # what is refused is not offered
         ("lora-adapters info --js", "--json"),
     ],
 )
