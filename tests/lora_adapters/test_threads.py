@@ -1,7 +1,9 @@
 """Several threads that put adapters into models of their own at once."""
 
+import multiprocessing
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -114,3 +116,29 @@ def test_layers_are_made_without_patching_torch(monkeypatch) -> None:
     model = nn.Sequential(nn.Linear(size, size, device="meta"))
     place(model, {"0": LowRank(torch.ones(2, size), torch.ones(size, 2), 2.0)}, "a", facts_of_metadata({}))
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork")
+def test_a_process_that_is_forked_while_an_adapter_is_placed_can_place_its_own() -> None:
+    """The thread that holds the lock does not exist in the new process."""
+    entered = threading.Event()
+
+    def placing() -> None:
+        with adapted_models.CHANGING:
+            entered.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=placing)
+    thread.start()
+    entered.wait()
+    child = multiprocessing.get_context("fork").Process(target=_take_the_lock)
+    child.start()
+    child.join(20)
+    stuck = child.is_alive()
+    child.kill()
+    thread.join()
+    assert (stuck, child.exitcode) == (False, 0)
+
+
+def _take_the_lock() -> None:
+    raise SystemExit(0 if adapted_models.CHANGING.acquire(timeout=5) else 1)
