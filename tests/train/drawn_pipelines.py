@@ -1,4 +1,4 @@
-"""Tiny pipelines that are drawn with and not trained, as folders."""
+"""Tiny pipelines that generate images and are not trained, as folders."""
 
 from pathlib import Path
 
@@ -8,12 +8,31 @@ from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from .transformers import CHANNELS, t5, t5_tokenizer, vae
+
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+}
 
 
 def build_chroma(folder: Path) -> Path:
@@ -69,4 +88,50 @@ def build_qwen_image(folder: Path) -> Path:
     encoder = Qwen2_5_VLForConditionalGeneration(config)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     QwenImagePipeline(scheduler, own_vae, encoder, t5_tokenizer(), transformer).save_pretrained(folder)
+    return folder
+
+
+def build_lumina2(folder: Path) -> Path:
+    """Lumina-Image 2's layout: two blocks and their refiners, Gemma 2."""
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=CHANNELS,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(8, 4, 4),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=16,
+    )
+    encoder = Gemma2Model(Gemma2Config(**TEXT))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    Lumina2Pipeline(transformer, scheduler, vae(), encoder, t5_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def build_zimage(folder: Path) -> Path:
+    """Z-Image's layout: two blocks and their refiners, Qwen3, whose tokenizer has a template for chats."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel  # not in the oldest version that is supported
+
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=CHANNELS,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[512, 32, 32],
+    )
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    encoder = Qwen3Model(Qwen3Config(**TEXT))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ZImagePipeline(scheduler, vae(), encoder, tokenizer, transformer).save_pretrained(folder)
     return folder

@@ -141,7 +141,7 @@ class Drawer:
         first = batch[0]
         prompts, negative = ([getattr(one, name) for one in batch] for name in ("prompt", "negative_prompt"))
         return self._pipeline(first)(
-            **self.models.family.picture_arguments(prompts, negative, first.scale or 0.0),
+            **self.models.family.image_arguments(prompts, negative, first.scale or 0.0),
             width=first.width,
             height=first.height,
             num_inference_steps=first.steps,

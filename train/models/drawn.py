@@ -1,4 +1,4 @@
-"""Families of transformers that pictures are drawn with, and that are not trained: diffusers' pipelines draw whole.
+"""Families of transformers that can generate images and are not trained: diffusers' pipelines do all of it.
 
 The pipeline takes prompts and returns images; text encoding and latents are its own business.
 """
@@ -40,7 +40,7 @@ class DrawnFamily(TrainingFamily):
     def kind_of(self, pipeline: Any) -> str | None:
         return self.name if isinstance(pipeline, self.pipeline_class) else None
 
-    def picture_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
+    def image_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
         return {"prompt": list(prompts), "negative_prompt": list(negative), self.scale_argument: scale}
 
     def sampler(

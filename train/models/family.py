@@ -198,7 +198,7 @@ class TrainingFamily(ABC):
         """Encoded prompts as arguments of the pipelines' call."""
         return {"prompt_embeds": positive.hidden, "negative_prompt_embeds": negative.hidden}
 
-    def picture_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
+    def image_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
         """Prompts and guidance as arguments of the call of a pipeline that draws whole (see `trained`)."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Images of Chroma and Qwen-Image, which are not trained here, are those of diffusers' own pipelines."""
+"""Images of families that are not trained here are those of diffusers' own pipelines."""
 
 from pathlib import Path
 
@@ -18,18 +18,18 @@ from lora_adapters.train.options.arguments import settings
 from lora_adapters.train.training.loop import train
 from tests.train.generating import differ, draw
 
-from ..drawn_pipelines import build_chroma, build_qwen_image
+from ..drawn_pipelines import build_chroma, build_lumina2, build_qwen_image, build_zimage
 from .test_offload import hooked  # noqa: F401  (a fixture)
 from .test_transformers import adapter
 
 SIZE = ["--W", 64, "--H", 64]
-SCALE = {"chroma": "guidance_scale", "qwen_image": "true_cfg_scale"}
+SCALE = dict.fromkeys(DRAWN, "guidance_scale") | {"qwen_image": "true_cfg_scale"}
+BUILD = {"chroma": build_chroma, "lumina2": build_lumina2, "qwen_image": build_qwen_image, "zimage": build_zimage}
 
 
-@pytest.fixture(scope="module", params=["chroma", "qwen_image"])
+@pytest.fixture(scope="module", params=list(DRAWN))
 def model(request, tmp_path_factory) -> Path:
-    build = {"chroma": build_chroma, "qwen_image": build_qwen_image}[request.param]
-    return build(tmp_path_factory.mktemp("models") / request.param)
+    return BUILD[request.param](tmp_path_factory.mktemp("models") / request.param)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def by_diffusers(model: Path, file: Path | None = None, weight: float = 1.0, **o
     return np.asarray(image, int)
 
 
-def test_a_picture_is_that_of_diffusers_pipeline(model, tmp_path) -> None:
+def test_an_image_is_that_of_diffusers_pipeline(model, tmp_path) -> None:
     (mine,) = draw(model, tmp_path, "--prompt", "a red disc --w 96 --h 64 --n on white --l 4 --s 2")
     options = {SCALE[model.name]: 4.0, "width": 96, "num_inference_steps": 2, "negative_prompt": "on white"}
     assert mine.shape == (64, 96, 3)
@@ -104,7 +104,7 @@ def test_what_such_a_pipeline_does_not_take_is_refused_in_a_line(model, tmp_path
 
 def test_none_is_trained(model, basics) -> None:
     options = settings(**basics | {"pretrained_model_name_or_path": str(model)})
-    with pytest.raises(OneLineError, match=f"{model} is a (Chroma|QwenImage)Pipeline, not SD1.x"):
+    with pytest.raises(OneLineError, match=f"{model} is a (Chroma|Lumina2|QwenImage|ZImage)Pipeline, not SD1.x"):
         train(options)
     with pytest.raises(OneLineError, match=r"is a .*, not SD1\.x"):
         train(settings(**basics), models=from_pipeline(DiffusionPipeline.from_pretrained(model), "m"))

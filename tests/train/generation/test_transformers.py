@@ -37,10 +37,16 @@ def lora(model, tmp_path_factory) -> Path:
     return adapter(model, tmp_path_factory.mktemp("adapters") / "one.safetensors")
 
 
+ENDINGS = {
+    "transformer": tuple(f"{name}.{layer}" for name in ("attn", "attention") for layer in ("to_v", "to_q", "to_k")),
+    "text_encoder": ("fc1",),
+}
+
+
 def adapter(model: Path, file: Path) -> Path:
     pipe = DiffusionPipeline.from_pretrained(model)
     numbers, modules = torch.Generator().manual_seed(0), {}
-    for component, endings in (("transformer", ("attn.to_v", "attn.to_q", "attn.to_k")), ("text_encoder", ("fc1",))):
+    for component, endings in ENDINGS.items():
         for path, layer in getattr(pipe, component).named_modules():
             if path.endswith(endings):
                 out, into = layer.weight.shape
