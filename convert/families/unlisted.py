@@ -6,7 +6,6 @@ What needs no more is done with its adapters: what they hold, sums, other ranks,
 
 import re
 from collections.abc import Iterable
-from typing import NoReturn
 
 from lora_adapters.convert.choices import UNLISTED
 from lora_adapters.convert.errors import AdapterError
@@ -95,8 +94,3 @@ def check_alike(adapters: Iterable[tuple[str, Iterable[ModuleName]]]) -> None:
                 f"{first} and {name} spell the names of layers differently (with dots and without), and the model is "
                 "not known here: bring them into one spelling with the program that knows it"
             )
-
-
-def refuse(what: str) -> NoReturn:
-    """AdapterError for what needs to know the model."""
-    raise AdapterError(f"{what}: the adapter was read with --base_model {UNLISTED}, and its model is not known here")

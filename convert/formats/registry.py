@@ -11,7 +11,6 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import NEAREST, Lookup
 from lora_adapters.convert.families.unlisted import FAMILY as UNLISTED
-from lora_adapters.convert.families.unlisted import refuse
 
 from . import diffusers, kohya, spelled, unlisted
 from .contents import Contents, Format
@@ -45,7 +44,12 @@ def to_write(name: str | None, contents: Contents) -> Format:
         AdapterError: There is no format of that name, or it needs to know the model.
     """
     if contents.modules and contents.family is UNLISTED:
-        return unlisted if name is None else refuse(f"it cannot be written in the format {name}")  # type: ignore
+        if name is not None:
+            raise AdapterError(
+                f"it cannot be written in the format {name}: the adapter was read with --base_model {UNLISTED.name}, "
+                "and its model is not known here"
+            )
+        return unlisted  # type: ignore[return-value]
     return by_name(name or ("kohya" if contents.has_only_pairs else "lycoris"))
 
 

@@ -112,7 +112,7 @@ def read(
             f"{unknown:.120} is an OFT of PEFT's, and the file does not say {ROTATION_FACTS}: "
             "give PEFT's folder with adapter_config.json"
         )
-    changes = {name: _change(name, group) for name, group in groups.items()}
+    changes = {name: change_of(name, group) for name, group in groups.items()}
     own, near, is_alone = family_of_names({name: change.out_in for name, change in changes.items()}, metadata)
     chosen = family or own or near
     assert chosen is not None
@@ -121,7 +121,7 @@ def read(
         targets = _targets(name, chosen, own, lookup, tensors)
         alpha = _alpha(targets[0].module, groups[name], metadata)
         if alpha is not None:
-            change = _change(name, {**groups[name], "alpha": alpha})
+            change = change_of(name, {**groups[name], "alpha": alpha})
         for target, part in zip(targets, _parts(name, change, targets), strict=True):
             if not _same(modules.setdefault(target.module, part), part):
                 said = f"{name:.120} and another name stand for the same module {target.module}, with other changes"
@@ -159,7 +159,19 @@ def group_tensors(
     return groups
 
 
-def _change(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
+def change_of(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
+    """The change that a module's tensors describe; see `read_module`.
+
+    Args:
+        name: The module's name in the file.
+        group: Its tensors by the ends of their keys.
+
+    Returns:
+        The change.
+
+    Raises:
+        AdapterError: They describe none; the message begins with the name.
+    """
     try:
         return read_module(group)
     except AdapterError as error:
@@ -168,8 +180,24 @@ def _change(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
 
 def _alpha(module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> torch.Tensor | None:
     """The alpha that diffusers' metadata have for a pair without one; None if there is none to add."""
+    return None if METADATA_KEY not in metadata else missing_alpha(module, group, metadata)
+
+
+def missing_alpha(
+    module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> torch.Tensor | None:
+    """The alpha of a pair that has none among its tensors.
+
+    Args:
+        module: The module, as PEFT's config in the metadata calls it.
+        group: The module's tensors by the ends of their keys.
+        metadata: The metadata of the file; without a config in them it is the rank.
+
+    Returns:
+        The alpha, a number; None for a module that has one, or is no pair.
+    """
     down = group.get("lora_A.weight", group.get("lora_down.weight"))
-    if down is None or not down.ndim or "alpha" in group or METADATA_KEY not in metadata:
+    if down is None or not down.ndim or "alpha" in group:
         return None
     return torch.tensor(alpha_of(metadata, module.component, module.path, down.shape[0]), dtype=torch.float64)
 

@@ -13,19 +13,18 @@ import torch
 from lora_adapters.convert.deltas.base import Delta, alpha_in
 from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.low_rank import LowRank
-from lora_adapters.convert.deltas.reading import read_module
 from lora_adapters.convert.deltas.sum import as_pair
-from lora_adapters.convert.errors import AdapterError, UnknownModuleError
+from lora_adapters.convert.errors import UnknownModuleError
 from lora_adapters.convert.families.names import ModuleName
 from lora_adapters.convert.families.registry import FAMILIES
 from lora_adapters.convert.families.spelling import fuses, targets_of
 from lora_adapters.convert.families.unlisted import COMPONENT, is_flat
 
 from .contents import Contents, WriteOptions, most_common
-from .diffusers import alpha_of, kohya_metadata
+from .diffusers import kohya_metadata
 from .kinds import unread
 from .lycoris import resolve
-from .spelled import group_tensors, split_key
+from .spelled import change_of, group_tensors, missing_alpha, split_key
 from .writing import bundled, tensors_of, write_hashed
 
 _HALVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -69,20 +68,10 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Co
         raise unread(tensors, f"{strange:.120} is no key of an adapter's file")
     modules: dict[ModuleName, Delta] = {}
     for name, group in group_tensors(tensors, splits).items():
-        try:
-            modules[ModuleName(COMPONENT, name)] = read_module({**group, **_alpha(name, group, metadata)})
-        except AdapterError as error:
-            raise type(error)(f"{name:.120}: {error}") from None
+        alpha = missing_alpha(ModuleName(*name.split(".", 1)), group, metadata) if "." in name else None
+        whole = group if alpha is None else {**group, "alpha": alpha}
+        modules[ModuleName(COMPONENT, name)] = change_of(name, whole)
     return Contents(modules, kohya_metadata(metadata))
-
-
-def _alpha(name: str, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The alpha that diffusers' metadata have for a pair without one."""
-    down = group.get("lora_A.weight", group.get("lora_down.weight"))
-    component, _, path = name.partition(".")
-    if down is None or not down.ndim or not path or "alpha" in group:
-        return {}
-    return {"alpha": torch.tensor(alpha_of(metadata, component, path, down.shape[0]), dtype=torch.float64)}
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:

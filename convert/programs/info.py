@@ -180,7 +180,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     """The facts as a few lines and a table."""
     modules = ", ".join(f"{count} in {component}" for component, count in about["modules"].items())
     hashed = "LyCORIS' own, not of the file's bytes" if about["hash"] == "lycoris" else about["hash"]
-    width = max(16, *(len(row["block"]) + 1 for row in about["blocks"]))
+    width = max([16, *(len(row["block"]) + 1 for row in about["blocks"])])
     lines = [
         about["file"],
         f"  {about['type']} for {about['for']} ({about['base'] or 'base not stated'}), rank {about['rank']}, {modules}",

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NoReturn
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.family import TrainingFamily
@@ -42,17 +41,6 @@ class DrawnFamily(TrainingFamily):
 
     def image_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
         return {"prompt": list(prompts), "negative_prompt": list(negative), self.scale_argument: scale}
-
-    def sampler(
-        self,
-        name: str,
-        prediction: str,
-        zero_terminal_snr: bool,
-        config: Mapping[str, Any],
-        steps_offset: int | None = None,
-    ) -> Any:
-        """The base model's own: Euler's steps along the flow."""
-        return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
 
     # --- what training asks for -------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lora_adapters.convert.families.names import text_path
 from lora_adapters.convert.families.registry import by_name
@@ -190,6 +191,8 @@ class TrainingFamily(ABC):
         steps_offset: int | None = None,
     ) -> Any:
         """diffusers' scheduler for drawing, see `schedulers.sampler`; `config` is the base model's own."""
+        if self.has_flow:  # there is one for these models: Euler's steps along the flow
+            return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
         return sampler(name, prediction, zero_terminal_snr, steps_offset, config)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from lora_adapters.convert.families.registry import by_name
@@ -64,17 +63,6 @@ class TransformerFamily(TrainingFamily):
 
     def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
         return []
-
-    def sampler(
-        self,
-        name: str,
-        prediction: str,
-        zero_terminal_snr: bool,
-        config: Mapping[str, Any],
-        steps_offset: int | None = None,
-    ) -> Any:
-        """The base model's own: Euler's steps along the flow."""
-        return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
 
 
 _KL = {
