@@ -12,7 +12,7 @@ from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import Lookup
 from lora_adapters.convert.families.registry import BASE_VERSION, by_metadata, by_name
-from lora_adapters.convert.families.unlisted import FAMILY as UNLISTED
+from lora_adapters.convert.families.unlisted import UNLISTED
 from lora_adapters.convert.formats import peft, registry
 from lora_adapters.convert.formats.contents import Contents, WriteOptions
 from lora_adapters.convert.formats.metadata import dylora_of

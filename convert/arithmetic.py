@@ -11,8 +11,7 @@ from lora_adapters.convert.deltas.casting import cast_changes
 from lora_adapters.convert.deltas.low_rank import LowRank, common_scale
 from lora_adapters.convert.deltas.sum import added
 from lora_adapters.convert.families.names import ModuleName
-from lora_adapters.convert.families.unlisted import FAMILY as UNLISTED
-from lora_adapters.convert.families.unlisted import check_alike
+from lora_adapters.convert.families.unlisted import UNLISTED, check_alike
 from lora_adapters.convert.formats import diffusers
 from lora_adapters.convert.formats.contents import Contents, most_common
 from lora_adapters.convert.formats.metadata import (

@@ -10,7 +10,7 @@ FAMILIES = (
     "zimage",
     "qwen_image",
 )  # of transformers, see registry.py
-UNLISTED = "other"  # a model of which nothing is known: families/unlisted.py
+OTHER = "other"  # a model of which nothing is known: families/unlisted.py
 EMA = ("keep", "drop", "merge")  # averaged weights of a checkpoint: storage/ema.py
 EXTRACTED = ("lokr", "full")  # kinds of adapters to extract, besides low-rank pairs: models/extraction.py
 METHODS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # of merging, besides the sum: deltas/combined.py

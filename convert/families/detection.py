@@ -10,8 +10,7 @@ from .names import ModuleName
 from .registry import BASE_VERSION, FAMILIES, by_metadata, by_modules, version_named
 from .released import SizedLayer, likeliest
 from .spelling import fuses
-from .unlisted import FAMILY as UNLISTED
-from .unlisted import check_alike
+from .unlisted import UNLISTED, check_alike
 
 # Layers whose input is as wide as the text encoder.
 _READ_TEXT = (

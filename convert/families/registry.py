@@ -15,7 +15,7 @@ from .qwen_image import QWEN_IMAGE
 from .sd import SD
 from .sd3 import SD3
 from .sdxl import SDXL
-from .unlisted import FAMILY as _UNLISTED
+from .unlisted import UNLISTED
 from .zimage import ZIMAGE
 
 # In the order in which they are tried: the first one that fits is taken, and what fits none is taken for the first.
@@ -32,7 +32,7 @@ def titles(word: str = "and") -> str:
 
 def by_name(name: str) -> ModelFamily:
     """The family of that name, "other" for a model that none describes; AdapterError if there is none."""
-    family = next((known for known in (*FAMILIES, _UNLISTED) if known.name == name), None)
+    family = next((known for known in (*FAMILIES, UNLISTED) if known.name == name), None)
     if family is None:
         names = " and ".join(f"{known.name} ({', '.join(known.titles)})" for known in FAMILIES)
         raise AdapterError(f"unknown architecture {name!r}: {names} are known")

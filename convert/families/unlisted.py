@@ -7,7 +7,7 @@ What needs no more is done with its adapters: what they hold, sums, other ranks,
 import re
 from collections.abc import Iterable
 
-from lora_adapters.convert.choices import UNLISTED
+from lora_adapters.convert.choices import OTHER
 from lora_adapters.convert.errors import AdapterError
 
 from .blocks import StackBlocks
@@ -43,22 +43,22 @@ class _Unlisted(ModelFamily):
         return f"{match[1]}{int(match[2]):02d}" if match else "-"
 
 
-FAMILY = _Unlisted(
-    name=UNLISTED,
+UNLISTED = _Unlisted(
+    name=OTHER,
     title="another model",
     versions=(
         Version(
             title="another model",
             long_title="another model",
-            value=UNLISTED,
-            modelspec=UNLISTED,
+            value=OTHER,
+            modelspec=OTHER,
             resolution="",
             repository="",
             text_width=0,
             prediction=None,
         ),
     ),
-    metadata=(UNLISTED,),
+    metadata=(OTHER,),
     components=(_TRANSFORMER.denoiser()._replace(name=COMPONENT, kohya="lora_unet"),),
     blocks=StackBlocks(()),
     coverage={},

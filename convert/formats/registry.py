@@ -10,7 +10,7 @@ from lora_adapters.convert import choices
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.family import ModelFamily
 from lora_adapters.convert.families.names import NEAREST, Lookup
-from lora_adapters.convert.families.unlisted import FAMILY as UNLISTED
+from lora_adapters.convert.families.unlisted import UNLISTED
 
 from . import diffusers, kohya, spelled, unlisted
 from .contents import Contents, Format

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.choices import FORMATS, UNLISTED
+from lora_adapters.convert.choices import FORMATS, OTHER
 from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.deltas.reduction import reduce_modules
 from lora_adapters.convert.deltas.sum import as_pair
@@ -59,7 +59,7 @@ def _check_target(args: Namespace) -> None:
         raise UsageError("--to lora needs --rank, the rank of the pairs that it makes")
     if args.format is None and args.to is None:
         raise UsageError(f"--format is needed: {', '.join(FORMATS)}")
-    if args.base_model != UNLISTED:  # else it is the file's own spelling
+    if args.base_model != OTHER:  # else it is the file's own spelling
         args.format = args.format or "kohya"
 
 

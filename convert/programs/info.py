@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.choices import UNLISTED
+from lora_adapters.convert.choices import OTHER
 from lora_adapters.convert.deltas.base import Delta, alpha_in
 from lora_adapters.convert.deltas.low_rank import rank_range
 from lora_adapters.convert.deltas.sum import as_pair
@@ -122,7 +122,7 @@ def read(path: Path) -> tuple[Adapter, list[str]]:
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)
     if not unlisted.is_of_known_model(split_bundled(tensors)[0]):
-        return Adapter.load(path, base_model=UNLISTED), []
+        return Adapter.load(path, base_model=OTHER), []
     known, unknown = without_unknown(tensors, metadata)
     return (Adapter.load(path), []) if not unknown or not known else (Adapter.from_tensors(known, metadata), unknown)
 

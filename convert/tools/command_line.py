@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_adapters.convert.choices import FAMILIES, MAJORITIES, METHODS, UNLISTED
+from lora_adapters.convert.choices import FAMILIES, MAJORITIES, METHODS, OTHER
 from lora_adapters.convert.errors import OneLineError, StoppedError, UsageError, first_line
 from lora_adapters.convert.parsing import number
 from lora_adapters.convert.portable import tolerant_console
@@ -72,7 +72,7 @@ def add_base_model(parser: argparse.ArgumentParser) -> None:
     """An option that says what adapters are for."""
     parser.add_argument(
         "--base_model",
-        choices=(*FAMILIES, UNLISTED),
+        choices=(*FAMILIES, OTHER),
         help="base model of the LoRA, if its layer names fit several models; other: any other model (layer names are "
         "kept as they are in the file)",
     )

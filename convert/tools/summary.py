@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_adapters.convert.adapter import Adapter
-from lora_adapters.convert.choices import UNLISTED
+from lora_adapters.convert.choices import OTHER
 from lora_adapters.convert.deltas.low_rank import rank_range
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB")
@@ -46,7 +46,7 @@ def written(path: Path, adapter: Adapter, trigger_words: str | None = None) -> s
     lines = [f"wrote {path}: {size}, {kind}, rank {ranks}, {len(adapter.modules)} modules of {_listed(adapter)}"]
     if words:
         lines.append(f"  trigger words: {words}")
-    if adapter.modules and adapter.architecture == UNLISTED:
+    if adapter.modules and adapter.architecture == OTHER:
         return "\n".join([*lines, "  to load it: in the programs that load those that it was made from"])
     if path.is_dir():
         lines.append(f'  to load it: Adapter.load("{path}"), or PeftModel.from_pretrained with a subfolder')
