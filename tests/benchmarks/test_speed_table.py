@@ -232,3 +232,15 @@ def test_kohyas_scripts_take_part_but_in_the_curves(word, kohyas, tmp_path, monk
     file_tools.main()
     assert measured.count("kohyas-python") == kohyas
     assert len(measured) > kohyas
+
+
+def test_make_measures_nothing(tmp_path, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(speed_table, "make_files", lambda case: made.append(case.name))
+    for name in ("run_live", "training", "files"):
+        monkeypatch.setattr(speed_table, name, lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(speed_table, "chart", lambda *_: None)
+    options = ["--out", str(tmp_path), "--make", "--sizes", "sd15", "--ranks", "4"]
+    monkeypatch.setattr(sys, "argv", ["speed_table.py", *options])
+    speed_table.main()
+    assert {"sd15 load rank 4", "sd15 load loha"} <= set(made)
