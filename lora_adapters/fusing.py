@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from lora_adapters.convert.errors import AdapterError
+from lora_adapters.types.found_layers import lora_layers
 from lora_adapters.types.layers import factors
 from lora_adapters.types.lycoris.layer import before_key
+from lora_adapters.types.lycoris.operations import computable, is_quantised
 
 Method = Callable[..., Any]
 _keeps: ContextVar[bool | None] = ContextVar("keeps", default=None)  # None: diffusers is fusing nothing
@@ -71,9 +75,10 @@ def keep(layer: Any, kept: Any) -> None:
 def fusing(stock: Method) -> Method:
     """Wraps diffusers' functions that fuse layers, so that they fuse as described in this module."""
 
-    def fuse(*args: Any, **kwargs: Any) -> Any:
+    def fuse(model: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_layers(model, _names(args, kwargs))
         with _keeping(_keeps.get() is not False):
-            return stock(*args, **kwargs)
+            return stock(model, *args, **kwargs)
 
     return fuse
 
@@ -81,11 +86,45 @@ def fusing(stock: Method) -> Method:
 def fusing_pipelines(stock: Method) -> Method:
     """Wraps the `fuse_lora` of pipelines."""
 
-    def fuse_lora(self: Any, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
+    def fuse_lora(self: Any, components: Any = None, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
+        for name in components or ():  # all of them before the first is changed
+            model = getattr(self, name, None)
+            if isinstance(model, nn.Module):
+                _check_layers(model, _names(args, kwargs))
         with _keeping(keep_weights):
-            return stock(self, *args, **kwargs)
+            return stock(self, components, *args, **kwargs)
 
     return fuse_lora
+
+
+def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
+    """`adapter_names` in a call of diffusers' functions, after the scale and whether to check for NaN."""
+    names: list[str] | None = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
+    return names
+
+
+def _check_layers(model: nn.Module, adapter_names: list[str] | None) -> None:
+    for path, layer in lora_layers(model):
+        names = layer.active_adapters if adapter_names is None else adapter_names
+        if any(name in layer.lora_A for name in names):
+            _check(layer, path)
+
+
+def _check(layer: Any, path: str) -> None:
+    """Raise AdapterError if a layer is quantised so that nothing can be added to its weight.
+
+    PEFT would add the change to the codes, or to a copy that nobody keeps.
+    """
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    # PEFT's other classes are each for one kind of quantised layer, and merge or refuse by themselves; torchao's can
+    # merge if it is told how to quantise again.
+    if not isinstance(layer, Linear) or not isinstance(weight, torch.Tensor) or not is_quantised(weight):
+        return
+    if getattr(layer, "get_apply_tensor_subclass", None) is None:
+        raise AdapterError(
+            f"{path} is quantised ({type(weight).__name__}), and an adapter cannot be fused into it: use the adapter "
+            "without fusing, or load the model without quantisation"
+        )
 
 
 @contextmanager
@@ -106,6 +145,7 @@ def merging(stock: Method) -> Method:
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         keeps, base = _keeps.get(), self.get_base_layer()
         names = self.active_adapters if adapter_names is None else adapter_names
+        _check(self, f"a {type(base).__name__}")
         if keeps is None or not _is_plain(base) or not any(name in self.lora_A for name in names):
             stock(self, safe_merge, adapter_names)
             return
@@ -168,7 +208,7 @@ def _add(layer: Any, base: Any, adapter_names: list[str] | None) -> bool:
         return False
     weight, downs, ups = base.weight.data, [], []
     # As PEFT does: in half precision, sums are slow on many CPUs, and rounded more often.
-    wide = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    wide = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
     for name in names:
         down, up = (part.weight for part in factors(layer, name))
         if down.device != weight.device or down.dim() != weight.dim():
@@ -180,6 +220,6 @@ def _add(layer: Any, base: Any, adapter_names: list[str] | None) -> bool:
     if weight.dtype == wide:
         weight.add_(delta)
     else:
-        weight.copy_(delta.add_(weight))
+        weight.copy_(delta.add_(computable(weight)))
     layer.merged_adapters.extend(names)
     return True

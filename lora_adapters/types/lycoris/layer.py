@@ -10,7 +10,7 @@ from torch import nn
 from lora_adapters.convert.deltas.base import Delta
 
 from .factored import applied_in_factors
-from .operations import applied, base_weight, weight_shape
+from .operations import applied, base_weight, computable, weight_shape
 from .weights import DeltaWeights
 
 
@@ -72,7 +72,7 @@ class DeltaVariant(LoraVariant):
         if kept["weight"] is not None:
             return kept["weight"].to(orig_weight)
         change, _ = _computed(module, active_adapter, kept["multiplier"], orig_weight)
-        return orig_weight.data if change is None else (orig_weight.data - change).to(orig_weight.dtype)
+        return orig_weight.data if change is None else (computable(orig_weight.data) - change).to(orig_weight.dtype)
 
     def _merged(self, module: Any, adapter: str, orig_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight with the change added, a new tensor, and the bias; None if that stays.
@@ -91,9 +91,10 @@ class DeltaVariant(LoraVariant):
             "bias": None if bias is None else base.bias.detach().clone(),
         }
         if bias is not None:
-            bias = (base.bias.detach() + bias.to(base.bias.device)).to(base.bias.dtype)
-        total = orig_weight.detach() if weight is None else (orig_weight.detach() + weight).to(orig_weight.dtype)
-        return total, bias
+            bias = (computable(base.bias.detach()) + bias.to(base.bias.device)).to(base.bias.dtype)
+        if weight is None:
+            return orig_weight.detach(), bias
+        return (computable(orig_weight.detach()) + weight).to(orig_weight.dtype), bias
 
     @staticmethod
     def _put_bias(module: Any, bias: torch.Tensor | None) -> None:
@@ -141,6 +142,7 @@ def _computed(
     module: Any, adapter: str, multiplier: float, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """ΔW and Δb for a layer whose weight is this one, with what is fused into it."""
+    weight = computable(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weights = module.lora_A[adapter]
     own = _without_fused(module, weight).to(weights.weight.device) if weights.change.needs_base else None
@@ -151,7 +153,7 @@ def _computed(
 def _without_fused(module: Any, weight: torch.Tensor) -> torch.Tensor:
     """The weight without the adapters that are fused into it."""
     caches = dict(module._caches)
-    weight = weight.detach()
+    weight = computable(weight.detach())
     for name in reversed(module.merged_adapters):
         if name not in module.lora_A:
             continue

@@ -53,7 +53,7 @@ def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
     """
     with align_module_device(layer):
         try:
-            weight = _dequantised(layer).detach().to(device)
+            weight = computable(_dequantised(layer).detach().to(device))
         except Exception as error:
             raise AdapterError(f"the weight of a {type(layer).__name__} cannot be read ({first_line(error)})") from None
     if not weight.is_floating_point() or tuple(weight.shape) != weight_shape(layer):
@@ -68,14 +68,34 @@ def base_bias(layer: Any) -> torch.Tensor:
     return copy
 
 
+def computable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; in float32 if it is in an 8-bit floating point, in which torch adds and multiplies nothing."""
+    return tensor.to(torch.float32) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
+def is_quantised(parameter: torch.Tensor) -> bool:
+    """Whether a tensor of a class of its own holds codes in place of numbers (GGUF, torchao, quanto)."""
+    return _is_gguf(parameter) or type(parameter).dequantize is not torch.Tensor.dequantize
+
+
+def _is_gguf(parameter: torch.Tensor | None) -> bool:
+    return type(parameter).__name__ == "GGUFParameter"
+
+
 def _dequantised(layer: Any) -> torch.Tensor:
     """The weight in numbers. The layer keeps its own: PEFT puts a copy there, without the scales of 8-bit layers."""
     own = layer._parameters.get("weight")
+    numbers: torch.Tensor
+    if _is_gguf(own):  # which PEFT does not know, and the next kind neither
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        numbers = dequantize_gguf_tensor(own)
+        return numbers
     place = None if own is None else own.device
-    weight = dequantize_module_weight(layer)
+    numbers = dequantize_module_weight(layer)
     if own is not None and layer._parameters.get("weight") is not own and own.device == place:
         layer.weight = own
-    return weight
+    return numbers.dequantize() if is_quantised(numbers) else numbers
 
 
 def applied(
