@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,31 @@ def test_an_input_has_its_gradient_through_frozen_adapters() -> None:
         call(leaf).square().sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def _train_head(rank: int, folder: Path) -> None:
+    """In one of two processes: a step of a layer behind the adapters, with half of the batch."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    one, x = model()
+    assert is_stacked(one, x)
+    parallel = nn.parallel.DistributedDataParallel(one.append(nn.Linear(20, 1)))
+    result = parallel(x[rank : rank + 1])
+    result.square().mean().backward()
+    torch.save((result.detach(), one[1].weight.grad), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_compute_and_average_what_peft_does(tmp_path) -> None:
+    torch.multiprocessing.spawn(_train_head, (tmp_path,), nprocs=2)
+    results, grads = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), strict=True)
+    one, x = model()
+    one.append(nn.Linear(20, 1))  # the numbers after those that the model has drawn, as in the processes
+    wanted = one[1](summed(one, x))
+    torch.testing.assert_close(torch.cat(results), wanted, rtol=1e-5, atol=1e-6)
+    wanted.square().mean().backward()
+    for grad in grads:
+        torch.testing.assert_close(grad, one[1].weight.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_mixed_batch_is_pefts() -> None:
