@@ -127,7 +127,7 @@ def test_a_dylora_is_combined_as_it_is_used(combination) -> None:
     peft_model.set_adapter("a")
     set_rank(peft_model, 4)
     assert (run(call, peft_model) - wanted).abs().max() > 1e-4
-    with pytest.raises(AdapterError, match="one is no DyLoRA"):
+    with pytest.raises(AdapterError, match="one is not a DyLoRA"):
         set_rank(peft_model, 2, "one")
 
 
