@@ -130,7 +130,7 @@ def test_a_model_without_such_layers(bnb, sd1) -> None:
     ("asked", "said"),
     [
         ({"fp8_base": True}, "--quantize_base and --fp8_base exclude"),
-        ({"network_module": "networks.loha"}, "--quantize_base goes with LoRA, C3Lier and DyLoRA"),
+        ({"network_module": "networks.loha"}, "--quantize_base works with LoRA, C3Lier and DyLoRA"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_a_line(basics, bnb, asked, said) -> None:

@@ -55,10 +55,10 @@ def test_the_output_folder_can_be_used_before_anything_is_loaded(basics, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(setup, "load_base_models", lambda *_: pytest.fail("loaded"))
     for place in ("file", "file/out"):
-        with pytest.raises(TrainingError, match=r"--output_dir .*file.* cannot be made \("):
+        with pytest.raises(TrainingError, match=r"--output_dir .*file.* cannot be created \("):
             prepare(settings(**{**basics, "output_dir": str(tmp_path / place)}))
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(TrainingError, match="out cannot be written to"):
+    with pytest.raises(TrainingError, match="out is not writable"):
         prepare(settings(**basics))
 
 
