@@ -185,7 +185,7 @@ def check_low_precision(settings: Settings, trained: dict[str, Any]) -> None:
 
 
 def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
-    """The trained modules by name; names include `text_model.`, which newer versions of transformers leave out."""
+    """The trained modules by name; names include `text_model.`, which some versions of transformers leave out."""
     layers = {}
     for component, model in trained.items():
         for path, module in model.named_modules():

@@ -76,7 +76,7 @@ def mean_loss(step_loss: StepLoss, data: TrainingData, accelerator: Any, most: i
         with accelerator.autocast():
             measured.append(step_loss.held_out(batch, timesteps))
         weights.append(batch.loss_weights)
-    # If a batch does not divide evenly among the processes, it is padded with images of loss weight 0.
+    # Weights correct for batches that do not divide evenly among processes. Here they only tell fillers (weight 0).
     counts = (torch.cat(weights) > 0).double()
     total = torch.stack([(torch.cat(measured).cpu().double() * counts).sum(), counts.sum()])
     total = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").cpu()

@@ -144,7 +144,7 @@ def test_while_caching(folder, basics, caplog, to_disk) -> None:
     caching = {"cache_latents_to_disk" if to_disk else "cache_latents": True, "vae_batch_size": 2}
     trained = train(settings(**options, **caching))
     assert len(trained.losses) == 3
-    assert "1 images cannot be used, others are used in their place" in caplog.text
+    assert "1 images cannot be used and are replaced by others" in caplog.text
     again = train(settings(**options, **caching))
     assert again.losses == trained.losses
 

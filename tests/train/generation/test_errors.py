@@ -257,7 +257,7 @@ def test_more_of_it(sd1, files, capsys, tmp_path):
 def test_a_repository_that_is_not_there(hub, sd1, capsys):
     missing = "the Hub has no repository owner/name, or it is private"
     message = error(capsys, "--ckpt", "owner/name", "--prompt", "x")
-    assert f"base model owner/name cannot be loaded: no such file or folder is here, and {missing}" in message
+    assert f"owner/name cannot be loaded: there is no local file or folder of this name, and {missing}" in message
     assert missing in error(capsys, "--ckpt", sd1, "--prompt", "x", "--network_weights", "owner/name")
 
 

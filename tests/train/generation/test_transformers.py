@@ -185,7 +185,7 @@ def test_a_model_of_another_pipeline_is_refused_before_it_is_read(tmp_path, caps
     assert main(["--ckpt", str(tmp_path), "--prompt", "a"]) == 1
     error = capsys.readouterr().err
     assert "is a QwenImageEditPipeline, not SD1.x" in error
-    assert "its own pipeline in diffusers draws with it, and takes adapters (import lora_adapters" in error
+    assert "generate with its pipeline in diffusers, which can load adapters (import lora_adapters" in error
 
 
 def test_parts_are_refused_for_a_unet(sd1, capsys) -> None:

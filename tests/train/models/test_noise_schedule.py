@@ -97,7 +97,7 @@ def test_the_usual_schedule_is_not_mentioned(sd1, caplog) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "EDMEulerScheduler"}, r"was made with EDM's continuous noise levels \(EDMEulerScheduler\)"),
+        ({"_class_name": "EDMEulerScheduler"}, r"was trained with EDM's continuous noise levels \(EDMEulerScheduler\)"),
         ({"num_train_timesteps": 500}, "has 500 timesteps in its scheduler config; 1000 are supported"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "has the beta_schedule sigmoid"),
         ({"prediction_type": "sample"}, "has the prediction_type sample in its scheduler config"),

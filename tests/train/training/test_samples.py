@@ -100,7 +100,7 @@ def test_samples_need_prompts_and_an_occasion(tmp_path, caplog) -> None:
 def test_a_sampler_that_cannot_start_from_pure_noise_is_refused_before_training(tmp_path) -> None:
     prompts = written(tmp_path, "p.txt", "x --ss pndm")
     check_samples(settings(sample_every_n_steps=1, sample_prompts=prompts))
-    with pytest.raises(TrainingError, match="pndm cannot do --zero_terminal_snr; ddim, euler"):
+    with pytest.raises(TrainingError, match="pndm does not support --zero_terminal_snr; use one of ddim, euler"):
         check_samples(settings(sample_every_n_steps=1, sample_prompts=prompts, zero_terminal_snr=True))
 
 

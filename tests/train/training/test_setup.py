@@ -71,7 +71,7 @@ def test_of_several_attention_options_one_is_taken_and_said(caplog) -> None:
     asked = settings(sdpa=True, mem_eff_attn=True, xformers=True)
     check_machine(asked)
     assert attention(asked) == "mem_eff_attn"
-    assert "--sdpa has no effect beside --mem_eff_attn" in caplog.text
+    assert "--sdpa has no effect together with --mem_eff_attn" in caplog.text
     assert attention(settings()) is None
 
 
