@@ -151,7 +151,7 @@ LINES = {
     "a --w": "--w has no value; it takes a whole number",
     "a --w big": "--w big: it takes a whole number",
     "a --d 1,x": "--d 1,x: it takes seeds",
-    "a --d 1,2": "--d has 2 seeds for 1",
+    "a --d 1,2": "--d has 2 seeds for --images_per_prompt 1",
     "a --d 4294967296": "seeds must be below 4294967296",
     "a --s 0": "0 steps",
     "a --l high": "--l high: it takes a number",

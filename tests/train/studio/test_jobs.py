@@ -92,7 +92,7 @@ def test_a_folder_has_one_studio(tmp_path):
     other = subprocess.Popen(["sleep", "60"])
     try:
         file.write_text(json.dumps([other.pid, module._created(other.pid)]))
-        with pytest.raises(StudioError, match=f"another studio .process {other.pid}. works in {tmp_path / 'out'}"):
+        with pytest.raises(StudioError, match=f"another studio .process {other.pid}. uses {tmp_path / 'out'}"):
             claim(file)
     finally:
         other.kill()

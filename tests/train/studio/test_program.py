@@ -22,7 +22,7 @@ def arguments(*words):
 
 def test_others_come_in_with_a_password_only(tmp_path, monkeypatch):
     for flag in ("--listen", "--share"):
-        with pytest.raises(UsageError, match=f"{flag} lets others in: set a password"):
+        with pytest.raises(UsageError, match=f"{flag} gives others access: set a password"):
             access.password(arguments(flag))
     assert access.password(arguments()) is None
     file = tmp_path / "password"
