@@ -153,7 +153,7 @@ def test_older_than_its_image_or_damaged_is_stale(tmp_path):
     assert not latents_fit(path, LatentsRequest(**{**vars(WANTED), "modified": later}))
     Path(path).write_bytes(Path(path).read_bytes()[:-30])
     assert not latents_fit(path, WANTED)
-    with pytest.raises(DataError, match=r"p\.npz: damaged latents cache .*; delete it"):
+    with pytest.raises(DataError, match=r"p\.npz: damaged latents cache .*; delete the file"):
         read_latents(path, (64, 32))
     write(path, CachedLatents(torch.full((4, 4, 8), torch.nan)), WANTED)
     with pytest.raises(DataError, match="contains NaN"):
