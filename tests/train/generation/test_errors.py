@@ -90,7 +90,7 @@ WRONG_USAGE = {
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_args conv_dim=4": "--network_args conv_dim=4 for",
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank": "'rank' is not of the form key=value",
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank=0": "rank=0 for",
-    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank_scaling=x": "rank_scaling=x: constant",
+    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank_scaling=x": "rank_scaling=x: not one of",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "there are 1 --network_weights",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --network_merge_n_models 1": "exclude each other",
     "--ckpt {sd1} --prompt x --sweep colour=red": "names are weight, rank, steps, scale, sampler",
@@ -108,7 +108,7 @@ EARLY = {
     "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/image.png": "is not a TrueType or OpenType font",
     "--ckpt {sd1} --prompt x --outdir {files}/image.png": "is not a folder",
     "--ckpt {sd1} --prompt x --device cuda:99": "device cuda:99 cannot be used",
-    "--ckpt {sd1} --prompt x --sampler pndm --zero_terminal_snr": "the sampler pndm cannot do --zero_terminal_snr",
+    "--ckpt {sd1} --prompt x --sampler pndm --zero_terminal_snr": "sampler pndm does not support --zero_terminal_snr",
     "--ckpt {sd1} --prompt x --crop_top 8": "--ct (crop_top) is for SDXL, which the model is not",
     "--ckpt {sdxl} --prompt x --clip_skip 1": "--clip_skip 1: SDXL was trained with 2",
     # initial images

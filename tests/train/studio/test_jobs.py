@@ -46,9 +46,9 @@ def test_there_are_never_two(package, tmp_path):
     jobs = Jobs(tmp_path)
     jobs.start("sleeping", ["sleep"], tmp_path / "log.txt")
     for title in ("again", "drawing"):
-        with pytest.raises(StudioError, match="sleeping is running"), jobs.reserved(title):
+        with pytest.raises(StudioError, match="sleeping is still running"), jobs.reserved(title):
             pass
-    with pytest.raises(StudioError, match="sleeping is running"):
+    with pytest.raises(StudioError, match="sleeping is still running"):
         jobs.start("second", ["say"], tmp_path / "log.txt")
     assert jobs.stop() == "Stopping: sleeping"
     assert jobs.wait(20).text == "Stopped: sleeping"
@@ -64,7 +64,7 @@ def test_a_new_studio_finds_the_job_of_the_last_one(package, tmp_path):
     second = Jobs(tmp_path)
     assert second.status().running
     assert second.status().job == job
-    with pytest.raises(StudioError, match="sleeping is running"):
+    with pytest.raises(StudioError, match="sleeping is still running"):
         second.start("second", ["say"], tmp_path / "log.txt")
     second.stop()
     first.wait(20)

@@ -165,7 +165,7 @@ def test_the_newest_report_of_a_run_is_shown_in_a_frame_without_scripts(folders)
     run = folders.output / "mine"
     run.mkdir()
     assert runs.report(run) is None
-    assert "none yet" in framed(None)
+    assert "no report yet" in framed(None)
     (run / "old-report.html").write_text("old")
     os.utime(run / "old-report.html", (1, 1))
     (run / "mine-report.html").write_text('<p title="a">é</p><script>bad()</script>', encoding="utf-8")
