@@ -20,7 +20,7 @@ def cache(
     options: StepOptions,
 ) -> None:
     """Encode images and captions in advance if the settings ask for it, and move models that are no longer needed to
-    the CPU.
+    the CPU (except with --highvram).
 
     Args:
         settings: The settings of the run.

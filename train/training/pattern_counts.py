@@ -39,4 +39,4 @@ def warn_of_idle_patterns(asked: NetworkOptions, trained: dict[str, Any]) -> Non
     """Warn of patterns that have no effect."""
     for option, counts in pattern_counts(asked, trained).items():
         for pattern in (pattern for pattern, count in counts.items() if not count):
-            log.warning("network_args %s: %s matches no module that an earlier pattern does not match", option, pattern)
+            log.warning("network_args %s: %s matches no module, or only modules of earlier patterns", option, pattern)
