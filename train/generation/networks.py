@@ -71,7 +71,7 @@ def networks(settings: GenerateSettings) -> list[Network]:
     args = [*(settings.network_args or []), *[""] * count][:count]
     first_n = settings.network_merge_n_models or 0
     if not 0 <= first_n <= count:
-        raise OptionError(f"--network_merge_n_models {first_n}: there are {count} --network_weights")
+        raise OptionError(f"--network_merge_n_models {first_n}: only {count} --network_weights are given")
     merged = count if settings.network_merge else first_n
     adapters = []
     for number, (argument, module, text) in enumerate(zip(arguments, modules, args, strict=True)):

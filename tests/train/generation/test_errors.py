@@ -91,7 +91,7 @@ WRONG_USAGE = {
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank": "'rank' is not of the form key=value",
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank=0": "rank=0 for",
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank_scaling=x": "rank_scaling=x: not one of",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "there are 1 --network_weights",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "only 1 --network_weights are given",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --network_merge_n_models 1": "exclude each other",
     "--ckpt {sd1} --prompt x --sweep colour=red": "names are weight, rank, steps, scale, sampler",
     "--ckpt {sd1} --prompt x --sweep steps": "--sweep: 'steps' is not of the form key=value",
