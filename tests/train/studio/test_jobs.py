@@ -52,7 +52,7 @@ def test_there_are_never_two(package, tmp_path):
         jobs.start("second", ["say"], tmp_path / "log.txt")
     assert jobs.stop() == "Stopping: sleeping"
     assert jobs.wait(20).text == "Stopped: sleeping"
-    with jobs.reserved("drawing"), pytest.raises(StudioError, match="drawing is running"):
+    with jobs.reserved("drawing"), pytest.raises(StudioError, match="drawing is still running"):
         jobs.start("second", ["say"], tmp_path / "log.txt")
     jobs.start("second", ["say"], tmp_path / "log.txt")
     assert jobs.wait(20).code == 0
