@@ -1,4 +1,4 @@
-"""Common to all tests: offline, quiet, one thread a process, since the tests run side by side."""
+"""Settings for all tests: offline, quiet, and one thread per process, since the tests run in parallel."""
 
 import os
 
@@ -15,7 +15,7 @@ torch.set_flush_denormal(True)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub of our own, on 127.0.0.1, that huggingface_hub talks to in this process."""
+    """A local Hub server on 127.0.0.1 that huggingface_hub uses in this process."""
     from tests.lora_adapters.hub_client import client_at
     from tests.lora_adapters.hub_server import HubServer
 

@@ -1,9 +1,9 @@
-"""The tests against the oldest releases that pyproject.toml allows, and against the newest.
+"""Runs the tests with the oldest and with the newest releases that pyproject.toml allows.
 
 usage: nox -f tests/noxfile.py [-s oldest|newest] [-- pytest options]
 
-`oldest` installs exactly the lower bounds of pyproject.toml, `newest` the newest releases that it allows. Each has an
-environment of its own. Both also check that the installed package is what the versions say.
+`oldest` installs exactly the lower bounds of pyproject.toml, `newest` the newest releases that it allows, each in its
+own environment. Both also run `pip check`.
 """
 
 import re
@@ -16,7 +16,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["oldest", "newest"]
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of these the lower bound itself is installed; the test tools come in whatever version there is.
+# Dependencies whose lower bound is installed; test tools are installed in any version.
 BOUND = re.compile(r"^([A-Za-z0-9-]+)>=([0-9.]+)")
 
 
@@ -27,7 +27,7 @@ def lower_bounds() -> list[str]:
 
 
 def run(session: nox.Session) -> None:
-    """Install the package as it is, see that it fits what is there, and run the tests."""
+    """Install the package, check its dependencies, and run the tests."""
     session.chdir(ROOT)
     session.install("-e", ".[test]", "--upgrade-strategy", "only-if-needed")
     session.run("python", "-m", "pip", "check")
@@ -36,13 +36,13 @@ def run(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The lower bounds."""
+    """Test with the lower bounds."""
     session.install(*lower_bounds())
     run(session)
 
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """The newest releases that pyproject.toml allows."""
+    """Test with the newest releases that pyproject.toml allows."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".")
     run(session)

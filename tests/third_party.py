@@ -1,11 +1,11 @@
-"""PEFT's and diffusers' own tests without this package, with it imported before them, and with it imported after them.
+"""Runs PEFT's or diffusers' own tests without this package, and with it imported before and after them.
 
 usage: python tests/third_party.py CHECKOUT TEST... [pytest options]
 
-CHECKOUT is a checkout of PEFT or diffusers, whose `src` is what is tested. Prints the counts of each run and every test
-that passes without this package and does not pass with it; the exit status is 1 where there are any. The runs are
-offline: a test that needs the Hub fails in all three, but for text encoders of diffusers' LoRA tests (CLIP, T5, Gemma),
-for which random ones stand in.
+CHECKOUT is a checkout of PEFT or diffusers, whose `src` is tested. Prints the counts of each run, and every test that
+passes only without this package; the exit status is 1 if there are any. The runs are offline: tests that need the Hub
+fail in all three runs, except that the text encoders of diffusers' LoRA tests (CLIP, T5, Gemma) are replaced by random
+ones.
 """
 
 import collections
@@ -27,7 +27,7 @@ _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
 _GEMMA = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _GEMMA |= {"num_key_value_heads": 1, "head_dim": 4}
 QWEN = "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration"
-# Class, class of its config and the config of a text encoder that has a tokenizer of letters beside it, or none.
+# Text encoders whose tokenizer splits text into letters: (class, class of the config, config), or None for no model.
 LETTERS = {
     "hf-internal-testing/tiny-random-t5": ("T5EncoderModel", "T5Config", _T5),
     "hf-internal-testing/tiny-random-umt5": ("UMT5EncoderModel", "UMT5Config", _T5),
@@ -35,9 +35,9 @@ LETTERS = {
     "hf-internal-testing/dummy-gemma-diffusers": ("GemmaForCausalLM", "GemmaConfig", _GEMMA),
     QWEN: (None, None, {}),
 }
-# A plugin of pytest for all runs: the Hub's library tries again without waiting, since nothing will ever answer; and
-# transformers' `add_adapter` takes this PEFT (since 5.24 it asks for 0.22, though older versions do all that it needs),
-# else nearly all tests of pipelines with text encoders fail at it.
+# A pytest plugin for all runs: huggingface_hub retries without waiting, since no server will answer; and transformers'
+# `add_adapter` accepts the installed PEFT. Since 5.24 it requires 0.22, although older versions work: without this,
+# nearly all tests of pipelines with text encoders would fail.
 PLUGIN = """
 import time
 import types
@@ -48,7 +48,7 @@ from huggingface_hub.utils import _http
 _http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 transformers.integrations.peft.MIN_PEFT_VERSION = "0.17.0"
 """
-# Modules in the order in which a run imports them before its tests.
+# The modules that each run imports before its tests, in order.
 RUNS = {
     "without": [],
     "first": ["lora_adapters"],
@@ -57,7 +57,7 @@ RUNS = {
 
 
 def make_clip(cache: Path, repository: str) -> None:
-    """Put a random text encoder, and the tokenizer of examples/tiny-sd, where the Hub's library keeps a repository."""
+    """Put a random text encoder and the tokenizer of examples/tiny-sd into huggingface_hub's cache as a repository."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     snapshot = _snapshot(cache, repository)
@@ -78,7 +78,7 @@ def make_clip(cache: Path, repository: str) -> None:
 
 
 def make_letters(cache: Path, repository: str) -> None:
-    """Put a tokenizer of single letters, and its random text encoder, where the Hub's library keeps a repository."""
+    """Put a tokenizer of single letters and a random text encoder into huggingface_hub's cache as a repository."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -101,7 +101,7 @@ def make_letters(cache: Path, repository: str) -> None:
 
 
 def _snapshot(cache: Path, repository: str) -> Path:
-    """The folder of a repository's files in the cache of the Hub's library."""
+    """The folder of a repository's files in huggingface_hub's cache."""
     folder, commit = cache / f"models--{repository.replace('/', '--')}", "0" * 40
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
@@ -109,7 +109,7 @@ def _snapshot(cache: Path, repository: str) -> Path:
 
 
 def outcomes(report: Path) -> dict[str, str]:
-    """The outcome of every test in pytest's XML report."""
+    """Test -> outcome, from pytest's XML report."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         tags = {child.tag for child in case}
@@ -119,7 +119,7 @@ def outcomes(report: Path) -> dict[str, str]:
 
 
 def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[str, str]:
-    """One run of the tests; their outcomes."""
+    """Run the tests once, and return their outcomes."""
     (folder / "offline_run.py").write_text(PLUGIN)
     paths = [checkout / "src", checkout, folder, *([ROOT] if RUNS[name] else [])]
     environment = {
@@ -127,7 +127,7 @@ def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[s
         "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_CACHE": str(folder / "hub"),
         "HF_HUB_OFFLINE": "1",
-        "HF_ENDPOINT": "http://127.0.0.1:9",  # some tests go online all the same: refused at once
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # some tests go online anyway: their connections are refused at once
     }
     report = folder / f"{name}.xml"
     plugins = [option for module in (*RUNS[name], "offline_run") for option in ("-p", module)]
@@ -139,7 +139,7 @@ def run(checkout: Path, name: str, arguments: list[str], folder: Path) -> dict[s
 
 
 def main(checkout: str, *arguments: str) -> int:
-    """Run, compare, print; 1 where a test only fails with this package, else 0."""
+    """Run the tests, compare and print. Returns 1 if a test fails only with this package, else 0."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for repository in CLIPS:

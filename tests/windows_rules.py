@@ -2,12 +2,11 @@
 
     python -m pytest -p tests.windows_rules tests/convert/test_adapter.py
 
-Files that this process has open cannot be renamed, replaced or deleted; files that are mapped into memory cannot be
-replaced, truncated or deleted, but renamed; the same holds for folders around them, which cannot be renamed at all.
-Files that are read-only cannot be replaced or deleted. fsync needs a writable handle, and folders have none. Names have
-no `<>:"|?*\\`, no dot or space at the end and are no device's; paths have at most 259 characters. There are no links (a
-test that makes some is skipped), no SIGHUP and no fork. Text files without an encoding are cp1252, and so is what
-programs print.
+Files that this process has open cannot be renamed, replaced or deleted. Memory-mapped files cannot be replaced,
+truncated or deleted, but can be renamed. Folders that contain such files cannot be renamed. Read-only files cannot be
+replaced or deleted. fsync needs a writable handle, which folders do not have. Names contain no `<>:"|?*\\`, do not end
+with a dot or space, and are not device names; paths have at most 259 characters. There are no links (tests that create
+links are skipped), no SIGHUP and no fork. Text files opened without an encoding, and output of programs, are cp1252.
 """
 
 import builtins
@@ -125,7 +124,7 @@ def rename(source, target, **more):
 
 
 def _in_filelock():
-    """Whether the call is from file locks, which work otherwise on Windows: `filelock` has code for each system."""
+    """Whether the caller is `filelock`, which has its own code for each system and works differently on Windows."""
     frame = sys._getframe(2)
     while frame is not None:
         if f"{os.sep}filelock{os.sep}" in frame.f_code.co_filename:
@@ -164,7 +163,7 @@ def open_file(file, mode="r", buffering=-1, encoding=None, *rest, **more):
 
 
 def apply(patch):
-    """Put the rules into force until `patch` (a MonkeyPatch) is undone."""
+    """Apply the rules until `patch` (a MonkeyPatch) is undone."""
     from lora_adapters.convert import portable
     from lora_adapters.convert.storage import atomic
 

@@ -1,1 +1,1 @@
-"""Adapters being made: images and captions, the training loop, sampling, resuming."""
+"""Training of adapters: images and captions, the training loop, sampling, resuming."""

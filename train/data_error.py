@@ -1,11 +1,11 @@
-"""The errors that everything about images, captions and their configuration raises."""
+"""Errors about images, captions and their configuration."""
 
 from lora_adapters.convert.errors import OneLineError, UsageError
 
 
 class DataError(OneLineError):
-    """One line that says what is wrong, in which file, option or image, and what to do."""
+    """An error about data. The message is one line: what is wrong, in which file, option or image, and what to do."""
 
 
 class DataOptionError(DataError, UsageError):
-    """An option about data that cannot be right, whatever the data are. The program exits with status 2."""
+    """A data option is invalid, independently of the data. The program exits with status 2."""

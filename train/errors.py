@@ -1,11 +1,11 @@
-"""The errors that the programs of this folder print as one line instead of a traceback."""
+"""Errors that the training and generation programs print as one line instead of a traceback."""
 
 from lora_adapters.convert.errors import OneLineError, UsageError
 
 
 class TrainingError(OneLineError):
-    """What the user asked for cannot be done. The message says what, where, and what to do."""
+    """The request cannot be carried out. The message says what is wrong, where, and what to do."""
 
 
 class OptionError(TrainingError, UsageError):
-    """An option that cannot be right, whatever model and data hold. The program exits with status 2."""
+    """An option is invalid, independently of the model and data. The program exits with status 2."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a file from a checkout: this folder is where Python looks first, the package is beside its parent.
+    # Run as a file from a checkout: replace this folder on Python's path by its parent, which contains the package.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
@@ -19,7 +19,7 @@ from lora_adapters.convert.tools.command_line import run
 
 
 def program(argv: Sequence[str] | None) -> None:
-    """The program's body."""
+    """Parse the options and generate images."""
     from lora_adapters.train.generation.options import parse
 
     settings = parse(argv)
@@ -31,7 +31,7 @@ def program(argv: Sequence[str] | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on command-line options; returns its exit status."""
     advice = "try --fp16, --batch_size 1 or smaller images"
-    return run(program, argv, memory=advice, stopped="stopped; the images that are written are whole", traceback=True)
+    return run(program, argv, memory=advice, stopped="stopped; the written images are complete", traceback=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How images are resized: the names of the options, each with Pillow's filter.
+"""Names of interpolation methods for resizing images, with Pillow's filters.
 
-Pillow stretches a filter over the source pixels that a new one covers, so that none but `nearest` aliases.
+When Pillow shrinks an image it scales the filter with it, so that all filters except `nearest` antialias.
 """
 
 from typing import TYPE_CHECKING
@@ -17,16 +17,16 @@ FILTERS = {
     "cubic": "BICUBIC",
     "area": "BOX",
     "box": "BOX",
-    "lanczos4": "LANCZOS",  # as OpenCV calls it; the kernel of Pillow's has a = 3
+    "lanczos4": "LANCZOS",  # OpenCV's name; Pillow's kernel has a = 3
 }
-# What training takes, in dataset files and on the command line alike.
+# Choices for training, in dataset files and on the command line.
 TRAINING = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
-# What the resizing tool takes. Its `area` is the exact mean and no filter: BOX takes a source pixel wholly or not.
+# Choices for the resizing tool, whose `area` is the exact mean: BOX uses only whole source pixels.
 RESIZING = ("area", "cubic", "lanczos4", "linear", "nearest", "box")
 
 
 def resampling(name: str) -> "Image.Resampling":
-    """Pillow's filter for a name in FILTERS."""
+    """The Pillow filter for a name in FILTERS."""
     from PIL import Image
 
     return Image.Resampling[FILTERS[name]]

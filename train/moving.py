@@ -1,4 +1,4 @@
-"""Tensors brought to the device that computes."""
+"""Moves tensors to the computing device."""
 
 import torch
 
@@ -6,18 +6,18 @@ import torch
 def moved(
     tensor: torch.Tensor, target: torch.Tensor | torch.device | str, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """The tensor on another device, without waiting for the copy where that is safe.
+    """Move a tensor to a device, asynchronously if that is safe.
 
     CUDA copies from a temporary in pageable memory are staged before the call returns. MPS may read the temporary
-    after it is gone (pytorch issue 139550), so its copies are waited for.
+    after it is freed (pytorch issue 139550), so copies to MPS are synchronous.
 
     Args:
-        tensor: any shape.
-        target: a device, or a tensor whose device, and whose dtype unless `dtype` is given, are taken.
-        dtype: the new dtype; None keeps the tensor's, or takes that of `target`.
+        tensor: Any shape.
+        target: A device, or a tensor whose device is used, and whose dtype is used unless `dtype` is given.
+        dtype: The new dtype. None keeps the tensor's dtype, or uses the dtype of a tensor `target`.
 
     Returns:
-        The tensor itself where nothing changes, else a copy.
+        The tensor itself if nothing changes, else a copy.
     """
     if isinstance(target, torch.Tensor):
         device, dtype = target.device, dtype or target.dtype
@@ -27,7 +27,7 @@ def moved(
 
 
 def computing_device(model: torch.nn.Module) -> torch.device:
-    """The device that a model's inputs go to: that of its weights, or where its offloading brings them to compute."""
+    """The device for a model's inputs: that of its weights, or with offloading the device on which it runs."""
     if hasattr(model, "_hf_hook"):
         for part in model.modules():
             device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Make smaller copies of training images: each image of a folder unchanged, and at the area of each resolution.
+"""Make smaller copies of training images: each image is copied unchanged, and resized to the area of each resolution.
 
     python train/resize_images_to_resolution.py --max_resolution 512x512,384x384 --copy_associated_files photos smaller
 
 For photos/cat.JPG this writes smaller/cat.JPG (an unchanged copy), smaller/cat+512x512.jpg and smaller/cat+384x384.jpg.
 The name contains the requested resolution; the image keeps its aspect ratio and has the area of that resolution.
-Nothing is enlarged: an image with a smaller area is saved at its own size. Every copy is made from the original,
-upright. JPEG is saved at quality 100 with full colour resolution and transparent parts on white; PNG keeps
-transparency. Only the first of several frames is used. Other files are copied unchanged; hidden files and subfolders
-are ignored. A second run only writes files that are missing, damaged, older than their source, or made with other
-settings.
+Nothing is enlarged: an image with a smaller area is saved at its own size. Every copy is made from the original, with
+EXIF orientation applied. JPEG is saved at quality 100 without chroma subsampling and with transparent parts on white;
+PNG keeps transparency. Only the first frame of animations is used. Other files are copied unchanged; hidden files and
+subfolders are ignored. A second run only writes files that are missing, damaged, older than their source, or made with
+other settings.
 """
 
 import os
@@ -39,7 +39,7 @@ from lora_adapters.train.resizing.resize import Size
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. Counts are of files; `unreadable` and `too_small` are (image, reason)."""
+    """The result of a run: numbers of files; `unreadable` and `too_small` are (image, reason)."""
 
     images: int
     resized: int
@@ -77,25 +77,27 @@ def resize_images(
     workers: int | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Save the images of `src` in `dst`, as they are and at the area of each resolution.
+    """Save the images of `src` in `dst`, unchanged and resized to the area of each resolution.
 
     Args:
-        src: the folder of images.
-        dst: the folder to write to, made if needed.
-        resolutions: (width, height) pairs in pixels; only width · height and the name depend on them.
-        divisible_by: crop the resized images from the centre, so that it divides both sides.
-        interpolation: a name in `interpolation.RESIZING`.
-        save_as_png: PNG with transparency, instead of JPEG.
-        copy_associated_files: give each resized image a copy of the files that share the original's stem (captions).
-        workers: processes; None for one per core. From a script, more than one needs `if __name__ == "__main__":`.
-        progress: show a progress bar on a terminal.
+        src: The folder of images.
+        dst: The output folder, created if needed.
+        resolutions: (width, height) pairs in pixels. They decide the area and the file name, not the aspect ratio.
+        divisible_by: Centre-crop the resized images so that both sides are multiples of this number.
+        interpolation: A name in `interpolation.RESIZING`.
+        save_as_png: Save PNG with transparency instead of JPEG.
+        copy_associated_files: Also copy files with the original's stem, such as captions, for each resized image.
+        workers: The number of processes; None is one per core. In a script, more than one needs
+            `if __name__ == "__main__":`.
+        progress: Show a progress bar if the output is a terminal.
 
     Returns:
-        What was done.
+        The numbers of files, and the images that were skipped.
 
     Raises:
-        ResizeError: for a bad argument, a folder without images, two files with one target, or if no image can be read.
-        OSError: if a file cannot be copied.
+        ResizeError: An argument is invalid, the folder has no images, two files would get the same name, or no image
+            can be read.
+        OSError: A file cannot be copied.
     """
     src, dst = Path(src), Path(dst)
     if interpolation not in RESIZING:
@@ -106,7 +108,7 @@ def resize_images(
     suffix = ".png" if save_as_png else ".jpg"
     jobs, copies, folders = plan(src, dst, resolutions, suffix, copy_associated_files)
     work = partial(process, divisible_by=divisible_by, interpolation=interpolation)
-    # disable=None shows the bar on a terminal only.
+    # disable=None shows the bar only on a terminal.
     bar = tqdm(_run(work, jobs, workers), "resize", len(jobs), unit="image", disable=None if progress else True)
     outcomes = list(bar)
     sources = [job.original.source for job in jobs]
@@ -126,23 +128,23 @@ def resize_images(
 
 
 def _run(work: partial[Outcome], jobs: Sequence[Job], workers: int | None) -> Iterator[Outcome]:
-    """The outcomes in the order of the jobs, from this process or from several."""
+    """Run the jobs in this process or in several, and yield the outcomes in the order of the jobs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(workers or cores, len(jobs), 61)  # Windows cannot wait for more than 61 processes
+    count = min(workers or cores, len(jobs), 61)  # the maximum on Windows
     if count == 1:
         yield from map(work, jobs)
         return
-    # Spawned on every system alike; Ctrl-C is left to the parent.
+    # Spawn on every system; only the parent process handles Ctrl-C.
     with ProcessPoolExecutor(count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             yield from pool.map(work, jobs)
         except BrokenProcessPool as error:
-            message = "a worker process could not start, or died: if memory is short, try --workers 1"
+            message = "a worker process could not start, or died: if it ran out of memory, try --workers 1"
             raise ResizeError(message) from error
 
 
 def program(argv: Sequence[str] | None) -> None:
-    """The program's body."""
+    """Parse the options and resize the images."""
     src, dst, settings = parse(argv)
     options = dict(vars(settings))
     resolutions = options.pop("max_resolution") or DEFAULT_RESOLUTIONS
@@ -155,7 +157,7 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status, which is 0 even if some images had to be skipped."""
+    """Run the program; returns its exit status, which is 0 even if some images were skipped."""
     return run(program, argv, stopped="stopped; the same command continues from here", traceback=True)
 
 

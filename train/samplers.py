@@ -1,4 +1,4 @@
-"""The samplers, by kohya's names: plain data, from which options, pipelines and saved settings take them."""
+"""The table of samplers by kohya's names, used by options, pipelines and saved generation settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ class Sampler:
     """One sampler.
 
     Args:
-        scheduler: the class in diffusers.
-        title: the name in AUTOMATIC1111's web UI, for settings saved in images.
-        options: arguments of the class beside the noise schedule.
+        scheduler: The class in diffusers.
+        title: The name in AUTOMATIC1111's web UI, for settings saved in images.
+        options: Arguments of the class in addition to the noise schedule.
     """
 
     scheduler: str
@@ -36,6 +36,6 @@ _TABLE = {
     "dpmsolver++": Sampler(_MULTISTEP, "DPM++ 2M", {"algorithm_type": "dpmsolver++"}),
     "dpmsingle": Sampler("DPMSolverSinglestepScheduler", "DPM++ 2S"),
 }
-_ALIASES = ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")  # with k_ before them, too
+_ALIASES = ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")  # also known with the prefix k_
 
 SAMPLERS: dict[str, Sampler] = {**_TABLE, **{f"k_{name}": _TABLE[name] for name in _ALIASES}}

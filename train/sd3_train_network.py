@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train an adapter for SD3 and SD3.5: `train_network.py` under the name it has in kohya's scripts.
+"""Train an adapter for SD3 and SD3.5: `train_network.py` under kohya's script name for SD3.
 
 usage: accelerate launch sd3_train_network.py --pretrained_model_name_or_path=... --dataset_config=... --output_dir=...
        --network_module=networks.lora_sd3 ...   (all options: --help)
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a file from a checkout: this folder is where Python looks first, the package is beside its parent.
+    # Run as a file from a checkout: replace this folder on Python's path by its parent, which contains the package.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lora_adapters.train.train_network import main

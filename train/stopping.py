@@ -1,4 +1,4 @@
-"""Signals that end a training: the step is finished, the state is written, and the exit status is 128 + the signal."""
+"""Signals that stop training: the step is finished, the state is saved, and the exit status is 128 + the signal."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from lora_adapters.convert.errors import StoppedError
 
-if TYPE_CHECKING:  # the programs' --help does without it
+if TYPE_CHECKING:  # not imported for --help
     import torch
 
-# Ctrl-C, what batch systems and containers send before they kill, and a terminal that is closed (not on Windows).
+# Ctrl-C, the signal of batch systems and containers before they kill, and a closed terminal (not on Windows).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-SAME = 5.0  # seconds
+SAME = 5.0  # seconds within which repeated signals count as one
 
 
 class Interrupted(StoppedError):
-    """A signal ended the run. `number` is the signal's, `resume_from` what --resume can be given, if anything."""
+    """A signal stopped the run. `number`: the signal. `resume_from`: the state for --resume, or None."""
 
     def __init__(self, number: int, resume_from: str | None = None):
         super().__init__(number)
@@ -34,11 +34,11 @@ class Interrupted(StoppedError):
 
 
 class StopSignals:
-    """Within it the first of SIGNALS is noted in `asked`, for the end of the step; a later one ends the run at once.
+    """A context in which the first of SIGNALS is stored in `asked`, to stop after the step; a later one stops at once.
 
-    A launcher passes on what its processes have received already: within SAME seconds it is the same signal.
-    at_once: the first one does so, too. A signal that is ignored, as under nohup, stays ignored. Outside of the main
-    thread, where Python handles no signals, nothing is changed.
+    A launcher forwards signals that its processes have received already, so signals within SAME seconds count as one.
+    With `at_once` the first signal stops at once too. Ignored signals, as under nohup, stay ignored. Outside of the
+    main thread, where Python handles no signals, this does nothing.
     """
 
     def __init__(self, at_once: bool = False):
@@ -57,7 +57,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def flags(self, device: "torch.device | str") -> "torch.Tensor":
-        """A one for the signal that was noted, a zero for each other one (len(SIGNALS),): to be added up."""
+        """One-hot encoding (len(SIGNALS),) of the received signal, to be summed over processes."""
         import torch
 
         return torch.stack([torch.full((), float(self.asked == number), device=device) for number in SIGNALS])
@@ -69,16 +69,16 @@ class StopSignals:
             return
         self.asked, self.since = number, time.monotonic()
         name = signal.Signals(number).name
-        with contextlib.suppress(OSError):  # logging is not safe within a handler, and the terminal may be gone
-            os.write(2, f"\n{name}: stopping after this step, once more stops at once\n".encode())
+        with contextlib.suppress(OSError):  # logging is not safe in a handler, and the terminal may be closed
+            os.write(2, f"\n{name}: stopping after this step; send it again to stop at once\n".encode())
 
 
 def signalled(flags: list[float]) -> int:
-    """The signal that any process has received, from the sum (or mean) of all processes' flags; 0 if there is none."""
+    """The signal that any process has received, from the sum or mean of all processes' flags; 0 if there is none."""
     return next((int(number) for number, flag in zip(SIGNALS, flags, strict=True) if flag > 0), 0)
 
 
 def ignore_signals(_: int = 0) -> None:
-    """For loading processes, which live and end with the main one: a signal to the whole group must not end them."""
+    """Ignore signals in worker processes, which the main process ends: a signal to the group must not kill them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

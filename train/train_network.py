@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a file from a checkout: this folder is where Python looks first, the package is beside its parent.
+    # Run as a file from a checkout: replace this folder on Python's path by its parent, which contains the package.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
@@ -19,7 +19,7 @@ from lora_adapters.convert.tools.command_line import run
 
 
 def program(argv: Sequence[str] | None) -> None:
-    """The program's body."""
+    """Parse the options and train."""
     from lora_adapters.train.errors import TrainingError
     from lora_adapters.train.options.arguments import parse
     from lora_adapters.train.stopping import StopSignals
@@ -37,11 +37,11 @@ def program(argv: Sequence[str] | None) -> None:
 
 
 def _train(settings) -> int:
-    """Train; returns how many saves did not reach the Hub."""
+    """Train. Returns the number of saves that could not be uploaded to the Hub."""
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-    disable_progress_bar()  # one bar is enough: that of training
+    disable_progress_bar()  # only the progress bar of training is shown
     disable_transformers_progress_bar()
     from lora_adapters.train.training.loop import train_prepared
     from lora_adapters.train.training.setup import prepare

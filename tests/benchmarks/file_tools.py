@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Time and memory of the file tools at full size, as whole processes, with kohya's scripts beside them if given.
+"""Measures time and memory of the file tools at full size, as whole processes, optionally next to kohya's scripts.
 
 usage: file_tools.py [--folder DIR] [--only WORD ...] [--results FILE.json] [--markdown FILE.md]
                      [--missing] [--kohya CHECKOUT --kohya_python PYTHON] [--check]
 
-Makes complete checkpoints and adapters of SD1.5's, SDXL's and Flux.1's shapes with random weights in the folder, runs
-each tool on them, and prints wall time, CPU time (little of it, where a tool waits for the disk), peak resident memory,
-and the peak of anonymous memory (what is not a mapped file), sampled every 20 ms from /proc (Linux only). Flux.1's
-files take 75 GB: they are made where --only has the word flux. --check compares the error that extraction left with the
-optimum, from all singular values of every module. --results keeps the numbers, so that a later call can measure other
-cases (with --missing, those that are not there) and --markdown write them all.
+Creates complete checkpoints and adapters with random weights and the shapes of SD1.5, SDXL and Flux.1 in the folder,
+runs each tool on them, and prints wall time, CPU time (low if a tool waits for the disk), peak resident memory, and the
+peak of anonymous memory (not mapped files), sampled every 20 ms from /proc (Linux only). Flux.1's files need 75 GB, and
+are only created if --only contains the word flux. --check compares the error of extraction with the optimum, computed
+from all singular values of every module. --results stores the numbers, so that later calls can measure other cases
+(with --missing, those without numbers), and --markdown writes all of them.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from lora_adapters.convert import Adapter  # noqa: E402
 from lora_adapters.convert.storage.checkpoint import Checkpoint  # noqa: E402
 from tests.benchmarks.full_size import SIZES, make_adapter, make_checkpoint, make_lycoris  # noqa: E402
 
-KINDS = ("lora", "loha", "lokr", "dora", "full")  # merged with as many modules; kohya's scripts merge the first alone
+KINDS = ("lora", "loha", "lokr", "dora", "full")  # with equally many modules; kohya's scripts can merge only the first
 
 
 class Case(NamedTuple):
-    """One measurement: a script and its options, and for extraction the two models whose difference is the truth."""
+    """One measurement: a script and its options, and for extraction the two models with the true difference."""
 
     name: str
     script: str
@@ -87,9 +87,9 @@ def _cpu_of_children() -> float:
 
 
 def excess(out: Path, truth: tuple[Path, Path]) -> dict[str, float]:
-    """By how much the error that an extracted adapter leaves is above the optimum of its rank, in percent.
+    """By how many percent the error of an extracted adapter exceeds the optimum for its rank.
 
-    The optimum is the norm of the singular values that are left out, from the Gram matrix in float64.
+    The optimum is the norm of the omitted singular values, computed from the Gram matrix in float64.
     """
     adapter, base, tuned = Adapter.load(out), *map(Checkpoint.open, truth)
     ours, theirs = base.modules, tuned.modules
@@ -108,7 +108,7 @@ def excess(out: Path, truth: tuple[Path, Path]) -> dict[str, float]:
 
 
 def cases(folder: Path, size: str) -> Iterator[Case]:
-    """The measurements of one size; a name begins with the size."""
+    """The measurements of one size; their names begin with the size."""
     out = folder / "out.safetensors"
     a, b = (folder / f"{size}-{name}.safetensors" for name in "ab")
     base, tuned = folder / f"{size}.safetensors", folder / f"{size}-tuned.safetensors"
@@ -140,12 +140,12 @@ def cases(folder: Path, size: str) -> Iterator[Case]:
 
 
 def sizes(words: list[str] | None) -> tuple[str, ...]:
-    """The sizes to measure where these words are asked for; Flux.1 is too large to be one of all."""
+    """The sizes to measure for these words of --only; Flux.1, which is very large, only if it is named."""
     return SIZES if words and "flux" in words else tuple(size for size in SIZES if size != "flux")
 
 
 def make_inputs(folder: Path, size: str, options: list[str]) -> None:
-    """Make the files that a measurement reads, where they are not there yet."""
+    """Create the input files of a measurement, if they do not exist yet."""
     make_adapter(folder / f"{size}-a.safetensors", size, 32, None, 1)
     make_adapter(folder / f"{size}-b.safetensors", size, 16, None, 2)
     if size != "flux":
@@ -165,7 +165,7 @@ def make_inputs(folder: Path, size: str, options: list[str]) -> None:
 
 
 def kohyas(case: Case, python: str, checkout: Path) -> list[str]:
-    """The command line of kohya's script for the same."""
+    """The command line of kohya's script for the same case."""
     script, options = case.script, list(case.options)
     if case.name.startswith("sdxl") and script == "merge_lora":
         script = "sdxl_merge_lora"
@@ -193,7 +193,7 @@ def _cells(found: dict[str, Any] | None) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as a table, and the curves as another."""
+    """The results as tables: cases, curves and kinds."""
     lines = [
         "| what | time | CPU | anonymous | resident | error above the optimum |",
         "|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Flux.1's full size, for measurements: the tensors of its checkpoint, and an adapter as kohya's trainer writes it.
 
-Names are those of the original code, shapes those of diffusers' model, which is built without weights.
+Names are from the original code, and shapes from diffusers' model, which is created without weights.
 """
 
 import json
@@ -24,14 +24,14 @@ _NORMS = {
 
 
 def transformer() -> torch.nn.Module:
-    """FLUX.1-dev's transformer; to be called where tensors are made without memory."""
+    """FLUX.1-dev's transformer; call it in a context where tensors are created on the meta device."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(guidance_embeds=True)
 
 
 def layers() -> dict[str, tuple[int, int]]:
-    """The shape of the weight of each linear layer of the original code, fused ones whole."""
+    """The weight shapes of the original code's linear layers, with fused layers."""
     layout = next(one for one in by_name("flux").components if one.name == "transformer").layout
     with torch.device("meta"):
         ours = {name: tuple(weight.shape) for name, weight in transformer().state_dict().items()}
@@ -44,7 +44,7 @@ def layers() -> dict[str, tuple[int, int]]:
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of flux1-dev.safetensors: 11.9 thousand million numbers."""
+    """The name and shape of every tensor of flux1-dev.safetensors: 11.9 billion numbers."""
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in layers().items():
         found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
@@ -64,7 +64,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def make_zeros(path: Path, table: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Path:
-    """A checkpoint of zeros, as a hole of 24 GB in a file: it is read and computed with as any other."""
+    """A checkpoint of zeros as a 24 GB sparse file, which is read and used like any other."""
     header, end = {}, 0
     for name, shape in table.items():
         start, end = end, end + _count(shape) * dtype.itemsize
@@ -78,7 +78,7 @@ def make_zeros(path: Path, table: Mapping[str, tuple[int, ...]], dtype: torch.dt
 
 
 def make_adapter(path: Path, rank: int, seed: int) -> Path:
-    """A random LoRA of all 304 layers of kohya's trainer, in its names, in bfloat16."""
+    """A random bfloat16 LoRA for all 304 layers of kohya's trainer, with its names."""
     if path.exists():
         return path
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Checkpoints and adapters of the full size of SD1.5, SDXL and Flux.1 with random weights, for measurements.
+"""Full-size checkpoints and adapters of SD1.5, SDXL and Flux.1 with random weights, for benchmarks.
 
-Checkpoints are complete, under the names of the original code, so that every program opens them. Names and shapes are
-those of diffusers' and transformers' models, which are built without weights; adapted modules stand in tests/golden.
+Checkpoints are complete and have the original code's names, so that every program can open them. Names and shapes come
+from diffusers' and transformers' models, which are created without weights; adapted modules are listed in tests/golden.
 """
 
 import json
@@ -94,9 +94,9 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(path: Path, size: str, tuned: bool = False, dtype: torch.dtype = torch.float16) -> Path:
-    """A random checkpoint; tuned is the same one with another random difference in every adapted module.
+    """Create a random checkpoint. `tuned` adds a random difference to every adapted module of the same checkpoint.
 
-    Flux.1's is zeros, which take no disk.
+    Flux.1's checkpoint consists of zeros in a sparse file.
     """
     if path.exists():
         return path
@@ -116,7 +116,7 @@ def make_checkpoint(path: Path, size: str, tuned: bool = False, dtype: torch.dty
 
 
 def _weight(name: str, shape: tuple[int, ...], tuned: bool, zeros: bool) -> torch.Tensor:
-    """Random numbers or zeros; tuned ones differ by a matrix with a decaying spectrum and noise, as by fine-tuning."""
+    """Random numbers or zeros. `tuned` adds a matrix with a decaying spectrum and noise, like fine-tuning."""
     if len(shape) < 2 and not zeros:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -131,7 +131,7 @@ def _weight(name: str, shape: tuple[int, ...], tuned: bool, zeros: bool) -> torc
 
 
 def modules(size: str) -> Iterator[tuple[ModuleName, tuple[int, ...], bool]]:
-    """Every adapted module with the shape of its weight, and whether LierLa has it."""
+    """Every adapted module, the shape of its weight, and whether LierLa adapts it."""
     table = json.loads((MODULES / f"kohya_modules_{size}.json").read_text())
     for row in table["rows"]:
         entry = dict(zip(table["columns"], row, strict=True))
@@ -141,7 +141,7 @@ def modules(size: str) -> Iterator[tuple[ModuleName, tuple[int, ...], bool]]:
 
 
 def norms(size: str) -> Iterator[tuple[ModuleName, int]]:
-    """Every normalisation of the U-Net, and its number of channels."""
+    """Every normalisation layer of the U-Net, and its number of channels."""
     with torch.device("meta"):
         named = dict(unet(size).named_modules())
     for path, module in named.items():
@@ -150,7 +150,7 @@ def norms(size: str) -> Iterator[tuple[ModuleName, int]]:
 
 
 def make_lycoris(path: Path, size: str, kind: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random adapter of all modules of LoRA-C3Lier, or of all normalisations of the U-Net.
+    """Create a random adapter for all modules of LoRA-C3Lier, or for all normalisation layers of the U-Net.
 
     kind is "loha" (rank 8), "lokr" (both factors full), "dora" (rank 16), "full" (differences in `dtype`) or "norm".
     """
@@ -179,7 +179,7 @@ def make_lycoris(path: Path, size: str, kind: str, seed: int, dtype: torch.dtype
 
 
 def make_adapter(path: Path, size: str, rank: int, conv_rank: int | None, seed: int, most: int | None = None) -> Path:
-    """A random adapter; conv_rank None is LoRA-LierLa, a number LoRA-C3Lier; `most` is the number of its modules."""
+    """Create a random LoRA-LierLa, or with conv_rank a LoRA-C3Lier; `most` limits the number of modules."""
     if path.exists():
         return path
     if size == "flux":

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""CPU seconds of `lora-adapters COMMAND --help` for every command, each in a process of its own: a markdown table.
+"""Measures the CPU seconds of `lora-adapters COMMAND --help` for every command, and prints a markdown table.
 
 usage: help_times.py [--rounds N] [--most SECONDS]
 
-The median of the rounds; with --most the exit status is 1 if a command takes longer.
+Each command runs in a separate process; the table has the median of the rounds. With --most the exit status is 1 if a
+command takes longer.
 """
 
 import argparse

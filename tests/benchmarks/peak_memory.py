@@ -1,4 +1,4 @@
-"""The memory that something takes while it runs. Linux alone has what it needs: /proc/self."""
+"""Measures the peak memory of an action. Needs /proc, so it works on Linux only."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# A process that reads as often as it can how much of the memory of another is in no file, until its input ends.
+# A process that polls the anonymous memory of another process as often as possible, until its stdin gets input.
 _WATCH = """
 import select, sys
 
@@ -28,14 +28,14 @@ with open(f"/proc/{sys.argv[1]}/status", "rb", buffering=0) as status:
 
 
 class Peak(NamedTuple):
-    """MiB at the highest: of all resident memory, and of what is not the pages of mapped files."""
+    """Peak MiB: of all resident memory, and of anonymous memory (not pages of mapped files)."""
 
     resident: float
     anonymous: float
 
 
 def peak_above_rest(action: Callable[[], object]) -> float:
-    """MiB of resident memory that the action takes at its highest, above what is there before."""
+    """The peak of resident memory during the action, in MiB above the memory before it."""
     _forget()
     before = _status("VmRSS")
     action()
@@ -43,24 +43,24 @@ def peak_above_rest(action: Callable[[], object]) -> float:
 
 
 def peaks_above_rest(action: Callable[[], object]) -> Peak:
-    """As `peak_above_rest`, and the same of anonymous memory alone.
+    """Like `peak_above_rest`, and also the peak of anonymous memory.
 
-    The kernel keeps the peak of resident memory itself; that of anonymous memory is the highest that a second process
-    sees, which asks some ten thousand times a second.
+    The kernel records the peak of resident memory. The peak of anonymous memory is the highest value seen by a second
+    process, which polls it about ten thousand times per second.
     """
     command = [sys.executable, "-c", _WATCH, str(os.getpid()), "report"]
     _forget()
     before = _status("RssAnon")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
         assert watcher.stdout is not None
-        watcher.stdout.readline()  # that it is watching
+        watcher.stdout.readline()  # wait until it is watching
         resident = peak_above_rest(action)
         highest = int(watcher.communicate("end\n")[0]) / 1024
     return Peak(resident, max(highest, _status("RssAnon")) - before)
 
 
 def _forget() -> None:
-    """Give back what was freed, else the action would run in it and seem to take nothing; begin a new peak."""
+    """Return freed memory to the system, since the action would reuse it without a visible peak; reset the peak."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 

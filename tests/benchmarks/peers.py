@@ -5,7 +5,7 @@ from typing import Any
 
 
 def lycoris_network(unet: Any, rank: int, **options: Any) -> Any:
-    """LyCORIS' layers (`network_module` names their kind) on the modules of LoRA-LierLa; alpha is the rank."""
+    """Add LyCORIS' layers to the modules of LoRA-LierLa; `network_module` is their kind, and alpha is the rank."""
     from lycoris.wrapper import LycorisNetwork
 
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
@@ -13,5 +13,5 @@ def lycoris_network(unet: Any, rank: int, **options: Any) -> Any:
     LycorisNetwork.apply_preset(preset)
     network = LycorisNetwork(unet, lora_dim=rank, conv_lora_dim=0, alpha=rank, warn_on_unmatched=False, **options)
     network.apply_to()
-    unet.lycoris = network  # which keeps it alive
+    unet.lycoris = network  # keeps the network alive
     return network

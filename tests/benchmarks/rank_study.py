@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Does one DyLoRA training give what one LoRA training for each rank gives?
+"""Compares one DyLoRA training with separate LoRA trainings for each rank.
 
 usage: rank_study.py --out DIR [--steps N] [--seeds N ...] [--rates R R [--third]] [--only WORD ...] [--workers N]
                      [--tasks style subject] [--base FOLDER] [--kohya CHECKOUT] [--report]
 
 Trains a small base model on a style and on a subject with plain LoRA at each rank, this package's DyLoRA, kohya's
-(where a checkout of sd-scripts is given) and LyCORIS's (where lycoris-lora is installed), all with the same
-steps, images and noise, and measures the held-out denoising loss at ranks 1, 2, 4, 8 and 16. On each task every
-method first looks for its learning rate with the first seed: it tries --rates, and with --third one more on the side of
-the better one. With the best of them (the lowest loss, averaged over ranks) it then trains with the other seeds.
+DyLoRA (if a checkout of sd-scripts is given) and LyCORIS' DyLoRA (if lycoris-lora is installed), with the same steps,
+images and noise, and measures the held-out denoising loss at ranks 1, 2, 4, 8 and 16. On each task, the learning rate
+of each method is chosen with the first seed among --rates, and with --third one more rate next to the better one. The
+rate with the lowest mean loss over ranks is then used for the other seeds.
 
-Every finished run is one file in DIR/runs: the same command goes on where an earlier one stopped. --report (also done
+Every finished run is a file in DIR/runs, so that the same command continues an interrupted study. --report (also done
 at the end) writes DIR/table.md, DIR/plot.png (needs matplotlib) and a sheet of images for each task.
 """
 
@@ -41,14 +41,14 @@ class Job(NamedTuple):
     seed: int
 
     def stem(self) -> str:
-        """Its files' name."""
+        """The file name of its results, without suffix."""
         return f"{self.task}-{re.sub('[^a-z0-9]+', '_', self.method.name)}-{self.lr:g}-seed{self.seed}"
 
 
 def prepare(out: Path, base: Path, steps: int) -> None:
-    """Latents and text states of both tasks, the base model's losses, and the folder of runs.
+    """Create the folder of runs, the encoded tasks, and the base model's losses.
 
-    Results of another base model or number of steps are not mixed with new ones: SystemExit.
+    SystemExit if the folder contains results of another base model or number of steps.
     """
     (out / "runs").mkdir(parents=True, exist_ok=True)
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
@@ -70,8 +70,8 @@ _shared: dict[str, Any] = {}
 
 
 def start_worker(out: Path, folder: Path, kohya: Path | None, steps: int) -> None:
-    """What every run of a worker process needs."""
-    torch.set_num_threads(1)  # small matrices: two processes do more than two threads
+    """Load what every run of a worker process needs."""
+    torch.set_num_threads(1)  # matrices are small: two processes are faster than two threads
     torch.set_flush_denormal(True)
     base = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).requires_grad_(False)
     loaded = {name: tasks.prepared(name, out, None) for name in tasks.TASKS}
@@ -79,7 +79,7 @@ def start_worker(out: Path, folder: Path, kohya: Path | None, steps: int) -> Non
 
 
 def do(job: Job) -> str:
-    """Run a job and keep its record; the adapter of the first seed is kept for the sheets."""
+    """Run a job and save its record; the adapter of seed 0 is saved for the sheets."""
     record, adapter = training.run(
         _shared["base"], job.method, _shared["tasks"][job.task], job.lr, job.seed, _shared["steps"], _shared["kohya"]
     )
@@ -93,7 +93,7 @@ def do(job: Job) -> str:
 
 
 def finish(jobs: Iterable[Job], out: Path, args: argparse.Namespace) -> None:
-    """Run those jobs that have no record yet."""
+    """Run the jobs that have no record yet."""
     left = [job for job in jobs if not (out / "runs" / f"{job.stem()}.json").exists()]
     if not left:
         return
@@ -106,14 +106,14 @@ def finish(jobs: Iterable[Job], out: Path, args: argparse.Namespace) -> None:
 
 
 def further(best: float, tried: list[float]) -> float:
-    """The rate beyond the best one that was tried, by the distance of the two lowest or highest."""
+    """The next learning rate beyond the best one, in steps of the ratio between the tried rates."""
     ordered = sorted(tried)
     step = ordered[1] / ordered[0]
     return best / step if best == ordered[0] else best * step
 
 
 def main() -> None:
-    """Run what is left to run, and report."""
+    """Run the missing runs, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--steps", type=int, default=150, help="training steps of every run")

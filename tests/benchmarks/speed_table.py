@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Every benchmark of the project against the peers that are installed, in one run: a markdown table and a chart.
+"""Runs all benchmarks of the project, compared with the installed other projects; writes a markdown table and a chart.
 
 usage: speed_table.py --out DIR [--only live training files] [--sizes sd15 sdxl flux] [--ranks 4 16 64] [--rounds N]
                       [--kohya CHECKOUT [--kohya_python PYTHON]] [--report]
 
-live: loading adapters, changing weights of adapters and the rank of a DyLoRA, each side in processes of its own that
-take turns, on pipelines of full size; and loading other kinds of adapters in turns with a LoRA of as many modules.
-training: training.py. files: file_tools.py (its part of flux takes 75 GB of disk). Every finished measurement is kept
-in a JSON file in DIR: the same command goes on where an earlier one stopped.
---report measures nothing and writes DIR/table.md and DIR/chart.png (needs matplotlib) from what is there.
+live: loading adapters, changing their weights and the rank of a DyLoRA on full-size pipelines, with and without this
+package in separate processes that take turns; and loading other kinds of adapters in turns with a LoRA that has equally
+many modules. training: training.py. files: file_tools.py (needs 75 GB of disk for flux). Every finished measurement is
+stored in a JSON file in DIR, so that the same command continues an interrupted run.
+--report measures nothing, and writes DIR/table.md and DIR/chart.png (needs matplotlib) from the stored results.
 """
 
 import argparse
@@ -29,13 +29,13 @@ sys.path.insert(0, str(ROOT))
 
 SIDES = ("ours", "stock")
 KEPT = ("seconds", "MiB", "anonymous", "operations")
-DRAWN = ("sd15",)  # whose U-Net's weights are made: 3.4 GB in float32
-KINDS = ("loha", "lokr", "dora", "full in float16", "full in bfloat16", "norm")  # loaded at these sizes, too
+DRAWN = ("sd15",)  # sizes with a U-Net that is run: its weights need 3.4 GB in float32
+KINDS = ("loha", "lokr", "dora", "full in float16", "full in bfloat16", "norm")  # loaded at the sizes in DRAWN
 Results = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A measurement on a live pipeline: what it is called, live.py's case, its files, how many adapters are there."""
+    """A measurement on a live pipeline: its name, live.py's case, its files, and the number of loaded adapters."""
 
     name: str
     case: str
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def kept_in(file: Path) -> Any:
-    """What a JSON file holds; None where it is not there."""
+    """The content of a JSON file; None if it does not exist."""
     return json.loads(file.read_text()) if file.exists() else None
 
 
@@ -65,7 +65,7 @@ def machine() -> str:
 
 
 def live_cases(folder: Path, sizes: list[str], ranks: list[int]) -> Iterator[Case]:
-    """All measurements on live pipelines; their adapters are made when they are not there."""
+    """All measurements on live pipelines."""
     for size in sizes:
         for rank in ranks:
             yield Case(f"{size} load rank {rank}", "load", size, rank, folder / f"{size}-lora-{rank}.safetensors")
@@ -84,7 +84,7 @@ def live_cases(folder: Path, sizes: list[str], ranks: list[int]) -> Iterator[Cas
 
 
 def kind_cases(folder: Path, sizes: list[str]) -> Iterator[Case]:
-    """Loads of other kinds of adapters into pipelines in float16, in turns with that of a LoRA with as many modules."""
+    """Loading other kinds of adapters into float16 pipelines, in turns with a LoRA that has equally many modules."""
     for size in (size for size in sizes if size in DRAWN):
         for kind in KINDS:
             lora = folder / f"{size}-lora-16-{'few' if kind == 'norm' else 'all'}.safetensors"
@@ -94,7 +94,7 @@ def kind_cases(folder: Path, sizes: list[str]) -> Iterator[Case]:
 
 
 def make_kind(case: Case) -> None:
-    """An adapter of another kind, and the LoRA of rank 16 with as many modules."""
+    """Create an adapter of another kind, and a LoRA of rank 16 with equally many modules."""
     import torch
 
     from tests.benchmarks import full_size
@@ -107,7 +107,7 @@ def make_kind(case: Case) -> None:
 
 
 def make_files(case: Case) -> None:
-    """The adapters of a measurement: random numbers in the modules that LoRA-LierLa has."""
+    """Create the adapters of a measurement with random weights, by default for the modules of LoRA-LierLa."""
     from lora_adapters.convert import Adapter
     from lora_adapters.convert.formats.metadata import DyLora
     from tests.benchmarks.full_size import make_adapter
@@ -128,7 +128,7 @@ def make_files(case: Case) -> None:
 
 
 def run_live(case: Case, side: str) -> dict[str, Any]:
-    """What live.py prints in a process of its own."""
+    """Run live.py in a separate process, and return its result."""
     command = [sys.executable, str(HERE / "speed" / "live.py"), case.case, "--side", side]
     command += ["--size", case.size, "--file", str(case.file)]
     command += ["--second", str(case.second)] if case.second else []
@@ -141,9 +141,9 @@ def run_live(case: Case, side: str) -> dict[str, Any]:
 
 
 def measure_live(case: Case, rounds: int) -> dict[str, Any]:
-    """Each side's seconds and MiB (medians), and the median of the rounds' ratios ours / stock.
+    """Measure a case: median seconds and MiB of each side, and the median of the rounds' ratios ours / stock.
 
-    Of "turns" the sides are the kind and the LoRA, which take turns in each process.
+    For "turns" the two sides are the other kind and the LoRA, which take turns in each process.
     """
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds):
@@ -163,13 +163,13 @@ def measure_live(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def middle(values: Iterable[float | None]) -> float | None:
-    """The median; None where nothing was counted."""
+    """The median of the values that are not None; None if there are none."""
     counted = [value for value in values if value is not None]
     return statistics.median(counted) if counted else None
 
 
 def training(args: argparse.Namespace) -> None:
-    """training.py's results beside ours, where they are not there yet."""
+    """Run training.py, unless its results already exist in the folder."""
     kept = args.out / "training.json"
     if kept.exists():
         return
@@ -179,7 +179,7 @@ def training(args: argparse.Namespace) -> None:
 
 
 def files(args: argparse.Namespace, folder: Path) -> None:
-    """file_tools.py keeps its own results beside ours, and knows what is missing there."""
+    """Run file_tools.py, which stores its own results in the folder and measures only missing cases."""
     command = [sys.executable, str(HERE / "file_tools.py"), "--folder", str(folder), "--most", str(args.most)]
     command += ["--missing", "--results", str(args.out / "files.json"), "--markdown", str(args.out / "files.md")]
     if args.kohya:
@@ -189,18 +189,18 @@ def files(args: argparse.Namespace, folder: Path) -> None:
 
 
 def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
+    """A time as text, in seconds or milliseconds."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.2f} ms"
 
 
 def peaks(one: dict[str, Any]) -> str:
-    """Peaks of memory: all, and what is in no file where that was measured."""
+    """Peak memory as text: all resident memory and, if measured, anonymous memory."""
     anonymous = one.get("anonymous")
     return f"{one['MiB']:.0f} MiB" if anonymous is None else f"{one['MiB']:.0f} MiB, {anonymous:.0f}"
 
 
 def table(results: Results, out: Path) -> str:
-    """Everything that was measured, as markdown."""
+    """All results as markdown."""
     lines = [f"Machine: {results['machine']}.", ""]
     lines += ["CPU seconds of one thread (medians of processes that took turns), and the peak of memory above the"]
     lines += ["pipeline's: all of it, and that which is not the pages of mapped files.", ""]
@@ -238,9 +238,9 @@ def table(results: Results, out: Path) -> str:
 
 
 def chart(results: Results, out: Path) -> None:
-    """DIR/chart.png: ratios to diffusers and to PEFT, the curve of loading against rank, file tools beside kohya's.
+    """Draw DIR/chart.png: ratios to diffusers and to PEFT, loading time against rank, file tools next to kohya's.
 
-    A panel for each of them that was measured; no chart where nothing was.
+    There is a panel for each of them with results, and no chart without results.
     """
     import matplotlib
 
@@ -270,12 +270,12 @@ def chart(results: Results, out: Path) -> None:
 
 
 def ratios(measured: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, float]:
-    """The ratio of each measurement, by its name."""
+    """Name -> ratio of each measurement."""
     return {name: one["ratio"] for name, one in measured}
 
 
 def loading(axes: Any, live: Results) -> None:
-    """Seconds of loading against the rank."""
+    """Plot loading seconds against the rank."""
     for size in dict.fromkeys(name.split()[0] for name in live):
         loads = {int(name.split()[-1]): one for name, one in live.items() if name.startswith(f"{size} load rank")}
         for side, line in (("ours", "-"), ("stock", "--")):
@@ -290,7 +290,7 @@ def loading(axes: Any, live: Results) -> None:
 
 
 def file_tools(axes: Any, tools: dict[str, Any]) -> None:
-    """Seconds of file tools, kohya's beside ours."""
+    """Plot seconds of our file tools next to kohya's."""
     for who, color, shift in (("ours", "tab:blue", -0.2), ("kohya", "tab:orange", 0.2)):
         rows = [(n, row[who]["seconds"]) for n, row in enumerate(tools.values()) if who in row]
         axes.barh([n + shift for n, _ in rows], [value for _, value in rows], 0.4, color=color, label=who)
@@ -304,7 +304,7 @@ def file_tools(axes: Any, tools: dict[str, Any]) -> None:
 
 
 def bars(axes: Any, values: dict[str, float], title: str) -> None:
-    """Horizontal bars, and where 1 is."""
+    """Plot horizontal bars, with a line at 1."""
     axes.barh(list(values), list(values.values()))
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
@@ -313,7 +313,7 @@ def bars(axes: Any, values: dict[str, float], title: str) -> None:
 
 
 def main() -> None:
-    """Measure what is not measured yet, and report."""
+    """Measure what has no results yet, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results and of the files that are made")
     parser.add_argument(

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""Time and memory of training steps: the bare base, plain PEFT LoRA, this package's types, kohya's modules if given.
+"""Measures time and memory of training steps: base model alone, PEFT's LoRA, this package's types, kohya's modules.
 
 usage: training.py [--models tiny-sd sd15] [--latent 32] [--rank 16] [--repeat 7] [--only layers loop]
                    [--cover lierla c3lier lycoris] [--kohya DIR]
 
-layers: one forward and backward pass of the U-Net. All variants share one set of base weights (sd15: SD1.5's shapes,
-random) and take turns in one process; the floor is the base alone, with the gradient of its input. Of each: the median
-of the repetitions, its ratio to plain PEFT LoRA of the same rank (of the ratios of each round, the median), and the
-peak of resident memory above the weights (on Linux). --cover lycoris is LoHa and LoKr on LierLa's modules, beside
-LyCORIS' own layers.
-loop: whole training steps of `lora_adapters.train` with cached latents against the same step written out by hand on
-the same models, one after the other in turns, so that both meet the same machine.
+layers: one forward and backward pass of the U-Net. All variants share the base weights (sd15: random, with SD1.5's
+shapes) and take turns in one process; the floor is the base model alone, with the gradient of its input. Printed are
+the median time, the median of each round's ratio to plain PEFT LoRA of the same rank, and the peak of resident memory
+above the weights (on Linux). --cover lycoris measures LoHa and LoKr on LierLa's modules, next to LyCORIS' own layers.
+loop: whole training steps of `lora_adapters.train` with cached latents, compared with the same step written by hand on
+the same models. Both take turns, so that they run under the same conditions.
 """
 
 import argparse
@@ -47,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Result(NamedTuple):
-    """A measurement: milliseconds, ratio to plain PEFT LoRA (of a loop: to its bare step), MiB above the weights."""
+    """A measurement: milliseconds, ratio to plain PEFT LoRA (loop: to the bare step), MiB above the weights."""
 
     name: str
     ms: float
@@ -62,7 +61,7 @@ def base_unet(model: str) -> UNet2DConditionModel:
     else:
         torch.manual_seed(0)
         with torch.device("meta"):
-            unet = UNet2DConditionModel(cross_attention_dim=768)  # diffusers' defaults are SD1.5's shapes otherwise
+            unet = UNet2DConditionModel(cross_attention_dim=768)  # the other defaults of diffusers are SD1.5's shapes
         unet.to_empty(device="cpu")
         for parameter in unet.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
@@ -70,12 +69,12 @@ def base_unet(model: str) -> UNet2DConditionModel:
 
 
 def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The same model with the same weights in memory, for another adapter."""
+    """A copy of the model that shares its weights, for another adapter."""
     return copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
 
 
 def variants(unet: UNet2DConditionModel, rank: int, kohya: Path | None) -> dict[str, torch.nn.Module]:
-    """Name and U-Net of each variant, in the order in which they take turns."""
+    """Name -> U-Net of each variant, in the order in which they take turns."""
     unit = max(1, rank // 4)
     configs = {
         "plain PEFT LoRA": LoraConfig(r=rank, lora_alpha=rank, target_modules=covered(unet, False)),
@@ -98,7 +97,7 @@ def variants(unet: UNet2DConditionModel, rank: int, kohya: Path | None) -> dict[
 
 
 def kohya_variants(unet: UNet2DConditionModel, rank: int, unit: int, checkout: Path) -> dict[str, torch.nn.Module]:
-    """kohya's LoRA and DyLoRA modules on the same U-Net; what they import and do not use here is left empty."""
+    """kohya's LoRA and DyLoRA modules on the same U-Net. Packages that they import but do not use here are stubs."""
     sys.path.insert(0, str(checkout))
     for name in ("cv2", "torchvision", "einops"):
         sys.modules.setdefault(name, types.ModuleType(name))
@@ -150,7 +149,7 @@ def pass_of(unet: torch.nn.Module, latent: int, batch: int) -> Step:
 
 
 def timed(step: Step) -> float:
-    """Seconds of a step; of the CPU where there is one thread, so that other work on the machine counts less."""
+    """Seconds of a step: CPU time with one thread, so that other processes affect it less, else wall time."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     step()
@@ -160,7 +159,7 @@ def timed(step: Step) -> float:
 def layers(
     model: str, latent: int, batch: int, rank: int, repeat: int, kohya: Path | None, cover: list[str]
 ) -> Iterator[Result]:
-    """Measure and print the passes of all variants that cover what `cover` says."""
+    """Measure and print the passes of all variants in the sets `cover`."""
     unet = base_unet(model)
     chosen = {
         name: one
@@ -168,11 +167,11 @@ def layers(
         if "floor" in name or _covers(name) in cover or (name == "plain PEFT LoRA" and "lycoris" in cover)
     }
     steps = {name: pass_of(one, latent, batch) for name, one in chosen.items()}
-    peaks = {name: peak_above_rest(step) for name, step in steps.items()}  # the first pass: what a cold one takes
+    peaks = {name: peak_above_rest(step) for name, step in steps.items()}  # of the first pass
     rounds: list[dict[str, float]] = []
     for _ in range(repeat):
         rounds.append({name: timed(step) for name, step in steps.items()})
-        if model != "tiny-sd":  # a round takes long, so each is shown
+        if model != "tiny-sd":  # rounds are slow, so each is printed
             shown = ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in rounds[-1].items())
             print(f"round {len(rounds)} (ms): {shown}", flush=True)
     print(f"\n{model}, latents {latent}x{latent}, batch {batch}, rank {rank}, fp32, {torch.get_num_threads()} threads")
@@ -192,14 +191,14 @@ def layers(
 
 
 def _covers(name: str) -> str:
-    """Which of the sets of variants one belongs to."""
+    """The set that a variant belongs to, for --cover."""
     if "LoHa" in name or "LoKr" in name:
         return "lycoris"
     return "c3lier" if "C3Lier" in name else "lierla"
 
 
 def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> Iterator[Result]:
-    """Measure and print whole steps of the training program against steps written by hand, in turns."""
+    """Measure and print whole steps of the training program and steps written by hand, which take turns."""
     from lora_adapters.train.options.arguments import settings
     from lora_adapters.train.training.loop import train_prepared
     from lora_adapters.train.training.setup import prepare
@@ -233,7 +232,7 @@ def loop(model: str, latent: int, batch: int, rank: int, repeat: int) -> Iterato
 
 
 def _in_turns(run: Any, latent: int, batch: int) -> tuple[list[float], list[float]]:
-    """Lists that fill while `run` trains: seconds of its steps, and of bare steps that are made between them."""
+    """Two lists that are filled while `run` trains: seconds of its steps, and of bare steps between them."""
     ours: list[float] = []
     bare: list[float] = []
     models, optimizer = run.models, run.optimizer.optimizer
@@ -266,7 +265,7 @@ def _in_turns(run: Any, latent: int, batch: int) -> tuple[list[float], list[floa
 
 
 def _models(options: argparse.Namespace, model: str) -> Any:
-    """tiny-sd whole, or with SD1.5's U-Net and a text encoder of CLIP ViT-L's shape, random weights, in its place."""
+    """tiny-sd, or tiny-sd with a random U-Net of SD1.5's shapes and a random text encoder of CLIP ViT-L's shapes."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from lora_adapters.train.models.base import load_base_models

@@ -12,7 +12,7 @@ _PARTS = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "
 
 
 def weights(folder: Path, component: str) -> dict[str, torch.Tensor]:
-    """A component's weights, text encoders' with `text_model.`."""
+    """A component's weights; text encoders' names start with `text_model.`."""
     name = "diffusion_pytorch_model" if component == "unet" else "model"
     tensors = load_file(folder / component / f"{name}.safetensors")
     if component == "unet":
@@ -21,9 +21,9 @@ def weights(folder: Path, component: str) -> dict[str, torch.Tensor]:
 
 
 def open_clip(tensors: dict[str, torch.Tensor], prefix: str, spare_layer: bool = False) -> dict[str, torch.Tensor]:
-    """The layers of a CLIP text encoder as open_clip has them: q, k and v in one tensor.
+    """The layers of a CLIP text encoder with open_clip's names, where q, k and v are one tensor.
 
-    spare_layer: with SD2.x's 24th layer, of which no output is used.
+    spare_layer: add SD2.x's 24th layer, whose output is not used.
     """
     start = "text_model.encoder.layers."
     layers = 1 + max(int(key.split(".")[3]) for key in tensors if key.startswith(start))
@@ -54,7 +54,7 @@ def original_unet_name(name: str, size: str) -> str:
 
 
 def original(kind: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """A checkpoint of kind "sd1", "sd2" or "sdxl", with something of a VAE and an integer tensor."""
+    """A checkpoint of kind "sd1", "sd2" or "sdxl", with a weight of the VAE and an integer tensor."""
     folder = GOLDEN / ("sdxl" if kind == "sdxl" else "sd15")
     made = {}
     for key, tensor in weights(folder, "unet").items():

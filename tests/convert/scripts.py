@@ -1,4 +1,4 @@
-"""Calling the file tools as their users do."""
+"""Calls the file tools as users do."""
 
 from pathlib import Path
 
@@ -39,5 +39,5 @@ def fails(capsys, *words, status=1):
 
 
 def misused(capsys, *words):
-    """The error of wrong usage."""
+    """The error message of a usage error, with exit status 2."""
     return fails(capsys, *words, status=2)

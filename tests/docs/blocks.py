@@ -10,7 +10,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
-    """A fenced block: the language behind its fence, its text, the line that the text begins in, and its heading."""
+    """A fenced block: its language, its text, the first line of the text, and its heading."""
 
     language: str
     text: str
@@ -19,7 +19,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a Markdown page that have a language, in order."""
+    """All fenced blocks with a language in a Markdown page, in order."""
     text = page.read_text(encoding="utf-8")
     found = []
     for match in _BLOCK.finditer(text):

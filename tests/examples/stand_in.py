@@ -1,4 +1,4 @@
-"""A training script in the manner of diffusers' examples: plain LoraConfig, their calls for saving and resuming."""
+"""A training script like diffusers' examples: plain LoraConfig, and their calls for saving and resuming."""
 
 import argparse
 

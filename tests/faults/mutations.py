@@ -1,4 +1,4 @@
-"""Damaging files: every change is a function of a seed alone, so that what was found can be made again."""
+"""Damages files. Every change depends only on a seed, so that failures can be reproduced."""
 
 import json
 import random
@@ -28,7 +28,7 @@ DTYPES = ("F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "F4", "F6_E2M3", "C64"
 
 
 def mutated(content: bytes, seed: int) -> bytes:
-    """The content with one to six changes, or other bytes altogether."""
+    """The content with one to six changes, or entirely random bytes."""
     rng = random.Random(seed)
     if rng.random() < 0.05:
         return rng.randbytes(rng.choice((0, 1, 7, 8, 9, 100, 5000)))
@@ -54,7 +54,7 @@ def _flip(content: bytes, rng: random.Random) -> bytes:
 
 
 def _flip_early(content: bytes, rng: random.Random) -> bytes:
-    """A bit of the first bytes, where formats keep their lengths and versions."""
+    """Flip a bit of the first bytes, where formats store lengths and versions."""
     return _flip(content[:16], rng) + content[16:]
 
 
@@ -83,7 +83,7 @@ def _truncate(content: bytes, rng: random.Random) -> bytes:
 
 
 def _number(content: bytes, rng: random.Random) -> bytes:
-    """A number of a text by one that is hard to read."""
+    """Replace a number in a text by one that is hard to parse."""
     found = list(re.finditer(rb"-?\d+(\.\d+)?", content[:20000]))
     if not found:
         return content
@@ -92,7 +92,7 @@ def _number(content: bytes, rng: random.Random) -> bytes:
 
 
 def _token(content: bytes, rng: random.Random) -> bytes:
-    """A value of a text (or a piece at any place) by another kind of value."""
+    """Replace a value in a text (or a piece anywhere) by a value of another kind."""
     found = list(re.finditer(rb'"[^"\n]{0,80}"|\btrue\b|\bfalse\b|\[[^\[\]\n]{0,80}\]', content[:20000]))
     token = rng.choice(TOKENS).encode()
     if not found or rng.random() < 0.2:
@@ -103,7 +103,7 @@ def _token(content: bytes, rng: random.Random) -> bytes:
 
 
 def _safetensors_header(content: bytes, rng: random.Random) -> bytes:
-    """A .safetensors file with a header that is well-formed and wrong, or right and strange."""
+    """A .safetensors file whose header is well-formed but wrong, or valid but unusual."""
     length = int.from_bytes(content[:8], "little")
     try:
         table = json.loads(content[8 : 8 + length])
@@ -118,7 +118,7 @@ def _safetensors_header(content: bytes, rng: random.Random) -> bytes:
         table[name]["dtype"] = rng.choice(DTYPES)
     elif kind == 2:
         table[name]["data_offsets"] = rng.choice(([0, 0], [0, 2**63], [4, 0], [-4, 0], [0, 4], "x", [0]))
-    elif kind == 3:  # two tensors that say they are each other
+    elif kind == 3:  # two tensors with swapped entries
         other = rng.choice(names)
         table[name], table[other] = table[other], table[name]
     elif kind == 4:

@@ -1,4 +1,4 @@
-"""Every reader of the project, with a good file for each: what is damaged, and what is called with it."""
+"""Every reader of the project, with a valid file to damage and the function that reads it."""
 
 import contextlib
 import io
@@ -47,7 +47,7 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny-sd"
 
 @dataclass(frozen=True)
 class Reader:
-    """`file` is damaged, `read` is called; `shares` readers of the same files in one folder."""
+    """`file` is damaged, then `read` is called; `shares` is for readers of the same files in one folder."""
 
     name: str
     file: Path
@@ -55,7 +55,7 @@ class Reader:
 
 
 def small_adapter(alpha: float = 2.0, components: tuple[str, ...] = ("unet", "text_encoder")) -> Adapter:
-    """Two modules a component, rank 2."""
+    """An adapter with two modules per component, rank 2."""
     paths = {
         "unet": ("mid_block.attentions.0.proj_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"),
         "text_encoder": ("text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.self_attn.k_proj"),
@@ -67,21 +67,21 @@ def small_adapter(alpha: float = 2.0, components: tuple[str, ...] = ("unet", "te
 
 
 def _loaded(path: Path) -> None:
-    """An adapter as `info` and a save in another format use it: mapped tensors are read, and everything is said."""
+    """Use an adapter as `info` and a conversion do: read all mapped tensors, and print all facts."""
     adapter = Adapter.load(path)
     as_text(facts(adapter, path))
     adapter.to(torch.float32).scale(0.5).with_common_alpha()
 
 
 def _loaded_of_other_kinds(path: Path) -> None:
-    """The same for adapters that are more than pairs, which are written as they were."""
+    """The same for adapters with other deltas than low-rank pairs, which are written unchanged."""
     adapter = Adapter.load(path)
     as_text(facts(adapter, path))
     adapter.save(path.with_name("again.safetensors"))
 
 
 def _convert(main: Callable[[list[str]], int], argv: list[str]) -> None:
-    """A program, in this process. What it refuses is one line and status 1."""
+    """Run a program in this process. A refusal must be one line and status 1."""
     said, shown = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
         status = main(argv)
@@ -108,7 +108,7 @@ def _weighed(path: Path) -> None:
 
 
 def adapters(folder: Path) -> Iterator[Reader]:
-    """Adapter.load of each format, and the programs that show and convert them."""
+    """Readers of adapters: Adapter.load for each format, and the programs that show and convert them."""
     from lora_adapters.convert.convert_format import main as convert
 
     adapter = small_adapter()
@@ -177,7 +177,7 @@ def adapters(folder: Path) -> Iterator[Reader]:
 
 
 def checkpoints(folder: Path) -> Iterator[Reader]:
-    """Base models as files."""
+    """Readers of base models in files."""
     from safetensors.torch import save_file
 
     tensors = _checkpoint_tensors()
@@ -188,7 +188,7 @@ def checkpoints(folder: Path) -> Iterator[Reader]:
 
 
 def data(folder: Path) -> Iterator[Reader]:
-    """What images, captions, caches and their configuration are read from."""
+    """Readers of images, captions, caches and their configuration."""
     images = folder / "images"
     images.mkdir()
     for number, kind in enumerate(("png", "jpg", "webp")):
@@ -232,7 +232,7 @@ def data(folder: Path) -> Iterator[Reader]:
 
 
 def training(folder: Path) -> Iterator[Reader]:
-    """States, settings and prompts of training runs."""
+    """Readers of states, settings and prompts of training runs."""
     state = {
         "weights": {"unet.x.lora_A.weight": torch.randn(2, 6)},
         "optimizer": {
@@ -275,7 +275,7 @@ def training(folder: Path) -> Iterator[Reader]:
 
 
 def every(folder: Path) -> list[Reader]:
-    """All of them, each with its good files in a folder of its own."""
+    """All readers, each group with its valid files in its own folder."""
     found = []
     for make in (adapters, checkpoints, data, training):
         place = folder / make.__name__

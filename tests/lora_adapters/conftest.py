@@ -1,4 +1,4 @@
-"""Pipelines of the tiny golden models, made anew for each test from models that are read once."""
+"""Pipelines of the tiny golden models: copied for each test from models that are loaded once."""
 
 import copy
 from functools import cache
@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def _groups_are_offloaded() -> bool:
-    """Whether diffusers offloads groups of layers here; old versions ask for an accelerator even if none is used."""
+    """Whether diffusers' group offloading works here; old versions need an accelerator even if it is not used."""
     try:
         apply_group_offloading(nn.Linear(1, 1), *[torch.device("cpu")] * 2, offload_type="leaf_level")
     except AttributeError:

@@ -1,4 +1,4 @@
-"""What a tiny golden pipeline puts out on the golden inputs, and how far that is from what is expected."""
+"""Outputs of a tiny golden pipeline for the golden inputs, and their distance from the expected outputs."""
 
 import torch
 
@@ -14,7 +14,7 @@ def outputs(pipe, golden):
 
 
 def error(found, wanted, base):
-    """The greatest distance of any part from what is wanted, against the change that the adapter makes."""
+    """The largest distance of an output from the expected one, relative to the change that the adapter causes."""
     errors = []
     for part, value in found.items():
         change = (wanted[part] - base[part]).norm().item()

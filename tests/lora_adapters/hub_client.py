@@ -1,4 +1,4 @@
-"""The real huggingface_hub, turned to a HubServer in this process."""
+"""Points the real huggingface_hub to a HubServer in this process."""
 
 import pytest
 
@@ -6,12 +6,12 @@ from .hub_server import HubServer
 
 
 def client_at(hub: HubServer, cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Online, with an empty cache, no stored token and LFS uploads; everything undone by monkeypatch."""
+    """Use `hub` online, with an empty cache, without a stored token and with LFS uploads; monkeypatch undoes it."""
     from huggingface_hub import constants, file_download, hf_api
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    for module in (constants, file_download):  # versions before 1.0 keep a copy in the second
+    for module in (constants, file_download):  # versions before 1.0 have a copy in file_download
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
     set_offline(monkeypatch, False)
@@ -24,10 +24,10 @@ def client_at(hub: HubServer, cache, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def set_offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
-    """As HF_HUB_OFFLINE=1, or 0, at the start of the process."""
+    """Same as starting the process with HF_HUB_OFFLINE=1 or 0."""
     from huggingface_hub import constants, utils
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    reset = getattr(utils, "reset_sessions", None)  # before 1.0, a session keeps what it was at its start
+    reset = getattr(utils, "reset_sessions", None)  # before 1.0, a session keeps its initial state
     if reset is not None:
         reset()

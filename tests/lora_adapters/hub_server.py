@@ -1,11 +1,11 @@
-"""A Hub of our own on 127.0.0.1: the endpoints that huggingface_hub uses to make, fill, list and read repositories.
+"""A local Hub server on 127.0.0.1 with the endpoints that huggingface_hub uses to create, write and read repositories.
 
     with HubServer() as hub:
-        hub.endpoint                       # what HF_ENDPOINT is to be
+        hub.endpoint                       # the value for HF_ENDPOINT
         hub.repos["me/x"].files("main")    # {path: bytes}
 
-Every commit is a whole table of files. Repositories may be private or gated; `hub.fail(n)` answers the next n requests
-of a kind with 503, as a Hub in trouble does.
+Every commit stores all files. Repositories may be private or gated; `hub.fail(n)` answers the next n matching requests
+with status 503, to simulate an outage.
 """
 
 import base64
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_of_me"  # the one that may do everything; hf_reader may only read public repositories
+TOKEN = "hf_of_me"  # has all rights; hf_reader can only read public repositories
 _LFS_FROM = 1024  # bytes; larger files, and all weights, go through LFS
 
 
@@ -33,7 +33,7 @@ class Repo:
         self.put("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
 
     def put(self, ref: str, files: dict[str, bytes], message: str) -> str:
-        """A new commit on a branch."""
+        """Add a commit to a branch."""
         commit = hashlib.sha1(f"{len(self.commits)}".encode()).hexdigest()
         self.commits[commit], self.refs[ref] = dict(files), commit
         self.messages.append(message)
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.answer(404, {"error": f"no endpoint {path}"})
 
-    # --- who may do what ---------------------------------------------------------------------------------------
+    # --- permissions -------------------------------------------------------------------------------------------
 
     def may_read(self, name: str) -> Repo | None:
         repo = self.hub.repos.get(name)
@@ -244,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class HubServer:
-    """The server, in a thread; `requests` lists (method, path) of all that was asked."""
+    """The server, in a thread. `requests` lists (method, path) of all requests."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -258,7 +258,7 @@ class HubServer:
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
 
     def fail(self, times: int, path: str = "", status: int = 503) -> None:
-        """Answer the next requests whose path the pattern finds with that status, and without saying why."""
+        """Answer the next `times` requests whose path matches the pattern with this status, without a reason."""
         self.failing, self.failing_path, self.failing_status = times, path, status
 
     def __enter__(self) -> "HubServer":

@@ -1,4 +1,4 @@
-"""Models that PEFT's users put adapters on, one of each sort, with an input."""
+"""One model of each sort that PEFT's users put adapters on, with an input."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from .conftest import expected, make_pipeline
 
 
 class Custom(nn.Module):
-    """Linear layers and convolutions, none of them in a block that Stable Diffusion has."""
+    """A model of linear layers and convolutions, without Stable Diffusion's blocks."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ TARGETS = ["conv", "point", "body.0", "body.2"]
 
 
 def config(kind, model, **options):
-    """A config of that kind; for the custom model it is told what to adapt."""
+    """A config of that kind, with target_modules for the custom model."""
     cls, own = CONFIGS[kind]
     if model == "custom":
         options["target_modules"] = TARGETS
@@ -57,7 +57,7 @@ def config(kind, model, **options):
 
 
 def fill(model, adapter_name="default", seed=1):
-    """Give the adapter's `up` matrices, which are zero, something to do."""
+    """Fill the adapter's `up` matrices, which are initialised with zeros, with random numbers."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

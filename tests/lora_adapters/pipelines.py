@@ -1,4 +1,4 @@
-"""The pipelines of Stable Diffusion that take LoRA, tiny and with random weights, and how each is called."""
+"""Tiny Stable Diffusion pipelines that support LoRA, with random weights, and how each is called."""
 
 import copy
 import inspect
@@ -34,7 +34,7 @@ def _components(architecture: str, folder: Path) -> dict:
     parts = pipe.components
     torch.manual_seed(1)
     parts["controlnet"] = ControlNetModel.from_unet(parts["unet"], conditioning_channels=3)
-    with torch.no_grad():  # its zero convolutions would have no say
+    with torch.no_grad():  # else its zero convolutions would have no effect
         for part in (*parts["controlnet"].controlnet_down_blocks, parts["controlnet"].controlnet_mid_block):
             part.weight.normal_(std=0.1)
     return parts
@@ -45,7 +45,7 @@ def architecture(kind: str) -> str:
 
 
 def make(kind: str, folder: Path) -> DiffusionPipeline:
-    """A pipeline of its own weights."""
+    """A pipeline with its own copy of the weights."""
     parts = copy.deepcopy(_components(architecture(kind), folder))
     if "ControlNet" not in kind:
         del parts["controlnet"]
@@ -60,7 +60,7 @@ def make(kind: str, folder: Path) -> DiffusionPipeline:
 
 @torch.no_grad()
 def latents_of(pipe: DiffusionPipeline, **options) -> torch.Tensor:
-    """The latents of an image in two or three steps, always the same."""
+    """The latents of an image after two or three steps; deterministic."""
     kind = type(pipe).__name__
     if "Img2Img" in kind:
         options |= {"image": IMAGE, "strength": 0.8}
@@ -93,7 +93,7 @@ def state(pipe: DiffusionPipeline) -> dict:
 
 @cache
 def adapter(name: str, arch: str, folder: Path) -> Adapter:
-    """One of ADAPTERS with random weights, as data."""
+    """One of ADAPTERS with random weights, as an `Adapter`."""
     pipe = make("StableDiffusionXL" if arch == "sdxl" else "StableDiffusion", folder)
     torch.manual_seed(len(name))
     unet, text = ADAPTERS[name]
@@ -108,7 +108,7 @@ def adapter(name: str, arch: str, folder: Path) -> Adapter:
 
 @torch.no_grad()
 def add_to_weights(pipe: DiffusionPipeline, change: Adapter, weight: float = 1.0) -> None:
-    """weight times the adapter's change, into the very weights of the pipeline, with nothing of PEFT in it."""
+    """Add weight times the adapter's delta to the pipeline's weights, without PEFT."""
     for module, pair in change.modules.items():
         model = models(pipe)[module.component]
         path = module.path if hasattr(model, "text_model") else module.path.removeprefix("text_model.")
@@ -117,7 +117,7 @@ def add_to_weights(pipe: DiffusionPipeline, change: Adapter, weight: float = 1.0
 
 
 def by_hand(kind: str, folder: Path, *changes: tuple[Adapter, float]) -> torch.Tensor:
-    """The latents of a pipeline to whose weights the adapters' changes are added."""
+    """The latents of a pipeline with the adapters' deltas merged into its weights."""
     pipe = make(kind, folder)
     for one, weight in changes:
         add_to_weights(pipe, one, weight)

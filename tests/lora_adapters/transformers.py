@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusion transformers, and adapters for them in kohya's names."""
+"""Tiny pipelines of diffusion transformers, and adapters for them with kohya's names."""
 
 import diffusers
 import torch
@@ -92,7 +92,7 @@ def transformer(name: str, seed: int = 0) -> torch.nn.Module:
 
 
 def flux(text: bool = True) -> diffusers.FluxPipeline:
-    """A pipeline of a tiny Flux.1, with CLIP and T5 unless it is without text encoders."""
+    """A pipeline of a tiny Flux.1, with or without CLIP and T5."""
     model = transformer("FluxTransformer2DModel")
     clip = (
         CLIPTextModel(CLIPTextConfig(**_TEXT, hidden_size=8, intermediate_size=16, num_attention_heads=2))
@@ -124,7 +124,7 @@ def pair(name: str, rows: int, columns: int, rank: int, alpha: float | None, see
 
 
 def flux_file() -> dict[str, torch.Tensor]:
-    """An adapter of each kind of layer in Flux.1, and of both text encoders; ranks and alphas differ."""
+    """An adapter with each kind of layer in Flux.1 and both text encoders; ranks and alphas differ."""
     return {
         **pair("lora_unet_double_blocks_0_img_attn_qkv", 48, 16, 4, 2.0, 1),
         **pair("lora_unet_double_blocks_1_txt_attn_qkv", 48, 16, 2, 3.0, 2),

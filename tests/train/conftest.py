@@ -23,7 +23,7 @@ WORDS = ["a", "red", "green", "blue", "square", "disc", "on", "white"]
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """Letters and a few words, in windows of 77 as CLIP's."""
+    """A CLIP tokenizer for letters and a few words, with windows of 77 tokens."""
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -37,7 +37,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
                 pieces.append("".join(pair))
             parts = ["".join(pair), *parts[2:]]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:  # what both transformers 4 and 5 make a tokenizer of
+    with tempfile.TemporaryDirectory() as folder:  # files that transformers 4 and 5 can both load
         vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
         Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
@@ -157,7 +157,7 @@ def sdxl(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """A folder that holds `1_shape` with 8 images, as --train_data_dir wants it."""
+    """A folder for --train_data_dir: it contains `1_shape` with 8 images."""
     folder = tmp_path_factory.mktemp("images")
     draw_images(folder / "1_shape")
     return folder
@@ -184,7 +184,7 @@ def basics(sd1, images, tmp_path) -> dict:
 
 @pytest.fixture
 def fake_batch():
-    """A batch as the data give it, of cached latents."""
+    """A function that creates a batch with cached latents, like TrainingData's."""
 
     def make(n: int = 2, **changes) -> SimpleNamespace:
         g = torch.Generator().manual_seed(n)

@@ -1,4 +1,4 @@
-"""Images, folders and a tiny VAE for the tests of the data side."""
+"""Images, folders and a tiny VAE for the tests of train/data."""
 
 import random
 from pathlib import Path
@@ -16,7 +16,7 @@ LATENT_FILES = LatentFiles("_sd.npz", unsized=".npz")
 
 
 def drawn_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Smooth random colours, different for each seed and nowhere symmetrical."""
+    """An image with smooth random colours, different for each seed and without symmetries."""
     numbers = random.Random(seed)
     small = Image.new("RGB", (4, 4))
     small.putdata([tuple(numbers.randrange(256) for _ in range(3)) for _ in range(16)])
@@ -24,7 +24,7 @@ def drawn_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def folder(path: Path, sizes: list[tuple[int, int]], captions: list[str] | None = None, suffix: str = ".png") -> Path:
-    """`path` with images 0, 1, ... of `sizes`, each with its caption where there are captions."""
+    """Fill the folder `path` with images 0, 1, ... of `sizes`, and their captions if given."""
     path.mkdir(parents=True, exist_ok=True)
     for number, size in enumerate(sizes):
         drawn_image(size, number).save(path / f"{number}{suffix}")
@@ -34,7 +34,7 @@ def folder(path: Path, sizes: list[tuple[int, int]], captions: list[str] | None 
 
 
 def data(images: Path, *, seed: int = 7, file: dict[str, Any] | None = None, **options: Any) -> TrainingData:
-    """TrainingData of one folder as a json dataset file beside it; `options` are the dataset's and the subset's."""
+    """TrainingData of one folder, through a json dataset file next to it. `options`: for the dataset and the subset."""
     import json
 
     config = images.parent / f"{images.name}.json"
@@ -43,7 +43,7 @@ def data(images: Path, *, seed: int = 7, file: dict[str, Any] | None = None, **o
 
 
 def small_vae() -> AutoencoderKL:
-    """Random weights, 8x8 pixels a latent."""
+    """A VAE with random weights and 8x8 pixels per latent."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,

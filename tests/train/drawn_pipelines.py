@@ -1,4 +1,4 @@
-"""Tiny pipelines that generate images and are not trained, as folders."""
+"""Tiny pipelines of families for image generation only, as folders."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ TEXT = {
 
 
 def build_chroma(folder: Path) -> Path:
-    """Chroma's layout: two double blocks, two single ones, T5 alone."""
+    """Chroma's layout: two double and two single blocks, and T5 as the only text encoder."""
     torch.manual_seed(0)
     transformer = ChromaTransformer2DModel(
         patch_size=1,
@@ -57,7 +57,7 @@ def build_chroma(folder: Path) -> Path:
 
 
 def build_qwen_image(folder: Path) -> Path:
-    """Qwen-Image's layout: two blocks, a VAE of images in time, Qwen2.5-VL."""
+    """Qwen-Image's layout: two blocks, a video VAE, Qwen2.5-VL."""
     torch.manual_seed(0)
     own_vae = AutoencoderKLQwenImage(
         base_dim=24,
@@ -114,8 +114,8 @@ def build_lumina2(folder: Path) -> Path:
 
 
 def build_zimage(folder: Path) -> Path:
-    """Z-Image's layout: two blocks and their refiners, Qwen3, whose tokenizer has a template for chats."""
-    from diffusers import ZImagePipeline, ZImageTransformer2DModel  # not in the oldest version that is supported
+    """Z-Image's layout: two blocks and their refiners, and Qwen3, whose tokenizer has a chat template."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel  # not in the oldest supported version
 
     torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(

@@ -1,4 +1,4 @@
-"""Drawing in tests: small adapters, and the program run in this process on tiny models."""
+"""Image generation in tests: small adapters, and the program run in this process on tiny models."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ QUICK = ["--steps", "3", "--scale", "3", "--seed", "5"]
 
 
 def adapter_for(model: Path, file: Path, seed: int = 0, rank: int = 4, dylora: DyLora | None = None) -> Path:
-    """A random adapter for attention layers of the model's U-Net and for its text encoder, strong enough to be seen."""
+    """A random adapter for layers of the model's U-Net and text encoder, strong enough to change images visibly."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(model)
@@ -36,7 +36,7 @@ def adapter_for(model: Path, file: Path, seed: int = 0, rank: int = 4, dylora: D
 
 
 def draw(model: Path, out: Path, *options: object) -> list[np.ndarray]:
-    """The images that the program draws, in the order of their names."""
+    """The images that the program generates, sorted by name."""
     assert main(["--ckpt", str(model), "--outdir", str(out), *QUICK, *map(str, options)]) == 0
     return [pixels(file) for file in sorted(out.iterdir())]
 
@@ -47,7 +47,7 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def differ(a: np.ndarray, b: np.ndarray) -> int:
-    """The largest difference of a pixel's channel, of 255."""
+    """The largest difference of a channel of a pixel, from 0 to 255."""
     assert a.shape == b.shape
     return int(np.abs(a - b).max())
 
@@ -56,7 +56,7 @@ _PARAM = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 def web_ui_reads(text: str) -> dict[str, str]:
-    """What a reader of the web UI's form finds: the last line is a list of `key: value`, quoted where need be."""
+    """Parse settings text as AUTOMATIC1111's web UI does: the last line is a list of `key: value`, quoted if needed."""
     *lines, last = text.strip().split("\n")
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
     found = {"Prompt": prompt, "Negative prompt": negative}

@@ -1,4 +1,4 @@
-"""A tiny SD1 model as a checkpoint file, with the names that the original Stable Diffusion code has."""
+"""A tiny SD1 model as a checkpoint file with the names of the original Stable Diffusion code."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def unet_name(name: str) -> str:
 
 
 def vae_name(name: str) -> str:
-    """The original name of a VAE weight; four levels."""
+    """The original name of a weight of a VAE with four levels."""
     name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
     name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
     if "mid_block.attentions.0" in name:

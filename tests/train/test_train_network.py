@@ -132,7 +132,7 @@ def test_full_disk_while_saving(basics, tmp_path, capsys, monkeypatch) -> None:
     said = capsys.readouterr().err
     assert "No space left on device" in said.splitlines()[-1]
     assert [f"step {step} is not saved" in said for step in (1, 2, 3)] == [True] * 3
-    assert said.count("trying again in 0 s: make room") == 2
+    assert said.count("trying again in 0 s: free some disk space") == 2
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

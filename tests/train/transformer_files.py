@@ -1,4 +1,4 @@
-"""The parts of tiny transformers' folders as files, as kohya's trainers and ComfyUI take them."""
+"""Parts of tiny transformer models as separate files, in the layout of kohya's trainers and ComfyUI."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def original_vae(folder: Path) -> Tensors:
 
 
 def text(folder: Path, component: str) -> Tensors:
-    """A text encoder's tensors, CLIP's with the `text_model.` that its files have."""
+    """A text encoder's tensors; CLIP's names start with `text_model.`, as in such files."""
     found = load_file(folder / component / "model.safetensors")
     clip = any("self_attn" in name for name in found)
     bare = ("text_model.", "text_projection.")
@@ -46,7 +46,7 @@ def with_prefix(prefix: str, tensors: Tensors) -> Tensors:
 
 
 def flux_files(folder: Path, to: Path) -> dict[str, str]:
-    """Flux.1's four files, by option; --model_config is the folder that they are of."""
+    """Write Flux.1's four files. Returns option -> path; --model_config is the source folder."""
     to.mkdir(exist_ok=True)
     save_file(original_transformer(folder, "flux"), to / "flux.safetensors")
     save_file(text(folder, "text_encoder"), to / "clip_l.safetensors")
@@ -60,7 +60,7 @@ def flux_files(folder: Path, to: Path) -> dict[str, str]:
 
 
 def sd3_file(folder: Path, to: Path, texts: tuple[str, ...] = ("clip_l", "clip_g", "t5xxl")) -> dict[str, str]:
-    """SD3 as one file, with these text encoders."""
+    """Write SD3 as one file with these text encoders. Returns option -> path."""
     components = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
     tensors = with_prefix("model.diffusion_model.", original_transformer(folder, "sd3"))
     tensors |= with_prefix("first_stage_model.", original_vae(folder))

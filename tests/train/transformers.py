@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusion transformers with all their parts, as folders: 16 latent channels, CLIP and T5."""
+"""Tiny pipelines of diffusion transformers with all parts, as folders: CLIP and T5 text encoders."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CHANNELS = 4
 
 
 def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, an end token and padding, as T5's."""
+    """A tokenizer of whole words with an end token and padding, like T5's."""
     vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -52,7 +52,7 @@ def vae() -> AutoencoderKL:
 
 
 def build_flux(folder: Path, guidance: bool = True) -> Path:
-    """Flux.1's layout: two double blocks, two single ones, tokens of 2x2 latents; dev's with guidance."""
+    """Flux.1's layout with two double and two single blocks; with `guidance` that of Flux.1 dev."""
     torch.manual_seed(0)
     clip = tiny_tokenizer()
     transformer = FluxTransformer2DModel(
@@ -81,7 +81,7 @@ def build_flux(folder: Path, guidance: bool = True) -> Path:
 
 
 def build_sd3(folder: Path, dual: tuple[int, ...] = ()) -> Path:
-    """SD3's layout: two joint blocks, three text encoders; SD3.5 medium's with `dual` attention."""
+    """SD3's layout with two joint blocks and three text encoders; with `dual` attention that of SD3.5 medium."""
     torch.manual_seed(0)
     clip = tiny_tokenizer()
     transformer = SD3Transformer2DModel(

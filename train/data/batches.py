@@ -1,6 +1,6 @@
-"""Which images make a batch, in which order, and how several processes share them.
+"""Which images form a batch, in which order, and how several processes share them.
 
-An entry is one use of one image in an epoch; entries have numbers. Nothing here knows what an image is.
+An entry is one use of one image in an epoch. Entries are only numbers here.
 """
 
 import math
@@ -14,7 +14,7 @@ from lora_adapters.train.seeding import python_random
 
 @dataclass(frozen=True)
 class Group:
-    """Entries that may share a batch: one dataset, one bucket."""
+    """Entries of the same dataset and bucket, which may share a batch."""
 
     batch_size: int
     entries: Sequence[int]
@@ -22,7 +22,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of a batch of `total` entries, from number `start` on, and the factor on the loss of each."""
+    """One process's entries of a batch of `total` entries, from index `start` on, with a loss weight for each."""
 
     entries: tuple[int, ...]
     weights: tuple[float, ...]
@@ -32,14 +32,14 @@ class Share:
 
 @dataclass
 class Batch:
-    """One batch on the CPU, b samples of one size. Sizes and crops are (height, width) and (top, left) in pixels.
+    """A batch of b samples of the same size, on the CPU. Sizes are (height, width) and crops (top, left), in pixels.
 
-    loss_weights multiply each sample's loss before the mean over the batch. sample_seeds are one number a sample that
-    depends on the run's seed, the epoch and the sample alone: noise drawn from them is the same for any number of
-    processes and after a resume. The b samples are those from number `start` on of `total` in all processes.
+    loss_weights multiply each sample's loss before the mean over the batch. sample_seeds depend only on the run's seed,
+    the epoch and the sample, so that noise drawn from them is the same for any number of processes and after resuming.
+    The b samples start at index `start` of the `total` samples of all processes.
     """
 
-    images: torch.Tensor | None  # (b, 3, height, width) in [-1, 1]; None where latents are cached
+    images: torch.Tensor | None  # (b, 3, height, width) in [-1, 1]; None if latents are cached
     latents: torch.Tensor | None  # (b, 4, height/8, width/8), unscaled; None if they are not cached
     captions: list[str]
     text: dict[str, torch.Tensor] | None  # cached text-encoder outputs, (b, ...) each
@@ -51,10 +51,10 @@ class Batch:
     sample_seeds: torch.Tensor  # (b,) int64
     start: int
     total: int
-    damaged: dict[str, str] = field(default_factory=dict)  # images that others stand in for: the reason, by name
+    damaged: dict[str, str] = field(default_factory=dict)  # images that were replaced by others: name -> reason
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory; the data loader calls it."""
+        """Move the tensors to page-locked memory; the data loader calls it."""
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.pin_memory())
@@ -64,25 +64,25 @@ class Batch:
 
 
 def batch_count(groups: Sequence[Group], world_size: int) -> int:
-    """Batches in an epoch, the same for every process."""
+    """The number of batches in an epoch, which is the same for every process."""
     return sum(math.ceil(len(group.entries) / (group.batch_size * world_size)) for group in groups)
 
 
 def plan_epoch(groups: Sequence[Group], seed: int, epoch: int, world_size: int, *, shuffle: bool) -> list[list[int]]:
-    """The batches of an epoch over all processes together, in order.
+    """The batches of an epoch for all processes together, in order.
 
-    Each group is shuffled and cut into batches of batch_size * world_size, of which the last may be smaller; then the
-    batches are shuffled. So w processes with batch size b see the batches of one process with batch size w * b.
+    Each group is shuffled and cut into batches of batch_size * world_size (the last may be smaller); then the batches
+    are shuffled. So w processes with batch size b get the batches of one process with batch size w * b.
 
     Args:
-        groups: Images that may share a batch: those of one dataset and bucket.
+        groups: Groups of entries that may share a batch.
         seed: The seed of the run.
         epoch: The number of the epoch, from 0.
         world_size: The number of processes.
         shuffle: False keeps the order of the entries.
 
     Returns:
-        Lists of entries.
+        A list of entries for each batch.
     """
     batches = []
     for number, group in enumerate(groups):
@@ -97,14 +97,14 @@ def plan_epoch(groups: Sequence[Group], seed: int, epoch: int, world_size: int, 
 
 
 def share(batch: Sequence[int], rank: int, world_size: int) -> Share:
-    """The part of a batch that a process trains, with weights that make the gradients those of one process.
+    """One process's share of a batch, with loss weights that give the same gradients as a single process.
 
-    A batch that does not divide evenly is distributed as evenly as possible. If it has fewer entries than there are
-    processes, the others get its first entry with weight 0. With the weights the mean over processes of the mean over
-    each part equals the mean over the whole batch.
+    A batch is distributed as evenly as possible. If it has fewer entries than there are processes, the remaining
+    processes get its first entry with weight 0. With the weights, the mean over processes of the mean over each share
+    equals the mean over the whole batch.
 
     Args:
-        batch: The entries of the batch of all processes.
+        batch: The entries of the batch for all processes.
         rank: The number of the process, from 0.
         world_size: The number of processes.
 

@@ -1,7 +1,6 @@
-"""Aspect-ratio buckets: which size each image is trained at.
+"""Aspect-ratio buckets: the size at which each image is trained.
 
-Sizes are (width, height) in pixels. Every image of a bucket is scaled until it covers the bucket's size, and what
-stands over is cropped.
+Sizes are (width, height) in pixels. Every image is scaled to cover its bucket's size, and then cropped to it.
 """
 
 import math
@@ -14,22 +13,22 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Placement:
-    """An image's way to its training size: scale to `resized`, then crop to `bucket`."""
+    """How an image gets its training size: it is scaled to `resized`, then cropped to `bucket`."""
 
     bucket: Size
     resized: Size
 
 
 def cover(size: Size, target: Size) -> Size:
-    """`size` scaled with its aspect kept until it just covers `target`."""
+    """The smallest size with the aspect ratio of `size` that covers `target`."""
     scale = max(target[0] / size[0], target[1] / size[1])
     return max(target[0], int(size[0] * scale + 0.5)), max(target[1], int(size[1] * scale + 0.5))
 
 
 def bucket_sizes(resolution: Size, smallest: int, largest: int, steps: int) -> list[Size]:
-    """All bucket sizes whose sides are multiples of `steps` and whose area is at most that of the resolution.
+    """All bucket sizes whose sides are multiples of `steps` and whose area is at most the resolution's.
 
-    For each side the other side is the longest that fits the area.
+    For each length of one side, the other side is the longest that fits into the area.
 
     Args:
         resolution: (width, height) in pixels.
@@ -52,35 +51,34 @@ def bucket_sizes(resolution: Size, smallest: int, largest: int, steps: int) -> l
 
 
 class Buckets:
-    """The sizes of one dataset.
+    """The buckets of one dataset.
 
-    Without `enable_bucket` there is one size, the resolution. With it, an image goes to the size whose width / height
-    is nearest its own. With `bucket_no_upscale` an image is never enlarged: it is scaled down to the area if larger,
-    and its sides are cut to multiples of the steps, so that the size never exceeds the area; min_bucket_reso and
-    max_bucket_reso then have no meaning.
+    Without `enable_bucket` the only size is the resolution. With it, an image gets the size with the nearest aspect
+    ratio. With `bucket_no_upscale` images are never enlarged: larger images are scaled down to the resolution's area,
+    and sides are cropped to multiples of the steps; min_bucket_reso and max_bucket_reso then have no effect.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
         self.resolution, self.enabled = config.resolution, config.enable_bucket
         self.area = self.resolution[0] * self.resolution[1]
         self.steps, self.no_upscale = config.bucket_reso_steps, config.bucket_no_upscale
-        # Half of the resolution, where that is less than the usual 256, leaves small models with more than squares.
+        # With 256, the usual value, models of small resolutions would only have square buckets.
         self.smallest = config.min_bucket_reso or min(256, max(VAE_FACTOR, min(self.resolution) // 2))
         self.largest = config.max_bucket_reso or max(1024, *self.resolution)
         self.sizes = [self.resolution]
         if self.enabled:
             self.sizes = bucket_sizes(self.resolution, self.smallest, self.largest, self.steps)
-        self._placed: dict[Size, Placement] = {}  # most images of a set share a few sizes
+        self._placed: dict[Size, Placement] = {}  # a cache, since many images have the same size
 
     def place(self, size: Size) -> Placement:
-        """Where an image of `size` goes."""
+        """The placement of an image of `size`."""
         if size not in self._placed:
             without = self.enabled and self.no_upscale
             self._placed[size] = self._place_without_enlarging(size) if without else self._place(size)
         return self._placed[size]
 
     def aspect_error(self, size: Size) -> float:
-        """How far the bucket's width / height is from the image's."""
+        """The difference between the aspect ratios (width / height) of the bucket and the image."""
         return abs(_aspect(self.place(size).bucket) - _aspect(size))
 
     def _place(self, size: Size) -> Placement:
@@ -91,18 +89,18 @@ class Buckets:
         if size[0] * size[1] <= self.area:
             return self._cut(size)
         width, height = (math.sqrt(self.area * size[i] / size[1 - i]) for i in (0, 1))
-        # Round one side to the steps, so that only the other is cropped: the side that bends the aspect less.
+        # Round one side to the steps, so that only the other is cropped: the side that changes the aspect less.
         by_height = self._cut(cover(size, (self.steps, self._floor(height + 0.5))))
         by_width = self._cut(cover(size, (self._floor(width + 0.5), self.steps)))
         within = [placed for placed in (by_height, by_width) if placed.bucket[0] * placed.bucket[1] <= self.area]
-        if not within:  # half a pixel was too much, with small steps
+        if not within:  # rounding up exceeded the area, which happens with small steps
             bucket = self._cut((int(width), int(height))).bucket
             return Placement(bucket, cover(size, bucket))
         return min(within, key=lambda placed: abs(_aspect(placed.bucket) - _aspect(size)))
 
     def _cut(self, resized: Size) -> Placement:
-        """Both sides down to the steps; only a side shorter than one step is enlarged, to that step."""
-        longest = self.area // self.steps  # beside a side that was enlarged
+        """Crop both sides to multiples of the steps. A side shorter than one step is enlarged to one step."""
+        longest = self.area // self.steps  # limit for the other side of an enlarged side
         bucket = self._floor(min(resized[0], longest)), self._floor(min(resized[1], longest))
         fits = resized[0] >= bucket[0] and resized[1] >= bucket[1]
         return Placement(bucket, resized if fits else cover(resized, bucket))

@@ -1,12 +1,12 @@
-"""Latents and text-encoder outputs on disk, beside the images, in files that kohya's scripts read and write too.
+"""Caches of latents and text-encoder outputs next to the images, in files that are compatible with kohya's scripts.
 
-`<stem>_<width>x<height>_<family>.npz` (size of the image, four digits at least) holds an entry for each
-size of latents that the image was cached in: `latents_<h>x<w>` (height and width in latent pixels), and with the same
-suffix original_size, crop_ltrb and where needed latents_flipped and alpha_mask. Files of older versions have one entry,
-without a suffix. `<stem>_te_outputs.npz` holds text-encoder outputs. Keys of our own tell what an entry was made from
-(vae, interpolation, and as picture the date and size of the image's file; caption, encoder); an entry without them is
-assumed valid. `checksum` ties them to the latents beside them: another program that writes an entry anew leaves our
-keys as they are.
+`<stem>_<width>x<height>_<family>.npz` (size of the image, with at least four digits) contains an entry for each bucket
+size: `latents_<h>x<w>` (height and width in latent pixels) and, with the same suffix, original_size, crop_ltrb and
+optionally latents_flipped and alpha_mask. Files of older versions have one entry without a suffix.
+`<stem>_te_outputs.npz` contains text-encoder outputs. Additional keys, which kohya's scripts do not write, record what
+an entry was made from (vae, interpolation, and as "picture" the date and size of the image file; caption, encoder). An
+entry without them is assumed to be valid. `checksum` ties these keys to the latents, since another program may replace
+the latents without updating the keys.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ from lora_adapters.train.data_error import DataError
 
 _ENCODER = ("encoder.", "quant_conv.")
 TEXT_ENDING = "_te_outputs.npz"
-_FILE = "picture"  # the key of an image file's date and size; another name would outdate the caches that exist
+_FILE = "picture"  # key of the image file's date and size; another name would invalidate existing caches
 _OF_ENTRY = (
     "latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb",
     "vae", "interpolation", _FILE, "checksum",
 )  # fmt: skip
-LARGEST = 1 << 30  # bytes of an array; a compressed file of a few may say it has terabytes
+LARGEST = 1 << 30  # maximum bytes of an array: a small compressed file may claim to contain terabytes
 
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """Unscaled float32 latents (c, height/8, width/8), the same of the mirrored image, and a mask (height, width)."""
+    """Unscaled float32 latents (c, height/8, width/8) of an image and its mirror image, and a mask (height, width)."""
 
     latents: torch.Tensor
     flipped: torch.Tensor | None = None
@@ -50,9 +50,9 @@ class CachedLatents:
 
 @dataclass(frozen=True)
 class LatentsRequest:
-    """What an entry of a latents file must hold to be used. Sizes are (width, height).
+    """What an entry of a latents file must match to be used. Sizes are (width, height).
 
-    `modified` (ns) and `length` (bytes) are those of the image's file, `interpolation` is resize_interpolation.
+    `modified` (ns) and `length` (bytes) describe the image file; `interpolation` is resize_interpolation.
     """
 
     size: Size
@@ -67,12 +67,12 @@ class LatentsRequest:
 
 @dataclass(frozen=True)
 class LatentFiles:
-    """How the files that hold a family's latents are named.
+    """The names and content of a family's latent cache files.
 
     Args:
-        ending: what follows the size in a file's name, such as "_sd.npz".
-        normalised: whether the files hold latents as the denoiser reads them, not as the VAE makes them.
-        unsized: the ending of older files, whose names have no size; None for a family without such files.
+        ending: The part of a file's name after the size, such as "_sd.npz".
+        unsized: The ending of older files, whose names have no size; None for a family without such files.
+        normalised: Whether the files contain latents normalised for the denoiser, instead of the VAE's latents.
     """
 
     ending: str
@@ -84,7 +84,7 @@ class LatentFiles:
         return f"{stem}_{size[0]:04d}x{size[1]:04d}{self.ending}"
 
     def existing(self, stem: str, request: LatentsRequest, *, check: bool) -> str | None:
-        """The usable file, or None. Without `check` any file will do that has latents of the bucket's size."""
+        """The usable file, or None. Without `check` any file with latents of the bucket's size is usable."""
         if self.unsized is not None and latents_fit(f"{stem}{self.unsized}", request):
             return f"{stem}{self.unsized}"
         path = self.path(stem, request.size)
@@ -111,7 +111,7 @@ def _entry(file: Any, bucket: Size) -> str:
 
 
 def latents_fit(path: str, request: LatentsRequest) -> bool:
-    """Whether a file has a usable entry: made from this image as it is now, by this VAE, with everything asked for."""
+    """Whether a file has an entry that matches the request: the present image file, the VAE and the options."""
     shape = (request.bucket[1] // VAE_FACTOR, request.bucket[0] // VAE_FACTOR)
     try:
         with opened(path) as file:
@@ -129,7 +129,7 @@ def latents_fit(path: str, request: LatentsRequest) -> bool:
                 if of[name] in file and str(file[of[name]]) != getattr(request, name):
                     return False
             if of["alpha_mask"] in file and not request.alpha_mask:
-                return False  # it would be read, and the loss masked with it
+                return False  # the mask would be read and applied to the loss
             mask_fits = not request.alpha_mask or _shape(file, of["alpha_mask"]) == request.bucket[::-1]
             return mask_fits and (not request.flip or _shape(file, of["latents_flipped"])[-2:] == shape)
     except Exception:  # of many kinds: see opened
@@ -137,7 +137,7 @@ def latents_fit(path: str, request: LatentsRequest) -> bool:
 
 
 def read_latents(path: str, bucket: Size) -> CachedLatents:
-    """The entry for this bucket (width, height) of a latents file; DataError if there is none or it is damaged."""
+    """Read the entry for a bucket (width, height) of a latents file; DataError if it is missing or damaged."""
     try:
         with opened(path) as file:
             suffix = _entry(file, bucket)
@@ -147,24 +147,24 @@ def read_latents(path: str, bucket: Size) -> CachedLatents:
             )
     except KeyError:
         raise DataError(
-            f"{path}: no latents of a {bucket[0]}x{bucket[1]} bucket; delete it, or check the caches"
+            f"{path}: no latents for a {bucket[0]}x{bucket[1]} bucket; delete the file, or leave out --skip_cache_check"
         ) from None
     except Exception as error:  # of many kinds: see opened
-        raise DataError(f"{path}: damaged latents cache ({first_line(error)}); delete it") from None
+        raise DataError(f"{path}: damaged latents cache ({first_line(error)}); delete the file") from None
     if latents is None or not torch.isfinite(latents).all():
-        raise DataError(f"{path}: holds NaN; delete it")
+        raise DataError(f"{path}: contains NaN; delete the file")
     return CachedLatents(latents, flipped, mask)
 
 
 def write_latents(path: str, cached: CachedLatents, request: LatentsRequest, *, keep_all: bool = False) -> None:
-    """Write the entry for a bucket into a latents file, all of it or nothing. Entries for other buckets are kept.
+    """Write the entry for a bucket into a latents file, atomically. Entries for other buckets are kept.
 
     Args:
         path: The .npz file.
         cached: The latents, and those of the flipped image and the mask if there are any.
         request: The image and the options that the latents were made with; stored for later checks.
-        keep_all: Keep entries that do not say which image they were made from even if the file is older than the image.
-            By default these are removed, since the new file no longer shows that they are outdated.
+        keep_all: Keep entries without `picture` even if the file is older than the image. By default these are removed,
+            since the new date of the file no longer shows that they are outdated.
     """
     latents = cached.latents.float().numpy()
     entry: dict[str, Any] = {
@@ -186,7 +186,7 @@ def write_latents(path: str, cached: CachedLatents, request: LatentsRequest, *, 
 
 
 def _other_entries(path: str, suffix: str, modified: int) -> dict[str, Any]:
-    """The arrays of a latents file but those of the entry `suffix` and of outdated ones, see `write_latents`."""
+    """The arrays of a latents file, without those of the entry `suffix` and of outdated entries (`write_latents`)."""
     try:
         outdated = os.stat(path).st_mtime_ns < modified
         with opened(path) as file:
@@ -196,7 +196,7 @@ def _other_entries(path: str, suffix: str, modified: int) -> dict[str, Any]:
                 for name in file
                 if name not in replaced and not (outdated and f"{_FILE}{_suffix(name)}" not in file)
             }
-    except Exception:  # of many kinds: see opened. There is no such file, or it is damaged and is replaced
+    except Exception:  # many kinds, see `opened`: the file does not exist, or is damaged and will be replaced
         return {}
 
 
@@ -206,38 +206,37 @@ def _suffix(name: str) -> str:
 
 
 def _checksum(array: np.ndarray) -> int:
-    """The checksum that an .npz file keeps of this array."""
+    """The checksum that an .npz file stores for this array."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array)
     return zlib.crc32(buffer.getvalue())
 
 
 def _stored_checksum(file: Any, name: str) -> int:
-    """The checksum of an array in an open .npz, from the archive's directory."""
+    """The checksum of an array in an open .npz file, from the archive's directory."""
     return file.zip.getinfo(f"{name}.npy").CRC
 
 
 def read_text(path: str) -> dict[str, torch.Tensor]:
-    """The text-encoder outputs of a file; DataError if it is damaged."""
+    """Read text-encoder outputs from a file; DataError if it is damaged."""
     try:
         with opened(path) as file:
             return {name: torch.from_numpy(file[name]).float() for name in file if name not in ("caption", "encoder")}
     except Exception as error:  # of many kinds: see opened
-        raise DataError(f"{path}: damaged text-encoder cache ({first_line(error)}); delete it") from None
+        raise DataError(f"{path}: damaged text-encoder cache ({first_line(error)}); delete the file") from None
 
 
 def text_fits(path: str, caption: str, encoder: str, like: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a file has usable text-encoder outputs of a caption.
+    """Whether a file has usable text-encoder outputs for a caption.
 
     Args:
         path: The .npz file.
-        caption: The caption that it must be made from.
+        caption: The caption that the outputs must be made from.
         encoder: The identity of the text encoders.
-        like: Tensors of the same names and shapes. Those with one number say how the others were made, and must be
-            equal.
+        like: Tensors with the expected names and shapes. Scalars record options, and must be equal.
 
     Returns:
-        False also for a missing or damaged file.
+        Whether it is usable; False for a missing or damaged file.
     """
     try:
         with opened(path) as file:
@@ -251,13 +250,13 @@ def text_fits(path: str, caption: str, encoder: str, like: Mapping[str, torch.Te
 
 
 def write_text(path: str, outputs: Mapping[str, torch.Tensor], caption: str, encoder: str) -> None:
-    """Write text-encoder outputs in one piece, float32."""
+    """Write text-encoder outputs in float32, atomically."""
     arrays = {name: value.float().numpy() for name, value in outputs.items()}
     write_npz(path, arrays | {name: np.array(text) for name, text in _origin(caption, encoder).items()})
 
 
 def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
-    """An uncompressed .npz that is either whole or not there."""
+    """Write an uncompressed .npz file atomically."""
     try:
         with replacing(Path(path)) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
@@ -267,7 +266,7 @@ def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Any]:
-    """Open an .npz file; its arrays are read when they are used.
+    """Open an .npz file, whose arrays are read on access.
 
     Args:
         path: The file.
@@ -276,25 +275,25 @@ def opened(path: str) -> Iterator[Any]:
         The arrays by name, as `numpy.load` returns them.
 
     Raises:
-        ValueError: It is not an archive, or an array would fill the memory. The readers of numpy and zipfile raise
-            almost any other error for damaged files.
+        ValueError: The file is not an archive, or an array is too large. For damaged files, numpy and zipfile may raise
+            almost any other exception.
     """
     with np.load(path, allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it is no .npz archive")
+            raise ValueError("not an .npz archive")
         for member in file.zip.infolist() if file.zip is not None else ():
             if member.file_size > LARGEST:
-                raise ValueError(f"{member.filename} is of {member.file_size} bytes")
+                raise ValueError(f"{member.filename} has {member.file_size} bytes, more than {LARGEST}")
         yield file
 
 
 def vae_identity(vae: torch.nn.Module) -> str:
-    """A short hash of the weights that make latents; equal for the same VAE in float32 and float16."""
+    """A short hash of the VAE encoder's weights, equal for the same VAE in float32 and float16."""
     return _identity((name, value) for name, value in vae.state_dict().items() if name.startswith(_ENCODER))
 
 
 def text_identity(encoders: Iterable[torch.nn.Module]) -> str:
-    """The same of the text encoders: of all their weights, with what was merged into them."""
+    """A short hash of all weights of the text encoders, including merged adapters."""
     return _identity(
         (f"{i}.{name}", value) for i, encoder in enumerate(encoders) for name, value in encoder.state_dict().items()
     )
@@ -308,7 +307,7 @@ def _identity(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _shape(file: Any, name: str) -> tuple[int, ...]:
-    """The shape of an array in an open .npz, from its header alone; KeyError if it is not there."""
+    """The shape of an array in an open .npz file, read from its header; KeyError if it is missing."""
     with file.zip.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -316,14 +315,14 @@ def _shape(file: Any, name: str) -> tuple[int, ...]:
 
 
 def _origin(caption: str, encoder: str) -> dict[str, str]:
-    # A numpy string drops NULs at its end, and no caption has them.
+    # numpy strings drop trailing NULs, but captions have none.
     return {"caption": caption, "encoder": encoder}
 
 
 def _box_in_bucket(bucket: Size, size: Size) -> tuple[float, float, float, float]:
-    """crop_ltrb as other readers of the format expect it: the whole image fitted into the bucket, centred.
+    """crop_ltrb as other programs expect it: the box of the whole image, fitted into the bucket and centred.
 
-    This is not what was cropped, which follows from both sizes and is computed where it is needed.
+    It is not the box of the actual crop, which is computed from both sizes when it is needed.
     """
     scale = min(bucket[0] / size[0], bucket[1] / size[1])
     width, height = size[0] * scale, size[1] * scale

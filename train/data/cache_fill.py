@@ -1,4 +1,4 @@
-"""Filling the caches: each image through the VAE once, each caption through the text encoder once."""
+"""Fills the caches: encodes each image with the VAE and each caption with the text encoders, once."""
 
 import logging
 from collections import defaultdict
@@ -46,22 +46,22 @@ def encode_latents(
     rank: int,
     world_size: int,
 ) -> list[CachedLatents | str | DataError]:
-    """Encode the latents of all images; see TrainingData.cache_latents.
+    """Encode all images into latents; see TrainingData.cache_latents.
 
     Args:
         images: The images.
         vae: The VAE, on `device`.
         seed: The seed of the run.
-        to_disk: Whether to use files, or to keep latents in memory.
+        to_disk: Whether to store latents in files; otherwise they are kept in memory.
         batch_size: The number of images that are encoded together.
         device: The device of the VAE.
-        files: The names and the layout of the files.
-        check: Whether existing files must be from this image and this VAE.
+        files: The names and content of the files.
+        check: Whether to check that existing files are from this image and this VAE.
         rank: The number of this process.
         world_size: The number of processes.
 
     Returns:
-        For each image its latents, the path of their file, or why it cannot be encoded.
+        For each image its latents, the path of their file, or the error if it cannot be encoded.
 
     Raises:
         DataError: The VAE is not supported.
@@ -98,7 +98,7 @@ def encode_latents(
 def _identity(vae: Any) -> str:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if factor != VAE_FACTOR:
-        raise DataError(f"the VAE makes one latent of {factor}x{factor} pixels; {VAE_FACTOR}x{VAE_FACTOR} is supported")
+        raise DataError(f"the VAE has a scale factor of {factor}; only {VAE_FACTOR} is supported")
     return vae_identity(vae)
 
 
@@ -109,7 +109,7 @@ def _existing(
     check: bool,
     cached: list[CachedLatents | str | DataError | None],
 ) -> list[str]:
-    """The path of each image's file; those that can be used are put into `cached`."""
+    """The path of each image's file; usable existing files are put into `cached`."""
     stems = _stems(images)
     paths = [files.path(stem, request.size) for stem, request in zip(stems, requests, strict=True)]
     _one_use_each([(path, request.bucket) for path, request in zip(paths, requests, strict=True)], requests)
@@ -121,9 +121,9 @@ def _existing(
 def _share(
     numbers: Iterable[int], paths: Sequence[str], buckets: Sequence[Size], rank: int, world_size: int
 ) -> list[int]:
-    """Of the images to encode those that this process does: each entry of a file once, a file in one process.
+    """The images that this process encodes: each entry of a file once, and each file by only one process.
 
-    Images are shared out by their numbers, not by what is missing: another process may have begun to write.
+    Images are assigned by number, not by which files are missing, since another process may have started to write.
     """
     owner: dict[str, int] = {}
     for number, path in enumerate(paths):
@@ -147,12 +147,12 @@ def encode_text(
 
     Args:
         images: The images.
-        encode: Returns the text-encoder outputs of captions, each with the captions as the first dimension.
-        to_disk: Write files beside the images and reuse existing ones, instead of keeping outputs in memory.
+        encode: Returns the text-encoder outputs of captions; the first dimension of each is the caption.
+        to_disk: Store outputs in files next to the images and reuse existing files, instead of keeping them in memory.
         batch_size: The number of captions that are encoded together.
         encoder: The identity of the text encoders, stored in the files.
-        check: Whether existing files must be from this caption and these text encoders.
-        rank: The number of this process; with files each process encodes a part.
+        check: Whether to check that existing files are from this caption and these text encoders.
+        rank: The number of this process; with `to_disk` each process encodes a part.
         world_size: The number of processes.
         ending: The end of the files' names.
 
@@ -160,7 +160,7 @@ def encode_text(
         For each image the outputs, or the path of their file.
 
     Raises:
-        DataError: Two images would use one file for different captions.
+        DataError: Two images with different captions would use the same file.
     """
     captions = [draw_caption(image.origin.caption, image.subset, python_random(0), Moment()) for image in images.images]
     if not to_disk:
@@ -206,26 +206,26 @@ def _stems(images: Sequence[TrainingImage]) -> list[str]:
 
 
 def _one_use_each(entries: Sequence[tuple[Any, ...]], uses: Sequence[Any]) -> None:
-    """Two subsets may share an entry (path, ...) of the caches where they want the same of it, and not otherwise."""
+    """Raise DataError if two images need the same cache entry (path, ...) for different content."""
     first: dict[tuple[Any, ...], Any] = {}
     for entry, use in zip(entries, uses, strict=True):
         if first.setdefault(entry, use) != use:
             raise DataError(
-                f"{entry[0]} would hold two different caches (the same image in two subsets, or two images of one "
-                "name and different suffixes): cache in memory instead of on disk, or separate them"
+                f"{entry[0]} would hold two different caches (the same image in two subsets, or two images whose "
+                "names differ only in the suffix): cache in memory instead of on disk, or separate them"
             )
 
 
 def _warn_of_damaged(reasons: list[str]) -> None:
     if reasons:
         names = "; ".join(reasons[:NAMES_SHOWN]) + ("; ..." if len(reasons) > NAMES_SHOWN else "")
-        logger.warning("%d images cannot be used, others are used in their place: %s", len(reasons), names)
+        logger.warning("%d images cannot be used and are replaced by others: %s", len(reasons), names)
 
 
 def _encode(
     vae: Any, images: list[TrainingImage], seed: int, device: torch.device | str
 ) -> list[CachedLatents | DataError]:
-    """What becomes of each image; one that is damaged does not keep the others of its batch from being encoded."""
+    """The latents of each image, or the error of a damaged image; the others of the batch are still encoded."""
     loaded: list[tuple[torch.Tensor, torch.Tensor | None] | DataError] = []
     for image in images:
         try:
@@ -256,7 +256,7 @@ def _encode_whole(
 
 
 def _normalised(vae: Any, made: CachedLatents | DataError) -> CachedLatents | DataError:
-    """Latents as a denoiser reads them, (latents - shift) * scale by the VAE's config."""
+    """Normalise latents for the denoiser: (latents - shift) * scale, from the VAE's config."""
     if isinstance(made, DataError):
         return made
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
@@ -268,7 +268,7 @@ def _normalised(vae: Any, made: CachedLatents | DataError) -> CachedLatents | Da
 def _sample_latents(
     vae: Any, pixels: torch.Tensor, images: list[TrainingImage], seed: int, device: torch.device | str, kind: str
 ) -> list[torch.Tensor]:
-    """One sample of each posterior, (c, height/8, width/8) float32 on the CPU."""
+    """Sample latents (c, height/8, width/8) from each image's posterior, in float32 on the CPU."""
     posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
     means, spreads = posterior.mean.float().cpu(), posterior.std.float().cpu()
     samples = []
@@ -276,7 +276,7 @@ def _sample_latents(
         latents = mean + spread * normal_noise(mean.shape, seed, "posterior", kind, image.origin.source.name)
         if not torch.isfinite(latents).all():
             raise DataError(
-                f"{image.origin.source.name}: the VAE gives NaN in {vae.dtype}: run it in float32 (--no_half_vae)"
+                f"{image.origin.source.name}: the VAE returns NaN in {vae.dtype}: run it in float32 (--no_half_vae)"
             )
         samples.append(latents)
     return samples

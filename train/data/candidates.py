@@ -1,4 +1,4 @@
-"""Images that a subset names, before they are opened: what folders, metadata files and Hugging Face datasets give."""
+"""Images that a subset lists, before they are opened: from folders, metadata files and Hugging Face datasets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from lora_adapters.train.data_error import DataError
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image that has not been opened yet; `caption` is None if it has none."""
+    """An image that has not been opened yet. `caption` is None if there is no caption."""
 
     source: Source
     caption: str | None
@@ -19,7 +19,7 @@ class Candidate:
 
 
 def existing_folder(path: str) -> Path:
-    """`path` as a folder, or DataError."""
+    """Return `path` as a Path. DataError if it is not a folder."""
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"image_dir {path} {'is not a folder' if folder.exists() else 'does not exist'}")

@@ -1,4 +1,4 @@
-"""From the caption beside an image to the text that is trained on this time."""
+"""Applies caption options (dropout, shuffling, wildcards, ...) to an image's caption each time it is used."""
 
 import math
 import random
@@ -12,7 +12,7 @@ WILDCARD = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Moment:
-    """When a caption is drawn: the epoch from 0, the optimizer step from 0, and how many steps there will be in all."""
+    """The time at which a caption is drawn: epoch and optimizer step, both from 0, and the run's number of steps."""
 
     epoch: int = 0
     step: int = 0
@@ -20,7 +20,7 @@ class Moment:
 
 
 def varying_options(subset: SubsetConfig) -> list[str]:
-    """The options of `subset` that make a caption differ from one time to the next: text caches exclude them."""
+    """The options of `subset` that vary captions over time, and therefore cannot be combined with text caches."""
     names = (
         "shuffle_caption", "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate",
         "token_warmup_step", "enable_wildcard",
@@ -29,14 +29,14 @@ def varying_options(subset: SubsetConfig) -> list[str]:
 
 
 def draw_caption(caption: str, subset: SubsetConfig, rng: random.Random, moment: Moment) -> str:
-    """Apply the random and fixed changes of a subset to a caption.
+    """Apply the caption options of a subset.
 
-    In this order: prefix and suffix (joined by a space), dropout of the whole caption, wildcards or the first line,
-    shuffled tags with those to keep first, tag warm-up and dropout, joining by the separator and a space, and
-    replacement of the secondary separator by the first.
+    The order is: prefix and suffix (joined by a space), dropout of the whole caption, wildcards or the first line, tag
+    warm-up, shuffling and dropout of tags except those to keep, joining by the separator and a space, replacement of
+    the secondary separator by the separator.
 
     Args:
-        caption: The caption of the image, perhaps several lines.
+        caption: The caption of the image, which may have several lines.
         subset: The options.
         rng: The only source of randomness.
         moment: The step and epoch, for warm-up and for dropout of whole epochs.
@@ -64,17 +64,17 @@ def _dropped(subset: SubsetConfig, rng: random.Random, moment: Moment) -> bool:
 
 
 def _expand(caption: str, rng: random.Random) -> str:
-    """One line of several, then one choice of each {a|b}; {{ and }} stand for the braces themselves."""
+    """Choose one line, then one alternative of each {a|b}; {{ and }} are literal braces."""
     caption = rng.choice(caption.split("\n"))
     parts = re.split(r"(\{\{|\}\})", caption)
-    # What an escaped brace is kept as may not occur in a caption, and must not look like a brace to the pattern.
+    # Placeholders for escaped braces: characters that captions do not contain and the pattern does not match.
     hidden = "".join({"{{": "\0", "}}": "\1"}.get(part, part) for part in parts)
     chosen = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), hidden)
     return chosen.replace("\0", "{").replace("\1", "}")
 
 
 def _arrange(caption: str, subset: SubsetConfig, rng: random.Random, moment: Moment) -> str:
-    """The tags, kept ones in place; a caption that no option affects is returned unchanged."""
+    """Apply warm-up, shuffling and dropout to tags, except those to keep. Without these options nothing changes."""
     changes = subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0
     separator = subset.keep_tokens_separator or ""
     separated = separator != "" and separator in caption
@@ -102,7 +102,7 @@ def _tags(text: str, subset: SubsetConfig) -> list[str]:
 
 
 def _warmed_up(count: int, subset: SubsetConfig, moment: Moment) -> int:
-    """How many of `count` tags this step reaches: from token_warmup_min at step 0 to all at token_warmup_step."""
+    """The number of tags to use at this step: from token_warmup_min at step 0 to all at token_warmup_step."""
     steps = subset.token_warmup_step
     if 0 < steps < 1:
         steps = math.floor(steps * moment.max_train_steps)

@@ -1,4 +1,4 @@
-"""Folders that say how often and as what their images are trained: `10_sks dog` or `10` in a parent folder."""
+"""Folders whose names give repeats and class tokens, such as `10_sks dog` or `10`, in a parent folder."""
 
 import logging
 import re
@@ -12,20 +12,20 @@ NAME = re.compile(r"(\d+)(?:_(.*))?", re.DOTALL)
 
 
 def class_folders(parent: Path, flag: str, *, is_reg: bool) -> list[dict[str, Any]]:
-    """Read folders named `N_class` as kohya's trainer does: N repeats, with the class as caption of images without one.
+    """Read folders named `N_class` as kohya's trainer does: N repeats, and the class for images without a caption.
 
-    Folders named `N` or `N_` have no class. Others are left out with a warning.
+    Folders named `N` or `N_` have no class. Other folders are left out with a warning.
 
     Args:
-        parent: The folder that contains them.
+        parent: The folder that contains these folders.
         flag: The option, for messages.
         is_reg: Whether the images are for regularisation.
 
     Returns:
-        A table of subset options for each folder, sorted by name.
+        Subset options for each folder, sorted by name.
 
     Raises:
-        DataError: There is no such folder, or none of its folders has such a name.
+        DataError: The folder does not exist, or contains no folder with such a name.
     """
     if not parent.is_dir():
         raise DataError(f"{flag}: {parent} is not a folder")

@@ -1,7 +1,7 @@
-"""What to train on, as a user writes it: a toml or json file, or the options of the command line.
+"""The configuration of datasets: a toml or json file, or options of the command line.
 
-A value comes from the innermost place that gives it: [[datasets.subsets]], then [[datasets]], then [general], then the
-command line, then the default.
+Values in [[datasets.subsets]] have the highest priority, followed by [[datasets]], [general], the command line and the
+defaults.
 """
 
 import logging
@@ -37,12 +37,12 @@ def _multiplier_one(value: Any) -> float:
 
 @dataclass(kw_only=True)
 class SubsetConfig(CaptionFields, ImageFields):
-    """Images from one place and how they and their captions are varied.
+    """Images from one source, and options for varying the images and captions.
 
-    One of `image_dir` alone (a folder of images with caption files), `metadata_file` (captions in one json or jsonl
-    file; paths in it may be relative to `image_dir`) and `dataset_name` (a Hugging Face dataset: hub id, folder of
-    images or folder written by save_to_disk) says where the images are. Images shrink with resize_interpolation
-    "area" and grow with "lanczos" where none is given. custom_attributes go into the metadata of the saved file.
+    The source is one of: `image_dir` alone (a folder of images with caption files), `metadata_file` (captions in a json
+    or jsonl file, with paths that may be relative to `image_dir`), or `dataset_name` (a Hugging Face dataset: Hub id,
+    folder of images, or folder written by save_to_disk). Without resize_interpolation, images are shrunk with "area"
+    and enlarged with "lanczos". custom_attributes are stored in the metadata of the saved file.
     """
 
     image_dir: str | None = option(None, "folder of images", scope=SUBSET)
@@ -64,7 +64,7 @@ class SubsetConfig(CaptionFields, ImageFields):
 
     @property
     def name(self) -> str:
-        """The folder, file or dataset, for messages and metadata."""
+        """The folder, file or dataset name, for messages and metadata."""
         return self.dataset_name or self.metadata_file or self.image_dir or ""
 
 
@@ -86,32 +86,32 @@ class DatasetConfig(BucketFields):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything to train on. `file` is None if the command line alone describes it."""
+    """All datasets of a run. `file` is None if only the command line describes them."""
 
     datasets: tuple[DatasetConfig, ...]
     file: Path | None = None
 
 
 def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
-    """Read the data options of a command line.
+    """Build the data configuration from options.
 
     Args:
-        arguments: Names and values of options, as `vars()` of parsed arguments; None means not given, and other options
-            are ignored. Needed are `dataset_config`, or `train_data_dir`, perhaps with `reg_data_dir` or `in_json`.
-            Options of DataOptions are defaults for the tables of the file.
+        arguments: Option name -> value, as `vars()` of parsed arguments; None means not given, and options that are not
+            for data are ignored. Required is `dataset_config`, or `train_data_dir`, optionally with `reg_data_dir` or
+            `in_json`. Options of DataOptions are defaults for the tables of the file.
 
     Returns:
         The datasets with all their options.
 
     Raises:
         DataOptionError: The options name no data or contradict each other.
-        DataError: A file cannot be read, or has a wrong value.
+        DataError: A file cannot be read, or has an invalid value.
     """
     options = _command_line(arguments)
     file, folder = arguments.get("dataset_config"), arguments.get("train_data_dir")
     beside = [f"--{name}" for name in ("train_data_dir", "reg_data_dir", "in_json") if arguments.get(name)]
     if file and beside:
-        logger.warning("%s: not used, since --dataset_config %s says what to train on", ", ".join(beside), file)
+        logger.warning("%s: not used, since --dataset_config %s defines the training data", ", ".join(beside), file)
     if file:
         return _from_file(Path(file), options)
     if not folder:
@@ -119,7 +119,7 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
     subsets: list[dict[str, Any]]
     if arguments.get("in_json"):
         if arguments.get("reg_data_dir"):
-            raise DataOptionError("--reg_data_dir does not go with --in_json: use --dataset_config for both")
+            raise DataOptionError("--reg_data_dir cannot be combined with --in_json: use --dataset_config for both")
         subsets = [{"image_dir": folder, "metadata_file": arguments["in_json"]}]
     else:
         subsets = class_folders(Path(folder), "--train_data_dir", is_reg=False)
@@ -129,9 +129,9 @@ def load_data_config(arguments: Mapping[str, Any]) -> DataConfig:
 
 
 def _command_line(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The data options of a command line, checked; those left at None are not in it."""
+    """The data options of a command line, checked, without those that are None."""
     spelled = dict(arguments)
-    if spelled.get("caption_extention") is not None:  # an old spelling that people's scripts still have
+    if spelled.get("caption_extention") is not None:  # an old spelling that scripts still use
         spelled["caption_extension"] = spelled["caption_extention"]
     known, options = rules(SubsetConfig) | rules(DatasetConfig), {}
     for flag, declared in rules(DataOptions).items():
@@ -161,7 +161,7 @@ def _from_file(file: Path, options: dict[str, Any]) -> DataConfig:
 
 def _build(table: Any, options: dict[str, Any], source: str, file: Path | None) -> DataConfig:
     if not isinstance(table, dict):
-        raise DataError(f"{source}: must hold a table with general and datasets, not {show(table)}")
+        raise DataError(f"{source}: must contain a table with general and datasets, not {show(table)}")
     top = ("general", "datasets")
     unknown = [f"{key}{did_you_mean(key, top)}" for key in table if key not in top]
     both = (SubsetConfig, DatasetConfig)
@@ -195,7 +195,7 @@ def _tables(table: dict[str, Any], key: str, path: str, source: str) -> list[dic
 
 
 def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, source: str) -> None:
-    """Exactly one source of images, and no option that only another kind of source could obey."""
+    """Check that a subset has exactly one source of images, and no options for another kind of source."""
     if subset.dataset_name and (subset.image_dir or subset.metadata_file):
         other = "image_dir" if subset.image_dir else "metadata_file"
         raise DataError(f"{source}: {path} has both dataset_name and {other}")
@@ -212,7 +212,7 @@ def _check_source(subset: SubsetConfig, own: Mapping[str, Any], path: str, sourc
     else:
         for name in HUB_ONLY:
             if name in own:
-                raise DataError(f"{source}: {path}.{name} goes with dataset_name, which is not given")
+                raise DataError(f"{source}: {path}.{name} needs dataset_name, which is not given")
 
 
 def _checked_sizes(dataset: DatasetConfig, path: str, source: str) -> DatasetConfig:

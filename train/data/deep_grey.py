@@ -1,21 +1,21 @@
-"""Grey images with more than 8 bits a pixel, as 8 bits."""
+"""Converts greyscale images with more than 8 bits per pixel to 8 bits."""
 
 import numpy as np
 from PIL import Image
 
-_OVERSHOOT = 0.5  # how far beyond black and white resampling may have brought a floating-point image
+_OVERSHOOT = 0.5  # how far floating-point values may be outside of 0 to 1, as resampling overshoots
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether it is 16-bit, 32-bit or floating-point grey: Pillow's own conversion would cut its values off."""
+    """Whether an image is 16-bit, 32-bit or floating-point grey, whose values Pillow's own conversion would clip."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
 def eight_bit_grey(image: Image.Image) -> Image.Image:
     """Convert a grey image of 16 bits or floating point to 8 bits.
 
-    For integers 65535 is white. In floating point 1 is white, as other programs write it, and small excesses beyond
-    black and white are cut off.
+    White is 65535 for integers and 1 for floating point, as other programs write it. Small overshoots beyond black and
+    white are clipped.
 
     Args:
         image: An image of one channel, mode I, I;16 or F.
@@ -24,7 +24,7 @@ def eight_bit_grey(image: Image.Image) -> Image.Image:
         The image in mode L.
 
     Raises:
-        ValueError: The values are NaN, infinite or of another scale, whose white is unknown; the message says which.
+        ValueError: Values are NaN or infinite, or have another scale, whose white is unknown.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():

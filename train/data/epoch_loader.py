@@ -1,4 +1,4 @@
-"""Batches of an epoch from torch's DataLoader, in this process or from loading processes."""
+"""Loads the batches of an epoch with torch's DataLoader, in this process or in worker processes."""
 
 import atexit
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class EpochLoader:
     """Runs a BatchReader in torch's DataLoader. Persistent workers stay alive between epochs.
 
-    damaged: what could not be used so far, with the reason, by name.
+    damaged: the images that could not be used so far: name -> reason.
     """
 
     def __init__(self, reader: BatchReader, persistent: bool, pin_memory: bool) -> None:
@@ -28,21 +28,21 @@ class EpochLoader:
         self.orders = _Orders()
         self.loader: DataLoader | None = None
         self.damaged: dict[str, str] = {}
-        self._running: list[list[Any]] = []  # one iterator each; none once it is closed
+        self._running: list[list[Any]] = []  # lists with one iterator each, emptied when it is closed
         _loaders.add(self)
 
     def restart(self) -> None:
-        """Forget workers that hold an older state of the reader."""
+        """Discard workers, which have an older state of the reader."""
         self.loader = None
 
     def close(self) -> None:
-        """End the loading processes; the iterators of `batches` end, too.
+        """End the worker processes. Iterators of `batches` end too.
 
-        These processes ignore signals: without this, the end of the program would wait for them.
+        Workers ignore signals: without this, the program would wait for them when it exits.
         """
         for running in self._running:
             for iterator in running:
-                # A traceback may hold the iterator, so that its own end would come too late.
+                # A traceback may keep the iterator alive, which would delay its own shutdown.
                 getattr(iterator, "_shutdown_workers", lambda: None)()
             running.clear()
         self.loader = None
@@ -60,7 +60,7 @@ class EpochLoader:
                 worker_init_fn=ignore_signals,
                 persistent_workers=self.persistent and workers > 0,
                 pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # else each epoch takes a number from torch's global generator
+                generator=torch.Generator(),  # otherwise each epoch would draw from torch's global generator
             )
         running = [iter(self.loader)]
         self._running.append(running)
@@ -82,7 +82,7 @@ class EpochLoader:
 
 
 class _Orders(Sampler):
-    """The orders of the current epoch; the data loader, which may live for many epochs, reads them anew each time."""
+    """The orders of the current epoch, which a DataLoader that lives for several epochs reads at the start of each."""
 
     def __init__(self) -> None:
         self.orders: list[Order] = []
@@ -101,7 +101,7 @@ def _itself(batch: Any) -> Any:
 _loaders: weakref.WeakSet[EpochLoader] = weakref.WeakSet()
 
 
-@atexit.register  # before torch's and multiprocessing's own, which were registered earlier and would wait for workers
+@atexit.register  # runs before the handlers of torch and multiprocessing, registered earlier, which wait for workers
 def _close_all() -> None:
     for loader in list(_loaders):
         loader.close()

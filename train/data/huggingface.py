@@ -1,4 +1,4 @@
-"""Images and captions from a Hugging Face dataset: a hub id, a local folder of images, or a saved dataset."""
+"""Images and captions from a Hugging Face dataset: a Hub id, a local folder of images, or a saved dataset."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from lora_adapters.train.data.config import SubsetConfig
 from lora_adapters.train.data.image_files import RowSource
 from lora_adapters.train.data_error import DataError
 
-SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
+SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
 
 
 def hub_candidates(subset: SubsetConfig) -> list[Candidate]:
@@ -41,7 +41,7 @@ def hub_candidates(subset: SubsetConfig) -> list[Candidate]:
     captions = (
         [_caption(value, data.features[column], name) for value in data[column]] if column else [None] * len(data)
     )
-    # A changed dataset has another fingerprint, so that its caches do not meet those of the old rows.
+    # A changed dataset has another fingerprint, so that caches of its old rows are not used.
     split = file_name(subset.split)  # such as train[:10%]
     stem = Path(subset.cache_dir) / f"{split}-{data._fingerprint[:8]}" if subset.cache_dir else None
     images = data.select_columns([subset.image_column]).cast_column(subset.image_column, datasets.Image(decode=False))
@@ -72,10 +72,10 @@ def _load(subset: SubsetConfig) -> Any:
 
 
 def _own_cache(folder: Path) -> str:
-    """A cache of the library's for this folder as it is now.
+    """A cache folder for the `datasets` library that depends on the present content of `folder`.
 
-    The library's own goes by the folder's last name where the folder lists configurations: another folder of that name,
-    or the same with other images, would give the old rows.
+    If a folder lists configurations, the library's default cache depends only on the last part of its path. Another
+    folder of this name, or changed images, would give the old rows.
     """
     listing = hashlib.sha256(str(folder.resolve()).encode())
     for file in sorted(folder.rglob("*")):

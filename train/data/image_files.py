@@ -1,4 +1,4 @@
-"""Where an image's bytes come from, its size without decoding it, and whether it is whole."""
+"""Sources of image data; reads the size of an image without decoding it, and checks that it is complete."""
 
 import io
 import os
@@ -34,11 +34,11 @@ class FileSource:
         return open(self.path, "rb")
 
     def modified(self) -> int:
-        """When the file was last written, in nanoseconds."""
+        """The file's modification time in nanoseconds."""
         return os.stat(self.path).st_mtime_ns
 
     def length(self) -> int:
-        """How many bytes the file has."""
+        """The file's size in bytes."""
         return os.stat(self.path).st_size
 
 
@@ -59,11 +59,11 @@ class RowSource:
         return io.BytesIO(value["bytes"]) if value["bytes"] is not None else open(value["path"], "rb")
 
     def modified(self) -> int:
-        """0: a dataset's rows do not change."""
+        """Always 0, since the rows of a dataset do not change."""
         return 0
 
     def length(self) -> int:
-        """0, for the same reason."""
+        """Always 0, for the same reason."""
         return 0
 
 
@@ -71,20 +71,20 @@ Source = FileSource | RowSource
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files that lie in `folder` itself, sorted by name; a suffix counts in either case."""
+    """The image files in `folder`, not in its subfolders, sorted by name. Suffixes are case-insensitive."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in TRAINED and path.is_file())
 
 
 def size_if_whole(source: Source) -> tuple[int, int] | str:
-    """The size of an image, or why it cannot be read.
+    """The size of an image, or the reason why it cannot be read.
 
-    Only the header is decoded, unless the file does not end as its format must or has more than 8 bits for a channel.
+    Only the header is decoded, unless the end of the file is not recognised or a channel has more than 8 bits.
 
     Args:
         source: The image.
 
     Returns:
-        (width, height) in pixels after EXIF rotation; or the reason in a few words.
+        (width, height) in pixels after EXIF rotation; or the reason as a short text.
     """
     try:
         with source.stream() as stream:
@@ -100,20 +100,20 @@ def size_if_whole(source: Source) -> tuple[int, int] | str:
                 if not whole:
                     stream.seek(0)
                     Image.open(stream).load()
-                if is_deep(image):  # rare enough to be decoded now: not every scale of values can be used
+                if is_deep(image):  # rare, so it is decoded now: not every range of values is supported
                     stream.seek(0)
                     eight_bit_grey(Image.open(stream))
-                # Pillow decodes a whole PNG in search of EXIF data, which few have.
+                # Pillow decodes a whole PNG to look for EXIF data, which few PNGs have.
                 sideways = exif and image.getexif().get(ORIENTATION) in SIDEWAYS
     except UnidentifiedImageError:
         return "not an image"
-    except Exception as error:  # a damaged image makes Pillow's readers raise almost anything
+    except Exception as error:  # Pillow raises almost any exception for damaged images
         return str(error) or type(error).__name__
     return (height, width) if sideways else (width, height)
 
 
 def open_image(source: Source) -> Image.Image:
-    """The whole image, decoded and turned upright. DataError names it where that fails."""
+    """Decode an image and apply its EXIF orientation. DataError if that fails."""
     try:
         with source.stream() as stream:
             return read_upright(stream)
@@ -122,16 +122,16 @@ def open_image(source: Source) -> Image.Image:
 
 
 def read_upright(file: BinaryIO | Path) -> Image.Image:
-    """The (first) image in a file, decoded and turned upright; Pillow's errors are of many kinds."""
+    """Decode the (first) image of a file and apply its EXIF orientation. Pillow may raise almost any exception."""
     with warnings.catch_warnings():
-        # Up to twice Pillow's limit is an ordinary large photograph; beyond it Pillow raises an error.
+        # Pillow warns above its limit, where ordinary large photographs are; above twice the limit it raises an error.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image)
 
 
 def _ends_properly(stream: BinaryIO, kind: str | None) -> bool:
-    """Whether a JPEG or WebP is complete, judged by its last bytes; other formats are not known here."""
+    """Whether a JPEG or WebP is complete, judged by its end and length; False for other formats."""
     length = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, length - TAIL))
     tail = stream.read(TAIL)

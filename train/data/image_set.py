@@ -1,4 +1,4 @@
-"""All images of a run, each with its subset's options and its bucket, and how often an epoch uses each."""
+"""All images of a run with their subset's options, their bucket and their repeats in an epoch."""
 
 import logging
 from collections import defaultdict
@@ -13,7 +13,7 @@ from lora_adapters.train.data_error import DataError
 from lora_adapters.train.seeding import python_random
 
 logger = logging.getLogger(__name__)
-# What varies an image or a caption from one time to the next has no place in a measurement.
+# Options for validation images: without random variation of images and captions.
 STEADY: dict[str, Any] = {
     "shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0,
     "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0.0, "flip_aug": False, "color_aug": False,
@@ -33,7 +33,7 @@ class TrainingImage:
 
 @dataclass
 class LoadedSubset:
-    """A subset with its images, of one side of the validation split, and what could not be used."""
+    """A subset with its images, either for training or held out, and the number of unusable images."""
 
     config: SubsetConfig
     dataset: int
@@ -44,7 +44,7 @@ class LoadedSubset:
 
 @dataclass
 class ImageSet:
-    """`entries` are the uses of an epoch: each is a number in `images`. `groups` cut the entries by bucket."""
+    """The images of a run. `entries` are the uses in an epoch, as indices of `images`; `groups` has them by bucket."""
 
     datasets: tuple[DatasetConfig, ...]
     subsets: list[LoadedSubset]
@@ -59,11 +59,11 @@ class ImageSet:
             self._add(number, dataset)
 
     def count(self, *, regularisation: bool) -> int:
-        """Entries of an epoch that are, or are not, regularisation images."""
+        """The number of entries of an epoch that are, or are not, regularisation images."""
         return sum(self.images[number].subset.is_reg == regularisation for number in self.entries)
 
     def dataset_count(self, dataset: int, *, regularisation: bool) -> int:
-        """The same of one dataset."""
+        """The same for one dataset."""
         mine = (self.images[number] for number in self.entries)
         return sum(other.dataset == dataset and other.subset.is_reg == regularisation for other in mine)
 
@@ -95,8 +95,8 @@ def matched(regularisation: list[tuple[int, int]], count: int) -> list[tuple[int
         count: The number of training images, with repeats.
 
     Returns:
-        (image, repeats) of the images to use. Their repeats are raised by one, from the first image on, until they add
-        up to `count`; images beyond it are not used.
+        (image, repeats) of the images to use. If there are too few, repeats are increased by one from the first image
+        on until they add up to `count`; if there are too many, the last images are not used.
     """
     uses: dict[int, int] = {}
     total = 0
@@ -112,7 +112,7 @@ def matched(regularisation: list[tuple[int, int]], count: int) -> list[tuple[int
 
 
 def load_images(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet | None]:
-    """(training images, held-out images or None). Raises DataError if nothing is left to train on."""
+    """Load (training images, held-out images or None). DataError if there is nothing to train on."""
     training: list[LoadedSubset] = []
     held_out: list[LoadedSubset] = []
     for number, dataset in enumerate(config.datasets):
@@ -136,7 +136,7 @@ def load_images(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet | Non
 
 
 def split(loaded: SubsetImages, part: float, seed: int) -> tuple[list[SourceImage], list[SourceImage]]:
-    """(kept, held out): `part` of the images, at least one where there are two, drawn by `seed` and kept in order."""
+    """Split images into (kept, held out). The held-out `part`, at least one of two images, is drawn with `seed`."""
     count = len(loaded.images)
     hold = min(max(1, round(count * part)), count - 1)
     chosen = set(python_random(seed, "validation", count).sample(range(count), hold))
@@ -145,7 +145,7 @@ def split(loaded: SubsetImages, part: float, seed: int) -> tuple[list[SourceImag
 
 
 def _distinct(dataset: DatasetConfig) -> list[SubsetConfig]:
-    """The subsets that are used: those with repeats, and of several on the same images the first."""
+    """The subsets that are used: those with repeats, and only the first of several with the same images."""
     seen, used = set(), []
     for subset in dataset.subsets:
         place = (

@@ -1,10 +1,10 @@
-"""Which files are images, by their suffixes in lower case."""
+"""Suffixes of image files, in lower case."""
 
-# Images that are trained on: others in the folder are left alone.
+# Images for training; other files in the folder are ignored.
 TRAINED = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"})
 
-# Images that can be resized or drawn from. Pillow alone cannot read the last three: better reported by name than taken
-# for something that is not an image.
+# Images for resizing and image-to-image. Pillow alone cannot read the last three suffixes; they are listed so that
+# such files are reported as unreadable images.
 READ = TRAINED | {".jfif", ".gif"} | {".heic", ".heif", ".jxl"}
 
 # Images that can be written.

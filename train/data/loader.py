@@ -1,7 +1,7 @@
-"""Loading batches: from entry numbers to tensors.
+"""Loads batches: from entry numbers to tensors.
 
-An image that turns out to be damaged when its turn comes is replaced by another one of its bucket, drawn from the
-seed, the epoch and the entry alone: nothing depends on workers, processes or where a run was resumed.
+A damaged image is replaced by another one of its bucket, whose choice depends only on the seed, the epoch and the
+entry, and not on workers, processes or resuming.
 """
 
 import math
@@ -35,7 +35,7 @@ from lora_adapters.train.seeding import derive, python_random
 
 @dataclass(frozen=True)
 class Order:
-    """Everything that a loading process needs to make one batch."""
+    """Everything that a worker process needs to load one batch."""
 
     epoch: int
     step: int
@@ -44,9 +44,9 @@ class Order:
 
 @dataclass(frozen=True)
 class Sample:
-    """One entry, loaded. mask: (1, height/8, width/8); sizes are (height, width), crop is (top, left).
+    """A loaded entry. mask: (1, height/8, width/8); sizes are (height, width), crop is (top, left).
 
-    text: cached text-encoder outputs. weight: the factor on its loss.
+    text: cached text-encoder outputs. weight: the loss weight.
     """
 
     image: torch.Tensor | None
@@ -61,7 +61,7 @@ class Sample:
 
 
 class BatchReader(Dataset):
-    """Makes batches from orders. Caches, once filled, are by image: tensors, or the path of a file."""
+    """Loads batches from orders. `latents` and `text` are caches with an entry for each image: tensors, or a path."""
 
     def __init__(self, images: ImageSet, seed: int, prior_loss_weight: float) -> None:
         self.images, self.seed, self.prior_loss_weight = images, seed, prior_loss_weight
@@ -74,7 +74,7 @@ class BatchReader(Dataset):
         return batch_count(self.images.groups, world_size)
 
     def orders(self, epoch: int, start: int, rank: int, world_size: int) -> list[Order]:
-        """Process `rank`'s orders of an epoch from batch `start` on; data that is not shuffled has one epoch only."""
+        """The orders of process `rank` for an epoch from batch `start` on. Unshuffled data always uses epoch 0."""
         plan = plan_epoch(self.images.groups, self.seed, epoch, world_size, shuffle=self.images.shuffle)
         epoch = epoch if self.images.shuffle else 0
         first_step = epoch * math.ceil(len(plan) / self.accumulation)
@@ -84,7 +84,7 @@ class BatchReader(Dataset):
         ]
 
     def __getitem__(self, order: Order) -> Batch | DataError:
-        """The batch; an error comes back as a value, since raised in another process it would lose its form."""
+        """Load a batch. A DataError is returned, not raised, since the DataLoader would change its message."""
         try:
             return self._batch(order)
         except DataError as error:
@@ -112,9 +112,9 @@ class BatchReader(Dataset):
         )
 
     def _sample(self, entry: int, order: Order, damaged: dict[str, str]) -> Sample:
-        """The entry's image or, where it is damaged, another of its bucket; a blank with weight 0 if there is none.
+        """Load the entry's image, another one of its bucket if it is damaged, or else a blank image with weight 0.
 
-        Which ones were damaged is added to `damaged`, the reason by name. DataError if no image can be read at all.
+        Damaged images are added to `damaged` (name -> reason). DataError if no image of the run can be read.
         """
         tried: set[int] = set()
         for number in self._choices(entry, order.epoch):
@@ -133,7 +133,7 @@ class BatchReader(Dataset):
         raise DataError(f"none of the {len(self.images.images)} images can be read; {next(iter(damaged.values()))}")
 
     def _choices(self, entry: int, epoch: int) -> Iterator[int]:
-        """The entry's image and, in random order, the others of its bucket: those of its kind first."""
+        """The entry's image, then the others of its bucket in random order, those with the same is_reg first."""
         yield self.images.entries[entry]
         others = list(dict.fromkeys(self.images.entries[other] for other in self._members[entry]))
         python_random(self.seed, "in place of", epoch, entry).shuffle(others)
@@ -146,9 +146,9 @@ class BatchReader(Dataset):
         return {entry: group.entries for group in self.images.groups for entry in group.entries}
 
     def _load(self, entry: int, number: int, order: Order) -> Sample:
-        """Image `number` in the turn of `entry`."""
+        """Load image `number` for `entry`."""
         image = self.images.images[number]
-        # "picture" is part of the seed: another word would change what a run with the same seed trains.
+        # "picture" is part of the seed: another word would change the results of a run with the same seed.
         variation = vary(image.placement, image.subset, python_random(self.seed, "picture", order.epoch, entry))
         pixels = latents = None
         if self.latents is None:
@@ -172,7 +172,7 @@ class BatchReader(Dataset):
     def _cached(
         self, number: int, image: TrainingImage, variation: Variation
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(latents, mask (height, width) or None); a mask of its own file is not part of the cache."""
+        """Cached (latents, mask (height, width) or None); masks from conditioning_data_dir are not cached."""
         assert self.latents is not None
         entry = self.latents[number]
         if isinstance(entry, DataError):
@@ -181,7 +181,7 @@ class BatchReader(Dataset):
         latents = cached.flipped if variation.flip else cached.latents
         width, height = image.placement.bucket
         if latents is None or latents.shape[-2:] != (height // VAE_FACTOR, width // VAE_FACTOR):
-            raise DataError(f"{entry}: not the latents of a {width}x{height} bucket; delete it, or check the caches")
+            raise DataError(f"{entry}: not the latents of a {width}x{height} bucket; delete the file")
         mask = load_mask(image, variation)
         if image.subset.alpha_mask:
             mask = cached.mask if cached.mask is not None else torch.ones(height, width)
@@ -196,12 +196,12 @@ class BatchReader(Dataset):
 
 
 def load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """((3, height, width) in [-1, 1], mask (height, width) or None) of one use of an image. DataError if damaged."""
+    """Load (image (3, height, width) in [-1, 1], mask (height, width) or None). DataError if the image is damaged."""
     try:
         return _load_pixels(image, variation)
     except DataError:
         raise
-    except Exception as error:  # converting a damaged or rare kind of image may raise almost anything
+    except Exception as error:  # converting damaged or rare kinds of images may raise almost any exception
         raise DataError(f"{image.origin.source.name}: cannot be used ({first_line(error)})") from None
 
 
@@ -209,7 +209,7 @@ def _load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tens
     subset, placement, source = image.subset, image.placement, image.origin.source
     opened = open_image(source)
     if opened.size != image.origin.size:
-        raise DataError(f"{source.name}: is {opened.size} and was {image.origin.size}; was it changed while training?")
+        raise DataError(f"{source.name}: its size changed from {image.origin.size} to {opened.size} during training")
     rgb, alpha = to_rgb(opened, source.name, blend=not subset.alpha_mask)
     mask = load_mask(image, variation)
     if subset.alpha_mask:
@@ -218,7 +218,7 @@ def _load_pixels(image: TrainingImage, variation: Variation) -> tuple[torch.Tens
 
 
 def load_mask(image: TrainingImage, variation: Variation) -> torch.Tensor | None:
-    """(height, width) in [0, 1] from the image's mask file, None if it has none."""
+    """Load the mask (height, width) in [0, 1] from the image's mask file; None if there is none."""
     if image.origin.mask is None:
         return None
     mask = open_image(FileSource(image.origin.mask))
@@ -237,7 +237,7 @@ def _stack_text(outputs: list[dict[str, torch.Tensor] | None]) -> dict[str, torc
 
 
 def _blank(like: Sample, image: TrainingImage) -> Sample:
-    """A black image in the bucket of `image` that has no part in the loss; `like` gives what else a batch needs."""
+    """A black image with loss weight 0 in the bucket of `image`; caption and text are copied from `like`."""
     height, width = size = image.placement.bucket[::-1]
     pixels = torch.zeros(3, height, width) if like.image is not None else None
     latents = None
@@ -247,7 +247,7 @@ def _blank(like: Sample, image: TrainingImage) -> Sample:
 
 
 def _stack_masks(samples: list[Sample]) -> torch.Tensor | None:
-    """Masks of a batch, all ones for samples without; None if no sample has one."""
+    """The masks of a batch, all ones for samples without a mask; None if no sample has one."""
     if all(sample.mask is None for sample in samples):
         return None
     height, width = samples[0].target

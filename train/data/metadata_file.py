@@ -1,4 +1,4 @@
-"""Captions of many images in one file: json {path: {caption, tags}} or jsonl with image_path in each line."""
+"""Captions of many images in one file: json {path: {caption, tags}}, or jsonl with image_path in each line."""
 
 import glob
 from pathlib import Path
@@ -13,12 +13,12 @@ from lora_adapters.train.data_error import DataError
 
 
 def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
-    """The images that a metadata file lists, in its order. Image sizes in the file are ignored.
+    """The images of a metadata file, in its order. Image sizes in the file are ignored.
 
     Args:
-        subset: The options, with `metadata_file`. A path in the file is absolute, relative to image_dir, or (without a
-            suffix) the name of an image in image_dir. If there is no such image, or no image_dir, it is relative to the
-            working folder.
+        subset: The options, with `metadata_file`. A path in the file is absolute, relative to image_dir, or the name of
+            an image in image_dir without its suffix. If there is no such image, or no image_dir, it is relative to the
+            working directory.
 
     Returns:
         A candidate for each entry.
@@ -32,7 +32,7 @@ def metadata_candidates(subset: SubsetConfig) -> list[Candidate]:
 
 
 def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(path, entry) of every image of a json or jsonl metadata file."""
+    """Read (path, entry) of every image of a json or jsonl metadata file."""
     try:
         text = read_text(file)
     except OSError as error:
@@ -52,7 +52,7 @@ def read_metadata(file: Path) -> list[tuple[str, dict[str, Any]]]:
         raise DataError(f"metadata_file {file} must end in .json or .jsonl")
     table = _parse(text, str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        raise DataError(f"metadata_file {file} must hold a table from image paths to tables")
+        raise DataError(f"metadata_file {file} must be an object with an object for each image path")
     return list(table.items())
 
 
@@ -75,7 +75,7 @@ def _candidate(file: Path, folder: Path, key: str, entry: dict[str, Any], subset
     separator = subset.caption_separator
     tags = tags and tags.replace("\n", separator)
     if caption and tags:
-        # Every line of a caption with several is a caption of its own, so each gets the tags.
+        # Each line of a caption is an alternative caption, so each gets the tags.
         caption = "\n".join(f"{line}{separator}{tags}" for line in caption.split("\n") if line)
     caption = caption or tags if tags else caption
     return Candidate(FileSource(str(path)), caption, str(path.with_suffix("")))
@@ -88,5 +88,5 @@ def _find(folder: Path, key: str) -> Path:
     beside = (Path(name) for name in sorted(glob.glob(glob.escape(str(path)) + ".*")))
     image = next((other for other in beside if other.suffix.lower() in TRAINED and other.stem == path.name), None)
     if image is None and Path(key).is_file():
-        return Path(key)  # as kohya's tools write it for a folder given by a relative path
+        return Path(key)  # kohya's tools write such paths if the folder was a relative path
     return image or path

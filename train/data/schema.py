@@ -1,6 +1,6 @@
-"""Tables of a toml or json file, or of a command line, checked against the fields of a dataclass.
+"""Checks tables of a toml or json file, or of a command line, against the fields of a dataclass.
 
-A field made with `option(...)` has its limits and the tables that may contain it; its annotation says the rest.
+`option(...)` defines a field's limits and the tables that may contain it; its annotation defines the type.
 """
 
 import json
@@ -16,7 +16,7 @@ TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: 
 
 
 def rules(kind: type) -> dict[str, Option]:
-    """Name -> Option of every field of `kind` that a table may contain."""
+    """Name -> Option for every field of `kind` that a table may contain."""
     return {name: option for name, option in options_of(kind).items() if option.scope}
 
 
@@ -34,10 +34,10 @@ def check_table(
         unknown: Keys that are not options are added to this list, each with the most similar name.
 
     Returns:
-        The values of the options, each of the type of its field and within its limits.
+        Option name -> value, with the type and within the limits of its field.
 
     Raises:
-        DataError: A value is wrong, or an option belongs in another table.
+        DataError: A value is invalid, or an option belongs in another table.
     """
     if not isinstance(table, Mapping):
         raise DataError(f"{source}: {path} must be a table, not {show(table)}")
@@ -57,7 +57,7 @@ def check_table(
 
 
 def check_value(option: Option, value: Any, where: str) -> Any:
-    """`value` as the option's type, within its limits; DataError says what `where` must be."""
+    """Convert `value` to the option's type. DataError, which mentions `where`, if it is invalid."""
     if option.read is not None:
         try:
             return option.read(value)
@@ -81,6 +81,6 @@ def check_value(option: Option, value: Any, where: str) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as the file spells it, cut to one short line."""
+    """A value in JSON, shortened to at most 60 characters, for messages."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""The images of a subset with their captions, from a folder, a metadata file or a Hugging Face dataset."""
+"""Loads the images of a subset and their captions, from a folder, a metadata file or a Hugging Face dataset."""
 
 import json
 import logging
@@ -27,42 +27,42 @@ CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".tags")
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One readable image: size as (width, height), caption as written, and where its caches and mask lie."""
+    """A readable image: size (width, height), unprocessed caption, and the paths of its caches and mask."""
 
     source: Source
     size: Size
     caption: str
-    cache_stem: str | None = None  # path of its disk caches without their endings
+    cache_stem: str | None = None  # path of its cache files without their endings
     mask: str | None = None
 
 
 @dataclass
 class SubsetImages:
-    """What a subset holds, and what was left out of it."""
+    """The images of a subset, and the images that were left out."""
 
     images: list[SourceImage]
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
     uncaptioned: list[str | None] = field(default_factory=list)  # cache stems of images without a caption
 
     @property
     def without_caption(self) -> int:
-        """How many images have no caption."""
+        """The number of images without a caption."""
         return len(self.uncaptioned)
 
 
 def load_subset(subset: SubsetConfig) -> SubsetImages:
     """Find the images of a subset, and read their sizes and captions.
 
-    Unreadable images are left out with a warning that counts and names them.
+    Unreadable images are left out with a warning.
 
     Args:
         subset: The options.
 
     Returns:
-        The images, and what was left out.
+        The images, and those that were left out.
 
     Raises:
-        DataError: No image is left, or a folder, a mask or a caption cannot be used.
+        DataError: No image can be used, or a folder, a mask or a caption cannot be read.
     """
     if subset.dataset_name:
         from lora_adapters.train.data.huggingface import hub_candidates  # the datasets library takes seconds to import
@@ -98,7 +98,7 @@ def load_subset(subset: SubsetConfig) -> SubsetImages:
 
 
 def read_caption(path: Path, *, all_lines: bool) -> str | None:
-    """A caption file's first line, or all its lines that are not blank; None if there is no such file."""
+    """Read a caption file: its first line, or all lines that are not blank. None if the file does not exist."""
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def _folder_candidates(subset: SubsetConfig) -> list[Candidate]:
 
 
 def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
-    """Sizes by file name from an earlier run; keys of other tools' files may be whole paths."""
+    """Read sizes by file name from an earlier run's cache; in files of other tools the keys may be full paths."""
     file = folder / INFO_CACHE
     if not file.exists():
         return {}
@@ -136,7 +136,7 @@ def _read_info(folder: Path) -> dict[str, dict[str, Any]]:
             for key, entry in table.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        logger.warning("%s is damaged; reading the images again", file)
+        logger.warning("%s is damaged; image sizes are read from the images", file)
         return {}
 
 
@@ -198,7 +198,7 @@ def _warn(subset: SubsetConfig, loaded: SubsetImages) -> None:
 
 
 def _other_captions(subset: SubsetConfig, loaded: SubsetImages) -> str:
-    """What to say of caption files of another ending beside images that have no caption."""
+    """A hint for the warning if images without a caption have caption files with another ending."""
     stems = [stem for stem in loaded.uncaptioned if stem is not None and subset.image_dir]
     counts = {ending: sum(os.path.isfile(stem + ending) for stem in stems) for ending in CAPTION_ENDINGS}
     ending, count = max(counts.items(), key=lambda item: item[1])

@@ -1,4 +1,4 @@
-"""What a run trains on, as text for people and as metadata for the saved file."""
+"""Summarises the training data, as text and as metadata for the saved file."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from lora_adapters.train.data.image_set import ImageSet, LoadedSubset
 
 
 def summary_text(training: ImageSet, validation: ImageSet | None) -> str:
-    """Datasets with their subsets and buckets, then totals, a line each."""
+    """One line for each dataset, subset and bucket, then totals."""
     lines = []
     for number, dataset in enumerate(training.datasets):
         lines.append(f"dataset {number}: {_shape(dataset)}, batch size {dataset.batch_size}")
@@ -32,7 +32,7 @@ def summary_text(training: ImageSet, validation: ImageSet | None) -> str:
 
 
 def kohya_metadata(images: ImageSet, config: DataConfig, world_size: int) -> dict[str, str]:
-    """The ss_* entries on data: those of a dataset file, or the flat ones of command-line folders; all text."""
+    """The ss_* metadata entries about data, as strings: nested for a dataset file, flat for command-line folders."""
     shared: dict[str, Any] = {
         "ss_num_train_images": images.count(regularisation=False),
         "ss_num_reg_images": images.count(regularisation=True),
@@ -51,7 +51,7 @@ def kohya_metadata(images: ImageSet, config: DataConfig, world_size: int) -> dic
 
 
 def tag_frequency(images: ImageSet, dataset: int) -> dict[str, dict[str, int]]:
-    """Folder (or file, or dataset) name -> how often each comma-separated part of its captions stands there."""
+    """Name of a folder, file or dataset -> comma-separated tag of its captions -> number of occurrences."""
     frequency: dict[str, Counter[str]] = {}
     for loaded in (loaded for loaded in images.subsets if loaded.dataset == dataset):
         counter = frequency.setdefault(_base_name(loaded.config), Counter())
@@ -61,7 +61,7 @@ def tag_frequency(images: ImageSet, dataset: int) -> dict[str, dict[str, int]]:
 
 
 def bucket_info(images: ImageSet, dataset: int) -> dict[str, Any] | None:
-    """Buckets with their counts (with repeats) and the mean error in aspect; None without buckets."""
+    """Buckets with their number of images (with repeats), and the mean aspect error; None without buckets."""
     if not images.datasets[dataset].enable_bucket:
         return None
     buckets = Buckets(images.datasets[dataset])
@@ -117,7 +117,7 @@ def _subset_entry(loaded: LoadedSubset) -> dict[str, Any]:
 
 
 def _folders(subsets: list[LoadedSubset], *, regularisation: bool) -> dict[str, dict[str, int]]:
-    """Name -> repeats and number of images; a name that occurs again gets a number."""
+    """Folder name -> repeats and number of images; names that occur more than once get a number."""
     folders: dict[str, dict[str, int]] = {}
     for loaded in (loaded for loaded in subsets if loaded.config.is_reg == regularisation):
         base = name = _base_name(loaded.config)
@@ -129,7 +129,7 @@ def _folders(subsets: list[LoadedSubset], *, regularisation: bool) -> dict[str, 
 
 
 def _flat(images: ImageSet, world_size: int) -> dict[str, Any]:
-    """The entries of one dataset whose subsets have the options of one command line."""
+    """The flat entries for command-line folders: one dataset whose subsets share their options."""
     dataset, subset, buckets = images.datasets[0], images.subsets[0].config, Buckets(images.datasets[0])
     return {
         "ss_batch_size_per_device": dataset.batch_size,
@@ -152,7 +152,7 @@ def _flat(images: ImageSet, world_size: int) -> dict[str, Any]:
 
 
 def _base_name(config: SubsetConfig) -> str:
-    """A short name for metadata; hub ids keep their owner, paths only their last part."""
+    """A short name for metadata: the full Hub id, or the last part of a path."""
     name = config.dataset_name
     return name if name and not os.path.exists(name) else _last_part(config.name)
 

@@ -1,4 +1,4 @@
-"""From an image to the tensor that is trained on: colours, mask, scaling, cropping, flipping."""
+"""Converts an image to a tensor for training: colours, mask, scaling, cropping, flipping."""
 
 import random
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ from lora_adapters.train.data.deep_grey import eight_bit_grey, is_deep
 from lora_adapters.train.data_error import DataError
 from lora_adapters.train.interpolation import resampling
 
-COLOR_SHARE, HUE_SHIFT, GAMMA = 0.33, 16.0, 0.05  # how often colours change; most degrees of hue, most of gamma
+COLOR_SHARE, HUE_SHIFT, GAMMA = 0.33, 16.0, 0.05  # probability, maximum degrees of hue, maximum change of gamma
 
 
 @dataclass(frozen=True)
 class Variation:
-    """How one use of an image differs from another: the crop's (left, top) in the scaled image, mirroring, colours.
+    """The random variation of one use of an image.
 
-    colour: (shift of hue in degrees, change of the gamma exponent), or None.
+    corner: (left, top) of the crop in the scaled image. flip: mirror the image. colour: (shift of hue in degrees,
+    change of the gamma exponent), or None.
     """
 
     corner: tuple[int, int]
@@ -30,13 +31,13 @@ class Variation:
 
 
 def centred(placement: Placement, *, flip: bool = False) -> Variation:
-    """The middle of the image, colours as they are."""
+    """A centred crop without colour changes."""
     left, top = [room // 2 for room in _spare(placement)]
     return Variation((left, top), flip)
 
 
 def vary(placement: Placement, subset: SubsetConfig, rng: random.Random) -> Variation:
-    """Draw a variation that `subset` allows; the flip is the first draw that is not for random_crop."""
+    """Draw a variation with the options of `subset`. Random numbers are drawn in the order crop, flip, colour."""
     left, top = [rng.randint(0, room) if subset.random_crop else room // 2 for room in _spare(placement)]
     flip = subset.flip_aug and rng.random() < 0.5
     colour = None
@@ -46,25 +47,25 @@ def vary(placement: Placement, subset: SubsetConfig, rng: random.Random) -> Vari
 
 
 def crop_as_seen(placement: Placement, variation: Variation) -> tuple[int, int]:
-    """(top, left) of the training image in the scaled one, which is mirrored first where the variation flips."""
+    """(top, left) of the crop in the scaled image, after mirroring if the variation flips."""
     left, top = variation.corner
     return top, _spare(placement)[0] - left if variation.flip else left
 
 
 def to_rgb(image: Image.Image, name: str, *, blend: bool = True) -> tuple[Image.Image, Image.Image | None]:
-    """Convert an image of any mode to RGB. Grey of 16 bits or floating point is scaled to 8 bits.
+    """Convert an image of any mode to RGB. 16-bit and floating-point grey is scaled to 8 bits.
 
     Args:
         image: The image.
         name: Its name, for messages.
-        blend: Blend transparent images with white. False keeps the colours of transparent pixels, for use with the
-            alpha channel as a mask.
+        blend: Whether to blend transparent images with white. False keeps the colours of transparent pixels, for use
+            with the alpha channel as a mask.
 
     Returns:
         The RGB image, and its alpha channel (mode L) or None.
 
     Raises:
-        DataError: The values are of an unknown scale; see `eight_bit_grey`.
+        DataError: The range of values is not supported; see `eight_bit_grey`.
     """
     if is_deep(image):
         try:
@@ -84,7 +85,7 @@ def to_rgb(image: Image.Image, name: str, *, blend: bool = True) -> tuple[Image.
 def image_tensor(
     rgb: Image.Image, placement: Placement, variation: Variation, interpolation: str | None = None
 ) -> torch.Tensor:
-    """An RGB image scaled, cropped, mirrored and recoloured: (3, height, width) in [-1, 1]."""
+    """Scale, crop, recolour and mirror an RGB image: (3, height, width) in [-1, 1]."""
     rgb = _resize(rgb, placement.resized, interpolation).crop(_box(placement, variation))
     if variation.colour:
         rgb = _recolour(rgb, *variation.colour)
@@ -94,7 +95,7 @@ def image_tensor(
 
 
 def mask_tensor(mask: Image.Image, placement: Placement, variation: Variation) -> torch.Tensor:
-    """A grey mask of any size, scaled and cropped as its image is: (height, width) in [0, 1]."""
+    """Scale, crop and mirror a grey mask of any size like its image: (height, width) in [0, 1]."""
     scaled = mask.resize(placement.resized, Image.Resampling.BOX).crop(_box(placement, variation))
     if variation.flip:
         scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -102,13 +103,13 @@ def mask_tensor(mask: Image.Image, placement: Placement, variation: Variation) -
 
 
 def latent_mask(mask: torch.Tensor) -> torch.Tensor:
-    """A mask (height, width) averaged over the pixels of each latent: (1, height/8, width/8)."""
+    """Average a mask (height, width) over the pixels of each latent: (1, height/8, width/8)."""
     height, width = mask.shape
     return F.interpolate(mask[None, None], (height // VAE_FACTOR, width // VAE_FACTOR), mode="area")[0]
 
 
 def _spare(placement: Placement) -> tuple[int, int]:
-    """How much wider and higher the scaled image is than its bucket."""
+    """By how many pixels the scaled image is wider and higher than its bucket."""
     (width, height), (kept_width, kept_height) = placement.resized, placement.bucket
     return width - kept_width, height - kept_height
 

@@ -1,4 +1,4 @@
-"""Requests to images, in batches, through diffusers' pipelines."""
+"""Generates the requested images in batches with diffusers' pipelines."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from lora_adapters.train.resizing.resize import UnreadableImage, on_white, read_
 
 log = logging.getLogger(__name__)
 
-_OWN = ("prompt", "negative_prompt", "seed", "start", "where", "file")  # what images of one batch may differ in
+_OWN = ("prompt", "negative_prompt", "seed", "start", "where", "file")  # fields that may differ within a batch
 
 
 def start_image(request: ImageRequest) -> Image.Image | None:
-    """The image that img2img begins with, upright, on white, at the request's size; None for a plain request."""
+    """The input image of img2img, with EXIF orientation, on white, at the request's size; None without img2img."""
     if request.start is None:
         return None
     try:
@@ -37,14 +37,14 @@ def start_image(request: ImageRequest) -> Image.Image | None:
 
 
 def completed(request: ImageRequest, models: BaseModels) -> ImageRequest:
-    """The request with a guidance scale and a size, where it has none.
+    """Fill in the default guidance scale and size of a request.
 
     Args:
-        request: one image.
-        models: the base model, whose family has a usual scale, and whose sides are multiples of a number of pixels.
+        request: The request for an image.
+        models: The base model, whose family defines the defaults and the multiple that sides must have.
 
     Returns:
-        The request with its own size, the nearest to that of the image it begins with, or the model's.
+        The request. Its size is its own, the nearest allowed size to the input image, or the model's.
     """
     own, step = models.default_size, models.family.pixel_step
     scale = models.family.guidance if request.scale is None else request.scale
@@ -54,12 +54,12 @@ def completed(request: ImageRequest, models: BaseModels) -> ImageRequest:
         width, height = (max(step, round(side / step) * step) for side in image.size)
     sides = tuple(max(step, side - side % step) for side in (width, height))
     if sides != (width, height):
-        log.warning("%s: sides are multiples of %d; %dx%d is drawn", request.where, step, *sides)
+        log.warning("%s: sides must be multiples of %d; %dx%d is used", request.where, step, *sides)
     return replace(request, scale=scale, width=sides[0], height=sides[1])
 
 
 class Drawer:
-    """Draws with one set of models, `pipe`'s. `default_multipliers` are those of the adapters that are not merged."""
+    """Generates images with the models of `pipe`. `default_multipliers`: one for each adapter that is not merged."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Drawer:
             pipeline.set_progress_bar_config(disable=True)
 
     def draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[ImageRequest, Image.Image]]:
-        """Each request with its image, in order. An image is the same whatever else is in its batch."""
+        """Yield each request with its image, in order. An image does not depend on the other images of its batch."""
         for batch in self._batches(requests):
             yield from zip(batch, self._draw(batch), strict=True)
 
@@ -98,7 +98,7 @@ class Drawer:
         return plain, request.start is None, self._windows(request)
 
     def _windows(self, request: ImageRequest) -> int:
-        """Windows of 75 tokens that its longer text needs, up to --max_embeddings_multiples."""
+        """The number of 75-token windows that the longer of both texts needs, at most --max_embeddings_multiples."""
         if self.models.family.has_flow:
             return 1
         texts = (request.prompt, request.negative_prompt)
@@ -137,7 +137,7 @@ class Drawer:
         return self._decoded(self.models.family.drawn_latents(drawn, height // factor, width // factor))
 
     def _drawn_whole(self, batch: list[ImageRequest]) -> list[Image.Image]:
-        """The images of a pipeline that reads the prompts itself."""
+        """Generate images with a plain call of a pipeline that encodes the prompts itself."""
         first = batch[0]
         prompts, negative = ([getattr(one, name) for one in batch] for name in ("prompt", "negative_prompt"))
         return self._pipeline(first)(
@@ -149,7 +149,7 @@ class Drawer:
         ).images
 
     def _noise(self, generators: list[torch.Generator], width: int, height: int) -> torch.Tensor:
-        """(n, channels, h, w), drawn in float32: some versions of torch draw other numbers in half precision."""
+        """Noise (n, channels, h, w), drawn in float32: in half precision torch versions draw different numbers."""
         space = self.models.latent_space
         shape = (1, space.channels, height // space.factor, width // space.factor)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
@@ -158,7 +158,7 @@ class Drawer:
     def _pipeline(self, request: ImageRequest) -> Any:
         pipe = self._plain if request.start is None else self._image_to_image
         offset = 0 if self.settings.force_scheduler_zero_steps_offset else None
-        # Set on the finished pipeline: its constructor changes the steps_offset of what it is given.
+        # Set on the existing pipeline, since the pipeline's constructor changes the scheduler's steps_offset.
         zero = self.settings.zero_terminal_snr
         own = self.models.schedule_config
         pipe.scheduler = self.models.family.sampler(request.sampler, self.models.prediction_type, zero, own, offset)
@@ -169,7 +169,7 @@ class Drawer:
         return self.models.encode(tokens, self.settings.clip_skip, keep_mean=self.settings.emb_normalize_mode)
 
     def _to_latents(self, images: list[Image.Image]) -> torch.Tensor:
-        """(n, channels, h, w), normalised, in the denoiser's precision: the means, nothing is drawn."""
+        """Encode images into normalised latents (n, channels, h, w) in the denoiser's dtype, using posterior means."""
         vae = self.models.vae
         pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).permute(0, 3, 1, 2)
         pixels = (pixels.to(self.device, vae.dtype) / 255) * 2 - 1
@@ -193,7 +193,7 @@ class Drawer:
 
 
 def _size_conditions(request: ImageRequest, width: int, height: int) -> SizeConditions:
-    """The sizes of a request; those not given are the image's own, uncropped, also for the negative prompt."""
+    """The size conditions of a request. Default: the image's size without crop, also for the negative prompt."""
     original = (request.original_height or height, request.original_width or width)
     return SizeConditions(
         original=original,

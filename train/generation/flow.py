@@ -1,4 +1,4 @@
-"""What drawing with models of flow matching (Flux.1, SD3) has not: said or refused once the family is known."""
+"""Refuses options, or warns of options, that the base model's family does not support."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _OF_UNETS = (
     "force_scheduler_zero_steps_offset", "xformers", "diffusers_xformers",
 )  # fmt: skip
 
-# What needs the text, the latents or the VAE in hand, or other files than the pipeline's.
+# Options that need our own handling of text, latents or VAE, or separate files, instead of a plain pipeline call.
 _STEP_BY_STEP = ("image_path", "no_half_vae", "opt_channels_last", "vae_batch_size", "vae", *PARTS)
 
 
@@ -42,31 +42,31 @@ def check_options(settings: GenerateSettings, family: TrainingFamily) -> None:
             raise OptionError(f"{known[name].flag} is for {others}, and the model is {family.title}: leave it out")
     for name in () if family.trained else _STEP_BY_STEP:
         if getattr(settings, name) != known[name].default:
-            raise OptionError(f"{known[name].flag}: {family.title} is drawn whole by diffusers' pipeline: leave it out")
+            raise OptionError(f"{known[name].flag} is not supported for {family.title}: leave it out")
     if not family.has_flow:
         return
     if any(part.startswith("sampler=") for part in settings.sweep or []):
-        raise OptionError(f"--sweep sampler=: {family.title} has one sampler, Euler's along the flow")
+        raise OptionError(f"--sweep sampler=: {family.title} has only one sampler, flow matching Euler")
     if isinstance(family, TransformerFamily):
         check_parts(settings, family)
 
 
 def say_unread(settings: GenerateSettings, requests: Sequence[ImageRequest], family: TrainingFamily) -> None:
-    """Warn of what is asked for and models of this family do not read.
+    """Warn of samplers and negative prompts that this family does not use.
 
     Args:
-        settings: the program's options.
-        requests: what is to be drawn.
-        family: the base model's.
+        settings: The options of the program.
+        requests: The requested images.
+        family: The family of the base model.
     """
     if not family.has_flow:
         return
     asked = next((one.sampler for one in requests if one.sampler != _default("sampler")), None)
     asked = asked or (settings.sampler if "sampler" in settings.given else None)
     if asked:
-        log.warning("the sampler %s is left out: %s has one of its own, Euler's along the flow", asked, family.title)
+        log.warning("the sampler %s is ignored: %s uses the flow matching Euler sampler", asked, family.title)
     if not family.reads_negative_prompt and any(one.negative_prompt for one in requests):
-        log.warning("negative prompts are left out: %s reads none", family.title)
+        log.warning("negative prompts are ignored: %s does not use them", family.title)
 
 
 def _default(name: str) -> Any:

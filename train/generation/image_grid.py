@@ -11,7 +11,7 @@ GAP, SMALLEST = 4, 128
 
 
 def font_of(file: str | None, size: int) -> Font:
-    """Pillow's own font (Latin letters only), or the one in `file`. TrainingError if that is not a font."""
+    """Load the font in `file`, or Pillow's built-in font (Latin letters only). TrainingError if it is not a font."""
     if file is None:
         return ImageFont.load_default(size)
     try:
@@ -23,14 +23,14 @@ def font_of(file: str | None, size: int) -> Font:
 def draw_sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str], font_file: str | None = None
 ) -> Image.Image:
-    """A labelled grid: each image at a whole multiple of its size, in a cell of the size of the largest.
+    """Paste images into a labelled grid, whose cells have the size of the largest image.
 
-    Images below 128 pixels are enlarged, so that there is room for the labels.
+    If all images are smaller than 128 pixels, they are enlarged by an integer factor to make room for the labels.
 
     Args:
-        rows: (label, images) of each row, one image for each title.
-        titles: the columns' labels.
-        font_file: a TrueType or OpenType font; Pillow's own without it.
+        rows: (label, images) of each row, with one image for each title.
+        titles: The labels of the columns.
+        font_file: A TrueType or OpenType font; None uses Pillow's built-in font.
 
     Returns:
         The grid, in RGB.
@@ -64,7 +64,7 @@ def draw_sheet(
 
 
 def wrapped(text: str, font: Font, width: int, most: int = 8) -> str:
-    """The text in lines of at most `width` pixels, where its words allow; at most `most` lines."""
+    """Wrap text at spaces into at most `most` lines of at most `width` pixels; longer words are not split."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

@@ -1,4 +1,4 @@
-"""The adapters that images are generated with: read and checked before a model is loaded, then applied to it."""
+"""The adapters for image generation: read and checked before the base model is loaded, then applied to it."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from lora_adapters.types.dylora.rank_controller import set_rank
 
 @dataclass(frozen=True)
 class Network:
-    """One adapter file. rank: what a DyLoRA works at unless an image says otherwise; None for all it has."""
+    """An adapter with its options. rank: the default rank of a DyLoRA; None is its full rank."""
 
     source: str
     adapter: Adapter
@@ -33,12 +33,12 @@ class Network:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending, or the repository's."""
+        """The name of the file without its suffix, or of the folder or repository."""
         path = Path(self.source)
         return path.stem if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") else path.name
 
     def at(self, rank: int | None) -> AdapterData:
-        """The adapter as it works at `rank` (None: its own), which is checked for a DyLoRA."""
+        """The adapter truncated to `rank` (None: its default rank). TrainingError if a DyLoRA lacks this rank."""
         rank = self.rank if rank is None else rank
         if rank is None or self.adapter.dylora is None:
             return self.adapter
@@ -49,7 +49,7 @@ class Network:
 
 
 def networks(settings: GenerateSettings) -> list[Network]:
-    """The adapters of --network_weights, read. TrainingError or AdapterError for whatever is wrong with them."""
+    """Read the adapters of --network_weights. TrainingError or AdapterError if they or their options are invalid."""
     arguments = read_arguments(settings.network_weights or [])
     if not arguments:
         _refuse_without_weights(settings)
@@ -58,18 +58,20 @@ def networks(settings: GenerateSettings) -> list[Network]:
     modules = settings.network_module or ["networks.lora"]
     modules = modules * count if len(modules) == 1 else modules
     if len(modules) != count:
-        raise OptionError(f"{len(modules)} of --network_module for {count} of --network_weights: one each, or one")
+        raise OptionError(
+            f"--network_module has {len(modules)} values for {count} --network_weights: give 1 or {count}"
+        )
     for name in ("network_mul", "network_args"):
         if len(getattr(settings, name) or []) > count:
-            raise OptionError(f"{len(getattr(settings, name))} of --{name} for {count} of --network_weights")
+            raise OptionError(f"--{name} has {len(getattr(settings, name))} values for {count} --network_weights")
     multipliers = settings.network_mul or []
     twice = next((argument.source for argument in arguments[: len(multipliers)] if argument.unet is not None), None)
     if twice is not None:
-        raise OptionError(f"{twice} has a weight behind it and one in --network_mul: give one of them")
+        raise OptionError(f"{twice} has two weights, one after its name and one in --network_mul: give only one")
     args = [*(settings.network_args or []), *[""] * count][:count]
     first_n = settings.network_merge_n_models or 0
     if not 0 <= first_n <= count:
-        raise OptionError(f"--network_merge_n_models {first_n}: there are {count} of --network_weights")
+        raise OptionError(f"--network_merge_n_models {first_n}: only {count} --network_weights are given")
     merged = count if settings.network_merge else first_n
     adapters = []
     for number, (argument, module, text) in enumerate(zip(arguments, modules, args, strict=True)):
@@ -81,7 +83,7 @@ def networks(settings: GenerateSettings) -> list[Network]:
         adapters.append(Network(source, adapter, multiplier, own, number < merged))
         adapters[-1].at(None)  # checks the rank
     if settings.rank is not None and not any(network.adapter.dylora for network in adapters):
-        raise TrainingError(f"--rank {settings.rank}: none of --network_weights is a DyLoRA, the others have one rank")
+        raise TrainingError(f"--rank {settings.rank} is for DyLoRA, and none of --network_weights is a DyLoRA")
     return adapters
 
 
@@ -89,20 +91,20 @@ def _refuse_without_weights(settings: GenerateSettings) -> None:
     names = "network_module network_mul network_args network_merge network_merge_n_models network_pre_calc"
     for name in (*names.split(), "network_show_meta", "rank"):
         if getattr(settings, name) not in (None, False, []):
-            raise OptionError(f"--{name} needs --network_weights: adapter files")
+            raise OptionError(f"--{name} needs --network_weights")
 
 
 def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapter, int | None]:
-    """The adapter, as a DyLoRA where --network_module says so and its file does not; and the rank of its arguments."""
+    """(adapter, rank in --network_args). --network_module can declare an adapter as DyLoRA if its file does not."""
     kind = MODULES.get(module)
     if kind is None:
-        raise OptionError(f"--network_module {module} is not supported: {', '.join(MODULES)} are")
+        raise OptionError(f"--network_module {module} is not supported; supported are {', '.join(MODULES)}")
     args = key_values([part for part in text.split(";") if part.strip()], "network_args")
-    # A DyLoRA's file that does not say so is kohya's, whose splitter keeps alpha.
+    # A DyLoRA file without this metadata is kohya's, whose script for splitting keeps alpha.
     dylora = adapter.dylora or (DyLora(rank_scaling="rank") if kind == "DyLora" else None)
     for key in args:
         if dylora is None or key not in ("rank", "unit", "rank_scaling"):
-            rule = "a DyLoRA takes rank=, unit= and rank_scaling=, others none: the file tells the rest"
+            rule = "a DyLoRA takes rank=, unit= and rank_scaling=, other adapters take no arguments"
             raise OptionError(f"--network_args {key}={args[key]} for {source}: {rule}")
     if dylora is None:
         return adapter, None
@@ -112,20 +114,20 @@ def _typed(adapter: Adapter, source: str, module: str, text: str) -> tuple[Adapt
             raise OptionError(f"--network_args {key}={value} for {source}: give 1 or more")
     scaling = args.get("rank_scaling", dylora.rank_scaling)
     if scaling not in RANK_SCALINGS:
-        raise OptionError(f"--network_args rank_scaling={scaling}: {', '.join(RANK_SCALINGS)} are known")
+        raise OptionError(f"--network_args rank_scaling={scaling}: not one of {', '.join(RANK_SCALINGS)}")
     dylora = replace(dylora, unit=int(numbers.get("unit", dylora.unit)), rank_scaling=scaling)
     return adapter.as_dylora(dylora), int(numbers["rank"]) if "rank" in numbers else None
 
 
 def metadata(networks: Sequence[Network]) -> str:
-    """What --network_show_meta prints."""
+    """The text that --network_show_meta prints."""
     return "\n".join(
         f"{network.source}: {json.dumps(dict(network.adapter.metadata), indent=2)}" for network in networks
     )
 
 
 class LiveNetworks:
-    """Adapters as layers of the pipeline, whose weights and ranks change without touching the model's own weights."""
+    """Adapters as layers of the pipeline. Multipliers and ranks change without touching the model's own weights."""
 
     def __init__(self, pipe: Any, networks: Sequence[Network]):
         self._pipe, self._networks = pipe, networks
@@ -137,11 +139,11 @@ class LiveNetworks:
                 raise AdapterError(f"{network.source}: {error}") from None
 
     def follow(self, networks: Sequence[Network]) -> None:
-        """Take the ranks of these, which are the same adapters."""
+        """Use the ranks of these networks, which must be the same adapters."""
         self._networks = networks
 
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:
-        """Work with these multipliers; `rank` is for the DyLoRAs, None for their own."""
+        """Set the multipliers, and the rank of the DyLoRAs (None: their default ranks)."""
         if not self._networks:
             return
         self._pipe.set_adapters(self._names, list(multipliers))
@@ -152,7 +154,7 @@ class LiveNetworks:
 
 
 class MergedNetworks:
-    """Adapters merged into the weights anew for each setting, from a copy of the original weights."""
+    """Adapters that are merged into the weights for each setting, starting from a copy of the original weights."""
 
     def __init__(self, models: BaseModels, networks: Sequence[Network]):
         self._networks = networks
@@ -163,7 +165,7 @@ class MergedNetworks:
         self._now: tuple[tuple[float, ...], int | None] | None = None
 
     def use(self, multipliers: Sequence[float], rank: int | None) -> None:
-        """The same as `LiveNetworks.use`."""
+        """Set the multipliers and the rank; see `LiveNetworks.use`."""
         if self._now == (tuple(multipliers), rank):
             return
         parts = [_placed(self._models, network, rank) for network in self._networks]
@@ -181,12 +183,12 @@ def _placed(models: BaseModels, network: Network, rank: int | None) -> Placed:
 def apply_networks(
     models: BaseModels, pipe: Any, networks: Sequence[Network], pre_calc: bool
 ) -> LiveNetworks | MergedNetworks:
-    """Merge the adapters that stay merged; returns the object that the multipliers of the others are set on."""
+    """Merge the adapters with `merged`, and return the object that sets the multipliers of the others."""
     merge_weights([(_placed(models, network, None), network.multiplier) for network in networks if network.merged])
     live = unmerged(networks)
     return MergedNetworks(models, live) if pre_calc else LiveNetworks(pipe, live)
 
 
 def unmerged(networks: Sequence[Network]) -> list[Network]:
-    """The adapters whose multipliers and ranks can still be changed."""
+    """The adapters that are not merged, whose multipliers and ranks can be changed."""
     return [network for network in networks if not network.merged]

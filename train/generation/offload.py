@@ -1,4 +1,4 @@
-"""--offload: models wait in main memory until they compute, by diffusers' own means."""
+"""--offload: keeps models in CPU memory until they are used, with diffusers' offloading."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from lora_adapters.train.generation.options import GenerateSettings
 
 
 def check_offload(settings: GenerateSettings, device: torch.device) -> None:
-    """Raise OptionError for what --offload does not go with, and TrainingError where there is nothing to bring to."""
+    """Raise OptionError if --offload contradicts other options, TrainingError on a CPU."""
     if settings.offload is None:
         return
     if settings.network_pre_calc:
-        raise OptionError("--offload does not go with --network_pre_calc, which changes weights between the images")
+        raise OptionError("--offload cannot be combined with --network_pre_calc, which changes weights between images")
     if device.type == "cpu":
-        raise TrainingError("--offload needs a cuda or mps device: on a CPU all is in main memory; leave it out")
+        raise TrainingError("--offload needs a cuda or mps device; leave it out")
 
 
 def offload(pipe: Any, how: str, device: torch.device) -> None:
-    """Let the pipeline's models wait in main memory, where they are. Call it with the adapters on them, if any.
+    """Turn on diffusers' CPU offloading. The models must be on the CPU, with their adapters, if any.
 
     Args:
-        pipe: diffusers' pipeline.
-        how: "model": each model is on the device while it computes; "sequential": each layer.
-        device: Where they compute.
+        pipe: A diffusers pipeline.
+        how: "model" moves each model to the device while it runs, "sequential" each layer.
+        device: The device to run on.
     """
     if how == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -1,4 +1,4 @@
-"""The options of the image program, under the names of kohya's gen_img."""
+"""The options of the image generation program, with the names of kohya's gen_img."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -182,11 +182,11 @@ class SheetOptions:
 class GenerateSettings(
     BaseOptions, PromptOptions, SamplingOptions, AdapterOptions, FileOptions, SheetOptions, RefusedOptions, Given
 ):
-    """The image program's options: an attribute each."""
+    """The options of the image generation program, one attribute each."""
 
 
 def parser(defaults: bool = True) -> Parser:
-    """A parser of all options; without `defaults` its result has only what is on the command line."""
+    """Create the parser. Without `defaults`, parsed arguments contain only the options on the command line."""
     new = Parser(
         prog="gen_img_diffusers.py",
         description="Generate images with a base model and adapters, with the options of kohya's gen_img.",
@@ -200,7 +200,7 @@ def parser(defaults: bool = True) -> Parser:
 
 
 def parse(argv: Sequence[str] | None = None) -> GenerateSettings:
-    """Options from `argv`, then the defaults. Raises OptionError for the first unsupported option that is given."""
+    """Parse `argv` and add the defaults. OptionError for an unsupported option."""
     settings = made(GenerateSettings, vars(parser(defaults=False).parse_args(argv)))
     refuse(settings)
     return settings

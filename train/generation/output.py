@@ -1,4 +1,4 @@
-"""Image files: their names, and the settings that are stored in them."""
+"""Writes image files: chooses their names, and stores the generation settings in them."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from lora_adapters.train.samplers import SAMPLERS
 
 
 class Album:
-    """Where a run's images go: names them, and writes each with its settings."""
+    """Names the images of a run and writes each with its settings."""
 
     def __init__(self, settings: GenerateSettings, models: BaseModels, networks: Sequence[Network]):
         self.settings, self._models, self._networks = settings, models, networks
@@ -31,7 +31,7 @@ class Album:
             self._model = {"Model hash": short_hash(file), **self._model}
 
     def add(self, request: ImageRequest, image: Image.Image) -> Path:
-        """Write an image; its path."""
+        """Write an image and return its path."""
         path = self._path(request)
         self._count += 1
         save(image, path, self.text(request))
@@ -48,12 +48,12 @@ class Album:
         return self._free(f"im_{self._time}_{self._count:03d}_{request.seed}")
 
     def _free(self, stem: str) -> Path:
-        """A name in the folder that is not taken."""
+        """A path in the folder that does not exist yet."""
         names = (f"{stem}{f'-{n}' if n > 1 else ''}.png" for n in range(1, 1_000_000))
         return next(path for path in map(self.folder.joinpath, names) if not path.exists())
 
     def sheet_path(self) -> Path:
-        """Where a sheet goes."""
+        """The path of the sheet."""
         return Path(self.settings.sheet) if self.settings.sheet else self._free(f"sweep_{self._time}")
 
     def text(self, request: ImageRequest, sweep: str = "") -> str:
@@ -97,6 +97,6 @@ class Album:
 
 
 def save(image: Image.Image, path: Path, text: str) -> None:
-    """Write the image with its settings, whole or not at all."""
+    """Write an image with its settings, atomically."""
     with replacing(path) as partial:
         image.save(partial, **save_options(text, path.suffix.lower()))

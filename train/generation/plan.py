@@ -1,4 +1,4 @@
-"""The plan of a run: what is to be drawn, with everything checked that can be before the model is loaded."""
+"""Plans a run: collects the requested images and adapters, and checks everything possible before loading the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ _ONE_OF = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be drawn, with what. `columns` is empty unless a sheet is asked for."""
+    """The requested images, the adapters, and the columns of the sheet (empty without --sweep)."""
 
     requests: list[ImageRequest]
     networks: list[Network]
@@ -46,7 +46,7 @@ class Plan:
 
 
 def plan(settings: GenerateSettings) -> Plan:
-    """Everything that can be known, and can be wrong, without the model."""
+    """Read and check everything that does not need the loaded model."""
     _check(settings)
     starts = _starts(settings)
     lines = _lines(settings, starts)
@@ -71,7 +71,7 @@ def plan(settings: GenerateSettings) -> Plan:
 
 def _check(settings: GenerateSettings) -> None:
     if not settings.pretrained_model_name_or_path:
-        raise OptionError("--ckpt is missing: a checkpoint file, a Diffusers folder or a hub id")
+        raise OptionError("--ckpt is missing: give a checkpoint file, a Diffusers folder or a Hub repository")
     for group in _ONE_OF:
         if sum(bool(getattr(settings, name)) for name in group) > 1:
             raise OptionError(f"--{' and --'.join(group)} exclude each other: give one")
@@ -104,7 +104,7 @@ def _check_xformers() -> None:
 
 
 def _starts(settings: GenerateSettings) -> list[Path]:
-    """The images of --image_path, by name."""
+    """The images of --image_path, sorted by name."""
     if not settings.image_path:
         return []
     path = Path(settings.image_path)
@@ -119,7 +119,7 @@ def _starts(settings: GenerateSettings) -> list[Path]:
 
 
 def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str, str]]:
-    """Prompt lines, and where they stand: those given, or those in the images that are begun with."""
+    """(prompt line, its place for messages): from the options, or else from the metadata of the input images."""
     if settings.prompt is not None:
         return [(settings.prompt, "--prompt")]
     if settings.from_file:
@@ -128,7 +128,7 @@ def _lines(settings: GenerateSettings, starts: Sequence[Path]) -> list[tuple[str
             raise TrainingError(f"--from_file {settings.from_file} has no prompts")
         return lines
     if not starts:
-        raise OptionError("there is nothing to draw: give --prompt or --from_file")
+        raise OptionError("there is no prompt: give --prompt or --from_file")
     lines = []
     for start in starts:
         try:
@@ -163,7 +163,7 @@ def _check_networks(request: ImageRequest, live: Sequence[Network]) -> None:
 
 
 def _filled(images: Sequence[ImageRequest], live: Sequence[Network]) -> list[ImageRequest]:
-    """Requests whose --am has a multiplier for every adapter: the last one is repeated."""
+    """Extend each request's --am to all adapters by repeating its last multiplier."""
     filled = []
     for request in images:
         own = request.multipliers

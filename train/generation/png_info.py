@@ -1,4 +1,4 @@
-"""An image's settings as text, in the form that AUTOMATIC1111's web UI writes and reads."""
+"""Generation settings as text in image files, in the format of AUTOMATIC1111's web UI."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-KEY = "parameters"  # of the PNG's text chunk
+KEY = "parameters"  # key of the PNG text chunk
 _EXIF, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
 _LORA = re.compile(r"\s*<lora:[^:>]+(:[^>]*)?>")
 _NEGATIVE = "Negative prompt: "
@@ -18,14 +18,14 @@ _NEGATIVE = "Negative prompt: "
 def parameters(
     prompt: str, negative_prompt: str, adapters: Iterable[tuple[str, float]], entries: Mapping[str, object]
 ) -> str:
-    """The text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, and a line of entries."""
+    """Write the text: the prompt with `<lora:name:weight>` for each adapter, the negative prompt, a line of entries."""
     loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in adapters)
     lines = [prompt + loras, *([_NEGATIVE + negative_prompt] if negative_prompt else [])]
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(str(value))}" for key, value in entries.items())])
 
 
 def _quoted(value: str) -> str:
-    """In quotation marks where it has characters that end a value."""
+    """Quote a value if it contains characters that would end it."""
     if not re.search(r"[,:\n]", value):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
@@ -33,7 +33,7 @@ def _quoted(value: str) -> str:
 
 
 def prompts_in(text: str) -> tuple[str, str]:
-    """The prompt, without its `<lora:...>`, and the negative prompt of such a text."""
+    """(prompt without `<lora:...>`, negative prompt) from such a text."""
     *lines, last = text.strip().split("\n")
     if len(re.findall(r"\w[\w \-/]+: ?(?:\"(?:\\.|[^\\\"])+\"|[^,]*)", last)) < 3:
         lines.append(last)
@@ -42,7 +42,7 @@ def prompts_in(text: str) -> tuple[str, str]:
 
 
 def save_options(text: str, suffix: str) -> dict[str, Any]:
-    """What Pillow's `save` takes to put the text into an image: a PNG's chunk, else Exif's UserComment."""
+    """Arguments of Pillow's `save` to store the text: in a PNG text chunk, else in EXIF's UserComment."""
     if suffix == ".png":
         info = PngInfo()
         info.add_text(KEY, text)
@@ -53,7 +53,7 @@ def save_options(text: str, suffix: str) -> dict[str, Any]:
 
 
 def read_text(file: Path) -> str | None:
-    """The settings' text of an image, or None if it has none."""
+    """Read the settings text of an image; None if there is none."""
     with Image.open(file) as image:
         text = image.info.get(KEY)
         if isinstance(text, str):
@@ -65,7 +65,7 @@ def read_text(file: Path) -> str | None:
 
 
 def short_hash(file: Path) -> str:
-    """The first ten digits of the file's SHA-256, by which the web UI knows a checkpoint."""
+    """The first ten hex digits of a file's SHA-256, which identify a checkpoint in the web UI."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while piece := opened.read(1 << 20):

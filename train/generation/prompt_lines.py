@@ -1,4 +1,4 @@
-"""Prompts with options behind them, `a cat --w 512 --n bad`: the syntax that samples and images share."""
+"""Prompt lines with options, such as `a cat --w 512 --n bad`, for sample images and image generation."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +14,9 @@ _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 @dataclass(frozen=True)
 class LineOption:
-    """What an option's letters mean: the field that its value goes to, and how the value is read from text.
+    """An option of a prompt line: the field for its value, and how the value is read from text.
 
-    `read` raises ValueError for a value that it does not take; `expected` says what it does. `empty`: it may have none.
+    `read` raises ValueError for an invalid value; `expected` describes valid values; `empty` allows an empty value.
     """
 
     field: str
@@ -26,7 +26,7 @@ class LineOption:
 
 
 def whole(text: str) -> int:
-    """A whole number of 0 or more; 28.0 is one."""
+    """Parse a whole number of at least 0; 28.0 is valid."""
     match = re.fullmatch(r"([0-9]+)(\.0*)?", text)
     if not match:
         raise ValueError
@@ -51,15 +51,15 @@ def parse_line(
         line: The prompt line.
         options: The options by their letters.
         where: The place of the line, for messages.
-        refused: Options that are not supported, and why.
-        leave_out: Called with a message for each part that cannot be read. As in kohya's trainer, the number at the
-            beginning of the value is then used, or the part is ignored. None raises an error instead.
+        refused: Unsupported options, with the reason for each.
+        leave_out: Called with a message for each invalid part. As in kohya's trainer, the number at the beginning of
+            the value is then used, or the part is ignored. None raises an error instead.
 
     Returns:
-        A table with `prompt` and the fields of the options.
+        `prompt` and the fields of the options, with their values.
 
     Raises:
-        TrainingError: A part cannot be read and `leave_out` is None; the message begins with `where`.
+        TrainingError: A part is invalid and `leave_out` is None; the message begins with `where`.
     """
     prompt, *rest = _OPTION.split(line.strip())
     table: dict[str, Any] = {"prompt": prompt.strip()}
@@ -98,33 +98,33 @@ def _value(option: LineOption, letters: str, text: str, where: str) -> Any:
 
 
 def _number_at_start(option: LineOption, text: str) -> Any:
-    """The number that a text begins with, for an option that takes one; None if there is none."""
+    """The number at the beginning of a text, for an option with a numeric value; None if there is none."""
     patterns: dict[Callable[[str], Any], str] = {whole: r"[0-9]+", number: r"[0-9]+\.?[0-9]*"}
     pattern = patterns.get(option.read)
     match = re.match(pattern, text) if pattern else None
     try:
         return option.read(match[0]) if match else None
-    except ValueError:  # it has more digits than Python reads
+    except ValueError:  # more digits than Python parses
         return None
 
 
 def multiple_of_8(pixels: int, where: str) -> tuple[int, str]:
-    """A side of an image rounded down to a multiple of 8 (at least 8), and what to say where that changes it."""
+    """(side of an image rounded down to a multiple of 8, at least 8; message if that changed it, else "")."""
     rounded = max(8, pixels - pixels % 8)
     if rounded == pixels:
         return pixels, ""
-    return rounded, f"{where}: {pixels} pixels: sides are multiples of 8; {rounded} is drawn"
+    return rounded, f"{where}: {pixels} pixels: sides must be multiples of 8; {rounded} is used"
 
 
 def numbered_lines(text: str, file: Path | str) -> Iterator[tuple[str, str]]:
-    """(line, where) of each line of a prompt file that is neither blank nor a comment (#)."""
+    """Yield (line, place for messages) of each line of a prompt file that is neither blank nor a comment (#)."""
     for nth, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield line.strip(), f"{file}, line {nth}"
 
 
 def read_prompt_file(file: Path, option: str) -> str:
-    """The text of a prompt file. TrainingError, which names the option, if it cannot be read."""
+    """Read a prompt file. TrainingError, which mentions the option, if that fails."""
     try:
         return read_text(file)
     except OSError as error:

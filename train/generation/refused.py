@@ -1,4 +1,4 @@
-"""Options of kohya's gen_img that are refused, each with the reason."""
+"""Options of kohya's gen_img that are not supported, each with the reason."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +28,7 @@ UNSUPPORTED_IN_LINES: dict[str, str] = {
 
 @dataclass
 class RefusedOptions:
-    """What this program does not do."""
+    """Unsupported options."""
 
     title: ClassVar[str] = "not supported"
     from_module: Refused = option(None, "", unsupported=_MODULES)

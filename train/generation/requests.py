@@ -1,4 +1,4 @@
-"""What is to be drawn: each image's prompt and settings, from the options and the prompt lines."""
+"""The requested images: prompt and settings of each, from the options and the prompt lines."""
 
 import logging
 import random
@@ -25,11 +25,11 @@ SEEDS = 2**32
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image. Sizes are in pixels; None is the model's own size, or the size of the image begun with.
+    """A request for one image. Sizes are in pixels; None means the model's default size, or the input image's size.
 
-    where: the option or line that it comes from, for errors. scale: None for the model's usual one. multipliers: one
-    for each adapter that is not merged, None for their own. strength and start are of img2img. original_* and crop_*
-    are conditions of SDXL. file: its name, if given.
+    where: the option or line of the request, for errors. scale: None means the model's default. multipliers: one for
+    each adapter that is not merged; None means their own. strength and start (the input image) are for img2img.
+    original_* and crop_* are size conditions of SDXL. file: the file name, if given.
     """
 
     prompt: str
@@ -91,18 +91,18 @@ OPTIONS: dict[str, LineOption] = {
 def requests(
     settings: GenerateSettings, lines: Sequence[tuple[str, str]], starts: Sequence[Path] = ()
 ) -> list[ImageRequest]:
-    """All images to draw, in order.
+    """All requested images, in order.
 
     Args:
         settings: The settings.
         lines: Prompt lines, each with its place for messages.
-        starts: Images for image-to-image, used in turn.
+        starts: Input images for img2img, used in turn.
 
     Returns:
         A request for each image.
 
     Raises:
-        TrainingError: A line cannot be drawn; the message has its place.
+        TrainingError: A line is invalid; the message mentions its place.
     """
     tables = [(parse_line(line, OPTIONS, where, UNSUPPORTED_IN_LINES), where) for line, where in lines]
     common = {name: getattr(settings, name) for name in ("steps", "scale", "sampler", *_SIZES)}
@@ -132,7 +132,7 @@ def requests(
 
 
 def _in_8s(sizes: Mapping[str, Any], where: str) -> dict[str, int | None]:
-    """The width and height among `sizes`, as multiples of 8, said where that changes one."""
+    """Round width and height in `sizes` to multiples of 8, with a warning if that changes them."""
     rounded: dict[str, int | None] = {}
     for name in ("width", "height"):
         if name not in sizes:
@@ -148,14 +148,14 @@ def _in_8s(sizes: Mapping[str, Any], where: str) -> dict[str, int | None]:
 def _chosen(
     seeds: Sequence[int] | None, shared: int | None, draw: random.Random, count: int, where: str
 ) -> Sequence[int]:
-    """The seeds of a prompt's images: those given and on from the last, else on from the shared one, else drawn."""
+    """The seeds of a prompt's images: the given seeds or the shared one, continued by counting up, else random ones."""
     if seeds is None and shared is None:
         return [draw.randrange(SEEDS) for _ in range(count)]
     first = [shared or 0] if seeds is None else list(seeds)
     if len(first) > count:
-        raise TrainingError(f"{where}: --d has {len(first)} seeds for {count} of --images_per_prompt")
+        raise TrainingError(f"{where}: --d has {len(first)} seeds for --images_per_prompt {count}")
     if any(seed >= SEEDS for seed in first):
-        raise TrainingError(f"{where}: seeds are below {SEEDS}")
+        raise TrainingError(f"{where}: seeds must be below {SEEDS}")
     return [*first, *((first[-1] + n) % SEEDS for n in range(1, count - len(first) + 1))]
 
 
@@ -164,18 +164,18 @@ def _check(request: ImageRequest, settings: GenerateSettings) -> None:
     if not request.prompt:
         raise TrainingError(f"{where}: there is no prompt")
     if re.search(r"\{[^{}]*\|[^{}]*\}", request.prompt):
-        raise TrainingError(f"{where}: choices like {{a|b}} are not supported; give each prompt a line")
+        raise TrainingError(f"{where}: choices like {{a|b}} are not supported; write each prompt on its own line")
     if not 1 <= request.steps <= 1000:
-        raise TrainingError(f"{where}: {request.steps} steps; 1 to 1000 are possible")
+        raise TrainingError(f"{where}: {request.steps} steps: give 1 to 1000")
     if request.start is not None and (request.width is None) != (request.height is None):
-        raise TrainingError(f"{where}: width and height of an image to begin with belong together: give both")
+        raise TrainingError(f"{where}: only one of width and height is given for img2img: give both")
     if request.strength is not None:
         if request.start is None:
             raise TrainingError(f"{where}: --t (strength) is for --image_path, which is not given")
         if not 0 < request.strength <= 1:
-            raise TrainingError(f"{where}: strength {request.strength} is not above 0 and up to 1")
+            raise TrainingError(f"{where}: strength {request.strength} must be above 0 and at most 1")
         if int(request.steps * request.strength) < 1:
-            raise TrainingError(f"{where}: strength {request.strength} leaves none of {request.steps} steps")
+            raise TrainingError(f"{where}: strength {request.strength} leaves no steps of {request.steps}")
     try:
         check_sampler(request.sampler, settings.zero_terminal_snr)
     except TrainingError as error:
@@ -200,7 +200,7 @@ def _check_files(made: Sequence[ImageRequest]) -> None:
         if why := forbidden(request.file):
             raise TrainingError(f"{request.where}: --f {request.file}: {why}")
         if path.suffix.lower() not in ("", *WRITTEN):
-            raise TrainingError(f"{request.where}: --f {request.file}: {', '.join(WRITTEN)} can be written")
+            raise TrainingError(f"{request.where}: --f {request.file}: must end in one of {', '.join(WRITTEN)}")
         key = same_file_key(request.file)
         if key in seen:
             before = seen[key].where
@@ -209,7 +209,7 @@ def _check_files(made: Sequence[ImageRequest]) -> None:
 
 
 def check_sizes(made: Sequence[ImageRequest], family: TrainingFamily) -> None:
-    """Raise TrainingError where sizes are given that models of this family are not conditioned on."""
+    """Raise TrainingError if size conditions are given for a family that does not use them."""
     if family.has_sizes:
         return
     titles = " and ".join(other.title for other in FAMILIES.values() if other.has_sizes)

@@ -1,4 +1,4 @@
-"""From options to images: the plan is made and checked, the model loaded, the images drawn and written."""
+"""Runs the image generation: makes and checks the plan, loads the model, generates and writes the images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ from lora_adapters.train.models.base import (
 
 
 def generate(settings: GenerateSettings) -> list[Path]:
-    """Draw images.
+    """Generate images.
 
     Args:
         settings: From `generation.options.parse`.
@@ -38,8 +38,8 @@ def generate(settings: GenerateSettings) -> list[Path]:
         The paths of the files that were written.
 
     Raises:
-        TrainingError: A setting is wrong or the model cannot be loaded. Settings are checked first, as far as possible
-            without the model.
+        TrainingError: A setting is invalid, or the model cannot be loaded. Settings are checked before the model is
+            loaded, as far as possible.
         AdapterError: An adapter cannot be read, or does not fit the model.
     """
     made = plan(settings)
@@ -69,24 +69,24 @@ def generate(settings: GenerateSettings) -> list[Path]:
 
 
 def best_device() -> torch.device:
-    """CUDA, else Apple's, else the CPU."""
+    """The default device: CUDA, else MPS, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
-    """The model, on the device (with --offload: in main memory), in the precision asked for.
+    """Load the model in the requested precision, on the device (with --offload: on the CPU).
 
     Args:
         settings: The options.
-        device: Where it computes.
+        device: The device to run on.
 
     Returns:
         The model.
 
     Raises:
-        TrainingError: It is not what the options say, or cannot be loaded.
+        TrainingError: The model cannot be loaded, or contradicts the options.
     """
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
@@ -98,7 +98,7 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
     check_declared_kind(models, settings)
     if settings.zero_terminal_snr and not models.v_prediction:
         raise TrainingError(f"--zero_terminal_snr is for models that predict v, which {models.name} does not "
-                            "(--v_parameterization says that it does)")  # fmt: skip
+                            "(--v_parameterization declares that it does)")  # fmt: skip
     check_options(settings, models.family)
     check_fixed_clip_skip(models.family, settings.clip_skip)
     check_clip_skip(models, settings.clip_skip)
@@ -119,11 +119,11 @@ def load(settings: GenerateSettings, device: torch.device) -> BaseModels:
 
 
 def _sweep(drawer: Drawer, album: Album, requests: Sequence[ImageRequest], made: Plan) -> Path:
-    """Draw every request with every column's settings, on one sheet."""
+    """Generate every request with every column's settings, and write them as one sheet."""
     total = len(requests) * len(made.columns)
     with tqdm(total=total, desc="images", unit="image", disable=is_quiet() or None) as bar:
         drawn: list[list[Any]] = []
-        for column in made.columns:  # in this order, adapters change their settings as seldom as can be
+        for column in made.columns:  # by column, so that adapter settings change as rarely as possible
             drawn.append([])
             for _, image in drawer.draw([column.of(request, made.networks) for request in requests]):
                 drawn[-1].append(image)

@@ -1,4 +1,4 @@
-"""Settings to compare: `weight=0,0.5,1 rank=4,8` as the columns of a sheet."""
+"""--sweep: the columns of a sheet from settings such as `weight=0,0.5,1 rank=4,8`."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,23 +21,23 @@ _READ: dict[str, Callable[[str], Any]] = {
     "scale": number,
     "sampler": str,
 }
-_FIELDS = {"weight": "multipliers"}  # the others are called what they are called in a request
+_FIELDS = {"weight": "multipliers"}  # other settings have the same name in a request
 
 
 @dataclass(frozen=True)
 class Column:
-    """One setting of everything that is swept."""
+    """One combination of the swept settings."""
 
     values: Mapping[str, Any]
 
     @property
     def title(self) -> str:
-        """The values as the head of a column."""
+        """The values as the title of the column."""
         return "\n".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in self.values.items())  # fmt: skip
 
     def of(self, request: ImageRequest, networks: Sequence[Network]) -> ImageRequest:
-        """The request with this column's settings. A weight is a factor on each adapter's own multiplier."""
+        """The request with this column's settings. A weight multiplies each adapter's own multiplier."""
         changes = {name: value for name, value in self.values.items() if name != "weight"}
         if "weight" in self.values:
             own = tuple(network.multiplier * self.values["weight"] for network in unmerged(networks))
@@ -54,22 +54,24 @@ def columns(sweep: Sequence[str], networks: Sequence[Network], settings: Generat
         settings: The settings.
 
     Returns:
-        The columns. Combinations with weight 0 that differ in the rank only are one column.
+        The columns. Combinations with weight 0 that differ only in the rank are one column.
 
     Raises:
-        TrainingError: A name or value is wrong, or the adapters do not have it.
+        TrainingError: A name or value is invalid, or the adapters do not support it.
     """
     values = {name: _values(name, text) for name, text in _pairs(sweep)}
     live = unmerged(networks)
     for name in ("weight", "rank"):
         if name in values and not live:
-            raise TrainingError(f"--sweep {name}: there is no adapter to change (--network_weights, not merged)")
+            raise TrainingError(
+                f"--sweep {name}: there is no adapter to change: give --network_weights, not all merged"
+            )
     for rank in values.get("rank", []):
         check_rank(rank, live, "--sweep")
     for sampler in values.get("sampler", []):
         check_sampler(sampler, settings.zero_terminal_snr)
     if any(not 1 <= steps <= 1000 for steps in values.get("steps", [])):
-        raise OptionError("--sweep steps: 1 to 1000 are possible")
+        raise OptionError("--sweep steps: give 1 to 1000")
     made: list[Column] = []
     for combination in itertools.product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
@@ -81,25 +83,25 @@ def columns(sweep: Sequence[str], networks: Sequence[Network], settings: Generat
 
 
 def check_rank(rank: int, live: Sequence[Network], where: str) -> None:
-    """Raise TrainingError if no adapter can work at that rank, or one of the DyLoRAs cannot."""
+    """Raise TrainingError if no adapter is a DyLoRA, or one of the DyLoRAs does not have this rank."""
     dyloras = [network for network in live if network.adapter.dylora]
     if not dyloras:
-        raise TrainingError(f"{where}: rank {rank}: no adapter that is not merged is a DyLoRA; others have one rank")
+        raise TrainingError(f"{where}: rank {rank} is for DyLoRA, and no adapter that is not merged is a DyLoRA")
     for network in dyloras:
         network.at(rank)
 
 
 def check_lines(lines: Sequence[tuple[str, str]], made: Sequence[Column]) -> None:
-    """Raise TrainingError for a prompt line that sets what is swept."""
+    """Raise TrainingError for a prompt line that sets a swept setting or a file name."""
     if not made:
         return
     swept = {_FIELDS.get(name, name): name for column in made for name in column.values}
     for line, where in lines:
         for field in parse_line(line, OPTIONS, where):
             if field == "file":
-                raise TrainingError(f"{where}: --f names an image, but --sweep draws one sheet (--sheet names it)")
+                raise TrainingError(f"{where}: --f names an image, but --sweep writes one sheet (named by --sheet)")
             if field in swept:
-                raise TrainingError(f"{where}: it sets {field}, and --sweep {swept[field]} does, too")
+                raise TrainingError(f"{where}: {field} is also set by --sweep {swept[field]}: leave one of them out")
 
 
 def _pairs(sweep: Sequence[str]) -> list[tuple[str, str]]:

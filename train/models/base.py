@@ -49,15 +49,15 @@ class BaseModels:
     """The frozen parts of a pipeline.
 
     Args:
-        kind: the version of the base model that metadata names, one of its family's `kinds` (sd1, sd2 or sdxl).
-        tokenizers: those of the text encoders, in the order in which the denoiser reads their outputs.
-        text_encoders: transformers' models.
-        vae: diffusers' VAE.
-        denoiser: the model that predicts, the U-Net of Stable Diffusion.
-        prediction_type: epsilon or v_prediction.
-        name: where the model was loaded from.
-        schedule_config: the config of the pipeline's scheduler.
-        choices: what the run chose of the model's inputs.
+        kind: The version of the base model, one of its family's `kinds` such as sd1, sd2 or sdxl.
+        tokenizers: The tokenizers of the text encoders, in the same order.
+        text_encoders: The text encoders (transformers), in the order in which the denoiser uses their outputs.
+        vae: The VAE (diffusers).
+        denoiser: The model that predicts, such as Stable Diffusion's U-Net.
+        prediction_type: epsilon, v_prediction or flow_matching.
+        name: Where the model was loaded from.
+        schedule_config: The config of the pipeline's scheduler.
+        choices: The run's options for the model's inputs.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class BaseModels:
 
     @property
     def family(self) -> TrainingFamily:
-        """What is known of the base model's family."""
+        """The family of the base model."""
         return family_of_kind(self.kind)
 
     @property
@@ -81,12 +81,12 @@ class BaseModels:
 
     @property
     def denoiser_name(self) -> str:
-        """The denoiser's component in the pipeline."""
+        """The name of the denoiser's component in the pipeline."""
         return self.family.denoiser
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models that may carry an adapter, by their component in the pipeline; the denoiser is the first."""
+        """The models that can have an adapter, by component name; the denoiser comes first."""
         return {self.denoiser_name: self.denoiser, **self._text_components()}
 
     @property
@@ -95,7 +95,7 @@ class BaseModels:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """The (width, height) in pixels of images that the model was made for."""
+        """The (width, height) in pixels that the model was trained for."""
         side = (
             self.family.side
             or (getattr(self.denoiser.config, "sample_size", None) or self.family.sample_size)
@@ -104,16 +104,16 @@ class BaseModels:
         return side, side
 
     def encode(self, tokens: Sequence[Tokens], clip_skip: int | None = None, keep_mean: str = "none") -> Encoded:
-        """The text encoders' outputs for tokens of each."""
+        """Encode tokens, one entry for each text encoder."""
         return self.family.encode(tokens, self.text_encoders, clip_skip, keep_mean)
 
     def tokenize(self, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
-        """The tokens of `captions` for each text encoder."""
+        """Tokenize captions for each text encoder."""
         return self.family.tokenize(self, captions, chunks, weighted)
 
     @property
     def betas(self) -> dict[str, Any]:
-        """The arguments for diffusers' schedulers that make the noise schedule the model was trained with."""
+        """The arguments that give diffusers' schedulers the noise schedule that the model was trained with."""
         return betas(self.schedule_config)
 
     @property
@@ -122,7 +122,7 @@ class BaseModels:
         return ends_in_noise(self.schedule_config)
 
     def noise_schedule(self, zero_terminal_snr: bool = False) -> DDPMScheduler:
-        """The training schedule: 1000 steps, with the model's own betas, ending in pure noise if asked or if it did."""
+        """The training schedule: 1000 steps, the model's betas, and zero terminal SNR if asked or the model has it."""
         return DDPMScheduler(
             num_train_timesteps=STEPS,
             **self.betas,
@@ -132,7 +132,7 @@ class BaseModels:
         )
 
     def pipeline(self, scheduler: Any) -> Any:
-        """A diffusers pipeline of these very modules, adapters included: nothing is copied."""
+        """A diffusers pipeline that shares these modules, including their adapters; nothing is copied."""
         family = self.family
         parts: dict[str, Any] = {"vae": self.vae, family.denoiser: self.denoiser, "scheduler": scheduler}
         parts |= zip(family.tokenizers, self.tokenizers, strict=True)
@@ -140,7 +140,7 @@ class BaseModels:
         return family.pipeline_class(**parts, **family.pipeline_options)
 
     def image_to_image(self, pipeline: Any) -> Any:
-        """A pipeline of the same parts as `pipeline`, which starts from images."""
+        """An image-to-image pipeline with the components of `pipeline`."""
         return self.family.image_to_image_class(**pipeline.components, **self.family.image_to_image_options)
 
     def _text_components(self) -> dict[str, Any]:
@@ -149,11 +149,11 @@ class BaseModels:
 
 
 def check_path(settings: ModelSource) -> str:
-    """The base model's name. Raises TrainingError if it cannot be there, without loading anything."""
+    """Return the base model's name. TrainingError if it cannot exist; nothing is loaded."""
     name = settings.pretrained_model_name_or_path
     if not name:
         raise OptionError(
-            "--pretrained_model_name_or_path is missing: a checkpoint file, a Diffusers folder or a hub id"
+            "--pretrained_model_name_or_path is missing: give a checkpoint file, a Diffusers folder or a Hub repository"
         )
     path = Path(name)
     if path.is_dir() and not (path / "model_index.json").exists():
@@ -165,14 +165,14 @@ def check_path(settings: ModelSource) -> str:
 
 
 def family_on_disk(settings: ModelSource) -> TrainingFamily | None:
-    """The family of a diffusers folder or .safetensors file, which is not loaded; None if only loading shows it."""
+    """The family of a Diffusers folder or .safetensors file, without loading it; None if only loading can tell."""
     path = Path(required(settings.pretrained_model_name_or_path, "--pretrained_model_name_or_path"))
     index = path / "model_index.json"
     if index.exists():
         try:
             content = json_value(read_text(index))
         except (OSError, ValueError):
-            return None  # loading says what is wrong with it
+            return None  # loading reports the error
         return family_of_folder(content, str(path), settings.draws) if isinstance(content, dict) else None
     if path.is_file() and path.suffix == ".safetensors":
         return family_of_checkpoint(checkpoint_keys(path))
@@ -180,11 +180,11 @@ def family_on_disk(settings: ModelSource) -> TrainingFamily | None:
 
 
 def load_base_models(settings: ModelSource, dtype: torch.dtype = torch.float32) -> BaseModels:
-    """Load what --pretrained_model_name_or_path and --vae name, frozen and in evaluation mode, in `dtype`."""
+    """Load --pretrained_model_name_or_path and --vae in `dtype`, frozen and in evaluation mode."""
     name = check_path(settings)
     path = Path(name)
     models = from_pipeline(load_pipeline(name, settings, dtype), name)
-    if settings.vae and not models.family.has_flow:  # of those it is loaded with the rest
+    if settings.vae and not models.family.has_flow:  # flow matching models load it with the other parts
         models.vae = load_vae(settings.vae, dtype, settings)
     if path.is_file():
         models.schedule_config |= marks(path)
@@ -194,7 +194,7 @@ def load_base_models(settings: ModelSource, dtype: torch.dtype = torch.float32) 
     if settings.v_parameterization:
         models.prediction_type = "v_prediction"
     elif settings.v2:
-        models.prediction_type = "epsilon"  # with --v2 it is --v_parameterization that tells
+        models.prediction_type = "epsilon"  # with --v2 only --v_parameterization decides
     check_prediction(models.prediction_type, name, models.family.predictions)
     if models.prediction_type == FLOW:
         log.info("%s: flow matching", name)
@@ -207,7 +207,7 @@ def load_base_models(settings: ModelSource, dtype: torch.dtype = torch.float32) 
 
 
 def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
-    """The parts of a loaded pipeline. TrainingError for a pipeline of no known family."""
+    """The parts of a loaded pipeline. TrainingError if its family is unknown or a text encoder is missing."""
     family, kind = family_of_pipeline(pipeline, name)
     tokenizers, text_encoders = (
         [getattr(pipeline, part) for part in parts] for parts in (family.tokenizers, family.text_encoders)
@@ -215,7 +215,7 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
     for number, part in enumerate(family.text_encoders):
         text_encoders[number] = text_encoders[number] or family.absent_text_encoder(part, pipeline)
         if text_encoders[number] is None:
-            raise TrainingError(f"{name or 'the base model'} lacks its {part}, which it needs")
+            raise TrainingError(f"{name or 'the base model'} has no {part}, which it needs")
     schedule = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     prediction = schedule.get("prediction_type", family.predictions[0])
     denoiser = getattr(pipeline, family.denoiser)
@@ -223,7 +223,7 @@ def from_pipeline(pipeline: Any, name: str = "") -> BaseModels:
 
 
 def check_kind(models: BaseModels, settings: ModelSource) -> None:
-    """Raise TrainingError where --v2 contradicts the model that was loaded."""
+    """Raise TrainingError if --v2 contradicts the model that was loaded."""
     if not settings.v2:
         return
     kind = models.family.with_v2(models.kind, models.denoiser)
@@ -233,11 +233,11 @@ def check_kind(models: BaseModels, settings: ModelSource) -> None:
 
 
 def check_fixed_clip_skip(family: TrainingFamily, clip_skip: int | None) -> None:
-    """Raise TrainingError for another --clip_skip than the one that the family was trained with."""
+    """Raise TrainingError if --clip_skip differs from the fixed value that the family was trained with."""
     fixed = family.fixed_clip_skip
     if fixed is not None and clip_skip not in (None, fixed):
         raise TrainingError(
-            f"--clip_skip {clip_skip}: {family.title} was trained with {fixed}, and takes no other here"
+            f"--clip_skip {clip_skip}: {family.title} was trained with {fixed}, and supports no other value"
         )
 
 
@@ -249,7 +249,7 @@ def check_declared_kind(models: BaseModels, settings: ModelSource) -> None:
 
 
 def check_clip_skip(models: BaseModels, clip_skip: int | None) -> None:
-    """Raise TrainingError where --clip_skip, if it has an effect, skips more layers than the text encoder has."""
+    """Raise TrainingError if --clip_skip has an effect and exceeds the number of the text encoder's layers."""
     if clip_skip is None or models.family.has_flow:
         return
     layers = models.text_encoders[0].config.num_hidden_layers

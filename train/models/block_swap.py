@@ -1,9 +1,9 @@
-"""--blocks_to_swap: frozen weights of transformer blocks wait in main memory, and are on the device while needed.
+"""--blocks_to_swap: keeps frozen weights of transformer blocks in CPU memory, and copies them to the device for use.
 
-While a block computes, copies on the device stand in place of its frozen parameters; then the parameters are put back.
-What autograd keeps for the backward pass are the copies. Of a checkpointed block it keeps nothing in the first forward
-pass, and lets go of the recomputation's copies as the backward pass uses them up. So a copy lives as long as something
-needs it, and nothing has to find out when the backward pass of a block has ended.
+During a block's forward pass its frozen parameters are replaced by copies on the device. Autograd saves the copies for
+the backward pass. With gradient checkpointing it saves none in the first forward pass, and frees those of the
+recomputation as the backward pass goes on. So copies are freed by reference counting, and no hook is needed to detect
+the end of a block's backward pass.
 """
 
 import logging
@@ -23,28 +23,28 @@ log = logging.getLogger(__name__)
 _APART = {
     "quantize_base": "bitsandbytes' weights stay on the device; give --fp8_base",
     "lowram": "it loads the whole model to the device; leave it out",
-    "torch_compile": "compiled blocks keep hold of their weights; leave it out",
+    "torch_compile": "compiled blocks keep references to their weights; leave it out",
 }
 
 
 def check_block_swap(settings: Settings) -> None:
-    """Raise OptionError for what --blocks_to_swap cannot be beside, and TrainingError where there is no CUDA device."""
+    """Raise OptionError if --blocks_to_swap contradicts other options, TrainingError without a CUDA device."""
     if not settings.blocks_to_swap:
         return
     if not settings.gradient_checkpointing:
         raise OptionError(
-            "--blocks_to_swap needs --gradient_checkpointing: without it all weights wait for the backward pass on the "
-            "device"
+            "--blocks_to_swap needs --gradient_checkpointing: without it all weights stay on the device until the "
+            "backward pass"
         )
     for name, reason in _APART.items():
         if getattr(settings, name):
-            raise OptionError(f"--blocks_to_swap does not go with --{name}: {reason}")
+            raise OptionError(f"--blocks_to_swap cannot be combined with --{name}: {reason}")
     if not torch.cuda.is_available():
         raise TrainingError("--blocks_to_swap needs a CUDA device; leave it out")
 
 
 def swapped_blocks(models: BaseModels, count: int | None) -> list[torch.nn.Module]:
-    """The blocks whose frozen weights wait: the last of each stack, as many as the family makes of the number.
+    """The blocks to swap: the last blocks of each stack. The family decides how many of each stack.
 
     Args:
         models: The base model.
@@ -54,22 +54,22 @@ def swapped_blocks(models: BaseModels, count: int | None) -> list[torch.nn.Modul
         The blocks.
 
     Raises:
-        OptionError: There are not so many.
+        OptionError: The model has fewer blocks.
     """
     chosen: list[torch.nn.Module] = []
     for stack, number in models.family.blocks_to_swap(count or 0).items():
         blocks: Any = getattr(models.denoiser, stack)
         if number > len(blocks):
             raise OptionError(
-                f"--blocks_to_swap {count}: that is {number} {stack} of this {models.family.denoiser_title}, and it "
-                f"has {len(blocks)}"
+                f"--blocks_to_swap {count} needs {number} {stack}, but this {models.family.denoiser_title} has "
+                f"{len(blocks)}"
             )
         chosen += list(blocks)[len(blocks) - number :]
     return chosen
 
 
 def bytes_away(models: BaseModels, count: int | None) -> int:
-    """Bytes of the denoiser that --blocks_to_swap keeps off the device: of the swapped blocks, all but the largest."""
+    """Bytes that --blocks_to_swap keeps off the device: those of all swapped blocks but the largest."""
     sizes = [
         sum(parameter.numel() * parameter.element_size() for _, _, parameter in _frozen(block))
         for block in swapped_blocks(models, count)
@@ -78,35 +78,35 @@ def bytes_away(models: BaseModels, count: int | None) -> int:
 
 
 class MainMemory:
-    """Where frozen weights wait: pinned memory, from which a device copies without staging."""
+    """Keeps frozen weights in pinned CPU memory, from which copies to the device are fast and asynchronous."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def keep(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as it waits."""
+        """Move a weight to pinned CPU memory."""
         try:
             return weight.cpu().pin_memory()
         except RuntimeError as error:
             raise TrainingError(
-                "--blocks_to_swap: too little main memory can be pinned; give a smaller number, or --fp8_base"
+                "--blocks_to_swap: not enough CPU memory can be pinned; give a smaller number, or --fp8_base"
             ) from error
 
     def bring(self, kept: torch.Tensor) -> torch.Tensor:
-        """A copy on the device of what `keep` returned. What computes with it there waits for the copy."""
+        """Copy a tensor from `keep` to the device. The copy is asynchronous; later work on the device waits for it."""
         return kept.to(self.device, non_blocking=True)
 
 
 def swap_blocks(models: BaseModels, wrapper: torch.nn.Module, count: int | None, memory: MainMemory) -> None:
-    """Let the frozen weights of the last blocks wait in main memory. Call it with everything frozen that is not
-    trained, and before the model goes to the device, which then passes them by.
+    """Keep the frozen weights of the last blocks in CPU memory. Call it after freezing everything that is not trained,
+    and before moving the model to the device: `to` then skips these weights.
 
     Args:
-        models: The base model with the adapters, in main memory; changed in place.
-        wrapper: The module with the denoiser in it, which DistributedDataParallel gets: it is told to pass these
-            weights by, too.
+        models: The base model with the adapters, on the CPU; changed in place.
+        wrapper: The module that contains the denoiser and is wrapped by DistributedDataParallel, which is told to
+            ignore these weights.
         count: --blocks_to_swap.
-        memory: Where the weights wait.
+        memory: Stores the weights.
     """
     blocks = swapped_blocks(models, count)
     if not blocks:
@@ -114,11 +114,11 @@ def swap_blocks(models: BaseModels, wrapper: torch.nn.Module, count: int | None,
     away = {id(parameter) for block in blocks for parameter in _SwappedBlock(block, memory).parameters}
     names = [name for name, parameter in wrapper.named_parameters() if id(parameter) in away]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapper, names)
-    log.info("%d blocks wait in main memory", len(blocks))
+    log.info("the frozen weights of %d blocks are kept in CPU memory", len(blocks))
 
 
 def _frozen(block: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    """(module, name in it, parameter) of a block's frozen weights but those of adapters, which stay on the device."""
+    """(module, name, parameter) of a block's frozen weights, except adapters' weights, which stay on the device."""
     for _, module in outer_modules(block):
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -126,7 +126,7 @@ def _frozen(block: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torc
 
 
 class _SwappedBlock:
-    """A block whose frozen parameters are replaced by copies on the device while it computes."""
+    """A block whose frozen parameters are replaced by copies on the device during the forward pass."""
 
     def __init__(self, block: torch.nn.Module, memory: MainMemory):
         self.memory, self.present = memory, False
@@ -149,7 +149,7 @@ class _SwappedBlock:
                 copy = torch.nn.Parameter(self.memory.bring(parameter.data), requires_grad=False)
                 module._parameters[name] = copy
         self.present = True
-        try:  # a recomputation ends by an exception as soon as it has what the backward pass needs
+        try:  # checkpointing stops a recomputation early by raising an exception
             return self.compute(*args, **kwargs)
         finally:
             self.present = False
@@ -159,7 +159,7 @@ class _SwappedBlock:
     def _passing_by(
         self, module: torch.nn.Module, kept: Mapping[str, torch.nn.Parameter]
     ) -> Callable[..., torch.nn.Module]:
-        """The module's `_apply`, which `to` and its like call, without the weights that wait."""
+        """The module's `_apply`, which `to` and similar methods call, without the swapped weights."""
         apply = module._apply
 
         def passing_by(*args: Any, **kwargs: Any) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""What a run chose of the inputs of its base model, beyond what the family fixes."""
+"""Options of a run for the inputs of its base model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """Choices of inputs; families that have no such input take no notice.
+    """Options for inputs; a family without such an input ignores them.
 
     Args:
-        t5_length: tokens of a caption for T5; None for the family's own.
-        t5_mask: whether T5's padding is left out of all attention.
-        guidance: the guidance scale, for models with a guidance embedding.
+        t5_length: The number of T5 tokens of a caption; None uses the family's default.
+        t5_mask: Whether T5's padding is masked in all attention.
+        guidance: The guidance scale, for models with a guidance embedding.
     """
 
     t5_length: int | None = None

@@ -1,6 +1,6 @@
-"""Families of transformers that can generate images and are not trained: diffusers' pipelines do all of it.
+"""Families of transformers for image generation only, not for training.
 
-The pipeline takes prompts and returns images; text encoding and latents are its own business.
+Prompts are passed to diffusers' pipeline, which returns images; it also encodes text and handles latents.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,10 +16,10 @@ from lora_adapters.train.models.text_encoding import Encoded
 
 
 class DrawnFamily(TrainingFamily):
-    """A family that is known by the class of its pipeline.
+    """A family that is identified by the class of its pipeline.
 
     Attributes:
-        scale_argument: the pipeline's argument for the guidance scale.
+        scale_argument: The pipeline's argument for the guidance scale.
     """
 
     scale_argument: ClassVar[str] = "guidance_scale"
@@ -34,7 +34,7 @@ class DrawnFamily(TrainingFamily):
         return index.get("_class_name") == self.pipeline_class.__name__
 
     def in_checkpoint(self, keys: Collection[str]) -> bool:
-        return False  # files of these hold the transformer alone
+        return False  # checkpoint files of these families contain the transformer only
 
     def kind_of(self, pipeline: Any) -> str | None:
         return self.name if isinstance(pipeline, self.pipeline_class) else None
@@ -42,7 +42,7 @@ class DrawnFamily(TrainingFamily):
     def image_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
         return {"prompt": list(prompts), "negative_prompt": list(negative), self.scale_argument: scale}
 
-    # --- what training asks for -------------------------------------------------------------------------------------
+    # --- methods for training, which is not supported -----------------------------------------------------------------
 
     def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> NoReturn:
         self._refuse()
@@ -64,7 +64,7 @@ class DrawnFamily(TrainingFamily):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise TrainingError(f"{self.title} is drawn with, and not trained")
+        raise TrainingError(f"{self.title} is supported for image generation, not for training")
 
 
 class Chroma(DrawnFamily):
@@ -91,7 +91,7 @@ class ZImage(DrawnFamily):
     pipeline_class = getattr(diffusers, "ZImagePipeline", None)
 
 
-# Those whose pipeline the installed diffusers has.
+# The families whose pipeline exists in the installed version of diffusers.
 DRAWN: dict[str, DrawnFamily] = {
     family.name: family() for family in (Chroma, Lumina2, QwenImage, ZImage) if family.pipeline_class is not None
 }

@@ -1,7 +1,7 @@
-"""What training and image generation know of a family of base models: one class a family.
+"""The interface of base model families for training and image generation: one class for each family.
 
-The classes are in one module a family (`sd`, `sdxl`), and are found in `registry`. Their `name` is that of the same
-family in `lora_adapters.convert.families`. Nothing else in `lora_adapters.train` compares a family's name.
+Each class is in its own module (`sd`, `sdxl`) and is listed in `registry`. Its `name` is that of the same family in
+`lora_adapters.convert.families`. Other code in `lora_adapters.train` never compares family names.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ from lora_adapters.train.models.text_encoding import Encoded, Reading, Tokens, e
 
 @dataclass(frozen=True)
 class SizeConditions:
-    """Sizes that some families' denoisers are conditioned on: (height, width) and (top, left) in pixels."""
+    """Sizes that some denoisers are conditioned on, in pixels: (height, width), and (top, left) for `crop`."""
 
     original: tuple[int, int]
     negative_original: tuple[int, int]
@@ -34,34 +34,34 @@ class TrainingFamily(ABC):
     """One family of base models.
 
     Attributes:
-        name: the family's name.
-        kinds: the versions that differ in what is saved in metadata, by `BaseModels.kind`, with their titles.
-        flags: options of the command line that declare a kind, by option.
-        denoiser: the denoiser's component in a pipeline, which is adapted.
-        denoiser_title: what the denoiser is called in messages.
-        tokenizers, text_encoders: components in a pipeline, in the order in which their outputs are used.
+        name: The family's name.
+        kinds: The versions that are distinguished in metadata: `BaseModels.kind` -> title.
+        flags: Command-line options that declare a kind: option -> kind.
+        denoiser: The name of the denoiser's component in a pipeline.
+        denoiser_title: The denoiser's name in messages.
+        tokenizers, text_encoders: Component names in a pipeline, in the order in which their outputs are used.
         pipeline_class, image_to_image_class: diffusers' pipelines.
-        pipeline_options: arguments of `pipeline_class` beside its components.
-        image_to_image_options: the same of `image_to_image_class`.
-        checkpoint_options: arguments of `pipeline_class.from_single_file`.
-        latent_files: the names of the files that latents are cached in.
-        fixed_clip_skip: the text encoders' layer (from the end) that the family was trained with, where --clip_skip
-            has no effect; None if it has.
-        frozen_text_encoders: those that get no adapter unless asked for.
-        predictions: what its models may predict; the first is assumed where the scheduler's config says nothing.
-        text_ending: the ending of the files that outputs of text encoders are cached in.
-        sample_size: side of the latents, for a denoiser whose config does not give it.
-        pixel_step: sides of images in pixels are multiples of it.
-        guidance: the guidance scale of sample images, where a prompt has none.
-        reads_negative_prompt: whether the pipeline uses a negative prompt.
-        image_loss: whether flow matching compares images, over timesteps of --training_shift (SD3), and not
-            velocities.
-        unused_options: options of training that other families with the same objective have.
-        rank_args: network_args that give a kind of layer its rank, with the pattern of its paths.
-        block_args: network_args that say which blocks are trained, with the path of their stack.
-        has_sizes: whether the denoiser is conditioned on `SizeConditions`.
-        trained: whether its models are trained here, and drawn with step by step; else their pipeline draws whole.
-        side: of images in pixels if none is given; None where the denoiser's or the family's `sample_size` tells.
+        pipeline_options: Arguments of `pipeline_class` other than its components.
+        image_to_image_options: Arguments of `image_to_image_class` other than its components.
+        checkpoint_options: Arguments of `pipeline_class.from_single_file`.
+        latent_files: The names of latent cache files.
+        fixed_clip_skip: If --clip_skip has no effect: the text encoders' layer, counted from the end, that is used.
+            None if --clip_skip has an effect.
+        frozen_text_encoders: Text encoders that get no adapter by default.
+        predictions: The possible prediction types; the first is used if the scheduler's config has none.
+        text_ending: The ending of cache files for text-encoder outputs.
+        sample_size: The side of the latents, for a denoiser without it in its config.
+        pixel_step: Sides of images in pixels must be multiples of it.
+        guidance: The default guidance scale of sample images.
+        reads_negative_prompt: Whether the pipeline uses a negative prompt.
+        image_loss: Whether the flow matching loss compares images, with timesteps shifted by --training_shift (SD3),
+            instead of velocities.
+        unused_options: Training options that have an effect only on other families with the same objective.
+        rank_args: network_args that set the rank of a kind of layer: argument -> pattern of module paths.
+        block_args: network_args that select the trained blocks: argument -> path of the stack of blocks.
+        has_sizes: Whether the denoiser is conditioned on `SizeConditions`.
+        trained: Whether training is supported. If not, images are generated by a plain call of the pipeline.
+        side: The default side of images in pixels; None to derive it from `sample_size`.
     """
 
     name: ClassVar[str]
@@ -95,34 +95,34 @@ class TrainingFamily(ABC):
 
     @property
     def has_flow(self) -> bool:
-        """Whether its models are trained by flow matching."""
+        """Whether the family's models are trained by flow matching."""
         return FLOW in self.predictions
 
     def blocks_to_swap(self, count: int) -> Mapping[str, int]:
-        """By the path of a stack of blocks, how many of them --blocks_to_swap means: as many as in kohya's trainer."""
+        """Path of a stack of blocks -> how many of them --blocks_to_swap=count swaps, as in kohya's trainer."""
         return {}
 
     @property
     def title(self) -> str:
-        """The family in messages: the titles of all its kinds."""
+        """The family's name in messages: the titles of all its kinds."""
         return "/".join(self.kinds.values())
 
-    # --- which family it is -----------------------------------------------------------------------------------------
+    # --- recognising the family -------------------------------------------------------------------------------------
 
     @abstractmethod
     def in_folder(self, index: Mapping[str, Any]) -> bool:
-        """Whether a diffusers folder with this model_index.json is of the family."""
+        """Whether a Diffusers folder with this model_index.json belongs to the family."""
 
     @abstractmethod
     def in_checkpoint(self, keys: Collection[str]) -> bool:
-        """Whether an original checkpoint with these keys is of the family."""
+        """Whether an original checkpoint with these keys belongs to the family."""
 
     @abstractmethod
     def kind_of(self, pipeline: Any) -> str | None:
-        """The kind of a loaded pipeline, None if it is of another family."""
+        """The kind of a loaded pipeline; None if it belongs to another family."""
 
     def absent_text_encoder(self, component: str, pipeline: Any) -> torch.nn.Module | None:
-        """What stands for a text encoder that the pipeline lacks; None where the family's models need it."""
+        """A substitute for a text encoder that the pipeline lacks; None if the family needs it."""
         return None
 
     def with_v2(self, kind: str, denoiser: Any) -> str | None:
@@ -132,11 +132,11 @@ class TrainingFamily(ABC):
     # --- text -------------------------------------------------------------------------------------------------------
 
     def readings(self, clip_skip: int | None = None) -> tuple[Reading, ...]:
-        """What the denoiser reads of each text encoder, where that is hidden states of equal length side by side."""
+        """What the denoiser uses of each text encoder, for families that concatenate hidden states along the width."""
         raise NotImplementedError
 
     def tokenize(self, models: Any, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
-        """The tokens of `captions` for each text encoder of `models` (BaseModels)."""
+        """Tokenize captions for each text encoder of `models` (BaseModels)."""
         return [tokenize(tokenizer, captions, chunks, weighted) for tokenizer in models.tokenizers]
 
     def encode(
@@ -146,25 +146,25 @@ class TrainingFamily(ABC):
         clip_skip: int | None = None,
         keep_mean: str = "none",
     ) -> Encoded:
-        """The text encoders' outputs for tokens of each, see `encode_tokens`."""
+        """Encode tokens, one entry for each text encoder; see `encode_tokens`."""
         return encode_tokens(tokens, text_encoders, self.readings(clip_skip), keep_mean)
 
     def unread_layers(self, text_encoders: Sequence[Any], clip_skip: int | None) -> list[torch.nn.Module]:
-        """The text encoders' layers that `encode` computes nothing from: they never get a gradient."""
+        """The text encoders' layers whose output `encode` does not use: they never get a gradient."""
         return unread_layers(text_encoders, self.readings(clip_skip))
 
     @abstractmethod
     def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Text-encoder outputs under the names of kohya's cache files; `widths` are the text encoders'."""
+        """Text-encoder outputs under the keys of kohya's cache files. `widths`: hidden sizes of the text encoders."""
 
     @abstractmethod
     def from_cache(self, cached: Mapping[str, torch.Tensor]) -> Encoded:
-        """The reverse."""
+        """The reverse of `to_cache`."""
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
-        """What the denoiser of `models` (BaseModels) is conditioned on beside a batch's text, on the CPU (n, ...)."""
+        """Conditions of the denoiser of `models` (BaseModels) in addition to a batch's text: (n, ...) on the CPU."""
         return None
 
     @abstractmethod
@@ -176,10 +176,10 @@ class TrainingFamily(ABC):
         text: Encoded,
         conditions: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The prediction (n, channels, h, w) for `noisy` (n, channels, h, w) at `timesteps` (n,)."""
+        """Predict (n, channels, h, w) from `noisy` (n, channels, h, w) at `timesteps` (n,)."""
 
     def block(self, path: str) -> int | None:
-        """The number of the denoiser's block that a module is in, as presets of weights count; None outside of them."""
+        """The index of the denoiser's block that contains a module, as in block weights; None outside of the blocks."""
         return by_name(self.name).blocks.index(path)
 
     def sampler(
@@ -190,38 +190,38 @@ class TrainingFamily(ABC):
         config: Mapping[str, Any],
         steps_offset: int | None = None,
     ) -> Any:
-        """diffusers' scheduler for drawing, see `schedulers.sampler`; `config` is the base model's own."""
-        if self.has_flow:  # there is one for these models: Euler's steps along the flow
+        """The diffusers scheduler for sampling, see `schedulers.sampler`; `config` is the base model's."""
+        if self.has_flow:  # the only sampler for these models
             return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
         return sampler(name, prediction, zero_terminal_snr, steps_offset, config)
 
     # --- the pipeline -----------------------------------------------------------------------------------------------
 
     def prompt_arguments(self, positive: Encoded, negative: Encoded) -> dict[str, Any]:
-        """Encoded prompts as arguments of the pipelines' call."""
+        """Encoded prompts as call arguments of the pipelines."""
         return {"prompt_embeds": positive.hidden, "negative_prompt_embeds": negative.hidden}
 
     def image_arguments(self, prompts: Sequence[str], negative: Sequence[str], scale: float) -> dict[str, Any]:
-        """Prompts and guidance as arguments of the call of a pipeline that draws whole (see `trained`)."""
+        """Prompts and guidance scale as call arguments of the pipeline, for families with `trained = False`."""
         raise NotImplementedError
 
     def size_arguments(self, sizes: SizeConditions) -> dict[str, Any]:
-        """Sizes as arguments of the pipelines' call."""
+        """Sizes as call arguments of the pipelines."""
         return {}
 
     def noise_argument(self, noise: torch.Tensor) -> torch.Tensor:
-        """Noise (n, channels, h, w) as the pipeline takes it."""
+        """Noise (n, channels, h, w) in the pipeline's format."""
         return noise
 
     def drawn_latents(self, drawn: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """What the pipeline has drawn as latents (n, channels, height, width)."""
+        """The pipeline's latents as (n, channels, height, width)."""
         return drawn
 
     # --- the saved file ---------------------------------------------------------------------------------------------
 
     @abstractmethod
     def metadata(self, kind: str, v_prediction: bool) -> dict[str, Any]:
-        """kohya's metadata entries that say which base model an adapter is for."""
+        """kohya's metadata entries that identify the base model of an adapter."""
 
 
 def is_text_encoder(component: str) -> bool:
@@ -230,5 +230,5 @@ def is_text_encoder(component: str) -> bool:
 
 
 def full_path(component: str, path: str) -> str:
-    """A module's path as adapters name it: with the `text_model.` that transformers may leave out."""
+    """A module's path as adapters name it: with `text_model.`, which some versions of transformers leave out."""
     return text_path(path) if is_text_encoder(component) else path

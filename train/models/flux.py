@@ -1,4 +1,4 @@
-"""Flux.1: CLIP-L's pooled output and T5's states, a transformer over tokens of 2x2 latents, flow matching."""
+"""Flux.1: CLIP-L's pooled output and T5's hidden states, a transformer over 2x2 patches of latents, flow matching."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,14 +15,14 @@ from lora_adapters.train.models.transformer import TransformerFamily, clip_l, co
 from lora_adapters.train.models.transformer_text import clip_tokens, t5_states, t5_tokens
 from lora_adapters.train.moving import computing_device
 
-_AXES = (16, 56, 56)  # of the positions in a head
+_AXES = (16, 56, 56)  # sizes of the rotary position embedding's axes in an attention head
 _T5_LENGTH = {"flux_dev": 512, "flux_schnell": 256}
 
-_TRANSFORMER: Any = FluxTransformer2DModel  # type checkers see the placeholder that diffusers has without torch
+_TRANSFORMER: Any = FluxTransformer2DModel  # Any: type checkers see diffusers' dummy class for missing packages
 
 
 class Flux1(TransformerFamily):
-    """Flux.1: dev, which has a guidance embedding, and schnell, which has none."""
+    """Flux.1 dev, with a guidance embedding, and Flux.1 schnell, without one."""
 
     name = "flux"
     kinds: ClassVar[Mapping[str, Any]] = {"flux_dev": "Flux.1 dev", "flux_schnell": "Flux.1 schnell"}
@@ -64,7 +64,7 @@ class Flux1(TransformerFamily):
         _check_channels(channels, latent)
         if head != sum(_AXES):
             raise TrainingError(
-                f"a Flux.1 with attention heads {head} wide: give --model_config=<Diffusers folder of that kind>"
+                f"a Flux.1 with attention head size {head}: give --model_config=<Diffusers folder of that model>"
             )
         return {
             "patch_size": 1,
@@ -80,7 +80,7 @@ class Flux1(TransformerFamily):
         }
 
     def blocks_to_swap(self, count: int) -> dict[str, int]:
-        """Half are double blocks; for each of the rest two single ones, which are half as large."""
+        """Half of `count` are double blocks; for each of the rest two single blocks, which are half as large."""
         double = count // 2
         return {"transformer_blocks": double, "single_transformer_blocks": 2 * (count - double)}
 
@@ -93,13 +93,13 @@ class Flux1(TransformerFamily):
         if not isinstance(model, _TRANSFORMER) or pipeline.vae is None:
             return None
         if model.config.in_channels != 4 * pipeline.vae.config.latent_channels:
-            return None  # Fill and Control read images beside the latents
+            return None  # Fill and Control have images as additional inputs
         return "flux_dev" if model.config.guidance_embeds else "flux_schnell"
 
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, models: Any, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
-        """CLIP's 77 tokens and T5's; there is one window, and words have no weights."""
+        """CLIP's 77 tokens, and T5's tokens. `chunks` and `weighted` have no effect."""
         clip, t5 = models.tokenizers
         length = models.choices.t5_length or _T5_LENGTH[models.kind]
         return [clip_tokens(clip, captions), t5_tokens(t5, captions, length, models.choices.t5_mask)]
@@ -111,7 +111,7 @@ class Flux1(TransformerFamily):
         clip_skip: int | None = None,
         keep_mean: str = "none",
     ) -> Encoded:
-        """T5's states, and CLIP's pooled output."""
+        """T5's hidden states, and CLIP's pooled output."""
         clip, t5 = text_encoders
         pooled = clip(tokens[0].ids[:, 0].to(computing_device(clip))).pooler_output
         states, mask = t5_states(t5, tokens[1])
@@ -136,7 +136,7 @@ class Flux1(TransformerFamily):
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     def conditions(self, batch: Any, models: Any) -> torch.Tensor | None:
-        """(n,): the guidance scale, for models with a guidance embedding."""
+        """The guidance scale (n,) for models with a guidance embedding, else None."""
         if not models.denoiser.config.guidance_embeds:
             return None
         return torch.full((len(batch.captions),), float(models.choices.guidance))
@@ -182,33 +182,33 @@ class Flux1(TransformerFamily):
 def _check_channels(read: int, predicted: int) -> None:
     if read != predicted:
         raise TrainingError(
-            f"a Flux.1 that reads {read} channels and predicts {predicted} (Fill, Control) is neither trained nor "
-            "drawn with here: the data has no input images for it"
+            f"a Flux.1 with {read} input and {predicted} output channels (Fill, Control) is not supported: it needs "
+            "input images, which the data does not have"
         )
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (n, channels, h, w) as tokens of 2x2: (n, h/2 · w/2, 4 · channels)."""
+    """Pack latents (n, channels, h, w) into tokens of 2x2 patches: (n, h/2 · w/2, 4 · channels)."""
     n, channels, height, width = latents.shape
     tokens = latents.view(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return tokens.reshape(n, height * width // 4, 4 * channels)
 
 
 def unpacked(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The reverse: (n, h/2 · w/2, 4 · channels) as (n, channels, h, w)."""
+    """The reverse of `packed`: tokens (n, h/2 · w/2, 4 · channels) to latents (n, channels, h, w)."""
     n, _, size = tokens.shape
     latents = tokens.view(n, height // 2, width // 2, size // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(n, size // 4, height, width)
 
 
 def image_ids(rows: int, columns: int, device: Any) -> torch.Tensor:
-    """The place of each token of an image: (rows · columns, 3) of 0, row, column."""
+    """The position of each image token: (rows · columns, 3) of (0, row, column)."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).float().to(device)
 
 
 def _attention(mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(n, 1, 1, text and image tokens): True if there is attention, which images always get."""
+    """The attention mask (n, 1, 1, text and image tokens): image tokens are always attended to (True)."""
     image = torch.ones(len(mask), tokens, dtype=torch.bool, device=mask.device)
     return torch.cat([mask.bool(), image], dim=1)[:, None, None]
 

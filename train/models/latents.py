@@ -1,4 +1,4 @@
-"""The space that a family's denoiser works in: what a VAE's latents are, and how they are normalised."""
+"""The latent space of a VAE: its size, and the normalisation of latents for the denoiser."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ class LatentSpace:
     """Normalised latents are (latents - shift) * scale.
 
     Args:
-        channels: of a latent.
-        factor: pixels of the image per latent, along each side.
-        scale: the VAE's scaling factor.
-        shift: the VAE's shift factor, 0 where it has none.
+        channels: The number of latent channels.
+        factor: Image pixels per latent pixel, along each side.
+        scale: The VAE's scaling factor.
+        shift: The VAE's shift factor, or 0 if it has none.
     """
 
     channels: int
@@ -30,9 +30,9 @@ class LatentSpace:
         return cls(config.latent_channels, factor, config.scaling_factor, getattr(config, "shift_factor", None) or 0.0)
 
     def normalised(self, latents: torch.Tensor) -> torch.Tensor:
-        """The VAE's latents (n, channels, h, w) as the denoiser reads them."""
+        """Normalise the VAE's latents (n, channels, h, w) for the denoiser."""
         return (latents - self.shift if self.shift else latents) * self.scale
 
     def unnormalised(self, latents: torch.Tensor) -> torch.Tensor:
-        """The reverse: the denoiser's latents (n, channels, h, w) as the VAE decodes them."""
+        """The reverse of `normalised`: the denoiser's latents (n, channels, h, w) for the VAE's decoder."""
         return latents / self.scale + self.shift if self.shift else latents / self.scale

@@ -23,7 +23,7 @@ _PIPELINE_PARTS_UNUSED = {"safety_checker": None, "feature_extractor": None, "im
 
 
 def load_pipeline(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
-    """The pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError if it cannot be loaded."""
+    """Load the pipeline of --pretrained_model_name_or_path in `dtype`. TrainingError if that fails."""
     path = Path(name)
     return _from_file(path, settings, dtype) if path.is_file() else _from_folder(name, settings, dtype)
 
@@ -45,18 +45,18 @@ def _from_folder(name: str, settings: ModelSource, dtype: torch.dtype) -> Any:
         parts |= _text_encoders(name, wanted, dtype, settings.tokenizer_cache_dir, options.get("device_map"))
         return DiffusionPipeline.from_pretrained(name, **options, **_unused_parts(name), **parts)
     except OSError as error:
-        here = "" if Path(name).exists() else "no such file or folder is here, and "
+        here = "" if Path(name).exists() else "there is no local file or folder of this name, and "
         raise TrainingError(f"base model {name} cannot be loaded: {here}{_why(name, error)}") from error
 
 
 def _check_denoiser(name: str, family: TrainingFamily, cache: str | None) -> None:
-    """TrainingError for a variant that cannot be trained, before its weights are loaded."""
+    """Raise TrainingError for a variant that is not supported, before its weights are loaded."""
     if isinstance(family, TransformerFamily):
         family.check_config(family.transformer_class.load_config(name, subfolder=family.denoiser, cache_dir=cache))
 
 
 def _other_parts(name: str, family: Any, settings: ModelSource, dtype: torch.dtype) -> dict[str, Any]:
-    """The parts of a transformer's model that options name files of, in place of the folder's or repository's own."""
+    """The text encoders and VAE whose files are given by options, which replace those of the folder or repository."""
     if not isinstance(family, TransformerFamily):
         return {}
     own = copy.copy(settings)
@@ -71,9 +71,10 @@ def _other_parts(name: str, family: Any, settings: ModelSource, dtype: torch.dty
 def _text_encoders(
     name: str, index: dict[str, Any], dtype: torch.dtype, cache: str | None, device_map: str | None
 ) -> dict[str, Any]:
-    """The text encoders of a folder or repository, whole: what transformers does not find, it fills at random.
+    """Load the text encoders of a folder or repository. TrainingError if weights are missing.
 
-    Versions of transformers name these weights differently, and not all read the others' files.
+    transformers initialises missing weights randomly. Its versions name these weights differently, and some versions
+    cannot read the files of others.
     """
     import transformers
 
@@ -86,15 +87,15 @@ def _text_encoders(
             )
             if report["missing_keys"]:
                 raise TrainingError(
-                    f"base model {name}: its {part} lacks {min(report['missing_keys'])} for transformers "
-                    f"{transformers.__version__}; was it saved by another version? Load and save it with that one"
+                    f"base model {name}: {part} lacks {min(report['missing_keys'])}, which transformers "
+                    f"{transformers.__version__} needs; if another version saved it, load and save it with that one"
                 )
             loaded[part] = model
     return loaded
 
 
 def _why(name: str, error: OSError) -> str:
-    """What is wrong with a folder, or with a repository: diffusers' own message leaves the latter to a traceback."""
+    """The reason of an error in one line. For Hub repositories diffusers gives it only in the traceback."""
     if not Path(name).exists() and is_repo_id(name):
         from huggingface_hub import hf_hub_download
 
@@ -107,14 +108,14 @@ def _why(name: str, error: OSError) -> str:
 
 
 def _unused_parts(name: str) -> dict[str, None]:
-    """Parts of the pipeline that training has no use for, to be left unloaded."""
+    """Parts of the pipeline that training does not need, with None so that they are not loaded."""
     index = Path(name) / "model_index.json"
     text = index.read_text(encoding="utf-8") if index.exists() else ""
     return {part: None for part in _PIPELINE_PARTS_UNUSED if f'"{part}"' in text}
 
 
 def _from_file(path: Path, settings: ModelSource, dtype: torch.dtype) -> Any:
-    """A single file needs configs and a tokenizer: --model_config's, or those of the hub's original model."""
+    """Load a checkpoint file. Configs and tokenizers come from --model_config or the original model on the Hub."""
     family = family_of_checkpoint(checkpoint_keys(path))
     if isinstance(family, TransformerFamily):
         return load_parts(path, family, settings, dtype)
@@ -130,18 +131,18 @@ def _from_file(path: Path, settings: ModelSource, dtype: torch.dtype) -> Any:
         if settings.model_config:
             raise TrainingError(f"{path} cannot be loaded with --model_config: {first_line(error)}") from error
         raise TrainingError(
-            f"{path} cannot be loaded: {first_line(error)}; a checkpoint file holds neither configs nor a tokenizer: "
-            "without access to the hub, give --model_config=<Diffusers folder of the same kind of model>"
+            f"{path} cannot be loaded: {first_line(error)}; checkpoint files have no configs and no tokenizer: "
+            "without access to the Hub, give --model_config=<Diffusers folder of the same kind of model>"
         ) from error
     for part, model in pipeline.components.items():
         for name, parameter in model.named_parameters() if isinstance(model, torch.nn.Module) else ():
             if parameter.is_meta:
-                raise TrainingError(f"{path} lacks {name} of the {part}; is it whole, and is --model_config its kind?")
+                raise TrainingError(f"{path} lacks {name} of the {part}; is it complete, and does --model_config fit?")
     return pipeline
 
 
 def checkpoint_keys(path: Path) -> list[str]:
-    """The tensors' names in a checkpoint file. Pickled files are read without running what they contain."""
+    """The names of the tensors in a checkpoint file. Pickles are read without executing code in them."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -152,7 +153,7 @@ def checkpoint_keys(path: Path) -> list[str]:
             raise TrainingError(f"{path} is not a safetensors file: {error}") from None
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:  # pickle's errors are of many kinds, and all mean the same here
+    except Exception as error:  # unpickling raises many kinds of errors
         raise TrainingError(
             f"{path} cannot be read as plain weights ({first_line(error)}); use a .safetensors version of it"
         ) from None

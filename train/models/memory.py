@@ -1,4 +1,4 @@
-"""Options that trade speed for memory, put on the models; and what needs a GPU, refused without one."""
+"""Applies options that save memory or time, and refuses options that this machine does not support."""
 
 import logging
 
@@ -19,22 +19,22 @@ ATTENTION = ("mem_eff_attn", "xformers", "sdpa")
 
 
 def attention(settings: Settings) -> str | None:
-    """The attention that was asked for; of several, the one that kohya's trainer takes."""
+    """The chosen attention option; if several are given, the one that kohya's trainer uses."""
     return next((name for name in ATTENTION if getattr(settings, name)), None)
 
 
 def check_machine(settings: Settings) -> None:
-    """Raise TrainingError for options that this machine cannot carry out."""
+    """Raise TrainingError for options that this machine does not support, and OptionError for contradictions."""
     chosen = attention(settings)
     for name in ATTENTION:
         if getattr(settings, name) and name != chosen:
-            log.warning("--%s has no effect beside --%s", name, chosen)
+            log.warning("--%s has no effect together with --%s", name, chosen)
     for full, precision in ((settings.full_bf16, "bf16"), (settings.full_fp16, "fp16")):
         if full and settings.mixed_precision != precision:
             raise OptionError(f"--full_{precision} needs --mixed_precision {precision}")
     if settings.full_fp16:
         log.warning(
-            "--full_fp16: the adapter's weights, gradients and optimizer stay in fp32, where they do not underflow; "
+            "--full_fp16: the adapter's weights, gradients and optimizer state stay in fp32, to avoid underflow; "
             "frozen weights and the forward pass are in fp16, as with --mixed_precision fp16 alone"
         )
     if settings.quantize_base:
@@ -73,13 +73,13 @@ def apply_memory_options(models: BaseModels, settings: Settings, trained_text: b
     chosen = attention(settings)
     if chosen == "mem_eff_attn" and not hasattr(models.denoiser, "set_attention_slice"):
         title = models.family.denoiser_title
-        raise TrainingError(f"--mem_eff_attn: the {title} has no attention in slices; leave it out")
+        raise TrainingError(f"--mem_eff_attn: the {title} does not support sliced attention; leave it out")
     if chosen == "xformers":
         models.denoiser.enable_xformers_memory_efficient_attention()
         models.vae.enable_xformers_memory_efficient_attention()
     elif chosen == "mem_eff_attn":
         models.denoiser.set_attention_slice("auto")
-    elif chosen == "sdpa" and hasattr(models.denoiser, "set_attention_slice"):  # others have nothing else
+    elif chosen == "sdpa" and hasattr(models.denoiser, "set_attention_slice"):  # other models always use SDPA
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         models.denoiser.set_attn_processor(AttnProcessor2_0())
@@ -90,11 +90,11 @@ def apply_memory_options(models: BaseModels, settings: Settings, trained_text: b
 
 
 def keep_in_float8(models: BaseModels, settings: Settings) -> None:
-    """With --fp8_base, store the weights of the denoiser's linear layers in float8, and convert one layer at a time to
-    compute.
+    """With --fp8_base, store the weights of the denoiser's linear layers in float8 and cast each layer for its forward
+    pass.
 
-    Norms and position embeddings keep their dtype, as in diffusers, and so do convolutions, whose backward pass reads
-    the weight again. Call it after adapters are injected, whose weights are not converted.
+    Norms and position embeddings keep their dtype, as in diffusers. So do convolutions, whose backward pass needs the
+    weight again. Call it after adapters are injected; their weights are not converted.
 
     Args:
         models: The base model, changed in place.
@@ -104,8 +104,8 @@ def keep_in_float8(models: BaseModels, settings: Settings) -> None:
         return
     if not settings.gradient_checkpointing:
         log.warning(
-            "--fp8_base: without --gradient_checkpointing the weights of all layers wait for the backward pass in the "
-            "run's precision, and no memory is saved"
+            "--fp8_base saves no memory without --gradient_checkpointing: the weights of all layers are kept in the "
+            "run's precision until the backward pass"
         )
     own = tuple(getattr(models.denoiser, "_skip_layerwise_casting_patterns", None) or ())
     apply_layerwise_casting(
@@ -118,12 +118,12 @@ def keep_in_float8(models: BaseModels, settings: Settings) -> None:
 
 
 def set_training(models: BaseModels, training: bool, text: bool) -> None:
-    """Training mode for the denoiser, which gradients flow through in any case, and with `text` for text encoders."""
+    """Set training or evaluation mode of the denoiser, and with `text` also of the text encoders."""
     models.denoiser.train(training)
     for encoder in models.text_encoders:
         encoder.train(training and text)
 
 
 def weight_type(mixed_precision: str) -> torch.dtype:
-    """The precision of frozen weights."""
+    """The dtype of frozen weights for a --mixed_precision."""
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]

@@ -1,4 +1,4 @@
-"""Adapters' changes added to the weights of live models."""
+"""Merges adapters into the weights of loaded models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.injection import match_to_model as in_model
 from lora_adapters.train.models.base import BaseModels
 
-Placed = list[tuple[Any, Delta]]  # a layer, and its change
+Placed = list[tuple[Any, Delta]]  # (layer, delta)
 
 
 def match_to_model(models: BaseModels, adapter: Adapter) -> Placed:
-    """The adapter's changes with the layers of `models` that they are for. AdapterError if one fits nowhere."""
+    """Pair an adapter's deltas with the layers of `models`. AdapterError if a delta fits no layer."""
     placed: Placed = []
     for component in adapter.components:
         if component not in models.components:
@@ -31,7 +31,7 @@ def match_to_model(models: BaseModels, adapter: Adapter) -> Placed:
     return placed
 
 
-Original = tuple[torch.Tensor, torch.Tensor | None]  # a weight, and a bias
+Original = tuple[torch.Tensor, torch.Tensor | None]  # (weight, bias)
 
 
 def original(layer: Any) -> Original:
@@ -42,14 +42,14 @@ def original(layer: Any) -> Original:
 
 @torch.no_grad()
 def merge_weights(changes: Sequence[tuple[Placed, float]], originals: Mapping[Any, Original] | None = None) -> None:
-    """Set each weight to itself plus Σ ΔW at the multipliers, and each bias, summed in float32 and rounded once.
+    """Add Σ multiplier · ΔW to each weight, and likewise to each bias. Sums are float32 and rounded once.
 
-    A change that depends on the weight (DoRA, OFT) is computed with the weight before all of them.
+    A delta that depends on the weight (DoRA, OFT) is computed from the weight before merging.
 
     Args:
-        changes: changes and their multiplier.
-        originals: what to start from, by layer (see `original`), in place of the present weights; layers without a
-            change are set back to it.
+        changes: (deltas, multiplier) of each adapter.
+        originals: Layer -> weight and bias to start from (see `original`); layers without a delta are reset to them.
+            None starts from the present weights.
     """
     by_layer: dict[Any, list[Delta]] = {layer: [] for layer in originals or {}}
     for placed, multiplier in changes:

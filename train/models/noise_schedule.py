@@ -1,4 +1,4 @@
-"""The noise schedule that a base model was made with: its scheduler config's, Stable Diffusion's where it says none."""
+"""The noise schedule that a base model was trained with: from its scheduler config, by default Stable Diffusion's."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from lora_adapters.train.errors import TrainingError
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 1000
 PREDICTIONS = ("epsilon", "v_prediction")
-_KNOWN = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that training and every sampler have
-FLOW = "flow_matching"  # what a model predicts under flow matching: no scheduler config has a name for it
+_KNOWN = ("linear", "scaled_linear", "squaredcos_cap_v2")  # supported by training and by every sampler
+FLOW = "flow_matching"  # prediction type of flow matching models; scheduler configs have no name for it
 _OTHER_KINDS = {"EDM": "EDM's continuous noise levels", "FlowMatch": "flow matching"}
 
 
 def betas(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for diffusers' schedulers that make the betas of `config`, those of a pipeline's scheduler."""
+    """The betas of a scheduler config as arguments for diffusers' schedulers."""
     arguments = {key: config.get(key, value) for key, value in SD_BETAS.items()}
     trained = config.get("trained_betas")
     if trained is not None:
@@ -29,15 +29,15 @@ def ends_in_noise(config: Mapping[str, Any]) -> bool:
 
 
 def check_schedule_config(config: Mapping[str, Any], name: str, predictions: Sequence[str] = PREDICTIONS) -> None:
-    """Raise TrainingError for a base model whose noise this program cannot make; `predictions` are its family's."""
+    """Raise TrainingError if the base model's noise schedule is not supported; `predictions` are its family's."""
     kind = str(config.get("_class_name", ""))
     if FLOW in predictions:
         if not kind.startswith("FlowMatch"):
-            raise TrainingError(f"base model {name} has a scheduler without flow matching ({kind}), which it needs")
+            raise TrainingError(f"base model {name} needs a flow matching scheduler, but has {kind}")
         return
     for start, what in _OTHER_KINDS.items():
         if kind.startswith(start):
-            raise TrainingError(f"base model {name} was made with {what} ({kind}), which is not supported")
+            raise TrainingError(f"base model {name} was trained with {what} ({kind}), which is not supported")
     steps = config.get("num_train_timesteps", STEPS)
     if steps != STEPS:
         raise TrainingError(f"base model {name} has {steps} timesteps in its scheduler config; {STEPS} are supported")
@@ -50,7 +50,7 @@ def check_schedule_config(config: Mapping[str, Any], name: str, predictions: Seq
 
 
 def check_prediction(prediction_type: str, name: str, predictions: Sequence[str] = PREDICTIONS) -> None:
-    """Raise TrainingError for a base model that predicts none of what its family's do: neither noise nor v."""
+    """Raise TrainingError if the family does not support the base model's prediction type."""
     if prediction_type not in predictions:
         raise TrainingError(
             f"base model {name} has the prediction_type {prediction_type} in its scheduler config; "
@@ -59,7 +59,7 @@ def check_prediction(prediction_type: str, name: str, predictions: Sequence[str]
 
 
 def marks(path: Path) -> dict[str, Any]:
-    """What a .safetensors checkpoint says of its schedule by keys without content, as ComfyUI reads them."""
+    """Scheduler config entries from a .safetensors checkpoint's marker keys for ComfyUI: v_pred and ztsnr."""
     if path.suffix != ".safetensors":
         return {}
     from safetensors import safe_open

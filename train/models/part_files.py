@@ -1,9 +1,9 @@
-"""Base models of transformers whose parts are in files of their own, as kohya's trainers and ComfyUI take them.
+"""Loads transformer base models whose parts are in separate files, as for kohya's trainers and ComfyUI.
 
-The transformer's file is the base model; text encoders and VAE are in it too, or in the files that options name. Such
-files hold weights only. Configs follow from the weights' shapes and from the released models, or are read from a
-Diffusers folder of the same kind (--model_config). Tokenizers are read from that folder, from --tokenizer_cache_dir or
-from the Hub.
+The base model is the transformer's file; text encoders and VAE are in the same file or in files named by options. Such
+files contain only weights. Configs are derived from tensor shapes and the released models, or read from a Diffusers
+folder of the same kind (--model_config). Tokenizers are read from that folder, from --tokenizer_cache_dir or from the
+Hub.
 """
 
 import logging
@@ -42,16 +42,16 @@ _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text encoder that can be in a file of its own.
+    """A text encoder that can be in a separate file.
 
     Args:
-        option: the option that names its file.
-        title: for people.
-        model: transformers' class.
-        config: of the released model.
-        tokenizer: the Hub's repository with its tokenizer.
-        tokenizer_options: arguments for loading that one.
-        optional: whether the family's models do without it.
+        option: The option that names its file.
+        title: Its name in messages.
+        model: The class in transformers.
+        config: The config of the released model.
+        tokenizer: The Hub repository of its tokenizer.
+        tokenizer_options: Arguments for loading the tokenizer from that repository.
+        optional: Whether the family's models work without it.
     """
 
     option: str
@@ -64,7 +64,7 @@ class TextPart:
 
 
 def check_parts(settings: ModelSource, family: Any) -> None:
-    """Check that all parts of a base model in files are there. Only the names of tensors are read.
+    """Check that all parts of a base model in files exist. Only tensor names are read.
 
     Args:
         settings: The options that name the files.
@@ -79,7 +79,7 @@ def check_parts(settings: ModelSource, family: Any) -> None:
         if file and not Path(file).is_file():
             raise TrainingError(f"--{name} {file}: there is no such file")
     if settings.ae and settings.vae:
-        raise TrainingError("--ae and --vae both name the VAE: give one")
+        raise TrainingError("--ae and --vae both name the VAE: give only one")
     if not path.is_file():
         return
     inside = weight_names(path)
@@ -99,19 +99,19 @@ def _options(family: Any) -> list[str]:
 
 
 def load_parts(path: Path, family: Any, settings: ModelSource, dtype: torch.dtype) -> Any:
-    """The pipeline of a transformer's file and the files of its other parts.
+    """Load a pipeline from a transformer's file and the files of its other parts.
 
     Args:
-        path: the base model, in the original code's names, with or without the other parts.
-        family: its family (TransformerFamily).
-        settings: options that name files, configs and tokenizers.
-        dtype: of the weights.
+        path: The base model under the original code's names, with or without the other parts.
+        family: Its family (TransformerFamily).
+        settings: The options that name files, configs and tokenizers.
+        dtype: The dtype of the weights.
 
     Returns:
         A pipeline of the family's class.
 
     Raises:
-        TrainingError: a part, a config or a tokenizer is missing, or does not fit.
+        TrainingError: A part, a config or a tokenizer is missing or does not fit.
     """
     check_parts(settings, family)
     tensors = read_weights(path, whole=settings.disable_mmap_load_safetensors)
@@ -142,12 +142,12 @@ def text_encoders(
         family: The family of the base model (TransformerFamily).
         settings: The options that name files and configs.
         dtype: The dtype of the weights.
-        inside: The tensors of the base model's file, which may have the parts that no option names. None for a base
-            model that is not a file: only parts that options name are returned.
+        inside: The tensors of the base model's file, which may contain parts that no option names. None if the base
+            model is not a file: then only parts that options name are returned.
         base: The name of that file, for messages.
 
     Returns:
-        The text encoders by component; None for one that the model works without.
+        Component -> text encoder; None for an optional one that is missing.
 
     Raises:
         TrainingError: A file or config does not fit.
@@ -163,7 +163,7 @@ def text_encoders(
         elif inside is not None:
             where, tensors = base, part_of_file(inside, _prefixes(family, component))
             if not tensors:
-                log.info("%s: without %s, which %s may do without", base, part.title, family.title)
+                log.info("%s has no %s, which is optional for %s", base, part.title, family.title)
                 made[component] = None
                 continue
         else:
@@ -190,7 +190,7 @@ def _denoiser(
         try:
             config = family.denoiser_config({name: tuple(tensor.shape) for name, tensor in own.items()})
         except KeyError as error:
-            raise TrainingError(f"{path} lacks {error.args[0]}; is it a whole {family.title}?") from None
+            raise TrainingError(f"{path} lacks {error.args[0]}; is it a complete {family.title}?") from None
     model = empty(lambda: family.transformer_class.from_config(config))
     layout = by_name(family.name).denoiser.layout
     assert isinstance(layout, Transformer)
@@ -198,7 +198,7 @@ def _denoiser(
 
 
 def _config(kind: Any, component: str, settings: ModelSource) -> dict[str, Any]:
-    """A component's config out of --model_config."""
+    """A component's config from --model_config."""
     where = settings.model_config
     try:
         return dict(kind.load_config(where, subfolder=component, cache_dir=settings.tokenizer_cache_dir))
@@ -227,7 +227,7 @@ def _scheduler(family: Any, settings: ModelSource, denoiser: Any) -> Any:
 
 
 def _tokenizers(family: Any, settings: ModelSource, without: Collection[str] = ()) -> dict[str, Any]:
-    """The tokenizers of all text encoders, by component; None for those whose option is among `without`."""
+    """Load the tokenizers of all text encoders, by component; None for text encoders whose option is in `without`."""
     from transformers import AutoTokenizer
 
     found: dict[str, Any] = {}
@@ -238,7 +238,7 @@ def _tokenizers(family: Any, settings: ModelSource, without: Collection[str] = (
         kept = Path(settings.tokenizer_cache_dir or "") / part.tokenizer.replace("/", "_")
         if settings.model_config:
             source, options = settings.model_config, {"subfolder": component}
-        elif settings.tokenizer_cache_dir and kept.is_dir():  # where kohya's trainers keep them
+        elif settings.tokenizer_cache_dir and kept.is_dir():  # as kohya's trainers store them
             source, options = str(kept), dict(part.tokenizer_options)
         else:
             source, options = part.tokenizer, dict(part.tokenizer_options)
@@ -246,8 +246,8 @@ def _tokenizers(family: Any, settings: ModelSource, without: Collection[str] = (
             found[component] = AutoTokenizer.from_pretrained(source, cache_dir=settings.tokenizer_cache_dir, **options)
         except (OSError, ValueError, AdapterError) as error:
             raise TrainingError(
-                f"the tokenizer of {part.title} cannot be loaded from {source} ({first_line(error)}): weights files "
-                "hold none; without access to the Hub, give --model_config=<Diffusers folder of the same kind of "
+                f"the tokenizer of {part.title} cannot be loaded from {source} ({first_line(error)}): weight files "
+                "contain none; without access to the Hub, give --model_config=<Diffusers folder of the same kind of "
                 f"model, weights not needed>, or --tokenizer_cache_dir=<folder with {kept.name}>"
             ) from error
     return found

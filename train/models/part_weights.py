@@ -1,4 +1,4 @@
-"""Weights files of parts of a base model: read, named as diffusers and transformers do, and put into models."""
+"""Reads weight files of base model parts, renames tensors for diffusers and transformers, and loads them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,21 +19,21 @@ from lora_adapters.train.errors import TrainingError
 Tensors = Mapping[str, torch.Tensor]
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-_SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor of T5's under two names
+_SHARED = ("shared.weight", "encoder.embed_tokens.weight")  # the same T5 tensor under two names
 
 
 def read_weights(file: Path, whole: bool) -> dict[str, torch.Tensor]:
-    """Read a weights file; scaled fp8 weights are converted to bfloat16.
+    """Read a weight file. Scaled fp8 weights are converted to bfloat16.
 
     Args:
         file: A .safetensors file, or a pickle of plain tensors.
-        whole: Read a .safetensors file at once instead of mapping it.
+        whole: Read a .safetensors file into memory instead of mapping it.
 
     Returns:
-        The tensors by their names, without scales.
+        Name -> tensor, without scales.
 
     Raises:
-        TrainingError: It cannot be read, or its weights are quantised in a way that cannot be read.
+        TrainingError: The file cannot be read, or its quantisation is not supported.
     """
     tensors, scales = _opened(file, whole)
     return {
@@ -45,12 +45,12 @@ def read_weights(file: Path, whole: bool) -> dict[str, torch.Tensor]:
 
 
 def weight_names(file: Path) -> list[str]:
-    """The names of the tensors that `read_weights` returns, without converting any."""
+    """The names of the tensors that `read_weights` returns; no weights are converted."""
     return _names(*_opened(file, whole=False))
 
 
 def _opened(file: Path, whole: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A file's tensors without what no model reads, and the names of the scales by those of their weights."""
+    """A file's tensors without entries that no model uses, and weight name -> name of its scale."""
     try:
         if whole and file.is_file() and is_safetensors(file):
             from safetensors.torch import load
@@ -66,19 +66,19 @@ def _opened(file: Path, whole: bool) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def _names(tensors: Tensors, scales: Mapping[str, str]) -> list[str]:
-    """The names of a file's tensors that are no scales."""
+    """The names of a file's tensors, without scales."""
     beside = set(scales.values())
     return [name for name in tensors if name not in beside]
 
 
 def has_part(names: Iterable[str], prefixes: Iterable[str]) -> bool:
-    """Whether a file with tensors of these names has a part with one of the prefixes."""
+    """Whether any of the names starts with one of the prefixes."""
     starts = tuple(prefixes)
     return any(name.startswith(starts) for name in names)
 
 
 def part_of_file(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors under the first of the prefixes that a file has, without it; {} where it has none."""
+    """The tensors under the first prefix that occurs in a file, named without it; {} if no prefix occurs."""
     for prefix in prefixes:
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if found:
@@ -87,23 +87,23 @@ def part_of_file(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, torch.T
 
 
 def own_part(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The same, and all tensors of a file without such prefixes."""
+    """Like `part_of_file`, but all tensors if no prefix occurs."""
     return part_of_file(tensors, prefixes) or dict(tensors)
 
 
 def empty(make: Callable[[], Model]) -> Model:
-    """A model whose weights take no memory; `fill` gives it some."""
+    """Create a model with weights on the meta device, for `fill`."""
     with init_empty_weights(include_buffers=False):
         return make()
 
 
 def denoiser_weights(model: torch.nn.Module, tensors: Tensors, layout: Transformer) -> dict[str, torch.Tensor]:
-    """The weights of diffusers' transformer, out of those in the original code's names."""
+    """The state dict of diffusers' transformer, from tensors under the original code's names."""
     return from_original(layout, model.state_dict(), tensors)
 
 
 def vae_weights(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The weights of diffusers' VAE, out of those in the original code's names, or in its own."""
+    """The state dict of diffusers' VAE, from tensors under the original code's names or diffusers' names."""
     keys = list(model.state_dict())
     if all(key in tensors for key in keys):
         return {key: tensors[key] for key in keys}
@@ -118,7 +118,7 @@ def vae_weights(model: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def text_weights(model: torch.nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The weights of transformers' text encoder, whichever of its versions has named them."""
+    """The state dict of a transformers text encoder, from tensors named by any version of transformers."""
     found = {}
     for key in model.state_dict():
         spellings = (key, f"text_model.{key}", key.removeprefix("text_model."), *(_SHARED if key in _SHARED else ()))
@@ -130,19 +130,19 @@ def text_weights(model: torch.nn.Module, tensors: Tensors) -> dict[str, torch.Te
 
 
 def fill(model: Model, weights: Callable[[], Tensors], dtype: torch.dtype, where: str) -> Model:
-    """Put weights into an empty model, in `dtype`.
+    """Load weights into an empty model, in `dtype`.
 
     Args:
-        model: from `empty`.
-        weights: what finds a tensor for each of its names.
-        dtype: of the weights; those that the model's class keeps in float32 beside float16 are float32.
-        where: the source, for errors.
+        model: A model from `empty`.
+        weights: Returns the state dict.
+        dtype: The dtype of the weights. With float16, weights in the class's `_keep_in_fp32_modules` are float32.
+        where: The source, for error messages.
 
     Returns:
         The same model, in evaluation mode.
 
     Raises:
-        TrainingError: a tensor is missing, or has another shape.
+        TrainingError: A tensor is missing, or has another shape.
     """
     try:
         found = weights()
@@ -154,12 +154,12 @@ def fill(model: Model, weights: Callable[[], Tensors], dtype: torch.dtype, where
         new = found[name]
         if new.shape != old.shape:
             raise TrainingError(
-                f"{where}: {name} is {list(new.shape)}, not {list(old.shape)}: the model is another than that of "
-                "--model_config, or than the released one without it"
+                f"{where}: {name} is {list(new.shape)}, not {list(old.shape)}: the model does not fit --model_config, "
+                "or without that option the released model"
             )
         kept = torch.float32 if any(part in name.split(".") for part in wide) else dtype
         table[name] = new.to(kept) if new.is_floating_point() else new
     model.load_state_dict(table, assign=True)
     if isinstance(model, T5EncoderModel):
-        model.set_input_embeddings(model.shared)  # one tensor again, under two names
+        model.set_input_embeddings(model.shared)  # tie the two names again
     return model.eval()

@@ -1,7 +1,7 @@
-"""--quantize_base: the denoiser's linear layers in 4 or 8 bits, by bitsandbytes; the adapter is not quantised.
+"""--quantize_base: quantises the denoiser's linear layers to 4 or 8 bits with bitsandbytes, but not the adapter.
 
-The layers are put in after loading, on the training device, so that it goes for checkpoint files and for CPUs too:
-diffusers quantises while it loads a folder, and on GPUs alone.
+Layers are replaced after loading, on the training device, so that checkpoint files and CPUs are supported too:
+diffusers quantises only while it loads a folder, and only on GPUs.
 """
 
 import re
@@ -15,11 +15,11 @@ from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.base import BaseModels
 
-_CPU_WIDTH = 64  # bitsandbytes' kernel for 4 bits on the CPU wants widths that are multiples of it
+_CPU_WIDTH = 64  # bitsandbytes' 4-bit CPU kernel needs input widths that are multiples of 64
 
 
 def bitsandbytes() -> Any:
-    """The package. TrainingError if it is not installed."""
+    """Import bitsandbytes. TrainingError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError:
@@ -30,7 +30,7 @@ def bitsandbytes() -> Any:
 
 
 def layers(model: torch.nn.Module) -> list[Any]:
-    """The quantised layers of a model; [] of one that `quantise` has not had."""
+    """The quantised layers of a model; [] if it was not quantised."""
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return []
     bnb = bitsandbytes()
@@ -38,7 +38,7 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 
 def scale_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the scales beside the quantised weights: one of each 64 numbers in 4 bits, one of each row in 8."""
+    """Bytes of the quantisation scales: one scale per 64 weights in 4 bits, one per row in 8 bits."""
     size = 0
     for layer in layers(model):
         state = getattr(layer.weight, "quant_state", None)
@@ -47,7 +47,7 @@ def scale_bytes(model: torch.nn.Module) -> int:
 
 
 class _NothingKept(torch.autograd.Function):
-    """A frozen layer on shapes alone: its backward pass needs the weight, and nothing of this call."""
+    """A frozen linear layer on the meta device. It saves nothing: its backward pass needs only the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -56,7 +56,7 @@ class _NothingKept(torch.autograd.Function):
 
 @contextmanager
 def on_shapes(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """In the block the quantised layers give outputs of the right shape, in `dtype`, and compute nothing."""
+    """A context in which quantised layers return empty outputs of the right shape in `dtype`, for the meta device."""
     quantised = layers(model)
     for layer in quantised:
         layer.forward = lambda x, width=layer.out_features: _NothingKept.apply(x, width, dtype)
@@ -68,17 +68,17 @@ def on_shapes(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def quantise(models: BaseModels, kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
-    """Put bitsandbytes' layers in place of the denoiser's linear ones, on the device, where they compute in `dtype`.
+    """Replace the denoiser's linear layers by quantised layers of bitsandbytes.
 
-    Norms, embeddings of positions, and the first and last layer stay as they are, and so do convolutions, and on a CPU
-    in 4 bits layers whose width is no multiple of 64. Call it before adapters are added, so that PEFT puts its layers
-    for these on them.
+    Norms, position embeddings, the first and last layer and convolutions are not quantised, and with nf4 on a CPU
+    neither are layers whose input width is not a multiple of 64. Call it before adapters are added, so that PEFT uses
+    its adapter layers for bitsandbytes.
 
     Args:
         models: The base model.
-        kind: nf4 or int8; None leaves everything as it is.
-        dtype: Of the weights and results while a layer in 4 bits computes.
-        device: Where the layers are to be.
+        kind: nf4 or int8; None does nothing.
+        dtype: The dtype in which 4-bit layers compute.
+        device: The device of the quantised layers.
 
     Raises:
         TrainingError: bitsandbytes is not installed, or no layer can be quantised.
@@ -97,7 +97,7 @@ def quantise(models: BaseModels, kind: str | None, dtype: torch.dtype, device: t
         setattr(model.get_submodule(parent), name, _quantised(bnb, layer, kind, dtype, device))
     if not any(isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) for layer in model.modules()):
         title = models.family.denoiser_title
-        raise TrainingError(f"--quantize_base {kind}: the {title} has no layer that can be; leave it out, or give int8")
+        raise TrainingError(f"--quantize_base {kind}: no layer of the {title} can be quantised; use int8 or no option")
     setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
 
 
@@ -105,7 +105,7 @@ def _quantised(bnb: Any, layer: torch.nn.Linear, kind: str, dtype: torch.dtype, 
     shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
     if kind == "nf4":
         made = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=dtype, quant_type="nf4", device="meta")
-        made.support_avx512bf16_for_cpu = False  # its layout for inference on some CPUs is read wrongly by training
+        made.support_avx512bf16_for_cpu = False  # its weight layout for inference on some CPUs breaks training
         made.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
     else:
         made = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, device="meta")

@@ -1,6 +1,6 @@
-"""The families of base models that can be trained and drawn with, by name. A new one is a module and a line here.
+"""The families of base models for training and image generation, by name. A new one needs a module and a line here.
 
-`drawn` has those that are drawn with only.
+Families for image generation only are in `drawn`.
 """
 
 import re
@@ -15,10 +15,10 @@ from lora_adapters.train.models.sd import SD
 from lora_adapters.train.models.sd3 import SD3
 from lora_adapters.train.models.sdxl import SDXL
 
-# In the order in which a model is tried: SD takes what has no mark of another family.
+# In the order in which families are tried: SD is last because it matches every model.
 FAMILIES: dict[str, TrainingFamily] = {family.name: family for family in (SD3, FLUX, SDXL, SD)}
 
-# By option of the command line: the kind that it declares.
+# Command-line option -> the kind that it declares.
 KIND_FLAGS: dict[str, str] = {
     flag: kind for family in reversed(FAMILIES.values()) for flag, kind in family.flags.items()
 }
@@ -30,18 +30,18 @@ def family_of_kind(kind: str) -> TrainingFamily:
 
 
 def family_of_folder(index: Mapping[str, Any], name: str = "", draws: bool = False) -> TrainingFamily:
-    """The family of a diffusers folder with this model_index.json.
+    """The family of a Diffusers folder with this model_index.json.
 
     Args:
-        index: The table.
-        name: The folder or repository, for the error.
-        draws: Whether families count that are drawn with and not trained.
+        index: The content of model_index.json.
+        name: The folder or repository, for the error message.
+        draws: Whether to include families for image generation only.
 
     Returns:
         The family.
 
     Raises:
-        TrainingError: Its denoiser is of no family.
+        TrainingError: The model belongs to no known family.
     """
     for drawn in DRAWN.values() if draws else ():
         if drawn.in_folder(index):
@@ -58,7 +58,7 @@ def family_of_checkpoint(keys: Collection[str]) -> TrainingFamily:
 
 
 def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
-    """The family and the kind of a loaded pipeline. TrainingError, which shows `name`, if it is of none."""
+    """The family and the kind of a loaded pipeline. TrainingError, which mentions `name`, if it has no known family."""
     for family in (*DRAWN.values(), *FAMILIES.values()):
         kind = family.kind_of(pipeline)
         if kind is not None:
@@ -67,20 +67,20 @@ def family_of_pipeline(pipeline: Any, name: str) -> tuple[TrainingFamily, str]:
 
 
 def not_known(name: str, pipeline: str, draws: bool = False) -> TrainingError:
-    """The error for a model, whose pipeline's class is `pipeline`, that is not trained (`draws`: nor drawn with)."""
+    """The error for an unsupported model with pipeline class `pipeline`. `draws`: list generation-only families too."""
     *most, last = (*known_titles(), *(family.title for family in DRAWN.values() if draws))
     return TrainingError(
-        f"{name or 'the base model'} is a {pipeline}, not {', '.join(most)} or {last}: its own pipeline in diffusers "
-        "draws with it, and takes adapters (import lora_adapters, pipe.load_lora_weights)"
+        f"{name or 'the base model'} is a {pipeline}, not {', '.join(most)} or {last}: generate with its pipeline in "
+        "diffusers, which can load adapters (import lora_adapters, pipe.load_lora_weights)"
     )
 
 
 def known_titles() -> list[str]:
-    """The titles of all kinds of base models, the oldest first."""
+    """The titles of all kinds of base models, oldest first."""
     return [title for family in reversed(FAMILIES.values()) for title in family.kinds.values()]
 
 
-# How repositories of models of each family are called, in the order in which they are tried.
+# Patterns of repository names of each family, in the order in which they are tried.
 _REPOSITORIES = {
     SD3.name: re.compile(r"stable-diffusion-3|\bsd[-_]?3"),
     FLUX.name: re.compile(r"flux[-_.]?1|flux-dev|flux-schnell"),
@@ -90,5 +90,5 @@ _REPOSITORIES = {
 
 
 def name_by_repository(repository: str) -> str | None:
-    """The name of the family that a model's repository or file name tells; None if it tells none."""
+    """Guess the family's name from a repository or file name; None if no pattern matches."""
     return next((name for name, called in _REPOSITORIES.items() if called.search(repository.lower())), None)

@@ -14,12 +14,12 @@ _ZERO_SNR = "rescale_betas_zero_snr"
 
 
 def check_sampler(name: str, zero_terminal_snr: bool = False) -> None:
-    """Raise TrainingError for a name that is not a sampler, or one that cannot start from pure noise."""
+    """Raise TrainingError for an unknown sampler, or one that does not support zero terminal SNR."""
     if name not in SAMPLERS:
         raise TrainingError(f"unknown sampler {name}; known are {', '.join(SAMPLERS)}")
     if zero_terminal_snr and not _takes_zero_snr(name):
         able = ", ".join(known for known in SAMPLERS if not known.startswith("k_") and _takes_zero_snr(known))
-        raise TrainingError(f"the sampler {name} cannot do --zero_terminal_snr; {able} can")
+        raise TrainingError(f"the sampler {name} does not support --zero_terminal_snr; use one of {able}")
 
 
 def sampler(
@@ -29,28 +29,28 @@ def sampler(
     steps_offset: int | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The scheduler of diffusers for a sampler, with the betas of the training schedule.
+    """The diffusers scheduler of a sampler, with the betas of the training schedule.
 
     Args:
         name: One of SAMPLERS.
         prediction_type: "epsilon" or "v_prediction".
-        zero_terminal_snr: Whether sampling starts from pure noise.
-        steps_offset: Replaces that of the sampler; None keeps it.
-        base: The scheduler config of the base model, of which betas, zero terminal SNR and trailing timesteps are kept.
+        zero_terminal_snr: Whether the schedule has zero terminal SNR, so that sampling starts from pure noise.
+        steps_offset: Replaces the sampler's steps_offset; None keeps it.
+        base: The scheduler config of the base model. Its betas, zero terminal SNR and trailing timesteps are used.
             None uses the betas of Stable Diffusion.
 
     Returns:
         The scheduler.
 
     Raises:
-        TrainingError: The sampler is unknown, or cannot start from pure noise.
+        TrainingError: The sampler is unknown, or does not support zero terminal SNR.
     """
     base = base or {}
     zero_terminal_snr = zero_terminal_snr or ends_in_noise(base)
     check_sampler(name, zero_terminal_snr)
     kind, own = SAMPLERS[name].scheduler, {**SAMPLERS[name].options}
     options = {**betas(base), "num_train_timesteps": STEPS}
-    if base.get("timestep_spacing") == "trailing":  # models of few steps: any other spacing misses their steps
+    if base.get("timestep_spacing") == "trailing":  # few-step models need exactly these timesteps
         own = {**own, "timestep_spacing": "trailing"}
     if zero_terminal_snr:
         own = {**own, _ZERO_SNR: True, "timestep_spacing": "trailing"}

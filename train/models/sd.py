@@ -1,4 +1,4 @@
-"""SD1.x and SD2.x: one text encoder, a U-Net."""
+"""SD1.x and SD2.x: one text encoder and a U-Net."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ _NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None}
 
 
 class StableDiffusion(TrainingFamily):
-    """SD1.x and SD2.x. A model without a mark of another family is taken for one of them."""
+    """SD1.x and SD2.x. Models that no other family recognises are assumed to belong to this one."""
 
     name = "sd"
     kinds: ClassVar[Mapping[str, Any]] = {"sd1": "SD1.x", "sd2": "SD2.x"}
@@ -42,7 +42,7 @@ class StableDiffusion(TrainingFamily):
         return None if kind == "sd1" and denoiser.config.cross_attention_dim == 768 else "sd2"
 
     def readings(self, clip_skip: int | None = None) -> tuple[Reading, ...]:
-        """The last layer, or with clip_skip the n-th from the end, under the final normalisation."""
+        """The last layer, or the n-th layer from the end with clip_skip, with the final normalisation."""
         return (Reading(clip_skip or None),)
 
     def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:

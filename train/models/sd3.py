@@ -1,4 +1,4 @@
-"""SD3 and SD3.5: CLIP-L, CLIP-G and T5, a transformer over latents, flow matching that compares images."""
+"""SD3 and SD3.5: CLIP-L, CLIP-G and T5, a transformer over latents, flow matching with a loss on images."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ from lora_adapters.train.models.transformer_text import AbsentEncoder, clip_toke
 from lora_adapters.train.moving import computing_device
 
 _CLIP_TOKENS = 77
-_HEAD = 64  # width of an attention head where no norm tells it
+_HEAD = 64  # size of an attention head, if the file has no query norm to tell it
 _T5_LENGTH = 256
 _KINDS = ("sd3_medium", "sd35_medium", "sd35_large")  # in the order of the family's versions
 
-_TRANSFORMER: Any = SD3Transformer2DModel  # type checkers see the placeholder that diffusers has without torch
+_TRANSFORMER: Any = SD3Transformer2DModel  # Any: type checkers see diffusers' dummy class for missing packages
 
 
 class StableDiffusion3(TransformerFamily):
@@ -97,14 +97,14 @@ class StableDiffusion3(TransformerFamily):
         return next((kind for kind, version in others if version.mark in paths), first[0])
 
     def absent_text_encoder(self, component: str, pipeline: Any) -> torch.nn.Module | None:
-        """T5 may be left out."""
+        """T5 is optional."""
         absent = component == self.text_encoders[-1]
         return AbsentEncoder(pipeline.transformer.config.joint_attention_dim) if absent else None
 
     # --- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, models: Any, captions: list[str], chunks: int = 1, weighted: bool = False) -> list[Tokens]:
-        """CLIP's 77 tokens, twice, and T5's; there is one window, and words have no weights."""
+        """77 tokens for each CLIP, and T5's tokens. `chunks` and `weighted` have no effect."""
         *clips, t5 = models.tokenizers
         t5 = None if isinstance(models.text_encoders[-1], AbsentEncoder) else t5
         length = models.choices.t5_length or _T5_LENGTH
@@ -118,7 +118,7 @@ class StableDiffusion3(TransformerFamily):
         clip_skip: int | None = None,
         keep_mean: str = "none",
     ) -> Encoded:
-        """The last layer but one of both CLIPs, side by side, and T5's states below; CLIP's projections are pooled."""
+        """The penultimate layers of both CLIPs, concatenated, then T5's states; and the CLIPs' pooled projections."""
         *clips, t5 = text_encoders
         states, pooled = [], []
         for own, encoder in zip(tokens, clips, strict=False):
@@ -156,7 +156,7 @@ class StableDiffusion3(TransformerFamily):
         text: Encoded,
         conditions: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The velocity; T5's mask ends with T5, as in kohya's trainer."""
+        """Predict the velocity. The T5 mask is not used here, only in T5 itself, as in kohya's trainer."""
         return denoiser(
             hidden_states=noisy,
             encoder_hidden_states=text.hidden,
@@ -177,7 +177,7 @@ class StableDiffusion3(TransformerFamily):
 
 
 def _below(clip: torch.Tensor, t5: torch.Tensor) -> torch.Tensor:
-    """CLIP's states (n, 77, width), filled up with zeros to T5's width, and T5's (n, length, width) after them."""
+    """CLIP's states (n, 77, width), padded with zeros to T5's width, followed by T5's states (n, length, width)."""
     return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
 
 

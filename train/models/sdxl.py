@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, a U-Net that is conditioned on the pooled text and on sizes."""
+"""SDXL: two text encoders, and a U-Net that is conditioned on the pooled text and on sizes."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,11 +11,11 @@ from lora_adapters.train.models.family import SizeConditions, TrainingFamily
 from lora_adapters.train.models.sd import is_unet_pipeline
 from lora_adapters.train.models.text_encoding import Encoded, Reading
 
-_LAYER = 2  # from the end: what the U-Net reads of both text encoders, without normalisation
+_LAYER = 2  # the text encoders' layer, counted from the end, that the U-Net uses, without final normalisation
 
 
 class StableDiffusionXL(TrainingFamily):
-    """SDXL 1.0 and what was trained from it."""
+    """SDXL 1.0 and models fine-tuned from it."""
 
     name = "sdxl"
     kinds: ClassVar[Mapping[str, Any]] = {"sdxl": "SDXL"}
@@ -39,7 +39,7 @@ class StableDiffusionXL(TrainingFamily):
         return "sdxl" if two else None
 
     def readings(self, clip_skip: int | None = None) -> tuple[Reading, ...]:
-        """The last layer but one of both, side by side; the second one's projection of the end token is pooled."""
+        """The penultimate layers of both text encoders, and the second one's pooled projection of the end token."""
         return Reading(_LAYER, normalised=False), Reading(_LAYER, normalised=False, pooled=True)
 
     def to_cache(self, encoded: Encoded, widths: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""From captions to what the denoiser reads: tokens, chunks of 75, weights of words, hidden states."""
+"""Encodes captions for the denoiser: tokens, chunks of 75 tokens, prompt weights, hidden states."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _ROUND, _SQUARE = 1.1, 1 / 1.1
 class Encoded:
     """Text-encoder outputs: `hidden` (n, tokens, width), and `pooled` (n, width) for families that use it.
 
-    mask: (n, tokens) of ones, and zeros for tokens that get no attention; None if all get it.
+    mask: (n, tokens), 1 for tokens that are attended to and 0 for others; None if there is no mask.
     """
 
     hidden: torch.Tensor
@@ -33,12 +33,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a denoiser reads of one text encoder.
+    """Which outputs of a text encoder a denoiser uses.
 
     Args:
-        layer: the n-th hidden state from the end; None for the encoder's own output, which is normalised.
-        normalised: whether the final normalisation is applied to that hidden state.
-        pooled: whether the projection of the end token, which comes from the last layer, is read as well.
+        layer: The n-th hidden state from the end; None for the encoder's last_hidden_state, which is normalised.
+        normalised: Whether the final normalisation is applied to that hidden state.
+        pooled: Whether the projection of the end token, which is computed from the last layer, is used as well.
     """
 
     layer: int | None = None
@@ -47,15 +47,15 @@ class Reading:
 
     @property
     def deepest(self) -> int:
-        """The last layer, counted from the end, that anything is computed from."""
+        """The last layer that is used, counted from the end."""
         return 1 if self.pooled else self.layer or 1
 
 
 @dataclass
 class Tokens:
-    """`ids` (n, chunks, length), and the `weights` of the same shape where captions have weighted words.
+    """Token `ids` (n, chunks, length), and `weights` of the same shape if captions have weights.
 
-    mask: of the same shape, ones, and zeros for padding that gets no attention; None if all tokens get it.
+    mask: The same shape, 1 for tokens and 0 for masked padding; None if there is no mask.
     """
 
     ids: torch.Tensor
@@ -64,10 +64,10 @@ class Tokens:
 
 
 def weighted_parts(text: str) -> list[tuple[str, float]]:
-    """Split a prompt with weights, such as "a (red:1.3) [old] hat".
+    """Split a prompt such as "a (red:1.3) [old] hat" into parts with weights.
 
-    (x) multiplies the weight of x by 1.1, [x] by 1/1.1, (x:w) by w; nested factors multiply. A backslash before a
-    bracket makes it text. A bracket that is not closed applies to the end of the prompt.
+    (x) multiplies the weight of x by 1.1, [x] by 1/1.1, (x:w) by w; nested factors multiply. A backslash escapes a
+    bracket. A bracket that is not closed extends to the end of the prompt.
 
     Args:
         text: The prompt.
@@ -76,7 +76,7 @@ def weighted_parts(text: str) -> list[tuple[str, float]]:
         (text, weight) of each part.
     """
     parts: list[tuple[str, float]] = []
-    opened: list[tuple[str, int]] = []  # kind of bracket, and where its contents begin in `parts`
+    opened: list[tuple[str, int]] = []  # (bracket, index in `parts` where its content begins)
 
     def close(kind: str, factor: float) -> None:
         while opened:
@@ -116,8 +116,8 @@ def tokenize(tokenizer, captions: list[str], chunks: int = 1, weighted: bool = F
     Args:
         tokenizer: A tokenizer of transformers.
         captions: n captions.
-        chunks: The number of windows. Words beyond the last one are cut off.
-        weighted: Read weights in the captions; see `weighted_parts`.
+        chunks: The number of windows. Tokens beyond the last one are cut off.
+        weighted: Whether captions have weights; see `weighted_parts`.
 
     Returns:
         Ids (n, chunks, length), and weights of the same shape or None.
@@ -142,7 +142,7 @@ def tokenize(tokenizer, captions: list[str], chunks: int = 1, weighted: bool = F
 
 
 def windows(tokenizer, text: str) -> int:
-    """How many windows of the tokenizer's length the text fills, weights taken out of it; 1 or more."""
+    """The number of windows that a text needs, not counting the syntax of weights; at least 1."""
     parts = [part for part, _ in weighted_parts(text)]
     count = sum(
         len(tokenizer(part, add_special_tokens=False, truncation=False, verbose=False).input_ids) for part in parts
@@ -151,7 +151,7 @@ def windows(tokenizer, text: str) -> int:
 
 
 def join_chunks(states: torch.Tensor) -> torch.Tensor:
-    """(n, chunks, length, width) to (n, chunks*(length-2)+2, width): the first start and the last end token stay."""
+    """(n, chunks, length, width) to (n, chunks*(length-2)+2, width), without the inner start and end tokens."""
     if states.shape[1] == 1:
         return states[:, 0]
     inner = states[:, :, 1:-1].flatten(1, 2)
@@ -161,16 +161,16 @@ def join_chunks(states: torch.Tensor) -> torch.Tensor:
 def encode_tokens(
     tokens: Sequence[Tokens], text_encoders: Sequence[Any], readings: Sequence[Reading], keep_mean: str = "none"
 ) -> Encoded:
-    """Encode tokens with each text encoder, and join what the denoiser reads of them.
+    """Encode tokens with each text encoder, and concatenate the hidden states that the denoiser uses.
 
     Args:
-        tokens: those of each text encoder.
-        text_encoders: transformers' models.
-        readings: what is read of each text encoder, see `TrainingFamily.readings`.
-        keep_mean: what the weights of words leave as it was, see `_weighted`.
+        tokens: The tokens for each text encoder.
+        text_encoders: The text encoders (transformers).
+        readings: The used outputs of each text encoder, see `TrainingFamily.readings`.
+        keep_mean: Which mean is kept when weights are applied: none, original or abs; see `_weighted`.
 
     Returns:
-        The hidden states side by side, (n, tokens, total width), and the pooled output of the first window.
+        The concatenated hidden states (n, tokens, total width), and the pooled output of the first window.
     """
     states, pooled = [], None
     for own, encoder, reading in zip(tokens, text_encoders, readings, strict=True):
@@ -195,7 +195,7 @@ def _read(encoder: Any, output: Any, reading: Reading) -> torch.Tensor:
 
 
 def unread_layers(text_encoders: Sequence[Any], readings: Sequence[Reading]) -> list[torch.nn.Module]:
-    """The text encoders' layers that `encode_tokens` computes nothing from: they never get a gradient."""
+    """The text encoders' layers whose output `encode_tokens` does not use: they never get a gradient."""
     unread: list[torch.nn.Module] = []
     for encoder, reading in zip(text_encoders, readings, strict=True):
         layers = list(_layers(encoder).encoder.layers)
@@ -204,20 +204,20 @@ def unread_layers(text_encoders: Sequence[Any], readings: Sequence[Reading]) -> 
 
 
 def _layers(encoder: Any) -> Any:
-    """The text model itself, which transformers may wrap."""
+    """The text model, which some versions of transformers wrap in another module."""
     return getattr(encoder, "text_model", encoder)
 
 
 def _weighted(hidden: torch.Tensor, weights: torch.Tensor, keep_mean: str) -> torch.Tensor:
-    """hidden (n, tokens, width) times weights (n, tokens, 1).
+    """Multiply hidden (n, tokens, width) by weights (n, tokens, 1).
 
-    keep_mean "original" then scales each text with weights back to the mean it had, "abs" to the mean of its absolute
-    values.
+    keep_mean "original" then rescales each weighted text to its mean before weighting, "abs" to its mean absolute
+    value.
     """
     product = hidden * weights
     if keep_mean == "none":
         return product
     before, after = (states.float().abs() if keep_mean == "abs" else states.float() for states in (hidden, product))
     factor = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
-    plain = (weights == 1).all(1, keepdim=True)  # nothing to make up for, whatever its mean
+    plain = (weights == 1).all(1, keepdim=True)  # texts without weights are not rescaled
     return product * torch.where(plain | ~factor.isfinite(), 1.0, factor).to(product)

@@ -1,4 +1,4 @@
-"""What the families of diffusion transformers have in common: tokens of 2x2 latents, flow matching."""
+"""The base class of diffusion transformer families: 2x2 patches of latents, flow matching."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +17,9 @@ class TransformerFamily(TrainingFamily):
     """A family whose denoiser is a transformer that predicts velocities.
 
     Attributes:
-        transformer_class: diffusers' class of the denoiser.
-        text_parts: by component, what is known of the text encoders where they are in files.
-        vae_config: the config of the released models' VAE.
+        transformer_class: The denoiser's class in diffusers.
+        text_parts: Component -> how to load that text encoder from a file.
+        vae_config: The config of the released models' VAE.
     """
 
     transformer_class: ClassVar[Any]
@@ -37,26 +37,26 @@ class TransformerFamily(TrainingFamily):
         return any(key.startswith(marks) for key in keys)
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Raise TrainingError for a transformer with this config if it is of a variant that cannot be trained."""
+        """Raise TrainingError if a transformer with this config is an unsupported variant."""
 
     @abstractmethod
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """The config of a transformer, from the shapes of its tensors.
+        """Derive the config of a transformer from the shapes of its tensors.
 
         Args:
-            shapes: The shapes by the names of the original code.
+            shapes: Name in the original code -> shape.
 
         Returns:
             The config for diffusers' model.
 
         Raises:
-            KeyError: A tensor is missing, whose name is the argument.
-            TrainingError: The shapes do not tell the config, or the variant cannot be trained.
+            KeyError: A tensor is missing; the argument is its name.
+            TrainingError: The config cannot be derived from the shapes, or the variant is not supported.
         """
 
     @abstractmethod
     def scheduler_config(self, denoiser: Any) -> dict[str, Any]:
-        """The arguments of FlowMatchEulerDiscreteScheduler that the released model has."""
+        """The FlowMatchEulerDiscreteScheduler arguments of the released model."""
 
     def blocks_to_swap(self, count: int) -> dict[str, int]:
         return {"transformer_blocks": count}
@@ -97,26 +97,26 @@ _T5_XXL = {
 
 
 def vae_config(scale: float, shift: float) -> dict[str, Any]:
-    """The config of a VAE of 16 latent channels, whose latents are normalised by these."""
+    """The config of a VAE with 16 latent channels and these scaling and shift factors."""
     return {**_KL, "scaling_factor": scale, "shift_factor": shift}
 
 
 def clip_l(model: Any) -> TextPart:
-    """CLIP-L, as a class of transformers'."""
+    """CLIP-L, loaded as the transformers class `model`."""
     return TextPart("clip_l", "CLIP-L", model, _CLIP_L, "openai/clip-vit-large-patch14")
 
 
 def clip_g() -> TextPart:
-    """CLIP-G, whose padding is token 0."""
+    """CLIP-G, whose padding token has id 0."""
     repository, padding = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", {"pad_token": "!"}
     return TextPart("clip_g", "CLIP-G", CLIPTextModelWithProjection, _CLIP_G, repository, padding)
 
 
 def t5_xxl(optional: bool = False) -> TextPart:
-    """T5's encoder, the largest of version 1.1."""
+    """The encoder of T5-XXL, version 1.1."""
     return TextPart("t5xxl", "T5-XXL", T5EncoderModel, _T5_XXL, "google/t5-v1_1-xxl", optional=optional)
 
 
 def count(shapes: Collection[str], stack: str) -> int:
-    """How many blocks a stack has, by the names of its tensors."""
+    """The number of blocks in a stack, derived from tensor names."""
     return 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(f"{stack}.")), default=-1)

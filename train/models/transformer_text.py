@@ -1,4 +1,4 @@
-"""Text for diffusion transformers: one window of tokens for each of their text encoders, T5's with a mask."""
+"""Text encoding for diffusion transformers: one window of tokens for each text encoder, with a mask for T5."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,16 +10,16 @@ from lora_adapters.train.moving import computing_device
 
 
 class AbsentEncoder(torch.nn.Module):
-    """Stands for a T5 that a model does without: its output is zeros, as in diffusers' pipeline.
+    """Replaces a missing T5. Its output is zeros, as in diffusers' pipeline.
 
     Args:
-        width: of the output.
+        width: The width of the output.
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.config = SimpleNamespace(hidden_size=width)
-        self.place = torch.nn.Parameter(torch.zeros(0), requires_grad=False)  # tells device and dtype
+        self.place = torch.nn.Parameter(torch.zeros(0), requires_grad=False)  # for its device and dtype
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor]:
         """Zeros (n, length, width) for tokens (n, length)."""
@@ -27,12 +27,12 @@ class AbsentEncoder(torch.nn.Module):
 
 
 def clip_tokens(tokenizer: Any, captions: list[str]) -> Tokens:
-    """CLIP's 77 tokens of each caption; words beyond them are cut off."""
+    """CLIP's 77 tokens of each caption; further tokens are cut off."""
     return tokenize(tokenizer, captions)
 
 
 def t5_tokens(tokenizer: Any, captions: list[str], length: int, masked: bool) -> Tokens:
-    """T5's tokens of each caption, (n, 1, length), and with `masked` the mask of its padding; zeros without T5."""
+    """T5's tokens (n, 1, length), with a padding mask if `masked`. All ids are 0 if `tokenizer` is None."""
     if tokenizer is None:
         return Tokens(torch.zeros(len(captions), 1, length, dtype=torch.long))
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -41,7 +41,7 @@ def t5_tokens(tokenizer: Any, captions: list[str], length: int, masked: bool) ->
 
 
 def t5_states(encoder: Any, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """T5's output (n, length, width), and the mask (n, length) on its device; None without one."""
+    """T5's output (n, length, width), and the mask (n, length) on the same device, or None without a mask."""
     device = computing_device(encoder)
     mask = None if tokens.mask is None else tokens.mask[:, 0].to(device)
     return encoder(tokens.ids[:, 0].to(device), attention_mask=mask)[0], mask

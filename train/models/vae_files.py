@@ -1,4 +1,4 @@
-"""VAEs from files, folders and the Hub."""
+"""Loads VAEs from files, folders and the Hub."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,7 +14,7 @@ from lora_adapters.train.errors import TrainingError
 from lora_adapters.train.models.part_weights import empty, fill, own_part, read_weights, vae_weights
 from lora_adapters.train.options.model import ModelSource
 
-PREFIXES = ("first_stage_model.", "vae.")  # in files with more than the VAE
+PREFIXES = ("first_stage_model.", "vae.")  # of VAE tensors in files of whole models
 
 
 def load_vae(
@@ -23,16 +23,16 @@ def load_vae(
     """Load the VAE that an option names.
 
     Args:
-        name: A checkpoint file, the folder of a VAE or of a whole model, or a repository on the Hub.
+        name: A checkpoint file, a folder with a VAE or a whole model, or a Hub repository.
         dtype: The dtype of the weights.
-        settings: The options; --model_config has the config of a file.
-        released: The config of a file without --model_config; None lets diffusers choose it.
+        settings: The options; --model_config gives the config for a file.
+        released: The config for a file without --model_config; None lets diffusers choose it.
 
     Returns:
         The VAE.
 
     Raises:
-        TrainingError: It cannot be loaded, or is not a VAE of this config.
+        TrainingError: The VAE cannot be loaded, or does not fit the config.
     """
     path = Path(name)
     try:
@@ -48,7 +48,7 @@ def load_vae(
 
 
 def _from_file(file: Path, dtype: torch.dtype, settings: ModelSource, released: Mapping[str, Any]) -> AutoencoderKL:
-    """A VAE in the original code's names or in diffusers', alone in its file or in one that holds more."""
+    """Load a VAE, under the original code's or diffusers' names, from its own file or a file of a whole model."""
     tensors = own_part(read_weights(file, settings.disable_mmap_load_safetensors), PREFIXES)
     config = dict(released)
     if settings.model_config:

@@ -1,6 +1,6 @@
-"""Flow matching: x_t = (1 - t) x_0 + t e, and the velocity e - x_0 that a denoiser predicts (arXiv 2210.02747).
+"""Flow matching: x_t = (1 - t) x_0 + t e, and the denoiser predicts the velocity e - x_0 (arXiv 2210.02747).
 
-t is in [0, 1], a timestep is 1000 t. How t is drawn, and what the loss compares, is named as in kohya's trainers.
+t is in [0, 1]; a timestep is 1000 t. The options for sampling t and for the loss have kohya's names.
 """
 
 import math
@@ -17,14 +17,14 @@ from lora_adapters.train.objective.objectives import Objective
 from lora_adapters.train.options.settings import Settings
 
 _STEPS = 1000
-_SHIFTS = (256, 0.5), (4096, 1.15)  # Flux.1: tokens of an image, and the logarithm of the shift
+_SHIFTS = (256, 0.5), (4096, 1.15)  # Flux.1: (image tokens, logarithm of the shift), interpolated linearly
 
 
 @dataclass(frozen=True)
 class FlowOptions:
     """The options of flow matching, named as on the command line.
 
-    timestep_sampling may be density, too: that of the weighting scheme over t itself, as SD3 has it. shift is
+    timestep_sampling can also be "density" (SD3): t itself is drawn with the density of the weighting scheme. shift is
     --discrete_flow_shift, or SD3's --training_shift.
     """
 
@@ -39,10 +39,10 @@ class FlowOptions:
 
     @classmethod
     def of(cls, settings: Settings, image_loss: bool = False) -> "FlowOptions":
-        """The options of a run; `image_loss` is the family's. OptionError for an unknown comparison."""
+        """The options of a run; `image_loss` is the family's. OptionError for --model_prediction_type additive."""
         if settings.model_prediction_type == "additive":
             raise OptionError(
-                "--model_prediction_type additive compares a sum that no flow-matching model predicts; give raw"
+                "--model_prediction_type additive does not fit flow matching models, which predict a velocity; give raw"
             )
         return cls(
             timestep_sampling="density" if image_loss else settings.timestep_sampling,
@@ -57,18 +57,18 @@ class FlowOptions:
 
 
 def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
-    """t moved towards noise: s t / (1 + (s - 1) t)."""
+    """Shift t towards noise: s t / (1 + (s - 1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flux_shift(tokens: int) -> float:
-    """The shift that Flux.1 has for an image with this number of tokens (of 2x2 latents)."""
+    """Flux.1's shift for an image with this number of tokens (2x2 patches of latents)."""
     (x, low), (x_high, high) = _SHIFTS
     return math.exp(low + (tokens - x) * (high - low) / (x_high - x))
 
 
 def draw(generators: list[torch.Generator], options: FlowOptions, size: torch.Size) -> torch.Tensor:
-    """One t a sample (n,) in float32, for latents of (..., height, width)."""
+    """Draw one t per sample, (n,) in float32, for latents of size (..., height, width)."""
     if options.timestep_sampling == "density":
         return (shifted(_density(generators, options), options.shift) * _STEPS).floor() / _STEPS
     if options.timestep_sampling == "sigma":
@@ -85,20 +85,20 @@ def draw(generators: list[torch.Generator], options: FlowOptions, size: torch.Si
 
 
 def _density(generators: list[torch.Generator], options: FlowOptions) -> torch.Tensor:
-    """A number from 0 to 1 a sample (n,), drawn with the density of the weighting scheme (arXiv 2403.03206)."""
+    """Draw one number in [0, 1] per sample, (n,), with the density of the weighting scheme (arXiv 2403.03206)."""
     scheme = (options.weighting_scheme, 1, options.logit_mean, options.logit_std, options.mode_scale)
     return torch.cat([compute_density_for_timestep_sampling(*scheme, generator=g) for g in generators])
 
 
 @dataclass(frozen=True)
 class FlowTables:
-    """What the loss needs of each timestep, computed where it is asked for: there is no end of timesteps."""
+    """Weights and Huber widths of timesteps, computed on demand since timesteps are continuous."""
 
     flow: FlowOptions
     loss: LossOptions
 
     def weight_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Factor of the loss (n,), which is 1 if the loss compares velocities."""
+        """The loss weights (n,); 1 if the loss compares velocities."""
         sigmas = (timesteps.float() / _STEPS).clamp(min=1 / _STEPS)
         if not self.flow.sigma_scaled:
             return torch.ones_like(sigmas)
@@ -115,7 +115,7 @@ class FlowTables:
 
 
 class FlowMatching(Objective):
-    """The target is the velocity e - x_0; with `sigma_scaled` the image x_0 = x_t - t v."""
+    """The target is the velocity v = e - x_0, or with `sigma_scaled` the image x_0 = x_t - t v."""
 
     def __init__(self, options: FlowOptions):
         self.options = options

@@ -1,4 +1,4 @@
-"""The loss of a training step: its shape, and the weights of timesteps, masks and images."""
+"""The loss of a training step, with weights for timesteps, masks and images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from lora_adapters.train.moving import moved
 from lora_adapters.train.objective.noise import huber_width, signal_to_noise, velocity_share
 from lora_adapters.train.options.settings import Settings
 
-_LARGEST_SNR = 1000.0  # near t=0 the SNR grows without bound; weights that grow with it stop here
+_LARGEST_SNR = 1000.0  # near t=0 the SNR grows without bound; weights use at most this SNR
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LossOptions:
 
     @classmethod
     def of(cls, settings: Settings, v_prediction: bool) -> "LossOptions":
-        """Raises TrainingError for options that contradict the kind of prediction."""
+        """The loss options of a run. TrainingError for options that contradict the prediction type."""
         if settings.v_pred_like_loss and v_prediction:
             raise TrainingError("--v_pred_like_loss is for models that predict noise; this one predicts v")
         if settings.scale_v_pred_loss_like_noise_pred and not v_prediction:
@@ -57,16 +57,16 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class TimestepTables:
-    """What depends on the timestep alone, computed once: a step looks it up on the device and waits for nothing.
+    """Loss weights and Huber widths for all timesteps, computed once and kept on the device.
 
-    weights: factor of the loss, float32 (steps,). widths: Huber's c, the same, or None for other losses.
+    weights: factors of the loss, float32 (steps,). widths: Huber's c, float32 (steps,), or None for other losses.
     """
 
     weights: torch.Tensor
     widths: torch.Tensor | None = None
 
     def weight_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Factor of the loss (n,) at timesteps (n,)."""
+        """The loss weights (n,) at timesteps (n,)."""
         return self.weights[timesteps]
 
     def width_at(self, timesteps: torch.Tensor) -> torch.Tensor | None:
@@ -77,7 +77,7 @@ class TimestepTables:
     def of(
         cls, alphas_cumprod: torch.Tensor, options: LossOptions, device: torch.device | str = "cpu"
     ) -> "TimestepTables":
-        """The tables for a schedule's `alphas_cumprod` (steps,), computed on the CPU in float64."""
+        """Compute the tables from a schedule's `alphas_cumprod` (steps,), on the CPU in float64."""
         alphas = alphas_cumprod.cpu()
         weights = timestep_weights(signal_to_noise(alphas), options).to(device, torch.float32)
         if options.loss_type not in ("huber", "smooth_l1"):
@@ -98,9 +98,9 @@ def loss_per_sample(
 
     Args:
         predicted: (n, channels, height, width).
-        target: the same shape.
+        target: The same shape.
         timesteps: (n,), on the device of the `tables`.
-        tables: the objective's, such as `TimestepTables`.
+        tables: The tables of the objective, such as `TimestepTables`.
         loss_type: l2, l1, huber or smooth_l1.
         mask: (n, 1, h, w) or (n, h, w) in [0, 1], resized by area; None to count all pixels.
 
@@ -116,7 +116,7 @@ def loss_per_sample(
 
 
 def elementwise(predicted: torch.Tensor, target: torch.Tensor, kind: str, width: torch.Tensor | None) -> torch.Tensor:
-    """The unreduced loss. huber: 2c(sqrt(d^2 + c^2) - c), near l2 for small d; smooth_l1: the same without c."""
+    """The unreduced loss. huber: 2c(sqrt(d^2 + c^2) - c), close to l2 for small d; smooth_l1: without the factor c."""
     difference = predicted - target
     if kind == "l2":
         return difference.square()
@@ -128,25 +128,25 @@ def elementwise(predicted: torch.Tensor, target: torch.Tensor, kind: str, width:
 
 
 def resized_mask(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`mask` (n, 1 or none, h, w) averaged by area to the height and width of `like`: (n, 1, height, width)."""
+    """Resize a mask (n, 1, h, w) or (n, h, w) by area to the size of `like`: (n, 1, height, width)."""
     mask = mask if mask.dim() == 4 else mask.unsqueeze(1)
     return F.interpolate(moved(mask, like), size=like.shape[2:], mode="area")
 
 
 def timestep_weights(snr: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Factors of the loss at timesteps, from their signal-to-noise ratio.
+    """Loss weights of timesteps, computed from their signal-to-noise ratio.
 
     min-SNR (arXiv 2303.09556) is min(snr, gamma) / snr for noise prediction, and / (snr + 1) for v-prediction. Debiased
     estimation (arXiv 2310.08442) is 1 / sqrt(snr) for noise prediction, and 1 / (snr + 1) for v-prediction. At an SNR
-    of 0 (zero terminal SNR) and noise prediction, min-SNR is 1, and debiased estimation, which has no limit there, is 1
-    too.
+    of 0 (zero terminal SNR) with noise prediction, min-SNR is 1, and debiased estimation, which diverges there, is set
+    to 1.
 
     Args:
         snr: (n,), float64, not negative.
-        options: Which weightings are on.
+        options: The options that turn weightings on.
 
     Returns:
-        (n,), float64; 1 without options.
+        (n,), float64; all 1 if no weighting is on.
     """
     weights = torch.ones_like(snr)
     share = velocity_share(snr.clamp(max=_LARGEST_SNR))

@@ -1,7 +1,7 @@
-"""Timestep and noise sampling for a training step. Everything is a function of (seed, number of the sample).
+"""Timestep and noise sampling for a training step. All random numbers depend only on (seed, number of the sample).
 
-Each sample of the run has its own generator on the CPU. So the n-th image of a run meets the same noise
-whatever the device, the batch size, the number of processes, and whether the run was stopped in between.
+Each sample of the run has its own generator on the CPU. So the n-th sample of a run gets the same noise on every
+device, with every batch size and number of processes, and after resuming.
 """
 
 import math
@@ -46,18 +46,18 @@ class NoiseOptions:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU for `key` alone."""
+    """A CPU generator whose seed depends only on `key`."""
     return torch.Generator().manual_seed(derive(*key))
 
 
 def draw_timesteps(generators: list[torch.Generator], options: NoiseOptions) -> torch.Tensor:
-    """One timestep a sample (n,), uniform over min_timestep <= t < max_timestep."""
+    """Draw one timestep per sample, (n,), uniformly from min_timestep <= t < max_timestep."""
     low, high = options.min_timestep, options.max_timestep
     return torch.cat([torch.randint(low, high, (1,), generator=g) for g in generators])
 
 
 def draw_noise(latents: torch.Tensor, generators: list[torch.Generator], options: NoiseOptions) -> torch.Tensor:
-    """The noise (n, channels, height, width) that is to be predicted, with offset and multi-resolution noise."""
+    """Draw the noise (n, channels, height, width) that is the target, with offset and multi-resolution noise."""
     noise = _normal(latents, generators)
     if options.noise_offset:
         strength = _strength(options.noise_offset, options.noise_offset_random_strength, generators, latents)
@@ -74,7 +74,7 @@ def draw_noise(latents: torch.Tensor, generators: list[torch.Generator], options
 
 
 def perturbed(noise: torch.Tensor, generators: list[torch.Generator], options: NoiseOptions) -> torch.Tensor:
-    """The noise that is added to the latents: `noise`, and with ip_noise_gamma more that is not to be predicted."""
+    """The noise that is added to the latents: `noise`, and with ip_noise_gamma more that is not in the target."""
     if not options.ip_noise_gamma:
         return noise
     strength = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, generators, noise)
@@ -82,10 +82,10 @@ def perturbed(noise: torch.Tensor, generators: list[torch.Generator], options: N
 
 
 def multires(noise: torch.Tensor, levels: int, discount: float, generator: torch.Generator) -> torch.Tensor:
-    """Add coarser and coarser layers to noise, and scale the sum to a standard deviation of 1 (multi-resolution noise).
+    """Multi-resolution noise: add increasingly coarse noise, and scale the sum to a standard deviation of 1.
 
-    Layer i has the strength discount^i and is r^i times coarser, with r drawn from [2, 4). The layers end when a side
-    has one pixel.
+    Layer i has the strength discount^i and is r^i times coarser, with r drawn from [2, 4). The last layer is the first
+    one with a side of one pixel.
 
     Args:
         noise: (channels, height, width).
@@ -115,7 +115,7 @@ def _normal(like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tens
 def _strength(
     strength: float, random: bool, generators: list[torch.Generator], like: torch.Tensor
 ) -> torch.Tensor | float:
-    """`strength` itself, or (n, 1, 1, 1) drawn between 0 and it, on the device of `like`."""
+    """`strength`, or if `random` a tensor (n, 1, 1, 1) of numbers between 0 and `strength` on the device of `like`."""
     if not random:
         return strength
     drawn = torch.stack([torch.rand((), generator=g) for g in generators])
@@ -129,7 +129,7 @@ def signal_to_noise(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 
 
 def velocity_share(snr: torch.Tensor) -> torch.Tensor:
-    """snr / (snr + 1): what the loss of v has to be multiplied with to become the loss of the noise."""
+    """snr / (snr + 1): the factor that turns the loss of v into the loss of the noise."""
     return snr / (snr + 1)
 
 

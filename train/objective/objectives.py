@@ -1,7 +1,7 @@
-"""What a denoiser is trained to predict, by the name that scheduler configs have for it.
+"""Training objectives: what a denoiser predicts, by the prediction_type of scheduler configs.
 
-An objective draws timesteps, noises latents, and makes the target and the tables of its losses. Those of a DDPM
-schedule are here, flow matching is in `flow_matching`.
+An objective draws timesteps, adds noise to latents, and computes the target and the loss tables. The objectives of a
+DDPM schedule are here; flow matching is in `flow_matching`.
 """
 
 from abc import ABC, abstractmethod
@@ -15,27 +15,27 @@ from lora_adapters.train.objective.noise import NoiseOptions, draw_timesteps
 
 
 class Objective(ABC):
-    """Latents, noise and targets are (n, channels, h, w), timesteps (n,)."""
+    """A training objective. Latents, noise and targets are (n, channels, h, w), timesteps (n,)."""
 
     @abstractmethod
     def draw(self, generators: list[torch.Generator], noise: NoiseOptions, latents: torch.Tensor) -> torch.Tensor:
-        """One timestep a sample."""
+        """Draw one timestep per sample."""
 
     @abstractmethod
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The latents with noise as of `timesteps`."""
+        """Add noise to latents at `timesteps`."""
 
     @abstractmethod
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the denoiser is to predict from the noised latents."""
+        """The target of the loss."""
 
     def compared(self, predicted: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the loss compares with the target: the prediction itself, or what follows from it."""
+        """The tensor that the loss compares with the target: the prediction, or a value computed from it."""
         return predicted
 
     @abstractmethod
     def tables(self, options: LossOptions, device: torch.device | str) -> Any:
-        """What the loss needs of each timestep: `weight_at` and `width_at`."""
+        """The loss weights and Huber widths of timesteps, as an object with `weight_at` and `width_at`."""
 
 
 class NoisePrediction(Objective):
@@ -68,7 +68,7 @@ OBJECTIVES: dict[str, type[NoisePrediction]] = {"epsilon": NoisePrediction, "v_p
 
 
 def objective(name: str, schedule: Any) -> Objective:
-    """The objective called `name`, under a base model's noise schedule. TrainingError if there is none."""
+    """The objective called `name` with a base model's noise schedule. TrainingError if the name is unknown."""
     if name not in OBJECTIVES:
         raise TrainingError(f"unknown training objective {name}: {', '.join(OBJECTIVES)} are known")
     return OBJECTIVES[name](schedule)

@@ -1,4 +1,4 @@
-"""One training step's arithmetic: from a batch to its loss."""
+"""Computes the loss of a batch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from lora_adapters.train.objective.objectives import Objective, objective
 
 
 class Denoiser(torch.nn.Module):
-    """Denoiser and text encoders as one module, so that mixed precision and several devices see one forward pass."""
+    """Denoiser and text encoders as one module, so that accelerate wraps a single forward pass."""
 
     def __init__(self, models: BaseModels, clip_skip: int | None, train_text: bool):
         super().__init__()
@@ -35,8 +35,8 @@ class Denoiser(torch.nn.Module):
         Args:
             noisy: (n, channels, h, w).
             timesteps: (n,).
-            text: the outputs of the text encoders, or tokens for each of them.
-            conditions: see `TrainingFamily.conditions`.
+            text: The outputs of the text encoders, or tokens for each of them.
+            conditions: See `TrainingFamily.conditions`.
 
         Returns:
             The prediction, (n, channels, h, w).
@@ -45,14 +45,14 @@ class Denoiser(torch.nn.Module):
         return self.family.predict(getattr(self, self.family.denoiser), noisy, timesteps, encoded, conditions)
 
     def encode(self, tokens: list[Tokens]) -> Encoded:
-        """The outputs of the text encoders, with gradients only where they are trained."""
+        """Encode tokens, with gradients only if text encoders are trained."""
         with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
             return self.family.encode(tokens, list(self.text_encoders), self.clip_skip)
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What every step of a run has in common. `chunks` are windows of 75 tokens."""
+    """The options that all steps of a run share. `chunks` is the number of windows of 75 tokens."""
 
     noise: NoiseOptions
     loss: LossOptions
@@ -61,10 +61,10 @@ class StepOptions:
 
 
 class StepLoss:
-    """The loss of batches under one base model and set of options; `denoiser` may be wrapped by accelerate.
+    """Computes the loss of batches. `denoiser` may be wrapped by accelerate.
 
-    `schedule` is a DDPM schedule, or an objective that has none. Nothing in it waits for the device: what goes there is
-    not waited for, and nothing comes back.
+    `schedule` is a DDPM schedule, or an `Objective` (flow matching). Nothing here synchronises with the device: copies
+    to it are asynchronous, and no values are read back.
     """
 
     def __init__(self, models: BaseModels, denoiser: Any, schedule: Any, options: StepOptions, device: Any):
@@ -74,7 +74,7 @@ class StepLoss:
         self.tables = self.objective.tables(options.loss, device)
 
     def training(self, batch: Any) -> torch.Tensor:
-        """The mean loss of a batch, for the backward pass. Each sample's own seed gives its timestep and noise."""
+        """The mean loss of a batch, for the backward pass. Each sample's seed decides its timestep and noise."""
         seeds = batch.sample_seeds.tolist()
         latents = self.latents(batch, [generator("latents", seed) for seed in seeds])
         generators = [generator("noise", seed) for seed in seeds]
@@ -84,7 +84,7 @@ class StepLoss:
 
     @torch.no_grad()
     def held_out(self, batch: Any, timesteps: list[int]) -> torch.Tensor:
-        """Losses (n,) of a batch, each the mean over `timesteps`; the noise depends on the sample's seed alone."""
+        """Losses (n,) of a batch, averaged over `timesteps`. The noise depends on the sample's seed and timestep."""
         latents, text = self.latents(batch, None), self.text(batch)
         if not isinstance(text, Encoded):
             text = self.denoiser_module.encode(text)
@@ -109,7 +109,7 @@ class StepLoss:
         noise = draw_noise(latents, generators, self.options.noise)
         timesteps = moved(timesteps, self.device)
         noisy = self.objective.noised(latents, perturbed(noise, generators, self.options.noise), timesteps)
-        # Measuring needs no word between processes, which the wrapper would have at every call.
+        # Without gradients the DDP wrapper, which communicates between processes at every call, is not needed.
         denoiser = self.denoiser if torch.is_grad_enabled() else self.denoiser_module
         conditions = self.models.family.conditions(batch, self.models)
         if conditions is not None:
@@ -120,7 +120,7 @@ class StepLoss:
 
     @torch.no_grad()
     def latents(self, batch: Any, generators: list[torch.Generator] | None) -> torch.Tensor:
-        """Normalised latents (n, channels, h, w) in float32: cached, or the VAE's, drawn or (no generators) mean."""
+        """Normalised latents (n, channels, h, w) in float32, cached or from the VAE (its mean if no generators)."""
         if batch.latents is not None:
             latents = moved(batch.latents, self.device, torch.float32)
             if self.models.family.latent_files.normalised:
@@ -135,7 +135,7 @@ class StepLoss:
         return self.models.latent_space.normalised(latents)
 
     def text(self, batch: Any) -> Encoded | list[Tokens]:
-        """The cached outputs of the text encoders, or tokens for them."""
+        """The cached outputs of the text encoders, or tokens."""
         if batch.text is not None:
             return self.models.family.from_cache(batch.text).to(self.device)
         return self.models.tokenize(list(batch.captions), self.options.chunks, self.options.weighted_captions)

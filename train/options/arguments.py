@@ -1,4 +1,4 @@
-"""The training program's options: from the command line, a toml file, or Python."""
+"""Reads the training program's options from the command line, a toml file, or Python."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from lora_adapters.train.options.values import checked, did_you_mean
 
 
 def parser(defaults: bool = True) -> Parser:
-    """A parser of all options; without `defaults` its result has only what is on the command line."""
+    """Create the parser. Without `defaults`, parsed arguments contain only the options on the command line."""
     new = Parser(
         prog="train_network.py",
         description="Train a LoRA-LierLa, LoRA-C3Lier or DyLoRA adapter, with the options of kohya's train_network.py.",
@@ -46,19 +46,19 @@ def settings(**options: Any) -> Settings:
 
 
 def parse(argv: Sequence[str] | None = None) -> Settings:
-    """Read the options of the command line; --config_file and the defaults fill in the others.
+    """Read the options of the command line. Options that are not given come from --config_file or the defaults.
 
     With --output_config the options are written to --config_file and the program ends. An empty value means "not given"
     for options whose default is empty.
 
     Args:
-        argv: The words of the command line; None takes those of this process.
+        argv: The command-line arguments; None uses those of this process.
 
     Returns:
         The settings.
 
     Raises:
-        OptionError: An option or the configuration file is wrong.
+        OptionError: An option or the configuration file is invalid.
         SystemExit: --help was printed, or --output_config was written.
     """
     line = vars(parser(defaults=False).parse_args(argv))

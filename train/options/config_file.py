@@ -17,33 +17,33 @@ from lora_adapters.train.options.values import checked, did_you_mean, key_values
 
 log = logging.getLogger(__name__)
 
-# What kohya's GUI writes into its toml besides the trainer's options. Their effect is in other options there already;
-# LoRA+'s ratios it writes as options, which the trainer knows as network_args.
+# Keys that kohya's GUI writes in addition to the trainer's options; other options there already have their effect.
+# It writes LoRA+'s ratios as options, but the trainer reads them from network_args.
 _OF_THE_GUI = ("epoch", "noise_offset_type")
 _NETWORK_ARGS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 _NOT_WRITTEN = ("config_file", "output_config")
 
 
 def config_path(name: str) -> Path:
-    """The file of --config_file, with .toml added where it was left out."""
+    """The path of --config_file, with .toml added if it is missing."""
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
 def file_options(name: str, line: Mapping[str, Any]) -> dict[str, Any]:
     """Read the options of a --config_file.
 
-    Unknown names are left out with one warning, and so are wrong values of options that this run does not use. An empty
-    text, and false for an option that takes a value, mean "not given".
+    Unknown names, and invalid values of options that this run does not use, are ignored with a warning. An empty
+    string, and false for an option that takes a value, mean "not given".
 
     Args:
         name: The value of --config_file.
         line: The options on the command line.
 
     Returns:
-        The values by option, as the command line would have given them.
+        Option name -> value, with the types of the command line.
 
     Raises:
-        TrainingError: The file cannot be read, or a value is wrong.
+        TrainingError: The file cannot be read, or a value is invalid.
     """
     file, known = config_path(name), options_of(Settings)
     options = _without_the_guis(read_config(file), file)
@@ -89,7 +89,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _without_the_guis(options: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The options of a toml file that kohya's GUI may have written, as the trainer's own."""
+    """Translate options of a toml file that kohya's GUI may have written into the trainer's options."""
     for name in _OF_THE_GUI:
         if name in options:
             log.warning("%s: %s is the GUI's own and no option of training", file, name)
@@ -118,5 +118,5 @@ def write_config(settings: Settings) -> None:
 
 
 def toml_literal(value: Any) -> str:
-    """A toml literal. JSON's text, numbers, truth values and lists are toml's as well."""
+    """A toml literal. Strings, numbers, booleans and lists are the same in JSON and toml."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Options: images, captions, buckets, caches. They are the defaults under --dataset_config.
+"""Options: images, captions, buckets, caches. With --dataset_config they are defaults for the file's tables.
 
-What both the command line and a dataset file have is declared once, in the classes that end in Fields: the command
-line's options inherit them, and so do the tables of a dataset file (train/data/config.py).
+Options for both the command line and dataset files are declared once, in the classes that end in Fields. The classes
+of command-line options and of the tables of a dataset file (train/data/config.py) inherit them.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def _face_crop_not_supported(value: Any) -> None:
 
 @dataclass(kw_only=True)
 class BucketFields:
-    """Sizes of images, for the command line and [[datasets]]."""
+    """Image sizes, for the command line and [[datasets]]."""
 
     enable_bucket: bool = option(False, "sort images into buckets by aspect ratio", scope=DATASET)
     bucket_reso_steps: int = option(64, "bucket sides are multiples of this", scope=DATASET, at_least=VAE_FACTOR)
@@ -56,7 +56,7 @@ class BucketFields:
 
 @dataclass(kw_only=True)
 class CaptionFields:
-    """How captions are found and varied, for the command line and [[datasets.subsets]]."""
+    """Reading and variation of captions, for the command line and [[datasets.subsets]]."""
 
     caption_extension: str = option(".caption", "extension of caption files", scope=ANYWHERE, read=_suffix)
     caption_separator: str = option(",", "separator between tags", scope=ANYWHERE)
@@ -93,7 +93,7 @@ class CaptionFields:
 
 @dataclass(kw_only=True)
 class ImageFields:
-    """How images are varied, for the command line and [[datasets.subsets]]."""
+    """Variation of images, for the command line and [[datasets.subsets]]."""
 
     flip_aug: bool = option(False, "flip images horizontally at random", scope=ANYWHERE)
     color_aug: bool = option(False, "vary colours at random", scope=ANYWHERE)
@@ -123,7 +123,7 @@ class ImageFields:
 
 @dataclass(kw_only=True)
 class SourceOptions:
-    """Which data."""
+    """Sources of data."""
 
     dataset_config: str | None = option(None, "TOML or JSON file that describes the training data")
     train_data_dir: str | None = option(None, "folder with image folders named `<repeats>_<class>`")
@@ -148,7 +148,7 @@ class SourceOptions:
 
 @dataclass(kw_only=True)
 class DatasetOptions(BucketFields, SourceOptions):
-    """Which data, in which sizes and batches."""
+    """Sources of data, image sizes and batches."""
 
     title: ClassVar[str] = "data"
     min_bucket_reso: int = option(256, "minimum side length of a bucket", scope=DATASET, at_least=VAE_FACTOR)
@@ -174,7 +174,7 @@ class CaptionOptions(CaptionFields):
 
 @dataclass(kw_only=True)
 class ImageOptions(ImageFields):
-    """Images and what is kept of them."""
+    """Images and caches."""
 
     title: ClassVar[str] = "images and caches"
     cache_latents: bool = option(False, "encode the images once, before training, and cache the latents")
@@ -189,4 +189,4 @@ class ImageOptions(ImageFields):
 
 @dataclass(kw_only=True)
 class DataOptions(DatasetOptions, CaptionOptions, ImageOptions):
-    """What is learned from."""
+    """All options for data."""

@@ -1,4 +1,4 @@
-"""Options that belong to one kind of base model: refused in a line beside another one, since they would do nothing."""
+"""Refuses options that have no effect on the base model's family."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lora_adapters.train.options.model import PARTS
 from lora_adapters.train.options.option import options_of
 from lora_adapters.train.options.settings import Settings
 
-# Of noise and v prediction under a DDPM schedule, of attention in U-Nets, and of windows of CLIP's tokens.
+# Options for DDPM schedules (noise and v prediction), attention in U-Nets, and windows of CLIP tokens.
 _NOT_FLOW = (
     "v2", "v_parameterization", "min_snr_gamma", "noise_offset", "multires_noise_iterations", "ip_noise_gamma",
     "zero_terminal_snr", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss",
@@ -17,13 +17,13 @@ _NOT_FLOW = (
 
 
 def unused_options(family: Any) -> tuple[str, ...]:
-    """Options of training that a base model of `family` (TrainingFamily) makes no use of."""
+    """Training options that have no effect on a base model of `family` (TrainingFamily)."""
     names = _NOT_FLOW if family.has_flow else (*options_of(FlowOptions), *PARTS)
     return names + tuple(family.unused_options)
 
 
 def check_family_options(settings: Settings, family: Any) -> None:
-    """Raise OptionError for the first option that a base model of `family` (TrainingFamily) makes no use of."""
+    """Raise OptionError for the first option that has no effect on a base model of `family` (TrainingFamily)."""
     known = options_of(Settings)
     other = "noise or v prediction with a U-Net" if family.has_flow else "flow matching"
     for name in unused_options(family):

@@ -1,4 +1,4 @@
-"""Options: flow matching, and the text that transformers read (Flux.1, SD3)."""
+"""Options: flow matching, and text encoding for transformers (Flux.1, SD3)."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ _POSITIONS = "positions are those that diffusers' transformer gives each size"
 
 
 def _rate(what: str) -> Any:
-    """How often a text encoder's output is left out."""
+    """An option for the dropout rate of a text encoder's output."""
     reason = "the outputs of single text encoders are not dropped: use caption_dropout_rate in the dataset file"
     case = Inert(lambda value, _: value == 0, "0 drops nothing")
     return option(None, f"dropout rate of {what}'s output", parse=float, unsupported=reason, inert=(case,))

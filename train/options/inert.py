@@ -1,7 +1,7 @@
-"""Values that change nothing, and options that have no effect beside the others: left out with a warning, no error.
+"""Resets option values that have no effect, with a warning instead of an error.
 
-Configurations are handed on from program to program, and kohya's trainer takes these without a word. Which values these
-are is declared with each option (`Option.inert`).
+Configurations are shared between programs, and kohya's trainer accepts such values silently. Each option declares
+these cases (`Option.inert`).
 """
 
 import logging
@@ -16,10 +16,10 @@ _SAMPLES = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
 
 
 def leave_out_inert(settings: Settings) -> None:
-    """Put the defaults in place of values in `settings` that change nothing, each with a warning.
+    """Reset values in `settings` that have no effect to their defaults, with a warning for each.
 
     Args:
-        settings: options as `parse` or `settings` make them; changed in place.
+        settings: Options from `parse` or `settings`; changed in place.
     """
     for name, option in options_of(type(settings)).items():
         value = getattr(settings, name)
@@ -31,7 +31,7 @@ def leave_out_inert(settings: Settings) -> None:
 
 
 def _leave_out_samples(settings: Settings) -> None:
-    """The occasions for sample images where there are no prompts to draw them from."""
+    """Reset the options for when to draw sample images if there are no prompts."""
     given = [name for name in _SAMPLES if getattr(settings, name)]
     if given and not settings.sample_prompts:
         log.warning("--%s: no sample images are drawn without --sample_prompts, a file of prompts", given[0])

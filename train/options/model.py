@@ -1,4 +1,4 @@
-"""Options: the base model, the machine, and the network."""
+"""Options: the base model, precision and memory, and the network."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ _DEEPSPEED = "DeepSpeed is not supported: an adapter's optimizer is small; use s
 _BACKENDS = "no eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm"
 MAX_SEED = 2**64 - 1
 _IN_BASE = "the base model's"
-PARTS = ("clip_l", "clip_g", "t5xxl", "ae")  # options that name files of parts of a transformer's model
+PARTS = ("clip_l", "clip_g", "t5xxl", "ae")  # options for files of the parts of a transformer model
 ZERO = Inert(lambda value, _: value == 0, "0 is taken as not given")
 
 
@@ -18,7 +18,7 @@ def _without_deepspeed(settings: Any) -> bool:
 
 
 def _deepspeed(default: Any, help: str, **facts: Any) -> Any:
-    """An option of DeepSpeed's, which nothing reads without --deepspeed."""
+    """A DeepSpeed option, which has no effect without --deepspeed."""
     case = Inert(lambda _, settings: _without_deepspeed(settings), "it has no effect without --deepspeed")
     return option(
         default, f"DeepSpeed: {help}", unread=_without_deepspeed, inert=(case,), goes_with="deepspeed", **facts
@@ -27,9 +27,9 @@ def _deepspeed(default: Any, help: str, **facts: Any) -> Any:
 
 @dataclass
 class ModelSource:
-    """Where the parts of a base model are, and how they are read: for training and for drawing."""
+    """Files of the base model and how they are read, for training and image generation."""
 
-    draws: ClassVar[bool] = False  # whether models that are not trained are of use, too
+    draws: ClassVar[bool] = False  # whether families for image generation only are allowed
     pretrained_model_name_or_path: str | None = option(None, "base model: checkpoint file, Diffusers folder or Hub id")
     model_config: str | None = option(
         None, "Diffusers folder or Hub id with the configs and tokenizers for a checkpoint file"
@@ -54,7 +54,7 @@ class ModelSource:
 
 @dataclass
 class AttentionOptions:
-    """How attention is computed: for training and for drawing."""
+    """The attention implementation, for training and image generation."""
 
     xformers: bool = option(False, "use xformers for attention (CUDA)")
     sdpa: bool = option(False, "use PyTorch's scaled_dot_product_attention (already used without this option)")
@@ -167,4 +167,4 @@ class NetworkOptions:
 
 @dataclass
 class ModelOptions(BaseModelOptions, MachineOptions, NetworkOptions):
-    """What is trained, and on what."""
+    """All options for models."""

@@ -1,7 +1,7 @@
-"""One dataclass field is one option: its flag, help, range, default, tables in a dataset file and metadata entry.
+"""Options as dataclass fields: flag, help, range, default, tables in a dataset file and metadata entry.
 
-`option(...)` makes the field; its annotation says the type. The parsers, the checks of configuration files, --help, the
-metadata of saved adapters and the documentation's table are all made from these fields.
+`option(...)` creates the field; its annotation defines the type. The parsers, the checks of configuration files,
+--help, the metadata of saved adapters and the table in the documentation are all generated from these fields.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_adapters.convert.parsing import number
 
-# Tables of a dataset configuration, and the combinations that options use.
+# Tables of a dataset configuration, and the combinations of them that options allow.
 TABLES = {"G": "[general]", "D": "[[datasets]]", "S": "[[datasets.subsets]]"}
 ANYWHERE, DATASET, SUBSET = "GDS", "GD", "S"
 _PARSERS: dict[type, Callable[[str], Any]] = {int: int, float: number, str: str}
@@ -22,11 +22,11 @@ _PARSERS: dict[type, Callable[[str], Any]] = {int: int, float: number, str: str}
 
 @dataclass(frozen=True)
 class Inert:
-    """A case in which an option changes nothing, so that it is reset to its default with a warning.
+    """A case in which an option has no effect, so that it is reset to its default with a warning.
 
     Args:
-        when: takes the option's value and all settings; True in this case.
-        why: the reason, in which {value} and {settings.NAME} are filled in.
+        when: Called with the option's value and all settings; returns True in this case.
+        why: The reason, with placeholders {value} and {settings.NAME}.
     """
 
     when: Callable[[Any, Any], bool]
@@ -35,27 +35,27 @@ class Inert:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known about one option. `option` makes it, `options_of` fills in what the dataclass says.
+    """The definition of an option. `option` creates it, and `options_of` adds name, type and default of the field.
 
     Args:
-        help: one line for --help and the documentation.
-        unset: what applies if the option is not given, for an option without a default value.
-        flag: its spelling on the command line; by default -- and the field's name.
-        parse: makes the value of a text; by default the type's own. Raises ValueError or argparse.ArgumentTypeError.
-        read: makes the value of what a dataset file has. Raises ValueError with what it must be.
-        choices: the values that are allowed.
-        metavar: name of the value in --help.
-        at_least_one: whether an option with several values needs one.
-        at_least, at_most, above: limits of a number.
-        range_error: replaces the usual message about a number outside of its limits.
-        scope: tables of a dataset file that may contain the option (letters of TABLES); empty for none.
-        toml_name: its name in a dataset file, if that is another one.
-        metadata: key of its entry in a saved adapter's metadata; None if it has none.
-        unsupported: why the option is refused; None if it is supported.
-        inert: cases in which it changes nothing.
-        unread: takes all settings; True if nothing reads the option then, so that a wrong value does no harm.
-        goes_with: the option without which it does nothing; where that is refused, so is this.
-        secret: True for keys and tokens, which are written to no file.
+        help: One line for --help and the documentation.
+        unset: Describes the behaviour if the option is not given, for an option without a default value.
+        flag: The flag on the command line; by default -- and the field's name.
+        parse: Converts text to the value; by default that of the type. Raises ValueError or argparse.ArgumentTypeError.
+        read: Converts a value from a dataset file. Raises ValueError with a description of valid values.
+        choices: The allowed values.
+        metavar: The name of the value in --help.
+        at_least_one: Whether an option with several values needs at least one.
+        at_least, at_most, above: Limits of a number.
+        range_error: Replaces the default message for a number outside of its limits.
+        scope: Tables of a dataset file that may contain the option (letters of TABLES); empty for none.
+        toml_name: The name in a dataset file, if it differs.
+        metadata: The key of the entry in a saved adapter's metadata; None for no entry.
+        unsupported: The reason why the option is refused; None if it is supported.
+        inert: Cases in which the option has no effect.
+        unread: Called with all settings; returns True if the option is not used, so that an invalid value is ignored.
+        goes_with: The option that this one needs to have an effect; if that is refused, so is this.
+        secret: True for keys and tokens, which are never written to files.
     """
 
     help: str
@@ -78,7 +78,7 @@ class Option:
     unread: Callable[[Any], bool] | None = None
     goes_with: str = ""
     secret: bool = False
-    # from the dataclass
+    # set by `options_of` from the dataclass
     name: str = ""
     default: Any = None
     kind: type = str
@@ -86,12 +86,12 @@ class Option:
 
     @property
     def is_flag(self) -> bool:
-        """Whether it is a switch, which takes no value on the command line."""
+        """Whether the option is a switch, without a value on the command line."""
         return self.kind is bool
 
     @property
     def shown_default(self) -> str:
-        """The default in words: off for a switch, `unset` for an option without a value."""
+        """The default as text: on or off for a switch, `unset` for an option without a default value."""
         if self.is_flag:
             return "on" if self.default else "off"
         if self.default is None or self.default == "":
@@ -100,7 +100,7 @@ class Option:
 
     @property
     def limits(self) -> str:
-        """The limits in words, such as "at least 1" or "from 0 to 1"; empty if there are none."""
+        """The limits as text, such as "at least 1" or "from 0 to 1"; empty if there are none."""
         if self.at_least is not None and self.at_most is not None:
             return f"from {self.at_least} to {self.at_most}"
         if self.at_least is not None:
@@ -121,7 +121,7 @@ class Option:
 def option(
     default: Any, help: str, *, metadata: str | bool = False, choices: Sequence[Any] | None = None, **facts: Any
 ) -> Any:
-    """A dataclass field that is an option.
+    """Create a dataclass field that defines an option.
 
     Args:
         default: The value if the option is not given.
@@ -139,7 +139,7 @@ def option(
 
 
 def options_of(kind: type) -> Mapping[str, Option]:
-    """Name -> Option of every field of the dataclass `kind` that was made with `option`."""
+    """Name -> Option for every field of the dataclass `kind` that was created with `option`."""
     return _options_of(kind)
 
 
@@ -178,7 +178,7 @@ def _completed(field: Any, hint: Any) -> Option:
 
 
 def _type(hint: Any) -> tuple[type, bool]:
-    """(type of a value, whether there may be several) of an annotation such as int, str | None, list[float] | None."""
+    """(type of a value, whether it is a list) of an annotation such as int, str | None or list[float] | None."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next((part for part in typing.get_args(hint) if part is not type(None)), str)
     if typing.get_origin(hint) is list:

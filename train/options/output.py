@@ -11,17 +11,17 @@ _LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
 def _modelspec(name: str, help: str, unset: str = "none") -> Any:
-    """An option that is an entry of the saved file's metadata."""
+    """An option that is stored in the saved file's metadata."""
     return option(None, f"metadata: {help}", unset=unset, metadata=f"modelspec.{name}")
 
 
 def _every(help: str) -> Any:
-    """An interval of saves: 0 is as good as none."""
+    """An interval between saves; 0 is the same as None."""
     return option(None, help, at_least=1, inert=(ZERO,))
 
 
 def _samples(help: str) -> Any:
-    """An interval of sample images."""
+    """An interval between sample images."""
     case = Inert(lambda value, _: value <= 0, "{value} draws no sample images")
     return option(None, help, at_least=1, inert=(case,))
 
@@ -125,4 +125,4 @@ class LoggingOptions:
 
 @dataclass
 class OutputOptions(SavingOptions, SampleOptions, LoggingOptions):
-    """What is written, and where."""
+    """All options for output."""

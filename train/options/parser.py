@@ -1,4 +1,4 @@
-"""Command-line parsers that are made from dataclasses of options."""
+"""Command-line parsers that are built from dataclasses of options."""
 
 import argparse
 import sys
@@ -13,10 +13,10 @@ _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class Parser(parsers.Parser):
-    """Raises OptionError for a wrong command line.
+    """A parser that raises OptionError for an invalid command line.
 
-    An option may be abbreviated to a prefix that no other option has, as argparse allows. A name that lacks only its
-    last letter is refused: it is a typing error rather than an abbreviation.
+    Options may be abbreviated to a unique prefix, as with argparse. A name that lacks only its last letter is refused,
+    since it is more likely a typo than an abbreviation.
     """
 
     failure = OptionError
@@ -44,12 +44,12 @@ class Parser(parsers.Parser):
                     self.refused.append(option.flag)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, after abbreviations are written out."""
+        """argparse's method, after abbreviations are expanded."""
         words: Sequence[str] = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._in_full(word) for word in words], namespace)
 
     def _in_full(self, word: str) -> str:
-        """The word with an abbreviated option written out; other words as they are."""
+        """Expand an abbreviated option; other words are returned unchanged."""
         name, equals, value = word.partition("=")
         if len(name) < 3 or not name.startswith("--") or name in self._names or " " in name:
             return word
@@ -60,12 +60,12 @@ class Parser(parsers.Parser):
 
 
 def _is_refused(option: Option, known: Mapping[str, Option]) -> bool:
-    """Whether an option is refused, or goes with one that is."""
+    """Whether an option is refused, or needs an option that is refused."""
     return option.unsupported is not None or (option.goes_with != "" and _is_refused(known[option.goes_with], known))
 
 
 def _add(group: argparse._ArgumentGroup, option: Option, defaults: bool, refused: bool) -> None:
-    """Add one option to a parser's group; what is refused is not listed there."""
+    """Add one option to a parser's group. Refused options are hidden in --help."""
     help = f"{option.help} (default: {option.shown_default})".replace("%", "%%")
     shown: dict[str, Any] = {
         "dest": option.name,

@@ -1,4 +1,4 @@
-"""All options of the training program as one typed object."""
+"""All options of the training program as one dataclass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ S = TypeVar("S", bound="Given")
 
 
 class Given:
-    """Which options were given, by the command line, a configuration file or Python, at their defaults or not.
+    """Base class that records which options were given by the command line, a configuration file or Python.
 
-    `given` is kept apart from the options themselves, so that vars() of the settings has options only.
+    `given` is a slot, not a field, so that vars() of the settings contains only options.
     """
 
     __slots__ = ("given",)
@@ -28,7 +28,7 @@ class Given:
         self.given = frozenset()
 
     def given_options(self) -> dict[str, Any]:
-        """Name -> value of the options that were given, or that have another value than their default."""
+        """Name -> value of the options that were given or differ from their default."""
         return {
             name: getattr(self, name)
             for name, option in options_of(type(self)).items()
@@ -38,7 +38,7 @@ class Given:
 
 @dataclass
 class Settings(ModelOptions, TrainingOptions, FlowOptions, DataOptions, OutputOptions, Given):
-    """The training program's options: an attribute each, with the names of the command line."""
+    """The options of the training program, one attribute each, with the names of the command line."""
 
 
 def made(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -46,8 +46,8 @@ def made(kind: type[S], values: Mapping[str, Any]) -> S:
 
     Args:
         kind: The class of settings.
-        values: Values by name, of which all but None count as given. An empty text counts as None if None is the
-            default.
+        values: Name -> value. All options but those with None count as given. An empty string counts as None if the
+            default is None.
 
     Returns:
         The settings.

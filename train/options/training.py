@@ -15,7 +15,7 @@ _HUBER = ("huber", "smooth_l1")
 
 
 def steps(text: str) -> int | float:
-    """A number of steps: "100", or a share of the run: "0.1" or "10%"."""
+    """Parse a number of steps ("100") or a share of the run ("0.1" or "10%")."""
     try:
         if text.endswith("%"):
             return number(text[:-1]) / 100
@@ -129,7 +129,7 @@ class OptimizerOptions:
 
 @dataclass
 class LossOptions:
-    """What is minimised, and the noise that is added to the latents."""
+    """The loss, and the noise that is added to the latents."""
 
     title: ClassVar[str] = "loss and noise"
     prior_loss_weight: float = option(1.0, "loss weight of regularisation images", metadata=True)
@@ -195,4 +195,4 @@ class LossOptions:
 
 @dataclass
 class TrainingOptions(StepOptions, OptimizerOptions, LossOptions):
-    """How it is trained."""
+    """All options for training."""

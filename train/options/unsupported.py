@@ -1,4 +1,4 @@
-"""Options that a parser knows and its program refuses: each declares its reason (`Option.unsupported`)."""
+"""Refuses options that are known but not supported; each declares the reason (`Option.unsupported`)."""
 
 from lora_adapters.train.errors import OptionError
 from lora_adapters.train.options.option import options_of
@@ -14,7 +14,7 @@ UNSUPPORTED = unsupported(Settings)
 
 
 def refuse(settings: Given) -> None:
-    """Raise OptionError for the first unsupported option that has another value than its default."""
+    """Raise OptionError for the first unsupported option that differs from its default."""
     known = options_of(type(settings))
     for name, reason in unsupported(type(settings)).items():
         if getattr(settings, name) != known[name].default:

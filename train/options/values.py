@@ -1,4 +1,4 @@
-"""Values of options from a file or from Python, as the command line would have given them."""
+"""Checks and converts option values from a file or from Python as the command line does."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ _ALIASES = {"save_precision": {"fp32": "float", "float32": "float"}}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` with the known name that is nearest, or an empty string where nothing is near."""
+    """` (did you mean X?)` with the most similar known name, or an empty string if none is similar."""
     known = list(known)
     if RENAMED.get(name) in known:
         return f" (did you mean {RENAMED[name]}?)"
@@ -25,7 +25,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def checked(option: Option, value: Any, source: object) -> Any:
-    """Check a value that is not from the command line.
+    """Check and convert a value that is not from the command line.
 
     Args:
         option: The option.
@@ -33,7 +33,7 @@ def checked(option: Option, value: Any, source: object) -> Any:
         source: Where it comes from, for messages.
 
     Returns:
-        The value as the command line would have given it.
+        The value, with the type that the command line would give.
 
     Raises:
         OptionError: The command line would not accept it.
@@ -42,7 +42,7 @@ def checked(option: Option, value: Any, source: object) -> Any:
     if option.many:
         value = _list(option, value, source)
     elif option.is_flag:
-        if value in (0, 1):  # kohya's GUI writes some switches so
+        if value in (0, 1):  # kohya's GUI writes some switches as numbers
             value = bool(value)
         if not isinstance(value, bool):
             raise OptionError(f"{source}: {name} is true or false, not {value!r}")
@@ -83,14 +83,14 @@ def _single(option: Option, value: Any, source: object) -> Any:
 
 
 def required(value: T | None, flag: str) -> T:
-    """`value`; OptionError if it is missing."""
+    """Return `value`. OptionError if it is None."""
     if value is None:
         raise OptionError(f"{flag} is missing")
     return value
 
 
 def key_values(pairs: Sequence[str] | dict[str, Any] | None, option: str) -> dict[str, str]:
-    """`["conv_dim=4", ...]` as a dictionary of text; OptionError names the option for an item without "="."""
+    """Parse `["conv_dim=4", ...]` into a dictionary of strings. OptionError if an item has no "="."""
     if isinstance(pairs, dict):
         return {key: str(value) for key, value in pairs.items()}
     values = {}

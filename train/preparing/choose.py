@@ -1,4 +1,4 @@
-"""From what is in a folder, the base model and the card to settings, each with its reason."""
+"""Chooses settings for the images, the base model and the GPU, each with its reason."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _PROMPTS = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written: choices by name for both files, a table of choices for each folder, and prompts."""
+    """The content of the files: options of config.toml, dataset options, subset options of each folder, and prompts."""
 
     presets: Sequence[Preset]
     options: Mapping[str, Choice]
@@ -27,11 +27,11 @@ class Plan:
 
 
 def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
-    """The settings for these folders. OptionError if the base model is not known, TrainingError if it is broken."""
+    """Choose settings for these folders. OptionError for an unknown base model, TrainingError for a damaged one."""
     model = settings.pretrained_model_name_or_path
     if not model:
         raise OptionError(
-            "--model is missing: a checkpoint file, a Diffusers folder or a hub id, such as "
+            "--model is missing: give a checkpoint file, a Diffusers folder or a Hub id such as "
             "stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     chosen = [named(name) for name in settings.preset or []] or _presets(model, settings)
@@ -39,7 +39,7 @@ def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
     options = {key: choice for preset in chosen for key, choice in preset.options.items() if key not in left_out}
     dataset = {key: choice for preset in chosen for key, choice in preset.dataset.items()}
     if "resolution" not in dataset:
-        raise OptionError(f"--preset {' '.join(settings.preset or [])}: none is for a machine, as sd15-8gb is")
+        raise OptionError(f"--preset {' '.join(settings.preset or [])}: add a preset for a machine, such as sd15-8gb")
     side = _trained_side(model)
     if side is not None and side != dataset["resolution"].value:
         dataset["resolution"] = Choice(side, "what the model was trained at", f"{model}: unet/config.json")
@@ -49,7 +49,7 @@ def plan(folders: Sequence[Folder], settings: InitSettings) -> Plan:
 
 
 def _of_family(chosen: Sequence[Preset]) -> tuple[frozenset[str], int]:
-    """Options that have no effect on the presets' family, and the number of pixels that divides its images' sides."""
+    """(options without an effect for the presets' family, number that image sides must be multiples of)."""
     from lora_adapters.train.models.registry import FAMILIES
     from lora_adapters.train.options.families import unused_options
 
@@ -58,14 +58,14 @@ def _of_family(chosen: Sequence[Preset]) -> tuple[frozenset[str], int]:
 
 
 def _presets(model: str, settings: InitSettings) -> list[Preset]:
-    """A preset for the machine and one for the purpose."""
+    """The default presets: one for the machine and one for the purpose."""
     family = settings.family or _family(model)
     purpose = next(preset for preset in presets().values() if preset.purpose == settings.purpose)
     return [for_machine(family, _card() if settings.card is None else settings.card), purpose]
 
 
 def _family(model: str) -> str:
-    """The family of a base model, by its files or, of a hub id, by its name."""
+    """The family of a base model, detected from its files or, for a Hub id, from its name."""
     from lora_adapters.train.models.base import check_path, family_on_disk
     from lora_adapters.train.models.registry import name_by_repository
     from lora_adapters.train.options.model import ModelSource
@@ -78,18 +78,18 @@ def _family(model: str) -> str:
     name = name_by_repository(model)
     if name is not None:
         return name
-    raise OptionError(f"--family is missing: {model} does not tell whether it is sd (1.x, 2.x), sdxl, flux or sd3")
+    raise OptionError(f"--family is missing: {model} may be sd (1.x, 2.x), sdxl, flux or sd3")
 
 
 def _card() -> float:
-    """Memory of the first CUDA device in GB, as cards are named; 0 without one."""
+    """The memory of the first CUDA device in whole GB, as GPUs are advertised; 0 without CUDA."""
     import torch
 
     return round(torch.cuda.get_device_properties(0).total_memory / 2**30) if torch.cuda.is_available() else 0
 
 
 def _trained_side(model: str) -> int | None:
-    """The resolution in pixels that a Diffusers folder's U-Net was trained at; None if no file gives it."""
+    """The resolution in pixels that a Diffusers folder's denoiser was trained at; None if no file contains it."""
     from lora_adapters.train.models.registry import FAMILIES
 
     files = (Path(model) / name / "config.json" for name in {family.denoiser for family in FAMILIES.values()})
@@ -104,7 +104,7 @@ def _trained_side(model: str) -> int | None:
 
 
 def _from_images(folders: Sequence[Folder], side: int, step: int) -> dict[str, Choice]:
-    """The choices that follow from the images' shapes, sizes and number; `step` divides the sides of buckets."""
+    """The choices that depend on the images' shapes, sizes and number. Bucket sides are multiples of `step`."""
     sizes = [image.size for folder in folders for image in folder.readable]
     small = sum(width * height < side * side for width, height in sizes)
     shapes = len({round(width / height, 2) for width, height in sizes})
@@ -125,7 +125,7 @@ def _from_images(folders: Sequence[Folder], side: int, step: int) -> dict[str, C
 
 
 def _subset(folder: Folder, settings: InitSettings) -> dict[str, Choice]:
-    """The table of one folder."""
+    """The subset options of one folder."""
     choices = {"image_dir": Choice(folder.path.as_posix(), f"{len(folder.readable)} images", _SEEN)}
     ending = folder.ending
     if ending is not None:
@@ -144,7 +144,7 @@ def _subset(folder: Folder, settings: InitSettings) -> dict[str, Choice]:
 def _options(
     options: Mapping[str, Choice], dataset: Mapping[str, Choice], folders: Sequence[Folder], settings: InitSettings
 ) -> dict[str, Choice]:
-    """The options of config.toml: what is asked for first, then what the presets say."""
+    """The options of config.toml: those from the command line first, then those of the presets."""
     out = Path(settings.out)
     name = settings.output_name or folders[0].path.resolve().name
     own = {
@@ -169,7 +169,7 @@ def _options(
 
 
 def _prompts(folders: Sequence[Folder], subsets: Sequence[Mapping[str, Choice]]) -> list[str]:
-    """What to draw while training: the first captions, or what stands for them."""
+    """Prompts for sample images: the first captions, or the class tokens."""
     captions = [line.split("\n")[0] for folder in folders for line in folder.captions.values() if line]
     tokens = [str(subset["class_tokens"].value) for subset in subsets if "class_tokens" in subset]
     return list(dict.fromkeys([*captions[:_PROMPTS], *tokens]))[:_PROMPTS] or ["a photo"]

@@ -1,4 +1,4 @@
-"""What `lora-adapters init` prints: what is in a folder of images, and what was chosen for it."""
+"""The output of `lora-adapters init`: a description of the image folder, and the chosen settings."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from lora_adapters.train.preparing.choose import Plan
 from lora_adapters.train.preparing.look import Folder, alike
 
 _SHOWN = 5
-_TO_CONVERT = (READ - TRAINED) | {".dng", ".cr2", ".cr3", ".nef", ".arw"}  # photos all the same
+_TO_CONVERT = (READ - TRAINED) | {".dng", ".cr2", ".cr3", ".nef", ".arw"}  # photos, but not readable for training
 
 
 def seen(folder: Folder, side: int) -> list[str]:
-    """What there is to say of a folder, a line each; `side` is the resolution that is trained at."""
+    """Lines that describe a folder; `side` is the training resolution."""
     images, unreadable = folder.readable, folder.unreadable
     lines = [f"{folder.path}: {len(folder.images)} images"]
     if folder.repeats > 1:
@@ -66,7 +66,7 @@ def _captions(folder: Folder) -> list[str]:
 
 
 def _others(folder: Folder) -> list[str]:
-    """Files beside the images that are not read."""
+    """Lines about files that training does not read."""
     if not folder.others:
         return []
     lines = [f"  {len(folder.others)} other files are not read: {_names([file.name for file in folder.others])}"]
@@ -77,7 +77,7 @@ def _others(folder: Folder) -> list[str]:
 
 
 def chosen(made: Plan) -> list[str]:
-    """What was chosen, and why, a line each."""
+    """The chosen settings and their reasons, one line each."""
     subsets = [(key, choice) for subset in made.subsets for key, choice in subset.items() if key != "image_dir"]
     entries = [*made.dataset.items(), *dict(subsets).items(), *made.options.items()]
     return [printable(f"  {key} = {choice.value}: {choice.why} [{choice.source}]") for key, choice in entries]

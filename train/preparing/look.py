@@ -24,7 +24,11 @@ _MOST_REPEATS = 200
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file: its size, upright; whether EXIF turns it; a key of its looks; or why it cannot be read."""
+    """An image file.
+
+    size: after EXIF rotation. turned: whether EXIF rotates or flips it. looks: equal for images that look the same.
+    wrong: why it cannot be read, or None.
+    """
 
     path: Path
     size: tuple[int, int] = (0, 0)
@@ -37,8 +41,8 @@ class ImageFile:
 class Folder:
     """The images of one folder, with their captions.
 
-    repeats and class_tokens are what a name such as `10_sks dog` says. wrong_captions: (file, reason). others: files
-    that training does not read, such as .HEIC photos, broken links, or captions whose ending is written otherwise.
+    repeats and class_tokens come from a folder name such as `10_sks dog`. wrong_captions: (file, reason). others: files
+    that training does not read, such as .HEIC photos, broken links, or captions with the ending in another case.
     """
 
     path: Path
@@ -60,16 +64,16 @@ class Folder:
 
     @property
     def ending(self) -> str | None:
-        """The ending that most captions have; None without captions."""
+        """The most frequent ending of caption files; None without captions."""
         return self.endings.most_common(1)[0][0] if self.endings else None
 
     def uncaptioned(self, ending: str) -> list[Path]:
-        """Images without a caption file of that ending."""
+        """Images without a caption file with this ending."""
         return [image.path for image in self.readable if not image.path.with_suffix(ending).is_file()]
 
 
 def look(path: str) -> list[Folder]:
-    """The folder itself and its subfolders, those that contain images. DataError if no image can be read."""
+    """Inspect a folder and its direct subfolders that contain images. DataError if no image can be read."""
     top = existing_folder(path)
     places = [top, *sorted(entry for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))]
     folders = [_folder(place) for place in places if find_images(place)]
@@ -82,7 +86,7 @@ def look(path: str) -> list[Folder]:
 
 
 def _deeper(top: Path) -> str:
-    """Names folders with images that are deeper than `look` searches; an empty string if there are none."""
+    """A hint for the error message that names deeper folders with images; an empty string if there are none."""
     folders = (entry for entry in sorted(top.glob("*/*")) if entry.is_dir() and find_images(entry))
     names = [str(folder) for folder in itertools.islice(folders, 3)]
     return f" in it or in its folders, but further down: name one of {', '.join(names)}" if names else ""
@@ -101,7 +105,7 @@ def _folder(path: Path) -> Folder:
     with ThreadPoolExecutor() as pool:
         images = list(progress(pool.map(_image_file, files), f"looking at {path.name}", len(files)))
     named = NAME.fullmatch(path.name)
-    repeats = int(named[1]) if named and named[2] and int(named[1]) <= _MOST_REPEATS else 0  # 2024_holiday is a year
+    repeats = int(named[1]) if named and named[2] and int(named[1]) <= _MOST_REPEATS else 0  # 2024_x: a year
     folder = Folder(path, images, repeats=repeats or 1, class_tokens=named[2] if named and repeats else None)
     for image in images:
         for ending in CAPTION_ENDINGS:
@@ -120,7 +124,7 @@ def _folder(path: Path) -> Folder:
 
 
 def _image_file(path: Path) -> ImageFile:
-    """Decode an image, which is the only way to know that it is not damaged."""
+    """Decode an image completely, which is the only way to detect damage."""
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
@@ -129,7 +133,7 @@ def _image_file(path: Path) -> ImageFile:
         return ImageFile(path, wrong="not an image" if path.stat().st_size else "empty file")
     except DataError as error:
         return ImageFile(path, wrong=first_line(error.__cause__ or error.__context__ or error))
-    except Exception as error:  # a damaged image makes Pillow's readers raise almost anything
+    except Exception as error:  # Pillow raises almost any exception for damaged images
         return ImageFile(path, wrong=first_line(error))
     small = upright.convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
     levels = bytes(value * _LEVELS // 256 for value in small.tobytes())

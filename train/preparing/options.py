@@ -11,7 +11,7 @@ from lora_adapters.train.options.settings import Given, check_ranges, made
 
 @dataclass
 class InitSettings(Given):
-    """The program's options: an attribute each."""
+    """The options of the program, one attribute each."""
 
     title: ClassVar[str] = "settings"
     pretrained_model_name_or_path: str | None = option(
@@ -43,7 +43,7 @@ class InitSettings(Given):
 
 
 def parser(defaults: bool = True) -> Parser:
-    """A parser of all options; without `defaults` its result has only what is on the command line."""
+    """Create the parser. Without `defaults`, parsed arguments contain only the options on the command line."""
     new = Parser(
         prog="init",
         description="Inspect a folder of images, choose training settings for a base model and a GPU, and write them "
@@ -57,7 +57,7 @@ def parser(defaults: bool = True) -> Parser:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[str, InitSettings]:
-    """(folder, options) from `argv`. OptionError for what cannot be right."""
+    """Parse `argv` into (folder, options). OptionError for invalid options."""
     line = vars(parser(defaults=False).parse_args(argv))
     folder = line.pop("folder")
     settings = made(InitSettings, line)

@@ -1,4 +1,4 @@
-"""The presets: options for a machine and a purpose, each with its reason and source, from the package's TOML files."""
+"""Presets from the package's TOML files: options for a machine or a purpose, each with its reason and source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lora_adapters.train.options.values import did_you_mean
 
 @dataclass(frozen=True)
 class Choice:
-    """A value, why it is that one, and where this is from."""
+    """A value, the reason for it, and the source of the reason."""
 
     value: Any
     why: str
@@ -23,7 +23,7 @@ class Choice:
 class Preset:
     """Choices for `--config_file` (options) and for `[general]` and `[[datasets]]` (dataset).
 
-    family and card (GB, 0: none) are what a preset of a machine is for, purpose what one of a purpose is for.
+    A preset for a machine has family and card (GPU memory in GB, 0 without a GPU), a preset for a purpose has purpose.
     """
 
     name: str
@@ -43,7 +43,7 @@ def presets() -> dict[str, Preset]:
 
 
 def named(name: str) -> Preset:
-    """The preset of a name. OptionError if there is none."""
+    """The preset with this name. OptionError if there is none."""
     known = presets()
     if name not in known:
         raise OptionError(f"--preset {name}: the presets are {', '.join(known)}{did_you_mean(name, known)}")
@@ -51,10 +51,10 @@ def named(name: str) -> Preset:
 
 
 def for_machine(family: str, card: float) -> Preset:
-    """The preset for models of a family on a card of so many GB. OptionError if none is for so small a card."""
+    """The preset for a family on a GPU with `card` GB. OptionError if every preset needs more memory."""
     fitting = [preset for preset in presets().values() if preset.family == family and preset.card is not None]
     if not fitting:
-        raise OptionError(f"there is no preset for models of {family}: name others with --preset")
+        raise OptionError(f"there is no preset for models of {family}: give --preset")
     small = min(preset.card for preset in fitting if preset.card)
     if 0 < card < small:
         raise OptionError(f"--card {card:g}: {family} needs {small:g} GB; 0 trains without a GPU")

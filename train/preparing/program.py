@@ -11,7 +11,7 @@ parser = options.parser
 
 
 def program(argv: Sequence[str] | None) -> None:
-    """The program's body."""
+    """Parse the options, choose settings, write them and print the reasons."""
     path, settings = options.parse(argv)
     from lora_adapters.train.preparing.choose import plan
     from lora_adapters.train.preparing.describe import chosen, seen
@@ -26,7 +26,7 @@ def program(argv: Sequence[str] | None) -> None:
     say(f"chosen, from the presets {', '.join(preset.name for preset in made.presets)} and from the images:")
     say("\n".join(chosen(made)))
     config = files[1]
-    say(f"wrote {', '.join(map(str, files))}, with the reason of each value")
+    say(f"wrote {', '.join(map(str, files))}, with the reason for each value")
     say(f"next: lora-adapters train --config_file {config} --dry_run, then the same without --dry_run")
 
 

@@ -1,4 +1,4 @@
-"""dataset.toml, config.toml and prompts.txt, with the reason and the source of each value beside it."""
+"""Writes dataset.toml, config.toml and prompts.txt, with the reason and source of each value as a comment."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ NAMES = ("dataset.toml", "config.toml", "prompts.txt")
 
 
 def write(plan: Plan, out: Path, overwrite: bool) -> list[Path]:
-    """Write the three files. TrainingError if one is there and `overwrite` is off; nothing is written then."""
+    """Write the three files. TrainingError, before anything is written, if one exists and `overwrite` is off."""
     files = [out / name for name in NAMES]
     there = ", ".join(str(file) for file in files if file.exists())
     if there and not overwrite:
-        raise TrainingError(f"already there: {there}; --overwrite replaces them, --out names another folder")
+        raise TrainingError(f"already there: {there}; give --overwrite to replace them, or another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, text in zip(files, (dataset_text(plan), config_text(plan), prompts_text(plan)), strict=True):
@@ -29,7 +29,7 @@ def write(plan: Plan, out: Path, overwrite: bool) -> list[Path]:
 
 
 def dataset_text(plan: Plan) -> str:
-    """dataset.toml."""
+    """The text of dataset.toml."""
     general = {key: choice for key, choice in plan.dataset.items() if key not in ("batch_size", "validation_split")}
     own = {key: choice for key, choice in plan.dataset.items() if key not in general}
     lines = ["# What is trained on: written by lora-adapters init, for editing.", "", "[general]", *_lines(general), ""]
@@ -40,7 +40,7 @@ def dataset_text(plan: Plan) -> str:
 
 
 def config_text(plan: Plan) -> str:
-    """config.toml."""
+    """The text of config.toml."""
     used = ", ".join(f"{preset.name} ({preset.title})" for preset in plan.presets)
     lines = [
         "# How it is trained: lora-adapters train --config_file config.toml; options on the command line win.",
@@ -52,7 +52,7 @@ def config_text(plan: Plan) -> str:
 
 
 def prompts_text(plan: Plan) -> str:
-    """prompts.txt."""
+    """The text of prompts.txt."""
     side = plan.dataset["resolution"].value
     lines = ["# Prompts of the sample images, each followed by its options."]
     return "\n".join([*lines, *(f"{_prompt(text)} --w {side} --h {side} --s 20 --d 1" for text in plan.prompts)]) + "\n"
@@ -65,10 +65,10 @@ def _lines(choices: Mapping[str, Choice]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """Text of a comment: folders' names may hold anything."""
+    """Make text safe for a comment, since folder names may contain any characters."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _prompt(text: str) -> str:
-    """A caption as a prompt: what looks like an option, or a comment, is none."""
+    """A caption as a prompt, without parts that would be read as an option or a comment."""
     return _one_line(text).replace(" --", " ").lstrip("#- ") or "a photo"

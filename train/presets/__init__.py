@@ -1,1 +1,1 @@
-"""Presets of `lora-adapters init`: a TOML file each, in which every value has its reason and its source."""
+"""Presets of `lora-adapters init`: TOML files in which every value has a reason and a source."""

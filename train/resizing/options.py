@@ -25,7 +25,7 @@ def _resolutions(text: str) -> list[Size]:
 
 @dataclass
 class ResizeSettings(Given):
-    """The program's options: an attribute each."""
+    """The options of the program, one attribute each."""
 
     title: ClassVar[str] = "sizes and files"
     max_resolution: Sequence[Size] | None = option(
@@ -49,7 +49,7 @@ class ResizeSettings(Given):
 
 
 def parser(defaults: bool = True) -> Parser:
-    """A parser of all options; without `defaults` its result has only what is on the command line."""
+    """Create the parser. Without `defaults`, parsed arguments contain only the options on the command line."""
     new = Parser(
         prog="resize_images_to_resolution.py",
         description="Make smaller copies of training images. Each image is copied unchanged, and shrunk to the area "
@@ -63,7 +63,7 @@ def parser(defaults: bool = True) -> Parser:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[str, str, ResizeSettings]:
-    """(source folder, destination, options) from `argv`. OptionError for what cannot be right."""
+    """Parse `argv` into (source folder, destination, options). OptionError for invalid options."""
     line = vars(parser(defaults=False).parse_args(argv))
     src, dst = line.pop("src"), line.pop("dst")
     settings = made(ResizeSettings, line)

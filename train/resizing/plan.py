@@ -1,4 +1,4 @@
-"""Which files a folder of images gives: decided, and checked for clashes, before anything is written."""
+"""Plans which files to write for a folder of images, and checks for name clashes before anything is written."""
 
 import os
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from lora_adapters.convert.errors import OneLineError, UsageError
 from lora_adapters.train.data.image_suffixes import READ
 from lora_adapters.train.resizing.resize import Size
 
-# A latent cache belongs to an image of one size, and must not be taken for that of another.
+# A latent cache is valid only for the original image, not for resized ones.
 NOT_ASSOCIATED = {".npz"}
 
 
 class ResizeError(OneLineError):
-    """What was asked for cannot be done. The message says what, where, and what to do."""
+    """The request cannot be carried out. The message says what is wrong, where, and what to do."""
 
 
 class ResizeOptionError(ResizeError, UsageError):
-    """An option that cannot be right, whatever the folders hold. The program exits with status 2."""
+    """An option is invalid, independently of the folders' content. The program exits with status 2."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A file to be copied as it is."""
+    """A file to copy unchanged."""
 
     source: Path
     target: Path
@@ -31,16 +31,16 @@ class Copy:
 
 @dataclass(frozen=True)
 class Version:
-    """One resized image, and the associated files (captions) that go with it under its name."""
+    """A resized image, and the associated files (captions) that are copied under its name."""
 
     resolution: Size
-    target: Path  # its suffix, .png or .jpg, is the format
+    target: Path  # the suffix, .png or .jpg, decides the format
     associated: tuple[Copy, ...] = ()
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything to be made from one image."""
+    """The files to write for one image."""
 
     original: Copy
     versions: tuple[Version, ...]
@@ -53,8 +53,8 @@ def plan(
 
     Args:
         src: The folder with the original images.
-        dst: The folder for the new ones.
-        resolutions: (width, height) pairs whose areas limit the sizes, in pixels.
+        dst: The folder for the new images.
+        resolutions: (width, height) pairs in pixels, whose areas limit the sizes.
         suffix: ".png" or ".jpg", the format of the resized images.
         copy_associated: Copy captions and other files of the same name for each resized image.
 
@@ -72,7 +72,7 @@ def plan(
     if dst.exists() and not dst.is_dir():
         raise ResizeError(f"{dst} is not a folder")
     if dst.exists() and src.samefile(dst):
-        raise ResizeError(f"{src} is both source and destination: give the smaller images a folder of their own")
+        raise ResizeError(f"{src} is both source and destination: give another folder for the smaller images")
     entries = sorted(entry for entry in src.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if not entry.is_dir()]
     images = [file for file in files if file.suffix.lower() in READ]

@@ -1,4 +1,4 @@
-"""All files that one source image gives, written so that a broken-off run leaves none of them half-done."""
+"""Writes all files for one source image, each atomically, so that an interrupted run leaves no partial files."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from lora_adapters.train.resizing.resize import (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one image: files resized, found done, copied; `unreadable` and `too_small` are reasons."""
+    """The result for one image: numbers of files resized, kept and copied; `unreadable` and `too_small` are reasons."""
 
     resized: int = 0
     kept: int = 0
@@ -33,7 +33,7 @@ class Outcome:
 
 
 def process(job: Job, divisible_by: int, interpolation: str) -> Outcome:
-    """Make what is missing or out of date of `job`. Raises OSError or ResizeError if a file cannot be written."""
+    """Write the missing and outdated files of `job`. OSError or ResizeError if a file cannot be written."""
     note = f"resized with interpolation={interpolation} divisible_by={divisible_by}"
     source = job.original.source
     missing = [version for version in job.versions if not _is_done(version.target, source, note)]
@@ -62,7 +62,7 @@ def process(job: Job, divisible_by: int, interpolation: str) -> Outcome:
 
 
 def copy_if_older(copy: Copy) -> bool:
-    """Copy unless the target is as new as the source: what was edited there afterwards stays. True if copied."""
+    """Copy a file unless the target is at least as new as the source, so that later edits are kept. True if copied."""
     if copy.target.exists() and copy.target.stat().st_mtime_ns >= copy.source.stat().st_mtime_ns:
         return False
     with replacing(copy.target) as temporary:
@@ -77,7 +77,7 @@ def _is_done(target: Path, source: Path, note: str) -> bool:
         with Image.open(target) as image:
             image.load()
             comment = image.info.get("comment") or image.info.get("Comment")
-    except Exception:  # whatever is wrong with it, the answer is to make it again
+    except Exception:  # any error means that the file must be written again
         return False
     return comment in (note, note.encode())
 
@@ -93,7 +93,7 @@ def _save(image: Image.Image, target: Path, note: str, source: Path) -> None:
             else:
                 # Without subsampling=0 Pillow halves the colour resolution, even at quality 100.
                 image.save(temporary, "JPEG", quality=100, subsampling=0, comment=note, icc_profile=profile)
-            # A camera's clock may be ahead of this one's.
+            # The source's date may be in the future if a camera's clock is wrong.
             newest = max(temporary.stat().st_mtime_ns, source.stat().st_mtime_ns)
             os.utime(temporary, ns=(newest, newest))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One image made smaller: read it upright and in 8 bits, shrink it to an area, crop it from the centre."""
+"""Resizes one image: reads it with EXIF orientation in 8 bits, shrinks it to an area, and crops its centre."""
 
 import math
 from pathlib import Path
@@ -14,20 +14,20 @@ Size = tuple[int, int]
 
 
 class UnreadableImage(ValueError):
-    """A file with an image's name that cannot be used as one; the message is the reason alone."""
+    """An image file that cannot be read; the message is only the reason, without the path."""
 
 
 def read_image(path: Path) -> Image.Image:
     """Read the (first) image of a file.
 
-    EXIF orientation is applied. Grey of 16 bits or floating point is scaled to 8 bits.
+    EXIF orientation is applied. 16-bit and floating-point grey is scaled to 8 bits.
 
     Args:
         path: The file.
 
     Returns:
-        An image in mode RGB, or RGBA if the file has transparency. `info` has an RGB colour profile ("icc_profile") or
-        nothing.
+        An image in mode RGB, or RGBA if the file has transparency. `info` contains only an RGB colour profile
+        ("icc_profile"), if there is one.
 
     Raises:
         UnreadableImage: The file is not an image, or is damaged; the message says why.
@@ -40,10 +40,10 @@ def read_image(path: Path) -> Image.Image:
         raise UnreadableImage("not in an image format that Pillow reads") from error
     except OSError as error:
         raise UnreadableImage(error.strerror or str(error)) from error
-    except Exception as error:  # broken files make Pillow's decoders raise almost anything
+    except Exception as error:  # Pillow raises almost any exception for damaged files
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
     profile = image.info.get("icc_profile")
-    # A grey or CMYK profile says nothing about the RGB values made from such an image.
+    # A grey or CMYK profile does not apply to the converted RGB values.
     image.info = {"icc_profile": profile} if profile and profile[16:20] == b"RGB " else {}
     return image
 
@@ -60,7 +60,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGBA image laid on white, as RGB; any other unchanged."""
+    """Blend an RGBA image with white and return it as RGB; other images are returned unchanged."""
     if image.mode != "RGBA":
         return image
     white = Image.new("RGBA", image.size, "white")
@@ -80,7 +80,7 @@ def fitted_size(size: Size, resolution: Size) -> Size:
 
 
 def divisible_size(size: Size, divisible_by: int) -> Size:
-    """The largest size within `size` whose sides `divisible_by` divides; a side may be 0."""
+    """The largest size within `size` whose sides are multiples of `divisible_by`; a side may be 0."""
     return size[0] - size[0] % divisible_by, size[1] - size[1] % divisible_by
 
 
@@ -108,7 +108,7 @@ def resize(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The middle of `image`; where the margin is odd, the larger part of it goes at the right and at the bottom."""
+    """Crop the centre of `image`. If a margin is odd, one pixel more is removed at the right or the bottom."""
     if image.size == size:
         return image
     left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2

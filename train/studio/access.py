@@ -1,4 +1,4 @@
-"""Who may come in: this machine alone, or others with a password; and no page of somebody else's in either case."""
+"""Access control: only this machine, or others with a password; requests from pages of other sites are refused."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ _SHORTEST = 8  # characters of a password
 
 
 def password(args: Any) -> str | None:
-    """The password that is set, if any. UsageError where others are let in without one, or it is too short."""
+    """The password, or None. UsageError if --listen or --share is used without a password, or it is too short."""
     if args.password_file:
         try:
             word = read_text(args.password_file).split("\n")[0].strip()
@@ -27,17 +27,17 @@ def password(args: Any) -> str | None:
     if not word and not args.password_file:
         for flag in ("listen", "share"):
             if getattr(args, flag):
-                raise UsageError(f"--{flag} lets others in: set a password by --password_file, or {PASSWORD}")
+                raise UsageError(f"--{flag} gives others access: set a password with --password_file or {PASSWORD}")
         return None
     if len(word) < _SHORTEST:
-        raise UsageError(f"the password has {len(word)} characters, at least {_SHORTEST} are needed")
+        raise UsageError(f"the password has {len(word)} characters, but needs at least {_SHORTEST}")
     return word
 
 
 class OwnOrigin:
-    """Lets in what the browser sends for the studio's own page, and refuses what it sends for pages of other sites.
+    """ASGI middleware that refuses browser requests whose Origin is another site than the studio's own page.
 
-    app: the application behind it, of ASGI's interface.
+    app: the wrapped ASGI application.
     """
 
     def __init__(self, app: Any):
@@ -48,18 +48,18 @@ class OwnOrigin:
         origin = headers.get(b"origin")
         if scope["type"] == "http" and origin and urlsplit(origin).netloc != headers.get(b"host"):
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"requests of other sites are refused"})
+            await send({"type": "http.response.body", "body": b"requests from other sites are refused"})
             return
         await self._app(scope, receive, send)
 
 
 def launch_options(args: Any, word: str | None, output: Path) -> dict[str, Any]:
-    """What Gradio is started with: who may come in, and which files the page may show."""
+    """Launch options for Gradio: access control, and the files that the page may show."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    layers = [] if args.share else [Middleware(OwnOrigin)]  # a shared page's address is not the one that it has here
-    if not args.listen and not args.share:  # a name of somebody else's that leads to this machine
+    layers = [] if args.share else [Middleware(OwnOrigin)]  # a shared page has another address than the local one
+    if not args.listen and not args.share:  # protects from DNS rebinding: foreign names that resolve to this machine
         layers.append(Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]))
     return {
         "server_name": "0.0.0.0" if args.listen else "127.0.0.1",

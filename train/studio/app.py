@@ -1,4 +1,4 @@
-"""The studio's page: its tabs, and the job that runs."""
+"""The studio's page: its tabs, and the running job."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from lora_adapters.train.studio.train_tab import TrainTab
 
 
 def build(folders: Folders, model: list[str]) -> gr.Blocks:
-    """The page. model: the options of `lora-adapters generate` about the model."""
+    """Build the page. model: the options of `lora-adapters generate` that select the model."""
     artist, lists = Artist(model, folders.output / "compare"), Lists(folders)
     jobs = Jobs(folders.private, before=artist.release)
     train = TrainTab(folders, jobs, lists)
@@ -24,7 +24,7 @@ def build(folders: Folders, model: list[str]) -> gr.Blocks:
             bar = gr.HTML(lambda: job_bar(jobs), elem_id="job")
             stop = gr.Button("Stop", variant="stop", scale=0, min_width=90, size="md", elem_id="stop-job")
             again = gr.Button("Refresh lists", scale=0, min_width=150, size="md", elem_id="refresh")
-        with gr.Accordion("What it prints", open=False) as prints:
+        with gr.Accordion("Output of the job", open=False) as prints:
             log = gr.Textbox(lambda: job_log(jobs), lines=12, max_lines=24, show_label=False, autoscroll=True,
                              interactive=False, elem_id="log")  # fmt: skip
         with gr.Tab("Compare") as compare:
@@ -45,7 +45,7 @@ def build(folders: Folders, model: list[str]) -> gr.Blocks:
 
 
 def _refresh(jobs: Jobs, bar: Any, log: Any, train: TrainTab) -> None:
-    """Keep what the page says of the job as it is now."""
+    """Update the job's status and output on the page periodically."""
     last = gr.State(("", ""))
 
     def tick(before: tuple[str, str]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What Compare shows, as data: an image's settings, grids over two of them, and the commands and Python for them."""
+"""The data of the tab Compare: settings of an image, grids over two settings, and their commands and Python code."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ _WEIGHTED_WORD = re.compile(r"[(\[]")
 class Slot:
     """One adapter of an image.
 
-    source: a path or a repository. rank: of a DyLoRA; None for all it has. blocks: a preset, names of blocks or a
-    number for each; empty for the whole adapter.
+    source: a path or a repository. rank: the rank of a DyLoRA; None is the full rank. blocks: block weights as a
+    preset, names of blocks, or a number for each block; empty for the whole adapter.
     """
 
     source: str
@@ -40,13 +40,13 @@ class Slot:
 
     @property
     def argument(self) -> str:
-        """As the programs take it, without its weight."""
+        """The argument for the command-line programs, without the weight."""
         return f"{self.source}:lbw={self.blocks}" if self.blocks else self.source
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All settings of an image except the model. Sizes are in pixels; None is the model's own."""
+    """All settings of an image except the model. Sizes are in pixels; None is the model's default."""
 
     prompt: str
     negative: str = ""
@@ -61,10 +61,10 @@ class Scene:
     def __post_init__(self) -> None:
         for text in (self.prompt, self.negative):
             if _OPTION.search(text):
-                raise StudioError(f"{text:.60}: use the fields for what follows --")
+                raise StudioError(f"{text:.60}: options such as --w are not supported in prompts; use the fields")
 
     def words(self, model: Sequence[str]) -> list[str]:
-        """The words of `lora-adapters generate` that draw it. model: the options about the model."""
+        """The arguments of `lora-adapters generate` for this image. model: the options that select the model."""
         line = f"{self.prompt} --n {self.negative}" if self.negative else self.prompt
         words = [*model, f"--prompt={line}", f"--seed={self.seed}", f"--steps={self.steps}", f"--scale={self.scale:g}"]
         words += [f"--sampler={self.sampler}"]
@@ -87,7 +87,7 @@ def labels(architecture: str) -> tuple[str, ...]:
 
 
 def block_values(text: str, architecture: str) -> list[float]:
-    """The number of each block that a preset, names or numbers mean. AdapterError if they cannot be read."""
+    """The weight of each block for a preset, block names or numbers. AdapterError if they cannot be parsed."""
     if not text.strip():
         return [1.0] * len(labels(architecture))
     weights = parse(text, rest=0.0)
@@ -97,7 +97,7 @@ def block_values(text: str, architecture: str) -> list[float]:
 
 
 def block_text(values: Sequence[float]) -> str:
-    """The numbers as text; empty if the adapter is whole."""
+    """Block weights as text; empty if all are 1."""
     return "" if all(value == 1 for value in values) else ",".join(f"{value:g}" for value in values)
 
 
@@ -106,14 +106,14 @@ def block_text(values: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the sliders of an adapter need to know. ranks: those of a DyLoRA, else empty."""
+    """An adapter's properties for its sliders. ranks: the ranks of a DyLoRA, else empty."""
 
     architecture: str
     ranks: tuple[int, ...] = ()
 
 
 def choice_of(source: str) -> Choice:
-    """The same of a file, folder or repository. AdapterError if it cannot be read."""
+    """The `Choice` for a file, folder or repository. AdapterError if it cannot be read."""
     adapter = Adapter.load(source)
     if adapter.dylora is None:
         return Choice(adapter.architecture)
@@ -132,13 +132,13 @@ def axes(slots: int) -> list[str]:
 
 
 _HINTS = {
-    "prompt": "a line for each prompt",
+    "prompt": "one prompt per line",
     "seed": "1, 2, 3",
     "steps": "10, 20, 40",
     "scale": "4, 7, 10",
     "weight": "0, 0.5, 1",
     "rank": "4, 8, 16",
-    "blocks": "ALL; INS; MIDD; OUTD (presets, names of blocks, or numbers, with ; between them)",
+    "blocks": "ALL; INS; MIDD; OUTD (presets, block names or numbers, separated by ;)",
 }
 _READ: dict[str, Callable[[str], Any]] = {
     "prompt": str, "seed": int, "steps": int, "scale": number, "weight": number, "rank": int, "blocks": str,
@@ -146,20 +146,20 @@ _READ: dict[str, Callable[[str], Any]] = {
 
 
 def hint(axis: str | None) -> str:
-    """What the values of an axis look like."""
+    """Example values of an axis."""
     return _HINTS.get(axis.partition(" ")[0], "") if axis else ""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a grid: what changes, and its values as text."""
+    """One axis of a grid: the setting that varies, and its values as text."""
 
     name: str
     values: tuple[str, ...]
 
     @classmethod
     def of(cls, name: str, text: str) -> "Axis":
-        """An axis from what the page has. StudioError if there are no values."""
+        """Parse an axis from the fields of the page. StudioError if there are no values."""
         kind = name.partition(" ")[0]
         parts = re.split(r"\n" if kind == "prompt" else r"[;\n]" if kind == "blocks" else r"[,;\s]+", text)
         values = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
@@ -168,11 +168,11 @@ class Axis:
         return cls(name, values)
 
     def applied(self, scene: Scene, value: str) -> Scene:
-        """The scene with this value. StudioError if it cannot be."""
+        """The scene with this value. StudioError if the value is invalid."""
         kind, _, adapter = self.name.partition(" of adapter ")
         place = int(adapter or 0) - 1
         if place >= len(scene.slots):
-            raise StudioError(f"{self.name}: there are {len(scene.slots)} adapters")
+            raise StudioError(f"{self.name}: only {len(scene.slots)} adapters are chosen")
         try:
             read: Any = _READ[kind](value)
             if kind == "blocks":
@@ -205,7 +205,7 @@ def cells(scene: Scene, across: Axis | None, down: Axis | None) -> list[list[Sce
     return [[across.applied(row, value) for value in across.values] if across else [row] for row in rows]
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- commands and code -----------------------------------------------------------------------------------------------
 
 
 def command_lines(rows: Sequence[Sequence[Scene]], model: Sequence[str]) -> str:
@@ -216,13 +216,13 @@ def command_lines(rows: Sequence[Sequence[Scene]], model: Sequence[str]) -> str:
 def python_code(
     rows: Sequence[Sequence[Scene]], load: str, schedulers: Mapping[str, str], imports: Sequence[str] = ()
 ) -> str:
-    """A Python program that draws the images with diffusers.
+    """A Python program that generates the images with diffusers.
 
     Args:
         rows: The scenes, by rows of the sheet.
-        load: The expression that loads the pipeline; it begins with diffusers' class where there are no `imports`.
-        schedulers: The expression for the scheduler of each sampler; it begins with the class.
-        imports: Lines that import what `load` needs besides.
+        load: The expression that loads the pipeline; without `imports` it begins with the diffusers class.
+        schedulers: Sampler -> expression for its scheduler, which begins with the class.
+        imports: Import lines that `load` needs.
 
     Returns:
         The source code.
@@ -248,7 +248,7 @@ def python_code(
 
 
 def _changes(before: Scene, scene: Scene, scheduler: str) -> list[str]:
-    """What brings the pipeline from one scene to the next."""
+    """The lines that change the pipeline from one scene to the next."""
     names = [f"adapter_{n + 1}" for n in range(len(scene.slots))]
     lines = [f"pipe.scheduler = {scheduler}"]
     if [slot.argument for slot in before.slots] != [slot.argument for slot in scene.slots]:
@@ -266,10 +266,10 @@ def _changes(before: Scene, scene: Scene, scheduler: str) -> list[str]:
 
 
 def _call(scene: Scene, file: str) -> list[str]:
-    """The drawing of a scene."""
+    """The lines that generate and save the image of a scene."""
     weighted_words = any(_WEIGHTED_WORD.search(text) for text in (scene.prompt, scene.negative))
     return [
-        *(["# `lora-adapters generate` reads weights of words such as (word:1.3), diffusers does not"]
+        *(["# `lora-adapters generate` supports prompt weights such as (word:1.3), diffusers does not"]
           if weighted_words else []),
         "image = pipe(",
         f"    {scene.prompt!r},",
@@ -284,7 +284,7 @@ def _call(scene: Scene, file: str) -> list[str]:
 
 
 def merge_words(scene: Scene, folders: Folders, name: str, into_model: bool, one_file: bool) -> list[str]:
-    """The command line of `lora-adapters merge` for a scene. DyLoRAs are first cut to their ranks and written as files.
+    """The command line of `lora-adapters merge` for a scene. DyLoRAs are first truncated to their ranks and saved.
 
     Args:
         scene: The adapters with their weights.
@@ -311,7 +311,7 @@ def merge_words(scene: Scene, folders: Folders, name: str, into_model: bool, one
 
 
 def cut(slot: Slot, folders: Folders) -> str:
-    """The file of a DyLoRA at the slot's rank in the output folder, written where there is none; else the source."""
+    """Save a DyLoRA truncated to the slot's rank in the output folder, and return its path. Else return the source."""
     adapter = Adapter.load(slot.source)
     if adapter.dylora is None or not slot.rank or slot.rank == adapter.rank:
         return slot.source

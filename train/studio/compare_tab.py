@@ -1,4 +1,4 @@
-"""The tab Compare: adapters with sliders, an image or a grid, its command and Python code, and a merge into a file."""
+"""The tab Compare: adapters with sliders, an image or a grid, its command and Python code, and merging into a file."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,13 +19,13 @@ from lora_adapters.train.studio.paths import Folders, StudioError
 
 SLOTS = 4
 _FIRST = max((compare.labels(name) for name, family in TRAINED.items() if not family.has_flow), key=len)
-_MOST = max(len(compare.labels(family.name)) for family in FAMILIES)  # sliders; those of a family's blocks are shown
+_MOST = max(len(compare.labels(family.name)) for family in FAMILIES)  # number of block sliders; unused ones are hidden
 _MOST_SIDE = 2048
 
 
 @dataclass
 class CompareTab:
-    """The tab's fields, and what its buttons do. model: the words about the model, for `generate`."""
+    """The tab's fields and events. model: the options of `generate` that select the model."""
 
     folders: Folders
     jobs: Jobs
@@ -39,7 +39,7 @@ class CompareTab:
     sliders: list[Any] = field(default_factory=list)
 
     def build(self) -> None:
-        """Put the fields into the tab that is open, and connect them."""
+        """Add the fields to the current tab, and connect their events."""
         with gr.Row():
             with gr.Column(scale=5, min_width=380):
                 self._adapters()
@@ -128,7 +128,7 @@ class CompareTab:
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=4)
             self.stop = gr.Button("Stop the grid", elem_id="stop-grid", scale=1, min_width=140)
-        self.drawn = gr.State([])  # the rows of what is shown
+        self.drawn = gr.State([])  # the scenes of the shown image, by row
         with gr.Tab("Command line"):
             self.command = gr.Code(
                 language="shell", label="draws the same", wrap_lines=True, max_lines=12, elem_id="command"
@@ -138,11 +138,11 @@ class CompareTab:
                 language="python", label="draws the same through diffusers", wrap_lines=True, max_lines=12
             )
         with gr.Tab("Merge into a file"):
-            gr.Markdown("The adapters at the weights, ranks and blocks of the image that is shown, as one file.")
+            gr.Markdown("Saves the adapters, with the weights, ranks and blocks of the shown image, as one file.")
             with gr.Row():
                 self.into = gr.Radio(["one adapter", "the model"], value="one adapter", label="merge into")
                 self.name = gr.Textbox(label="name of the result", elem_id="merge-name")
-            self.one_file = gr.Checkbox(False, label="a model's folder becomes one file")
+            self.one_file = gr.Checkbox(False, label="save a model that is a folder as one file")
             self.merge = gr.Button("Merge", elem_id="merge")
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class CompareTab:
         return _read_choice(self.folders.adapter(source), path.stat().st_mtime if path.exists() else 0.0)
 
     def _chosen(self, chosen: list[str]) -> list[Any]:
-        """The fields of each adapter: hidden where there is none, with ranks where it is a DyLoRA."""
+        """Updates of each adapter's fields: hidden if there is no adapter, with a rank slider for a DyLoRA."""
         choices = [self._choice(source) for source in chosen]
         names = [Slot(source).name for source in chosen]
         spare = SLOTS - len(chosen)
@@ -186,11 +186,11 @@ class CompareTab:
 
     def _architecture(self, chosen: list[str], edited: int | None) -> str:
         if edited is None or edited >= len(chosen):
-            raise StudioError("choose an adapter first: blocks are those of an adapter")
+            raise StudioError("choose the adapter whose blocks are to be changed")
         return self._choice(chosen[edited]).architecture
 
     def _to_sliders(self, chosen: list[str], edited: int | None, *blocks: str) -> list[Any]:
-        """The sliders of the adapter that is edited, as its text says."""
+        """Set the sliders to the block weights in the edited adapter's text field."""
         if edited is None or edited >= len(chosen):
             return [gr.Slider()] * _MOST
         return self._sliders(self._architecture(chosen, edited), blocks[edited])
@@ -221,7 +221,7 @@ class CompareTab:
             text = "" if blocks[number].strip() == "ALL" else blocks[number].strip()
             slots.append(Slot(self.folders.adapter(source), weights[number], ranks[number] if full else None, text))
         if not prompt.strip():
-            raise StudioError("there is no prompt: say what to draw")
+            raise StudioError("the prompt is empty")
         for what, number in (("seed", seed), ("width", width), ("height", height)):
             if number is None:
                 raise StudioError(f"the {what} is empty")
@@ -243,7 +243,7 @@ class CompareTab:
 
     def _merge(self, rows: list[list[Scene]], name: str, into: str, one_file: bool) -> None:
         if not rows:
-            raise StudioError("draw an image first: its adapters are merged")
+            raise StudioError("draw an image first: the adapters of the shown image are merged")
         if len(rows) > 1 or len(rows[0]) > 1:
             raise StudioError("a grid has several settings: draw the single image whose adapters are to be merged")
         words = compare.merge_words(rows[0][0], self.folders, name, into == "the model", one_file)
@@ -264,5 +264,5 @@ def _rank_slider(choice: Choice) -> Any:
 
 @lru_cache(maxsize=64)
 def _read_choice(source: str, written: float) -> Choice:
-    """written: when, so that a file that is replaced is read again."""
+    """Read an adapter's `Choice`. written: modification time, so that a replaced file is read again."""
     return compare.choice_of(source)

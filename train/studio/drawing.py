@@ -1,4 +1,4 @@
-"""Draws what Compare shows, with one model that stays loaded, as `lora-adapters generate` draws it."""
+"""Generates the images of the tab Compare like `lora-adapters generate`, with a model that stays loaded."""
 
 import gc
 import inspect
@@ -25,31 +25,31 @@ from lora_adapters.train.studio.paths import StudioError
 
 
 class Artist:
-    """The model with the adapters of the last image on it.
+    """Keeps the model loaded, with the adapters of the last image.
 
-    model: options of `lora-adapters generate` about the model. folder: where images are saved.
+    model: the options of `lora-adapters generate` that select the model. folder: where images are saved.
     """
 
     def __init__(self, model: Sequence[str], folder: Path):
         self._words, self._folder = list(model), folder
         self._models: BaseModels | None = None
         self._pipe: Any = None
-        self._live: tuple[Any, LiveNetworks] | None = None  # (what is loaded, its layers)
+        self._live: tuple[Any, LiveNetworks] | None = None  # (key of the loaded adapters, their layers)
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """End a grid after the image that is being drawn."""
+        """Stop a grid after the current image."""
         self._stopped.set()
 
     def release(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         self._models = self._pipe = self._live = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def draw(self, scene: Scene) -> Path:
-        """Draw an image and save it in the folder, with its settings in the file; returns its path."""
+        """Generate an image and save it with its settings. Returns its path."""
         image, album, made = self._drawn(scene)
         return album.add(made.requests[0], image)
 
@@ -60,11 +60,11 @@ class Artist:
         down: Axis | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Path:
-        """Draw a labelled grid into the folder; its path. StudioError if it was stopped."""
+        """Generate a labelled grid and save it. Returns its path. StudioError if it was stopped."""
         self._stopped.clear()
         rows = cells(scene, across, down)
         places = [(row, column) for row in range(len(rows)) for column in range(len(rows[0]))]
-        places.sort(key=lambda place: _loaded(rows[place[0]][place[1]]))  # adapters are loaded as seldom as can be
+        places.sort(key=lambda place: _loaded(rows[place[0]][place[1]]))  # minimises the loading of adapters
         drawn: dict[tuple[int, int], Image.Image] = {}
         for place in places:
             if self._stopped.is_set():
@@ -111,7 +111,7 @@ class Artist:
         return models.family.sampler(name, models.prediction_type, False, models.schedule_config)
 
     def _networks(self, scene: Scene, made: Plan) -> LiveNetworks:
-        """Put the adapters on the pipeline; those of the last image stay if only numbers differ."""
+        """Load the adapters into the pipeline. Those of the last image are kept if only weights or ranks differ."""
         key = [(network.source, _written(network.source), slot.blocks) for network, slot in
                zip(made.networks, scene.slots, strict=True)]  # fmt: skip
         if self._live is not None and self._live[0] == key:
@@ -123,13 +123,13 @@ class Artist:
         try:
             live = LiveNetworks(self._pipe, made.networks)
         except BaseException:
-            self._pipe.unload_lora_weights()  # those before the one that does not fit
+            self._pipe.unload_lora_weights()  # unload adapters that were loaded before the error
             raise
         self._live = (key, live)
         return live
 
     def code(self, rows: Sequence[Sequence[Scene]]) -> str:
-        """Python code that draws the last images."""
+        """Python code that generates the images of `rows`."""
         if self._models is None:
             raise StudioError("draw the image first")
         models = self._models
@@ -138,7 +138,7 @@ class Artist:
         imports = []
         offloaded = next((word.partition("=")[2] for word in self._words if word.startswith("--offload=")), None)
         words = [word for word in self._words if not word.startswith("--offload=")]
-        if models.family.has_flow and (is_file or len(words) > 1):  # diffusers puts no parts together
+        if models.family.has_flow and (is_file or len(words) > 1):  # diffusers cannot load separate parts
             imports = [
                 "from lora_adapters.train.generation.options import parse as options",
                 "from lora_adapters.train.models.base import load_base_models",
@@ -156,7 +156,7 @@ class Artist:
 
 
 def _as_code(scheduler: Any) -> str:
-    """The call that makes such a scheduler."""
+    """The constructor call of a scheduler, with the arguments that differ from the defaults."""
     usual = {name: value.default for name, value in inspect.signature(type(scheduler).__init__).parameters.items()}
     own = {key: value for key, value in scheduler.config.items() if key in usual and value != usual[key]}
     return f"{type(scheduler).__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"

@@ -1,4 +1,4 @@
-"""The file tools as forms: what is filled in as the words of their command lines."""
+"""Builds the command lines of the file tools from the values of their forms."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from lora_adapters.convert.choices import FORMATS
 from lora_adapters.convert.parsing import number
 from lora_adapters.train.studio.paths import Folders, StudioError
 
-OWN = "as it comes"  # the precision that a program chooses by itself
+OWN = "as it comes"  # the program's default precision
 PRECISIONS = (OWN, "float", "fp16", "bf16")
 _FOLDERS = ("peft",)  # formats that are folders
 
@@ -15,12 +15,12 @@ _FOLDERS = ("peft",)  # formats that are folders
 def merge(
     folders: Folders, adapters: Sequence[str], weights: str, into_model: bool, name: str, precision: str
 ) -> list[str]:
-    """The command line that merges adapters into one, exactly, or into the model.
+    """The command line that merges adapters exactly into one, or into the model.
 
     Args:
         folders: The folders of the studio.
         adapters: The names of the adapters.
-        weights: Numbers with commas between them; empty is 1 for each.
+        weights: Comma-separated numbers; empty is 1 for each.
         into_model: Merge into the base model; False merges the adapters into one.
         name: The name of the result.
         precision: The dtype of the result; empty keeps the default.
@@ -51,9 +51,9 @@ def svd_merge(
     Args:
         folders: The folders of the studio.
         adapters: The names of the adapters.
-        weights: Numbers with commas between them; empty is 1 for each.
+        weights: Comma-separated numbers; empty is 1 for each.
         rank: The rank of linear layers and 1x1 convolutions.
-        conv_rank: The rank of larger convolutions; None takes `rank`.
+        conv_rank: The rank of larger convolutions; None uses `rank`.
         name: The name of the result.
         precision: The dtype of the result; empty keeps the default.
 
@@ -77,14 +77,14 @@ def extract(
     name: str,
     precision: str,
 ) -> list[str]:
-    """The command line that extracts the adapter between the studio's model and another one.
+    """The command line that extracts the difference of another model from the studio's model as an adapter.
 
     Args:
         folders: The folders of the studio.
         tuned: The name of the fine-tuned model.
         rank: The rank of linear layers and 1x1 convolutions.
         conv_rank: The rank of larger convolutions; None leaves them out.
-        target_error: The relative error to reach; None uses the rank alone.
+        target_error: The relative error to reach; None uses only the rank.
         name: The name of the result.
         precision: The dtype of the result; empty keeps the default.
 
@@ -137,7 +137,7 @@ def convert(folders: Folders, adapter: str, form: str, rank: float | None, name:
         folders: The folders of the studio.
         adapter: The name of the adapter.
         form: The format, one of FORMATS.
-        rank: Approximate changes of all kinds by low-rank pairs of this rank; None keeps them.
+        rank: Approximate deltas of all kinds by low-rank pairs of this rank; None keeps their kinds.
         name: The name of the result.
         precision: The dtype of the result; empty keeps the default.
 
@@ -148,7 +148,7 @@ def convert(folders: Folders, adapter: str, form: str, rank: float | None, name:
         StudioError: The format is unknown, a file is outside of the folders, or the name is taken.
     """
     if form not in FORMATS:
-        raise StudioError(f"{form!r:.40} is not a format: {', '.join(FORMATS)} are")
+        raise StudioError(f"{form!r:.40} is not a format; choose one of {', '.join(FORMATS)}")
     target = folders.new(name, "" if form in _FOLDERS else ".safetensors")
     words = ["convert", f"--model={folders.adapter(adapter)}", f"--save_to={target}", f"--format={form}"]
     words += ["--to=lora", f"--rank={_rank(rank)}", f"--sd_model={folders.model}"] if rank else []
@@ -156,7 +156,7 @@ def convert(folders: Folders, adapter: str, form: str, rank: float | None, name:
 
 
 def _models(folders: Folders, adapters: Sequence[str], weights: str) -> list[str]:
-    """--models and --ratios. StudioError if there is a weight too few or too many."""
+    """--models and --ratios. StudioError if the number of weights is not that of the adapters."""
     if not adapters:
         raise StudioError("choose the adapters to merge")
     words = ["--models", *(folders.adapter(source) for source in adapters)]
@@ -165,24 +165,24 @@ def _models(folders: Folders, adapters: Sequence[str], weights: str) -> list[str
     try:
         ratios = [number(part) for part in weights.split(",")]
     except ValueError:
-        raise StudioError(f"weights are numbers with commas between them, not {weights:.60}") from None
+        raise StudioError(f"weights must be comma-separated numbers, not {weights:.60}") from None
     if len(ratios) != len(adapters):
         raise StudioError(f"{len(adapters)} adapters and {len(ratios)} weights: give one for each")
     return [*words, "--ratios", *(f"{ratio:g}" for ratio in ratios)]
 
 
 def _precision(precision: str) -> list[str]:
-    """The precision of the result; nothing if the program shall choose."""
+    """--save_precision, or nothing for the program's default."""
     if precision == OWN:
         return []
     if precision not in PRECISIONS:
-        raise StudioError(f"{precision!r:.40} is not a precision: {', '.join(PRECISIONS)} are")
+        raise StudioError(f"{precision!r:.40} is not a precision; choose one of {', '.join(PRECISIONS)}")
     return [f"--save_precision={precision}"]
 
 
 def _rank(rank: float | None) -> int:
     if rank is None or rank < 1 or rank != int(rank):
-        raise StudioError(f"a rank is a whole number from 1 on, not {rank}")
+        raise StudioError(f"a rank is a whole number of at least 1, not {rank}")
     return int(rank)
 
 

@@ -32,7 +32,7 @@ def caption_ending(folder: Path) -> str:
 
 
 def captioned_images(folder: Path) -> list[CaptionedImage]:
-    """All images of the folder, by name. StudioError if a caption cannot be read."""
+    """All images of the folder, sorted by name. StudioError if a caption cannot be read."""
     ending = caption_ending(folder)
     return [CaptionedImage(path, _caption(path.with_suffix(ending))) for path in find_images(folder)]
 
@@ -47,20 +47,20 @@ def _caption(file: Path) -> str | None:
 
 
 def save_caption(folder: Path, name: str, caption: str) -> Path:
-    """Write the caption of an image of the folder; returns its file. StudioError if the folder has no such image."""
+    """Write the caption of an image, and return its file. StudioError if the folder has no such image."""
     known = {path.name: path for path in find_images(folder)}
     if name not in known:
         raise StudioError(f"{folder} has no image {name:.80}")
     file = known[name].with_suffix(caption_ending(folder))
     if file.is_symlink():
-        raise StudioError(f"{file} is a link: edit the file that it leads to")
+        raise StudioError(f"{file} is a symbolic link: edit its target instead")
     with replacing(file) as partial:
         partial.write_text(caption.strip("\n") + "\n", encoding="utf-8")
     return file
 
 
 def thumbnail(path: Path, cache: Path) -> Path | None:
-    """A small copy in the cache, made where there is none of this version; None for what is no image."""
+    """The path of a small copy in the cache, created if it is missing or outdated; None if the image is unreadable."""
     stamp = path.stat()
     key = hashlib.sha256(f"{path}\0{stamp.st_mtime_ns}\0{stamp.st_size}".encode()).hexdigest()[:24]
     copy = cache / f"{key}.jpg"
@@ -70,7 +70,7 @@ def thumbnail(path: Path, cache: Path) -> Path | None:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             flat = Image.new("RGB", image.size, "white")
             flat.paste(image.convert("RGBA"), mask=image.convert("RGBA").getchannel("A"))
-        except Exception:  # a damaged image makes Pillow's readers raise almost anything
+        except Exception:  # Pillow raises almost any exception for damaged images
             return None
         with replacing(copy) as partial:
             flat.save(partial, format="jpeg", quality=85)

@@ -11,8 +11,8 @@ from lora_adapters.train.studio.inspection import Report, Row
 from lora_adapters.train.studio.page import Lists, shown
 from lora_adapters.train.studio.paths import Folders
 
-_FILES = (("Adapter", "from the folders, or owner/name on the Hub"), ("Beside it", "another one, to compare"))
-_PLOTS = (("norm", "Norm of the change in each block"), ("rank", "Largest rank in each block"))
+_FILES = (("Adapter", "from the folders, or owner/name on the Hub"), ("Compare with", "another adapter"))
+_PLOTS = (("norm", "Norm of the weight change in each block"), ("rank", "Largest rank in each block"))
 _TABLES = (
     ("Summary", ["fact", "value"], inspection.summary),
     ("Blocks", ["block", "modules", "ranks", "alphas", "norm"], inspection.block_rows),
@@ -23,13 +23,13 @@ _TABLES = (
 
 
 class InspectTab:
-    """The tab's fields, and what they show."""
+    """The tab's fields, and their content."""
 
     def __init__(self, folders: Folders, lists: Lists):
         self._folders, self._lists = folders, lists
 
     def build(self) -> None:
-        """Put the fields into the tab that is open, and connect them."""
+        """Add the fields to the current tab, and connect their events."""
         with gr.Row():
             files = [
                 self._lists.field(
@@ -77,7 +77,7 @@ def _frame(rows: Sequence[Row], headers: list[str]) -> list[list[Any]]:
 
 
 def _plots(reports: Sequence[Report | None], what: str) -> list[Any]:
-    """A plot for each adapter, with one scale."""
+    """A plot for each adapter, with the same scale."""
     rows = [inspection.bars(report, what) if report else [] for report in reports]
     largest = max((value for each in rows for _, value in each), default=0.0)
     return [

@@ -1,4 +1,4 @@
-"""What Inspect shows of an adapter: facts, modules, ranks and norms of blocks, tags, trigger words."""
+"""The content of the tab Inspect: facts, modules, ranks and norms of blocks, tags, trigger words of an adapter."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lora_adapters.convert.storage.sources import locate
 Row = tuple[Any, ...]
 TRIGGERS = "modelspec.trigger_phrase"
 TAGS = "ss_tag_frequency"
-_HASHES = {"right": "as the metadata says", "wrong": "not as the metadata says", "none": "none in the metadata"}
+_HASHES = {"right": "matches the metadata", "wrong": "does not match the metadata", "none": "none in the metadata"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def look(source: str) -> Report:
 
 
 def summary(report: Report) -> list[Row]:
-    """(fact, value): what it is, in a few rows."""
+    """(fact, value) rows that summarise the adapter."""
     about = report.facts
     rows = [
         ("type", about["type"]),
@@ -53,17 +53,17 @@ def summary(report: Report) -> list[Row]:
     if about["zero_alphas"]:
         rows.append(("alpha 0", f"in {about['zero_alphas']} modules, read as the rank"))
     if about["unknown_modules"]:
-        rows.append(("in no known model", ", ".join(about["unknown_modules"])))
+        rows.append(("modules of no known model", ", ".join(about["unknown_modules"])))
     return rows + list(about["training"].items())
 
 
 def metadata(report: Report) -> list[Row]:
-    """(key, value) of everything in the file's metadata."""
+    """(key, value) of all metadata entries."""
     return sorted(report.adapter.metadata.items())
 
 
 def block_rows(report: Report) -> list[Row]:
-    """(block, modules, ranks, alphas, norm) of each block; a norm that depends on the model's weights is empty."""
+    """(block, modules, ranks, alphas, norm) of each block. The norm is empty if it depends on the model's weights."""
     return [
         (row["block"], row["modules"], _counts(row["ranks"]), _counts(row["alphas"]), _norm(row["norm"]))
         for row in report.facts["blocks"]
@@ -81,7 +81,7 @@ def module_rows(report: Report) -> list[Row]:
 
 
 def bars(report: Report, what: str) -> list[Row]:
-    """(block, value) for a plot: the "norm" of the change in each block that has one, or the largest "rank" in it."""
+    """(block, value) for a plot: the "norm" of each block's weight change, or its largest "rank"."""
     rows: list[Row] = []
     for block in report.facts["blocks"]:
         value = block["norm"] if what == "norm" else max(map(float, block["ranks"]), default=None)
@@ -91,7 +91,7 @@ def bars(report: Report, what: str) -> list[Row]:
 
 
 def tags(adapter_metadata: Mapping[str, str], most: int = 200) -> list[Row]:
-    """(tag, count) of the captions that it was trained on, the most frequent first; [] where the file has none."""
+    """(tag, count) of the training captions, most frequent first; [] if the metadata has no tags."""
     counts: Counter[str] = Counter()
     for table in json_table(adapter_metadata.get(TAGS)).values():
         for tag, count in json_table(table).items():
@@ -101,7 +101,7 @@ def tags(adapter_metadata: Mapping[str, str], most: int = 200) -> list[Row]:
 
 
 def trigger_words(adapter_metadata: Mapping[str, str]) -> str:
-    """The trigger words that the metadata name, else the most frequent tags."""
+    """The trigger words in the metadata, or else the most frequent tags."""
     named = adapter_metadata.get(TRIGGERS, "").strip()
     if named:
         return named

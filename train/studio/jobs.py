@@ -1,4 +1,4 @@
-"""One job at a time: a program of this package as a process of its own, which outlives the page and the studio."""
+"""Runs one program of this package at a time as a separate process, which survives if the page or studio closes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _BAR_TEXT = re.compile(r"^\s*([^|\r\n]*?):?\s*\d{1,3}%\|[^|]*\|\s*(.*)$")
 
 @dataclass(frozen=True)
 class Job:
-    """A process that was started. started: seconds since 1970. created: the system's time of its process."""
+    """A started process. started: seconds since 1970. created: the process's creation time according to the system."""
 
     title: str
     words: tuple[str, ...]
@@ -33,17 +33,17 @@ class Job:
     pid: int
     created: float
     started: float
-    begins: int = 0  # the length of the log before
+    begins: int = 0  # length of the log file before the job
 
     @property
     def command(self) -> str:
-        """What a terminal would be given."""
+        """The command line of the job."""
         return command_line(self.words)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the last job does. running: now. code: its exit status; None while it runs, or where nobody saw it end."""
+    """The status of the last job. code: its exit status; None while it runs, or if its end was not observed."""
 
     job: Job | None = None
     running: bool = False
@@ -51,7 +51,7 @@ class Status:
 
     @property
     def text(self) -> str:
-        """In a few words."""
+        """The status as a short text."""
         if self.job is None:
             return "Nothing is running."
         if self.running:
@@ -65,9 +65,9 @@ class Status:
 
 
 class Jobs:
-    """Starts programs, one after the other. `folder` keeps which one runs, so that a new studio finds it again.
+    """Starts programs, one at a time. The running job is recorded in `folder`, so that a restarted studio finds it.
 
-    before: called before a process is started, so that the studio gives back the device's memory.
+    before: called before a process is started, to free the studio's device memory.
     """
 
     def __init__(self, folder: Path, before: Callable[[], None] = lambda: None):
@@ -113,12 +113,12 @@ class Jobs:
 
     @contextmanager
     def reserved(self, title: str) -> Iterator[None]:
-        """Within it nothing else starts. StudioError where something is running already."""
+        """A context in which no other job can start. StudioError if a job is already running."""
         with self._lock:
             status = self.status()
             running = self._held or (status.job.title if status.running and status.job else "")
             if running:
-                raise StudioError(f"{running} is running: wait for its end, or stop it")
+                raise StudioError(f"{running} is still running: wait for its end, or stop it")
             self._held = title
         try:
             yield
@@ -126,17 +126,17 @@ class Jobs:
             self._held = ""
 
     def status(self) -> Status:
-        """What the last job does."""
+        """The status of the last job."""
         if self._job is None:
             return Status()
         if self._process is not None:
             code = self._process.poll()
             return Status(self._job, code is None, code)
-        created = _created(self._job.pid)  # of a studio before this one
+        created = _created(self._job.pid)  # started by an earlier studio
         return Status(self._job, created is not None and created == self._job.created)
 
     def stop(self) -> str:
-        """Ask the job to end: a training saves its state first. What was done, for the page."""
+        """Terminate the job; training saves its state first. Returns a message for the page."""
         status = self.status()
         if status.job is None or not status.running:
             return "Nothing is running."
@@ -144,7 +144,7 @@ class Jobs:
         return f"Stopping: {status.job.title}"
 
     def wait(self, seconds: float) -> Status:
-        """The status at the job's end, or after so many seconds."""
+        """Wait until the job ends, at most `seconds`, and return its status."""
         end = time.monotonic() + seconds
         while (status := self.status()).running and time.monotonic() < end:
             time.sleep(0.1)
@@ -154,24 +154,24 @@ class Jobs:
         try:
             entries = json.loads(self._record.read_text(encoding="utf-8"))
             return Job(**{**entries, "words": tuple(entries["words"])})
-        except (OSError, ValueError, TypeError, KeyError):  # there was none yet
+        except (OSError, ValueError, TypeError, KeyError):  # no record yet
             return None
 
 
 def claim(file: Path) -> None:
-    """Say in the file that this process is the studio of its folder. StudioError if another one is, and runs."""
+    """Record this process in the file as the folder's studio. StudioError if another studio is running there."""
     try:
         pid, created = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):  # there was none yet
+    except (OSError, ValueError, TypeError):  # no record yet
         pid, created = 0, None
     if pid != os.getpid() and created is not None and _created(pid) == created:
-        raise StudioError(f"another studio (process {pid}) works in {file.parent.parent}: give another --output")
+        raise StudioError(f"another studio (process {pid}) uses {file.parent.parent}: give another --output")
     with replacing(file) as partial:
         partial.write_text(json.dumps([os.getpid(), _created(os.getpid())]), encoding="utf-8")
 
 
 def _created(pid: int) -> float | None:
-    """When the process of that number began; None if there is none, or it has ended."""
+    """The creation time of a process; None if it does not exist or has ended."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -180,14 +180,14 @@ def _created(pid: int) -> float | None:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """`lora-adapters` with its words as a shell takes them."""
+    """`lora-adapters` and its arguments, quoted for a shell."""
     import shlex
 
     return shlex.join(["lora-adapters", *words])
 
 
 def log_text(job: Job, whole: bool = False) -> str:
-    """The job's part of its log (the end of it, unless `whole`), as a terminal would show it."""
+    """The job's output in its log file: all of it if `whole`, else only the end."""
     try:
         with Path(job.log).open("rb") as opened:
             size = opened.seek(0, os.SEEK_END)
@@ -198,12 +198,12 @@ def log_text(job: Job, whole: bool = False) -> str:
 
 
 def as_lines(text: str) -> list[str]:
-    """The lines of a terminal's output, each as the last carriage return in it left it."""
+    """Split terminal output into lines, keeping only the text after a line's last carriage return."""
     return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
 
 
 def progress_of(text: str) -> tuple[float, str]:
-    """The share that the last progress bar in a log shows, 0 to 1, and what stands around it; (0, "") without one."""
+    """(progress of the last progress bar in a log, 0 to 1; the text around the bar); (0, "") without a bar."""
     for line in reversed(re.split(r"[\r\n]", text)):
         bar = _BAR.search(line)
         if bar:

@@ -1,4 +1,4 @@
-"""What all tabs share: errors as messages of the page, and what the running job says."""
+"""Functions for all tabs: errors as messages on the page, the running job's progress, and dropdowns of files."""
 
 import functools
 import html
@@ -28,14 +28,14 @@ footer {display: none !important}
 
 
 def shown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with what a user can act on raised as a message of the page."""
+    """Wrap a function so that expected errors are shown as messages on the page."""
 
     @functools.wraps(function)
     def call(*values: Any) -> Any:
         try:
             return function(*values)
         except torch.OutOfMemoryError:
-            said = "the device has too little memory: try smaller images, or start the studio with --fp16"
+            said = "out of device memory: try smaller images, or start the studio with --fp16"
         except OneLineError as error:
             said = str(error)
         except OSError as error:
@@ -46,16 +46,16 @@ def shown(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def framed(report: Path | None) -> str:
-    """A run's report within the page, as HTML: in a frame that may run no scripts and open nothing."""
+    """HTML that shows a run's report in a sandboxed frame, without scripts or popups."""
     if report is None:
-        return "There is none yet: it is written at each save."
+        return "There is no report yet: it is written at each save."
     text = html.escape(report.read_text(encoding="utf-8"), quote=True)
     name = html.escape(str(report))
     return f'<p>{name}</p><iframe sandbox srcdoc="{text}" style="width: 100%; height: 900px; border: 0"></iframe>'
 
 
 def job_bar(jobs: Jobs) -> str:
-    """The job and its progress, as HTML."""
+    """The job's status and progress, as HTML."""
     status = jobs.status()
     if status.job is None:
         return '<div class="job">Nothing is running.</div>'
@@ -71,19 +71,19 @@ def job_bar(jobs: Jobs) -> str:
 
 
 def job_log(jobs: Jobs) -> str:
-    """The end of what the job has printed."""
+    """The last lines of the job's output."""
     job = jobs.status().job
     return "" if job is None else "\n".join([line for line in as_lines(log_text(job)) if line][-_LINES:])
 
 
 def _last(log: str) -> str:
-    """The last line that a program printed, without bars and the details that are indented below a line."""
+    """The last line of a program's output, ignoring progress bars and indented details."""
     lines = [line for line in as_lines(log) if line and "%|" not in line and not line.startswith(("$ ", " "))]
     return lines[-1] if lines else ""
 
 
 class Lists:
-    """The dropdowns of files, which are filled anew together."""
+    """The dropdowns of files, which are refreshed together."""
 
     def __init__(self, folders: Folders):
         self._folders = folders
@@ -91,13 +91,13 @@ class Lists:
         self._listed: list[Callable[[], list[str]]] = []
 
     def field(self, listed: Callable[[], list[str]], **options: Any) -> Any:
-        """A dropdown of the paths that `listed` gives, shown relative to their folders; options: gradio's."""
+        """Create a dropdown of the paths from `listed`, shown relative to their folders. options: for Gradio."""
         self.fields.append(gr.Dropdown(choices=self._choices(listed), **{"value": None, **options}))
         self._listed.append(listed)
         return self.fields[-1]
 
     def refreshed(self) -> list[Any]:
-        """Updates of all these dropdowns."""
+        """Updates for all dropdowns."""
         return [gr.Dropdown(choices=self._choices(listed)) for listed in self._listed]
 
     def _choices(self, listed: Callable[[], list[str]]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The folders that the studio may read and write: a name that leads out of them, by `..` or by a link, is refused."""
+"""The folders that the studio may read and write. Paths that lead outside, by `..` or by a link, are refused."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
@@ -11,20 +11,20 @@ from lora_adapters.train.data.image_suffixes import TRAINED
 
 ADAPTER_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _PEFT_CONFIG, _MODEL_INDEX = "adapter_config.json", "model_index.json"
-_DEEPEST = 4  # levels of folders that are looked through
-_MOST = 2000  # entries that are listed
+_DEEPEST = 4  # maximum depth of the search for files
+_MOST = 2000  # maximum number of listed entries
 
 
 class StudioError(OneLineError):
-    """Something that the studio cannot do, in one line for its page."""
+    """An error that is shown on the page, as one line."""
 
 
 @dataclass(frozen=True)
 class Folders:
-    """What the studio was started with.
+    """The model and folders that the studio was started with.
 
-    adapters, images: folders that are read; captions are written beside the images. output: the folder of all that
-    is made, whose adapters are listed too. model: a file, a folder, or a repository on the Hub.
+    adapters, images: folders to read from; captions are written next to the images. output: the folder for all new
+    files, whose adapters are listed too. model: a file, a folder, or a repository on the Hub.
     """
 
     model: str
@@ -34,18 +34,18 @@ class Folders:
 
     @property
     def private(self) -> Path:
-        """The folder of logs and of what is shown on the page, in the output folder."""
+        """The folder for logs and temporary files of the page, in the output folder."""
         return self.output / ".studio"
 
     def base_model(self, path: str) -> Path:
-        """A model in the folders. StudioError if it is below none of them, or does not exist."""
+        """The path of a model in the folders. StudioError if it is outside of them or does not exist."""
         return _existing(_below(path, (*self.adapters, self.output)))
 
     def adapter(self, source: str) -> str:
-        """An adapter of the listed folders as a path, or owner/name of a repository on the Hub as it is."""
+        """The path of an adapter in the folders; owner/name of a Hub repository is returned unchanged."""
         from lora_adapters.convert.storage.sources import is_repo_id  # imports torch
 
-        if is_repo_id(source) and not Path(source).exists():  # a local folder of that name would be read instead
+        if is_repo_id(source) and not Path(source).exists():  # a local folder of this name would be read instead
             return source
         return str(_existing(_below(source, (*self.adapters, self.output))))
 
@@ -57,7 +57,7 @@ class Folders:
         return path
 
     def new(self, name: str, ending: str = "", folder: str = "") -> Path:
-        """A path to write, in the output folder. StudioError for a name that is none, or is taken already."""
+        """A new path in the output folder. StudioError if the name is not a valid file name or already exists."""
         name = name.strip().removesuffix(ending)
         if not name or name != file_name(name) or name.startswith((".", "-")):
             raise StudioError(f"{name!r:.80} is not a file name: give letters, digits, dots and dashes")
@@ -67,20 +67,20 @@ class Folders:
         return path
 
     def adapter_files(self) -> list[str]:
-        """All adapters in the folders: weights files and PEFT folders, by path."""
+        """All adapters in the folders (weight files and PEFT folders), sorted by path."""
         return [str(path) for path in _walk((*self.adapters, self.output), _is_adapter)]
 
     def model_files(self) -> list[str]:
-        """All that may be a model: Diffusers folders and weights files."""
+        """All possible models in the folders: Diffusers folders and weight files."""
         roots = (*self.adapters, self.output)
         return [str(path) for path in _walk(roots, lambda path: _is_model(path) or _is_weights(path))]
 
     def image_folders(self) -> list[str]:
-        """The folders with training images in them."""
+        """All folders that contain training images."""
         return [str(path) for path in _walk(self.images, _has_images, roots_too=True)]
 
     def shown(self, path: str | Path) -> str:
-        """A path as it is listed: relative to the folder that it is in."""
+        """A path as shown in lists: relative to the studio's folder that contains it."""
         for root in (*self.adapters, self.output, *self.images):
             with contextlib.suppress(ValueError):
                 relative = Path(path).relative_to(root)
@@ -91,10 +91,10 @@ class Folders:
 def _below(path: str | Path, roots: Sequence[Path]) -> Path:
     try:
         resolved = Path(path).resolve()
-    except (OSError, ValueError, RuntimeError):  # a NUL in a name, a circle of links
+    except (OSError, ValueError, RuntimeError):  # a NUL character, or circular links
         raise StudioError(f"{str(path)!r:.120} is not a path") from None
     if not any(resolved.is_relative_to(root.resolve()) for root in roots):
-        where = ", ".join(map(str, roots)) or "none was named"
+        where = ", ".join(map(str, roots)) or "none was given"
         raise StudioError(f"{path!s:.200} is outside of the folders that the studio was started with ({where})")
     return resolved
 
@@ -122,9 +122,9 @@ def _has_images(path: Path) -> bool:
 
 
 def _walk(roots: Iterable[Path], matches: Callable[[Path], bool], roots_too: bool = False) -> list[Path]:
-    """What is wanted below the roots, by name.
+    """All matching paths below the roots, sorted.
 
-    Hidden entries, links that lead out, saved states and what models and PEFT adapters consist of are left alone.
+    Skipped are hidden entries, links to the outside, saved states, and the content of model and PEFT folders.
     """
     paths: dict[Path, Path] = {}
     for root in roots:
@@ -147,6 +147,6 @@ def _walk(roots: Iterable[Path], matches: Callable[[Path], bool], roots_too: boo
 def _entries(folder: Path) -> list[Path]:
     try:
         entries = sorted(folder.iterdir())
-    except OSError:  # a folder that may not be read
+    except OSError:  # an unreadable folder
         return []
     return [path for path in entries if not path.name.startswith(".") and not path.name.endswith("-state")]

@@ -1,4 +1,4 @@
-"""The presets of `lora-adapters init` as values of the page's fields, and as options where it has no field."""
+"""Translates the presets of `lora-adapters init` into values of the page's fields, and options without a field."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from lora_adapters.convert.errors import OneLineError
 from lora_adapters.train.preparing.presets import Choice, Preset, named, presets
 from lora_adapters.train.studio.paths import StudioError
 
-# An option -> the field of the page that it is, and an option of the dataset likewise.
+# Training or dataset option -> field of the page.
 _FIELDS = {
     "network_dim": "rank",
     "network_alpha": "alpha",
@@ -32,7 +32,7 @@ def choices() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def values(machine: str, purpose: str) -> dict[str, Any]:
-    """What the page's fields become; fields that the presets say nothing of are not in it."""
+    """Field -> value for the fields that the presets set."""
     fields: dict[str, Any] = {}
     for name, choice in _choices(machine, purpose):
         if name == "network_module":
@@ -48,7 +48,7 @@ def values(machine: str, purpose: str) -> dict[str, Any]:
 
 
 def words(machine: str, purpose: str) -> list[str]:
-    """The options of the presets that the page has no field for."""
+    """Command-line options for the presets' options without a field on the page."""
     options = {}
     for name, choice in _choices(machine, purpose):
         if name not in _FIELDS and name not in ("network_module", "network_args"):
@@ -57,12 +57,12 @@ def words(machine: str, purpose: str) -> list[str]:
 
 
 def reasons(machine: str, purpose: str) -> list[tuple[str, str, str, str]]:
-    """(option, value, why, source) of everything that the presets say."""
+    """(option, value, reason, source) of all options of the presets."""
     return [(name, str(choice.value), choice.why, choice.source) for name, choice in _choices(machine, purpose)]
 
 
 def _choices(machine: str, purpose: str) -> Iterator[tuple[str, Choice]]:
-    """The choices of both presets, the machine's first; an empty name is no preset."""
+    """The choices of both presets, the machine's first; an empty name means no preset."""
     for name in filter(None, (machine, purpose)):
         try:
             preset: Preset = named(name)

@@ -16,7 +16,7 @@ from lora_adapters.train.studio.paths import Folders, StudioError
 
 
 def parser() -> Parser:
-    """The options."""
+    """The parser of the options."""
     made = Parser(
         prog="studio",
         description="Open a page in the browser to compare, inspect, train and convert adapters.",
@@ -26,7 +26,7 @@ def parser() -> Parser:
     made.add_argument("--adapters", nargs="+", metavar="FOLDER", help="folders of adapters to choose from")
     made.add_argument("--images", nargs="+", action="extend", metavar="FOLDER", help="folders of training images, "
                       "whose captions can be edited")  # fmt: skip
-    made.add_argument("--pictures", nargs="+", action="extend", dest="images", help=SUPPRESS)  # its former name
+    made.add_argument("--pictures", nargs="+", action="extend", dest="images", help=SUPPRESS)  # former name
     made.add_argument("--output", default="studio", metavar="FOLDER", help="folder for everything that is created")
     made.add_argument(
         "--model_config", help="Diffusers folder or Hub id with the configs and tokenizers for a checkpoint file"
@@ -47,7 +47,7 @@ def parser() -> Parser:
 
 
 def folders(args: Any) -> Folders:
-    """The folders of the options. UsageError if one is missing."""
+    """The folders given by the options. UsageError if one does not exist."""
     for flag in ("adapters", "images"):
         for name in getattr(args, flag) or ():
             if not Path(name).expanduser().is_dir():
@@ -66,7 +66,7 @@ def folders(args: Any) -> Folders:
 
 
 def model_words(args: Any) -> list[str]:
-    """The options of `lora-adapters generate` about the model."""
+    """The options of `lora-adapters generate` that select the model."""
     words = [f"--ckpt={args.model}"]
     words += [f"--model_config={args.model_config}"] if args.model_config else []
     words += [f"--offload={args.offload}"] if args.offload else []
@@ -74,13 +74,13 @@ def model_words(args: Any) -> list[str]:
 
 
 def program(argv: Sequence[str] | None) -> None:
-    """The program's body."""
+    """Parse the options and serve the page until Ctrl-C."""
     args = parser().parse_args(argv)
     if args.fp16 and args.bf16:
         raise UsageError("give one of --fp16 and --bf16")
     word, made = password(args), folders(args)
     claim(made.private / "studio.json")
-    os.environ["GRADIO_TEMP_DIR"] = str(made.private / "page")  # read by gradio while it builds the page
+    os.environ["GRADIO_TEMP_DIR"] = str(made.private / "page")  # gradio reads it when the page is built
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio as gr
@@ -90,14 +90,14 @@ def program(argv: Sequence[str] | None) -> None:
     from lora_adapters.train.studio.page import CSS
 
     page = build(made, model_words(args))
-    theme = gr.themes.Default(  # without fonts from the net
+    theme = gr.themes.Default(  # without fonts from the internet
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
     try:
         _, address, public = page.launch(theme=theme, css=CSS, **launch_options(args, word, made.output))
     except OSError as error:
         raise StudioError(f"the page cannot be opened: {error}") from None
-    print(f"The studio is at {public or address} (Ctrl-C ends it; a job that runs goes on)", flush=True)
+    print(f"The studio is at {public or address} (Ctrl-C stops it; a running job continues)", flush=True)
     try:
         page.block_thread()
     except KeyboardInterrupt:

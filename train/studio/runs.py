@@ -1,4 +1,4 @@
-"""Trainings: the settings of the page as `lora-adapters train`, and what a run's folder says of how it goes."""
+"""Training runs: command lines of `lora-adapters train` from the page's settings, and progress from a run's folder."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from lora_adapters.train.studio.paths import Folders, StudioError
 TYPES = {"LoRA": "lierla", "LoRA-C3Lier": "c3lier", "DyLoRA": "dylora", "LoHa": "loha", "LoKr": "lokr"}
 PRECISIONS = ("no", "fp16", "bf16")
 LOG, SETTINGS, DATASET, PROMPTS = "log.txt", "run.json", "dataset.toml", "prompts.txt"
-_FORMER_NAMES = {"pictures": "images"}  # of settings, in the files of older runs
+_FORMER_NAMES = {"pictures": "images"}  # renamed settings in files of older runs
 _STEP = re.compile(r"training:[^|\r\n]*\|[^|\r\n]*\|\s*(\d+)/\d+ \[[^\]\r\n]*\bloss=([\d.]+)")
 _HELD_OUT = re.compile(r"step (\d+): held-out loss (.+)")
 _VALUE = re.compile(r"(\w+) ([\d.]+)")
@@ -25,8 +25,8 @@ _VALUE = re.compile(r"(\w+) ([\d.]+)")
 class Recipe:
     """The settings of a training.
 
-    images: their folder. resolution: in pixels. save_every, sample_every: steps, 0 for never. machine, purpose:
-    names of presets, whose options without a field here are given to the trainer, too; empty for none.
+    images: the folder of images. resolution: in pixels. save_every, sample_every: in steps; 0 means never. machine,
+    purpose: names of presets, whose options without a field here are also passed to the trainer; empty for none.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
-            raise StudioError(f"{self.type!r:.40} is not a type of adapter: {', '.join(TYPES)} are")
+            raise StudioError(f"{self.type!r:.40} is not an adapter type; choose one of {', '.join(TYPES)}")
         if self.precision not in PRECISIONS:
-            raise StudioError(f"{self.precision!r:.40} is not a precision: {', '.join(PRECISIONS)} are")
+            raise StudioError(f"{self.precision!r:.40} is not a precision; choose one of {', '.join(PRECISIONS)}")
         if not self.name.strip():
             raise StudioError("give the adapter a name")
 
@@ -72,7 +72,7 @@ class Recipe:
         return [*words, "--network_args", *args] if args else words
 
     def words(self, model: str, run: Path) -> list[str]:
-        """The words of `lora-adapters train`; run is its folder, with dataset.toml and prompts.txt in it."""
+        """The arguments of `lora-adapters train`. run: the run's folder with dataset.toml and prompts.txt."""
         words = [
             "train",
             f"--pretrained_model_name_or_path={model}",
@@ -96,7 +96,7 @@ class Recipe:
         return words
 
     def dataset(self) -> str:
-        """dataset.toml."""
+        """The text of dataset.toml."""
         folder = Path(self.images)
         low = min(256, self.resolution)
         return "\n".join(
@@ -123,7 +123,7 @@ class Recipe:
 
 
 def write(recipe: Recipe, run: Path) -> None:
-    """Write what the training reads, and the settings, into the run's folder."""
+    """Write the input files of the training and the settings into the run's folder."""
     run.mkdir(parents=True, exist_ok=True)
     texts = {DATASET: recipe.dataset(), PROMPTS: recipe.prompts.strip() + "\n", SETTINGS: json.dumps(asdict(recipe))}
     for name, text in texts.items():
@@ -132,7 +132,7 @@ def write(recipe: Recipe, run: Path) -> None:
 
 
 def prepared(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
-    """The words and the folder of a new run, written. StudioError if the name is taken."""
+    """Write a new run's folder. Returns its arguments and folder. StudioError if the name is taken."""
     folders.image_folder(recipe.images)
     run = folders.new(recipe.name)
     write(recipe, run)
@@ -140,7 +140,7 @@ def prepared(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
 
 
 def dry(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
-    """The same for a dry run, which makes no run's folder."""
+    """Like `prepared`, for a dry run, which uses a private folder."""
     folders.image_folder(recipe.images)
     run = folders.private / "dry-run"
     write(recipe, run)
@@ -148,14 +148,14 @@ def dry(recipe: Recipe, folders: Folders) -> tuple[list[str], Path]:
 
 
 def resumed(name: str, steps: int, folders: Folders) -> tuple[list[str], Path]:
-    """The words that go on with a run up to so many steps. StudioError if it has no saved state."""
+    """The arguments and folder to resume a run up to `steps`. StudioError if it has no saved state."""
     run = run_folder(name, folders)
     recipe = replace(load(run), steps=steps)
     state = newest_state(run)
     if state is None:
         raise StudioError(f"{name} has no saved state to resume from")
     if state[0] >= steps:
-        raise StudioError(f"{name} has made {state[0]} steps: give more than {state[0]} to resume")
+        raise StudioError(f"{name} has already trained {state[0]} steps: give more than {state[0]} to resume")
     write(recipe, run)
     return [*recipe.words(folders.model, run), f"--resume={state[1]}"], run
 
@@ -168,38 +168,38 @@ def load(run: Path) -> Recipe:
         known = {field.name for field in fields(Recipe)}
         return Recipe(**{key: value for key, value in entries.items() if key in known})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise StudioError(f"{run} has no settings of a run ({error})") from None
+        raise StudioError(f"{run} has no readable settings of a run ({error})") from None
 
 
-# --- what runs say ---------------------------------------------------------------------------------------------------
+# --- existing runs ---------------------------------------------------------------------------------------------------
 
 
 def runs(folders: Folders) -> list[str]:
-    """The names of all runs, the newest first."""
+    """The names of all runs, newest first."""
     folders_of_runs = [path.parent for path in folders.output.glob(f"*/{SETTINGS}")]
     return [path.name for path in sorted(folders_of_runs, key=lambda path: -(path / SETTINGS).stat().st_mtime)]
 
 
 def run_folder(name: str, folders: Folders) -> Path:
-    """The folder of a run. StudioError if there is none of that name."""
+    """The folder of a run. StudioError if there is no run with this name."""
     if name not in runs(folders):
         raise StudioError(f"there is no run {name!r:.80}")
     return folders.output / name
 
 
 def newest_state(run: Path) -> tuple[int, Path] | None:
-    """(steps made, folder) of the state that goes furthest; None without any."""
+    """(steps, folder) of the saved state with the most steps; None without a state."""
     states: list[tuple[int, Path]] = []
     for file in run.glob("*-state/train_state.json"):
         try:
             states.append((int(json.loads(file.read_text(encoding="utf-8"))["current_step"]), file.parent))
-        except (OSError, ValueError, KeyError, TypeError):  # one that is being written, or is damaged
+        except (OSError, ValueError, KeyError, TypeError):  # a state that is being written or is damaged
             continue
     return max(states, default=None)
 
 
 def log_of(run: Path) -> str:
-    """All that the run has printed."""
+    """The output of a run."""
     try:
         return (run / LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -211,11 +211,11 @@ def losses(log: str, most: int = 400) -> list[tuple[int, float, str]]:
 
     Args:
         log: The output of the training so far.
-        most: The largest number of training losses; if there are more, every n-th is taken.
+        most: The maximum number of training losses; if there are more, every n-th is used.
 
     Returns:
-        (step, loss, name): the mean training loss that the progress bar shows, and held-out losses. If a step was
-        repeated after a stop, its last loss counts.
+        (step, loss, name): the mean training losses from the progress bar, and held-out losses. If a step was repeated
+        after a stop, its last loss is used.
     """
     training = {int(step): float(loss) for step, loss in _STEP.findall(log)}
     steps = sorted(training)
@@ -236,18 +236,18 @@ def _held_out_name(name: str) -> str:
 
 
 def samples(run: Path) -> list[Path]:
-    """The sample images of a run, the newest first."""
+    """The sample images of a run, newest first."""
     return sorted((run / "sample").glob("*.png"), key=lambda path: -path.stat().st_mtime)
 
 
 def report(run: Path) -> Path | None:
-    """The page that a run has written beside its adapter, the newest; None before it has."""
+    """The newest HTML report of a run; None if there is none yet."""
     pages = (path for path in run.glob("*-report.html") if not path.is_symlink())
     return max(pages, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def recipe_of(values: dict[str, Any], names: Sequence[str]) -> Recipe:
-    """A recipe from what a page's fields hold: numbers that a page leaves empty are an error in one line."""
+    """Build a recipe from the values of the page's fields. StudioError for empty or fractional numbers."""
     kinds = {field.name: field.type for field in fields(Recipe)}
     read: dict[str, Any] = {}
     for name in names:

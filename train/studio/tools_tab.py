@@ -13,36 +13,36 @@ from lora_adapters.train.studio.paths import Folders
 
 
 class ToolsTab:
-    """The tab's forms, and what their buttons do."""
+    """The tab's forms and their events."""
 
     def __init__(self, folders: Folders, jobs: Jobs, lists: Lists):
         self._folders, self._jobs, self._lists = folders, jobs, lists
 
     def build(self) -> None:
-        """Put the forms into the tab that is open, and connect them."""
-        gr.Markdown("Results go into the folder of `--output`. Progress and output of a tool are shown at the top.")
+        """Add the forms to the current tab, and connect their events."""
+        gr.Markdown("Results are written to the `--output` folder. A tool's progress and output are shown at the top.")
         with gr.Tab("Merge"):
-            gr.Markdown("Adapters into one, exactly: the ranks add up. Or into the model.")
+            gr.Markdown("Merges adapters exactly into one, whose rank is the sum of their ranks, or into the model.")
             with gr.Row():
                 fields = [self._adapters(True, "merge"), _weights("merge"), gr.Checkbox(False, label="into the model")]
             self._end("merge", tools.merge, fields)
         with gr.Tab("SVD merge"):
-            gr.Markdown("Adapters into one of a rank: the best approximation of their sum.")
+            gr.Markdown("Merges adapters into one of a given rank: the best approximation of their sum.")
             with gr.Row():
                 fields = [self._adapters(True, "svd-merge"), _weights("svd-merge"), _rank(), _conv_rank()]
             self._end("svd-merge", tools.svd_merge, fields)
         with gr.Tab("Extract"):
-            gr.Markdown("What another model has in place of the studio's, as an adapter.")
+            gr.Markdown("Saves the difference between another model and the studio's model as an adapter.")
             with gr.Row():
                 fields = [self._models(), _rank(), _conv_rank("empty: left out"), _error()]
             self._end("extract", tools.extract, fields)
         with gr.Tab("Resize"):
-            gr.Markdown("An adapter of a smaller rank: the best approximation.")
+            gr.Markdown("Reduces the rank of an adapter: the best approximation.")
             with gr.Row():
                 fields = [self._adapters(False, "resize"), _rank(), _conv_rank(), _error()]
             self._end("resize", tools.resize, fields)
         with gr.Tab("Convert"):
-            gr.Markdown("An adapter in another format; with a rank, LoHa, LoKr, DoRA and others become low-rank pairs.")
+            gr.Markdown("Converts an adapter's format. With a rank, LoHa, LoKr, DoRA and others become low-rank pairs.")
             with gr.Row():
                 fields = [
                     self._adapters(False, "convert"),
@@ -52,7 +52,7 @@ class ToolsTab:
             self._end("convert", tools.convert, fields)
 
     def _end(self, tool: str, words: Callable[..., list[str]], fields: list[Any]) -> None:
-        """The end of a form: the result's name, its precision, and the button."""
+        """The last fields of a form: the result's name, its precision, and the button."""
         with gr.Row():
             name = gr.Textbox(label="name of the result", elem_id=f"{tool}-into-name", scale=2)
             precision = gr.Dropdown(list(tools.PRECISIONS), value=tools.OWN, label="precision")
@@ -81,7 +81,7 @@ class ToolsTab:
 
 
 def _weights(tool: str) -> Any:
-    info = "with commas between them; empty: 1 each"
+    info = "comma-separated; empty: 1 each"
     return gr.Textbox(label="weights", info=info, placeholder="0.8, 0.5", elem_id=f"{tool}-weights", scale=2)
 
 
@@ -94,4 +94,4 @@ def _conv_rank(info: str = "empty: the same") -> Any:
 
 
 def _error() -> Any:
-    return gr.Number(None, label="relative error", minimum=0, maximum=1, info="empty: the rank alone")
+    return gr.Number(None, label="relative error", minimum=0, maximum=1, info="empty: use only the rank")

@@ -1,4 +1,4 @@
-"""The tab Train: images and captions, settings, and the run as it goes."""
+"""The tab Train: images and captions, settings, and the progress of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ _NAMES = (
 
 
 class TrainTab:
-    """The tab's fields, and what its buttons do."""
+    """The tab's fields and their events."""
 
     def __init__(self, folders: Folders, jobs: Jobs, lists: Lists):
         self._folders, self._jobs, self._lists = folders, jobs, lists
         self.fields: dict[str, Any] = {}
 
     def build(self) -> None:
-        """Put the fields into the tab that is open, and connect them."""
+        """Add the fields to the current tab, and connect their events."""
         with gr.Row():
             with gr.Column(scale=5, min_width=380):
                 self._images()
@@ -47,7 +47,7 @@ class TrainTab:
             label="Images: choose one to edit its caption", columns=5, height=330, object_fit="contain",
             allow_preview=False, interactive=False, elem_id="gallery",
         )  # fmt: skip
-        self.listed = gr.State([])  # the names of what the gallery shows
+        self.listed = gr.State([])  # the names of the gallery's images
         self.image = gr.State(None)
         self.caption = gr.Textbox(label="Caption", lines=3, elem_id="caption")
         self.save = gr.Button("Save caption", elem_id="save-caption")
@@ -58,13 +58,13 @@ class TrainTab:
         with gr.Row():
             for name, listed, label in (("machine", machines, "the machine"), ("purpose", purposes, "what is learned")):
                 new[name] = gr.Dropdown([("-", ""), *listed], value="", label=f"Preset for {label}", elem_id=name)
-        with gr.Accordion("What the presets say, and why", open=False):
+        with gr.Accordion("Options of the presets, with reasons", open=False):
             self.reasons = gr.Dataframe(headers=["option", "value", "why", "source"], datatype="str", wrap=True,
                                         interactive=False, show_label=False, elem_id="reasons")  # fmt: skip
         with gr.Row():
             new["name"] = gr.Textbox(label="Name of the adapter", elem_id="run-name")
             new["type"] = gr.Dropdown(list(runs.TYPES), value="LoRA", label="Type", elem_id="type")
-            new["class_tokens"] = gr.Textbox(label="Caption where there is none")
+            new["class_tokens"] = gr.Textbox(label="Caption for images without one")
         with gr.Row():
             new["rank"] = gr.Number(16, label="Rank", precision=0, minimum=1, elem_id="rank")
             new["alpha"] = gr.Number(16, label="Alpha", minimum=0)
@@ -90,7 +90,7 @@ class TrainTab:
             new["sample_every"] = gr.Number(0, label="Samples every", precision=0, minimum=0, info="steps; 0: never",
                                             elem_id="sample-every")  # fmt: skip
             new["prompts"] = gr.Textbox(label="Prompts of samples", lines=2, scale=3, elem_id="sample-prompts",
-                                        info="a line each, with --w --h --s --l --d --n behind it")  # fmt: skip
+                                        info="one per line, optionally with --w --h --s --l --d --n")  # fmt: skip
         with gr.Row():
             self.dry = gr.Button("Dry run", elem_id="dry-run")
             self.start = gr.Button("Start", variant="primary", elem_id="start")
@@ -101,16 +101,16 @@ class TrainTab:
             self.shown_run = gr.Dropdown([], label="Run", elem_id="run", scale=3)
             with gr.Column(scale=1, min_width=200):
                 self.resume = gr.Button("Resume, to the steps above", elem_id="resume", size="md")
-                self.take = gr.Button("Take its settings", size="md")
+                self.take = gr.Button("Load its settings", size="md")
         with gr.Row():
             self.losses = gr.LinePlot(
                 None, x="step", y="loss", color="which", title="Loss (training: mean over the last epoch)",
                 height=300, elem_id="losses",
             )  # fmt: skip
-            self.samples = gr.Gallery(label="Samples, the newest first", columns=2, height=300, interactive=False,
+            self.samples = gr.Gallery(label="Samples, newest first", columns=2, height=300, interactive=False,
                                       object_fit="contain", elem_id="samples")  # fmt: skip
-        with gr.Accordion("Report of the run: charts, samples, data, settings, what to do next", open=False):
-            self.report = gr.HTML("There is none yet: it is written at each save.", elem_id="report")
+        with gr.Accordion("Report of the run: charts, samples, data, settings, next steps", open=False):
+            self.report = gr.HTML("There is no report yet: it is written at each save.", elem_id="report")
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -131,12 +131,12 @@ class TrainTab:
         self.take.click(shown(self._take), self.shown_run, fields)
 
     def names(self) -> Any:
-        """The runs that there are, the newest chosen."""
+        """The dropdown of runs, with the newest selected."""
         names = runs.runs(self._folders)
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
     def restore(self, page: Any) -> None:
-        """When the page is opened: the newest run, and its settings."""
+        """Show the newest run and its settings when the page is opened."""
         page.load(self.names, None, self.shown_run, show_progress="hidden").then(
             lambda name: self._take(name) if name else [gr.skip()] * len(_NAMES),
             self.shown_run,
@@ -145,7 +145,7 @@ class TrainTab:
         )
 
     def follow(self, timer: Any) -> None:
-        """Show the run as it is now, and whenever the timer ticks."""
+        """Update the shown run whenever the timer ticks."""
         last = gr.State(None)
         timer.tick(self._now, [self.shown_run, last], [self.losses, self.samples, self.report, last],
                    show_progress="hidden", concurrency_limit=None)  # fmt: skip
@@ -197,7 +197,7 @@ class TrainTab:
         return runs.recipe_of(entries, _NAMES)
 
     def _preset(self, machine: str, purpose: str) -> list[Any]:
-        """What the presets say, and the fields that they fill."""
+        """The table of the presets' options, and the values of the fields that they set."""
         rows = [list(row) for row in presets.reasons(machine, purpose)] or [[""] * 4]
         filled = presets.values(machine, purpose)
         return [rows, *(filled.get(name, gr.skip()) for name in _NAMES)]
@@ -209,7 +209,7 @@ class TrainTab:
 
     def _start(self, *values: Any) -> Any:
         recipe = self._recipe(values)
-        with self._jobs.reserved(f"training {recipe.name}"):  # so that no folder is made for a run that cannot start
+        with self._jobs.reserved(f"training {recipe.name}"):  # no folder is created for a run that cannot start
             words, run = runs.prepared(recipe, self._folders)
         self._jobs.start(f"training {recipe.name}", words, run / runs.LOG)
         return self.names()

@@ -1,14 +1,15 @@
-"""An estimate of the memory that a step's activations need, from a forward pass of shapes alone.
+"""Estimates the activation memory of a training step with a forward pass on the meta device.
 
-The denoiser runs on PyTorch's meta device, where tensors have shapes and no data, and what autograd keeps for the
-backward pass is counted, each storage once. Assumed are:
+On PyTorch's meta device tensors have shapes but no data. The bytes that autograd saves for the backward pass are
+counted, each storage once. Assumptions:
 
-- attention keeps queries, keys, values, its output and a number for each query (as the fused kernels do, which
-  scaled_dot_product_attention takes on GPUs);
-- under mixed precision, linear layers and convolutions compute in it, and normalisation in fp32 (autocast's rules);
-- with gradient checkpointing, each block's inputs are kept, and of one block all that it computes.
+- attention saves queries, keys, values, its output and one number per query, as the fused kernels of
+  scaled_dot_product_attention do on GPUs;
+- under mixed precision, linear layers and convolutions run in the lower precision and normalisation in fp32
+  (autocast's rules);
+- with gradient checkpointing, the inputs of every block are saved, and all activations of the largest block.
 
-Workspaces of kernels, gradients on their way, fragmentation and the driver's own memory come on top.
+Not included: kernel workspaces, gradients of activations, fragmentation and the driver's own memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ def largest_batch(run: Run) -> tuple[int, tuple[int, int]]:
 
 
 def activation_bytes(run: Run) -> int:
-    """Bytes that autograd keeps in a step on the largest batch; see the module for what is assumed."""
+    """Bytes that autograd saves in a step on the largest batch; the module's docstring lists the assumptions."""
     count, (width, height) = largest_batch(run)
     batch = next(run.data.batches(0))
     dtype = weight_type(run.settings.mixed_precision)
@@ -65,7 +66,7 @@ def activation_bytes(run: Run) -> int:
 
 
 class _Tally:
-    """Counts the bytes of what autograd keeps, each storage once, without those in `known`."""
+    """Counts the bytes that autograd saves, each storage once, except the storages in `known`."""
 
     def __init__(self, known: set[int]):
         self.seen, self.kept, self.bytes = set(known), list[torch.UntypedStorage](), 0
@@ -74,7 +75,7 @@ class _Tally:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
-            self.kept.append(storage)  # else another may get its number
+            self.kept.append(storage)  # keeps it alive: otherwise a new storage could get the same address
             self.bytes += storage.nbytes()
         return tensor
 
@@ -83,7 +84,7 @@ class _Tally:
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused attention kernel keeps; nothing is computed."""
+    """Saves the tensors that a fused attention kernel saves, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _OnAGpu(TorchFunctionMode):
-    """Attention as the fused kernels do it, and autocast's rules where there is a lower precision."""
+    """Replaces attention by `_Attention`, and applies autocast's dtype rules if `dtype` is not fp32."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -116,7 +117,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _meta(tensor: torch.Tensor | None, count: int, with_gradient: bool) -> Any:
-    """A tensor of the shape for `count` images, without data; None stays None."""
+    """An empty meta tensor with the shape of `tensor`, but batch size `count`; None stays None."""
     if tensor is None:
         return None
     made = torch.empty((count, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
@@ -124,7 +125,7 @@ def _meta(tensor: torch.Tensor | None, count: int, with_gradient: bool) -> Any:
 
 
 def _text(run: Run, dtype: torch.dtype) -> tuple[Encoded, int]:
-    """The text encoders' output for one caption, and what autograd keeps of it: these are small enough to run."""
+    """The text encoders' output for one caption, and the bytes that autograd saves; they are small enough to run."""
     tokens = run.models.tokenize(["a"], run.loss.options.chunks, False)
     tally = _Tally({parameter.untyped_storage()._cdata for parameter in run.plain.parameters()})
     with tally.hooks(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -154,7 +155,7 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _counted_checkpoints(model: Any, outer: _Tally) -> Iterator[list[int]]:
-    """Within it, checkpointed blocks count their inputs in `outer`; what each computes is in the list.
+    """A context in which checkpointed blocks add their inputs to `outer`; yields the list of bytes saved in each block.
 
     Diffusers' models call `_gradient_checkpointing_func(block, *inputs)` where checkpointing is on.
     """

@@ -1,4 +1,4 @@
-"""The network options put on the models: which adapter, on which of them, and from which weights."""
+"""Puts the adapter on the models: its type, the trained components and the initial weights, as the options say."""
 
 import copy
 import logging
@@ -45,7 +45,7 @@ _SAME_OPTIONS = "the same network options, or --dim_from_weights"
 
 
 def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
-    """What --network_module, --network_dim, --network_alpha and --network_args ask for, on a model of `family`."""
+    """Parse --network_module, --network_dim, --network_alpha and --network_args for a base model of `family`."""
     if not settings.network_module:
         raise OptionError("--network_module is missing: networks.lora, networks.dylora, networks.loha, ...")
     args = translated(key_values(settings.network_args, "network_args"), family)
@@ -54,7 +54,7 @@ def options(settings: Settings, family: TrainingFamily) -> NetworkOptions:
     args = training_args(settings.network_module, asked)
     defaulted = "rate_power" in args and "rate_power" not in asked
     if defaulted and averages_weights(optimizer_class(optimizer_name(settings))[0]):
-        del args["rate_power"]  # a default that `scale_component_rates` refuses with such an optimizer
+        del args["rate_power"]  # `scale_component_rates` refuses this default with optimizers that average weights
     return network_options(settings.network_module, settings.network_dim, settings.network_alpha, args, family.name)
 
 
@@ -76,7 +76,7 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
         raise OptionError("--dim_from_weights needs --network_weights")
     weights, multipliers = settings.base_weights or [], settings.base_weights_multiplier or []
     if multipliers and len(multipliers) > len(weights):
-        raise OptionError(f"{len(multipliers)} of --base_weights_multiplier for {len(weights)} of --base_weights")
+        raise OptionError(f"--base_weights_multiplier has {len(multipliers)} values for {len(weights)} --base_weights")
     if settings.network_dropout is not None and not 0 <= settings.network_dropout < 1:
         raise OptionError(f"--network_dropout must be at least 0 and below 1, not {settings.network_dropout}")
     if settings.scale_weight_norms is not None and settings.scale_weight_norms < 0:
@@ -94,7 +94,7 @@ def check_network(settings: Settings, family: TrainingFamily | None) -> None:
 
 
 def warn_without_effect(settings: Settings, family: TrainingFamily) -> None:
-    """A warning for each of network_args that changes nothing on a base model of `family`."""
+    """Warn of each of --network_args that has no effect on a base model of `family`."""
     args = translated(key_values(settings.network_args, "network_args"), family)
     for name, reason in without_effect(settings.network_module or "", args).items():
         log.warning("--network_args %s is ignored: %s", name, reason)
@@ -108,7 +108,7 @@ def trained_components(settings: Settings, models: BaseModels) -> dict[str, Any]
         models: The base model.
 
     Returns:
-        Models by the name of their component in a pipeline, without those of which no module is covered.
+        Models by their component name in a pipeline, except models without a matching module.
 
     Raises:
         TrainingError: No module is left to train.
@@ -149,7 +149,7 @@ def _has_modules(model: Any, config: AdapterConfig) -> bool:
 
 
 def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None:
-    """Put the adapter on the models, its weights in fp32 (bf16 with --full_bf16), from --network_weights if given."""
+    """Put the adapter on the models, in fp32 (bf16 with --full_bf16), with the weights of --network_weights if any."""
     asked = options(settings, models.family)
     source = settings.network_weights or ""
     start = load_source(settings, "network_weights", source) if source else None
@@ -173,19 +173,19 @@ def add(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> None
 
 
 def check_low_precision(settings: Settings, trained: dict[str, Any]) -> None:
-    """Raise OptionError for --fp8_base or --quantize_base with changes that are computed from the base weights."""
+    """Raise OptionError for --fp8_base or --quantize_base with adapter types that may read the base weights."""
     if not (settings.fp8_base or settings.fp8_base_unet or settings.quantize_base):
         return
     option = "--quantize_base" if settings.quantize_base else "--fp8_base"
     if any(held(layer, ADAPTER) is not None for layer in lora_layers(trained).values()):
         raise OptionError(
-            f"{option} goes with LoRA, C3Lier and DyLoRA: other kinds may read the base weights; "
-            "give --mixed_precision bf16 instead"
+            f"{option} works with LoRA, C3Lier and DyLoRA only: other types may read the base weights; "
+            "use --mixed_precision bf16 instead"
         )
 
 
 def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
-    """The trained modules by name; names keep the `text_model.` that transformers may leave out."""
+    """The trained modules by name; names include `text_model.`, which some versions of transformers leave out."""
     layers = {}
     for component, model in trained.items():
         for path, module in model.named_modules():
@@ -195,18 +195,18 @@ def lora_layers(trained: dict[str, Any]) -> dict[ModuleName, Any]:
 
 
 def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
-    """Start from the changes of a saved adapter. Modules that only one of the two sides has are left unchanged.
+    """Initialise the trained modules from a saved adapter. Modules that only one of the two has are skipped.
 
-    If alpha / rank of the file differs from the trained one, `up` is multiplied by the ratio, so that training starts
-    from the change that the file describes.
+    If alpha / rank in the file differs from the trained adapter's, `up` is multiplied by the ratio, so that training
+    starts from the delta in the file.
 
     Args:
         trained: The trained models, by component.
         start: The saved adapter.
-        source: Its name, for messages.
+        source: Where `start` was loaded from, for error messages.
 
     Raises:
-        TrainingError: Kinds or ranks differ, or the file has none of the trained modules.
+        TrainingError: The kinds of delta or the ranks differ, or the file has none of the trained modules.
     """
     layers = lora_layers(trained)
     used = 0
@@ -236,25 +236,25 @@ def load_start(trained: dict[str, Any], start: Adapter, source: str) -> None:
     if not used:
         raise TrainingError(f"--network_weights {source} has none of the modules that are trained")
     if used < len(start.modules) or used < len(layers):
-        log.warning("%s: %d of its %d modules start %d of the %d that are trained", source, used, len(start.modules),
-                    used, len(layers))  # fmt: skip
+        log.warning("%s: %d of its %d modules initialise %d of the %d trained modules", source, used,
+                    len(start.modules), used, len(layers))  # fmt: skip
 
 
 def _start_from(weights: DeltaWeights, change: Delta, where: str) -> None:
-    """Make a module's change that of a file, which has to be of the same kind and sizes.
+    """Replace a module's delta by the file's, which must have the same kind and shapes.
 
-    Its alpha may be another: the file's is what training goes on with.
+    The alpha may differ: training uses the file's.
     """
     with_scalar = weights.change
     if isinstance(getattr(with_scalar, "change", None), WithScalar) or isinstance(with_scalar, WithScalar):
-        raise TrainingError(f"{where} cannot be started from with use_scalar, which files do not hold; leave it out")
+        raise TrainingError(f"{where} cannot be loaded with use_scalar: files have no scalar; leave use_scalar out")
     if not weights.is_like(change):
-        raise TrainingError(f"{where} has {with_article(change.kind)} of other sizes or kind; give {_SAME_OPTIONS}")
+        raise TrainingError(f"{where} has {with_article(change.kind)} of another kind or shape; give {_SAME_OPTIONS}")
     weights.replace(change)
 
 
 def load_source(settings: Settings, name: str, source: str) -> Adapter:
-    """The adapter that option `name` names: a file, a PEFT folder or a repository on the Hub. TrainingError if none."""
+    """Load the value of option `name`: a file, a PEFT folder or a Hub repository. TrainingError if it is unreadable."""
     try:
         return Adapter.load(locate(source, token=settings.huggingface_token))
     except AdapterError as error:
@@ -263,7 +263,7 @@ def load_source(settings: Settings, name: str, source: str) -> Adapter:
 
 
 def check_sources(settings: Settings) -> None:
-    """Raise TrainingError where --network_weights or --base_weights cannot be read; repositories are downloaded."""
+    """Raise TrainingError if --network_weights or --base_weights cannot be read; repositories are downloaded."""
     for name, sources in (("network_weights", [settings.network_weights]), ("base_weights", settings.base_weights)):
         for source in sources or []:
             if source:
@@ -271,7 +271,7 @@ def check_sources(settings: Settings) -> None:
 
 
 def merge_base_weights(settings: Settings, models: BaseModels) -> None:
-    """Add the changes of --base_weights, each times its multiplier (1 where there is none), to the base model."""
+    """Merge --base_weights into the base model, each times its multiplier (1 if there is none)."""
     multipliers = list(settings.base_weights_multiplier or [])
     for number, source in enumerate(settings.base_weights or []):
         weight = multipliers[number] if number < len(multipliers) else 1.0
@@ -279,11 +279,11 @@ def merge_base_weights(settings: Settings, models: BaseModels) -> None:
 
 
 def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameter groups with params, lr and name. TrainingError if nothing is left to train."""
+    """Parameter groups with params, lr and name. TrainingError if there is nothing to train."""
     encoders = list(text_components(trained).values())
     text_rates = settings.text_encoder_lr or []
     if len(text_rates) > max(1, len(encoders)) and len(set(text_rates)) > 1:
-        raise TrainingError(f"{len(text_rates)} of --text_encoder_lr for {len(encoders)} text encoders")
+        raise TrainingError(f"--text_encoder_lr has {len(text_rates)} values for {len(encoders)} text encoders")
     if len(set(text_rates)) == 1:
         text_rates = text_rates[:1]  # kohya's GUI gives SD1.x, which has one text encoder, the same rate twice
     asked = options(settings, models.family)
@@ -305,16 +305,16 @@ def parameter_groups(settings: Settings, models: BaseModels, trained: dict[str, 
 def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | None) -> int:
     """Turn off gradients for adapters of text-encoder layers whose output is not used.
 
-    They are saved unchanged, as kohya's trainer does. With several processes, a parameter that never gets a gradient
-    would make the others wait forever.
+    Their weights are saved unchanged, as kohya's trainer does. With several processes, a trainable parameter that
+    never gets a gradient would make DistributedDataParallel wait forever.
 
     Args:
         trained: The trained models, by component.
         models: The base model.
-        clip_skip: The option --clip_skip; None is the default of the family.
+        clip_skip: The option --clip_skip; None means the family's default.
 
     Returns:
-        The number of modules that are turned off.
+        The number of modules whose gradients were turned off.
     """
     layers = models.family.unread_layers(models.text_encoders, clip_skip)
     unread = {id(part) for layer in layers for part in layer.modules()}
@@ -328,7 +328,7 @@ def freeze_unread(trained: dict[str, Any], models: BaseModels, clip_skip: int | 
 
 
 def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """No gradients for what has a learning rate of 0: it is saved, but not trained."""
+    """Turn off gradients for parameters with a learning rate of 0: they are saved, but not trained."""
     chosen = {id(parameter) for group in groups for parameter in group["params"]}
     for model in trained.values():
         for parameter in model.parameters():
@@ -336,13 +336,13 @@ def freeze_rest(trained: dict[str, Any], groups: list[dict[str, Any]]) -> None:
 
 
 def _facts(settings: Settings, asked: AdapterConfig, start: Adapter) -> dict[str, Any]:
-    """The type's own fields: what --network_args say, and of what they do not say, the file."""
+    """The fields of the adapter type's config: from --network_args, else from the file's metadata."""
     facts = facts_for(asked, start.metadata, key_values(settings.network_args, "network_args"))
-    return {"type": facts["type"]} if isinstance(asked, LycorisConfig) else facts  # the file has the changes
+    return {"type": facts["type"]} if isinstance(asked, LycorisConfig) else facts  # the file has the rest
 
 
 def _place(trained: dict[str, Any], start: Adapter, facts: dict[str, Any], source: str) -> None:
-    """An adapter with the ranks and alphas of a file, of the kind that --network_module says."""
+    """Put on an adapter of the type of --network_module with the ranks, alphas and weights of a file."""
     for component, model in trained.items():
         modules = {name.path: change for name, change in start.modules.items() if name.component == component}
         if modules:

@@ -13,19 +13,19 @@ from lora_adapters.train.options.settings import Settings
 
 
 def check_average(settings: Settings, optimizer: type) -> None:
-    """Raise OptionError if the optimizer, a class, averages weights itself, as schedule-free ones do."""
+    """Raise OptionError for --ema_decay with an optimizer class that averages weights itself (schedule-free)."""
     if settings.ema_decay and averages_weights(optimizer):
-        raise OptionError(f"--ema_decay: {optimizer.__name__} saves and measures its own average of the weights")
+        raise OptionError(f"--ema_decay: {optimizer.__name__} already averages the weights; leave --ema_decay out")
 
 
 class WeightAverage:
-    """The average of weights over the steps: a ← d · a + (1 - d) · w after each, by diffusers' EMAModel.
+    """The moving average of weights: a ← d · a + (1 - d) · w after each step, computed by diffusers' EMAModel.
 
-    It begins with the weights as they are; d rises as (1 + n) / (10 + n) over n steps, up to `decay`. float32, whatever
-    the weights are: in bf16 small differences would be lost.
+    It starts from the present weights. At step n, d is (1 + n) / (10 + n), but at most `decay`. The average is float32
+    for every dtype of the weights: bf16 would lose small differences.
 
     Args:
-        weights: Parameters that are stepped; the same in every process.
+        weights: The trained parameters; the same in every process.
         decay: The largest d, 0 to 1.
     """
 
@@ -34,17 +34,17 @@ class WeightAverage:
         self.restart()
 
     def restart(self) -> None:
-        """Restart from the present weights, as after their components have been sorted."""
+        """Restart from the present weights, for example after the components of a DyLoRA have been sorted."""
         shadows = [torch.nn.Parameter(weight.detach().float()) for weight in self.weights]
         self._model = EMAModel(shadows, decay=self.decay, foreach=True)
 
     def step(self) -> None:
-        """Count in the weights after an optimizer step."""
+        """Update the average after an optimizer step."""
         self._model.step(self.weights)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the weights are the average; afterwards they are bit for bit what they were."""
+        """A context in which the parameters hold the average; afterwards they have exactly their previous values."""
         self._model.store(self.weights)
         self._model.copy_to(self.weights)
         try:
@@ -53,11 +53,11 @@ class WeightAverage:
             self._model.restore(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for `load_state_dict`; it refers to the tensors, without a copy."""
+        """The state for `load_state_dict`; the tensors are not copied."""
         return self._model.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a state, with this average's decay; ValueError if it belongs to other weights."""
+        """Resume from a state, but keep this average's decay. ValueError if the shapes of the weights differ."""
         shapes = [shadow.shape for shadow in state["shadow_params"]]
         if shapes != [weight.shape for weight in self.weights]:
             raise ValueError("the average belongs to other weights")

@@ -1,4 +1,4 @@
-"""What is trained in each block: modules, ranks, alphas and rates, by the names that `lora-adapters info` uses."""
+"""A table of what is trained in each block: modules, ranks, alphas and learning rates. Names as in `info`."""
 
 import sys
 from collections import defaultdict
@@ -17,7 +17,7 @@ from lora_adapters.types.registry import delta_of, parts_of
 
 @dataclass
 class Block:
-    """A text encoder, or a block of the denoiser: what its modules have. place: where it stands in the table."""
+    """A row of the table: a text encoder or a block of the denoiser. `place` is its position in the table."""
 
     place: int = sys.maxsize
 
@@ -44,7 +44,7 @@ def blocks(run: Run) -> dict[str, Block]:
         own = [weight for _, part in parts_of(layer, adapters.ADAPTER) for weight in part.parameters()]
         change = delta_of(layer, adapters.ADAPTER)
         alpha = alpha_in(change)
-        block.place = min(block.place, _place(run, name))  # SDXL's MID is three blocks
+        block.place = min(block.place, _place(run, name))  # SDXL's MID consists of three blocks
         block.modules += 1
         block.parameters += sum(weight.numel() for weight in own)
         if change.rank is not None:
@@ -66,7 +66,7 @@ def table(run: Run) -> list[str]:
 
 
 def _padded(column: int, cell: str, width: int) -> str:
-    """A cell as wide as its column; counts stand to the right."""
+    """Pad a cell to the width of its column; counts are right-aligned."""
     return cell.rjust(width) if column in (1, 2) else cell.ljust(width)
 
 
@@ -83,6 +83,6 @@ def _rate(group: dict[str, Any]) -> str:
 
 def _range(values: Iterable[float]) -> str:
     ordered = sorted(values)
-    if not ordered:  # of kinds of change that have none
+    if not ordered:  # kinds of delta without a rank or alpha
         return "-"
     return f"{ordered[0]:g}" if len(ordered) == 1 else f"{ordered[0]:g} to {ordered[-1]:g}"

@@ -1,4 +1,4 @@
-"""Images and captions that are encoded once, before the training."""
+"""Encodes images and captions once, before training."""
 
 import torch
 from accelerate import Accelerator
@@ -19,16 +19,16 @@ def cache(
     accelerator: Accelerator,
     options: StepOptions,
 ) -> None:
-    """Encode images and captions in advance, if the settings ask for it. Models that are not needed any more leave the
-    device.
+    """Encode images and captions in advance if the settings ask for it, and move models that are no longer needed to
+    the CPU (except with --highvram).
 
     Args:
         settings: The settings of the run.
         models: The base model.
-        denoiser: The denoiser with the text encoders, which are removed from it if captions are encoded.
+        denoiser: The denoiser together with the text encoders, which are removed from it if captions are encoded.
         data: The images.
         accelerator: Accelerate's `Accelerator`.
-        options: The options of a step, of which those about captions are used.
+        options: The options of a step; only those for captions are used.
 
     Raises:
         OptionError: The text encoders are trained, so that their outputs cannot be cached.
@@ -58,7 +58,7 @@ def cache(
             return {name: part.float().cpu() for name, part in models.family.to_cache(encoded, widths).items()}
 
         made, to_disk = "", settings.cache_text_encoder_outputs_to_disk
-        if to_disk:  # reading all weights takes a while, and only files need to tell
+        if to_disk:  # hashing all weights takes a while, and only cache files need the hash
             made = f"{text_identity(models.text_encoders)} clip_skip={settings.clip_skip} chunks={options.chunks}"
             made += " weighted" if options.weighted_captions else ""
         choices = models.choices

@@ -1,4 +1,4 @@
-"""What a run leaves behind: adapter files, states to resume from, and the removal of old ones."""
+"""Names of saved files, states to resume from, and the removal of old saves."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ _PARTS = ("weights", "optimizer", "schedule")
 
 @dataclass
 class Position:
-    """How far a run has come: optimizer steps, whole epochs, and batches (of each process) into the next one."""
+    """The progress of a run: optimizer steps, complete epochs, and batches (per process) of the current epoch."""
 
     step: int = 0
     epoch: int = 0
@@ -60,11 +60,11 @@ def final_name(settings: Settings) -> str:
 
 
 def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
-    """Write a state, whole or not at all: into a folder of another name first, which is then renamed."""
+    """Write a state atomically: into a temporary folder, which is then renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     try:
-        with replacing_folder(folder) as partial:  # a kill during the exchange: see remove_leftovers
+        with replacing_folder(folder) as partial:  # `remove_leftovers` cleans up if the process is killed here
             save_pickle(state, partial / _STATE)
             entries = {"current_epoch": position.epoch, "current_step": position.step, **asdict(position)}
             (partial / _POSITION).write_text(json.dumps(entries, indent=1), encoding="utf-8")
@@ -75,27 +75,27 @@ def save_state(folder: Path, state: dict[str, Any], position: Position) -> None:
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], Position]:
-    """A state that save_state wrote. TrainingError if there is none."""
+    """Load a state that `save_state` wrote. TrainingError if there is none."""
     position = load_position(folder)
     try:
-        # Optimizers keep the tensors: a mapped state could not be deleted or replaced later, on Windows.
+        # Optimizers keep the loaded tensors. On Windows a memory-mapped file could then not be deleted or replaced.
         state = load_plain(folder / _STATE, mapped=not atomic.LOCKING)
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in _PARTS):
-        raise TrainingError(f"--resume {folder}: {_STATE} is not a state of this program")
+        raise TrainingError(f"--resume {folder}: {_STATE} is not a state saved by this program")
     if not all(isinstance(weight, torch.Tensor) for weight in state["weights"].values()):
         raise TrainingError(f"--resume {folder}: {_STATE} has invalid weights")
     return state, position
 
 
 def load_position(folder: Path) -> Position:
-    """Where a state that save_state wrote was saved, and with which seed. TrainingError if there is none."""
+    """Read the position and seed of a state that `save_state` wrote. TrainingError if there is none."""
     _bring_back(folder.parent)
     try:
         for name in (_POSITION, _STATE):
             if not (folder / name).is_file():
-                raise TrainingError(f"--resume {folder}: it is not a saved state ({name} is missing)")
+                raise TrainingError(f"--resume {folder}: not a saved state ({name} is missing)")
         entries = json_value((folder / _POSITION).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise TrainingError(f"--resume {folder} cannot be read ({first_line(error)})") from None
@@ -103,7 +103,7 @@ def load_position(folder: Path) -> Position:
     if "step" not in known or not all(
         type(value) is int and (value >= 0 or key == "seed") for key, value in known.items()
     ):
-        raise TrainingError(f"--resume {folder}: {_POSITION} does not say where the run was")
+        raise TrainingError(f"--resume {folder}: {_POSITION} has no valid step, epoch and batch")
     return Position(**known)
 
 
@@ -113,7 +113,7 @@ def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Put the adapter's weights back. TrainingError if the adapter has other modules or ranks than the state's."""
+    """Load the adapter's weights from a state. TrainingError if its modules or shapes differ from the adapter's."""
     own = _adapter_weights(module)
     differing = sorted(own.keys() ^ state.keys())
     differing += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
@@ -129,7 +129,7 @@ def _adapter_weights(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete states that a killed run left half-written; one that it had moved aside, and not replaced, comes back."""
+    """Delete incomplete states of a killed run; a state that it had moved aside but not replaced is restored."""
     for partial in folder.glob(".*-state.*.partial"):
         delete_folder(partial)
     _bring_back(folder)
@@ -141,7 +141,7 @@ def _bring_back(folder: Path) -> None:
     for old in folder.glob(".*-state.*.old"):
         state = old.with_name(old.name[1:].removesuffix(".old").rpartition(".")[0])
         if not state.exists():
-            with contextlib.suppress(OSError):  # a folder that may only be read
+            with contextlib.suppress(OSError):  # a read-only folder
                 old.rename(state)
 
 
@@ -149,7 +149,7 @@ def _bring_back(folder: Path) -> None:
 
 
 def prune_epochs(settings: Settings, output: Path, epoch: int, every: int) -> None:
-    """Delete epoch saves but the last --save_last_n_epochs (one in `every` epochs), and epoch states likewise."""
+    """Delete all epoch saves and states except the last --save_last_n_epochs, counted in saves of `every` epochs."""
     keep = settings.save_last_n_epochs
     keep_state = keep if settings.save_last_n_epochs_state is None else settings.save_last_n_epochs_state
     name = re.escape(settings.output_name or "epoch")
@@ -171,7 +171,7 @@ def prune_steps(settings: Settings, output: Path, step: int) -> None:
 
 
 def _remove(output: Path, pattern: str, newest: int) -> None:
-    """Delete what matches `pattern` and has a number of at most `newest`."""
+    """Delete files and folders that match `pattern` with a number of at most `newest`."""
     for path in output.iterdir():
         match = re.fullmatch(pattern, path.name)
         if match and int(match.group(1)) <= newest:

@@ -1,4 +1,4 @@
-"""What a run would do, in a few lines: --dry_run."""
+"""--dry_run: describes in a few lines what a run would do."""
 
 import logging
 from collections import Counter
@@ -29,7 +29,7 @@ _CAPTIONS_SHOWN = 3  # of each subset
 
 
 def report(run: Run) -> str:
-    """Images, buckets and captions, steps, modules and parameters in each block, and the memory of weights."""
+    """The report: images, buckets, captions, steps, modules and parameters of each block, and memory."""
     settings, layers = run.settings, adapters.lora_layers(run.trained)
     parameters = sum(p.numel() for p in run.parameters)
     batch = settings.gradient_accumulation_steps * run.accelerator.num_processes
@@ -52,7 +52,7 @@ def _ranks(layers: Mapping[ModuleName, Any]) -> str:
 
 
 def captions(run: Run) -> list[tuple[str, str]]:
-    """(image, caption) of the first images of each subset, with everything done to the caption that options ask."""
+    """(image, caption) of the first images of each subset, after shuffling, dropout and the other caption options."""
     shown: list[tuple[str, str]] = []
     counts: Counter[int] = Counter()
     seen: set[int] = set()
@@ -68,7 +68,7 @@ def captions(run: Run) -> list[tuple[str, str]]:
 
 
 def memory(run: Run) -> dict[str, int | None]:
-    """Bytes of what is certain beforehand: weights of the base, the adapter with gradients, the optimizer's state."""
+    """Bytes that are known in advance: base model weights, adapter weights with gradients, optimizer state."""
     trained = sum(p.numel() * p.element_size() for p in run.parameters)
     encoders = torch.nn.ModuleList(run.models.text_encoders)
     denoiser = run.models.family.denoiser_title
@@ -84,13 +84,13 @@ def memory(run: Run) -> dict[str, int | None]:
 
 
 def _memory_lines(run: Run) -> list[str]:
-    """What memory the run needs, the activations estimated."""
+    """Lines about the memory of a step, with an estimate of the activations."""
     settings, parts = run.settings, memory(run)
     count, (width, height) = largest_batch(run)
     name = f"activations of {count} at {width}x{height}, estimated"
     try:
         parts[name] = activation_bytes(run)
-    except Exception as error:  # a denoiser that does not run on shapes alone
+    except Exception as error:  # a denoiser that does not run on the meta device
         log.warning("the memory of activations cannot be estimated (%s)", first_line(error))
         parts[name] = None
     away = {"VAE"} if settings.cache_latents or settings.cache_latents_to_disk else set()
@@ -103,11 +103,11 @@ def _memory_lines(run: Run) -> list[str]:
     known = [size for part, size in parts.items() if size is not None and part not in away]
     lines = [f"  {part}: {_shown(size)}{' (not on the device in a step)' if part in away else ''}"
              for part, size in parts.items()]  # fmt: skip
-    more = "" if len(known) + len(away) == len(parts) else ", and what is not known"
+    more = "" if len(known) + len(away) == len(parts) else " plus the unknown parts"
     return [
         "memory of a step:",
         *lines,
-        f"  together about {_shown(sum(known))}{more}; workspaces of kernels and the driver's own come on top",
+        f"  together about {_shown(sum(known))}{more}, without kernel workspaces and the driver's own memory",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Held-out losses and sample images at their due time."""
+"""Measures held-out losses and draws sample images during training."""
 
 import logging
 
@@ -19,7 +19,7 @@ _NAMES_SHOWN = 10
 
 
 def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) -> None:
-    """Measure the held-out loss, where images are held out, unless this step's is there already."""
+    """Measure the held-out loss if images are held out and it was not yet measured at this step."""
     data = run.data.validation
     if data is None or any(measurement.step == step for measurement in measured):
         return
@@ -32,11 +32,11 @@ def measure(run: Run, measured: list[HeldOut], step: int, progress: Progress) ->
 
 
 def show_samples(run: Run, position: Position) -> None:
-    """Draw the sample images, write them under --output_dir and into the logs. Where that fails training goes on."""
+    """Draw sample images and write them to --output_dir and the logs. An error is logged, and training continues."""
     if run.accelerator.is_main_process:
         try:
             _draw(run, position)
-        except Exception as error:  # too little memory, a full disk, a prompt that the pipeline does not take
+        except Exception as error:  # out of memory, a full disk, a prompt that the pipeline refuses
             log.error("no sample images at step %d (%s)", position.step, first_line(error))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -52,11 +52,11 @@ def _draw(run: Run, position: Position) -> None:
 
 
 def name_damaged(run: Run) -> dict[str, str]:
-    """What some process could not use: the reason, by name. For the end of a run; every process calls it."""
+    """The images that any process could not use: name -> reason. Every process must call it, at the end of a run."""
     damaged = dict(gather_object(list(run.data.damaged.items())))
     if damaged and run.accelerator.is_main_process:
         names = sorted(damaged)[:_NAMES_SHOWN] + (["..."] if len(damaged) > _NAMES_SHOWN else [])
-        log.warning("%d images could not be used, others were used in their place: %s", len(damaged), ", ".join(names))
+        log.warning("%d images could not be used and were replaced by others: %s", len(damaged), ", ".join(names))
     return damaged
 
 

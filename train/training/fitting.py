@@ -1,4 +1,4 @@
-"""Checks that options and images fit the base model that was loaded, and chooses the noise that it is trained with."""
+"""Checks that options and images fit the base model, and chooses its noise schedule."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ from lora_adapters.train.training import adapters
 
 
 def check_known_family(settings: Settings, family: TrainingFamily | None) -> None:
-    """Raise OptionError for options that are not for a base model of this family, before it is loaded.
+    """Raise OptionError for options that are not for this family, before the base model is loaded.
 
     Args:
-        settings: the run's.
-        family: what the base model's files tell; None where only loading shows it.
+        settings: The settings of the run.
+        family: The family according to the base model's files; None if only loading can tell.
     """
     if family is not None:
         check_family_options(settings, family)
@@ -31,30 +31,30 @@ def check_known_family(settings: Settings, family: TrainingFamily | None) -> Non
 
 
 def check_base_model(settings: Settings, models: BaseModels, data: TrainingData) -> None:
-    """Raise OptionError for options and images that do not fit this base model, TrainingError if none is trained."""
+    """Raise OptionError if options or images do not fit this base model, TrainingError if it cannot be trained."""
     if not models.family.trained:
         raise not_known(models.name, models.family.title)
     check_family_options(settings, models.family)
     if family_on_disk(settings) is None:
         adapters.warn_without_effect(settings, models.family)
     check_clip_skip(models, settings.clip_skip)
-    swapped_blocks(models, settings.blocks_to_swap)  # raises where there are not so many
+    swapped_blocks(models, settings.blocks_to_swap)  # raises if the model has fewer blocks
     check_sizes(models, data)
 
 
 def noise_schedule(settings: Settings, models: BaseModels) -> Any:
-    """The DDPM schedule of the base model; for one of flow matching, that objective."""
+    """The DDPM schedule of the base model, or the flow matching objective for a flow matching model."""
     if models.prediction_type == FLOW:
         return FlowMatching(FlowOptions.of(settings, models.family.image_loss))
     return models.noise_schedule(settings.zero_terminal_snr)
 
 
 def check_sizes(models: BaseModels, data: TrainingData) -> None:
-    """Raise OptionError for buckets whose sides the denoiser cannot read."""
+    """Raise OptionError for buckets whose sides are not multiples of the family's pixel step."""
     step = models.family.pixel_step
     for _, (width, height) in data.images.group_buckets:
         if width % step or height % step:
             raise OptionError(
                 f"a bucket of {width}x{height} pixels: sides must be multiples of {step} for {models.family.title}; "
-                f"give a --resolution and --bucket_reso_steps that are"
+                f"set --resolution and --bucket_reso_steps to multiples of {step}"
             )

@@ -36,9 +36,14 @@ log = logging.getLogger(__name__)
 class Trained:
     """The result of `train`.
 
-    adapter: the adapter that was saved last. models: the base model with the adapter, in evaluation mode. losses: the
-    loss of every optimizer step of this call. held_out: every validation loss. not_pushed: saves that could not be
-    uploaded to the Hub; they are on disk. damaged: images that could not be used, with the reason, by name.
+    Attributes:
+        adapter: The adapter that was saved last.
+        models: The base model with the adapter, in evaluation mode.
+        steps: The number of optimizer steps of the run, including those before it was resumed.
+        losses: The loss of every optimizer step of this call.
+        held_out: All held-out losses.
+        not_pushed: Saves that could not be uploaded to the Hub; they are on disk.
+        damaged: Images that could not be used: name -> reason.
     """
 
     adapter: Adapter
@@ -56,13 +61,13 @@ def train(settings: Settings, models: BaseModels | None = None, data: TrainingDa
     Args:
         settings: From `arguments.settings(...)` or `arguments.parse(argv)`.
         models: A base model that is already loaded; the adapter stays on it. None loads the base model.
-        data: Training data that are already open. None opens them.
+        data: Training data that is already open. None opens the data that the settings name.
 
     Returns:
         The adapter, and the losses and files of the run.
 
     Raises:
-        TrainingError: The settings or the model are invalid, or the run fails; the message has one line.
+        TrainingError: The settings or the model are invalid, or the run fails; the message is one line.
         DataError: The images cannot be used.
         AdapterError: An adapter cannot be read.
         Interrupted: The run was stopped; see `train_prepared`.
@@ -72,7 +77,7 @@ def train(settings: Settings, models: BaseModels | None = None, data: TrainingDa
 
 
 def train_prepared(run: Run) -> Trained:
-    """Run the training loop of a prepared run. Uploads in progress are finished, also after an error.
+    """Run the training loop of a prepared run. Waits for uploads in progress, also after an error.
 
     Args:
         run: From `prepare`.
@@ -82,7 +87,7 @@ def train_prepared(run: Run) -> Trained:
 
     Raises:
         Interrupted: Ctrl-C, SIGTERM or SIGHUP: the step is finished, and the adapter and the state are saved.
-        TrainingError: The run fails, as by an infinite loss.
+        TrainingError: The run fails, for example because the loss is infinite.
     """
     try:
         with StopSignals() as signals:
@@ -118,7 +123,7 @@ def _train(run: Run, signals: StopSignals) -> Trained:
         run.training_mode()
         while position.step < run.steps:
             _epoch(run, position, progress, result, signals)
-        sort_if_due(run, position.step)  # where sort_at is so high that no step is left
+        sort_if_due(run, position.step)  # if sort_at is so high that no step comes after the sorting
         run.training_mode(False)
         result.steps = position.step
         result.adapter = save_final(run, position)
@@ -129,7 +134,7 @@ def _train(run: Run, signals: StopSignals) -> Trained:
 
 
 def _epoch(run: Run, position: Position, progress: Progress, result: Trained, signals: StopSignals) -> None:
-    """The rest of the epoch at `position`, or of the run."""
+    """Train the rest of the epoch from `position` on, or the rest of the run if that is shorter."""
     settings, accelerator = run.settings, run.accelerator
     batches = run.data.batches(
         position.epoch,
@@ -157,10 +162,10 @@ def _epoch(run: Run, position: Position, progress: Progress, result: Trained, si
 
 
 def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSignals) -> StepValues:
-    """One optimizer step over a group of batches. The device is waited for once, at its end."""
+    """One optimizer step over a group of batches. It synchronises with the device only once, at the end."""
     accelerator, settings = run.accelerator, run.settings
     sort_if_due(run, step)
-    # Dropout is the only thing left that draws from the global generator: with this it, too, depends on the step alone.
+    # Only dropout draws from the global generator. With this seed it depends only on the run's seed, step and process.
     torch.manual_seed(derive(run.seed, "step", step, accelerator.process_index))
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(group):
@@ -191,7 +196,7 @@ def _step(run: Run, step: int, group: list[Any], logging: bool, signals: StopSig
 
 
 def _stop(run: Run, position: Position, signal_number: int, progress: Progress, result: Trained) -> NoReturn:
-    """Save the adapter and the state, which --resume continues from, and raise Interrupted."""
+    """Save the adapter and the state for --resume, and raise Interrupted."""
     run.training_mode(False)
     state = save_interrupted(run, position)
     progress.report.write(position.step, result.held_out)
@@ -200,7 +205,7 @@ def _stop(run: Run, position: Position, signal_number: int, progress: Progress, 
 
 
 def _after_step(run: Run, position: Position, ended: bool, progress: Progress, result: Trained) -> None:
-    """Measure, show and save what is due now."""
+    """Save, measure the held-out loss and draw sample images, whichever are due after this step."""
     settings, step, epoch = run.settings, position.step, position.epoch
     last = step >= run.steps
     due_held_out = _due(settings.validate_every_n_steps, step)
@@ -224,7 +229,7 @@ def _after_step(run: Run, position: Position, ended: bool, progress: Progress, r
         if due_samples:
             show_samples(run, position)
             progress.report.drawn(step)
-    if (due_step or due_epoch) and not last:  # the end of the run has its own
+    if (due_step or due_epoch) and not last:  # the end of the run writes its own report
         progress.report.write(step, result.held_out)
     run.training_mode()
 
@@ -234,7 +239,7 @@ def _due(every: int | None, number: int) -> bool:
 
 
 def _groups(batches: Iterator[Any], size: int, left: int) -> Iterator[list[Any]]:
-    """Batches in groups of `size`; the last of an epoch may be smaller."""
+    """Batches in groups of `size`; the last group of an epoch may be smaller."""
     group: list[Any] = []
     for number, batch in enumerate(batches, start=1):
         group.append(batch)

@@ -21,7 +21,7 @@ def as_steps(value: int | float, total: int) -> int:
 
 
 def check_schedule(settings: Settings) -> None:
-    """Raise TrainingError for a schedule that does not exist, or is contradicted by other options."""
+    """Raise TrainingError for a schedule that does not exist or contradicts other options."""
     name = settings.lr_scheduler
     if settings.lr_scheduler_type:
         return
@@ -38,7 +38,7 @@ def check_schedule(settings: Settings) -> None:
 
 
 def create_schedule(settings: Settings, optimizer: torch.optim.Optimizer, total: int) -> Any:
-    """The schedule over `total` optimizer steps; call its `step()` after each."""
+    """Create the schedule for `total` optimizer steps; call its `step()` after each."""
     check_schedule(settings)
     arguments = literals(settings.lr_scheduler_args, "lr_scheduler_args")
     if settings.lr_scheduler_type:
@@ -46,7 +46,7 @@ def create_schedule(settings: Settings, optimizer: torch.optim.Optimizer, total:
         try:
             return kind(optimizer, **arguments)
         except (TypeError, ValueError) as error:
-            raise TrainingError(f"{settings.lr_scheduler_type} does not take these arguments: {error}") from None
+            raise TrainingError(f"{settings.lr_scheduler_type} does not accept these arguments: {error}") from None
     if uses_relative_step(settings):
         from transformers.optimization import AdafactorSchedule
 
@@ -65,7 +65,7 @@ def _named(settings: Settings, optimizer: torch.optim.Optimizer, total: int, arg
         if "step_rules" not in arguments:
             raise TrainingError("--lr_scheduler piecewise_constant needs --lr_scheduler_args \"step_rules='1:10,0.1'\"")
         return get_piecewise_constant_schedule(optimizer, **arguments)
-    # get_scheduler drops the arguments of these two.
+    # get_scheduler ignores the arguments of these two schedules.
     if name == "constant":
         return get_constant_schedule(optimizer, **arguments)
     if name == "constant_with_warmup":
@@ -77,7 +77,7 @@ def _named(settings: Settings, optimizer: torch.optim.Optimizer, total: int, arg
 
 
 def _schedule_options(settings: Settings, decay: int) -> dict[str, dict[str, Any]]:
-    """The options of each schedule that has any, as arguments of transformers' functions."""
+    """Options of the schedules as arguments of transformers' functions; schedules without options are absent."""
     lowest, cycles = settings.lr_scheduler_min_lr_ratio or 0.0, settings.lr_scheduler_num_cycles
     return {
         "cosine_with_restarts": {"num_cycles": cycles},

@@ -1,4 +1,4 @@
-"""The metadata of a saved adapter: how it was trained, in the entries that other programs read."""
+"""The metadata of a saved adapter: how it was trained, under the keys that other programs read."""
 
 import hashlib
 import json
@@ -32,14 +32,14 @@ def base_version(models: BaseModels) -> str:
 
 
 def base_metadata(models: BaseModels) -> dict[str, Any]:
-    """kohya's entries that say which base model an adapter is for."""
+    """kohya's metadata entries that identify the base model of an adapter."""
     return models.family.metadata(models.kind, models.v_prediction)
 
 
 def run_metadata(
     settings: Settings, models: BaseModels, data: Any, world_size: int, steps: int, epochs: int
 ) -> dict[str, str]:
-    """The metadata that are known when training starts.
+    """The metadata that is known when training starts.
 
     Args:
         settings: The settings of the run.
@@ -50,7 +50,7 @@ def run_metadata(
         epochs: The number of epochs.
 
     Returns:
-        The entries; all values are text, as the file format requires.
+        Key -> value; all values are strings, as safetensors requires.
     """
     entries: dict[str, Any] = option_entries(settings, "ss_")
     if not models.family.has_flow:
@@ -76,13 +76,13 @@ def run_metadata(
 
 
 def option_entries(settings: Settings, start: str) -> dict[str, Any]:
-    """Key -> value of the options that declare a metadata entry whose key begins with `start`."""
+    """Key -> value for the options that declare a metadata key that begins with `start`."""
     declared = {option.metadata: getattr(settings, name) for name, option in options_of(Settings).items()}
     return {key: value for key, value in declared.items() if key is not None and key.startswith(start)}
 
 
 def network_entries(settings: Settings, models: BaseModels) -> dict[str, Any]:
-    """The entries that every reader wants."""
+    """The entries that most programs read: base model, network module, rank and alpha."""
     args = key_values(settings.network_args, "network_args")
     if settings.network_dropout is not None:
         args["dropout"] = str(settings.network_dropout)
@@ -91,14 +91,14 @@ def network_entries(settings: Settings, models: BaseModels) -> dict[str, Any]:
         "ss_network_module": settings.network_module,
         "ss_network_args": json.dumps(args),
     }
-    if not settings.dim_from_weights:  # else Adapter.save says those of most of its modules
+    if not settings.dim_from_weights:  # else Adapter.save writes the most frequent rank and alpha
         config = adapters.options(settings, models.family).config
         entries |= {"ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
     return entries
 
 
 def described_optimizer(settings: Settings) -> str:
-    """`module.Class(key=value,...)`."""
+    """The optimizer and its arguments as `module.Class(key=value,...)`."""
     kind, defaults = optimizer_class(optimizer_name(settings))
     arguments = {**defaults, **literals(settings.optimizer_args, "optimizer_args")}
     shown = ",".join(f"{key}={value}" for key, value in arguments.items())
@@ -106,7 +106,7 @@ def described_optimizer(settings: Settings) -> str:
 
 
 def model_entries(settings: Settings) -> dict[str, str]:
-    """Names of the base model and the VAE, and of files also the hashes."""
+    """Names of the base model and the VAE, and their hashes if they are files."""
     entries: dict[str, str] = {}
     for key, name in (("sd_model", settings.pretrained_model_name_or_path), ("vae", settings.ae or settings.vae)):
         if not name:
@@ -119,7 +119,7 @@ def model_entries(settings: Settings) -> dict[str, str]:
 
 
 def file_hashes(file: Path) -> tuple[str, str]:
-    """The short hash that older web UIs show (8 digits, of 64 KiB from 1 MiB on), and SHA-256 of the whole file."""
+    """The short hash of older web UIs (8 hex digits, of the 64 KiB at offset 1 MiB), and SHA-256 of the whole file."""
     with file.open("rb") as opened:
         opened.seek(0x100000)
         short = hashlib.sha256(opened.read(0x10000)).hexdigest()[:8]
@@ -131,7 +131,7 @@ def file_hashes(file: Path) -> tuple[str, str]:
 
 
 def modelspec(settings: Settings, models: BaseModels) -> dict[str, str]:
-    """The modelspec.* entries that options decide; Adapter.save adds architecture, implementation and date."""
+    """The modelspec.* entries that depend on options; Adapter.save adds architecture, implementation and date."""
     own = {key: value for key, value in option_entries(settings, "modelspec.").items() if value is not None}
     entries = {
         **own,
@@ -139,7 +139,7 @@ def modelspec(settings: Settings, models: BaseModels) -> dict[str, str]:
     }
     if not models.family.has_flow:
         entries["modelspec.prediction_type"] = "v" if models.v_prediction else "epsilon"
-    if settings.resolution:  # else Adapter.save says that of the base model
+    if settings.resolution:  # else Adapter.save writes the base model's resolution
         width, height = read_size(settings.resolution)
         entries["modelspec.resolution"] = f"{width}x{height}"
     if settings.min_timestep is not None or settings.max_timestep is not None:
@@ -151,7 +151,7 @@ def modelspec(settings: Settings, models: BaseModels) -> dict[str, str]:
 
 
 def for_save(metadata: dict[str, str], settings: Settings, step: int, epoch: int) -> dict[str, str]:
-    """The metadata of a save at this step and epoch; with --no_metadata only what readers need."""
+    """The metadata of a save at this step and epoch; with --no_metadata only what other programs need to load it."""
     now = {**metadata, "ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
     if settings.no_metadata:
         return {key: value for key, value in now.items() if key in _ALWAYS or key.startswith("modelspec.")}

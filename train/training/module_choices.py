@@ -1,4 +1,4 @@
-"""What preset and regular expressions in --network_args chose, for --dry_run."""
+"""Lists which modules the preset and the regular expressions of --network_args select, for --dry_run."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lora_adapters.types.registry import delta_of
 
 
 def choices(run: Run) -> list[str]:
-    """What preset, patterns and regular expressions in --network_args chose; with verbose=True, each module."""
+    """The preset, the number of modules that each pattern selects and, with verbose=True, every trained module."""
     if run.settings.dim_from_weights:
         return []
     asked = adapters.options(run.settings, run.models.family)

@@ -1,4 +1,4 @@
-"""Optimizers by name: PyTorch's, and those of well-kept packages, imported only when asked for."""
+"""Optimizers by name: PyTorch's, and those of other packages, which are imported only if they are used."""
 
 import ast
 import contextlib
@@ -59,23 +59,23 @@ KINDS: dict[str, _Kind] = {
 
 
 def optimizer_name(settings: Settings) -> str:
-    """The optimizer that was asked for, with the old switches and the default taken in."""
+    """The name of the optimizer: --optimizer_type, or --use_8bit_adam or --use_lion_optimizer, or AdamW."""
     aliases = [name for flag, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")) if
                getattr(settings, flag)]  # fmt: skip
     named = [settings.optimizer_type] if settings.optimizer_type else []
     if len(aliases + named) > 1:
-        raise OptionError(f"more than one optimizer is asked for: {', '.join(named + aliases)}")
+        raise OptionError(f"more than one optimizer is given: {', '.join(named + aliases)}")
     return (named + aliases + ["AdamW"])[0]
 
 
 def literals(pairs: list[str] | dict[str, Any] | None, option: str) -> dict[str, Any]:
-    """key=value items with the values as Python literals: `betas=0.9,0.99` is a tuple."""
+    """Parse key=value items whose values are Python literals: `betas=0.9,0.99` is a tuple."""
     values: dict[str, Any] = {}
     for key, text in key_values(pairs, option).items():
         try:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            capital = text.strip().capitalize()  # true, false, none: as TOML and JSON have them
+            capital = text.strip().capitalize()  # true, false and none, as in TOML and JSON
             hint = f"write {key}={capital}" if capital in ("True", "False", "None") else f"quote text: {key}='...'"
             raise TrainingError(f"--{option}: {key}={text} is not a Python literal; {hint}") from None
     return values
@@ -85,9 +85,9 @@ def find_class(name: str, home: str, known: Iterable[str] = ()) -> type:
     """Find a class by name.
 
     Args:
-        name: The name of a class in the module `home`, or a dotted name.
+        name: The name of a class in the module `home`, or a dotted name with its module.
         home: The module of names without a dot.
-        known: Names to suggest beside those of the module.
+        known: More names to suggest in the error message, in addition to the module's classes.
 
     Returns:
         The class.
@@ -114,7 +114,7 @@ def find_class(name: str, home: str, known: Iterable[str] = ()) -> type:
 
 
 def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
-    """The class of an optimizer and its default arguments; names a missing package and how to install it."""
+    """The class of an optimizer and its default arguments. TrainingError says how to install a missing package."""
     kind = KINDS.get(name.lower())
     if kind is None:
         return find_class(name, "torch.optim", [known.name for known in KINDS.values()]), {}
@@ -129,7 +129,7 @@ def optimizer_class(name: str) -> tuple[type, dict[str, Any]]:
 
 
 def uses_relative_step(settings: Settings) -> bool:
-    """Whether Adafactor finds the learning rate itself, which is its default."""
+    """Whether the optimizer is Adafactor with relative_step, its default: it then computes the learning rate itself."""
     if optimizer_name(settings).lower() != "adafactor":
         return False
     return bool(literals(settings.optimizer_args, "optimizer_args").get("relative_step", True))
@@ -154,20 +154,28 @@ def create_optimizer(settings: Settings, groups: list[dict[str, Any]]) -> torch.
     rates = {group["lr"] for group in groups}
     if name.lower().startswith("dadapt") or name.lower() == "prodigy":
         if len(rates - {0}) > 1:
-            raise TrainingError(f"{name} needs one learning rate for everything, not {sorted(rates)}")
+            raise TrainingError(f"{name} needs one learning rate for all parameters, not {sorted(rates)}")
         if max(rates) <= 0.1:
-            log.warning("%s finds the learning rate itself; --learning_rate is a factor, usually 1.0", name)
+            log.warning("%s computes the learning rate itself; --learning_rate is a factor, usually 1.0", name)
     if uses_relative_step(settings):
         groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
         arguments = {"relative_step": True, "lr": None, **arguments}
     try:
         return kind(groups, **arguments) if "lr" in arguments else kind(groups, lr=settings.learning_rate, **arguments)
     except (TypeError, ValueError) as error:
-        raise TrainingError(f"{name} does not take these arguments: {error}") from None
+        raise TrainingError(f"{name} does not accept these arguments: {error}") from None
 
 
 def state_bytes(settings: Settings, parameters: Iterable[torch.Tensor]) -> int | None:
-    """Bytes that the optimizer keeps for `parameters`, measured in a step on one of each shape; None if it fails."""
+    """Bytes of the optimizer state for `parameters`, measured in a trial step on one tensor of each shape.
+
+    Args:
+        settings: The settings of the run.
+        parameters: The trained parameters.
+
+    Returns:
+        The bytes; None if the optimizer cannot run on this device.
+    """
     alike = Counter((parameter.shape, parameter.dtype, parameter.device) for parameter in parameters)
     copies = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype, device in alike]
     optimizer = after_one_step(settings, copies)
@@ -180,20 +188,20 @@ def state_bytes(settings: Settings, parameters: Iterable[torch.Tensor]) -> int |
 
 
 def after_one_step(settings: Settings, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer after a step over weights of a trial, with gradients of one; None if it cannot run here."""
+    """A new optimizer after one step on `weights` with gradients of 1; None if it cannot run on this device."""
     optimizer = create_optimizer(settings, [{"params": weights, "lr": settings.learning_rate, "name": "trial"}])
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     try:
         start_training(optimizer)
         optimizer.step()
-    except Exception:  # an optimizer that runs on other devices only
+    except Exception:  # an optimizer that does not support this device
         return None
     return optimizer
 
 
 def check_sortable(settings: Settings) -> None:
-    """AdapterError if the optimizer, one that averages weights, cannot restart when components are sorted."""
+    """Raise AdapterError if the optimizer averages weights and cannot be restarted when components are sorted."""
     if averages_weights(optimizer_class(optimizer_name(settings))[0]):
         weight = torch.nn.Parameter(torch.zeros(4, 4))
         check_restart(after_one_step(settings, [weight]), [weight])
@@ -204,14 +212,14 @@ def _bytes(value: Any) -> int:
 
 
 def start_training(optimizer: Any) -> None:
-    """Tell an optimizer that knows two sets of weights that training begins."""
+    """Switch an optimizer that has two sets of weights (schedule-free) to the training weights."""
     inner = unwrapped(optimizer)
     if callable(getattr(inner, "train", None)):
         inner.train()
 
 
 def settle_weights(optimizer: Any) -> None:
-    """Leave the weights as those to save: the end of training."""
+    """Switch a schedule-free optimizer to the averaged weights, at the end of training."""
     if averages_weights(optimizer):
         unwrapped(optimizer).eval()
 
@@ -220,11 +228,11 @@ def settle_weights(optimizer: Any) -> None:
 def weights_to_keep(optimizer: Any) -> Iterator[None]:
     """A context in which the parameters have the values to save, sample and evaluate.
 
-    Schedule-free optimizers evaluate an average, and train other values. Afterwards the parameters are bit for bit as
-    before.
+    Schedule-free optimizers train one set of weights and evaluate another, their average. Afterwards the parameters
+    have exactly their previous values.
 
     Args:
-        optimizer: The optimizer, also one wrapped by Accelerate.
+        optimizer: The optimizer; it may be wrapped by Accelerate.
 
     Yields:
         None.

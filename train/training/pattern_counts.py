@@ -1,4 +1,4 @@
-"""How many modules each regular expression in --network_args decides."""
+"""Counts the modules that each regular expression of --network_args applies to."""
 
 import logging
 from typing import Any
@@ -11,15 +11,15 @@ log = logging.getLogger(__name__)
 
 
 def pattern_counts(asked: NetworkOptions, trained: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Count the modules that each regular expression of --network_args decides.
+    """Count the modules that each regular expression of --network_args applies to.
 
     Args:
         asked: The network options.
         trained: The trained models, by component.
 
     Returns:
-        For each option with patterns, the count of each pattern: of modules left out for exclude_patterns, of modules
-            with an adapter for the others.
+        Option -> pattern -> count. For exclude_patterns the excluded modules are counted, for other options the
+            modules with an adapter.
     """
     config, kept, gone = asked.config, list[tuple[str, ...]](), list[tuple[str, ...]]()
     for model in trained.values():
@@ -36,7 +36,7 @@ def pattern_counts(asked: NetworkOptions, trained: dict[str, Any]) -> dict[str, 
 
 
 def warn_of_idle_patterns(asked: NetworkOptions, trained: dict[str, Any]) -> None:
-    """Name the patterns that decide nothing."""
+    """Warn of patterns that have no effect."""
     for option, counts in pattern_counts(asked, trained).items():
         for pattern in (pattern for pattern, count in counts.items() if not count):
-            log.warning("network_args %s: %s matches no module, or only modules of patterns before it", option, pattern)
+            log.warning("network_args %s: %s matches no module, or only modules of earlier patterns", option, pattern)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """The bar, the logs, and the mean loss over the last epoch. Use it as a context."""
+    """The progress bar, the logs, and the mean loss over the last epoch. Use it as a context manager."""
 
     def __init__(self, run: Run, step: int):
         self.run = run
@@ -35,7 +35,7 @@ class Progress:
         self.recent: deque[float] = deque(maxlen=min(1000, max(1, run.steps_per_epoch)))
         self.report = Report(run)
         self.logging = bool(tracker_names(run.settings))
-        self.messages = logging_redirect_tqdm()  # messages stand above the bar, not behind it on its line
+        self.messages = logging_redirect_tqdm()  # log messages are printed above the bar
 
     def __enter__(self) -> "Progress":
         self.messages.__enter__()
@@ -46,12 +46,12 @@ class Progress:
         self.bar.close()
 
     def stepped(self, position: Position, values: StepValues) -> None:
-        """Show a step that was made."""
+        """Show and log a completed step."""
         self.recent.append(values.loss)
         mean = sum(self.recent) / len(self.recent)
         rates = learning_rates(self.run.optimizer)
         rate = next(iter(rates.values()), 0.0)
-        epoch = min(position.epoch + 1, self.run.epochs)  # after the last step there is no next one
+        epoch = min(position.epoch + 1, self.run.epochs)  # there is no epoch after the last step
         self.bar.set_postfix(loss=f"{mean:.4f}", lr=f"{rate:.2e}", epoch=epoch, refresh=False)
         self.bar.update()
         self.report.stepped(position.step, values.loss, rate)
@@ -61,7 +61,7 @@ class Progress:
             self._log(logged | values.others, position.step)
 
     def held_out(self, step: int, values: dict[str, float]) -> None:
-        """Put held-out losses into the logs and, the last of them, onto the console."""
+        """Log held-out losses, and print them to the console."""
         if self.logging:
             self._log(values, step)
         if self.run.accelerator.is_main_process:
@@ -70,22 +70,22 @@ class Progress:
                 tqdm.write(f"step {step}: held-out loss {text}")
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        """Put values into the logs. Where that fails training goes on without."""
+        """Log values. After an error nothing more is logged, and training continues."""
         try:
             self.run.accelerator.log(values, step=step)
-        except Exception as error:  # trackers raise errors of many kinds: a full disk, a connection
+        except Exception as error:  # trackers raise many kinds of errors: full disk, lost connection
             self.logging = False
-            log.error("nothing is logged from step %d on (%s)", step, first_line(error))
+            log.error("logging failed, and nothing is logged from step %d on (%s)", step, first_line(error))
 
 
 def _short(name: str) -> str:
-    """The name of a held-out loss in the log as the console shows it: its rank, where it has one."""
+    """The console's label of a held-out loss: its rank, if it has one."""
     _, of_rank, rank = name.partition("rank")
     return f"rank {rank}: " if of_rank else ""
 
 
 def learning_rates(optimizer: Any) -> dict[str, float]:
-    """The learning rate of each group by name; with D-Adaptation and Prodigy also the rate times their d."""
+    """The learning rate of each group by name; for D-Adaptation and Prodigy also d * rate."""
     rates: dict[str, float] = {}
     for number, group in enumerate(optimizer.param_groups):
         name = group.get("name", str(number))

@@ -1,4 +1,4 @@
-"""Dropout and norm limits on low-rank layers, as hooks, without changes of the layers."""
+"""Dropout and norm limits for adapter layers. Dropout is added with hooks, so that the layers stay unchanged."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from lora_adapters.types.lycoris.layer import held
 from lora_adapters.types.lycoris.operations import base_weight, weight_shape
 from lora_adapters.types.lycoris.weights import DeltaWeights
 
-_STACKED = 2**24  # weights that are computed on together: 64 MiB
+_STACKED = 2**24  # weights in one batched computation: 64 MiB
 
 
 def add_dropouts(
@@ -29,12 +29,12 @@ def add_dropouts(
         layers: Layers with the adapter.
         adapter: The name of the adapter.
         network: Probability to drop single activations between `down` and `up`; None or 0 is off.
-        rank: Probability to drop whole components of a sample, or whole output channels for a change that is not a
+        rank: Probability to drop whole components of a sample, or whole output channels for a delta that is not a
             low-rank pair; the others are divided by 1 - rank.
-        module: Probability to drop the whole change of a layer; the others are not scaled.
+        module: Probability to drop the whole delta of a layer; the others are not scaled.
 
     Raises:
-        TrainingError: A probability is not in [0, 1), or `network` is used with a change that is not a low-rank pair.
+        TrainingError: A probability is not in [0, 1), or `network` is used with a delta that is not a low-rank pair.
     """
     for name, value in (("network_dropout", network), ("rank_dropout", rank), ("module_dropout", module)):
         if value is not None and not 0 <= value < 1:
@@ -44,8 +44,8 @@ def add_dropouts(
             if network and weights.change.kind != "norm":
                 kind = with_article(weights.change.kind)
                 raise TrainingError(
-                    f"network_dropout: {kind} has no activations between its factors; rank_dropout and module_dropout "
-                    "are for every kind"
+                    f"network_dropout: {kind} has no activations between its factors; use rank_dropout or "
+                    "module_dropout, which work with every kind"
                 )
             if rank:
                 weights.register_forward_hook(lambda own, _, out, p=rank: drop_rows(out, p) if own.training else out)
@@ -62,14 +62,14 @@ def add_dropouts(
 
 
 def rank_dropout(hidden: torch.Tensor, p: float) -> torch.Tensor:
-    """`hidden` is (n, ..., rank) after a linear layer, (n, rank, h, w) after a convolution."""
+    """Drop components of each sample. `hidden`: (n, ..., rank) of a linear layer, (n, rank, h, w) of a convolution."""
     kept = torch.rand(hidden.shape[0], hidden.shape[1 if hidden.dim() == 4 else -1], device=hidden.device) > p
     shape = (*kept.shape, 1, 1) if hidden.dim() == 4 else (kept.shape[0], *[1] * (hidden.dim() - 2), kept.shape[1])
     return hidden * kept.view(shape).to(hidden) / (1 - p)
 
 
 def module_dropout(out: torch.Tensor, p: float) -> torch.Tensor:
-    """All of `out` or, with probability p, zero."""
+    """Return `out`, or zeros with probability p."""
     return out * (torch.rand((), device=out.device) >= p).to(out)
 
 
@@ -77,7 +77,7 @@ Change = tuple[torch.Tensor | None, torch.Tensor | None]  # of a weight and of a
 
 
 def drop_rows(change: Change, p: float) -> Change:
-    """A change without each output channel with probability p; what stays is divided by 1 - p."""
+    """Zero each output channel of a delta with probability p; the others are divided by 1 - p."""
     sizes = next(part for part in change if part is not None)
     kept = (torch.rand(len(sizes), device=sizes.device) > p).to(sizes) / (1 - p)
     weight, bias = (None if part is None else part * kept.view(-1, *[1] * (part.ndim - 1)) for part in change)
@@ -85,21 +85,21 @@ def drop_rows(change: Change, p: float) -> Change:
 
 
 def drop_all(change: Change, p: float) -> Change:
-    """All of a change or, with probability p, zero."""
+    """Return a delta, or zeros with probability p."""
     kept = torch.rand(()) >= p
     weight, bias = (None if part is None else part * kept.to(part) for part in change)
     return weight, bias
 
 
-# Kinds of changes that grow with a power of a factor on all their tensors. The power is how many tensors they have
-# (None), or this.
+# If all tensors of a delta are multiplied by f, the delta is multiplied by f**power. None: the power is the number of
+# tensors.
 _POWERS: dict[type, int | None] = {
     LowRank: None, Tucker: None, Hadamard: None, Kronecker: None, GLoRA: 2, Full: 1, Norm: 1, IA3: 1,
 }  # fmt: skip
 
 
 def check_limits(layers: Iterable[Any], adapter: str) -> None:
-    """TrainingError if a change is of a kind whose norm cannot be limited by a factor."""
+    """Raise TrainingError for a kind of delta whose norm cannot be limited by scaling its tensors."""
     for layer in layers:
         weights = held(layer, adapter)
         if weights is not None and not isinstance(weights.change, (WithScalar, *_POWERS)):
@@ -114,7 +114,7 @@ def _dense_norm(layer: Any, weights: DeltaWeights, scale: float) -> torch.Tensor
 
 
 def _shrink(weights: DeltaWeights, factor: torch.Tensor) -> None:
-    """Multiply a change with a factor, evenly in all its tensors."""
+    """Multiply a delta by a factor, spread evenly over all its tensors."""
     change = weights.change
     if isinstance(change, WithScalar):
         change.scalar.mul_(factor)
@@ -127,17 +127,17 @@ def _shrink(weights: DeltaWeights, factor: torch.Tensor) -> None:
 
 @torch.no_grad()
 def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
-    """The Frobenius norm of each layer's change of weight.
+    """The Frobenius norm of each layer's weight delta.
 
-    For low-rank pairs ΔW is not formed: ‖UD‖² is the sum over (UᵀU) * (DDᵀ), which are (rank, rank). Layers of one
-    shape are computed together.
+    For low-rank pairs ΔW is not computed: ‖UD‖² is the sum over (UᵀU) * (DDᵀ), which are (rank, rank). Layers of the
+    same shape are computed in one batch.
 
     Args:
         layers: Layers with the adapter.
         adapter: The name of the adapter.
 
     Returns:
-        (layers,), on their device.
+        A tensor (layers,) on their device.
     """
     alike: dict[Any, list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
     numbered: list[tuple[int, torch.Tensor]] = []
@@ -158,7 +158,7 @@ def norms(layers: Iterable[Any], adapter: str) -> torch.Tensor:
 
 @torch.no_grad()
 def limit_norms(layers: Sequence[Any], adapter: str, largest: float) -> torch.Tensor:
-    """Scale down every change whose norm is above `largest`, evenly in all its factors; returns how many were, ()."""
+    """Scale down every delta whose norm is above `largest`, evenly in all its factors. Returns their number, ()."""
     sizes = norms(layers, adapter)
     above = sizes > largest
     scales = torch.where(above, largest / sizes, torch.ones_like(sizes))
@@ -172,5 +172,5 @@ def limit_norms(layers: Sequence[Any], adapter: str, largest: float) -> torch.Te
 
 
 def _norms(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """(layers,) from `down` (layers, rank, inputs) and `up` (layers, outputs, rank)."""
+    """Norms (layers,) of `up` @ `down`, from `down` (layers, rank, inputs) and `up` (layers, outputs, rank)."""
     return ((up.mT @ up) * (down @ down.mT)).sum((1, 2)).clamp(min=0).sqrt()

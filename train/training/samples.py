@@ -1,4 +1,4 @@
-"""Sample images while training: prompts from a file, all in one image, with a row for each DyLoRA rank."""
+"""Sample images during training: one grid with a column for each prompt and a row for each DyLoRA rank."""
 
 import logging
 from collections.abc import Callable
@@ -38,9 +38,9 @@ _GAP = 4  # pixels between the images of a grid
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sample image. `scale` is the guidance scale, None for the family's own.
+    """The settings of one sample image.
 
-    Without a seed, or with a negative one, the run's is used.
+    `scale` is the guidance scale; None uses the family's default. If `seed` is None, the run's seed is used.
     """
 
     prompt: str
@@ -68,13 +68,13 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 
 
 def wants_samples(settings: Settings) -> bool:
-    """Whether there are prompts for sample images and an occasion to draw them."""
+    """Whether the settings have prompts for sample images and say when to draw them."""
     occasion = settings.sample_every_n_steps or settings.sample_every_n_epochs or settings.sample_at_first
     return bool(occasion and settings.sample_prompts)
 
 
 def check_samples(settings: Settings) -> None:
-    """Raise TrainingError if the file of prompts cannot be read, or a sampler cannot draw them."""
+    """Raise TrainingError if the prompt file cannot be read, or a sampler does not fit the settings."""
     if not wants_samples(settings):
         if settings.sample_prompts:  # kohya's GUI always names a file
             occasions = "--sample_every_n_steps, --sample_every_n_epochs or --sample_at_first"
@@ -85,7 +85,7 @@ def check_samples(settings: Settings) -> None:
 
 
 def check_samplers_fit(settings: Settings, models: BaseModels, prompts: list[Prompt]) -> None:
-    """Raise TrainingError for a sampler that cannot draw with the base model's own noise schedule."""
+    """Raise TrainingError for a sampler that does not support the base model's noise schedule."""
     if models.family.has_flow:
         _say_unread(settings, models, prompts)
         return
@@ -98,27 +98,27 @@ def check_samplers_fit(settings: Settings, models: BaseModels, prompts: list[Pro
 
 
 def _say_unread(settings: Settings, models: BaseModels, prompts: list[Prompt]) -> None:
-    """Warn of what prompts and options ask for and models of flow matching do not have."""
+    """Warn of samplers and negative prompts, which flow matching models do not use."""
     title = models.family.title
     asked = next((prompt.sample_sampler for prompt in prompts if prompt.sample_sampler), None)
     asked = asked or (settings.sample_sampler if "sample_sampler" in settings.given else None)
     if prompts and asked:
-        log.warning("the sampler %s is left out: %s has one of its own, Euler's along the flow", asked, title)
+        log.warning("the sampler %s is ignored: %s uses the flow matching Euler sampler", asked, title)
     if not models.family.reads_negative_prompt and any(prompt.negative_prompt for prompt in prompts):
-        log.warning("negative prompts are left out: %s reads none", title)
+        log.warning("negative prompts are ignored: %s does not use them", title)
 
 
 def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> list[Prompt]:
     """Read sample prompts from a file.
 
-    A txt file has one prompt in each line, followed by options such as --w 512; # begins a comment. A toml file has
-    [prompt] with common options and [[prompt.subset]] for each prompt. A json file has a list of objects or of such
-    lines.
+    A txt file has one prompt per line, followed by options such as --w 512; # begins a comment. A toml file has a
+    table [prompt] with common options and a table [[prompt.subset]] for each prompt. A json file has a list of objects
+    or of lines as in a txt file.
 
     Args:
         file: The file.
-        leave_out: Called with a message for each option of a prompt that cannot be read. The prompt is drawn without
-            it, as kohya's trainer does.
+        leave_out: Called with a message for each invalid option of a prompt. The option is ignored, as in kohya's
+            trainer.
 
     Returns:
         The prompts, at least one.
@@ -132,7 +132,7 @@ def read_prompts(file: Path, leave_out: Callable[[str], None] = log.debug) -> li
         if file.suffix == ".toml":
             table = toml_table(text).get("prompt", {})
             if not isinstance(table, dict) or not isinstance(table.get("subset", []), list):
-                raise TrainingError(f"{named}: it has [prompt] and [[prompt.subset]], a table and a list of tables")
+                raise TrainingError(f"{named}: [prompt] must be a table and [[prompt.subset]] a list of tables")
             common = {key: value for key, value in table.items() if key != "subset"}
             entries = [
                 ({**common, **entry}, named) if isinstance(entry, dict) else (entry, named)
@@ -173,7 +173,7 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
         del values["sample_sampler"]
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < 2**64:
-        if seed >= 2**64:  # below 0, as in other programs, asks for any seed
+        if seed >= 2**64:  # as in other programs, a negative seed means any seed
             leave_out(f"{where}: seeds are 0 to {2**64 - 1}, not {seed}; ignored")
         del values["seed"]
     made = Prompt(**values)
@@ -187,7 +187,7 @@ def _prompt(entry: Any, where: str, leave_out: Callable[[str], None]) -> Prompt:
 
 
 def spread(ranks: list[int], most: int) -> list[int]:
-    """At most `most` of the ranks, evenly spread, the highest among them."""
+    """At most `most` of the ranks, evenly spaced, always including the highest."""
     if len(ranks) <= most:
         return ranks
     return [ranks[round((i + 1) * len(ranks) / most) - 1] for i in range(most)]
@@ -235,7 +235,7 @@ def _draw(models: BaseModels, settings: Settings, prompt: Prompt, nth: int, cont
     name = prompt.sample_sampler or settings.sample_sampler
     zero = settings.zero_terminal_snr
     scheduler = models.family.sampler(name, models.prediction_type, zero, models.schedule_config)
-    pipe: Any = models.pipeline(scheduler)  # type checkers see the placeholders that diffusers has without torch
+    pipe: Any = models.pipeline(scheduler)  # Any: type checkers see diffusers' dummy classes for missing packages
     pipe.set_progress_bar_config(disable=True)
     seed = (required(settings.seed, "--seed") + nth) % 2**64 if prompt.seed is None else prompt.seed
     with context():
@@ -256,7 +256,7 @@ def _encode(models: BaseModels, settings: Settings, text: str) -> Encoded:
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Images in rows and columns of the size of the largest, 4 pixels apart."""
+    """Paste images into one grid, 4 pixels apart; every cell has the size of the largest image."""
     images = [image for row in rows for image in row]
     cell = tuple(max(sides) + _GAP for sides in zip(*(image.size for image in images), strict=True))
     cells = [Image.new("RGB", cell, "white") for _ in images]
@@ -267,7 +267,7 @@ def grid(rows: list[list[Image.Image]]) -> Image.Image:
 
 
 def write_samples(image: Image.Image, settings: Settings, name: str) -> Path:
-    """Save it as <output_dir>/sample/<name>.png."""
+    """Save the image as <output_dir>/sample/<name>.png."""
     file = Path(required(settings.output_dir, "--output_dir")) / "sample" / f"{name}.png"
     with replacing(file) as partial:
         image.save(partial, format="png")

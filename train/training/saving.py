@@ -1,4 +1,4 @@
-"""Saving adapters and states at steps, epochs and the end, and resuming from a state."""
+"""Saves adapters and states at steps, epochs and the end of a run, and resumes from a state."""
 
 import errno
 import glob
@@ -29,7 +29,7 @@ _PRECISION = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16":
 
 
 def trained_adapter(run: Run, position: Position) -> Adapter:
-    """The adapter as it is now, with the metadata of a save at this position."""
+    """The adapter with its present weights and the metadata of a save at this position."""
     epoch = position.epoch + (1 if position.batch else 0)
     metadata = for_save(run.metadata, run.settings, position.step, epoch)
     live = Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER, metadata=metadata)
@@ -37,19 +37,19 @@ def trained_adapter(run: Run, position: Position) -> Adapter:
 
 
 def save_at_step(run: Run, position: Position) -> None:
-    """A save between epochs, with its state if --save_state, and the removal of old ones."""
+    """Save after a step, with the state if --save_state is set, and remove old step saves."""
     if _save(run, position, files.step_name(run.settings, position.step), run.settings.save_state):
         _prune(lambda: files.prune_steps(run.settings, run.output, position.step))
 
 
 def save_at_epoch(run: Run, position: Position) -> None:
-    """The same at the end of an epoch."""
+    """Save after an epoch, with the state if --save_state is set, and remove old epoch saves."""
     if _save(run, position, files.epoch_name(run.settings, position.epoch), run.settings.save_state):
         _prune(lambda: files.prune_epochs(run.settings, run.output, position.epoch, run.save_every_n_epochs or 1))
 
 
 def save_interrupted(run: Run, position: Position) -> Path | None:
-    """A save where a signal stops the run, always with its state, whose folder is returned; None if that failed."""
+    """Save the adapter and the state when a signal stops the run. Returns the state's folder, or None on failure."""
     name = files.step_name(run.settings, position.step)
     _save(run, position, name, with_state=True)
     folder = _state_folder(run, name)
@@ -57,13 +57,13 @@ def save_interrupted(run: Run, position: Position) -> Path | None:
 
 
 def save_final(run: Run, position: Position) -> Adapter:
-    """Save the adapter at the end of a run. From here on the models have the weights that were saved.
+    """Save the adapter at the end of a run. Afterwards the models have the weights that were saved.
 
-    If the disk is full, saving is tried again for some minutes, since the training would be lost otherwise.
+    If the disk is full, saving is retried for some minutes, since the training would be lost otherwise.
 
     Args:
         run: The run.
-        position: The step and epoch that it has reached.
+        position: The step and epoch that the run has reached.
 
     Returns:
         The adapter that was saved.
@@ -86,21 +86,21 @@ def save_final(run: Run, position: Position) -> Adapter:
 
 
 def final_file(run: Run) -> Path:
-    """Where the save at the end of the run is."""
+    """The path of the adapter that is saved at the end of the run."""
     return _file(run, files.final_name(run.settings))
 
 
 def latest_state(run: Run) -> Path | None:
-    """The folder of the state that was saved last; None if there is none."""
+    """The folder of the most recent state; None if there is none."""
     name = files.final_name(run.settings)
     states = [folder for folder in run.output.glob(f"{glob.escape(name)}*-state") if folder.is_dir()]
     return max(states, key=lambda folder: folder.stat().st_mtime_ns, default=None)
 
 
 def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:
-    """Save while training goes on, in the main process; returns whether all of it was written.
+    """Save during training, in the main process. Returns whether everything was written.
 
-    What fails is logged: a disk that is full now, or a share that is away, may be back at the next save.
+    Errors are only logged: a full disk or a missing network share may be available again at the next save.
     """
     written = False
     if run.accelerator.is_main_process:
@@ -118,14 +118,14 @@ def _save(run: Run, position: Position, name: str, with_state: bool) -> bool:
 
 
 def _patiently(save: Callable[[], None]) -> None:
-    """Save, and try again as long as the disk is full; the last error is raised."""
+    """Save, and retry while the disk is full. The error of the last attempt is raised."""
     for seconds in PATIENCE:
         try:
             return save()
         except (OneLineError, OSError) as error:
             if not _disk_is_full(error):
                 raise
-            log.error("%s; trying again in %d s: make room", first_line(error), seconds)
+            log.error("%s; trying again in %d s: free some disk space", first_line(error), seconds)
             time.sleep(seconds)
     return save()
 
@@ -154,7 +154,7 @@ def _write(run: Run, adapter: Adapter, name: str) -> None:
 
 
 def _write_average(run: Run, position: Position, name: str) -> None:
-    """With --ema_decay: the average of the weights, in a file beside the save of that name."""
+    """With --ema_decay, save the averaged weights as <name>-ema."""
     if run.average is not None:
         with run.average.applied():
             _write(run, trained_adapter(run, position), f"{name}-ema")
@@ -176,7 +176,7 @@ def _save_state(run: Run, position: Position, name: str) -> None:
 
 
 def _state(run: Run) -> dict[str, Any]:
-    """All that later steps depend on. Data, noise, dropout and DyLoRA's ranks depend on seed and step alone."""
+    """Everything that later steps depend on, except the seed and step, which decide data, noise, dropout and ranks."""
     scaler = run.accelerator.scaler
     return {
         "weights": files.trainable_state(run.plain),
@@ -188,7 +188,7 @@ def _state(run: Run) -> dict[str, Any]:
 
 
 def go_on_from(run: Run, folder: Path) -> Position:
-    """Resume from a state: load it into the run. Returns the position at which it was saved."""
+    """Load a state into the run to resume from it. Returns the position at which it was saved."""
     state, position = files.load_state(folder)
     files.load_trainable_state(run.plain, state["weights"], folder)
     try:
@@ -201,12 +201,12 @@ def go_on_from(run: Run, folder: Path) -> Position:
             f"--resume {folder} was made with another optimizer or schedule ({first_line(error)})"
         ) from None
     if run.average is not None and not state.get("average"):
-        log.warning("--resume %s was made without --ema_decay: the average begins here", folder)
+        log.warning("--resume %s was made without --ema_decay: the average starts at this step", folder)
         run.average.restart()
     if run.accelerator.scaler is not None and state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     if position.seed != run.settings.seed:
-        log.warning("--resume %s was made with --seed %d: from here on the run is another one", folder, position.seed)
+        log.warning("--resume %s was made with --seed %d: a different seed is used from here on", folder, position.seed)
     if position.batches_per_epoch != run.batches_per_epoch:
         log.warning("%s was made with other data or devices: the epoch in which it stopped is restarted", folder)
         position.batch, position.batches_per_epoch = 0, run.batches_per_epoch
@@ -215,5 +215,5 @@ def go_on_from(run: Run, folder: Path) -> Position:
 
 
 def _copy(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as it is now, on the CPU: training goes on in place."""
+    """A copy of the weight on the CPU, since training changes the weight in place."""
     return weight.detach().to("cpu", copy=True)

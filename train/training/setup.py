@@ -1,4 +1,4 @@
-"""Everything that a run consists of, set up from the settings: what the loop works on."""
+"""Creates the parts of a training run from the settings: models, data, adapter, optimizer, schedule and loss."""
 
 import contextlib
 import datetime
@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A run that is ready to train. `denoiser` is wrapped by accelerate; `plain` is the module inside."""
+    """A run that is ready to train. `denoiser` is the module `plain`, wrapped by accelerate."""
 
     settings: Settings
     accelerator: Accelerator
@@ -80,7 +80,7 @@ class Run:
     uploads: Uploads | None = None
     prompts: list[Prompt] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
-    samples: Path | None = None  # the sample images that were drawn last
+    samples: Path | None = None  # the file of the latest sample images
 
     @property
     def batches_per_epoch(self) -> int:
@@ -96,33 +96,33 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The seed of everything random: --seed, or what was drawn for it."""
+        """The seed of the run: --seed, that of the resumed run, or a random one."""
         return required(self.settings.seed, "--seed")
 
     @property
     def save_every_n_epochs(self) -> int | None:
-        """--save_every_n_epochs, or what --save_n_epoch_ratio makes of the number of epochs."""
+        """--save_every_n_epochs, or the interval that --save_n_epoch_ratio implies."""
         ratio = self.settings.save_n_epoch_ratio
         return max(1, self.epochs // ratio) if ratio else self.settings.save_every_n_epochs
 
     @functools.cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What is trained; looked up once, since a U-Net has thousands of modules to look through."""
+        """The trained parameters, cached because a U-Net has thousands of modules to search."""
         return [p for p in self.plain.parameters() if p.requires_grad]
 
     @functools.cached_property
     def dials(self) -> list[RankController]:
-        """The trained DyLoRAs' dials, looked up once for the same reason."""
+        """The rank controllers of DyLoRA layers, cached for the same reason."""
         return controllers(list(self.trained.values()))
 
     @functools.cached_property
     def sort_step(self) -> int | None:
-        """The step before which a DyLoRA's components are sorted; None: never."""
+        """The step before which DyLoRA's components are sorted; None if they are not sorted."""
         share = max((dial.sort_at for dial in self.dials), default=0.0)
         return sorting_step(share, self.steps) if share else None
 
     def tell_step(self, step: int, number: int, batch: Batch) -> None:
-        """Say which batch of which step comes next, as `set_step` does: DyLoRA's ranks depend on these and the seed."""
+        """Announce the next batch to the rank controllers: DyLoRA's ranks depend on step, batch and seed."""
         part = step * self.settings.gradient_accumulation_steps + number
         samples = range(batch.start, batch.start + len(batch.captions))
         for dial in self.dials:
@@ -132,12 +132,12 @@ class Run:
 
     @functools.cached_property
     def average(self) -> WeightAverage | None:
-        """The moving average of what is trained, with --ema_decay."""
+        """The moving average of the trained parameters; None without --ema_decay."""
         decay = self.settings.ema_decay
         return WeightAverage(self.parameters, decay) if decay else None
 
     def averaged(self) -> contextlib.AbstractContextManager:
-        """Within it the weights are their average, where there is one."""
+        """A context in which the parameters hold their moving average, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def training_mode(self, training: bool = True) -> None:
@@ -146,11 +146,11 @@ class Run:
         set_training(self.models, training, text)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
-        """Around all batches of a step but the last: gradients stay in their process."""
+        """A context for one batch: gradients are synchronised between processes only in the last batch of a step."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.denoiser)
 
     def offloading(self) -> contextlib.AbstractContextManager:
-        """With --cpu_offload_checkpointing: activations wait for the backward pass in main memory."""
+        """A context that keeps saved activations in CPU memory if --cpu_offload_checkpointing is set."""
         if not self.settings.cpu_offload_checkpointing:
             return contextlib.nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.accelerator.device.type == "cuda")
@@ -159,7 +159,7 @@ class Run:
 def check(settings: Settings) -> None:
     """Check all settings that can be checked before anything is loaded.
 
-    Values without an effect are set back to their defaults, with a warning for each.
+    Options without an effect are reset to their defaults, with a warning for each.
 
     Args:
         settings: The settings of the run; changed in place.
@@ -193,18 +193,18 @@ def check(settings: Settings) -> None:
 
 
 def open_output(settings: Settings) -> None:
-    """Make --output_dir. TrainingError if nothing could be saved in it, which would show after training only."""
+    """Create --output_dir. TrainingError if it is not writable, which would otherwise show only at the first save."""
     folder = Path(required(settings.output_dir, "--output_dir"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"--output_dir {folder} cannot be made ({error.strerror or error})") from None
+        raise TrainingError(f"--output_dir {folder} cannot be created ({error.strerror or error})") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise TrainingError(f"--output_dir {folder} cannot be written to (permission denied)")
+        raise TrainingError(f"--output_dir {folder} is not writable (permission denied)")
 
 
 def create_accelerator(settings: Settings) -> Accelerator:
-    """accelerate's view of this machine and this process; an earlier run's precision is forgotten."""
+    """Create the Accelerator. The state of an earlier run in this process is reset first, as it fixes the precision."""
     AcceleratorState._reset_state()
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
@@ -221,12 +221,12 @@ def create_accelerator(settings: Settings) -> Accelerator:
         dynamo_backend=settings.dynamo_backend if settings.torch_compile else None,
     )
     if accelerator.device.type == "cpu":
-        torch.set_flush_denormal(True)  # tiny gradients become denormal numbers, on which a CPU is many times slower
+        torch.set_flush_denormal(True)  # CPUs compute many times slower with denormal numbers
     return accelerator
 
 
 def decide_seed(settings: Settings) -> int:
-    """--seed, or that of the resumed run, or a random one that is equal in all processes."""
+    """--seed, or the seed of the resumed run, or a random one that is the same in all processes."""
     if settings.seed is not None:
         return settings.seed
     if settings.resume:
@@ -236,7 +236,7 @@ def decide_seed(settings: Settings) -> int:
 
 
 def open_data(settings: Settings, seed: int) -> TrainingData:
-    """The data that the settings ask for. An option that is not given is left to the dataset file or its default."""
+    """Open the training data. Options that were not given do not override those of the dataset file."""
     return TrainingData(
         load_data_config(settings.given_options()),
         seed=seed,
@@ -247,12 +247,12 @@ def open_data(settings: Settings, seed: int) -> TrainingData:
 
 
 def workers(settings: Settings) -> int:
-    """Processes that read images: as asked for, but no more than there are cores."""
+    """Number of processes that read images: --max_data_loader_n_workers, but at most the number of cores."""
     return min(settings.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
 def length(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
-    """(optimizer steps, epochs) of the run. The last batches of an epoch make a step of their own."""
+    """(optimizer steps, epochs) of the run. The last step of an epoch may have fewer batches."""
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     if settings.max_train_epochs is not None:
         return settings.max_train_epochs * steps_per_epoch, settings.max_train_epochs
@@ -260,11 +260,11 @@ def length(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
 
 
 def prepare(settings: Settings, models: BaseModels | None = None, data: TrainingData | None = None) -> Run:
-    """Load, adapt and cache everything. Mistakes in options and data are found before the base model is loaded."""
+    """Set up a run. Options and data are checked before the base model is loaded."""
     check(settings)
     accelerator = create_accelerator(settings)
     if not settings.output_dir and not settings.dry_run:
-        raise OptionError("--output_dir is missing: the folder for what is saved")
+        raise OptionError("--output_dir is missing: give a folder for the saved files")
     settings.seed = decide_seed(settings)
     data = data or open_data(settings, settings.seed)
     if settings.masked_loss and not data.has_masks:
@@ -280,7 +280,7 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
         read_prompts(Path(required(settings.sample_prompts, "--sample_prompts"))) if wants_samples(settings) else []
     )
     check_samplers_fit(settings, models, prompts)
-    torch.manual_seed(settings.seed)  # the start of `down` is random
+    torch.manual_seed(settings.seed)  # `down` is initialised randomly
     trained = adapters.trained_components(settings, models)
     train_text = bool(adapters.text_components(trained))
     apply_memory_options(models, settings, train_text)
@@ -322,10 +322,10 @@ def prepare(settings: Settings, models: BaseModels | None = None, data: Training
 
 
 def _optimizer(settings: Settings, models: BaseModels, trained: dict[str, Any], is_main: bool) -> torch.optim.Optimizer:
-    """The optimizer of what is trained; the rest gets no gradients."""
+    """Create the optimizer for the trained parameters, and turn off the gradients of all others."""
     unread = adapters.freeze_unread(trained, models, settings.clip_skip)
     if unread and is_main:
-        log.info("%d modules of text-encoder layers that are never read are saved, not trained", unread)
+        log.info("%d modules in text-encoder layers whose output is not used are saved, but not trained", unread)
     groups = adapters.parameter_groups(settings, models, trained)
     adapters.freeze_rest(trained, groups)
     optimizer = create_optimizer(settings, groups)
@@ -336,7 +336,7 @@ def _optimizer(settings: Settings, models: BaseModels, trained: dict[str, Any], 
 
 
 def _uploads(settings: Settings, accelerator: Accelerator) -> Uploads | None:
-    """The main process's uploads: a wrong name or token shows before anything is loaded or encoded."""
+    """The uploads of the main process, created early so that a wrong repository or token is found before loading."""
     active = settings.huggingface_repo_id and accelerator.is_main_process and not settings.dry_run
     return Uploads(settings) if active else None
 

@@ -1,4 +1,4 @@
-"""The sorting step of a DyLoRA: plain training before it, nested ranks after it (see `DyLoraConfig.sort_at`)."""
+"""DyLoRA's sorting step: before it the full rank is trained, after it nested ranks (see `DyLoraConfig.sort_at`)."""
 
 import contextlib
 import logging
@@ -15,11 +15,11 @@ from lora_adapters.types.layers import factors
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 10  # steps in which the learning rate comes back, where the sorting restarts the optimizer
+WARM_UP = 10  # warm-up steps of the learning rate, if the sorting restarts the optimizer
 
 
 def sort_if_due(run: Run, step: int) -> None:
-    """Sort the components where that comes before this step. Every process has the main process's numbers then."""
+    """Sort the components if the sorting comes before this step. The result is the same in all processes."""
     if step != run.sort_step:
         return
     sort_components(list(run.trained.values()), run.optimizer, adapters.ADAPTER)
@@ -33,7 +33,7 @@ def sort_if_due(run: Run, step: int) -> None:
 
 @contextlib.contextmanager
 def warmed_up(run: Run, step: int) -> Iterator[None]:
-    """In the block learning rates are lower, where an optimizer has restarted only a few steps ago."""
+    """A context in which learning rates are lower if the sorting has restarted the optimizer a few steps ago."""
     since = step - run.sort_step if run.sort_step is not None else -1
     if not (0 <= since < WARM_UP - 1 and averages_weights(run.optimizer)):
         yield
@@ -51,9 +51,9 @@ def warmed_up(run: Run, step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_sorting(run: Run) -> Iterator[None]:
-    """A context in which steps train the full rank if components are going to be sorted, whatever their number.
+    """A context in which DyLoRA behaves as before the sorting step: steps train the full rank.
 
-    It is for steps that do not belong to the training, such as trial steps, which have no step number.
+    For trial steps, which have no step number. Without a sorting step it does nothing.
 
     Args:
         run: The run; its step counters are restored afterwards.
@@ -73,7 +73,7 @@ def before_sorting(run: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_if_sorted(run: Run) -> Iterator[None]:
-    """In the block the components are sorted, so that low ranks mean something before the sorting step as well."""
+    """A context in which the components are sorted, so that low ranks can be evaluated before the sorting step."""
     unsorted = [dial for dial in run.dials if dial.unsorted]
     if not unsorted:
         yield

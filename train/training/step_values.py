@@ -1,4 +1,4 @@
-"""The numbers that a step leaves behind, brought to the CPU together: a device is waited for once in a step."""
+"""The values of a step, moved to the CPU in one transfer, so that a step synchronises with the device only once."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lora_adapters.train.stopping import SIGNALS, signalled
 
 @dataclass(frozen=True)
 class StepValues:
-    """loss: the mean over all processes. stop: the signal that some process has received, or 0. others: by log name."""
+    """loss: the mean over all processes. stop: the signal that a process received, or 0. others: log name -> value."""
 
     loss: float
     stop: int
@@ -20,7 +20,7 @@ class StepValues:
 
 
 def fetch(accelerator: Any, loss: torch.Tensor, flags: torch.Tensor, others: dict[str, torch.Tensor]) -> StepValues:
-    """loss (): of this process. flags: from StopSignals. others: tensors () that are the same in every process."""
+    """Fetch a step's values. loss: () of this process. flags: of StopSignals. others: (), the same in all processes."""
     shared = accelerator.reduce(torch.cat([loss.detach().float().view(1), flags]), reduction="mean")
     own = [value.detach().float().view(1) for value in others.values()]
     values = torch.cat([shared, *own]).tolist()
@@ -29,12 +29,12 @@ def fetch(accelerator: Any, loss: torch.Tensor, flags: torch.Tensor, others: dic
 
 
 def check_finite(values: StepValues, step: int, scaled: bool) -> None:
-    """Stop a training whose loss or gradient is NaN or infinite.
+    """Stop training if the loss or the gradient is NaN or infinite.
 
     Args:
         values: The loss and the gradient norm of the step.
         step: The number of the step, from 1.
-        scaled: Whether a gradient scaler skips steps with an infinite gradient, so that they are no error.
+        scaled: Whether a gradient scaler is used: it skips steps with an infinite gradient, which are then allowed.
 
     Raises:
         TrainingError: The loss, or the gradient without a scaler, is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Where losses, learning rates and images are logged: TensorBoard and Weights & Biases, through accelerate."""
+"""Logs losses, learning rates and images to TensorBoard and Weights & Biases, through accelerate."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ from lora_adapters.train.options.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# What these libraries say below a warning is about their own inside: requests, files, sizes of caches.
+# Messages of these libraries below the level of warnings are not shown: requests, files, cache sizes.
 _LIBRARIES = (
     "accelerate",
     "datasets",
@@ -41,7 +41,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def tracker_names(settings: Settings) -> list[str]:
-    """The trackers to use: none without --logging_dir, unless it is Weights & Biases alone."""
+    """The trackers to use: those of --log_with, or TensorBoard if only --logging_dir is given."""
     if settings.log_with == "all":
         return ["tensorboard", "wandb"]
     if settings.log_with:
@@ -50,7 +50,7 @@ def tracker_names(settings: Settings) -> list[str]:
 
 
 def check_trackers(settings: Settings) -> None:
-    """Raise TrainingError for a tracker that is not installed, or has no place to write to."""
+    """Raise TrainingError for a tracker that is not installed or has no folder to write to."""
     for name in tracker_names(settings):
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise TrainingError(f"--log_with {name} needs the package {name}: pip install {name}")
@@ -68,7 +68,7 @@ def check_trackers(settings: Settings) -> None:
 
 
 def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
-    """Open the logs: a folder of its own for each run, named by --log_prefix and the time."""
+    """Open the logs. Each run gets its own folder, named by --log_prefix and the time."""
     names = tracker_names(settings)
     if not names:
         return
@@ -88,18 +88,18 @@ def start_trackers(settings: Settings, accelerator: Accelerator) -> None:
         config = {name: _plain(value) for name, value in vars(settings).items() if not known[name].secret}
     try:
         accelerator.init_trackers(settings.log_tracker_name or "network_train", config=config, init_kwargs=arguments)
-    except Exception as error:  # W&B's errors are of its own kinds: no connection, a wrong key, a missing login
+    except Exception as error:  # W&B has its own error classes: no connection, a wrong key, a missing login
         raise TrainingError(f"--log_with {settings.log_with or names[0]} cannot start ({first_line(error)})") from error
 
 
-# Process groups that training has ended. The gradient reducer of a model in several processes would otherwise be the
-# last to let go of its group, and the group's destructor then waits, with Python's lock held, for a thread of its own
-# that may be waiting for the lock: seen with gloo in torch 2.13. Freed by Python itself, a group leaves the lock.
+# References to ended process groups. Without them, the last reference to a group is DDP's gradient reducer: it calls
+# the group's destructor with the GIL held, and the destructor waits for a thread that may itself wait for the GIL.
+# This deadlock was seen with gloo in torch 2.13. If Python frees the group, the GIL is released first.
 _ended_groups: list[Any] = []
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """Close the logs. Everything is saved by now: a log that cannot be written to the end is said, and no error."""
+    """Close the logs. A failure is only a warning, since the adapter has been saved already."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _ended_groups.append(torch.distributed.group.WORLD)
     try:
@@ -109,7 +109,7 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Put an image into every log."""
+    """Add an image to every log."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
@@ -118,7 +118,7 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
 
 
 def read_sections(file: Path) -> dict[str, Any]:
-    """A toml file with a section of arguments for each tracker."""
+    """Read a toml file that has a section of arguments for each tracker."""
     if not file.exists():
         raise TrainingError(f"--log_tracker_config {file} does not exist")
     try:
@@ -133,7 +133,7 @@ def read_sections(file: Path) -> dict[str, Any]:
 def console(settings: Settings) -> Iterator[None]:
     """A context in which log messages go to the console or to --console_log_file. Afterwards logging is restored.
 
-    A handler that stayed would write to a console that may be closed when the process runs another training.
+    A handler that is not removed might write to a closed console in a later training of the same process.
 
     Args:
         settings: The settings of the run.
@@ -173,5 +173,5 @@ class _Coloured(logging.Formatter):
 
 
 def _plain(value: Any) -> Any:
-    """What every tracker can show."""
+    """Convert a value to a type that every tracker accepts."""
     return value if isinstance(value, int | float | str | bool) else str(value)

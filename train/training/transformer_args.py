@@ -1,6 +1,6 @@
-"""kohya's network_args for transformers as ranks by pattern: ranks of kinds of layers, and which blocks are trained.
+"""Translates kohya's network_args for transformers (ranks of layer kinds, trained blocks) into ranks by pattern.
 
-The family says which patterns an option stands for (`TrainingFamily.rank_args`, `block_args`).
+The family defines the patterns of each option (`TrainingFamily.rank_args`, `block_args`).
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.train.models.family import TrainingFamily
 
-_BLOCKS = 64  # more than any stack has
+_BLOCKS = 64  # more blocks than any transformer has
 _OUTSIDE = ("in_dims", "emb_dims")
 _TRUE = ("true", "1")
 
@@ -16,17 +16,17 @@ _TRUE = ("true", "1")
 def translated(args: Mapping[str, str], family: TrainingFamily) -> dict[str, str]:
     """Translate kohya's network_args of transformers into regular expressions with ranks (network_reg_dims).
 
-    Patterns of the user come first. Blocks that are left out have priority over ranks of kinds of layers.
+    The user's own patterns have priority, then the blocks that are not trained, then the ranks of layer kinds.
 
     Args:
         args: The network_args.
         family: The family of the base model; nothing is translated if it has no such arguments.
 
     Returns:
-        The network_args, of which those for transformers are part of network_reg_dims.
+        The network_args, with those for transformers moved into network_reg_dims.
 
     Raises:
-        AdapterError: A value cannot be read, or asks for layers outside of the blocks.
+        AdapterError: A value is invalid, or an argument is for layers outside of the blocks.
     """
     rest, patterns = dict(args), list[str]()
     if not family.rank_args:
@@ -37,7 +37,7 @@ def translated(args: Mapping[str, str], family: TrainingFamily) -> dict[str, str
     if "train_blocks" in rest:
         rest |= _stacks(rest.pop("train_blocks"), family)
     rest.pop("train_t5xxl", None)  # see `trains_frozen_text`
-    rest.pop("split_qkv", None)  # q, k and v have modules of their own in diffusers' models in any case
+    rest.pop("split_qkv", None)  # q, k and v are separate modules in diffusers' models anyway
     for name, stack in family.block_args.items():
         if name in rest:
             patterns += _left_out(name, rest.pop(name), stack)
@@ -51,7 +51,7 @@ def translated(args: Mapping[str, str], family: TrainingFamily) -> dict[str, str
 
 
 def trains_frozen_text(args: Mapping[str, str]) -> bool:
-    """Whether the text encoders that are frozen otherwise are trained, too (train_t5xxl)."""
+    """Whether text encoders that are frozen by default are trained (train_t5xxl)."""
     return str(args.get("train_t5xxl", "")).lower() in _TRUE
 
 
@@ -61,12 +61,12 @@ def _rank(name: str, text: str) -> int:
     except ValueError:
         rank = -1
     if rank < 0:
-        raise AdapterError(f"network_args {name}={text}: it takes a rank, 0 for none")
+        raise AdapterError(f"network_args {name}={text}: it takes a rank, or 0 to leave these layers out")
     return rank
 
 
 def _stacks(text: str, family: TrainingFamily) -> dict[str, str]:
-    """train_blocks=single and train_blocks=double as blocks of the other stack that are not trained."""
+    """Translate train_blocks=single or double: no blocks of the other stack are trained."""
     kinds = {name.split("_")[1]: name for name in family.block_args}
     if text != "all" and (len(kinds) < 2 or text not in kinds):
         raise AdapterError(f"network_args train_blocks={text}: it takes {', '.join(['all', *kinds])}")
@@ -74,14 +74,14 @@ def _stacks(text: str, family: TrainingFamily) -> dict[str, str]:
 
 
 def _left_out(name: str, text: str, stack: str) -> list[str]:
-    """The pattern of the blocks that a selection such as "0,3-5" leaves out, with rank 0."""
+    """The pattern, with rank 0, for all blocks that are not in a selection such as "0,3-5"."""
     if text == "all":
         return []
     chosen: set[int] = set()
     for part in filter(None, text.replace(" ", "").split(",")) if text != "none" else ():
         first, _, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) >= _BLOCKS:
-            raise AdapterError(f"network_args {name}={text}: it takes numbers of blocks, such as 0,3-5, all or none")
+            raise AdapterError(f"network_args {name}={text}: it takes block numbers such as 0,3-5, or all, or none")
         chosen |= set(range(int(first), int(last or first) + 1))
     kept = f"(?!(?:{'|'.join(map(str, sorted(chosen)))})\\.)" if chosen else ""
     return [rf"{stack}\.{kept}.*=0"]

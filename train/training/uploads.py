@@ -1,4 +1,4 @@
-"""What is saved, also on the Hugging Face Hub; and states to resume from there."""
+"""Uploads saved files to the Hugging Face Hub, and downloads states to resume from."""
 
 import logging
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from lora_adapters.train.options.values import required
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 900.0  # seconds that the end of a run waits for pushes; by then each has been tried again several times
-_INTERRUPTED = 60.0  # and where the run ends with an error or Ctrl+C
+_PATIENCE = 900.0  # seconds to wait for pushes at the end of a run, enough for several retries of each
+_INTERRUPTED = 60.0  # seconds to wait if the run ends with an error or Ctrl+C
 
 
 class Uploads:
-    """Pushes to --huggingface_repo_id, which is made (private unless asked otherwise) when training starts.
+    """Pushes to --huggingface_repo_id, which is created (private by default) when training starts.
 
-    Every save goes there under its own name, beside training. The last one goes there once more as
-    `pytorch_lora_weights.safetensors`, the name that diffusers picks, with PEFT's folders and a model card.
+    Every save is pushed in the background under its own name. The last one is also pushed as
+    `pytorch_lora_weights.safetensors`, the name that diffusers looks for, with PEFT folders and a model card.
     """
 
     def __init__(self, settings: Settings):
@@ -45,12 +45,12 @@ class Uploads:
         self.push.file(path)
 
     def state(self, folder: Path) -> None:
-        """Push a saved state, with --save_state_to_huggingface."""
+        """Push a saved state if --save_state_to_huggingface is set."""
         if self.settings.save_state_to_huggingface:
             self.push.folder(folder)
 
     def final(self, path: Path, captions: Iterable[str], grid: Path | None) -> None:
-        """Push the last save, with a model card that shows `grid`, the last sample images. For models."""
+        """Push the last save with a model card that shows `grid`, the last samples. Only for model repositories."""
         if not self.is_model:
             return
         settings = self.settings
@@ -68,12 +68,12 @@ class Uploads:
         )
 
     def finish(self, interrupted: bool = False) -> list[FailedPush]:
-        """Wait for pushes that are still under way. Returns those that failed, logged; their files are on the disk."""
+        """Wait for pushes in progress. Returns those that failed, which are logged; their files are on disk."""
         return self.push.close(_INTERRUPTED if interrupted else _PATIENCE)
 
 
 def shared_words(captions: Iterable[str]) -> list[str]:
-    """The parts (between commas) that every caption has, which are what calls an adapter up; at most three."""
+    """At most three comma-separated parts that all captions have in common, used as trigger words."""
     parts = [[part.strip() for part in caption.split(",") if part.strip()] for caption in captions]
     if len(parts) < 2:
         return []
@@ -81,7 +81,7 @@ def shared_words(captions: Iterable[str]) -> list[str]:
 
 
 def check_uploads(settings: Settings) -> None:
-    """Raise TrainingError for upload options without a repository, or with values that do not exist."""
+    """Raise TrainingError for upload options without a repository, or with invalid values."""
     for name in ("repo_type", "path_in_repo", "repo_visibility"):
         if getattr(settings, f"huggingface_{name}") and not settings.huggingface_repo_id:
             raise OptionError(f"--huggingface_{name} needs --huggingface_repo_id")
@@ -91,9 +91,13 @@ def check_uploads(settings: Settings) -> None:
     if settings.save_state_to_huggingface and not (settings.save_state or settings.save_state_on_train_end):
         raise OptionError("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
     if settings.huggingface_repo_type not in (None, *REPO_TYPES):
-        raise OptionError(f"--huggingface_repo_type {settings.huggingface_repo_type}: {', '.join(REPO_TYPES)}")
+        raise OptionError(
+            f"--huggingface_repo_type {settings.huggingface_repo_type}: not one of {', '.join(REPO_TYPES)}"
+        )
     if settings.huggingface_repo_visibility not in (None, "public", "private"):
-        raise OptionError(f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: public or private")
+        raise OptionError(
+            f"--huggingface_repo_visibility {settings.huggingface_repo_visibility}: not public or private"
+        )
     if settings.resume_from_huggingface and not settings.resume:
         raise OptionError("--resume_from_huggingface needs --resume=<user>/<repository>/<folder of the state>")
 

@@ -1,4 +1,4 @@
-"""The held-out loss: the same images, noise and timesteps each time, so that its curve shows the adapter alone."""
+"""Measures the held-out loss with the same images, noise and timesteps each time, so that measurements compare."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ TIMESTEPS_A_SAMPLE = 4
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A measurement: the step, the DyLoRA rank (None: no DyLoRA) and the mean loss over held-out images."""
+    """A measurement: the step, the DyLoRA rank (None for other adapters) and the mean loss over held-out images."""
 
     step: int
     rank: int | None
@@ -23,7 +23,7 @@ class HeldOut:
 
 
 def fixed_timesteps(low: int, high: int, count: int = TIMESTEPS_A_SAMPLE) -> list[int]:
-    """The middles of `count` equal parts of low <= t < high."""
+    """The midpoints of `count` equal intervals of low <= t < high."""
     return [low + int((high - low) * (i + 0.5) / count) for i in range(count)]
 
 
@@ -35,13 +35,13 @@ def held_out_losses(
     accelerator: Any,
     most: int | None,
 ) -> list[HeldOut]:
-    """Measure the held-out loss; for DyLoRA at each of up to eight ranks.
+    """Measure the held-out loss, for DyLoRA at up to eight ranks.
 
     Args:
         step_loss: Computes the loss of a batch.
         data: The images; the held-out ones are divided among the processes.
         models: The models with the adapter, in evaluation mode.
-        step: The number of the step, for the results.
+        step: The step number, which is stored in the results.
         accelerator: Accelerate's `Accelerator`.
         most: The largest number of batches; None uses all.
 
@@ -64,7 +64,7 @@ def held_out_losses(
 
 
 def mean_loss(step_loss: StepLoss, data: TrainingData, accelerator: Any, most: int | None) -> float:
-    """The mean of the held-out losses over all images of all processes, each with its weight."""
+    """The mean held-out loss over the images of all processes. Images with loss weight 0 (fillers) are not counted."""
     options = step_loss.options.noise
     timesteps = fixed_timesteps(options.min_timestep, options.max_timestep)
     measured: list[torch.Tensor] = []
@@ -76,7 +76,7 @@ def mean_loss(step_loss: StepLoss, data: TrainingData, accelerator: Any, most: i
         with accelerator.autocast():
             measured.append(step_loss.held_out(batch, timesteps))
         weights.append(batch.loss_weights)
-    # A batch that does not divide among the processes carries weights; they also blank out fillers.
+    # Weights correct for batches that do not divide evenly among processes. Here they only tell fillers (weight 0).
     counts = (torch.cat(weights) > 0).double()
     total = torch.stack([(torch.cat(measured).cpu().double() * counts).sum(), counts.sum()])
     total = accelerator.reduce(total.to(accelerator.device, torch.float32), reduction="sum").cpu()

@@ -1,1 +1,1 @@
-"""Parts of the speed table: full-size pipelines without weights, and what is measured in processes of their own."""
+"""Parts of the speed table: full-size pipelines without weights, and measurements in separate processes."""

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""One measurement on a live pipeline, in a process of its own; prints one line of JSON.
+"""One measurement on a live pipeline, for a separate process; prints one line of JSON.
 
 usage: live.py CASE --side ours|stock --size sd15|sdxl|flux --file ADAPTER [--second ADAPTER] [--number N] [--repeat N]
 
-CASE is one of: load (with N adapters there already), turns (load the file and the second one in turns), set_adapters
-(which are active, and their weights), weights (of active adapters, again and again), rank, draw (one call of the U-Net
-with N adapters active), fuse, unfuse (of N adapters). "stock" is diffusers without this package. Times are CPU seconds
-of the process with one thread, about what it takes on a machine with nothing else to do; `wall` is what it took on this
-one. Of turns the line has both files' by the names of their options.
+CASE is one of: load (with N other adapters loaded), turns (load the file and the second file in turns), set_adapters
+(change active adapters and weights), weights (change only the weights, repeatedly), rank, draw (one call of the U-Net
+with N active adapters), fuse, unfuse (N adapters). "stock" is diffusers without this package. Times are CPU seconds of
+the process with one thread, which is about the time on an idle machine; `wall` is the wall time. For turns the line
+has the results of both files, named by their options.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from peak_memory import Peak, peaks_above_rest
 
 from speed.pipelines import give_weights, pipeline
 
-LATENT = 32  # side of the latents that are drawn: images of 256 pixels, with and without the prompt
-CALLS = 50  # of what takes about a millisecond
+LATENT = 32  # side of the latents: images of 256 pixels, with and without the prompt
+CALLS = 50  # calls per measurement of an action that takes about a millisecond
 
 
 class Measured(NamedTuple):
-    """CPU and wall seconds of each call, the memory of one, and how many operations of torch it consists of."""
+    """CPU and wall seconds of each call, the peak memory of one call, and its number of torch operations."""
 
     times: list[tuple[float, float]]
     memory: Peak
@@ -45,15 +45,15 @@ class Measured(NamedTuple):
 
 
 def timed(action: Callable[[], Any], undo: Callable[[], Any], repeat: int) -> Measured:
-    """CPU and wall seconds of each of `repeat` calls of the action, and the memory of one of two more before them.
+    """Measure the CPU and wall seconds of `repeat` calls of the action, and the peak memory of one call.
 
-    The first imports what it needs, and is not counted.
+    Two calls come before: the first one for imports, which is not measured, the second one for the memory.
     """
     return in_turns({"": action}, undo, repeat)[""]
 
 
 def in_turns(actions: dict[str, Callable[[], Any]], undo: Callable[[], Any], repeat: int) -> dict[str, Measured]:
-    """As `timed`, of several actions that take turns, by their names."""
+    """Like `timed`, for several actions that take turns: name -> measurement."""
     memory, times = {}, {name: [] for name in actions}
     for name, action in actions.items():
         action()
@@ -72,11 +72,11 @@ def in_turns(actions: dict[str, Callable[[], Any]], undo: Callable[[], Any], rep
 
 
 def nothing() -> None:
-    """Nothing to undo."""
+    """An empty undo function."""
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed."""
+    """Counts torch operations."""
 
     count = 0
 
@@ -86,7 +86,7 @@ class Operations(TorchDispatchMode):
 
 
 def several(pipe: Any, args: argparse.Namespace) -> list[str]:
-    """Load `--number` adapters; returns their names."""
+    """Load `--number` adapters, and return their names."""
     names = [f"adapter{number}" for number in range(args.number)]
     for number, name in enumerate(names):
         pipe.load_lora_weights(args.second if number % 2 else args.file, adapter_name=name)
@@ -107,14 +107,14 @@ def turns(pipe: Any, args: argparse.Namespace) -> dict[str, Measured]:
 
 
 def set_adapters(pipe: Any, args: argparse.Namespace) -> Measured:
-    """`pipe.set_adapters` between two adapters that are there."""
+    """`pipe.set_adapters` with two loaded adapters."""
     pipe.load_lora_weights(args.file, adapter_name="a")
     pipe.load_lora_weights(args.second, adapter_name="b")
     return timed(lambda: pipe.set_adapters(["a", "b"], [0.7, 0.3]), lambda: pipe.set_adapters(["b"]), args.repeat)
 
 
 def weights(pipe: Any, args: argparse.Namespace) -> Measured:
-    """`pipe.set_adapters` with other weights for the adapters that are active: somebody moves a slider."""
+    """`pipe.set_adapters` with other weights for the active adapters, like moving a slider."""
     names = several(pipe, args)
 
     def slide() -> None:
@@ -159,7 +159,7 @@ def unfuse(pipe: Any, args: argparse.Namespace) -> Measured:
 
 
 def rank(pipe: Any, args: argparse.Namespace) -> Measured:
-    """From one rank of a DyLoRA to another: set_rank here, the other rank's file in stock diffusers."""
+    """Change the rank of a DyLoRA: with set_rank, or in stock diffusers by loading another file."""
     pipe.load_lora_weights(args.file, adapter_name="a")
     if args.side == "ours":
         from lora_adapters import set_rank
@@ -186,7 +186,7 @@ CASES = {
 
 
 def medians(found: Measured) -> dict[str, float | int | None]:
-    """What is printed of a measurement."""
+    """The printed values of a measurement."""
     cpu, wall = (statistics.median(column) for column in zip(*found.times, strict=True))
     return {
         "seconds": cpu,
@@ -198,7 +198,7 @@ def medians(found: Measured) -> dict[str, float | int | None]:
 
 
 def main() -> None:
-    """Measure."""
+    """Run the measurement and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--side", choices=("ours", "stock"), required=True)

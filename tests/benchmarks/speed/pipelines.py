@@ -1,6 +1,7 @@
-"""Pipelines of full size that weigh nothing: every weight of the base model is one number, seen in the weight's shape.
+"""Full-size pipelines that need no memory: every weight of the base model is a single number, expanded to its shape.
 
-Adapters are loaded into them as into the real ones; running or fusing them takes a U-Net with weights of its own.
+Adapters are loaded into them as into real pipelines. Running and fusing need a U-Net with real weights
+(`give_weights`).
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 
 
 def weightless(make: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
-    """The module that `make()` builds, each parameter and buffer an expanded zero."""
+    """The module that `make()` creates, with every parameter an expanded zero."""
     with torch.device("meta"):
         model = make()
     for module in model.modules():
@@ -42,7 +43,7 @@ def weightless(make: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
             if parameter is not None:
                 zero = torch.zeros((), dtype=dtype).expand(parameter.shape)
                 module._parameters[name] = nn.Parameter(zero, requires_grad=False)
-                # as from_pretrained leaves it: else transformers draws new weights when stock code loads an adapter
+                # as after from_pretrained: else transformers initialises weights again when stock code loads an adapter
                 module._parameters[name]._is_hf_initialized = True
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
@@ -53,12 +54,12 @@ def weightless(make: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
 
 
 def give_weights(model: nn.Module) -> None:
-    """Numbers of their own, in float32, for a model that `weightless` has made."""
+    """Give a model from `weightless` real random weights in float32."""
     torch.manual_seed(0)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                # what trained weights multiply a signal with: about 1
+                # keeps the scale of signals, like trained weights
                 spread = (3 / max(1, parameter[0].numel())) ** 0.5 if parameter.ndim > 1 else 0.1
                 weights = torch.empty(parameter.shape).uniform_(-spread, spread)
                 module._parameters[name] = nn.Parameter(weights, requires_grad=False)
@@ -69,7 +70,7 @@ def give_weights(model: nn.Module) -> None:
 
 def pipeline(size: str) -> Any:
     """A StableDiffusionPipeline ("sd15"), StableDiffusionXLPipeline ("sdxl") or FluxPipeline ("flux") with the module
-    names and shapes of the published models."""
+    names and shapes of the released models."""
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
     parts = {
         "vae": weightless(lambda: AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)),

@@ -1,4 +1,4 @@
-"""What is compared. Each method puts its own trainable layers on a U-Net and gives them back as an `Adapter`."""
+"""The compared methods. Each adds its own trainable layers to a U-Net, and returns them as an `Adapter`."""
 
 import importlib
 import importlib.util
@@ -25,7 +25,7 @@ ADAPTER = "study"
 
 @dataclass(frozen=True)
 class Fitted:
-    """A U-Net with a method's layers: what is trained, and the adapter as it stands."""
+    """A U-Net with a method's layers: the trained parameters, and a function that returns the present adapter."""
 
     parameters: list[nn.Parameter]
     adapter: Callable[[], Adapter]
@@ -33,7 +33,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to get adapters of one or of all ranks from one training. All scales are 1 at the full rank (alpha = r)."""
+    """A method to get adapters of one or all ranks from one training. Scales are 1 at the full rank (alpha = r)."""
 
     name: str
     ranks: tuple[int, ...] = RANKS
@@ -43,12 +43,12 @@ class Method:
     def put_on(self, unet: Any, seed: int, kohya: Path | None) -> Fitted:
         """Add the layers to a frozen U-Net, with weights drawn from the seed."""
         torch.manual_seed(seed)
-        random.seed(seed)  # from which the peers draw their ranks
+        random.seed(seed)  # the other projects draw ranks from this generator
         return {"plain": _ours, "dylora": _ours, "kohya": _kohya, "lycoris": _lycoris}[self.kind](self, unet, kohya)
 
 
 def methods(kohya: Path | None) -> Iterator[Method]:
-    """All that can be run here."""
+    """All methods that can be run here."""
     for rank in sorted(RANKS, reverse=True):
         yield Method(f"plain r{rank}", (rank,), {"r": rank}, "plain")
     kinds = {
@@ -80,17 +80,17 @@ def _ours(method: Method, unet: Any, kohya: Path | None) -> Fitted:
 def _kohya(method: Method, unet: Any, checkout: Path | None) -> Fitted:
     network = _kohyas_module(checkout).create_network(1.0, RANK, RANK, None, [], unet, unit=1)
     network.apply_to([], unet, False, True)
-    unet.kohya = network  # which keeps it alive
+    unet.kohya = network  # keeps the network alive
 
-    def adapter() -> Adapter:  # a file without rank_scaling is cut as kohya's own script cuts it: alpha/b
+    def adapter() -> Adapter:  # without rank_scaling a file is truncated like with kohya's script: scale alpha/b
         return Adapter.from_tensors(network.state_dict()).as_dylora(DyLora(1, "rank"))
 
     return Fitted(list(network.parameters()), adapter)
 
 
 def _kohyas_module(checkout: Path | None) -> ModuleType:
-    """networks/dylora.py of the checkout. Of its library it needs the set-up of logging only, which imports OpenCV and
-    torchvision; an empty function stands for that."""
+    """Import networks/dylora.py of the checkout. From kohya's `library`, which imports OpenCV and torchvision, it needs
+    only setup_logging, which is replaced by an empty function."""
     library, utils = ModuleType("library"), ModuleType("library.utils")
     utils.setup_logging = lambda *args, **kwargs: None  # type: ignore[attr-defined]
     sys.modules.setdefault("library", library)
@@ -103,7 +103,7 @@ def _kohyas_module(checkout: Path | None) -> ModuleType:
 def _lycoris(method: Method, unet: Any, checkout: Path | None) -> Fitted:
     network = lycoris_network(unet, RANK, network_module="dylora", block_size=1)
 
-    def adapter() -> Adapter:  # its own weight of the first b blocks has the scale alpha/b
+    def adapter() -> Adapter:  # LyCORIS scales the weight of the first b blocks by alpha/b
         tensors = {}
         for module in network.loras:
             own = module.custom_state_dict()

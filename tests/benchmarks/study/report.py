@@ -1,4 +1,4 @@
-"""The study's table, plot and image sheets, from the records of its runs."""
+"""Writes the study's table, plot and image sheets from the records of its runs."""
 
 import json
 import statistics
@@ -18,18 +18,18 @@ from .tasks import PROMPTS, TASKS
 PLAIN, CUT = "plain LoRA, one training a rank", "plain LoRA of rank 16, cut by SVD"
 SHEET = ("plain", "ours sorted", "ours sqrt spread", "ours sqrt", "ours sqrt frozen", "kohya", "lycoris")
 HEAD = 48  # height of a sheet's titles in pixels
-THICK = {PLAIN: "black", "ours sorted": "red"}  # what the defaults are, and what they are compared with
-Losses = dict[tuple[str, str, int], list[float]]  # (task, row of the table, rank): one loss a seed
-Rates = Mapping[str, Mapping[str, float]]  # task, method: learning rate
+THICK = {PLAIN: "black", "ours sorted": "red"}  # the default method, and the method that it is compared with
+Losses = dict[tuple[str, str, int], list[float]]  # (task, row of the table, rank) -> one loss per seed
+Rates = Mapping[str, Mapping[str, float]]  # task -> method -> learning rate
 
 
 def records(out: Path) -> list[dict[str, Any]]:
-    """Every finished run."""
+    """The records of all finished runs."""
     return [json.loads(file.read_text()) for file in sorted((out / "runs").glob("*.json"))]
 
 
 def best_rates(runs: Iterable[Mapping[str, Any]], task: str, seed: int) -> dict[str, float]:
-    """Method: the learning rate with the lowest loss, averaged over the method's ranks, on that task and seed."""
+    """Method -> the learning rate with the lowest loss (mean over the method's ranks) for that task and seed."""
     best: dict[str, tuple[float, float]] = {}
     for run in runs:
         if run["seed"] == seed and run["task"] == task:
@@ -39,7 +39,7 @@ def best_rates(runs: Iterable[Mapping[str, Any]], task: str, seed: int) -> dict[
 
 
 def collected(runs: list[dict[str, Any]], seeds: list[int]) -> tuple[Losses, Rates]:
-    """The losses at each method's best rate on each task, and these rates."""
+    """The losses at each method's best learning rate on each task, and these rates."""
     rates = {task: best_rates(runs, task, seeds[0]) for task in TASKS}
     losses: Losses = {}
     for run in sorted(runs, key=lambda one: one["seed"]):
@@ -55,7 +55,7 @@ def collected(runs: list[dict[str, Any]], seeds: list[int]) -> tuple[Losses, Rat
 
 
 def tasks_of(losses: Losses) -> list[str]:
-    """The tasks that there are runs of."""
+    """The tasks with runs."""
     return [task for task in TASKS if any(where == task for where, *_ in losses)]
 
 
@@ -72,13 +72,13 @@ def spread(values: list[float]) -> float:
 
 
 def against_plain(losses: Losses, task: str, name: str, rank: int) -> list[float]:
-    """loss / loss of plain LoRA at that rank - 1, seed by seed (the same images and noise)."""
+    """loss / (loss of plain LoRA at that rank) - 1 for each seed, with the same images and noise."""
     pairs = zip(losses.get((task, name, rank), []), losses.get((task, PLAIN, rank), []), strict=False)
     return [one / plain - 1 for one, plain in pairs]
 
 
 def table(losses: Losses, rates: Rates, runs: list[dict[str, Any]], base: Mapping[str, float]) -> str:
-    """A table for each task: mean loss ± deviation over seeds, and the difference from plain LoRA."""
+    """A table for each task: mean loss ± standard deviation over seeds, and the difference from plain LoRA."""
     lines = []
     for task in tasks_of(losses):
         lines += [f"### {task}", "", f"The base model's loss: {base[task]:.4f}.", ""]
@@ -113,7 +113,7 @@ def table(losses: Losses, rates: Rates, runs: list[dict[str, Any]], base: Mappin
 
 
 def plot(losses: Losses, file: Path) -> None:
-    """Loss against rank with error bars, and beside it the difference from plain LoRA."""
+    """Plot loss against rank with error bars, and next to it the difference from plain LoRA."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,7 +127,7 @@ def plot(losses: Losses, file: Path) -> None:
             axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         for index, name in enumerate(names):
             ranks = [rank for rank in RANKS if losses.get((task, name, rank))]
-            places = [2 ** (0.03 * (index - len(names) / 2)) * rank for rank in ranks]  # bars beside each other
+            places = [2 ** (0.03 * (index - len(names) / 2)) * rank for rank in ranks]  # side by side
             style = {"marker": "o", "markersize": 4, "capsize": 2, "label": name}
             if name in THICK:
                 style |= {"color": THICK[name], "linewidth": 2.5, "zorder": 3}
@@ -151,7 +151,7 @@ def plot(losses: Losses, file: Path) -> None:
 
 
 def sheet(out: Path, base: Path, task: str, rates: Mapping[str, float], seed: int) -> None:
-    """Images of the first seed's adapters: a block of prompts for each method, a column for each rank."""
+    """Generate a sheet with the first seed's adapters: a block of prompts for each method, a column for each rank."""
     pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts, shown, side = PROMPTS[task], (1, 4, 16), 96
@@ -184,12 +184,12 @@ def sheet(out: Path, base: Path, task: str, rates: Mapping[str, float], seed: in
 
 
 def files(out: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The records with their files."""
+    """The records and their files."""
     return [(file, json.loads(file.read_text())) for file in sorted((out / "runs").glob("*.json"))]
 
 
 def drawn(pipe: Any, prompts: tuple[str, ...], adapter: Adapter | None) -> list[Image.Image]:
-    """One image per prompt, from the same noise whatever the adapter."""
+    """Generate one image per prompt, with the same noise for every adapter."""
     if adapter is not None:
         adapter.to_pipeline(pipe, "shown")
     generators = [torch.Generator().manual_seed(1) for _ in prompts]
@@ -200,7 +200,7 @@ def drawn(pipe: Any, prompts: tuple[str, ...], adapter: Adapter | None) -> list[
 
 
 def write(out: Path, base: Path, seeds: list[int]) -> None:
-    """table.md, plot.png and a sheet for each task."""
+    """Write table.md, plot.png and a sheet for each task."""
     runs = records(out)
     losses, rates = collected(runs, seeds)
     (out / "table.md").write_text(table(losses, rates, runs, json.loads((out / "about.json").read_text())["losses"]))

@@ -1,4 +1,4 @@
-"""What is learned: images and captions as latents and text states, computed once."""
+"""The tasks: images and captions as latents and text-encoder states, computed once."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ TASKS = tuple(PROMPTS)
 
 @dataclass(frozen=True)
 class Examples:
-    """latents (n, 4, 8, 8), scaled as the U-Net sees them, and text states (n, 77, width)."""
+    """latents (n, 4, 8, 8), scaled for the U-Net, and text-encoder states (n, 77, width)."""
 
     latents: torch.Tensor
     text: torch.Tensor
@@ -28,7 +28,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """Images to train with and images to measure with."""
+    """Training images and held-out images."""
 
     name: str
     train: Examples
@@ -36,7 +36,7 @@ class Task:
 
 
 def folder_of(name: str, out: Path) -> Path:
-    """The folder with train/ and held_out/; the subject is drawn into the results' folder."""
+    """The folder with train/ and held_out/; the subject's images are generated in the results folder."""
     if name == "style":
         return ROOT / "examples" / "images" / "delft"
     folder = out / "subject"
@@ -48,7 +48,7 @@ def folder_of(name: str, out: Path) -> Path:
 
 @torch.no_grad()
 def encoded(pipe: Any, folder: Path, mirrored: bool) -> Examples:
-    """Every captioned image of a folder (and its mirror image); latents are the posterior's means."""
+    """Encode all captioned images of a folder (and their mirror images); latents are posterior means."""
     latents, texts = [], []
     for file in sorted(folder.glob("*.png")):
         image = Image.open(file).convert("RGB")
@@ -61,7 +61,7 @@ def encoded(pipe: Any, folder: Path, mirrored: bool) -> Examples:
 
 
 def prepared(name: str, out: Path, pipe: Any) -> Task:
-    """The task from its cache, or encoded and cached."""
+    """Load a task from its cache, or encode and cache it."""
     cache = out / f"{name}.pt"
     if not cache.exists():
         folder = folder_of(name, out)

@@ -1,4 +1,4 @@
-"""One run: train a method on a task, and measure the held-out loss of every rank that it gives."""
+"""One run: trains a method on a task, and measures the held-out loss at each of its ranks."""
 
 import copy
 import math
@@ -18,18 +18,18 @@ from .methods import Method
 from .tasks import Examples, Task
 
 BATCH = 8
-WARM_UP = 10  # steps, at the start
-NOISES = 16  # draws of noise for each held-out image, at as many timesteps evenly spread
+WARM_UP = 10  # steps of learning rate warm-up
+NOISES = 16  # noise samples per held-out image, each at another timestep, evenly spaced
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def rate(step: int, steps: int, peak: float, warmup: int = WARM_UP) -> float:
-    """Linear warm-up, then half a cosine to nothing: the end of a run is where its method has settled."""
+    """The learning rate: linear warm-up and cosine decay to 0, so that every run has converged at its end."""
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: int, kohya: Path | None) -> Adapter:
-    """Train the method's layers on the U-Net. Step n of a seed sees the same images, noise and timesteps always."""
+    """Train the method's layers on the U-Net. Step n of a seed always has the same images, noise and timesteps."""
     unet.train().requires_grad_(False)
     fitted = method.put_on(unet, seed, kohya)
     optimizer = torch.optim.AdamW(fitted.parameters, lr=lr, weight_decay=0.01, fused=True)
@@ -57,7 +57,7 @@ def train(unet: Any, method: Method, task: Task, lr: float, seed: int, steps: in
 
 @contextmanager
 def merged(unet: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
-    """The base U-Net with the adapter's change of weights in it, for a while."""
+    """A context in which the adapter is merged into the base U-Net."""
     before = {}
     try:
         for module, one in (adapter.modules if adapter else {}).items():
@@ -72,7 +72,7 @@ def merged(unet: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def held_out_loss(unet: nn.Module, examples: Examples) -> float:
-    """Mean squared error of the predicted noise; noise and timesteps are the same whatever the adapter."""
+    """Mean squared error of the predicted noise, with the same noise and timesteps for every adapter."""
     schedule = DDPMScheduler(**SCHEDULE)
     generator = torch.Generator().manual_seed(0)
     count = len(examples.latents)
@@ -90,7 +90,7 @@ def held_out_loss(unet: nn.Module, examples: Examples) -> float:
 def run(
     base: UNet2DConditionModel, method: Method, task: Task, lr: float, seed: int, steps: int, kohya: Path | None
 ) -> tuple[dict[str, Any], Adapter]:
-    """The run's record (held-out loss by rank, also of the SVD's cuts where the method is plain) and its adapter."""
+    """(record, adapter) of a run. The record has the held-out loss by rank, "plain r16" also after SVD truncation."""
     start, cpu = time.perf_counter(), time.process_time()
     adapter = train(copy.deepcopy(base), method, task, lr, seed, steps, kohya)
     trained, trained_cpu = time.perf_counter() - start, time.process_time() - cpu

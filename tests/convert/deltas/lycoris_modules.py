@@ -1,4 +1,4 @@
-"""LyCORIS' own modules with random weights, what they compute, and the tensors that they write."""
+"""LyCORIS' own modules with random weights: their outputs, and the tensors that they write."""
 
 from copy import deepcopy
 
@@ -22,7 +22,7 @@ INPUTS = {nn.Linear: lambda layer: (5, layer.in_features), nn.Conv2d: lambda lay
 
 
 def make(algorithm, layer, multiplier=1.0, **options):
-    """LyCORIS' module of a class (`LohaModule`) for a copy of a layer, with random numbers in all its parameters."""
+    """A LyCORIS module (such as `LohaModule`) for a copy of a layer, with random numbers in all parameters."""
     module = getattr(modules, algorithm)("name", deepcopy(layer), multiplier, **options).eval()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -31,12 +31,12 @@ def make(algorithm, layer, multiplier=1.0, **options):
             else:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     if algorithm == "FullModule":
-        module.apply_to()  # from here on it holds the whole weight, and writes the difference
+        module.apply_to()  # now it contains the whole weight, and writes the difference
     return module
 
 
 def written(module):
-    """The tensors of the module as LyCORIS writes them, by the ends of their keys."""
+    """The tensors of the module as LyCORIS writes them: key suffix -> tensor."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
@@ -57,7 +57,7 @@ def changed(layer, change, inputs):
 
 
 def check(algorithm, layer, multiplier, inputs=None, **options):
-    """Compare what a delta and LyCORIS' module make of a layer, relative to the change; return the delta at 1.0."""
+    """Check that a delta and LyCORIS' module give the same output of a layer. Returns the delta at weight 1.0."""
     torch.manual_seed(sum(map(ord, algorithm)))
     module = make(algorithm, layer, multiplier, **options)
     change = read_module(written(module))
@@ -75,7 +75,7 @@ def check(algorithm, layer, multiplier, inputs=None, **options):
 
 @torch.no_grad()
 def read_by_lycoris(change, layer, inputs):
-    """The layer's output with the tensors of a delta, as LyCORIS reads them from a file."""
+    """The layer's output with a delta whose tensors LyCORIS reads as from a file."""
     tensors = {f"name.{suffix}": tensor for suffix, tensor in change.tensors().items()}
     kind, parameters = modules.get_module(tensors, "name")
     module = modules.make_module(kind, parameters, "name", layer)
@@ -83,7 +83,7 @@ def read_by_lycoris(change, layer, inputs):
 
 
 def check_written(change, layer, inputs=None):
-    """LyCORIS reads from a delta's tensors what the delta does."""
+    """Check that LyCORIS reads a delta's tensors as the same delta."""
     if inputs is None:
         inputs = torch.randn(INPUTS[type(layer)](layer))
     expected = read_by_lycoris(change, layer, inputs)

@@ -1,6 +1,6 @@
-"""Layers of diffusion transformers by their original names, with what they are in diffusers, written out by hand.
+"""Layers of diffusion transformers by their original names, with their counterparts in diffusers, written by hand.
 
-HEADS is the width of the toy models here: each entry is (rows, columns, {path in diffusers: its rows in order}).
+H is the width of the toy models. Each entry is (rows, columns, {path in diffusers: its rows in order}).
 """
 
 import torch
@@ -122,7 +122,7 @@ FUSES = [name for name in LAYERS if name != "qwen_image"]
 
 
 def pairs(family: str, rank: int = 3, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """A random pair for each layer of a family by its original name: down, up, alpha; ranks differ."""
+    """Original layer name -> random (down, up, alpha) for each layer of a family; ranks differ."""
     draw = torch.Generator().manual_seed(seed)
     made = {}
     for number, (name, (rows, columns, _)) in enumerate(LAYERS[family].items()):
@@ -133,7 +133,7 @@ def pairs(family: str, rank: int = 3, seed: int = 0) -> dict[str, tuple[torch.Te
 
 
 def deltas(family: str, made: dict) -> dict[str, torch.Tensor]:
-    """The change of each layer in diffusers, by its path."""
+    """Path in diffusers -> delta of the weight."""
     found = {}
     for name, (down, up, alpha) in made.items():
         whole = (up.double() @ down.double()) * (alpha / len(down))

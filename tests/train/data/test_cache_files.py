@@ -69,7 +69,7 @@ def test_an_entry_without_a_size_is_not_taken_for_another_buckets(tmp_path):
     kohyas(path, suffix="")
     taller = LatentsRequest(**{**vars(WANTED), "bucket": (64, 40)})
     assert not latents_fit(path, taller)
-    with pytest.raises(DataError, match=r"p\.npz: no latents of a 64x40 bucket; delete it"):
+    with pytest.raises(DataError, match=r"p\.npz: no latents for a 64x40 bucket; delete the file"):
         read_latents(path, (64, 40))
     write(path, CachedLatents(torch.zeros(4, 5, 8)), taller)
     assert latents_fit(path, taller)
@@ -153,10 +153,10 @@ def test_older_than_its_image_or_damaged_is_stale(tmp_path):
     assert not latents_fit(path, LatentsRequest(**{**vars(WANTED), "modified": later}))
     Path(path).write_bytes(Path(path).read_bytes()[:-30])
     assert not latents_fit(path, WANTED)
-    with pytest.raises(DataError, match=r"p\.npz: damaged latents cache .*; delete it"):
+    with pytest.raises(DataError, match=r"p\.npz: damaged latents cache .*; delete the file"):
         read_latents(path, (64, 32))
     write(path, CachedLatents(torch.full((4, 4, 8), torch.nan)), WANTED)
-    with pytest.raises(DataError, match="holds NaN"):
+    with pytest.raises(DataError, match="contains NaN"):
         read_latents(path, (64, 32))
 
 
@@ -273,7 +273,7 @@ def test_processes_share_the_encoding_to_disk(tmp_path, vae):
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])
 def test_latent_caches_exclude_what_varies_images(tmp_path, vae, name):
-    with pytest.raises(DataError, match=f"cached latents exclude {name}"):
+    with pytest.raises(DataError, match=f"latents cannot be cached with {name}"):
         data(folder(tmp_path / "p", [(64, 64)]), **{name: True}).cache_latents(vae, LATENT_FILES)
 
 
@@ -361,7 +361,7 @@ def test_text_files_are_made_anew_for_another_caption_encoder_or_shape(tmp_path)
     [{"shuffle_caption": True}, {"caption_dropout_rate": 0.1}, {"enable_wildcard": True}, {"token_warmup_step": 3.0}],
 )
 def test_text_caches_exclude_what_varies_captions(tmp_path, option):
-    with pytest.raises(DataError, match=f"cached text-encoder outputs exclude {next(iter(option))}"):
+    with pytest.raises(DataError, match=f"text-encoder outputs cannot be cached with {next(iter(option))}"):
         data(folder(tmp_path / "p", [(64, 64)]), **option).cache_text(encode)
 
 

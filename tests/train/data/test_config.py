@@ -70,7 +70,7 @@ def test_json_says_the_same_as_toml(tmp_path):
         ('caption_extension = "a/txt"', "caption_extension must be a file name ending"),
         ('caption_separator = ""', "caption_separator must not be empty"),
         ('dataset_name = "someone/images"', "has both dataset_name and image_dir"),
-        ('split = "test"', "split goes with dataset_name, which is not given"),
+        ('split = "test"', "split needs dataset_name, which is not given"),
         ("metadata_file = 3", "metadata_file must be a string, not 3"),
         ('alpha_mask = true\nconditioning_data_dir = "x"', "has two masks"),
     ],

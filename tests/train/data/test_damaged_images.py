@@ -144,7 +144,7 @@ def test_while_caching(folder, basics, caplog, to_disk) -> None:
     caching = {"cache_latents_to_disk" if to_disk else "cache_latents": True, "vae_batch_size": 2}
     trained = train(settings(**options, **caching))
     assert len(trained.losses) == 3
-    assert "1 images cannot be used, others are used in their place" in caplog.text
+    assert "1 images cannot be used and are replaced by others" in caplog.text
     again = train(settings(**options, **caching))
     assert again.losses == trained.losses
 
@@ -155,7 +155,7 @@ def test_a_run_ends_with_their_names_and_resumes_exactly(folder, basics, tmp_pat
     options |= {"max_train_steps": 6, "save_every_n_steps": 2, "save_state": True, "output_name": "x"}
     whole = train(settings(**options))
     assert list(whole.damaged) == [str(folder / "bad.png")]
-    assert "1 images could not be used, others were used in their place: " in caplog.text
+    assert "1 images could not be used and were replaced by others: " in caplog.text
     state = tmp_path / "out" / "x-step00000002-state"
     resumed = train(settings(**options, resume=str(state)))
     assert resumed.losses == whole.losses[2:]

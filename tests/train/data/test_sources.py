@@ -141,7 +141,7 @@ def test_metadata_paths_may_be_relative_to_the_working_folder(tmp_path, monkeypa
     ("name", "text", "message"),
     [
         ("m.json", "{", "m.json: Expecting"),
-        ("m.json", "[]", "must hold a table from image paths to tables"),
+        ("m.json", "[]", "must be an object with an object for each image path"),
         ("m.json", '{"0.png": {"caption": 3}}', "0.png: caption must be a string"),
         ("m.json", json.dumps({"9" * 5000: {"caption": "a"}}), "9: File name too long"),
         ("m.jsonl", '{"image_path": "0.png"}\n{}', "line 2 must be a table with image_path"),

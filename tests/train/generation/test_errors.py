@@ -55,7 +55,7 @@ def error(capsys, *options: object, status: int = 1) -> str:
 
 WRONG_USAGE = {
     "": "--ckpt is missing",
-    "--ckpt {sd1}": "there is nothing to draw: give --prompt or --from_file",
+    "--ckpt {sd1}": "there is no prompt: give --prompt or --from_file",
     "--frames 3": "unrecognized arguments: --frames 3",
     "--ckpt {sd1} --prompt x --sampler fast": "invalid choice: 'fast'",
     "--ckpt {sd1} --prompt x --from_file y": "--prompt and --from_file exclude each other",
@@ -83,20 +83,20 @@ WRONG_USAGE = {
     "--ckpt {sd1} --prompt x --network_pre_calc": "--network_pre_calc needs --network_weights",
     "--ckpt {sd1} --prompt x --rank 4": "--rank needs --network_weights",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_module networks.oft": "networks.oft is not supported",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_module a b": "2 of --network_module for 1",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul 1 2": "2 of --network_mul for 1",
-    "--ckpt {sd1} --prompt x --network_weights {lora}:0.5 --network_mul 1": "has a weight behind it and one in --netw",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_module a b": "--network_module has 2 values for 1",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul 1 2": "--network_mul has 2 values for 1",
+    "--ckpt {sd1} --prompt x --network_weights {lora}:0.5 --network_mul 1": "has two weights, one after its name",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_mul inf": "--network_mul: invalid number value: 'inf'",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_args conv_dim=4": "--network_args conv_dim=4 for",
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank": "'rank' is not of the form key=value",
     "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank=0": "rank=0 for",
-    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank_scaling=x": "rank_scaling=x: constant",
-    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "there are 1 of --network_weights",
+    "--ckpt {sd1} --prompt x --network_weights {dial} --network_args rank_scaling=x": "rank_scaling=x: not one of",
+    "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge_n_models 2": "only 1 --network_weights are given",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --network_merge_n_models 1": "exclude each other",
     "--ckpt {sd1} --prompt x --sweep colour=red": "names are weight, rank, steps, scale, sampler",
     "--ckpt {sd1} --prompt x --sweep steps": "--sweep: 'steps' is not of the form key=value",
     "--ckpt {sd1} --prompt x --sweep steps=1,b": "--sweep steps=1,b: it takes values",
-    "--ckpt {sd1} --prompt x --sweep steps=0": "--sweep steps: 1 to 1000",
+    "--ckpt {sd1} --prompt x --sweep steps=0": "--sweep steps: give 1 to 1000",
     "--ckpt {sd1} --prompt x --sweep scale=inf": "--sweep scale=inf",
     "--ckpt {sd1} --prompt x --sweep steps=1 steps=2": "steps is given twice",
 }
@@ -104,11 +104,11 @@ WRONG_USAGE = {
 EARLY = {
     "--ckpt nowhere.safetensors --prompt x": "base model nowhere.safetensors does not exist",
     "--ckpt {files} --prompt x": "is not a Diffusers model",
-    "--ckpt {sd1} --prompt x --steps 0": "--prompt: 0 steps; 1 to 1000 are possible",
+    "--ckpt {sd1} --prompt x --steps 0": "--prompt: 0 steps: give 1 to 1000",
     "--ckpt {sd1} --prompt x --sweep steps=1 --sheet_font {files}/image.png": "is not a TrueType or OpenType font",
     "--ckpt {sd1} --prompt x --outdir {files}/image.png": "is not a folder",
     "--ckpt {sd1} --prompt x --device cuda:99": "device cuda:99 cannot be used",
-    "--ckpt {sd1} --prompt x --sampler pndm --zero_terminal_snr": "the sampler pndm cannot do --zero_terminal_snr",
+    "--ckpt {sd1} --prompt x --sampler pndm --zero_terminal_snr": "sampler pndm does not support --zero_terminal_snr",
     "--ckpt {sd1} --prompt x --crop_top 8": "--ct (crop_top) is for SDXL, which the model is not",
     "--ckpt {sdxl} --prompt x --clip_skip 1": "--clip_skip 1: SDXL was trained with 2",
     # initial images
@@ -116,9 +116,9 @@ EARLY = {
     "--ckpt {sd1} --prompt x --image_path {files}/empty": "empty has no images",
     "--ckpt {sd1} --prompt x --image_path {files}/broken.png": "broken.png: not in an image format",
     "--ckpt {sd1} --image_path {files}/image.png": "image.png contains no prompt: give --prompt",
-    "--ckpt {sd1} --prompt x --image_path {files}/image.png --strength 0": "strength 0.0 is not above 0",
-    "--ckpt {sd1} --prompt x --image_path {files}/image.png --strength 0.01": "strength 0.01 leaves none of 50",
-    "--ckpt {sd1} --prompt x --image_path {files}/image.png --W 64": "belong together: give both",
+    "--ckpt {sd1} --prompt x --image_path {files}/image.png --strength 0": "strength 0.0 must be above 0",
+    "--ckpt {sd1} --prompt x --image_path {files}/image.png --strength 0.01": "strength 0.01 leaves no steps of 50",
+    "--ckpt {sd1} --prompt x --image_path {files}/image.png --W 64": "only one of width and height is given",
     # adapters
     "--ckpt {sd1} --prompt x --network_weights nowhere.safetensors": "nowhere.safetensors does not exist",
     "--ckpt {sd1} --prompt x --network_weights {files}/broken.safetensors": "truncated or no safetensors file",
@@ -151,8 +151,8 @@ LINES = {
     "a --w": "--w has no value; it takes a whole number",
     "a --w big": "--w big: it takes a whole number",
     "a --d 1,x": "--d 1,x: it takes seeds",
-    "a --d 1,2": "--d has 2 seeds for 1",
-    "a --d 4294967296": "seeds are below 4294967296",
+    "a --d 1,2": "--d has 2 seeds for --images_per_prompt 1",
+    "a --d 4294967296": "seeds must be below 4294967296",
     "a --s 0": "0 steps",
     "a --l high": "--l high: it takes a number",
     "a --t 0.5": "--t (strength) is for --image_path",
@@ -163,7 +163,7 @@ LINES = {
     "a --ss fast": "unknown sampler fast",
     "a --f ../up": "--f ../up is outside --outdir",
     "a --f /up": "is outside --outdir",
-    "a --f up.gif": ".png, .jpg, .jpeg, .webp can be written",
+    "a --f up.gif": "must end in one of .png, .jpg, .jpeg, .webp",
     "a --q 1": "--q in 'a --q 1' is not one of --n, --w",
     "--n only bad": "there is no prompt",
     "a {red|blue} hat": "choices like {a|b} are not supported",
@@ -193,9 +193,9 @@ def test_wrong_prompt_files(sd1, capsys, unloaded, tmp_path):
     )
     (tmp_path / "p.txt").write_text("a\nb --s 3\n")
     options = ("--ckpt", sd1, "--from_file", tmp_path / "p.txt", "--sweep", "steps=1,2")
-    assert "p.txt, line 2: it sets steps, and --sweep steps does, too" in error(capsys, *options)
+    assert "p.txt, line 2: steps is also set by --sweep steps" in error(capsys, *options)
     (tmp_path / "p.txt").write_text("a\nb --f b.png\n")
-    assert "p.txt, line 2: --f names an image, but --sweep draws one sheet" in error(capsys, *options)
+    assert "p.txt, line 2: --f names an image, but --sweep writes one sheet" in error(capsys, *options)
 
 
 @pytest.mark.parametrize("name", unsupported(generate_options.GenerateSettings))
@@ -257,7 +257,7 @@ def test_more_of_it(sd1, files, capsys, tmp_path):
 def test_a_repository_that_is_not_there(hub, sd1, capsys):
     missing = "the Hub has no repository owner/name, or it is private"
     message = error(capsys, "--ckpt", "owner/name", "--prompt", "x")
-    assert f"base model owner/name cannot be loaded: no such file or folder is here, and {missing}" in message
+    assert f"owner/name cannot be loaded: there is no local file or folder of this name, and {missing}" in message
     assert missing in error(capsys, "--ckpt", sd1, "--prompt", "x", "--network_weights", "owner/name")
 
 

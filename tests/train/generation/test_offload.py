@@ -120,7 +120,7 @@ def test_refused_in_a_line() -> None:
     with pytest.raises(OneLineError, match="--offload needs a cuda or mps device"):
         check_offload(parse(words), torch.device("cpu"))
     check_offload(parse(words), torch.device("cuda"))
-    with pytest.raises(OneLineError, match="--offload does not go with --network_pre_calc"):
+    with pytest.raises(OneLineError, match="--offload cannot be combined with --network_pre_calc"):
         check_offload(parse([*words, "--network_weights", "a", "--network_pre_calc"]), torch.device("cuda"))
 
 

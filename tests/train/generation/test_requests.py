@@ -44,7 +44,7 @@ def test_sizes_are_rounded_down_to_multiples_of_8(caplog) -> None:
     one, other = made(["a --w 79 --h 3", "b"], "--W", 100, "--H", 64)
     assert (one.width, one.height, other.width, other.height) == (72, 8, 96, 64)
     for said in (
-        "line 1: 79 pixels: sides are multiples of 8; 72 is drawn",
+        "line 1: 79 pixels: sides must be multiples of 8; 72 is used",
         "line 1: 3 pixels",
         "--W, --H: 100 pixels",
     ):

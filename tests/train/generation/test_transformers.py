@@ -140,7 +140,7 @@ def test_sweeps_have_weights_and_no_samplers(model, lora, tmp_path, capsys) -> N
     assert len(draw(model, tmp_path, *common, "weight=0,1", "steps=1,2")) == 1
     words = ["--ckpt", str(model), *map(str, common), "sampler=ddim,euler"]
     assert main(words) == 2
-    assert "has one sampler, Euler's along the flow" in capsys.readouterr().err
+    assert "has only one sampler, flow matching Euler" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_what_is_not_read_is_said(tmp_path, caplog) -> None:
     model = build_flux(tmp_path / "flux")
     draw(model, tmp_path / "out", "--prompt", "a --n bad --w 72 --h 64 --ss euler", "--steps", 1)
     text = caplog.text
-    assert "the sampler euler is left out" in text
-    assert "negative prompts are left out" in text
-    assert "sides are multiples of 16; 64x64 is drawn" in text
+    assert "the sampler euler is ignored" in text
+    assert "negative prompts are ignored" in text
+    assert "sides must be multiples of 16; 64x64 is used" in text
 
 
 def test_files_of_parts_are_drawn_with(tmp_path) -> None:
@@ -185,7 +185,7 @@ def test_a_model_of_another_pipeline_is_refused_before_it_is_read(tmp_path, caps
     assert main(["--ckpt", str(tmp_path), "--prompt", "a"]) == 1
     error = capsys.readouterr().err
     assert "is a QwenImageEditPipeline, not SD1.x" in error
-    assert "its own pipeline in diffusers draws with it, and takes adapters (import lora_adapters" in error
+    assert "generate with its pipeline in diffusers, which can load adapters (import lora_adapters" in error
 
 
 def test_parts_are_refused_for_a_unet(sd1, capsys) -> None:

@@ -58,7 +58,7 @@ def test_a_text_encoder_that_lacks_weights_is_not_filled_at_random(sd1, tmp_path
     file = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     save_file({key.replace("mlp.fc1", "mlp.first"): one for key, one in tensors.items()}, file, {"format": "pt"})
-    with pytest.raises(TrainingError, match=r"its text_encoder lacks .*mlp\.fc1"):
+    with pytest.raises(TrainingError, match=r"text_encoder lacks .*mlp\.fc1"):
         load_base_models(settings(pretrained_model_name_or_path=folder))
 
 

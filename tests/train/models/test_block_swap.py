@@ -184,9 +184,9 @@ def test_numbers_are_those_of_kohyas_trainer(options, monkeypatch) -> None:
     ("asked", "said"),
     [
         ({"gradient_checkpointing": False}, "--blocks_to_swap needs --gradient_checkpointing"),
-        ({"quantize_base": "nf4"}, "does not go with --quantize_base"),
-        ({"lowram": True}, "does not go with --lowram"),
-        ({"torch_compile": True}, "does not go with --torch_compile"),
+        ({"quantize_base": "nf4"}, "cannot be combined with --quantize_base"),
+        ({"lowram": True}, "cannot be combined with --lowram"),
+        ({"torch_compile": True}, "cannot be combined with --torch_compile"),
         ({}, "--blocks_to_swap needs a CUDA device"),
     ],
 )
@@ -199,7 +199,7 @@ def test_what_it_cannot_be_beside_is_refused_in_a_line(basics, monkeypatch, aske
 
 def test_more_blocks_than_there_are(options, poisoned) -> None:
     with pytest.raises(
-        OneLineError, match=r"--blocks_to_swap 9: that is \d+ transformer_blocks of this transformer, and it has 2"
+        OneLineError, match=r"--blocks_to_swap 9 needs \d+ transformer_blocks, but this transformer has 2"
     ):
         prepare(settings(**options, blocks_to_swap=9))
 

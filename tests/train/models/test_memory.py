@@ -65,7 +65,7 @@ def test_a_unet_too(basics) -> None:
 
 def test_kinds_that_read_the_base_weights_are_refused(options) -> None:
     args = [r"exclude_patterns=['.*attn\\..*', '.*proj_mlp']"]
-    with pytest.raises(OptionError, match="--fp8_base goes with LoRA"):
+    with pytest.raises(OptionError, match="--fp8_base works with LoRA"):
         prepare(
             settings(
                 **options

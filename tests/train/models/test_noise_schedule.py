@@ -76,7 +76,9 @@ def test_a_sampler_that_cannot_start_from_noise_is_named_before_training(model, 
     (tmp_path / "prompts.txt").write_text("a red disc --w 64 --h 64 --s 2 --ss lms")
     path = model(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     options = {**basics, "pretrained_model_name_or_path": path, "sample_every_n_steps": 2}
-    with pytest.raises(TrainingError, match=r"was trained with zero terminal SNR, and the sampler lms cannot"):
+    with pytest.raises(
+        TrainingError, match=r"was trained with zero terminal SNR, and the sampler lms does not support"
+    ):
         prepare(settings(**options, sample_prompts=tmp_path / "prompts.txt"))
 
 
@@ -97,7 +99,7 @@ def test_the_usual_schedule_is_not_mentioned(sd1, caplog) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "EDMEulerScheduler"}, r"was made with EDM's continuous noise levels \(EDMEulerScheduler\)"),
+        ({"_class_name": "EDMEulerScheduler"}, r"was trained with EDM's continuous noise levels \(EDMEulerScheduler\)"),
         ({"num_train_timesteps": 500}, "has 500 timesteps in its scheduler config; 1000 are supported"),
         ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "has the beta_schedule sigmoid"),
         ({"prediction_type": "sample"}, "has the prediction_type sample in its scheduler config"),

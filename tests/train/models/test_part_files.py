@@ -289,5 +289,5 @@ def test_a_file_of_another_model_is_named(files, flux, sd3, tmp_path) -> None:
 def test_fill_and_control_are_refused() -> None:
     shapes = released(FluxTransformer2DModel, by_name("flux").denoiser.layout, num_layers=1, num_single_layers=1,
                       in_channels=384, out_channels=64)  # fmt: skip
-    with pytest.raises(OneLineError, match="reads 384 channels and predicts 64"):
+    with pytest.raises(OneLineError, match="with 384 input and 64 output channels"):
         FLUX.denoiser_config(shapes)

@@ -28,7 +28,9 @@ def test_zero_terminal_snr_ends_in_pure_noise_or_is_refused() -> None:
         made.set_timesteps(10)
         assert made.alphas_cumprod[-1] < 1e-6
         assert made.timesteps[0] == 999
-    with pytest.raises(TrainingError, match="the sampler k_lms cannot do --zero_terminal_snr; ddim, euler"):
+    with pytest.raises(
+        TrainingError, match="sampler k_lms does not support --zero_terminal_snr; use one of ddim, euler"
+    ):
         sampler("k_lms", "v_prediction", zero_terminal_snr=True)
 
 

@@ -104,6 +104,6 @@ def test_what_would_change_the_run_is_refused_as_before(basics, options) -> None
 def test_full_fp16_keeps_what_is_trained_in_fp32_and_says_so(monkeypatch, caplog) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check_machine(settings(full_fp16=True, mixed_precision="fp16"))
-    assert "--full_fp16: the adapter's weights, gradients and optimizer stay in fp32" in caplog.text
+    assert "--full_fp16: the adapter's weights, gradients and optimizer state stay in fp32" in caplog.text
     with pytest.raises(TrainingError, match="--full_fp16 needs --mixed_precision fp16"):
         check_machine(settings(full_fp16=True))

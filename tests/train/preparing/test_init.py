@@ -166,10 +166,10 @@ def test_nothing_is_overwritten_unasked(sd1, tmp_path, capsys) -> None:
     ("words", "status", "message"),
     [
         (["--card", "0"], 2, "--model is missing"),
-        (["--model", "someone/paintings", "--card", "8"], 2, "--family is missing: someone/paintings does not tell"),
+        (["--model", "someone/paintings", "--card", "8"], 2, "--family is missing: someone/paintings may be"),
         (["--model", "a/sdxl-base", "--card", "4"], 2, "--card 4: sdxl needs 8 GB; 0 trains without a GPU"),
         (["--model", "a/sdxl-base", "--preset", "stile"], 2, "(did you mean style?)"),
-        (["--model", "a/sdxl-base", "--preset", "style"], 2, "none is for a machine"),
+        (["--model", "a/sdxl-base", "--preset", "style"], 2, "add a preset for a machine"),
         (["--model", "nothere.safetensors", "--card", "8"], 1, "does not exist"),
         (["--model", "a/sdxl-base", "--card", "-1"], 2, "--card must be at least 0"),
     ],

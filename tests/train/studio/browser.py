@@ -1,4 +1,4 @@
-"""The studio as a process, and a real browser in front of it."""
+"""Runs the studio as a process, and controls a real browser."""
 
 import os
 import re
@@ -19,7 +19,7 @@ PATIENCE = 180  # seconds
 
 @contextmanager
 def studio(*options: object):
-    """`lora-adapters studio` with these options; gives the address of its page."""
+    """Run `lora-adapters studio` with these options; yields the address of its page."""
     words = [sys.executable, "-m", "lora_adapters", "studio", *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -40,7 +40,7 @@ def studio(*options: object):
 
 
 class Browser:
-    """Chromium without a window; fields are found by the ids that the studio gives them."""
+    """Headless Chromium. Fields are found by their element ids."""
 
     def __init__(self, address: str):
         if not CHROMIUM or not DRIVER:
@@ -67,7 +67,7 @@ class Browser:
         return self.until(lambda: next((found for found in self.all(css) if found.is_displayed()), None), css)
 
     def until(self, condition, what: object = "", seconds: float = PATIENCE):
-        """What the condition gives as soon as it is true."""
+        """Wait until the condition is true, and return its value."""
         from selenium.common.exceptions import WebDriverException
 
         end = time.monotonic() + seconds
@@ -75,7 +75,7 @@ class Browser:
             try:
                 if value := condition():
                     return value
-            except WebDriverException:  # what was found has been drawn anew, or lies behind something for a moment
+            except WebDriverException:  # the element was redrawn or is temporarily covered
                 pass
             if time.monotonic() > end:
                 self.shot(Path(os.environ.get("STUDIO_SHOTS", tempfile.gettempdir())) / "studio-failed.png")
@@ -101,7 +101,7 @@ class Browser:
         time.sleep(1)
 
     def _of(self, css: str, wanted) -> None:
-        """Click the one whose text is wanted."""
+        """Click the element whose text matches."""
         self.until(
             lambda: any(self._clicked(one) for one in self.all(css) if one.is_displayed() and wanted(one.text.strip())),
             css,
@@ -118,13 +118,13 @@ class Browser:
         field.send_keys(Keys.TAB)
 
     def choose(self, name: str, text: str) -> None:
-        """Choose what is called so in a dropdown."""
+        """Choose the entry of a dropdown whose text ends with `text`."""
         self.click(f"#{name} input")
         self._of("ul[role=listbox] li", lambda shown: shown.endswith(text))
         self.driver.execute_script("document.activeElement.blur()")  # closes the list
 
     def slide(self, name: str, key: str, times: int) -> None:
-        """Move a slider by keys."""
+        """Move a slider with a key."""
         handle = self.one(f"#{name} input[type=range]")
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
         handle.send_keys(key * times)
@@ -136,7 +136,7 @@ class Browser:
         return self.one("#job .job").text
 
     def shot(self, file: Path) -> None:
-        """An image of the page from its top."""
+        """Save a screenshot of the top of the page."""
         self.driver.execute_script("window.scrollTo(0, 0)")
         time.sleep(1)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def test_a_password_is_asked_for(places):
 
 def compare(browser, places, keys):
     browser.click("#draw")
-    browser.until(lambda: "there is no prompt" in browser.one("body").text, "an error in one line")
+    browser.until(lambda: "the prompt is empty" in browser.one("body").text, "an error in one line")
     shot(browser, "error")
     browser.fill("prompt", "a penguin")
     browser.fill("steps", 4)

@@ -28,7 +28,7 @@ def test_the_words_are_read_as_they_were_meant():
 
 def test_options_do_not_hide_in_a_prompt():
     for text in ("a cat --f ../x.png", "--w 8"):
-        with pytest.raises(StudioError, match="use the fields for what follows"):
+        with pytest.raises(StudioError, match="are not supported in prompts; use the fields"):
             Scene(text)
     assert Scene("a cat -- or a dog").prompt
 
@@ -73,7 +73,7 @@ def test_a_grid_over_any_two():
         ("seed", "", "give its values, such as 1, 2, 3"),
         ("seed", "1, x", "seed is 'x': give values such as 1, 2, 3"),
         ("weight of adapter 1", "nan", "weight of adapter 1 is 'nan'"),
-        ("weight of adapter 3", "1", "weight of adapter 3: there are 2 adapters"),
+        ("weight of adapter 3", "1", "weight of adapter 3: only 2 adapters are chosen"),
         ("blocks of adapter 1", "IN77", "IN77 is not a block"),
         ("seed", ",".join(map(str, range(101))), "101 images"),
     ],

@@ -68,7 +68,7 @@ def test_what_a_form_cannot_have(folders, ab):
         tools.extract(folders, "/etc", 4, None, None, "x", tools.OWN)
     with pytest.raises(StudioError, match="2 adapters and 1 weights"):
         tools.merge(folders, ab, "1", False, "x", tools.OWN)
-    with pytest.raises(StudioError, match="weights are numbers"):
+    with pytest.raises(StudioError, match="weights must be comma-separated numbers"):
         tools.merge(folders, ab, "1, b", False, "x", tools.OWN)
     with pytest.raises(StudioError, match="choose the adapters"):
         tools.svd_merge(folders, [], "", 4, None, "x", tools.OWN)

@@ -47,7 +47,7 @@ def test_captions_are_written_for_the_folders_images_only(folder, name):
 
 def test_a_link_is_not_written_through(folder, tmp_path):
     os.symlink(tmp_path / "elsewhere.txt", folder / "c.txt")
-    with pytest.raises(StudioError, match="is a link"):
+    with pytest.raises(StudioError, match="is a symbolic link"):
         save_caption(folder, "c.webp", "x")
 
 

@@ -33,7 +33,7 @@ def test_summary_blocks_and_modules(report):
     assert facts["rank"] == "2"
     assert facts["modules"] == "1 in text_encoder, 1 in unet"
     assert facts["parameters"] == "48 in float32"
-    assert facts["hash"] == "as the metadata says"
+    assert facts["hash"] == "matches the metadata"
     assert facts["ss_steps"] == "40"
     assert inspection.block_rows(report) == [("text_encoder", 1, "2", "2", 5.0), ("MID", 1, "2", "2", 5.0)]
     assert inspection.bars(report, "norm") == [("text_encoder", 5.0), ("MID", 5.0)]

@@ -46,13 +46,13 @@ def test_there_are_never_two(package, tmp_path):
     jobs = Jobs(tmp_path)
     jobs.start("sleeping", ["sleep"], tmp_path / "log.txt")
     for title in ("again", "drawing"):
-        with pytest.raises(StudioError, match="sleeping is running"), jobs.reserved(title):
+        with pytest.raises(StudioError, match="sleeping is still running"), jobs.reserved(title):
             pass
-    with pytest.raises(StudioError, match="sleeping is running"):
+    with pytest.raises(StudioError, match="sleeping is still running"):
         jobs.start("second", ["say"], tmp_path / "log.txt")
     assert jobs.stop() == "Stopping: sleeping"
     assert jobs.wait(20).text == "Stopped: sleeping"
-    with jobs.reserved("drawing"), pytest.raises(StudioError, match="drawing is running"):
+    with jobs.reserved("drawing"), pytest.raises(StudioError, match="drawing is still running"):
         jobs.start("second", ["say"], tmp_path / "log.txt")
     jobs.start("second", ["say"], tmp_path / "log.txt")
     assert jobs.wait(20).code == 0
@@ -64,7 +64,7 @@ def test_a_new_studio_finds_the_job_of_the_last_one(package, tmp_path):
     second = Jobs(tmp_path)
     assert second.status().running
     assert second.status().job == job
-    with pytest.raises(StudioError, match="sleeping is running"):
+    with pytest.raises(StudioError, match="sleeping is still running"):
         second.start("second", ["say"], tmp_path / "log.txt")
     second.stop()
     first.wait(20)
@@ -92,7 +92,7 @@ def test_a_folder_has_one_studio(tmp_path):
     other = subprocess.Popen(["sleep", "60"])
     try:
         file.write_text(json.dumps([other.pid, module._created(other.pid)]))
-        with pytest.raises(StudioError, match=f"another studio .process {other.pid}. works in {tmp_path / 'out'}"):
+        with pytest.raises(StudioError, match=f"another studio .process {other.pid}. uses {tmp_path / 'out'}"):
             claim(file)
     finally:
         other.kill()

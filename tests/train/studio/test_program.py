@@ -22,7 +22,7 @@ def arguments(*words):
 
 def test_others_come_in_with_a_password_only(tmp_path, monkeypatch):
     for flag in ("--listen", "--share"):
-        with pytest.raises(UsageError, match=f"{flag} lets others in: set a password"):
+        with pytest.raises(UsageError, match=f"{flag} gives others access: set a password"):
             access.password(arguments(flag))
     assert access.password(arguments()) is None
     file = tmp_path / "password"
@@ -105,7 +105,7 @@ def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     assert main(["studio", "--model", "m", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == 'error: the studio needs Gradio: pip install "lora-adapters[studio]"\n'
     assert main(["studio", "--model", "m", "--listen", "--output", str(tmp_path)]) == 2
-    assert "--listen lets others in" in capsys.readouterr().err
+    assert "--listen gives others access" in capsys.readouterr().err
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / ".studio" / "page")
 
 

@@ -84,7 +84,7 @@ def test_a_dry_run_leaves_no_run(folders, recipe):
         ({"name": "../x"}, "is not a file name"),
         ({"name": " "}, "give the adapter a name"),
         ({"images": "/etc"}, "outside of the folders"),
-        ({"type": "--x"}, "is not a type of adapter"),
+        ({"type": "--x"}, "is not an adapter type"),
         ({"precision": "fp8"}, "is not a precision"),
         ({"rank": None}, "rank is empty"),
         ({"steps": 2.5}, "steps is a whole number"),
@@ -110,7 +110,7 @@ def test_a_run_goes_on_from_its_furthest_state(folders, recipe):
     assert settings.resume == str(run / "mine-state")
     assert settings.max_train_steps == 20
     assert runs.load(run).steps == 20
-    with pytest.raises(StudioError, match="has made 10 steps"):
+    with pytest.raises(StudioError, match="has already trained 10 steps"):
         runs.resumed("mine", 10, folders)
     with pytest.raises(StudioError, match="there is no run"):
         runs.resumed("../mine", 20, folders)
@@ -165,7 +165,7 @@ def test_the_newest_report_of_a_run_is_shown_in_a_frame_without_scripts(folders)
     run = folders.output / "mine"
     run.mkdir()
     assert runs.report(run) is None
-    assert "none yet" in framed(None)
+    assert "no report yet" in framed(None)
     (run / "old-report.html").write_text("old")
     os.utime(run / "old-report.html", (1, 1))
     (run / "mine-report.html").write_text('<p title="a">é</p><script>bad()</script>', encoding="utf-8")

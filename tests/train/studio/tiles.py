@@ -1,4 +1,4 @@
-"""A DyLoRA for examples/tiny-sd, as the quickstart makes it, with random numbers."""
+"""A DyLoRA for examples/tiny-sd with the quickstart's options and random weights."""
 
 from pathlib import Path
 

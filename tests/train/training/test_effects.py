@@ -126,7 +126,7 @@ def test_two_equal_text_encoder_rates_are_one(basics) -> None:
     """kohya's GUI writes the rate twice for SD1.x too."""
     run = prepare(settings(**basics, text_encoder_lr=[2e-4, 2e-4]))
     assert {group["lr"] for group in run.optimizer.param_groups if group["name"] == "text_encoder"} == {2e-4}
-    with pytest.raises(TrainingError, match="2 of --text_encoder_lr for 1"):
+    with pytest.raises(TrainingError, match="--text_encoder_lr has 2 values for 1"):
         prepare(settings(**basics, text_encoder_lr=[2e-4, 1e-4]))
 
 

@@ -168,7 +168,7 @@ def test_fill_and_control_are_refused_before_their_weights_are_read(options, flu
     folder = shutil.copytree(flux, tmp_path / "fill", ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "transformer" / "config.json").read_text())
     (folder / "transformer" / "config.json").write_text(json.dumps(config | {"in_channels": 40, "out_channels": 16}))
-    with pytest.raises(OneLineError, match=r"reads 40 channels and predicts 16 \(Fill, Control\)"):
+    with pytest.raises(OneLineError, match=r"with 40 input and 16 output channels \(Fill, Control\)"):
         prepare(settings(**options | {"pretrained_model_name_or_path": str(folder)}))
 
 
@@ -277,8 +277,8 @@ def test_t5_is_trained_where_that_is_asked_for(options) -> None:
         ({"zero_terminal_snr": True}, "--zero_terminal_snr is for noise or v prediction"),
         ({"clip_skip": 2}, "--clip_skip is for"),
         ({"max_token_length": 150}, "--max_token_length is for"),
-        ({"mem_eff_attn": True}, "no attention in slices"),
-        ({"model_prediction_type": "additive"}, "additive compares a sum"),
+        ({"mem_eff_attn": True}, "does not support sliced attention"),
+        ({"model_prediction_type": "additive"}, "additive does not fit flow matching models"),
         ({"split_mode": True}, "--blocks_to_swap"),
         ({"t5xxl": "t5.safetensors"}, r"--t5xxl t5\.safetensors: there is no such file"),
         ({"ae": "ae.safetensors"}, r"--ae ae\.safetensors: there is no such file"),

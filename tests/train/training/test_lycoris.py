@@ -182,7 +182,7 @@ def test_training_starts_from_a_file(basics, tmp_path) -> None:
         live = tensors(Adapter.from_models(run.trained, adapter_name=adapters.ADAPTER))
         assert live.keys() == tensors(first).keys()
         assert all(torch.equal(live[key], tensor) for key, tensor in tensors(first).items())
-    with pytest.raises(TrainingError, match="has a LoHa of other sizes or kind; give the same network options"):
+    with pytest.raises(TrainingError, match="has a LoHa of another kind or shape; give the same network options"):
         prepare(settings(**{**asked, "network_weights": file, "network_dim": 3}))
     with pytest.raises(TrainingError, match="has a LoHa, not a LoRA; give the same network options"):
         prepare(settings(**{**asked, "network_weights": file, "network_module": "networks.lora"}))

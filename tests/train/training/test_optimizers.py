@@ -73,7 +73,7 @@ def test_arguments_reach_the_optimizer() -> None:
         ({"optimizer_args": ["weight_decay=much"]}, "not a Python literal; quote text: weight_decay='...'"),
         ({"optimizer_args": ["amsgrad=true"]}, "not a Python literal; write amsgrad=True"),
         ({"optimizer_args": ["foreach=none"]}, "not a Python literal; write foreach=None"),
-        ({"optimizer_args": ["decay=1"]}, "AdamW does not take these arguments"),
+        ({"optimizer_args": ["decay=1"]}, "AdamW does not accept these arguments"),
         ({"optimizer_type": "Lion", "use_8bit_adam": True}, "more than one optimizer"),
     ],
 )

@@ -59,7 +59,7 @@ def test_wrong_prompt_files(tmp_path, name, text, message) -> None:
     [
         ("p.txt", "x --w many", {}, "p.txt, line 1: --w many: it takes a whole number; ignored"),
         ("p.txt", "# a comment\n\nx --q 1", {}, "p.txt, line 3: --q in 'x --q 1' is not one of"),
-        ("p.txt", "x --w 65", {"width": 64}, "line 1: 65 pixels: sides are multiples of 8; 64 is drawn"),
+        ("p.txt", "x --w 65", {"width": 64}, "line 1: 65 pixels: sides must be multiples of 8; 64 is used"),
         ("p.txt", f"x --d {2**64}", {}, f"line 1: seeds are 0 to {2**64 - 1}, not {2**64}; ignored"),
         ("p.txt", "x --l nan", {}, "--l nan: it takes a number; ignored"),
         ("p.txt", "x --ss fast", {}, "unknown sampler fast, --sample_sampler is used"),
@@ -100,7 +100,7 @@ def test_samples_need_prompts_and_an_occasion(tmp_path, caplog) -> None:
 def test_a_sampler_that_cannot_start_from_pure_noise_is_refused_before_training(tmp_path) -> None:
     prompts = written(tmp_path, "p.txt", "x --ss pndm")
     check_samples(settings(sample_every_n_steps=1, sample_prompts=prompts))
-    with pytest.raises(TrainingError, match="pndm cannot do --zero_terminal_snr; ddim, euler"):
+    with pytest.raises(TrainingError, match="pndm does not support --zero_terminal_snr; use one of ddim, euler"):
         check_samples(settings(sample_every_n_steps=1, sample_prompts=prompts, zero_terminal_snr=True))
 
 

@@ -55,10 +55,10 @@ def test_the_output_folder_can_be_used_before_anything_is_loaded(basics, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(setup, "load_base_models", lambda *_: pytest.fail("loaded"))
     for place in ("file", "file/out"):
-        with pytest.raises(TrainingError, match=r"--output_dir .*file.* cannot be made \("):
+        with pytest.raises(TrainingError, match=r"--output_dir .*file.* cannot be created \("):
             prepare(settings(**{**basics, "output_dir": str(tmp_path / place)}))
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(TrainingError, match="out cannot be written to"):
+    with pytest.raises(TrainingError, match="out is not writable"):
         prepare(settings(**basics))
 
 
@@ -71,7 +71,7 @@ def test_of_several_attention_options_one_is_taken_and_said(caplog) -> None:
     asked = settings(sdpa=True, mem_eff_attn=True, xformers=True)
     check_machine(asked)
     assert attention(asked) == "mem_eff_attn"
-    assert "--sdpa has no effect beside --mem_eff_attn" in caplog.text
+    assert "--sdpa has no effect together with --mem_eff_attn" in caplog.text
     assert attention(settings()) is None
 
 

@@ -92,8 +92,8 @@ def test_every_option_is_read_into_a_config() -> None:
     [
         ("img_attn_dim", "x", "it takes a rank"),
         ("img_attn_dim", "-1", "it takes a rank"),
-        ("train_double_block_indices", "a-b", "numbers of blocks"),
-        ("train_single_block_indices", "1-900", "numbers of blocks"),
+        ("train_double_block_indices", "a-b", "block numbers"),
+        ("train_single_block_indices", "1-900", "block numbers"),
         ("train_blocks", "triple", "all, double, single"),
         ("in_dims", "[4,2,2,2,4]", "outside of the blocks"),
     ],

@@ -68,5 +68,5 @@ def test_what_is_left_out(basics, request, caplog, model, clip_skip, layers) -> 
         f"{name.component}.{name.path}" for name in found if f"{name.component}.{name.path}".startswith(tuple(layers))
     }
     assert frozen == (expected if layers else set())
-    said = "6 modules of text-encoder layers that are never read are saved, not trained"
+    said = "6 modules in text-encoder layers whose output is not used are saved, but not trained"
     assert (said in caplog.text) == bool(layers)

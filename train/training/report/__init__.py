@@ -1,1 +1,1 @@
-"""The report of a training run: charts, images, data, settings and commands to continue, in one HTML file."""
+"""The HTML report of a training run: charts, images, data, settings, and commands to use the adapter."""

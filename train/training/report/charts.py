@@ -1,4 +1,4 @@
-"""The report's charts, as SVG for a page. matplotlib without pyplot: nothing global is touched."""
+"""The report's charts as SVG, drawn by matplotlib without pyplot, which would change global state."""
 
 import io
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from lora_adapters.train.training.report.record import Record, last_by_rank, recommended_rank, thinned
 
 _POINTS = 2000
-_SMOOTH = 50  # a curve of means over so many steps, or a tenth of the run
+_SMOOTH = 50  # steps in the running mean, at most a tenth of the run
 
 
 def loss_chart(record: Record) -> str | None:
@@ -37,7 +37,7 @@ def held_out_chart(record: Record) -> str | None:
     ranks = sorted({rank for _, rank, _ in record.held_out}, key=lambda rank: rank or 0)
     for at, rank in enumerate(ranks):
         points = sorted((step, loss) for step, own, loss in record.held_out if own == rank)
-        colour = None if rank is None else f"{0.75 - 0.75 * (at + 1) / len(ranks):.2f}"  # the higher, the darker
+        colour = None if rank is None else f"{0.75 - 0.75 * (at + 1) / len(ranks):.2f}"  # higher ranks are darker
         label = "held-out loss" if rank is None else f"rank {rank}"
         axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
     axes.set(xlabel="step", ylabel="held-out loss")
@@ -46,7 +46,7 @@ def held_out_chart(record: Record) -> str | None:
 
 
 def rank_chart(record: Record) -> str | None:
-    """The last held-out loss at each rank, the recommended rank marked; None without ranks."""
+    """The last held-out loss of each rank, with the recommended rank marked; None with fewer than two ranks."""
     losses = last_by_rank(record)
     if len(losses) < 2:
         return None
@@ -63,7 +63,7 @@ def rank_chart(record: Record) -> str | None:
 
 
 def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # takes half a second to import
+    from matplotlib.figure import Figure  # slow to import: half a second
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""The report's page from a run and its record. All text is escaped by the template, whatever captions hold."""
+"""Renders the report's page from a run and its record. The template escapes all text, including captions."""
 
 import shlex
 from collections import Counter
@@ -45,28 +45,28 @@ def page(run: Run, record: Record, step: int) -> str:
 
 
 def commands(run: Run, file: Path, rank: int | None) -> list[tuple[str, str]]:
-    """(purpose, command line) of what can be done with the adapter, ready for a shell."""
+    """Commands that use the adapter: (purpose, command line quoted for a shell)."""
     model, name = str(run.settings.pretrained_model_name_or_path), str(file)
     prompt = run.prompts[0].prompt if run.prompts else next(iter(run.data.trigger_words), "a photo")
     base = ["lora-adapters", "generate", "--ckpt", model, "--network_weights", name, "--prompt", prompt]
     lines = [
-        ("What is in the file:", ["lora-adapters", "info", name]),
-        ("Draw with it, at several weights:", [*base, "--sweep", "weight=0,0.5,0.8,1"]),
+        ("Show what the file contains:", ["lora-adapters", "info", name]),
+        ("Generate images at several weights:", [*base, "--sweep", "weight=0,0.5,0.8,1"]),
     ]
     if rank is not None:
         split = f"{file.with_name(f'{file.stem}-of-rank{file.suffix}')}"
         lines += [
-            ("Draw with it, at several ranks:", [*base, "--sweep", f"rank={','.join(map(str, _ranks(run)))}"]),
+            ("Generate images at several ranks:", [*base, "--sweep", f"rank={','.join(map(str, _ranks(run)))}"]),
             (f"Cut it to rank {rank}, for programs that do not know DyLoRA:",
              ["lora-adapters", "split", "--model", name, "--ranks", str(rank), "--save_to", split]),
         ]  # fmt: skip
     merged = str(file.with_name(f"{file.stem}-merged"))
-    lines.append(("Put it into the model:",
+    lines.append(("Merge it into the model:",
                   ["lora-adapters", "merge", "--sd_model", model, "--models", name, "--save_to", merged]))  # fmt: skip
     state = latest_state(run)
     if state is not None:
         resuming = ["lora-adapters", "train", *_as_words(run.settings), f"--resume={state}"]
-        lines.append(("Resume from the last state (with a larger max_train_steps, if it has ended):", resuming))
+        lines.append(("Resume from the last state (increase max_train_steps if the run is finished):", resuming))
     return [(purpose, shlex.join(words)) for purpose, words in lines]
 
 
@@ -96,13 +96,13 @@ def _tags(run: Run) -> list[str]:
 
 
 def _given(settings: Settings) -> list[tuple[str, Any]]:
-    """Name and value of the options that were given, without keys and tokens."""
+    """Name and value of the options that were given, except API keys and tokens."""
     known = options_of(Settings)
     return [(name, value) for name, value in settings.given_options().items() if not known[name].secret]
 
 
 def _as_words(settings: Settings) -> list[str]:
-    """The options as a command line: those of a --config_file too, which may have been edited since."""
+    """The options as command-line arguments, including those of --config_file, which may have been edited since."""
     words, known = [], options_of(Settings)
     for name, value in _given(settings):
         if value in (None, "", False) or name in ("config_file", "resume"):

@@ -1,4 +1,4 @@
-"""The data of a report: numbers and images of a run so far, stored in the page so that a resumed run continues them."""
+"""The data of a report: numbers and images of the run so far, stored in the page for a resumed run to continue."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from lora_adapters.train.training.validation import HeldOut
 
 _DATA = re.compile(r'<script type="application/json" id="record">(.*?)</script>', re.DOTALL)
-CLOSE = 0.01  # a rank whose held-out loss is within 1 % of the best serves as well
+CLOSE = 0.01  # a rank is good enough if its held-out loss is within 1 % of the lowest
 
 
 @dataclass
@@ -22,21 +22,21 @@ class Record:
     samples: list[tuple[int, str]] = field(default_factory=list)
 
     def add_held_out(self, measured: Iterable[HeldOut]) -> None:
-        """Take up the measurements that are not in it yet."""
+        """Add the measurements that are not yet in the record."""
         known = {(step, rank) for step, rank, _ in self.held_out}
         self.held_out += [(loss.step, loss.rank, loss.loss) for loss in measured if (loss.step, loss.rank) not in known]
 
     def before(self, step: int) -> "Record":
-        """The part up to the step that a run resumes from."""
+        """The entries up to and including `step`, from which a run resumes."""
         return Record(*([entry for entry in entries if entry[0] <= step] for entries in vars(self).values()))
 
     def as_json(self) -> str:
-        """For a <script> of the page: no < ends it."""
+        """JSON for a <script> element: `<` is escaped, so that no text can close the element."""
         return json.dumps(asdict(self)).replace("<", "\\u003c")
 
 
 def read_record(page: Path) -> Record:
-    """The record in a page that was written before; an empty one where there is none, or it cannot be read."""
+    """Read the record from an existing page; an empty record if there is none or it cannot be read."""
     try:
         match = _DATA.search(page.read_text(encoding="utf-8"))
         content = json.loads(match[1]) if match else {}
@@ -46,14 +46,14 @@ def read_record(page: Path) -> Record:
 
 
 def thinned(entries: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of them, evenly spread, the last one among them."""
+    """At most `most` of the entries, evenly spaced, always including the last one."""
     if len(entries) <= most:
         return list(entries)
     return [entries[round((at + 1) * len(entries) / most) - 1] for at in range(most)]
 
 
 def last_by_rank(record: Record) -> dict[int, float]:
-    """Rank -> held-out loss of the last measurement; empty if it was not measured by rank."""
+    """Rank -> held-out loss at the last measured step; empty if losses were not measured by rank."""
     last = max((step for step, _, _ in record.held_out), default=0)
     return {rank: loss for step, rank, loss in record.held_out if step == last and rank is not None}
 
@@ -65,7 +65,7 @@ def recommended_rank(losses: dict[int, float]) -> int | None:
         losses: The held-out loss of each rank.
 
     Returns:
-        The rank; None without measurements.
+        The rank, or None without measurements.
 
     >>> recommended_rank({4: 0.153, 8: 0.1452, 16: 0.145})
     8

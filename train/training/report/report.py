@@ -1,4 +1,4 @@
-"""Keeps the record of a run and writes its page: beside the adapter, at each save and at the end."""
+"""Keeps the record of a run, and writes the page next to the adapter at each save and at the end."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ _WIDEST = 900  # pixels of an image in the page
 
 
 class Report:
-    """The report of a run; it writes nothing with --no_report, and in other processes than the main one."""
+    """The report of a run. With --no_report, and in all processes but the main one, it does nothing."""
 
     def __init__(self, run: Run):
         self.run, self.record = run, Record()
@@ -32,17 +32,17 @@ class Report:
 
     @property
     def file(self) -> Path:
-        """The page: the adapter's name with -report.html."""
+        """The page's path: the adapter's name with -report.html."""
         adapter = final_file(self.run)
         return adapter.with_name(f"{adapter.stem}-report.html")
 
     def resume(self, step: int) -> None:
-        """Resume from the page of the run before, up to the step that it resumes from."""
+        """Continue the page of the earlier run, up to the step from which training resumes."""
         if self.enabled:
             self.record = read_record(self.file).before(step)
 
     def stepped(self, step: int, loss: float, rate: float) -> None:
-        """Note a step that was made."""
+        """Record a completed step."""
         if self.enabled:
             self.record.losses.append((step, loss, rate))
 
@@ -59,12 +59,12 @@ class Report:
             data = io.BytesIO()
             shown.save(data, "JPEG", quality=85)
         except Exception as error:
-            log.warning("the report is without the samples of step %d (%s)", step, first_line(error))
+            log.warning("the samples of step %d are missing in the report (%s)", step, first_line(error))
             return
         self.record.samples.append((step, base64.b64encode(data.getvalue()).decode("ascii")))
 
     def write(self, step: int, measured: Iterable[HeldOut]) -> None:
-        """Write the page as it is after `step` steps. Where that fails, one warning says so and training goes on."""
+        """Write the page after `step` steps. An error is logged as a warning, and training continues."""
         if not self.enabled:
             return
         try:
@@ -74,5 +74,5 @@ class Report:
             text = page(self.run, self.record, step)
             with replacing(self.file) as partial:
                 partial.write_text(text, encoding="utf-8")
-        except Exception as error:  # a full disk, a chart that matplotlib cannot draw: nothing is worth the run
+        except Exception as error:  # a full disk, a chart that matplotlib cannot draw: never stop the run
             log.warning("the report is not written at step %d (%s)", step, first_line(error))
