@@ -258,7 +258,7 @@ def of_ones(alpha=1.0, dtype=torch.float32, scale=1.0):
 
 
 def test_numbers_too_large_for_the_dtype_are_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(AdapterError, match=r"attn1.to_q has numbers that are too large for float16"):
+    with pytest.raises(AdapterError, match=r"attn1.to_q has values that are too large for float16"):
         of_ones(scale=1e10).save(tmp_path / "a.safetensors", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
 

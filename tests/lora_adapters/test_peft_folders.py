@@ -74,7 +74,7 @@ def test_what_is_not_read_is_one_line(pipeline, tmp_path):
     pipe = pipeline()
     saved(pipe, peft.OFTConfig(oft_block_size=8, **TARGETS), tmp_path)
     pipe.load_lora_weights(tmp_path, adapter_name="a")
-    with pytest.raises(AdapterError, match="which files of LyCORIS have no place for"):
+    with pytest.raises(AdapterError, match="which LyCORIS files cannot store"):
         Adapter.from_pipeline(pipe, "a").save(tmp_path / "a.safetensors")
     pipe.unload_lora_weights()
     file = tmp_path / "unet" / "adapter_config.json"

@@ -75,7 +75,7 @@ def test_what_is_unknown():
 
 
 def test_errors_name_the_module():
-    with pytest.raises(AdapterError, match=r"^lora_unet_conv_in: a LoHa module without hada_w1_b"):
+    with pytest.raises(AdapterError, match=r"^lora_unet_conv_in: a LoHa module lacks hada_w1_b"):
         read_modules({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)})
     twice = {"lora_unet_conv_in.diff": torch.ones(2, 2), "unet.conv_in.diff": torch.ones(2, 2)}
     with pytest.raises(AdapterError, match=r"unet.conv_in and another name stand for the same module"):

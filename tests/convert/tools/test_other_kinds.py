@@ -229,7 +229,7 @@ def test_a_change_that_depends_on_the_weights_is_one_line(tmp_path, capsys):
         ("svd-merge", "--models", path, path, "--new_rank", "2"),
     ):
         said = fails(capsys, *words, "--save_to", out)
-        assert "to_q: the change that a DoRA module makes depends on the model's weight" in said
+        assert "to_q: the change of a DoRA module depends on the model's weight" in said
         assert not out.exists()
 
 

@@ -250,7 +250,7 @@ def test_more_of_it(sd1, files, capsys, tmp_path):
     for way in ((), ("--network_merge",), ("--network_pre_calc",)):
         message = error(capsys, *common, "--network_weights", wide, *way)
         assert f"error: {wide}: " in message
-        assert "made for a weight of [9, 7], but the model's is" in message
+        assert "made for a weight of [9, 7], but the model's weight is" in message
     assert not (tmp_path / "out").exists()
 
 
