@@ -290,9 +290,9 @@ def test_a_single_component_of_a_peft_folder(place, tmp_path):
 
 
 def test_pefts_weights_without_their_config():
-    with pytest.raises(UnknownFormatError, match=r"without the adapter_config.json"):
+    with pytest.raises(UnknownFormatError, match=r"without their adapter_config.json"):
         Adapter.from_tensors({f"base_model.model.{QUERY.path}.lora_A.weight": torch.ones(1, 32)})
-    with pytest.raises(UnknownFormatError, match=r"without the adapter_config.json"):
+    with pytest.raises(UnknownFormatError, match=r"without their adapter_config.json"):
         Adapter.from_tensors({f"base_model.model.{QUERY.path}.hada_w1_a": torch.ones(1, 32)})
 
 

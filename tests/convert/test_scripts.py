@@ -205,13 +205,13 @@ def test_cloneofsimos_format_both_ways(tmp_path, capsys):
 
 def test_cloneofsimos_format_has_no_place_for_some(tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    for model, said in (("sdxl/lierla_xl", "SDXL"), ("sd15/lr_weight_zero_blocks", "may not be missing")):
+    for model, said in (("sdxl/lierla_xl", "SDXL"), ("sd15/lr_weight_zero_blocks", "cannot skip")):
         words = ["--model", GOLDEN / f"{model}.safetensors", "--save_to", out, "--format", "cloneofsimo"]
         assert said in fails(capsys, "convert", *words)
     source = tmp_path / "in.safetensors"
     tensors = cloneofsimo_file(source)
     for change, said in (
-        ({"unet:3:up": None}, "unet:3 has only one half"),
+        ({"unet:3:up": None}, "unet:3 is incomplete"),
         ({"unet:3:up": None, "unet:3:down": None}, "positions of unet are missing"),
         ({"unet:144:up": torch.zeros(2, 1), "unet:144:down": torch.zeros(1, 2)}, "no layer"),
     ):

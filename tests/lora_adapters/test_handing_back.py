@@ -251,7 +251,7 @@ def test_other_kinds_are_one_line(given, key, pipeline, tmp_path) -> None:
     save_file(tensors, tmp_path / "other.safetensors")
     before = snapshot(pipe)
     source = tensors if given == "dict" else tmp_path / "other.safetensors"
-    with pytest.raises(AdapterError, match=rf"it is an? .* \({NAME}\.{key}\), which is not read") as caught:
+    with pytest.raises(AdapterError, match=rf"it is an? .* \({NAME}\.{key}\), which is not supported") as caught:
         pipe.load_lora_weights(source, hotswap=given == "hotswap")
     assert ("the state dict: " if given == "dict" else f"{tmp_path / 'other.safetensors'}: ") in str(caught.value)
     unchanged(pipe, before, {})

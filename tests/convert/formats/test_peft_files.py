@@ -94,10 +94,10 @@ def test_a_config_in_the_metadata_says_the_scale(start):
     ("tensors", "said"),
     [
         ({f"base_model.model.{PATH}.oft_R.weight": UPPER}, r"which says how it rotates \(use_cayley_neumann"),
-        ({f"unet.{PATH}.oft_R.default.weight": UPPER}, "does not say how it rotates .* give PEFT's folder"),
+        ({f"unet.{PATH}.oft_R.default.weight": UPPER}, "does not say how it rotates .* use a folder with"),
         ({"transformer.transformer_blocks.0.attn.to_q.oft_R.weight": UPPER}, "does not say how it rotates"),
         ({f"base_model.model.{PATH}.lora_A.default.weight": UPPER}, r"which says the scale \(r and alpha\): put it"),
-        ({f"base_model.model.{PATH}.hada_w1_a": UPPER}, r"which says the scale \(r and alpha\): put it there"),
+        ({f"base_model.model.{PATH}.hada_w1_a": UPPER}, r"which says the scale \(r and alpha\): put it beside them"),
         ({f"unet.{PATH}.oft_R.weight": UPPER, f"unet.{PATH}.oft_R.clipped_oft": UPPER}, "an OFT adapter"),
     ],
 )

@@ -181,7 +181,7 @@ def test_parts_that_are_missing_do_not_change(tmp_path):
 def test_a_missing_part_of_unknown_size_is_an_error(tmp_path):
     made = {"layers.0.attn.to_q": (torch.randn(2, H), torch.randn(H, 2), 2.0)}
     adapter = Adapter.from_tensors(file_of(made, DIFFUSERS["diffusers"]), {"ss_base_model_version": "lumina2"})
-    with pytest.raises(AdapterError, match=r"layers\.0\.attn\.to_k.*its size is not known; take the format diffusers"):
+    with pytest.raises(AdapterError, match=r"layers\.0\.attn\.to_k.*whose size is unknown: use the format diffusers"):
         adapter.save(tmp_path / "a.safetensors", format="kohya")
 
 
