@@ -261,7 +261,7 @@ def test_a_folder_of_several_files(pipeline, tmp_path) -> None:
     pipe = pipeline()
     (tmp_path / "a.safetensors").write_bytes(FIRST.read_bytes())
     (tmp_path / "b.safetensors").write_bytes((FIRST.parent / "c3lier.safetensors").read_bytes())
-    with pytest.raises(AdapterError, match=r"2 weights files, name one with weight_name: a\.safetensors, b\.safe"):
+    with pytest.raises(AdapterError, match=r"2 weights files, choose one with weight_name: a\.safetensors, b\.safe"):
         pipe.load_lora_weights(tmp_path)
     assert pipe.get_list_adapters() == {}
     pipe.load_lora_weights(tmp_path, weight_name="b.safetensors")
@@ -293,7 +293,7 @@ def test_a_folder_of_shards_whose_index_is_damaged(index, pipeline, tmp_path) ->
     for part in ("1", "2"):
         (tmp_path / f"a-0000{part}-of-00002.safetensors").write_bytes(FIRST.read_bytes() + part.encode())
     (tmp_path / "a.safetensors.index.json").write_text(index)
-    with pytest.raises(AdapterError, match=r"a\.safetensors\.index\.json is no index of weights"):
+    with pytest.raises(AdapterError, match=r"a\.safetensors\.index\.json is not an index of weights"):
         pipeline().load_lora_weights(tmp_path)
 
 

@@ -182,7 +182,7 @@ def test_quantised_weights_are_refused(tmp_path):
     key = "model.diffusion_model.middle_block.1.proj_in.weight"
     tensors[key] = tensors[key].to(torch.int8)
     save_file(tensors, tmp_path / "in.safetensors")
-    with pytest.raises(AdapterError, match=r"middle_block.1.proj_in.weight is torch.int8: a quantised"):
+    with pytest.raises(AdapterError, match=r"middle_block.1.proj_in.weight is torch.int8: quantised"):
         Checkpoint.open(tmp_path / "in.safetensors").write(
             tmp_path / "out.safetensors", {ModuleName("unet", "mid_block.attentions.0.proj_in"): lambda weight: weight}
         )

@@ -113,7 +113,7 @@ def test_what_has_no_average():
     with pytest.raises(AdapterError, match="cannot average a LoHa, or changes of different kinds"):
         average({"a": one, "b": one})
     a, b = list(saves(2).values())
-    with pytest.raises(AdapterError, match="a is no DyLoRA, but b is a DyLoRA of unit 2"):
+    with pytest.raises(AdapterError, match="a is not a DyLoRA, but b is a DyLoRA of unit 2"):
         average({"a": a, "b": b.as_dylora(DyLora(2))})
     wide = b.map(lambda pair: add_up([pair, pair]))
     with pytest.raises(AdapterError, match="the ranks 4, 8"):

@@ -185,7 +185,7 @@ def distance(adapter, made):
 def test_convert_to_lora(linear, tmp_path, capsys):
     (adapter, path), out = linear, tmp_path / "out.safetensors"
     said = run(capsys, "convert", "--model", path, "--save_to", out, "--to", "lora", "--rank", "8")
-    assert "1 modules left out, which low-rank pairs cannot hold" in said
+    assert "1 modules left out, which low-rank pairs cannot represent" in said
     assert "to_out.0.bias" in said
     assert "relative error" in said
     made = Adapter.load(out)
@@ -343,7 +343,7 @@ def test_pairs_of_kinds_that_depend_on_the_models_weights(command, tmp_path, cap
     assert "depends on the model's weight" in fails(capsys, *words)
     assert not out.exists()
     said = run(capsys, *words, "--sd_model", checkpoint.path)
-    assert f"1 modules left out, which low-rank pairs cannot hold:\n  {biased}.bias\n" in said
+    assert f"1 modules left out, which low-rank pairs cannot represent:\n  {biased}.bias\n" in said
     pairs = Adapter.load(out).modules
     for module, change in made.items():
         wanted = change.delta(weights[module])

@@ -121,7 +121,7 @@ EARLY = {
     "--ckpt {sd1} --prompt x --image_path {files}/image.png --W 64": "belong together: give both",
     # adapters
     "--ckpt {sd1} --prompt x --network_weights nowhere.safetensors": "nowhere.safetensors does not exist",
-    "--ckpt {sd1} --prompt x --network_weights {files}/broken.safetensors": "truncated or no safetensors file",
+    "--ckpt {sd1} --prompt x --network_weights {files}/broken.safetensors": "truncated or not a safetensors file",
     "--ckpt {sd1} --prompt x --network_weights {lora}:1:lbw=IN99": "IN99 is not a block or preset",
     "--ckpt {sd1} --prompt x --network_weights {dial} --rank 5": "rank 5 is not one that this adapter can be cut to",
     "--ckpt {sd1} --prompt x --network_weights {lora} --rank 4": "none of --network_weights is a DyLoRA",
