@@ -368,7 +368,7 @@ def test_unknown_modules_are_named():
 
 def test_halves_and_sizes_that_do_not_fit_are_errors():
     tensors = file_of({"double_blocks.0.img_attn.qkv": (torch.randn(2, H), torch.randn(20, 2), 1.0)}, ORIGINAL["kohya"])
-    with pytest.raises(AdapterError, match="20 rows, of inputs 8 wide, are not those of 3 layers in one"):
+    with pytest.raises(AdapterError, match="20 rows and 8 columns is not that of 3 fused layers"):
         Adapter.from_tensors(tensors)
     del tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
     with pytest.raises(AdapterError, match="double_blocks_0_img_attn_qkv"):

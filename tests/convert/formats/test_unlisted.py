@@ -138,8 +138,8 @@ def test_two_spellings_are_not_put_together(tmp_path, capsys) -> None:
     a, b = make(tmp_path / "a.safetensors", FLAT), make(tmp_path / "b.safetensors", DOTTED)
     words = ["merge", "--models", a, b, "--base_model", "other", "--save_to", tmp_path / "sum.safetensors"]
     assert cli.main(list(map(str, words))) == 1
-    assert "spell the names of layers differently" in capsys.readouterr().err
-    with pytest.raises(AdapterError, match="spell the names of layers differently"):
+    assert "spell the layer names differently" in capsys.readouterr().err
+    with pytest.raises(AdapterError, match="spell the layer names differently"):
         Adapter.load(a, base_model="other") + Adapter.load(b, base_model="other")
 
 
