@@ -186,7 +186,7 @@ def test_a_scale_that_diffusers_drops_is_an_error(pipeline, tmp_path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoraLayer, "update_layer", at_another_scale)
-        with pytest.raises(AdapterError, match=r"diffusers leaves out or changes the scale of unet\.mid_block"):
+        with pytest.raises(AdapterError, match=r"diffusers skips or changes the scale of unet\.mid_block"):
             pipe.load_lora_weights(tmp_path / "half.safetensors", adapter_name="halved")
     unchanged(pipe, before, {})
 
@@ -345,7 +345,9 @@ def test_a_component_of_which_nothing_is_there_is_an_error(pipeline, tmp_path) -
     tensors |= {f"{text}.lora_up.weight": torch.ones(layer.out_features, 2)}
     save_file(tensors, tmp_path / "flux.safetensors")
     before = snapshot(pipe)
-    with pytest.raises(AdapterError, match=r"flux\.safetensors: it is for another model: the unet has none of its 1"):
+    with pytest.raises(
+        AdapterError, match=r"flux\.safetensors: the adapter is for another model: the unet has none of its 1"
+    ):
         pipe.load_lora_weights(tmp_path / "flux.safetensors")
     unchanged(pipe, before, {})
 

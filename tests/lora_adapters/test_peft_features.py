@@ -278,7 +278,7 @@ def test_what_cannot_be_swapped_leaves_all_as_it_was(tmp_path) -> None:
     biased = LoraConfig(r=8, lora_alpha=4, target_modules=["body.0"], lora_bias=True)
     fill(get_peft_model(copy.deepcopy(base), biased)).save_pretrained(tmp_path / "biased")
     wanted, was = call(model), copy.deepcopy(model.peft_config["default"])
-    with pytest.raises(AdapterError, match="rank 8: give a target_rank of 8"):
+    with pytest.raises(AdapterError, match="rank 8: use a target_rank of 8"):
         prepare_model_for_compiled_hotswap(model, target_rank=4)
     for folder, line in (
         ("more", "model.head is not adapted by default"),

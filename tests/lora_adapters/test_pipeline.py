@@ -249,7 +249,7 @@ def test_an_adapter_that_is_more_than_pairs_is_not_taken_for_one(extra, pipeline
     pipe = pipeline()
     pipe.unet.add_adapter(LierLaConfig(r=2, **{extra: True}), "more")
     said = {"use_dora": "DoRA's magnitudes", "lora_bias": r"biases \(lora_bias\)"}[extra]
-    with pytest.raises(AdapterError, match=rf"adapter more is more than plain LoRA: unet\.\S+ has {said}$"):
+    with pytest.raises(AdapterError, match=rf"adapter more is not a plain LoRA: unet\.\S+ has {said}$"):
         Adapter.from_pipeline(pipe, "more")
     pipe.unet.add_adapter(LierLaConfig(r=2), "plain")
     assert {one.rank for one in Adapter.from_pipeline(pipe, "plain").modules.values()} == {2}

@@ -112,8 +112,8 @@ def test_a_preset_in_a_file(tmp_path) -> None:
     [
         ("unet_target_modul = []", "unknown key unet_target_modul; the nearest known name is unet_target_module"),
         ("enable_conv = 1", "enable_conv takes true or false"),
-        ("unet_target_name = [1]", "unet_target_name takes a list of text"),
-        ("exclude_name = ['(']", "[(] is no regular expression"),
+        ("unet_target_name = [1]", "unet_target_name takes a list of strings"),
+        ("exclude_name = ['(']", "[(] is not a regular expression"),
         ("[module_algo_map]\nX = 1", "module_algo_map takes a table of tables"),
         ("a = ", "cannot be read"),
     ],

@@ -239,7 +239,7 @@ def test_a_config_that_leaves_no_module_leaves_its_name_free(kind, first, pipeli
     if not first:
         unet.add_adapter(LierLaConfig(r=2), "other")
     was = {name: one.requires_grad for name, one in unet.named_parameters()}
-    with pytest.raises(AdapterError, match=r"^adapter mine would do nothing: no module has a rank above 0$"):
+    with pytest.raises(AdapterError, match=r"^adapter mine would have no effect: no module has a rank above 0$"):
         unet.add_adapter(kind(block_dims=[0] * 25), "mine")
     assert {name: one.requires_grad for name, one in unet.named_parameters()} == was
     assert first or unet.active_adapters() == ["other"]
