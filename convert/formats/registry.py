@@ -18,7 +18,7 @@ from .kinds import split_bundled, unread, without_strays
 
 FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for name in choices.FORMATS)  # type: ignore
 
-_HINT = f"; if the adapter's model is not a known one, use --base_model {UNLISTED.name}"
+_HINT = f"; for an unknown model, use --base_model {UNLISTED.name}"
 
 
 def by_name(name: str) -> Format:

@@ -34,7 +34,7 @@ class Requantised:
 
 
 def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, *_: object, **__: object) -> torch.Tensor:
-    """The float32 values of a scaled weight; has the signature of `tensor.to`. See `dequantised`."""
+    """The float32 values of a scaled weight; takes the arguments of `tensor.to`; see `dequantised`."""
     return dequantised(tensor, scale, key)
 
 

@@ -97,7 +97,7 @@ def test_an_adapter_of_no_effect_is_written_in_every_format(tmp_path):
         again = Adapter.load(none.save(tmp_path / name, **options))
         assert again.modules.keys() == none.modules.keys()
         assert not any(one.delta().any() for one in again.modules.values())
-    with pytest.raises(AdapterError, match="alpha of 0"):
+    with pytest.raises(AdapterError, match="alpha must not be 0"):
         next(iter(none.modules.values())).with_alpha(0)
 
 

@@ -301,7 +301,7 @@ def test_combining_needs_pairs(pipeline):
     adapter.to_pipeline(pipe, "b")
     from peft.tuners.lora import LoraModel
 
-    with pytest.raises(AdapterError, match="which no low-rank pair stands for"):
+    with pytest.raises(AdapterError, match="which is not a low-rank pair"):
         LoraModel(pipe.unet, pipe.unet.peft_config, "a").add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "cat")
 
 

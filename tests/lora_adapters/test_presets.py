@@ -130,7 +130,9 @@ def test_names_that_are_no_presets(tmp_path) -> None:
         find_preset("b-lra")
     with pytest.raises(AdapterError, match="cannot be read"):
         find_preset(str(tmp_path / "missing.toml"))
-    with pytest.raises(AdapterError, match="preset ia3 has options for single modules, which LierLaConfig has not"):
+    with pytest.raises(
+        AdapterError, match="preset ia3 has options for single modules, which LierLaConfig does not support"
+    ):
         LierLaConfig(preset="ia3")
 
 

@@ -208,7 +208,7 @@ def test_a_forgotten_length_or_sorting_is_said():
     controllers(model)[0].nested_from = None
     with pytest.raises(AdapterError, match=r"sort_at=0.3 is a share .*total_steps"):
         model(torch.randn(8, 6))
-    with pytest.raises(AdapterError, match=r"sort_at is 1\.0: it is a share"):
+    with pytest.raises(AdapterError, match=r"sort_at is 1\.0: it must be a share"):
         DyLoraConfig(sort_at=1.0)
     with pytest.raises(AdapterError, match=r"sort_at needs rank_scaling constant.*not sqrt"):
         DyLoraConfig(sort_at=0.3, rank_scaling="sqrt")

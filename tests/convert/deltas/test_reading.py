@@ -72,7 +72,7 @@ def test_tensors_are_those_that_were_read(tensors):
     [
         ({}, "tensors match no known kind of adapter: none"),
         ({"alpha": 1.0}, "tensors match no known kind of adapter: alpha"),
-        ({"p_layer.weight": 1.0, "lambda_layer": 1.0}, "these tensors: lambda_layer, p_layer.weight"),
+        ({"p_layer.weight": 1.0, "lambda_layer": 1.0}, "of adapter: lambda_layer, p_layer.weight"),
         ({"lora_down.weight": PAIR["lora_down.weight"]}, "a LoRA module lacks lora_up.weight"),
         ({**PAIR, "hada_w1_a": 1.0}, "unexpected tensors in a LoRA module: hada_w1_a"),
         ({**PAIR, "reshape_weight": 1.0}, "unexpected tensors in a LoRA module: reshape_weight"),

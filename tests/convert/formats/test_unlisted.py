@@ -146,7 +146,7 @@ def test_two_spellings_are_not_put_together(tmp_path, capsys) -> None:
 @pytest.mark.parametrize("spelling", [FLAT, DOTTED])
 def test_nothing_is_taken_for_another_model_unless_somebody_says_so(tmp_path, spelling) -> None:
     path = make(tmp_path / "a.safetensors", spelling)
-    with pytest.raises(AdapterError, match=r"unknown module .*not a known one, use --base_model other$"):
+    with pytest.raises(AdapterError, match=r"unknown module .*for an unknown model, use --base_model other$"):
         Adapter.load(path)
     tensors = {"lora_unet_mid_block_attentions_0_proj_inn.lora_down.weight": torch.ones(1, 4)}
     with pytest.raises(AdapterError, match="nearest known name") as caught:

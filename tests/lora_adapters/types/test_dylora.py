@@ -128,7 +128,7 @@ def test_windows_of_a_caption_have_its_rank(pipeline):
     now = controllers(model)[0].now
     assert now == [now[0]] * 3 + [now[3]] * 3
     set_step(model, 2, samples=range(4))
-    with pytest.raises(AdapterError, match="a batch of 6 came where one of 4 was announced"):
+    with pytest.raises(AdapterError, match="a batch of 6, but set_step was called for 4 samples"):
         model(expected("sd15")["input_ids"][:1].repeat(6, 1))
 
 
@@ -184,9 +184,9 @@ def test_configs_check_their_fields():
         ({"r": 8, "unit": 0}, "unit is 0"),
         ({"r": 8, "conv_dim": 6, "unit": 4}, "unit 4 does not divide conv_dim 6"),
         ({"rank_scaling": "none"}, "rank_scaling is 'none'"),
-        ({"rank_sampling": "often"}, "rank_sampling is 'often': it is one of uniform, spread"),
+        ({"rank_sampling": "often"}, "rank_sampling is 'often': it must be one of uniform, spread"),
         ({"r": 0}, "r is 0"),
-        ({"lora_bias": True}, "lora_bias: a DyLoRA has no biases"),
+        ({"lora_bias": True}, "lora_bias is not supported: no biases"),
     ):
         with pytest.raises(AdapterError, match=said):
             DyLoraConfig(**options)
