@@ -151,7 +151,9 @@ def test_resize(tmp_path, capsys):
     assert Adapter.load(out).metadata["ss_network_dim"] == "Dynamic"
     said = run(capsys, "resize", "--model", source, "--save_to", out, "--target_error", 0.4)
     assert float(said.split("largest: ")[1].split()[0]) <= 0.4
-    assert "go together" in misused(capsys, "resize", "--model", source, "--save_to", out, "--dynamic_method", "sv_fro")
+    assert "require each other" in misused(
+        capsys, "resize", "--model", source, "--save_to", out, "--dynamic_method", "sv_fro"
+    )
 
 
 def cloneofsimo_file(path):
@@ -292,7 +294,7 @@ def test_kohyas_other_flags(tmp_path, capsys):
     extract = ["extract", "--model_org", SD15, "--model_tuned", model, "--save_to", out]
     for words, said in (
         (["merge", "--sd_model", model, "--models", lora, "--save_to", out, "--concat"], "--concat is for"),
-        (["merge", "--models", lora, "--save_to", out, "--concat", "--new_rank", "2"], "give one of them"),
+        (["merge", "--models", lora, "--save_to", out, "--concat", "--new_rank", "2"], "give only one"),
         ([*extract, "--load_precision", "fp16"], "--load_precision is not supported: models are read as they are"),
         ([*extract, "--load_tuned_model_to", "cuda"], "models stay on the disk"),
     ):

@@ -250,8 +250,8 @@ def test_options_of_convert(linear, tmp_path, capsys):
     (_, path), out = linear, tmp_path / "out.safetensors"
     words = ("convert", "--model", path, "--save_to", out)
     assert "needs --rank" in fails(capsys, *words, "--to", "lora", status=2)
-    assert "go with --to lora" in fails(capsys, *words, "--rank", "4", "--format", "kohya", status=2)
-    assert "go with --to lora" in fails(capsys, *words, "--sd_model", path, "--format", "kohya", status=2)
+    assert "require --to lora" in fails(capsys, *words, "--rank", "4", "--format", "kohya", status=2)
+    assert "require --to lora" in fails(capsys, *words, "--sd_model", path, "--format", "kohya", status=2)
     assert "--format is needed" in fails(capsys, *words, status=2)
     assert "convert --to lora" in fails(capsys, *words, "--format", "kohya")
     run(capsys, *words, "--format", "lycoris")
