@@ -196,7 +196,7 @@ def creating(stock: Method) -> Method:
             layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if isinstance(layer, (nn.Embedding, nn.MultiheadAttention)):
                 raise AdapterError(
-                    f"{path} is a {type(layer).__name__}, but {type(lora_config).__name__} is for linear layers and "
+                    f"{path} is {type(layer).__name__}, but {type(lora_config).__name__} is for linear layers and "
                     "convolutions: remove it from target_modules, or use peft.LoraConfig"
                 )
             decided = self._rule(path, layer)

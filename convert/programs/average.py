@@ -25,7 +25,7 @@ def average_files(args: Namespace) -> None:
     """
     path = output_file(args.save_to)
     if len(args.models) < 2:
-        raise UsageError("average needs at least two files")
+        raise UsageError("average needs two or more files")
     if twice := next((name for name in args.models if args.models.count(name) > 1), None):
         raise UsageError(f"{twice} is given twice")
     exact, fits = average(

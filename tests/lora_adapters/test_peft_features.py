@@ -168,7 +168,7 @@ def test_add_adapter_leaves_a_model_as_its_own_method_does() -> None:
     for key, parameter in ours.named_parameters():
         assert torch.equal(parameter, wanted[key]), key
         assert parameter.requires_grad == wanted[key].requires_grad, key
-    with pytest.raises(AdapterError, match="an adapter a already"):
+    with pytest.raises(AdapterError, match="already has an adapter a"):
         add_adapter(ours, LierLaConfig(r=2), "a")
 
 

@@ -305,7 +305,7 @@ def test_models_in_parallel_training_are_saved_whole_and_loaded_into_when_they_a
             pipe.unet, inner = wrapped["unet"], pipe.unet
             assert Adapter.from_pipeline(pipe, "a").modules.keys() == modules.keys()
             with pytest.raises(
-                AdapterError, match=rf"the unet is in a {wrap.__name__}, .* pipe.unet = pipe.unet.module$"
+                AdapterError, match=rf"the unet is wrapped in a {wrap.__name__}, .* pipe.unet = pipe.unet.module$"
             ):
                 pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors", adapter_name="b")
             assert set(pipe.text_encoder.peft_config) == {"a"}
