@@ -205,7 +205,7 @@ def _check_fits(
         shape = tuple(checkpoint.weight(module, known[module]).shape)
         if not delta.fits(shape):
             raise AdapterError(
-                f"{name} expects {module} with {_made_for(delta)}, but in {checkpoint.path} it is {list(shape)}: "
+                f"{name} expects {module} of {_made_for(delta)}, but in {checkpoint.path} it is {list(shape)}: "
                 "they are for different versions of the model"
             )
         _check_bias(checkpoint, name, module, delta, known)

@@ -88,8 +88,8 @@ def test_merge_into_a_model_and_extraction(tmp_path, capsys):
     assert Adapter.load(lora).metadata["ss_base_model_version"] == "sd_v1"
     assert json.loads(Adapter.load(lora).metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "4.0"}
     said = fails(capsys, "merge", "--sd_model", base, "--save_to", tuned, "--models", c3lier, "--v2")
-    assert "not SD2.x" in said
-    assert "not sdxl" in fails(
+    assert "--v2 requires SD2.x" in said
+    assert "the options require sdxl" in fails(
         capsys, "extract", "--model_org", base, "--model_tuned", tuned, "--save_to", lora, "--sdxl"
     )
 
