@@ -105,7 +105,7 @@ class Adapter(Arithmetic, LiveAdapter):
         """
         weights = (peft.WEIGHTS, peft.WEIGHTS_PICKLED)
         if path.name in weights and (path.parent / peft.CONFIG).is_file():
-            path = path.parent  # that file tells neither alphas nor the component
+            path = path.parent  # the file alone contains neither alphas nor the component
         if path.is_dir():
             return cls._of(peft.read_folder(path, lookup))
         tensors, metadata = read_tensors(path)
@@ -196,13 +196,13 @@ class Adapter(Arithmetic, LiveAdapter):
             AdapterError: The family lacks a module, or the metadata name another family.
         """
         if family is UNLISTED and family.has(self.modules):
-            return self  # whatever the metadata say
+            return self  # the metadata do not matter
         stated = by_metadata(self.metadata) if self.metadata.get(BASE_VERSION) else None
         if stated is not None and stated is not family:
-            raise AdapterError(f"its metadata say that it is for {stated.title}, not {family.title}")
+            raise AdapterError(f"the metadata say that the adapter is for {stated.title}, not {family.title}")
         strange = next((module for module in self.modules if not family.has([module])), None)
         if strange is not None:
-            raise AdapterError(f"{strange} is no module of {family.title}")
+            raise AdapterError(f"{strange} is not a module of {family.title}")
         if stated is family:
             return self
         return self.replaced(metadata={**self.metadata, BASE_VERSION: family.stated})
@@ -265,7 +265,7 @@ class Adapter(Arithmetic, LiveAdapter):
 
 
 def _as_tensor(key: str, value: Any) -> torch.Tensor:
-    """A value of a state dict, which may be a number or an array too, as a tensor."""
+    """Convert a value of a state dict, which may be a number or an array, to a tensor."""
     try:
         return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):

@@ -162,7 +162,7 @@ class Arithmetic(Contents):
             The new adapter.
 
         Raises:
-            AdapterError: The adapter cannot be cut to that rank; the message lists the valid ranks.
+            AdapterError: The adapter cannot be truncated to that rank; the message lists the valid ranks.
 
         >>> from lora_adapters.convert import Adapter
         >>> to_q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -171,15 +171,15 @@ class Arithmetic(Contents):
         LowRank(rank 2, alpha 2.82843, [2, 8] -> 8)
         >>> a.truncate(3)
         Traceback (most recent call last):
-        lora_adapters.convert.errors.AdapterError: rank 3 is not one that this adapter can be cut to: 2, 4
+        lora_adapters.convert.errors.AdapterError: the adapter cannot be truncated to rank 3: valid ranks are 2, 4
         """
         pairs = self.pairs()
         highest = max((pair.rank for pair in pairs.values()), default=1)
-        dylora = self.dylora or DyLora(rank_scaling="constant")  # a plain LoRA's first components, as they are
+        dylora = self.dylora or DyLora(rank_scaling="constant")  # the components of a plain LoRA keep their scale
         valid = [*range(dylora.unit, highest, dylora.unit), highest]
         if rank not in valid:
             shown = ", ".join(map(str, valid if len(valid) <= 16 else [*valid[:8], "...", *valid[-2:]]))
-            raise AdapterError(f"rank {rank} is not one that this adapter can be cut to: {shown}")
+            raise AdapterError(f"the adapter cannot be truncated to rank {rank}: valid ranks are {shown}")
         facts = {"ss_network_dim": str(rank)}
         cut = {module: pair.truncated(rank, dylora.rank_scaling) for module, pair in pairs.items()}
         alpha = most_common(pair.alpha for pair in cut.values()) or 0.0

@@ -1,4 +1,4 @@
-"""Devices by the names that options have for them."""
+"""Finding a device by name."""
 
 import torch
 
@@ -6,17 +6,17 @@ from lora_adapters.convert.errors import AdapterError, first_line
 
 
 def device_of(name: str | None, dtype: torch.dtype = torch.float64) -> torch.device:
-    """The device of a name.
+    """Find a device by name.
 
     Args:
         name: PyTorch's name, such as "cuda:1"; None is the CPU.
-        dtype: What it has to compute in. Apple's mps has no float64, which the file tools use.
+        dtype: A dtype that the device must support. Apple's mps has no float64, which the file tools use.
 
     Returns:
         The device.
 
     Raises:
-        AdapterError: It is missing, or does not have the dtype.
+        AdapterError: The device does not exist, or does not support the dtype.
     """
     try:
         device = torch.device(name or "cpu")

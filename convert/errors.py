@@ -1,8 +1,8 @@
-"""The errors of this package's files and adapters."""
+"""The error classes of this package."""
 
 
 class OneLineError(ValueError):
-    """What is wrong, where, and what to do, in one line, whatever the names of files and tensors in it hold."""
+    """An error whose message is one line (what is wrong, where, what to do), even if names in it contain newlines."""
 
     def __init__(self, message: object = ""):
         super().__init__(" ".join(str(message).splitlines()))
@@ -13,23 +13,23 @@ class AdapterError(OneLineError):
 
 
 class UsageError(OneLineError):
-    """A command line that cannot be right, whatever its files hold: programs then exit with status 2."""
+    """A command line is invalid, independently of the contents of files: programs then exit with status 2."""
 
 
 class StoppedError(KeyboardInterrupt):
-    """A signal ended the program. `status` is the exit status that shells and batch systems know for it."""
+    """A signal ended the program. `status` is the exit status that shells and batch systems use for the signal."""
 
     status: int = 130
 
 
 class UnknownFormatError(AdapterError):
-    """A source that may hold an adapter, but not one that this package reads (LoHa, DoRA, another model's)."""
+    """A source may contain an adapter, but of a type or for a model that this package does not support."""
 
 
 class UnknownModuleError(AdapterError):
-    """A name that no module of the models that are known has."""
+    """A module name is not in any known model."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: the first of its message, or its type's name where it has none."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

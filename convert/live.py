@@ -1,7 +1,7 @@
-"""The ways of an adapter into and out of live models: declared here, done by a module that registers itself.
+"""The methods of `Adapter` for live models: declared here, implemented by a registered module.
 
-`convert` knows no layers. `lora_adapters` registers the module that does, `lora_adapters.adapter`, which is loaded when
-one of these methods is called.
+`convert` does not depend on diffusers or PEFT. `lora_adapters` registers the implementation, `lora_adapters.adapter`,
+which is loaded when one of these methods is first called.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LiveMethods(Protocol):
-    """What the registered module has: one function for each method of `LiveAdapter`, with the same arguments."""
+    """The interface of the registered module: one function for each method of `LiveAdapter`, with its arguments."""
 
     def from_models(
         self, adapter_type: Any, models: Mapping[str, Any], adapter_name: str, metadata: Mapping[str, str] | None
@@ -37,14 +37,14 @@ _load: Callable[[], Any] | None = None
 
 
 def register(load: Callable[[], Any]) -> None:
-    """Say how the module with the `LiveMethods` is loaded; the last one counts."""
+    """Register a function that loads the module with the `LiveMethods`; the last registered function is used."""
     global _load
     _load = load
 
 
 def _live() -> LiveMethods:
     if _load is None:
-        raise AdapterError("adapters in pipelines need the whole of lora_adapters, not lora_adapters.convert alone")
+        raise AdapterError("adapters in pipelines need all of lora_adapters, not only lora_adapters.convert")
     return _load()
 
 

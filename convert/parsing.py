@@ -1,4 +1,4 @@
-"""Texts of others as plain values: whatever is wrong with one is a ValueError of one line."""
+"""Parsing untrusted text: every problem is reported as a ValueError with a message of one line."""
 
 import codecs
 import json
@@ -16,7 +16,7 @@ else:
 _TOO_DEEP = "it is nested too deeply"
 _TOO_LONG = "it has a whole number of more than 64 bits"
 _TEXT_HINT = "save the file as UTF-8"
-_ESCAPE_ERROR = re.compile(r"Unescaped|hex value|Escaped character")  # of tomllib's messages
+_ESCAPE_ERROR = re.compile(r"Unescaped|hex value|Escaped character")  # in tomllib's messages
 _DRIVE_WITH_ESCAPE = re.compile(r"[A-Za-z]:(?=[\b\t\n\f\r/\\]).*[\b\t\n\f\r]", re.DOTALL)
 _PATH_HINT = """a backslash in "..." starts an escape; write the path in single quotes ('C:\\x') or with / ("C:/x")"""
 
@@ -33,7 +33,7 @@ def read_text(file: str | Path) -> str:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not such text; the message has the position of the byte, counted from 0, but not the file.
+        ValueError: The encoding is wrong; the message has the position of the byte, from 0, but not the file.
     """
     return decoded(Path(file).read_bytes())
 
@@ -45,7 +45,7 @@ def decoded(data: bytes) -> str:
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if wide else "utf-8"
     try:
-        text = data.decode(encoding)  # not utf-8-sig, whose errors count from behind the byte order mark
+        text = data.decode(encoding)  # not utf-8-sig, whose error positions do not include the byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"not {encoding.upper()} at byte {error.start}; {_TEXT_HINT}") from None
     text = text.removeprefix("\ufeff")
@@ -61,7 +61,7 @@ def one_line_end(text: str) -> str:
 
 
 def number(text: str | float) -> float:
-    """A number that is neither infinite nor none (nan); ValueError for anything else."""
+    """Parse a finite number; ValueError for anything else."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is not a finite number")
@@ -69,7 +69,7 @@ def number(text: str | float) -> float:
 
 
 def _whole(value: int) -> int:
-    """The value, where it is one that TOML and most readers of JSON can have."""
+    """The value if it fits into 64 bits, as in TOML and most JSON readers; otherwise ValueError."""
     if not -(2**63) <= value < 2**64:
         raise ValueError(_TOO_LONG)
     return value
@@ -89,7 +89,7 @@ def _check(value: Any) -> None:
 
 
 def json_value(text: str) -> Any:
-    """What a JSON text holds. ValueError if it is invalid, or too deep or its numbers too long for Python."""
+    """Parse JSON; ValueError if it is invalid, too deeply nested, or has too large integers."""
     try:
         return json.loads(text, parse_int=lambda digits: _whole(int(digits)))
     except RecursionError:
@@ -101,7 +101,7 @@ def json_value(text: str) -> Any:
 
 
 def json_table(value: object) -> dict[str, Any]:
-    """A JSON object, also one in a text; {} for anything else, which foreign files may have there."""
+    """A JSON object, given as a dictionary or as text; {} for anything else, which other programs may have written."""
     if isinstance(value, str):
         try:
             value = json_value(value)
@@ -111,7 +111,7 @@ def json_table(value: object) -> dict[str, Any]:
 
 
 def toml_table(text: str) -> dict[str, Any]:
-    """The table of a TOML text. ValueError if it is invalid, or too deep or its numbers too long for Python."""
+    """Parse TOML; ValueError if it is invalid, too deeply nested, or has too large integers."""
     try:
         table = tomllib.loads(text)
         _check(table)

@@ -1,4 +1,4 @@
-"""What differs between Linux, macOS and Windows beside the writing of files: names, paths and consoles."""
+"""Differences between Linux, macOS and Windows in file names, paths and consoles (for writing files see `atomic`)."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def file_name(text: str) -> str:
 
 
 def forbidden(path: str) -> str | None:
-    """Why this system does not allow a file of a name.
+    """The reason why this system does not allow a file with this name.
 
     On Windows `a:b` would be a hidden stream of the file `a`, and dots and spaces at the end are dropped.
 
@@ -46,7 +46,7 @@ def forbidden(path: str) -> str | None:
 
 
 def same_file_key(name: str) -> str:
-    """Equal for names that Windows and macOS take for the same file."""
+    """A key that is equal for names that Windows and macOS treat as the same file."""
     return name.casefold() if WINDOWS or sys.platform == "darwin" else name
 
 
@@ -66,6 +66,6 @@ def is_path(name: str) -> bool:
 
 
 def tolerant_console() -> None:
-    """What the console's character set lacks is printed as `\\xe9` or `\\u2192` from here on, instead of an error."""
+    """From now on, print characters that the console's encoding lacks as `\\xe9` or `\\u2192`, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Progress bars of what takes long, for all of this folder."""
+"""Progress bars for long operations."""
 
 import os
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ from tqdm import tqdm
 from lora_adapters.convert.terminal import is_quiet
 
 T = TypeVar("T")
-SHOW = "LORA_ADAPTERS_PROGRESS"  # set by programs that read the bars out of this one's output
+SHOW = "LORA_ADAPTERS_PROGRESS"  # set by programs that parse the progress bars in the output
 
 
 def progress(things: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The things, with a bar on a terminal, or where SHOW is set, if going through them takes more than a second."""
-    hidden = is_quiet() or (False if os.environ.get(SHOW) else None)  # None: where there is no terminal
+    """Iterate with a progress bar, on a terminal or if SHOW is set, if it takes more than a second."""
+    hidden = is_quiet() or (False if os.environ.get(SHOW) else None)  # None hides the bar without a terminal
     return tqdm(things, desc=what, total=total, delay=1, disable=hidden, leave=False)

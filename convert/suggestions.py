@@ -1,4 +1,4 @@
-"""What somebody may have meant by a name that does not exist."""
+"""Suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,9 +8,9 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.75) -> str | None
     """The known name that is most similar to a name.
 
     Args:
-        name: The name; only its first 200 characters count, since difflib's time grows with the length.
+        name: The name; only its first 200 characters are used, since difflib's time grows with the length.
         known: The names that exist.
-        cutoff: The least similarity, 0 to 1 (difflib's ratio).
+        cutoff: The minimum similarity, 0 to 1 (difflib's ratio).
 
     Returns:
         The name; None if none is similar enough.

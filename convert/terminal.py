@@ -1,4 +1,4 @@
-"""What programs say: messages, which --quiet leaves out, and errors, whose first word is red on a terminal."""
+"""Output of programs: messages, which --quiet suppresses, and errors, whose first word is red on a terminal."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextmanager
 def own_quiet() -> Iterator[None]:
-    """Within it `be_quiet` has an effect; afterwards everything is as it was."""
+    """A context that limits the effect of `be_quiet`."""
     token = _quiet.set(_quiet.get())
     try:
         yield
@@ -20,17 +20,17 @@ def own_quiet() -> Iterator[None]:
 
 
 def be_quiet() -> None:
-    """Leave out messages and progress bars from now on: --quiet."""
+    """Suppress messages and progress bars from now on (--quiet)."""
     _quiet.set(True)
 
 
 def is_quiet() -> bool:
-    """Whether only warnings, errors and what a command was asked for are printed."""
+    """Whether only warnings, errors and requested output are printed."""
     return _quiet.get()
 
 
 def say(text: object) -> None:
-    """Print a message about what was done; nothing with --quiet."""
+    """Print a message, unless --quiet is given."""
     if not is_quiet():
         print(text)
 

@@ -35,7 +35,7 @@ __all__ = [*sorted(_PUBLIC), "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Load public names when they are first used, so that `import lora_adapters` costs nothing."""
+    """Load public names on first use, so that `import lora_adapters` is cheap."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -1,4 +1,4 @@
-"""`python -m lora_adapters` is the console program `lora-adapters`."""
+"""Makes `python -m lora_adapters` run the console program `lora-adapters`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The live models that have adapters of this package, and what keeps threads that change models apart."""
+"""The live models that have adapters of this package, and the lock for threads that change models."""
 
 import os
 import threading
@@ -9,11 +9,12 @@ from torch import nn
 _models: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _lock = threading.Lock()  # pipelines may be loaded and saved in several threads
 
-# While PEFT makes layers without memory, torch.nn.Module itself is patched: a parameter that another thread sets in
-# that time has no memory either, and of two such threads one may leave the patch behind. So adapters go in one by one.
+# While PEFT creates layers on the meta device, it patches torch.nn.Module itself: parameters that another thread sets
+# meanwhile have no memory either, and of two such threads one may leave the patch behind. So only one thread at a time
+# may add adapters.
 CHANGING = threading.RLock()
 
-if hasattr(os, "register_at_fork"):  # a process that is forked in the middle would wait for the thread forever
+if hasattr(os, "register_at_fork"):  # a process that is forked while the lock is held would wait for it forever
     os.register_at_fork(before=CHANGING.acquire, after_in_parent=CHANGING.release, after_in_child=CHANGING.release)
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -25,6 +26,6 @@ def remember(model: nn.Module) -> None:
 
 
 def remembered() -> list[nn.Module]:
-    """The models that have adapters of this package, as far as they are still in memory."""
+    """The models with adapters of this package that are still in memory."""
     with _lock:
         return list(_models)

@@ -36,13 +36,13 @@ def from_models(
             of_type = of_type or metadata_of(model.peft_config[adapter_name], metadata or {})
     if not modules:
         names = sorted({name for model in models.values() for name in getattr(model, "peft_config", {})})
-        raise AdapterError(f"there is no adapter {adapter_name} here; there are: {', '.join(names) or 'none'}")
+        raise AdapterError(f"no adapter {adapter_name} in the models; they have: {', '.join(names) or 'none'}")
     facts = dict(metadata or {})
     by_classes = (by_class(model) for model in models.values())
     family = next((family for family in by_classes if family is not None), None)
     denoiser = next((models[name] for name in denoisers() if name in models), None)
     family = family or by_live_models(models, getattr(denoiser, "config", None))
-    if family is not None and family.has(modules):  # which a few of its modules do not tell
+    if family is not None and family.has(modules):  # a few modules alone may fit several families
         facts.setdefault(BASE_VERSION, family.stated)
     return adapter_type(modules, {**facts, **of_type})
 

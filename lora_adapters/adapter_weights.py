@@ -1,4 +1,4 @@
-"""The weights of adapters as diffusers takes them: a scale of 0 for one call, and weights of single blocks."""
+"""Fixes for the weights of adapters in diffusers: a scale of 0 for one call, and weights of single blocks."""
 
 import functools
 import re
@@ -13,11 +13,11 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.suggestions import closest
 
 Function = Callable[..., Any]
-_HELD = "_lora_adapters_scaling"  # of a layer at scale 0: the scaling of each adapter before
+_HELD = "_lora_adapters_scaling"  # the attribute of a layer at scale 0 with the previous scaling of each adapter
 
 
 def scaling(stock: Function) -> Function:
-    """Of `scale_lora_layers`: what a scale of 0 wipes out is kept until `unscaling`."""
+    """Wraps `scale_lora_layers` of diffusers: the scaling that a scale of 0 overwrites is kept for `unscaling`."""
 
     def scale_lora_layers(model: Any, weight: float) -> None:
         if weight == 0:
@@ -25,7 +25,7 @@ def scaling(stock: Function) -> Function:
                 held = vars(layer).setdefault(_HELD, {})
                 for name in layer.active_adapters:
                     value = layer.scaling.get(name, 0)
-                    if value != 0:  # else it is 0 already, since a call that ended in an error perhaps
+                    if value != 0:  # it may already be 0, for example after a call that failed
                         held[name] = float(value)
         stock(model, weight)
 
@@ -53,7 +53,7 @@ def unscaling(stock: Function) -> Function:
 
         for layer in _layers(model):
             for name, value in vars(layer).pop(_HELD, {}).items():
-                if isinstance(layer.scaling.get(name), torch.Tensor):  # of an adapter that is prepared to be swapped
+                if isinstance(layer.scaling.get(name), torch.Tensor):  # the adapter is prepared for hot-swapping
                     layer.scaling[name].fill_(value)
                 elif name in layer.scaling:
                     layer.scaling[name] = value
@@ -115,16 +115,16 @@ def _activate(layer: Any, adapter_names: list[str], chosen: set[str]) -> None:
     for held in (inside["lora_A"], inside["lora_B"]):
         for name, part in held._modules.items():
             trainable = name in chosen
-            if part._modules:  # something has been put around the factor
+            if part._modules:  # the factor is wrapped by another module
                 part.requires_grad_(trainable)
             for parameter in part._parameters.values():
                 if parameter is not None and parameter.requires_grad is not trainable and parameter.is_leaf:
                     parameter.requires_grad = trainable
-    vars(layer)["_active_adapter"] = adapter_names  # no module or parameter, for which torch would look
+    vars(layer)["_active_adapter"] = adapter_names  # avoids the slow __setattr__ of torch.nn.Module
 
 
 def _weight_at(path: str, weights: Mapping[str, float]) -> float:
-    """The weight of the layer at a path, of weights by parts of paths and by blocks with attention; else 1."""
+    """The weight of the layer at a path, looked up by parts of the path and by blocks with attention; 1 by default."""
     for part, weight in weights.items():
         if part in path:
             return weight
@@ -133,7 +133,7 @@ def _weight_at(path: str, weights: Mapping[str, float]) -> float:
 
 
 def replace_everywhere(home: ModuleType, name: str, wrapper: Callable[[Function], Function]) -> None:
-    """Put a wrapped function in the place of a module's, also under that name in modules that have imported it."""
+    """Replace a function of a module by a wrapper, also in modules that have imported it under the same name."""
     stock = getattr(home, name)
     if hasattr(stock, "stock"):
         return
@@ -145,7 +145,7 @@ def replace_everywhere(home: ModuleType, name: str, wrapper: Callable[[Function]
 
 
 def checking_blocks(stock: Function) -> Function:
-    """Of `_maybe_expand_lora_scales_for_one_adapter`: AdapterError for a part or block that is not in the U-Net."""
+    """Wraps `_maybe_expand_lora_scales_for_one_adapter`: AdapterError for a part or block that the U-Net lacks."""
 
     def _maybe_expand_lora_scales_for_one_adapter(
         scales: Any,
@@ -172,17 +172,17 @@ def _check_names(where: str, named: Mapping[str, Any], known: Sequence[str]) -> 
     for name in named:
         if name not in known:
             near = None if _word(name) in map(_word, known) else closest(str(name), known)
-            hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}"
+            hint = f"did you mean {near!r}?" if near else f"known names are {', '.join(known)}"
             raise AdapterError(f"unknown {name!r} in {where}; {hint}")
 
 
 def _word(name: object) -> str:
-    """A name without its number: `block_9` is no slip of `block_1`."""
+    """A name without its number: `block_9` is not a misspelling of `block_1`."""
     return re.sub(r"\d+", "", str(name))
 
 
 def _check_numbers(where: str, value: Any) -> None:
-    """AdapterError for a weight, or one in a list or in the table of a part's blocks, that is not a number."""
+    """Raise AdapterError if a weight, or one in a list or in a dictionary of blocks, is not a number."""
     if isinstance(value, dict) and where in ("down", "up"):
         for block, weight in value.items():
             _check_numbers(f"{where}.{block}", weight)

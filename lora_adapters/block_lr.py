@@ -36,12 +36,12 @@ def _numbers(name: str, text: str) -> list[float]:
     except ValueError:
         raise AdapterError(
             f"{name} is {text!r}: give numbers with commas between them, or one of {', '.join(PRESETS)}, "
-            "with +number behind it to add to all"
+            "optionally followed by +number to add to all"
         ) from None
 
 
 def _side(name: str, weights: Weights, count: int) -> list[float]:
-    """`count` weights: one number is for all, a short list is filled up with 1.0, a long one is cut with a warning."""
+    """`count` weights: a single number is used for all, a short list is padded with 1.0, a long one is truncated."""
     if weights is None:
         return [1.0] * count
     if isinstance(weights, str):
@@ -68,20 +68,20 @@ def block_lr_weights(
     """One learning-rate weight for each block of the U-Net, in the format of kohya's network_args.
 
     Each side is a list, one number for the whole side, text such as "1,0.5,,1" (an empty item is 0), or a preset:
-    "sine", "cosine", "linear", "reverse_linear" or "zeros", with "+0.2" after it to add to all.
+    "sine", "cosine", "linear", "reverse_linear" or "zeros", optionally followed by "+0.2" to add to all.
 
     Args:
         architecture: The family of the base model, "sd" (SD1.x and SD2.x, 25 blocks) or "sdxl" (23 blocks).
-        down: Weights of the 12 down blocks (SDXL: 9), the first at the input.
-        mid: Weights of the middle block (SDXL: 3).
-        up: Weights of the 12 up blocks (SDXL: 9), the first at the middle.
-        zero_threshold: Weights up to this one become 0; such blocks get no modules (see `without_zero_blocks`).
+        down: Weights of the 12 down blocks (SDXL: 9), beginning at the input.
+        mid: Weight of the middle block (SDXL: 3 weights).
+        up: Weights of the 12 up blocks (SDXL: 9), beginning after the middle.
+        zero_threshold: Weights up to this value become 0; such blocks get no modules (see `without_zero_blocks`).
 
     Returns:
         The weights, in the order of the blocks.
 
     Raises:
-        AdapterError: A text is neither numbers nor a preset.
+        AdapterError: A text is not a list of numbers or a preset.
 
     >>> block_lr_weights(down="linear", mid=0.5, up=[1, 0])[10:16]
     [0.9090909090909091, 1.0, 0.5, 1.0, 0.0, 1.0]
@@ -99,5 +99,5 @@ def block_lr_weights(
 
 
 def without_zero_blocks(ranks: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """The ranks, with 0 (no module) where a block's learning-rate weight is 0."""
+    """The ranks, with 0 (no module) for blocks whose learning-rate weight is 0."""
     return [rank if weight else 0 for rank, weight in zip(ranks, weights, strict=True)]

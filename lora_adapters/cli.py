@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `lora-adapters <command> ...`.
 
     Args:
-        argv: The words after the program's name; None takes those of this process.
+        argv: The arguments after the program's name; None for those of this process.
 
     Returns:
-        The exit status: 0, 1 for a failure, 2 for wrong usage, 128 + the signal's number if one stopped a training.
+        The exit status: 0, 1 for a failure, 2 for wrong usage, 128 + the signal number if a signal stopped a training.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
@@ -70,7 +70,7 @@ def _help() -> str:
 
 
 def _unknown(words: Sequence[str] | None) -> NoReturn:
-    """The program that is run for an unknown command."""
+    """The program for an unknown command: raises an error that suggests the nearest one."""
     from lora_adapters.convert.errors import UsageError
     from lora_adapters.convert.suggestions import closest
 

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of peft, diffusers and transformers, under one name each.
+"""Helpers for differences between the supported versions of peft, diffusers and transformers.
 
 Nothing slow is imported here.
 """
@@ -16,10 +16,10 @@ def unfit(package: str, reason: str) -> ImportError:
 
     Args:
         package: The package, one of `OLDEST`.
-        reason: What the installed version lacks or does; the end of the message.
+        reason: What is wrong with the installed version, as the end of the sentence.
 
     Returns:
-        The error, to be raised.
+        The error for the caller to raise.
     """
     try:
         installed = version(package)
@@ -35,7 +35,7 @@ def check_age(package: str) -> None:
         package: The package, one of `OLDEST`.
 
     Raises:
-        ImportError: It is older; the message names the versions that fit.
+        ImportError: The package is older; the message names the supported versions.
     """
     if Version(version(package)) < Version(OLDEST[package]):
         raise unfit(package, "is too old")
@@ -56,25 +56,25 @@ def dtype_option(dtype: Any) -> dict[str, Any]:
 
 
 def pipelines_can_avoid_mmap() -> bool:
-    """Whether a pipeline's `from_pretrained` knows `disable_mmap`; before, it is ignored."""
+    """Whether `from_pretrained` of pipelines supports `disable_mmap`; older versions ignore it."""
     return Version(version("diffusers")) >= Version("0.37")
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute a transformers model's activations in the backward pass, under the name that its version has."""
+    """Enable gradient checkpointing of a transformers model, with the method of its version."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable()
     else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # else frozen embeddings stop the gradient
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # otherwise frozen embeddings stop the gradient
 
 
 def rank_stabilized(layer: Any) -> dict[str, bool]:
-    """The adapters of a PEFT layer whose scale is alpha/sqrt(r) when `set_adapters` sets it again.
+    """The adapters of a PEFT layer for which `set_adapters` uses the scale alpha/sqrt(r).
 
     Args:
         layer: A LoRA layer.
 
     Returns:
-        Whether, by the name of the adapter. Empty for layers of PEFT 0.17, which always set alpha/r.
+        Whether this is so, by adapter name. Empty for layers of PEFT 0.17, which always uses alpha/r.
     """
     return getattr(layer, "use_rslora", {})

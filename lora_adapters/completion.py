@@ -1,6 +1,6 @@
 """Print a shell completion script for commands, options and their choices, for bash, zsh or tcsh.
 
-The script is static: completion does not run Python, which would take seconds for imports.
+The script is static: completion does not start Python, whose imports would take seconds.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from lora_adapters.convert.errors import OneLineError
 from lora_adapters.convert.tools.command_line import Parser, called_as, run
 
 SHELLS = ("bash", "zsh", "tcsh")
-# Where the parser of a command is, if not in the module that runs it.
+# The modules of commands whose parser is not in the module that runs the command.
 _PARSERS = {
     "train": "lora_adapters.train.options.arguments",
     "init": "lora_adapters.train.preparing.options",
@@ -23,7 +23,7 @@ _FILES = ("model", "weights", "ckpt", "file", "config", "dir", "vae", "save_to",
 
 
 def parser() -> Parser:
-    """The options."""
+    """The parser of this command."""
     made = Parser(
         prog="completion",
         description="Print a shell completion script for commands and options. Save it in "
@@ -35,7 +35,7 @@ def parser() -> Parser:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """One parser of all commands, each with its options."""
+    """A single parser with all commands and their options."""
     made = argparse.ArgumentParser(prog="lora-adapters")
     made.add_argument("--version", action="version", version="")
     commands = made.add_subparsers(parser_class=argparse.ArgumentParser)
@@ -47,7 +47,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def script(shell: str) -> str:
-    """The script for a shell, one of SHELLS. OneLineError where shtab is not installed."""
+    """The script for a shell, one of SHELLS; OneLineError if shtab is not installed."""
     try:
         import shtab
     except ImportError:

@@ -1,4 +1,4 @@
-"""Learning rates for single components: the first components of a DyLoRA learn faster than the last ones."""
+"""Learning rates of single components: the first components of a DyLoRA learn faster than the last ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +15,12 @@ UNCHANGED = 4  # the component that learns at the optimizer's own rate
 
 
 def component_rates(length: int, power: float, unit: int = 1) -> torch.Tensor:
-    """The factors of the learning rate: (4/k)**power for component k.
+    """The factors of the learning rate, (4/k)**power for component k.
 
     Args:
         length: The number of components.
-        power: 0 gives every component the same rate.
-        unit: Components that are trained together have the rate of the first of them.
+        power: The exponent; 0 gives all components the same rate.
+        unit: The number of components that are trained together; all of them have the rate of the first.
 
     Returns:
         One factor for each component: (length,), float32.
@@ -48,8 +48,8 @@ def scale_component_rates(target: Any, optimizer: Any, adapter_name: str | None 
         adapter_name: The adapter; None for all DyLoRAs of the target.
 
     Raises:
-        AdapterError: The optimizer does not train an adapter that has a `rate_power`, or it averages weights
-            (schedule-free). Nothing is then changed.
+        AdapterError: The optimizer does not train an adapter with a `rate_power`, or it averages weights
+            (schedule-free). Nothing is changed then.
     """
     inner = unwrapped(optimizer)
     dials = [dial for dial in controllers(target, adapter_name) if dial.sort_at and dial.rates_of is not inner]
@@ -57,13 +57,13 @@ def scale_component_rates(target: Any, optimizer: Any, adapter_name: str | None 
     if averages_weights(inner):
         if scaled:
             raise AdapterError(
-                f"{type(inner).__name__} averages weights in its steps, which cannot be scaled: take rate_power=0"
+                f"{type(inner).__name__} averages weights, so that its steps cannot be scaled: use rate_power=0"
             )
         return
     trained = {id(weight) for group in inner.param_groups for weight in group["params"]}
     found = {id(dial): [part for part in _parts(target, dial) if id(part.weight) in trained] for dial in dials}
     if scaled and not any(found[id(dial)] for dial in scaled):
-        raise AdapterError(f"the optimizer does not train adapter {scaled[0].adapter_name}: give the one that does")
+        raise AdapterError(f"the optimizer does not train adapter {scaled[0].adapter_name}: pass the one that does")
     for dial in dials:
         if found[id(dial)]:
             steps_of(inner).add(found[id(dial)])
@@ -71,7 +71,7 @@ def scale_component_rates(target: Any, optimizer: Any, adapter_name: str | None 
 
 
 def _parts(target: Any, dial: RankController) -> Iterator[Components]:
-    """Each factor of an adapter, with the rates of its components."""
+    """The factors of adapters, each with the rates of its components."""
     for model in models_of(target):
         for _, layer in layers(model, dial.adapter_name):
             if getattr(layer.lora_variant.get(dial.adapter_name), "controller", None) is dial:

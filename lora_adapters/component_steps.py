@@ -1,9 +1,9 @@
-"""An optimizer's steps of weights with components: scaled by component, and in the basis in which they began.
+"""Hooks around optimizer steps: scale steps by component, and let the optimizer continue after components are sorted.
 
-When the components of a pair are sorted, both factors become others: up = up_before · A, down = A⁻¹ · down_before. What
-an optimizer keeps belongs to the factors before. So each weight keeps its A beside what the optimizer keeps for it, and
-every step is taken in terms of the weights as they would be without the sorting, with the gradients that these would
-have; their change is then that of the sorted weights. For the optimizer nothing has happened, whichever it is.
+Sorting the components of a pair changes both factors: up = up_before · A, down = A⁻¹ · down_before. The optimizer's
+state, however, belongs to the factors before sorting. So A is stored in the optimizer state of each weight. For each
+step the weights and gradients are transformed back to the basis before sorting; the optimizer's change of these weights
+is then transformed and applied to the sorted weights. This works for any optimizer, which does not notice the sorting.
 """
 
 from collections import defaultdict
@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from lora_adapters.convert.errors import AdapterError
-from lora_adapters.optimizer_state import BASIS  # the key of A (rank, rank) in what the optimizer keeps for a weight
+from lora_adapters.optimizer_state import BASIS  # the key of A (rank, rank) in the optimizer state of a weight
 from lora_adapters.types.layers import factors
 
 _steps: "WeakKeyDictionary[torch.optim.Optimizer, ComponentSteps]" = WeakKeyDictionary()
-_LARGEST_CONDITION = 1e6  # of A, beyond which float32 cannot tell a step
+_LARGEST_CONDITION = 1e6  # the limit of A's condition number, above which float32 is not precise enough for a step
 
 
 class Components(NamedTuple):
-    """A factor of a pair: its weight, the dimension of its components, and (rank,) factors of their steps or None."""
+    """A factor of a pair: its weight, the dimension of the components, and the rates of their steps (rank,) or None."""
 
     weight: nn.Parameter
     dim: int
@@ -35,16 +35,16 @@ class Components(NamedTuple):
 
 
 def change_of_basis(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor | None:
-    """A with before · A = after.
+    """Find the matrix A with before · A = after.
 
     Args:
-        before: (rest, rank), the columns of a factor.
-        after: The same, after sorting.
+        before: (rest, rank), a factor before sorting, with one column for each component.
+        after: The same factor after sorting.
 
     Returns:
-        (rank, rank), float64; None where there is none that can be inverted, as for factors of fewer rows than columns.
+        A, (rank, rank), float64; None if no invertible A exists, as for factors with fewer rows than columns.
     """
-    if torch.equal(before, after):  # also of zeros, as an `up` is that has not been trained
+    if torch.equal(before, after):  # also for an untrained `up` of zeros
         return torch.eye(before.shape[1], dtype=torch.float64, device=before.device)
     before, after = before.double(), after.double()
     if len(before) < before.shape[1]:
@@ -59,17 +59,17 @@ def change_of_basis(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor |
 def keep_bases(
     optimizer: torch.optim.Optimizer, parts: Sequence[Components], before: Sequence[torch.Tensor]
 ) -> list[nn.Parameter]:
-    """Let an optimizer continue with weights whose components have been replaced by others that mean the same.
+    """Let an optimizer continue with weights whose components have been replaced by equivalent ones.
 
     Args:
         optimizer: A torch optimizer with `ComponentSteps`.
-        parts: The factors, with the new weights in them; the same in every process of a distributed training.
-        before: The weights' values before.
+        parts: The factors with their new weights; the same in all processes of a distributed training.
+        before: The previous values of the weights.
 
     Returns:
-        The weights with which it cannot; what it keeps for these is of no use.
+        The weights for which this is impossible, so that their optimizer state must be reset.
     """
-    # A weight that has not taken a step begins with the new components.
+    # A weight without optimizer state has not been stepped: it simply starts with the new components.
     stepped = [(part, was) for part, was in zip(parts, before, strict=True) if optimizer.state.get(part.weight)]
     bases = [change_of_basis(part.columns(was), part.columns(part.weight.detach())) for part, was in stepped]
     lost = []
@@ -80,13 +80,13 @@ def keep_bases(
             continue
         if BASIS in state:
             basis = state[BASIS].to(basis) @ basis
-        # In the weight's dtype, as which it comes back from a state dict: a resumed training is bit for bit the same.
+        # In the weight's dtype, to which a state dict would cast it on resuming: resumed training is bitwise identical.
         state[BASIS] = basis.to(part.weight)
     return lost
 
 
 def _agreed(bases: list[torch.Tensor | None], parts: list[Components]) -> list[torch.Tensor | None]:
-    """The bases of the main process, in all processes of a distributed training: rounding may differ between them."""
+    """The bases of the main process, sent to all processes of a distributed training, whose rounding may differ."""
     distributed = torch.distributed
     if not (bases and distributed.is_available() and distributed.is_initialized()):
         return bases
@@ -103,19 +103,19 @@ def _agreed(bases: list[torch.Tensor | None], parts: list[Components]) -> list[t
 
 
 def components_of(layer: Any, adapter_name: str) -> list[Components]:
-    """The two factors of an adapter's pair in a layer."""
+    """The two factors of an adapter in a layer."""
     return [Components(factor.weight, dim) for dim, factor in enumerate(factors(layer, adapter_name))]
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> "ComponentSteps":
-    """The hooks of an optimizer, made when they are asked for the first time."""
+    """The `ComponentSteps` of an optimizer, created on first use."""
     if optimizer not in _steps:
         _steps[optimizer] = ComponentSteps(optimizer)
     return _steps[optimizer]
 
 
 class _Batch(NamedTuple):
-    """Weights of one shape as matrices, stacked, around a step."""
+    """The stacked weights of one shape, as matrices, for one step."""
 
     parts: Sequence[Components]
     start: torch.Tensor
@@ -125,7 +125,7 @@ class _Batch(NamedTuple):
 
 
 class ComponentSteps:
-    """Hooks around the steps of an optimizer, which scale them by component and take them in the basis of its state."""
+    """Hooks of an optimizer that scale its steps by component and take them in the basis of its state."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.parts: dict[int, Components] = {}
@@ -135,25 +135,25 @@ class ComponentSteps:
         optimizer.register_step_post_hook(self.after)
 
     def add(self, parts: Iterable[Components]) -> None:
-        """Take these weights in; those that are there already get the new rates."""
+        """Add weights to the hooks; weights that were added before get the new rates."""
         self.parts |= {id(part.weight): part for part in parts}
 
     def has(self, weight: nn.Parameter) -> bool:
-        """Whether a weight has been taken in."""
+        """Whether a weight has been added."""
         return id(weight) in self.parts
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Keep the weights, and give the optimizer those in its basis, with their gradients."""
+        """Before a step: save the weights, and transform them and their gradients to the optimizer's basis."""
         groups: dict[Any, list[Components]] = defaultdict(list)
         for number, part in self.parts.items():
             weight = part.weight
             if part.rates is not None and part.rates.device != weight.device:
-                # Moved once: a copy to a GPU in each step would wait for it.
+                # Moved only once: a copy to a GPU in each step would synchronise with it.
                 part = self.parts[number] = part._replace(rates=part.rates.to(weight.device))
             turned = BASIS in optimizer.state.get(weight, {})
             if turned and (*args[1:], kwargs.get("closure"))[0] is not None:  # the first argument is the optimizer
-                raise AdapterError("a closure would see weights that are not sorted: call step() without one")
+                raise AdapterError("step() with a closure is not supported after sorting: call step() without one")
             if weight.grad is not None and (turned or part.rates is not None):
                 key = weight.shape, part.dim, weight.dtype, weight.device, turned, part.rates is not None
                 groups[key].append(part)
@@ -174,7 +174,7 @@ class ComponentSteps:
         for part, slope in zip(parts, slopes, strict=True):
             part.weight.grad = slope.reshape(part.weight.shape).to(part.weight)
         if parts[0].weight.dtype != torch.float32:
-            raw = _stacked([part.weight for part in parts])  # as the optimizer has them, rounded
+            raw = _stacked([part.weight for part in parts])  # as the optimizer sees them, after rounding
         return _Batch(parts, start, raw, basis, gradients)
 
     def _inverse(self, part: Components, basis: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ class ComponentSteps:
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Change the weights that were kept as the optimizer has changed its own."""
+        """After a step: apply the optimizer's change to the saved weights."""
         for parts, start, raw, basis, gradients in self._batches:
             dim, values = parts[0].dim, _stacked([part.weight for part in parts])
             if parts[0].rates is not None:
@@ -200,12 +200,12 @@ class ComponentSteps:
 
 
 def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one shape as matrices in one tensor, float32."""
+    """Tensors of one shape as matrices, stacked in one float32 tensor."""
     return torch.stack([tensor.flatten(1).float() for tensor in tensors])
 
 
 def _multiplied(values: torch.Tensor, bases: torch.Tensor, dim: int) -> torch.Tensor:
-    """Each matrix times its basis, from the side on which the components are."""
+    """Each matrix times its basis, on the side of the components."""
     return bases.mT @ values if dim == 0 else values @ bases
 
 

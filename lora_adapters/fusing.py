@@ -1,11 +1,11 @@
 """Fuses adapters into the weights of a pipeline so that unfusing restores the weights bit for bit.
 
 Subtracting the fused change would leave rounding errors in the weights, which accumulate each time. So the original
-weights are kept in CPU memory (as many bytes as the weights of the adapted layers) until the adapter is unfused or its
-layers are removed. `pipe.fuse_lora(keep_weights=False)` does not keep them, and unfuses by subtraction.
+weights of the adapted layers are kept in CPU memory until the adapter is unfused or its layers are removed. With
+`pipe.fuse_lora(keep_weights=False)` they are not kept, and unfusing subtracts the change.
 
-All adapters of a layer are fused in one addition: their factors are stacked. This applies to diffusers' `fuse_lora`, of
-pipelines and of models; PEFT's own functions merge as before.
+All adapters of a layer are fused in one addition, by stacking their factors. This applies to diffusers' `fuse_lora` of
+pipelines and models; PEFT's own functions merge as before.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +26,8 @@ from lora_adapters.types.lycoris.layer import before_key
 from lora_adapters.types.lycoris.operations import computable, is_quantised
 
 Method = Callable[..., Any]
-_keeps: ContextVar[bool | None] = ContextVar("keeps", default=None)  # None: diffusers is fusing nothing
-_KEPT = "_lora_adapters_kept"  # of a layer: what was overwritten by fusing
+_keeps: ContextVar[bool | None] = ContextVar("keeps", default=None)  # None outside of diffusers' fusing
+_KEPT = "_lora_adapters_kept"  # the attribute of a layer with the values that fusing overwrote
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Kept:
         return self.fused == _versions(base) and self.weight.shape == base.weight.shape
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """For pickles and copies of the layer, whose weights are others: nothing, which opens without this package."""
+        """Pickles and copies of the layer do not contain the kept weights, so that they load without this package."""
         return dict, ()
 
     def restore(self, base: Any) -> None:
@@ -53,7 +53,7 @@ class _Kept:
 
 
 def _versions(base: Any) -> tuple[Any, ...]:
-    """The parameters and how often they have been changed in place (which through `.data` does not count)."""
+    """The parameters and their in-place version counters (changes through `.data` are not counted)."""
     return tuple((id(parameter), parameter._version) for parameter in (base.weight, base.bias) if parameter is not None)
 
 
@@ -63,7 +63,7 @@ def kept_of(layer: Any) -> Any:
 
 
 def keep(layer: Any, kept: Any) -> None:
-    """Keep the result of `kept_of` again, after the layer has been restored to its state at that time."""
+    """Restore the result of `kept_of`, after the layer has been restored to its state at that time."""
     vars(layer).pop(_KEPT, None)
     if kept is not None:
         vars(layer)[_KEPT] = kept
@@ -87,7 +87,7 @@ def fusing_pipelines(stock: Method) -> Method:
     """Wraps the `fuse_lora` of pipelines."""
 
     def fuse_lora(self: Any, components: Any = None, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
-        for name in components or ():  # all of them before the first is changed
+        for name in components or ():  # check all of them before the first is changed
             model = getattr(self, name, None)
             if isinstance(model, nn.Module):
                 _check_layers(model, _names(args, kwargs))
@@ -98,7 +98,7 @@ def fusing_pipelines(stock: Method) -> Method:
 
 
 def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
-    """`adapter_names` in a call of diffusers' functions, after the scale and whether to check for NaN."""
+    """The argument `adapter_names` in a call of diffusers' functions, where it may be positional."""
     names: list[str] | None = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
     return names
 
@@ -111,13 +111,13 @@ def _check_layers(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 
 def _check(layer: Any, path: str) -> None:
-    """Raise AdapterError if a layer is quantised so that nothing can be added to its weight.
+    """Raise AdapterError if a layer is quantised in such a way that nothing can be added to its weight.
 
-    PEFT would add the change to the codes, or to a copy that nobody keeps.
+    PEFT would add the change to the quantised codes, or to a temporary copy.
     """
     weight = getattr(layer.get_base_layer(), "weight", None)
-    # PEFT's other classes are each for one kind of quantised layer, and merge or refuse by themselves; torchao's can
-    # merge if it is told how to quantise again.
+    # PEFT's other classes are for specific kinds of quantised layers, and merge or refuse themselves; torchao's can
+    # merge if it is told how to requantise.
     if not isinstance(layer, Linear) or not isinstance(weight, torch.Tensor) or not is_quantised(weight):
         return
     if getattr(layer, "get_apply_tensor_subclass", None) is None:
@@ -151,9 +151,9 @@ def merging(stock: Method) -> Method:
             return
         kept = kept_of(self)
         if self.merged_adapters and (kept is None or not kept.is_of(base)):
-            keeps = False  # there is something in it already that is not known
+            keeps = False  # the weight already contains a fused change, and the original is not known
         elif keeps and kept is None:
-            bias = getattr(base, "bias", None)  # some kinds of adapters change it
+            bias = getattr(base, "bias", None)  # some kinds of adapters change the bias
             kept = _Kept(_copy(base.weight), None if bias is None else _copy(bias), ())
         done = False
         try:
@@ -162,7 +162,7 @@ def merging(stock: Method) -> Method:
             done = True
         finally:
             if kept is not None and not done and not self.merged_adapters:
-                kept.restore(base)  # an addition that failed half-way
+                kept.restore(base)  # undo an addition that failed half-way
             vars(self).pop(_KEPT, None)
             if keeps and kept is not None and self.merged_adapters:
                 vars(self)[_KEPT] = _Kept(kept.weight, kept.bias, _versions(base))
@@ -188,7 +188,7 @@ def unmerging(stock: Method) -> Method:
 
 
 def _is_plain(base: nn.Module) -> bool:
-    """Whether the weight is one of torch's own numbers, in memory."""
+    """Whether this is torch's own layer with a plain weight in memory."""
     if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
         return False
     return not (base.weight.is_meta or base.weight.is_inference())
@@ -200,14 +200,14 @@ def _copy(parameter: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _add(layer: Any, base: Any, adapter_names: list[str] | None) -> bool:
-    """Add adapters that are pairs and nothing else to the weight, all in one; whether they are."""
+    """Add adapters to the weight in a single addition if all are plain low-rank pairs; returns whether they are."""
     if isinstance(adapter_names, str) or layer.merged_adapters or getattr(base, "groups", 1) != 1:
         return False
     names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.lora_A]
     if any(name in layer.lora_variant or layer.lora_bias[name] for name in names):
         return False
     weight, downs, ups = base.weight.data, [], []
-    # As PEFT does: in half precision, sums are slow on many CPUs, and rounded more often.
+    # In float32, as in PEFT: in half precision, sums are slow on many CPUs, and rounded more often.
     wide = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
     for name in names:
         down, up = (part.weight for part in factors(layer, name))
@@ -215,7 +215,7 @@ def _add(layer: Any, base: Any, adapter_names: list[str] | None) -> bool:
             return False
         downs.append(down.flatten(1).to(wide) * float(layer.scaling[name]))
         ups.append(up.flatten(1).to(wide))
-    # A sum that started with the weight would be rounded at its size for each component.
+    # Summed before it is added to the weight, since adding each component to the large weight would round more.
     delta = (torch.cat(ups, 1) @ torch.cat(downs)).view(weight.shape)
     if weight.dtype == wide:
         weight.add_(delta)

@@ -1,8 +1,8 @@
-"""LoRA layers put where they belong directly, without PEFT's walks through the model for each of them.
+"""Fast injection of LoRA layers at known paths, without PEFT's repeated searches of the model.
 
-PEFT finds the layers of a new adapter by looking at all modules several times, and makes each layer by asking a dozen
-backends. Where the layers are known and are torch's own, what it makes are equal modules. So one layer of each shape is
-made by PEFT (a `_Pattern`), whichever version that is, and the others are copies of it. Whatever is unusual is PEFT's.
+PEFT finds the layers of a new adapter by iterating over all modules several times, and creates each layer by trying a
+dozen backends. If the layers are known and are torch's own, all results for one shape are equal. So PEFT creates only
+one layer of each shape (a `_Pattern`), and the others are copies of it. Everything unusual is left to PEFT.
 """
 
 import warnings
@@ -25,16 +25,16 @@ from lora_adapters.types.lycoris.operations import NORMS
 
 from .target_modules import RankAlpha
 
-_PATTERN = "pattern"  # the adapter's name in patterns
+_PATTERN = "pattern"  # the name of the adapter in patterns
 _OF_QUANTISED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer", "_device_mesh")
-_TIED = ("embed_tokens", "lm_head")  # of which PEFT looks whether they are tied to each other
+_TIED = ("embed_tokens", "lm_head")  # PEFT checks whether these are tied to each other
 
 
 # --- copies of what PEFT makes -----------------------------------------------------------------------------------
 
 
 def _copied(value: Any) -> Any:
-    """A copy of an attribute of a module, with containers of its own; anything else is the same object."""
+    """A copy of a module's attribute: containers are copied, other objects are shared."""
     if type(value) in (dict, OrderedDict):
         return type(value)((key, _copied(item)) for key, item in value.items()) if value else type(value)()
     if type(value) in (list, set):
@@ -43,7 +43,7 @@ def _copied(value: Any) -> Any:
 
 
 def _clone(module: nn.Module, base: nn.Module | None = None) -> Any:
-    """A copy of a module and all inside it, around `base`; parameters are shared with the original."""
+    """A copy of a module and its submodules, around `base`; parameters are shared with the original."""
     new = object.__new__(type(module))
     state = new.__dict__
     for name, value in vars(module).items():
@@ -55,7 +55,7 @@ def _clone(module: nn.Module, base: nn.Module | None = None) -> Any:
 
 
 class _Pattern(NamedTuple):
-    """A layer as PEFT makes it: without any adapter, and what an adapter adds to it, by the attribute that holds it."""
+    """A layer created by PEFT: the layer without adapters, and the parts that an adapter adds, by attribute."""
 
     bare: Any
     added: dict[str, Any]
@@ -68,11 +68,11 @@ class _Pattern(NamedTuple):
         return layer
 
     def add(self, layer: Any, adapter_name: str, decided: RankAlpha) -> None:
-        """Give a layer an adapter; its weights are the pattern's, which have no memory, until others are put there."""
+        """Add an adapter to a layer; its weights are on the meta device until they are set."""
         for name, template in self.added.items():
             template = _clone(template) if isinstance(template, nn.Module) else _copied(template)
             getattr(layer, name)[adapter_name] = template
-        if isinstance(layer, NormLayer):  # which has no factors
+        if isinstance(layer, NormLayer):  # it has no factors
             return
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = decided.rank, decided.alpha
         layer.scaling[adapter_name] = decided.alpha / decided.rank
@@ -82,7 +82,7 @@ class _Pattern(NamedTuple):
 
 
 def _pattern_of(base: nn.Module) -> _Pattern | None:
-    """The pattern for layers like this one; None if PEFT may make something else of it."""
+    """The pattern for layers like this one; None if PEFT may create another class of layer for it."""
     if type(base) not in (nn.Linear, nn.Conv2d, *NORMS) or type(base.weight) is not nn.Parameter:
         return None
     if not base.weight.is_floating_point() or getattr(base, "_hf_tp_plan", None) is not None:
@@ -101,33 +101,33 @@ def _pattern_of(base: nn.Module) -> _Pattern | None:
 
 @cache
 def _made(kind: type, *shape: Any, **options: Any) -> _Pattern:
-    """Let PEFT make a layer of that shape."""
+    """Let PEFT create a layer of a shape."""
     holder = nn.Module()
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
     config._register_custom_module(dict.fromkeys(NORMS, NormLayer))
-    # Not by PEFT's low_cpu_mem_usage, which patches torch.nn.Module for all threads.
+    # PEFT's low_cpu_mem_usage is not used, since it patches torch.nn.Module for all threads.
     with torch.device("meta"):
         holder.layer = kind(*shape, **options)
         inject_adapter_in_model(config, holder, adapter_name=_PATTERN, low_cpu_mem_usage=False)
     layer: Any = holder.layer
-    # Not all are in `adapter_layer_names` and `other_param_names`: some versions leave out `lora_bias` and `use_dora`.
+    # `adapter_layer_names` and `other_param_names` are incomplete: some versions omit `lora_bias` and `use_dora`.
     attributes = {**vars(layer), **layer._modules}
     holders = [name for name, value in attributes.items() if hasattr(value, "keys") and _PATTERN in value]
     added = {name: getattr(layer, name)[_PATTERN] for name in holders}
     for name in holders:
         del getattr(layer, name)[_PATTERN]
-    layer._modules["base_layer"] = None  # which keeps its place
+    layer._modules["base_layer"] = None  # keeps its position among the modules
     return _Pattern(layer, added)
 
 
 @cache
 def _keeps_gradients() -> bool:
-    """Whether PEFT leaves it alone which of the other parameters have gradients, as its newer versions do."""
+    """Whether PEFT does not change requires_grad of other parameters, as in its newer versions."""
     holder: Any = nn.Module()
     holder.layer = nn.Linear(1, 1, device="meta")
     for name in ("first", "second"):
         config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
-        with warnings.catch_warnings():  # that there is one already
+        with warnings.catch_warnings():  # the warning that the model already has an adapter
             warnings.simplefilter("ignore")
             with torch.device("meta"):
                 inject_adapter_in_model(config, holder, adapter_name=name, low_cpu_mem_usage=False)
@@ -139,7 +139,7 @@ def _keeps_gradients() -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one layer of an adapter goes: the layer that PEFT has made there already, or the one to be wrapped."""
+    """The place of one layer of an adapter: an existing PEFT layer, or the layer to wrap."""
 
     pattern: _Pattern
     parent: nn.Module
@@ -149,18 +149,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the layers of an adapter go in a model, by their paths; and everything else that is in the model."""
+    """The places of the layers of an adapter in a model, by path, and the rest of the model."""
 
     by_path: dict[str, Place]
     modules: list[nn.Module]
     layers: list[Any]
 
     def put(self, adapter_name: str, decided: Mapping[str, RankAlpha]) -> None:
-        """Make the adapter's layers, without weights yet, the only active ones, as PEFT's injection does.
+        """Create the adapter's layers, without weights yet, and make it the only active adapter, as PEFT does.
 
         Args:
-            adapter_name: The adapter's name, which is free in the model.
-            decided: Rank and alpha of each layer, by its path.
+            adapter_name: The adapter's name, which must be unused in the model.
+            decided: Rank and alpha of each layer, by path.
         """
         layers = list(self.layers)
         for path, place in self.by_path.items():
@@ -192,8 +192,7 @@ def places(model: nn.Module, paths: Collection[str]) -> Places | None:
         paths: The paths of the layers in the model without PEFT.
 
     Returns:
-        The layers and what surrounds them; None if anything in the model is unusual, so that PEFT must inject the
-        adapter.
+        The places; None if anything in the model is unusual, so that PEFT must inject the adapter.
     """
     if any(getattr(model, name, None) for name in _OF_QUANTISED) or hasattr(model, "quantization_config"):
         return None

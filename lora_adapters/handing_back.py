@@ -1,8 +1,8 @@
-"""Handing a load back to diffusers, for adapters that PEFT's layers can hold and this package's pairs cannot.
+"""Falling back to diffusers for adapters that this package cannot load but PEFT's layers support.
 
-DoRA, biases, convolutions in one or three dimensions, layers of other types. Diffusers leaves out what it does not know
-with a line in the log, or without one. So what it has loaded is compared with the file: where a tensor or a scale of it
-is not in the layers, everything is undone, and the load is an error.
+Examples are convolutions in one or three dimensions and layers of other types. diffusers skips tensors that it does not
+know with a log message, or without one. So the result is compared with the file: if a tensor or a scale is missing in
+the layers, everything is undone and an error is raised.
 """
 
 import math
@@ -21,7 +21,7 @@ from .model_state import ModelState
 
 
 class RefusedError(UnknownFormatError, RuntimeError):
-    """Neither this package nor diffusers can load it; also a RuntimeError, as diffusers and torch raise."""
+    """Neither this package nor diffusers can load an adapter; also a RuntimeError, which diffusers and torch raise."""
 
 
 def load(
@@ -37,14 +37,14 @@ def load(
     Args:
         models: The models of the pipeline by component.
         stock: Loads the adapter into the models.
-        adapter_name: The name that `stock` uses, which is free in the models.
+        adapter_name: The name that `stock` uses, which must be unused in the models.
         tensors: The tensors of the file.
         metadata: The metadata of the file.
-        reason: Why this package does not read the file.
+        reason: The error of this package for the file.
 
     Raises:
-        AdapterError: `reason`, if diffusers fails or does not load every tensor with its scale. The models are then as
-            before.
+        AdapterError: `reason`, if diffusers fails or does not load every tensor with its scale. The models are then
+            unchanged.
     """
     before = {component: ModelState.of(model) for component, model in models.items()}
     try:
@@ -54,7 +54,7 @@ def load(
             raise reason from error
         lost = _lost(models, adapter_name, tensors, metadata)
         if lost is not None:
-            raise AdapterError(f"{reason}; diffusers leaves out or changes {lost:.100}")
+            raise AdapterError(f"{reason}; diffusers skips or changes {lost:.100}")
     except BaseException:
         for component, state in before.items():
             state.restore(models[component])
@@ -67,17 +67,17 @@ def leave(
     reason: AdapterError,
     contents: Callable[[], Mapping[str, torch.Tensor]],
 ) -> None:
-    """Let diffusers load what it can, for a transformer whose files it converts itself. What it loaded is not checked.
+    """Let diffusers load what it can, for a transformer whose files it converts itself; the result is not checked.
 
     Args:
         models: The models of the pipeline by component.
         stock: Loads the adapter into the models.
-        reason: Why this package does not read the file.
-        contents: Returns the tensors of the file. If none of them is for a layer, it is no error that nothing was
+        reason: The error of this package for the file.
+        contents: Returns the tensors of the file. If none of them is for a layer, it is not an error if nothing is
             loaded.
 
     Raises:
-        AdapterError: `reason`, if diffusers fails or loads nothing. The models are then as before.
+        AdapterError: `reason`, if diffusers fails or loads nothing. The models are then unchanged.
         RefusedError: The same for a RuntimeError of diffusers, such as a size that does not match.
     """
     before = {component: _Whole.of(model) for component, model in models.items()}
@@ -97,13 +97,13 @@ def leave(
 
 
 def _is_for_a_layer(key: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is more than a number that is no module's, or a weight of a norm, which diffusers looks for."""
+    """Whether a tensor is for an adapted layer: not a scalar without a module, and not the weight of a norm."""
     return not (("." not in key and tensor.ndim == 0) or ("norm" in key and "lora" not in key))
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """A model's adapters and its layers: diffusers exchanges some layers for wider ones."""
+    """A snapshot of a model's adapters and layers, since diffusers replaces some layers by wider ones."""
 
     state: ModelState
     layers: Mapping[str, nn.Module]
@@ -128,7 +128,7 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor in a layer, and the layer's scale and rank where it is the `down` of a pair."""
+    """A tensor in a layer; for the `down` of a pair also the scale and the rank."""
 
     values: torch.Tensor
     component: str
@@ -154,8 +154,8 @@ def _held(models: Mapping[str, nn.Module], adapter_name: str) -> Iterator[_Held]
 
 
 def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
-    """The numbers in a tensor as they are in a layer of that dtype, whatever its shape; none if it has no memory."""
-    if tensor.device.type == "meta":  # what the load left as it was injected
+    """The bytes of a tensor cast to a layer's dtype, regardless of its shape; b"" for a tensor on the meta device."""
+    if tensor.device.type == "meta":  # the load did not set this weight
         return b""
     return tensor.detach().to("cpu", dtype).float().contiguous().flatten().numpy().tobytes()
 
@@ -163,14 +163,14 @@ def _numbers(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
 def _lost(
     models: Mapping[str, nn.Module], adapter_name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> str | None:
-    """The first key whose tensor or scale no layer has, or a layer whose numbers no key has; None if all match."""
+    """The first key whose tensor or scale is in no layer, or a layer whose weight is not in the file; else None."""
     here: dict[bytes, list[_Held]] = {}
     dtypes = set()
     for held in _held(models, adapter_name):
         here.setdefault(_numbers(held.values, held.values.dtype), []).append(held)
         dtypes.add(held.values.dtype)
     for key, tensor in tensors.items():
-        if key.endswith(".alpha") or ("." not in key and tensor.ndim == 0):  # a number that is no module's
+        if key.endswith(".alpha") or ("." not in key and tensor.ndim == 0):  # an alpha or a scalar without a module
             continue
         numbers = next((candidate for dtype in dtypes if (candidate := _numbers(tensor, dtype)) in here), None)
         if numbers is None:
@@ -187,7 +187,7 @@ def _lost(
 
 
 def _scale_is_right(held: _Held, key: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
-    """Whether the layer of a pair has the scale that the file's alpha, or its metadata, tells."""
+    """Whether the layer of a pair has the scale that follows from the file's alpha or metadata."""
     if held.scale is None or held.rank == 0:
         return True
     stem = key.partition(".lora")[0]

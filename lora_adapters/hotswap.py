@@ -1,9 +1,9 @@
 """Hot-swapping: replaces the weights of an adapter in place, so that a compiled model need not be compiled again.
 
-PEFT's own hot-swapping treats any key that contains the adapter's name as one of its weights (swapping "a" would empty
-all others), rejects adapters whose alphas differ between modules, and leaves the old rank and alpha in the layers,
-which the next `set_adapters` uses. So this module replaces it, for the U-Net and the text encoders. PEFT's functions
-are redirected here if one of the two adapters belongs to this package.
+PEFT's own hot-swapping treats any key that contains the adapter's name as one of its weights (so swapping "a" clears
+other adapters too), rejects adapters whose alphas differ between modules, and leaves the old rank and alpha in the
+layers, which the next `set_adapters` uses. So this module replaces it, for the denoiser and the text encoders. PEFT's
+functions are redirected here if one of the two adapters belongs to this package.
 """
 
 import math
@@ -28,7 +28,7 @@ from . import injection
 from .compat import rank_stabilized
 from .target_modules import RankAlpha
 
-# What the config of an adapter says of the model that it is in, and of layers that stay when weights are swapped.
+# Config fields that depend on the model and the layers, which do not change when weights are swapped.
 _OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "fan_in_fan_out")
 
 
@@ -45,7 +45,7 @@ def prepare(model: Any, adapter_name: str) -> None:
     options = getattr(model, "_prepare_lora_hotswap_kwargs", None)
     if options is None:
         return
-    if _changes_of_other_kinds(model, adapter_name):  # which are swapped for others of their shapes alone
+    if _changes_of_other_kinds(model, adapter_name):  # these can only be swapped for changes of the same shapes
         model._prepare_lora_hotswap_kwargs = None
         return
     from peft.utils.hotswap import prepare_model_for_compiled_hotswap
@@ -53,47 +53,45 @@ def prepare(model: Any, adapter_name: str) -> None:
     target, mine = options.get("target_rank"), [layer for _, layer in layers(model, adapter_name)]
     highest = max(layer.r[adapter_name] for layer in mine)
     if target is not None and highest > target:
-        raise AdapterError(f"its rank is {highest}: enable_lora_hotswap was called with target_rank={target}")
+        raise AdapterError(f"its rank {highest} is above the target_rank={target} of enable_lora_hotswap")
     prepare_model_for_compiled_hotswap(model, **options)
     model._prepare_lora_hotswap_kwargs = None
     registry.attach(model, adapter_name, model.peft_config[adapter_name])
 
 
 def _changes_of_other_kinds(model: Any, adapter_name: str) -> list[str]:
-    """The paths of the modules in which the adapter is no plain LoRA."""
+    """The paths of the modules in which the adapter is not a plain LoRA."""
     return [path for path, layer in layers(model, adapter_name) if held(layer, adapter_name) is not None]
 
 
 def check(model: Any, component: str, matched: Mapping[str, Delta], adapter_name: str) -> None:
-    """Raise AdapterError if these changes cannot replace the adapter's; nothing is changed."""
+    """Raise AdapterError if these changes cannot replace those of the adapter; nothing is changed."""
     if adapter_name not in getattr(model, "peft_config", {}):
-        raise AdapterError(
-            f"there is no adapter {adapter_name} to swap in the {component}: load it once without hotswap"
-        )
+        raise AdapterError(f"the {component} has no adapter {adapter_name} to swap: load it once without hotswap")
     present = dict(layers(model, adapter_name))
     for path, layer in present.items():
         more = registry.beyond_deltas(layer, adapter_name)
         if more is None and path not in matched and (weights := held(layer, adapter_name)) is not None:
             more = with_article(weights.change.kind)
         if more:
-            raise AdapterError(f"{component}.{path} has {more} in {adapter_name}, which a swap would leave behind")
+            raise AdapterError(f"{component}.{path} has {more} in {adapter_name}, which a swap would not replace")
     for path, change in matched.items():
         layer = present.get(path)
         if layer is None:
-            raise AdapterError(f"{component}.{path} is not adapted by {adapter_name}: only what is can be swapped")
+            raise AdapterError(f"{component}.{path} is not adapted by {adapter_name}, so it cannot be swapped")
         weights = held(layer, adapter_name)
         if not isinstance(change, LowRank) or weights is not None:
             if weights is None or not weights.is_like(change):
                 now = "plain LoRA" if weights is None else repr(weights.change)
                 raise AdapterError(
-                    f"{component}.{path} is {now} in {adapter_name}: {change!r} is of another kind or shape and "
-                    "cannot be swapped in"
+                    f"{component}.{path} is {now} in {adapter_name}, which cannot be swapped for another kind or "
+                    f"shape, {change!r}"
                 )
             continue
         room = width(layer, adapter_name)
         if _is_prepared(layer, adapter_name) and change.rank > room:
             raise AdapterError(
-                f"{component}.{path} has rank {change.rank}, there is room for {room}: call "
+                f"{component}.{path} has rank {change.rank}, but the loaded adapter has room for {room}: call "
                 f"enable_lora_hotswap(target_rank={change.rank}) before the first adapter is loaded"
             )
     if any(adapter_name in layer.merged_adapters for layer in present.values()):
@@ -102,7 +100,7 @@ def check(model: Any, component: str, matched: Mapping[str, Delta], adapter_name
 
 @torch.no_grad()
 def swap(model: Any, matched: Mapping[str, Delta], adapter_name: str, facts: Mapping[str, Any]) -> None:
-    """Replace the changes of an adapter. Its modules for which there is no new change have no effect any more.
+    """Replace the changes of an adapter. Modules without a new change have no effect any more.
 
     The adapter keeps the weight that was set with `set_adapters`.
 
@@ -114,16 +112,16 @@ def swap(model: Any, matched: Mapping[str, Delta], adapter_name: str, facts: Map
     """
     stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
     for path, layer in layers(model, adapter_name):
-        pair: Any = matched.get(path)  # as `check` has seen: where no other kind of change is, a pair or nothing
+        pair: Any = matched.get(path)  # `check` ensures that this is a pair or None if the layer is plain LoRA
         if (weights := held(layer, adapter_name)) is not None:
-            assert pair is not None, path  # `check` has seen to it
+            assert pair is not None, path  # ensured by `check`
             weights.replace(pair)
             continue
         down, up = factors(layer, adapter_name)
         if pair is None:
             up.weight.zero_()
             continue
-        assert isinstance(pair, LowRank), path  # likewise
+        assert isinstance(pair, LowRank), path  # ensured by `check`
         weight = _weight(layer, adapter_name, stabilized)
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = pair.rank, pair.alpha
         rank_stabilized(layer)[adapter_name] = False
@@ -142,9 +140,9 @@ def swap(model: Any, matched: Mapping[str, Delta], adapter_name: str, facts: Map
 
 
 def _update_config(model: Any, adapter_name: str, options: dict[str, Any]) -> None:
-    """Make the adapter's config that of its present weights; the same object where the type stays.
+    """Update the adapter's config to its new weights; the object is kept if the type does not change.
 
-    A compiled model is compiled for the type of the config.
+    Compiled code depends on the type of the config.
     """
     before, after = model.peft_config[adapter_name], registry.restored(LoraConfig(**options))
     same = registry.type_of(before).variant is registry.type_of(after).variant
@@ -164,7 +162,7 @@ def _is_prepared(layer: Any, adapter_name: str) -> bool:
 
 
 def _weight(layer: Any, adapter_name: str, stabilized: bool) -> float:
-    """What `set_adapters` multiplies the adapter with here; `stabilized` counts where PEFT (0.17) does not know."""
+    """The adapter's weight from `set_adapters`; `stabilized` is used for PEFT 0.17, which does not store it."""
     rank, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
     own = alpha / rank**0.5 if rank_stabilized(layer).get(adapter_name, stabilized) else alpha / rank
     return float(layer.scaling[adapter_name]) / own if own else 1.0
@@ -178,7 +176,7 @@ def _rescale(layer: Any, adapter_name: str, scaling: float) -> None:
 
 
 def _put(part: Any, value: torch.Tensor, dim: int, prepared: bool) -> None:
-    """Copy into the layer's weight, whose rank (at `dim`) stays, padded, where it is prepared; else it is replaced."""
+    """Copy into the layer's weight, padded to its rank (at `dim`), if it is prepared; otherwise replace the weight."""
     weight, rank = part.weight, value.shape[dim]
     if weight.shape[dim] != rank and not prepared:
         weight.data = value.to(weight, copy=True).contiguous()
@@ -193,8 +191,8 @@ def _put(part: Any, value: torch.Tensor, dim: int, prepared: bool) -> None:
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Replacement for `peft.utils.hotswap.prepare_model_for_compiled_hotswap` that keeps the types of adapters working.
 
-    The configs of this package's adapters keep their ranks without padding. The replacement raises AdapterError, with
-    nothing changed, if a rank is above target_rank.
+    The configs of this package's adapters keep their ranks without padding. If a rank is above target_rank, the
+    replacement raises AdapterError without changing anything.
 
     Args:
         stock: The original function.
@@ -209,10 +207,10 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
         inner = injection.unwrapped(model)
         for name in getattr(inner, "peft_config", {}):
             if others := _changes_of_other_kinds(inner, name):
-                raise AdapterError(f"{others[0]} is no plain LoRA in adapter {name}: it has no rank to be padded")
+                raise AdapterError(f"{others[0]} is not a plain LoRA in adapter {name}, so that it cannot be padded")
             highest = max((layer.r[name] for _, layer in layers(inner, name)), default=0)
             if registry.is_ours(inner, name) and target_rank is not None and highest > target_rank:
-                raise AdapterError(f"adapter {name} has rank {highest}: give a target_rank of {highest} or more")
+                raise AdapterError(f"adapter {name} has rank {highest}: use a target_rank of {highest} or more")
         configs = config if isinstance(config, dict) else {"": config} if config else {}
         theirs = {name: other for name, other in configs.items() if not isinstance(other, AdapterConfig)}
         stock(model, target_rank=target_rank, config=theirs or None, **kwargs)
@@ -222,11 +220,10 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Replacement for `peft.utils.hotswap.hotswap_adapter_from_state_dict`, on which `hotswap_adapter` and diffusers
-    build.
+    """Replacement for `peft.utils.hotswap.hotswap_adapter_from_state_dict`, which PEFT and diffusers use.
 
     If the old or the new adapter belongs to this package, ranks, config and type of the new adapter replace the old
-    ones too. The replacement raises AdapterError, with nothing changed, if that is impossible.
+    ones too. If that is impossible, the replacement raises AdapterError without changing anything.
 
     Args:
         stock: The original function.
@@ -250,7 +247,7 @@ def exchanging(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pairs(state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig) -> dict[str, LowRank]:
-    """The pairs of a state dict with PEFT's names; AdapterError if there is more in it than pairs."""
+    """The pairs of a state dict with PEFT's names; AdapterError if it contains anything else."""
     pattern = re.compile(rf"(?:base_model\.model\.)?(.+)\.lora_([AB])\.{re.escape(adapter_name)}\.weight")
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
@@ -261,7 +258,7 @@ def _pairs(state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: Lo
     pairs = {}
     for path, half in halves.items():
         if len(half) != 2:
-            raise AdapterError(f"{path}.lora_{next(iter(half))} is half of a low-rank pair: the other is missing")
+            raise AdapterError(f"{path} is incomplete: it has only lora_{next(iter(half))}")
         rank = pattern_value(config.rank_pattern or {}, path, config.r)
         alpha = pattern_value(config.alpha_pattern or {}, path, config.lora_alpha)
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)

@@ -1,4 +1,4 @@
-"""Injects adapters into live models, all or nothing, and removes them again."""
+"""Injects adapters into live models atomically, and removes them again."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ _COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of the wrappers of torch.compile, PEFT and parallel training, which rename its modules."""
+    """The model without the wrappers of torch.compile, PEFT and parallel training, which rename its modules."""
     while isinstance(model, nn.Module):
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -49,7 +49,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def live_path(model: nn.Module, path: str) -> str:
-    """The path as this model has it: transformers 5's CLIPTextModel has no `text_model.` level."""
+    """The path in this model: CLIPTextModel of transformers 5 has no `text_model.`."""
     return path if hasattr(model, "text_model") else path.removeprefix("text_model.")
 
 
@@ -68,16 +68,16 @@ def match_to_model(
 
     Args:
         model: The model.
-        component: Its name in a pipeline, for errors.
-        modules: The changes by the paths that files have.
-        missing: A list that gets the names of modules that the model lacks; None makes the first of them an error.
+        component: Its name in a pipeline, for error messages.
+        modules: The changes by the path in files.
+        missing: A list to which the names of modules that the model lacks are added; if None, they are an error.
 
     Returns:
-        The changes by this model's own paths, pairs in its own spelling of 1x1.
+        The changes by the path in this model; pairs have the number of dimensions of its layers.
 
     Raises:
-        AdapterError: A module is missing, or a shape differs; the message names the module and what was expected.
-        UnknownFormatError: No change of this package is possible in a layer of this type.
+        AdapterError: A module is missing, or a shape differs; the message names the module and the expected shape.
+        UnknownFormatError: This package cannot change a layer of this type.
     """
     matched = {}
     for path, change in modules.items():
@@ -98,7 +98,7 @@ def match_to_model(
 
 
 def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
-    """AdapterError or UnknownFormatError if no change of this kind is possible in a layer of this type."""
+    """Raise AdapterError or UnknownFormatError if a change of this kind is not possible in a layer of this type."""
     if not isinstance(layer, operations.layers()):
         kinds = "no linear layer or 2D convolution" + ("" if isinstance(change, LowRank) else ", and no norm")
         raise UnknownFormatError(f"{name} is a {type(layer).__name__}, {kinds}")
@@ -107,13 +107,13 @@ def _check_layer(layer: nn.Module, name: str, change: Delta) -> None:
             f"{name} is a {type(layer).__name__}, which cannot be changed by {with_article(change.kind)}"
         )
     if getattr(layer, "bias", None) is None and change.bias() is not None:
-        raise UnknownFormatError(f"{name} has no bias, which the adapter changes")  # PEFT can add one there
+        raise UnknownFormatError(f"{name} has no bias, which the adapter changes")  # PEFT can add a bias
     if getattr(layer, "weight", None) is None:
         raise AdapterError(f"{name} is a {type(layer).__name__} without a weight, which the adapter changes")
 
 
 def _shaped_like(change: Any, layer: Any) -> Any:
-    """The change, where it fits the layer, as it can be put there; else AdapterError."""
+    """The change in the shape of the layer; AdapterError if it does not fit."""
     shape = weight_shape(layer)
     if isinstance(change, LowRank):
         return change.shaped_like(shape)
@@ -128,10 +128,10 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _dtype_in(base: nn.Module, of_model: torch.dtype) -> torch.dtype:
-    """The dtype of an adapter in a layer: the layer's own, which models may keep at float32 for its range (T5's `wo`).
+    """The dtype of an adapter in a layer: the layer's own, which can be float32 for its range (T5's `wo`).
 
-    A layer that is stored in another dtype than it computes in (quantised, or cast by diffusers) takes the one that it
-    computes in, as far as it says so.
+    For a layer whose storage dtype differs from its compute dtype (quantised, or cast by diffusers), it is the compute
+    dtype, if known.
     """
     hooks: Any = getattr(base, "_diffusers_hook", None)
     casting = None if hooks is None else hooks.get_hook("layerwise_casting")
@@ -147,17 +147,17 @@ def place(
     low_cpu_mem_usage: bool = True,
     pages: MappedPages | None = None,
 ) -> None:
-    """Add changes to a model as an adapter, in the dtypes of its layers and on their devices.
+    """Add changes to a model as a new adapter, in the dtypes and on the devices of its layers.
 
     Args:
         model: The model.
         matched: The changes, as `match_to_model` returns them.
-        adapter_name: The adapter's name, which is free in the model.
-        facts: The adapter's type and the fields of the type, as `types.registry.facts_of_metadata` returns them; used
+        adapter_name: The adapter's name, which must be unused in the model.
+        facts: The adapter's type and the fields of the type, as returned by `types.registry.facts_of_metadata`; used
             if all changes are low-rank pairs.
-        low_cpu_mem_usage: Whether the layers are created without memory for initial weights, and full differences
-            that take no more memory than in the model's dtype stay in the file that they are mapped from.
-        pages: Pages of a file that the changes lie in, which are given back as they are copied; None keeps them.
+        low_cpu_mem_usage: Create the layers without memory for initial weights, and keep full differences memory-mapped
+            from their file if they do not take more memory than in the model's dtype.
+        pages: The mapped pages that contain the changes, which are released as they are copied; None keeps them.
 
     Raises:
         AdapterError: A change has no layer in the model.
@@ -180,7 +180,7 @@ def _place(
         facts = {"type": LYCORIS.name}
     config = LoraConfig(**config_options(ranks, facts))
     if not inject_at(model, config, adapter_name, matched):
-        names = {f"{path}.lora_A.weight": nothing for path in matched}  # of which PEFT takes the paths only
+        names = {f"{path}.lora_A.weight": nothing for path in matched}  # PEFT only uses the paths
         inject_adapter_in_model(
             config, model, adapter_name=adapter_name, state_dict=names, low_cpu_mem_usage=low_cpu_mem_usage
         )
@@ -195,17 +195,17 @@ def _place(
         else:
             hold(layer, adapter_name, _as_live(change, device, dtype, pages, low_cpu_mem_usage), dtype)
     if left:
-        raise AdapterError(f"{next(iter(left))} found no place in the model")
-    refit(model)  # else a DyLoRA would see at the first call only how wide its factors are, and be compiled twice
-    model._hf_peft_config_loaded = True  # type: ignore[assignment]  # what diffusers and transformers ask for
+        raise AdapterError(f"{next(iter(left))} could not be injected into the model")
+    refit(model)  # otherwise a DyLoRA would adjust to the width of its factors at the first call, and compile twice
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]  # checked by diffusers and transformers
 
 
 def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: MappedPages, mapped: bool) -> Delta:
-    """A copy of the change, so that the model does not hang on a memory-mapped file, in the model's dtype.
+    """A copy of the change in the model's dtype, so that the model does not depend on a memory-mapped file.
 
-    Numbers of whole channels, as DoRA's magnitudes are, stay precise: they scale the weight itself. Where `mapped`,
-    full differences are used as they are mapped, if they need no other device and take no more memory than in the
-    model's dtype: they are as large as the model, whose own weights transformers and diffusers keep mapped likewise.
+    Values for whole channels, such as DoRA's magnitudes, keep their precision, since they scale the weight itself. With
+    `mapped`, full differences stay memory-mapped if they need no other device and do not take more memory than in the
+    model's dtype: they are as large as the model, whose weights transformers and diffusers also keep mapped.
     """
 
     def copied(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -223,7 +223,7 @@ def _as_live(change: Delta, device: torch.device, dtype: torch.dtype, pages: Map
 
 
 def freeze(model: Any, adapter_name: str) -> None:
-    """Leave an adapter out of training, and the model's dropouts, as transformers' `load_adapter` does."""
+    """Disable the training of an adapter and the model's dropouts, as transformers' `load_adapter` does."""
     model.eval()
     model.peft_config[adapter_name].inference_mode = True
     for _, layer in layers(model, adapter_name):
@@ -232,7 +232,7 @@ def freeze(model: Any, adapter_name: str) -> None:
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:
-    """Add a new adapter to a model and make it the active one, as the `add_adapter` of diffusers' models does.
+    """Add a new adapter to a model and activate it, like `add_adapter` of diffusers' models.
 
     The `add_adapter` of transformers' text encoders does the same, but since transformers 5.24 it requires PEFT 0.22,
     although older versions of PEFT could do it too.
@@ -246,7 +246,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "defau
         AdapterError: The model already has an adapter of that name, or has no module that matches the config.
     """
     if adapter_name in getattr(model, "peft_config", {}):
-        raise AdapterError(f"the model has an adapter {adapter_name} already: choose another name")
+        raise AdapterError(f"the model already has an adapter {adapter_name}: choose another name")
     inject_adapter_in_model(config, model, adapter_name)
     model._hf_peft_config_loaded = True  # type: ignore[assignment]
     for layer in model.modules():
@@ -255,7 +255,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str = "defau
 
 
 def take_out(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the model's layers and, where it was the only one of a layer, PEFT's layer with it."""
+    """Remove an adapter from the model's layers, and PEFT's layer too if it has no other adapter."""
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, LoraLayer) or not any(adapter_name in getattr(layer, held, ()) for held in HELD):
             continue
@@ -266,7 +266,7 @@ def take_out(model: nn.Module, adapter_name: str) -> None:
 
 
 def unwrap(model: nn.Module, path: str, layer: LoraLayer) -> None:
-    """Put the layer that PEFT's layer at the path wraps back in its place."""
+    """Replace PEFT's layer at a path by the layer that it wraps."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer.base_layer)
 
@@ -277,12 +277,12 @@ def active(model: nn.Module) -> list[str]:
 
 
 def is_plain(model: nn.Module, adapter_name: str) -> bool:
-    """Whether pairs are all that the adapter is made of."""
+    """Whether the adapter consists only of low-rank pairs."""
     return all(beyond_lora(layer, adapter_name) is None for _, layer in layers(model, adapter_name))
 
 
 def extract_changes(model: Any, component: str, adapter_name: str) -> dict[ModuleName, Delta]:
-    """The changes of an adapter in a model, views of the live weights.
+    """The changes of an adapter in a model, as views of the live weights.
 
     Args:
         model: The model, without wrappers (see `unwrapped`).
@@ -290,30 +290,30 @@ def extract_changes(model: Any, component: str, adapter_name: str) -> dict[Modul
         adapter_name: The adapter's name in it.
 
     Returns:
-        The changes by the names that files have.
+        The changes by the module name in files.
 
     Raises:
-        AdapterError: PEFT computes it in a way of its own (see `types.registry.beyond_deltas`).
+        AdapterError: The adapter uses a PEFT feature that is not supported (see `types.registry.beyond_deltas`).
     """
     stabilized = bool(getattr(model.peft_config[adapter_name], "use_rslora", False))
     changes = {}
     for path, layer in layers(model, adapter_name):
         if more := beyond_deltas(layer, adapter_name):
-            raise AdapterError(f"adapter {adapter_name} is more than plain LoRA: {component}.{path} has {more}")
+            raise AdapterError(f"adapter {adapter_name} is not a plain LoRA: {component}.{path} has {more}")
         changes[module_named(component, path)] = delta_of(layer, adapter_name, stabilized)
     return changes
 
 
 def widths(model: Any, component: str, adapter_name: str) -> dict[ModuleName, int]:
-    """How many components each module of the adapter has room for; more than its rank where it is padded."""
+    """The allocated rank of each module of the adapter, which is above its rank if the module is padded."""
     return {module_named(component, path): width(layer, adapter_name) for path, layer in layers(model, adapter_name)}
 
 
 def module_named(component: str, path: str) -> ModuleName:
-    """The name that files have for the module at a path of a model."""
+    """The name in files of the module at a path of a model."""
     return ModuleName(component, text_path(path) if is_text_encoder(component) else path)
 
 
 def is_text_encoder(component: str) -> bool:
-    """Whether a component of this name is a text encoder: "text_encoder", "text_encoder_2", ..."""
+    """Whether a component is a text encoder: "text_encoder", "text_encoder_2", ..."""
     return component.startswith("text_encoder")

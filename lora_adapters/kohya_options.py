@@ -18,12 +18,12 @@ from .module_patterns import check_patterns
 from .target_modules import check_block_list
 
 logger = logging.getLogger(__name__)
-# --network_module -> the type's name in files.
+# The name of the type in files, by --network_module.
 MODULES = {name: kind.name for kind in types() for name in kind.network_modules}
-# What to take in place of modules that are not there.
+# What to use instead of network modules that are not supported.
 _INSTEAD = {
-    "networks.lora_fa": "LoRA-FA, which trains `up` alone, is not supported; give networks.lora, which trains both and "
-    "makes a file of the same kind",
+    "networks.lora_fa": "LoRA-FA, which trains only `up`, is not supported; give networks.lora, which trains both "
+    "factors and writes the same kind of file",
     "networks.oft": "kohya's OFT is not supported; give lycoris.kohya with algo=diag-oft in network_args",
 }
 
@@ -49,7 +49,7 @@ def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def _patterns(text: str) -> list[str]:
-    """`["a.*", r"b"]`, as kohya's trainer reads it; any other text is one pattern. ValueError for other lists."""
+    """Parse `["a.*", r"b"]` as in kohya's trainer; any other text is a single pattern. ValueError for other lists."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -61,12 +61,12 @@ def _patterns(text: str) -> list[str]:
 
 
 def _by_pattern(kind: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
-    """Reads `pattern=value,pattern=value`, as kohya's trainer does; a pattern cannot contain a comma."""
+    """A parser of `pattern=value,pattern=value` as in kohya's trainer; patterns cannot contain commas."""
 
     def parse(text: str) -> dict[str, Any]:
         values = {}
         for item in filter(None, (item.strip() for item in text.split(","))):
-            pattern, equals, number = item.rpartition("=")  # of a pattern with (?=...) the last one is meant
+            pattern, equals, number = item.rpartition("=")  # the last "=", since patterns can contain (?=...)
             if not equals:
                 raise ValueError(item)
             values[pattern.strip()] = kind(number.strip())
@@ -106,13 +106,13 @@ _MODULES = ("preset", "include_patterns", "exclude_patterns")
 _LR_WEIGHTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 
-# Options of LyCORIS that change nothing here.
+# Options of LyCORIS that have no effect here, with the reason.
 _IDLE = {
-    "bypass_mode": "it is another way to the same numbers",
+    "bypass_mode": "it only changes how the same result is computed",
     "train_t5xxl": "the base model has no T5 text encoder",
-    "train_llm_adapter": "no model here has a language model's adapter",
-    "rank_dropout_scale": "what rank_dropout leaves is always divided by its share",
-    "block_size": "it is for LyCORIS' DyLoRA; that of networks.dylora is unit",
+    "train_llm_adapter": "the base model has no language model adapter",
+    "rank_dropout_scale": "the values that rank_dropout keeps are always rescaled",
+    "block_size": "it is for LyCORIS' DyLoRA; use unit for networks.dylora",
 }
 
 
@@ -120,12 +120,12 @@ _OLD_NAMES = {"use_cp": "use_tucker", "use_conv_cp": "use_tucker"}  # of LyCORIS
 
 
 def _renamed(network_args: Mapping[str, str]) -> dict[str, str]:
-    """The options under the names that they have now."""
+    """The options under their current names."""
     return {_OLD_NAMES.get(name, name): value for name, value in network_args.items()}
 
 
 def without_effect(network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
-    """The network_args that change nothing, each with the reason: kohya's trainer ignores them without a word."""
+    """The network_args without effect, each with the reason; kohya's trainer ignores them silently."""
     spelled = {_OLD_NAMES.get(name, name): name for name in network_args}
     reasons = _reasons(network_module, _renamed(network_args))
     return {spelled[name]: reason for name, reason in reasons.items()}
@@ -151,7 +151,7 @@ def _reasons(network_module: str, network_args: Mapping[str, str]) -> dict[str, 
 
 
 def parse_network_args(args: Mapping[str, str]) -> dict[str, Any]:
-    """The values of network_args in their own types; AdapterError names the option, its value and what it takes."""
+    """Parse the values of network_args; AdapterError names the option, its value and the expected type."""
     parsed = {}
     for key, text in args.items():
         if key not in NETWORK_ARGS:
@@ -165,7 +165,7 @@ def parse_network_args(args: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
-    """Put the rank in place of every alpha of 0, as kohya's trainer does where it makes a module."""
+    """Replace every alpha of 0 by the rank, as kohya's trainer does when it creates a module."""
     if fields["lora_alpha"] == 0 and "reg_dims" in fields:
         fields["reg_alphas"] = {pattern: float(rank) for pattern, rank in fields["reg_dims"].items()}
     for dim, alpha, dims, alphas in (
@@ -176,14 +176,14 @@ def _ranks_for_zero_alphas(fields: dict[str, Any]) -> None:
         if fields.get(alpha) == 0:
             fields[alpha] = rank
             if ranks and alphas not in fields:
-                fields[alphas] = [0.0] * len(ranks)  # each block its own rank, not that of the others
+                fields[alphas] = [0.0] * len(ranks)  # each block uses its own rank as alpha
         if alphas in fields:
             own = ranks or [rank] * len(fields[alphas])
             fields[alphas] = [alpha or float(rank) for alpha, rank in zip(fields[alphas], own, strict=True)]
 
 
 def _block_weights(args: Mapping[str, Any], architecture: str) -> list[float] | None:
-    """The learning-rate weight of each block; None if none is given."""
+    """The learning-rate weight of each block; None if no weights are given."""
     if not any(name in args for name in _LR_WEIGHTS):
         return None
     down, mid, up = (args.get(name) for name in _LR_WEIGHTS)
@@ -191,7 +191,7 @@ def _block_weights(args: Mapping[str, Any], architecture: str) -> list[float] | 
 
 
 def _leave_out_zero_blocks(fields: dict[str, Any], weights: list[float]) -> None:
-    """Give blocks whose learning-rate weight is 0 the rank 0."""
+    """Set the rank of blocks whose learning-rate weight is 0 to 0."""
     fields["block_dims"] = without_zero_blocks(fields.get("block_dims") or [fields["r"]] * len(weights), weights)
     conv = fields.get("conv_block_dims") or ([fields["conv_dim"]] * len(weights) if "conv_dim" in fields else None)
     if conv:
@@ -199,7 +199,7 @@ def _leave_out_zero_blocks(fields: dict[str, Any], weights: list[float]) -> None
 
 
 def _kind_for(kind: AdapterType, fields: Mapping[str, Any]) -> AdapterType:
-    """The type of the config: another than --network_module's own where that says so for larger convolutions."""
+    """The type of the config, which can differ from that of --network_module if larger convolutions are adapted."""
     conv = "conv_dim" in fields or "conv_block_dims" in fields
     return (type_named(kind.with_conv) if conv and kind.with_conv else None) or kind
 
@@ -213,7 +213,7 @@ def _unknown_module(name: str) -> AdapterError:
 
 
 def training_args(network_module: str, args: Mapping[str, str]) -> dict[str, str]:
-    """The network_args of a training, with those that a module's type has other defaults for than its config."""
+    """The network_args of a training, completed by defaults of the type that differ from those of its config."""
     kind = type_named(MODULES.get(network_module, ""))
     return dict(args) if kind is None else kind.training_args(args)
 

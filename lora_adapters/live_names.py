@@ -1,6 +1,7 @@
-"""Modules by the names that files have for them, in live models: for what is in no table of the families.
+"""Finding modules of live models by their names in files, if they are in no table of the families.
 
-AnimateDiff's motion modules, the refiner's and the x4 upscaler's blocks, text-to-video's temporal layers, T5's layers.
+Examples are AnimateDiff's motion modules, blocks of the refiner and the x4 upscaler, text-to-video's temporal layers,
+and T5's layers.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from lora_adapters.types.layers import ADDED
 class LiveNames:
     """A `lora_adapters.convert.families.names.Lookup` in the components of a pipeline.
 
-    A component's modules are listed when the first name that is in no table is asked for, once.
+    The modules of a component are listed once, at the first lookup.
     """
 
     def __init__(self, models: Mapping[str, nn.Module]):
@@ -27,12 +28,12 @@ class LiveNames:
 
     @property
     def family(self) -> ModelFamily | None:
-        """The family whose denoiser one of the models is, by its class; None if none is known."""
+        """The family of the first model that is a known denoiser, by its class; None if there is none."""
         families = (by_class(model) for model in self._models.values())
         return next((family for family in families if family is not None), None)
 
     def __call__(self, component: str, name: str) -> str:
-        """The path of the module with this dotted or flat name; the name itself if there is none."""
+        """The path of the module with this dotted or flat name; the name itself if no such module exists."""
         model = self._models.get(component)
         if model is None:
             return name
@@ -46,9 +47,9 @@ class LiveNames:
 
 
 def _by_flat_name(model: Any, component: str) -> dict[str, str]:
-    """All modules with weights by their names without dots, a U-Net's by those of the original code too.
+    """All modules with weights by flat name; those of a U-Net also by their names in the original code.
 
-    A flat name of two modules stands for neither.
+    Ambiguous flat names are left out.
     """
     paths = [
         path
@@ -65,7 +66,7 @@ def _by_flat_name(model: Any, component: str) -> dict[str, str]:
 
 
 def _original_names(model: Any, paths: list[str]) -> list[tuple[str, str]]:
-    """(flat name in the original code, path) of the U-Net's modules, where all its blocks have as many layers."""
+    """(flat name in the original code, path) of a U-Net's modules, if all blocks have the same number of layers."""
     layers = getattr(getattr(model, "config", None), "layers_per_block", None)
     if not isinstance(layers, int):
         return []

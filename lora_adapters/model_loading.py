@@ -56,7 +56,7 @@ def loading(stock: Callable[..., None]) -> Callable[..., None]:
         except (UnknownModuleError, UnknownFormatError):
             if not any(".lokr_" in key for key in tensors):
                 raise
-            own()  # a model that is unknown here
+            own()  # diffusers cannot load it into this model
 
     return load_lora_adapter
 
@@ -84,7 +84,7 @@ def loading_text(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 def _contents(source: Any, options: Mapping[str, Any]) -> Tensors | None:
-    """The tensors of a state dict, file, folder or repository; None where they are left to diffusers."""
+    """The tensors of a state dict, file, folder or repository; None if loading is left to diffusers."""
     if isinstance(source, Mapping):
         return source
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
@@ -96,7 +96,7 @@ def _contents(source: Any, options: Mapping[str, Any]) -> Tensors | None:
 
 
 def _is_read_here(keys: Iterable[str]) -> bool:
-    """Whether these are changes of a kind, or under names, that diffusers has no reader for."""
+    """Whether the keys are of a kind, or have names, that diffusers cannot read."""
     found = kind_of(keys)
     if found is not None:
         return found[0].is_read and not found[0].diffusers
@@ -106,7 +106,7 @@ def _is_read_here(keys: Iterable[str]) -> bool:
 def _of_model(
     tensors: Tensors, prefix: str | None, component: str, alphas: Mapping[str, float] | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors under names that say the component: those behind the prefix, or all where none has it."""
+    """The tensors with the component added to their names: those with the prefix, or all if no key has it."""
     given = {**tensors, **{key: torch.as_tensor(alpha) for key, alpha in (alphas or {}).items()}}
     start = f"{prefix}."
     behind = {key.removeprefix(start): tensor for key, tensor in given.items() if prefix and key.startswith(start)}
@@ -122,15 +122,15 @@ def _load(
     family: ModelFamily | None,
     options: Mapping[str, Any],
 ) -> None:
-    """Load the part of the tensors that is of the component into the model, whole or not at all.
+    """Load the tensors of the component into the model, atomically.
 
     Raises:
-        AdapterError: It cannot be read, is for another model, or has nothing of this component.
+        AdapterError: The tensors cannot be read, are for another model, or none is for this component.
     """
     adapter = Adapter.from_tensors(tensors, None, LiveNames({component: model}), family=family)
     mine = {module: change for module, change in adapter.modules.items() if module.component == component}
     if not mine:
-        raise AdapterError(f"the state dict has nothing of the {component}")
+        raise AdapterError(f"the state dict has no weights for the {component}")
     pipe = options.get("_pipeline")
     offloading = getattr(pipe, "_optionally_disable_offloading", lambda _: (False, False, False))
     alone = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""What a load may change in a model besides its weights, noted before it, so that one that fails changes nothing."""
+"""Snapshots of what loading an adapter may change in a model, so that a failed load can be undone."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ from torch import nn
 
 from . import fusing, injection
 
-_LOADED = "_hf_peft_config_loaded"  # what diffusers and transformers ask for
+_LOADED = "_hf_peft_config_loaded"  # checked by diffusers and transformers
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One of PEFT's layers: its active adapters and, where some are fused, these, its weight and bias."""
+    """The state of a PEFT layer: its active adapters and, if some are fused, their names, the weight and the bias."""
 
     active: list[str]
     merged: list[str]
@@ -37,7 +37,7 @@ class _Layer:
 
     def restore(self, layer: Any) -> None:
         layer.set_adapter(self.active)
-        if self.weight is not None and layer.merged_adapters != self.merged:  # PEFT takes it out to add an adapter
+        if self.weight is not None and layer.merged_adapters != self.merged:  # PEFT unmerges to add an adapter
             layer.get_base_layer().weight.data = self.weight
             if self.bias is not None:
                 layer.get_base_layer().bias.data = self.bias
@@ -48,7 +48,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class ModelState:
-    """A model's adapters, which of them are active or fused, and what is trained; `restore` brings all of it back."""
+    """The adapters of a model, which of them are active or fused, and which parameters are trainable."""
 
     configs: dict[str, Any] | None
     loaded: bool | None
@@ -58,7 +58,7 @@ class ModelState:
 
     @classmethod
     def of(cls, model: Any) -> "ModelState":
-        """The state of a model now."""
+        """The current state of a model."""
         configs = getattr(model, "peft_config", None)
         state = cls(None if configs is None else dict(configs), vars(model).get(_LOADED), {}, {}, {})
         for part in model.modules():
@@ -71,12 +71,12 @@ class ModelState:
         return state
 
     def restore(self, model: Any) -> None:
-        """Take every adapter out that was not there, and make the rest what it was."""
+        """Remove every adapter that was added since, and restore the rest."""
         known = self.configs or {}
         for name in _adapters_in(model) - known.keys():
             injection.take_out(model, name)
         for path, part in list(model.named_modules()):
-            if isinstance(part, LoraLayer) and part not in self.layers:  # emptied by the load that failed
+            if isinstance(part, LoraLayer) and part not in self.layers:  # left empty by the failed load
                 injection.unwrap(model, path, part)
         if self.configs is None:
             if hasattr(model, "peft_config"):
@@ -96,7 +96,7 @@ class ModelState:
 
 
 def _adapters_in(model: nn.Module) -> set[str]:
-    """The adapters of a model, by configs and layers: a load that failed may have made one without the other."""
+    """The adapters of a model, from configs and layers, since a failed load may have created only one of the two."""
     names = set(getattr(model, "peft_config", None) or {})
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -1,4 +1,4 @@
-"""Optimizer groups of adapters: learning rates for the U-Net, its blocks, the text encoders, and LoRA+."""
+"""Parameter groups of adapters: learning rates for the U-Net, its blocks, the text encoders, and LoRA+."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from .module_patterns import first_match, names_in
 
 
 def _blocks(model: nn.Module, paths: list[str], weights: Sequence[float]) -> dict[str, int]:
-    """The block of each path; AdapterError if there are not as many weights as blocks."""
+    """The block index of each path; AdapterError if the number of weights is not the number of blocks."""
     family = by_class(model) or by_modules(in_denoiser(paths))
     if len(weights) != family.blocks.count:
         raise AdapterError(
@@ -38,10 +38,10 @@ def _rates(
     weights: Sequence[float] | None,
     reg_lrs: Mapping[str, float],
 ) -> Iterator[tuple[str, float, nn.Module]]:
-    """(group, learning rate, factor) for each factor of the adapter in one model, DoRA's magnitudes among them.
+    """(group, learning rate, factor) for each factor of the adapter in one model, including DoRA's magnitudes.
 
-    A module outside of the blocks has the model's own group and rate; one that a pattern of `reg_lrs` matches, a rate
-    and a group of its own.
+    A module outside of the blocks is in the model's own group; a module that matches a pattern of `reg_lrs` is in a
+    group for this pattern, with its rate.
     """
     model = unwrapped(model)
     adapted = list(layers(model, adapter_name))
@@ -58,11 +58,11 @@ def _rates(
             has_up |= kind == "up"
             yield (*plus, part) if kind == "up" else (group, rate, part)
     if ratio is not None and adapted and not has_up:
-        raise AdapterError("LoRA+'s ratio: no module of the adapter has an `up`, or what takes its place")
+        raise AdapterError("LoRA+'s ratio has no effect: no module of the adapter has an `up` or an equivalent factor")
 
 
 def _text_rates(rates: float | Sequence[float] | None, lr: float, count: int) -> Sequence[float]:
-    """A learning rate for each of `count` text encoders; AdapterError for another number of rates."""
+    """A learning rate for each of `count` text encoders; AdapterError for a list of another length."""
     if rates is None or isinstance(rates, (int, float)):
         return [lr if rates is None else rates] * count
     if len(rates) != count:
@@ -76,7 +76,7 @@ def _denoiser_name(model: nn.Module) -> str:
 
 
 def _grouped(parts: Sequence[tuple], adapter_name: str) -> list[dict[str, Any]]:
-    """Optimizer groups of the parts, each the arguments of `_rates`; AdapterError if nothing is trained."""
+    """Parameter groups of the parts, each of which is the arguments of `_rates`; AdapterError if nothing is trained."""
     groups: dict[str, dict[str, Any]] = {}
     for part in parts:
         for name, rate, factor in _rates(*part):
@@ -84,7 +84,7 @@ def _grouped(parts: Sequence[tuple], adapter_name: str) -> list[dict[str, Any]]:
             if rate and params:
                 groups.setdefault(name, {"params": [], "lr": rate, "name": name})["params"] += params
     if not groups:
-        raise AdapterError(f"adapter {adapter_name} has nothing to train: no such layers, or every rate is 0")
+        raise AdapterError(f"adapter {adapter_name} has nothing to train: it has no layers, or every rate is 0")
     return list(groups.values())
 
 

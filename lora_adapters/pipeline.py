@@ -34,11 +34,11 @@ HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "to
 
 
 class MissingError(AdapterError, OSError):
-    """There is no such adapter; also an OSError, which is what diffusers raises then."""
+    """The adapter does not exist; also an OSError, which diffusers raises in this case."""
 
 
 class MissingOnHubError(HubError, OSError):
-    """The Hub has no such adapter, or cannot be reached; likewise."""
+    """The Hub does not have the adapter, or cannot be reached; also an OSError."""
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
     Args:
         pipe: A diffusers pipeline.
         source: A state dict, a file, a folder, a Hub repository, or an `Adapter`.
-        stock: The pipeline's own method, for types of adapters that this package does not read.
+        stock: The pipeline's own method, for types of adapters that this package does not support.
         adapter_name: The adapter's name; None uses the next default name of diffusers.
         hotswap: Replace the adapter of this name in place.
         strict: Raise an error for modules that the models lack, instead of skipping them with one warning.
@@ -117,7 +117,7 @@ def _read(source: Mapping[str, torch.Tensor] | Path, names: LiveNames) -> Adapte
 
 
 def _pages(path: Path, adapter: Adapter) -> MappedPages:
-    """The pages of a file that the adapter has just been read from; those that the reading took are given back."""
+    """The mapped pages of the file that the adapter was read from; the pages used by reading are released."""
     pages = MappedPages.of(path, adapter.modules.values())
     pages.give_back()
     return pages
@@ -136,7 +136,7 @@ def _hand_back(
     reason: AdapterError,
     options: Mapping[str, Any],
 ) -> None:
-    """Let diffusers load what this package does not read, where it may do so whole; else the reason is the error."""
+    """Let diffusers load what this package does not support, if it can load all of it; otherwise raise `reason`."""
     tensors, metadata = read_tensors(source) if isinstance(source, Path) else (dict(source), {})
     if hotswap or not may_go_to_diffusers(tensors):
         raise reason
@@ -146,7 +146,7 @@ def _hand_back(
         key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "weight_name", "subfolder")
     }
     place: Any = tensors
-    if isinstance(source, Path) and METADATA_KEY in metadata:  # which diffusers reads from the file alone
+    if isinstance(source, Path) and METADATA_KEY in metadata:  # diffusers reads the metadata only from a file
         place, kept["weight_name"] = str(source.parent), source.name
     with _without_offloading(pipe):
         load = functools.partial(stock, place, adapter_name=adapter_name, **kept)
@@ -162,8 +162,8 @@ def default_name(pipe: Any) -> str:
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     """The models of a pipeline that adapters can be injected into, without wrappers.
 
-    They are those that the pipeline declares, or all its models if it declares none. For a known transformer they also
-    include the text encoders that adapter files can contain weights for (T5).
+    These are the models that the pipeline declares, or all its models if it declares none. For a known transformer,
+    they also include the text encoders for which adapter files can contain weights (T5).
 
     Args:
         pipe: A diffusers pipeline.
@@ -196,7 +196,7 @@ def is_known(pipe: Any) -> bool:
 
 
 def _list_as_loadable(pipe: Any, components: Iterable[str]) -> None:
-    """Have the pipeline's own methods (set_adapters, unload_lora_weights, ...) look into these components too."""
+    """Make the pipeline's own methods (set_adapters, unload_lora_weights, ...) include these components."""
     listed = getattr(pipe, "_lora_loadable_modules", None)
     if listed is None:
         return
@@ -206,20 +206,20 @@ def _list_as_loadable(pipe: Any, components: Iterable[str]) -> None:
 
 
 def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[str, Delta]]:
-    """The adapter's changes for each component that the pipeline has, matched to it."""
+    """The adapter's changes for each component of the pipeline, matched to its model."""
     models = adaptable_models(pipe)
     modules: dict[str, dict[str, Delta]] = {}
     for module, change in adapter.modules.items():
         modules.setdefault(module.component, {})[module.path] = as_pair(change) or change
     for component in [name for name in modules if name not in models]:
         if not hasattr(pipe, component):
-            raise AdapterError(f"it adapts {component}, which a {type(pipe).__name__} does not have")
+            raise AdapterError(f"the adapter changes {component}, which a {type(pipe).__name__} does not have")
         if strict:
-            raise AdapterError(f"it adapts {component}, which the pipeline runs without")
-        logger.warning("The pipeline runs without its %s: the adapter's part for it is left out.", component)
+            raise AdapterError(f"the adapter changes {component}, which is None in the pipeline")
+        logger.warning("The pipeline has no %s loaded: the adapter's part for it is left out.", component)
         del modules[component]
     if not modules:
-        raise AdapterError("it adapts nothing that the pipeline has")
+        raise AdapterError("the adapter changes none of the pipeline's components")
     missing: list[str] = []
     placed = {}
     for component, changes in modules.items():
@@ -227,12 +227,12 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
             placed[component] = injection.match_to_model(
                 models[component], component, changes, None if strict else missing
             )
-        except AdapterError as error:  # diffusers makes the layers of some of these models wider
+        except AdapterError as error:  # for some of these models diffusers can make layers wider
             raise UnknownFormatError(str(error)) if is_known(pipe) and not strict else error from None
         if not placed[component]:
             raise AdapterError(
-                f"it is for another model: the {component} has none of its {len(changes)} modules, "
-                f"not {missing[-1]:.120}"
+                f"the adapter is for another model: the {component} has none of its {len(changes)} modules, such as "
+                f"{missing[-1]:.120}"
             )
     if missing:
         shown = ", ".join([f"{name:.120}" for name in missing[:3]] + (["..."] if len(missing) > 3 else []))
@@ -246,18 +246,18 @@ def _by_component(pipe: Any, adapter: Adapter, strict: bool) -> dict[str, dict[s
 
 
 def _check_unwrapped(pipe: Any, components: Iterable[str]) -> None:
-    """AdapterError if a component is wrapped for parallel training, where diffusers would not find adapters again."""
+    """Raise AdapterError if a component is wrapped for parallel training, since diffusers would not find adapters."""
     for component in components:
         part = getattr(pipe, component)
         if isinstance(part, injection.PARALLEL):
             raise AdapterError(
-                f"the {component} is in a {type(part).__name__}, in which set_adapters and unload_lora_weights find no "
-                f"adapters: load with pipe.{component} = pipe.{component}.module"
+                f"the {component} is wrapped in a {type(part).__name__}, in which set_adapters and unload_lora_weights "
+                f"find no adapters: load with pipe.{component} = pipe.{component}.module"
             )
 
 
 def _check_free(models: Mapping[str, nn.Module], adapter_name: str) -> None:
-    """AdapterError if a component has an adapter of that name."""
+    """Raise AdapterError if a component already has an adapter with this name."""
     present = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     if present:
         raise AdapterError(f"the name {adapter_name} is in use in {', '.join(present)}: choose another adapter_name")
@@ -306,7 +306,7 @@ def _load(
 def _everywhere(
     models: Mapping[str, nn.Module], matched: Mapping[str, dict[str, Delta]], adapter_name: str
 ) -> dict[str, dict[str, Delta]]:
-    """The changes for every component that has the adapter: none for one that the new adapter leaves alone."""
+    """The changes for every component that has the adapter; empty for those that the new adapter does not change."""
     here = [component for component, model in models.items() if adapter_name in getattr(model, "peft_config", {})]
     return {component: dict(matched.get(component, {})) for component in here}
 
@@ -337,7 +337,7 @@ def inverting(stock: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _without_offloading(pipe: Any) -> Iterator[None]:
-    """The pipeline's models without the hooks that offload them; then with them again."""
+    """A context in which the pipeline's offloading hooks are removed; they are restored afterwards."""
     offloaded = pipe._optionally_disable_offloading(pipe)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Every change that this package makes to peft and diffusers, and the checks that both are as expected.
+"""All changes that this package makes to peft and diffusers, with checks that both are as expected.
 
-Nothing slow is imported here: a change is made when somebody imports peft or diffusers' pipelines, before or after this
-package.
+This module imports nothing slow: each change is made when peft or diffusers' pipelines are imported, before or after
+this package.
 """
 
 import functools
@@ -17,7 +17,7 @@ from .compat import check_age, unfit
 
 
 def plug_in() -> None:
-    """Register the changes; each is made at once where its module is imported already."""
+    """Register the changes; if the module to change is already imported, the change is made at once."""
     wrapt.register_post_import_hook(_into_peft, "peft")
     wrapt.register_post_import_hook(_into_hotswap, "peft.utils.hotswap")
     wrapt.register_post_import_hook(_into_diffusers, "diffusers.loaders.lora_pipeline")
@@ -30,12 +30,12 @@ def plug_in() -> None:
 
 
 def _into_adapters(live: ModuleType) -> None:
-    """`Adapter`'s methods for live models and the Hub are those of `lora_adapters.adapter`, loaded when called."""
+    """Implement `Adapter`'s methods for live models and the Hub by `lora_adapters.adapter`, loaded on first use."""
     live.register(functools.partial(importlib.import_module, "lora_adapters.adapter"))
 
 
 def _into_peft(peft: ModuleType) -> None:
-    """LoRA's tuner and the mixed one learn this package's configs; other adapters are treated as PEFT does."""
+    """Add support for this package's configs to PEFT's LoRA and mixed tuners; other adapters are not affected."""
     check_age("peft")
     try:
         from peft import peft_model
@@ -45,22 +45,22 @@ def _into_peft(peft: ModuleType) -> None:
     except ImportError as error:
         raise unfit("peft", f"lacks {error.name or error}") from error
     if not (hasattr(LoraModel, "inject_adapter") and hasattr(LoraModel, "_create_and_replace")):
-        raise unfit("peft", "injects its layers in another way")
+        raise unfit("peft", "injects layers in an unsupported way")
     if not hasattr(MixedModel, "inject_adapter"):
-        raise unfit("peft", "makes mixed models in another way")
+        raise unfit("peft", "creates mixed models in an unsupported way")
     for tuner in (LoraModel, MixedModel):
         _wrap(tuner, "inject_adapter", _later(_tuner, "injecting"))
         _wrap(tuner, "_unload_and_optionally_merge", _later(_tuner, "unloading"))
     _wrap(LoraModel, "_create_and_replace", _later(_tuner, "creating"))
     _wrap(LoraModel, "add_weighted_adapter", _later(_tuner, "combining"))
-    # What PEFT's models save with; elsewhere it is as it was.
+    # Only the function that PEFT's models use for saving is changed.
     _wrap(peft_model, "get_peft_model_state_dict", _later(_save_hook, "cutting"))
 
 
 def _later(load: Callable[[], ModuleType], name: str) -> Callable[[Any], Any]:
-    """The wrapper `name` of a module of this package that is loaded at the first call of what it wraps.
+    """The wrapper `name` of a module of this package, which is loaded at the first call of the wrapped function.
 
-    Not before: when peft is imported by such a module, that one is still being loaded itself.
+    It cannot be loaded earlier: if that module is what imports peft, it is itself only partly loaded.
     """
 
     def wrapper(stock: Any) -> Any:
@@ -83,13 +83,13 @@ def _save_hook() -> ModuleType:
 
 
 def _tuner() -> ModuleType:
-    """`lora_adapters.tuner`; it is used before there is any layer of PEFT's, so these are changed now, too."""
+    """`lora_adapters.tuner`. It is used before any PEFT layer is created, so PEFT's layers are changed now too."""
     _into_layers()
     return importlib.import_module("lora_adapters.tuner")
 
 
 def _into_layers() -> None:
-    """PEFT's layers compute several active adapters as one, and give the model's own weights back as they were."""
+    """Make PEFT's layers compute several active adapters in one product, and unmerge without rounding errors."""
     from peft.tuners.lora import layer
 
     from .fusing import merging, unmerging
@@ -101,7 +101,7 @@ def _into_layers() -> None:
 
 
 def _wrap(home: Any, name: str, wrapper: Any) -> None:
-    """Put a wrapped function in the place of a class's or module's, once."""
+    """Replace a function of a class or module by its wrapper, only once."""
     stock = getattr(home, name)
     if not hasattr(stock, "stock"):
         ours: Any = functools.wraps(stock)(wrapper(stock))
@@ -110,7 +110,7 @@ def _wrap(home: Any, name: str, wrapper: Any) -> None:
 
 
 def _into_fusing(lora_base: ModuleType) -> None:
-    """`fuse_lora` keeps what it overwrites, for `unfuse_lora`; token embeddings leave with their adapters."""
+    """Make `fuse_lora` keep the overwritten weights for `unfuse_lora`; remove token embeddings with their adapters."""
     from .adapter_weights import replace_everywhere
     from .fusing import fusing, fusing_pipelines
 
@@ -124,13 +124,13 @@ def _into_fusing(lora_base: ModuleType) -> None:
 
 
 def _into_inversion(textual_inversion: ModuleType) -> None:
-    """Token embeddings of adapters stay behind those that pipelines load themselves."""
+    """Keep token embeddings of adapters after those that pipelines load themselves."""
     for name in ("load_textual_inversion", "unload_textual_inversion"):
         _wrap(textual_inversion.TextualInversionLoaderMixin, name, _later(_pipeline, "inverting"))
 
 
 def _into_models(peft: ModuleType) -> None:
-    """See `_into_fusing` and `model_loading`; `save_lora_adapter` refuses what its files have no place for."""
+    """See `_into_fusing` and `model_loading`; `save_lora_adapter` refuses changes that its files cannot store."""
     from .fusing import fusing
 
     _wrap(peft.PeftAdapterMixin, "fuse_lora", fusing)
@@ -152,7 +152,7 @@ def _saving_of_models(stock: Any) -> Any:
 
 
 def _into_hotswap(hotswap: ModuleType) -> None:
-    """PEFT's own functions for hot-swapping know this package's adapters."""
+    """Make PEFT's own functions for hot-swapping support this package's adapters."""
     from .adapter_weights import replace_everywhere
     from .hotswap import exchanging, preparing
 
@@ -166,7 +166,7 @@ def _into_hotswap(hotswap: ModuleType) -> None:
 
 
 def _into_scaling(peft_utils: ModuleType) -> None:
-    """A scale of 0 for one call leaves the weights of adapters as they were before it; weights are set in one go."""
+    """Keep the weights of adapters when a call uses the scale 0, and make setting weights fast."""
     from .adapter_weights import activating, replace_everywhere, scaling, unscaling
 
     for name, wrapper in (
@@ -180,19 +180,19 @@ def _into_scaling(peft_utils: ModuleType) -> None:
 
 
 def _into_block_weights(unet_loader_utils: ModuleType) -> None:
-    """A misspelt block in the weights of an adapter is named."""
+    """Report misspelt blocks in the weights of an adapter."""
     from .adapter_weights import checking_blocks, replace_everywhere
 
     name = "_maybe_expand_lora_scales_for_one_adapter"
-    if hasattr(unet_loader_utils, name):  # without it diffusers says what it says
+    if hasattr(unet_loader_utils, name):  # otherwise diffusers' own message is shown
         replace_everywhere(unet_loader_utils, name, checking_blocks)
 
 
 def _into_diffusers(lora_pipeline: ModuleType) -> None:
-    """`load_lora_weights` of the known families' pipelines reads what this package knows; diffusers gets other kinds.
+    """Make `load_lora_weights` of pipelines read the types that this package supports; diffusers reads the others.
 
-    `save_lora_weights` writes this package's adapters with their configs, also where its caller hands in none. Those of
-    SD and SDXL have to be there; those of other families are changed in versions of diffusers that have them.
+    `save_lora_weights` writes this package's adapters with their configs, even if the caller does not pass them. The
+    pipelines of SD and SDXL must exist; those of other families are changed if the version of diffusers has them.
     """
     from lora_adapters.convert.families.registry import FAMILIES
 
@@ -212,7 +212,7 @@ def _into_diffusers(lora_pipeline: ModuleType) -> None:
 
 
 def _loading(stock: Any, only_known: bool = False) -> Any:
-    """only_known: whether pipelines of models that no family has are left to diffusers."""
+    """The wrapper of `load_lora_weights`; `only_known`: leave pipelines of unknown models to diffusers."""
 
     @functools.wraps(stock)
     def load_lora_weights(

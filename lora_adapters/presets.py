@@ -1,7 +1,7 @@
-"""Presets: which layers of a model get an adapter, by the classes around them and by their names.
+"""Presets: which layers of a model get an adapter, by the classes that contain them and by their names.
 
-Names and contents are LyCORIS' (`preset=` of its network arguments), with B-LoRA's blocks of SDXL (arXiv:2403.14572)
-beside them. A preset may be a TOML file with LyCORIS' keys.
+Names and contents are those of LyCORIS (`preset=` in its network arguments), plus B-LoRA's blocks of SDXL
+(arXiv:2403.14572). A preset can also be a TOML file with LyCORIS' keys.
 """
 
 import fnmatch
@@ -23,15 +23,17 @@ _CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 _TEXT = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 _TIME = (r"time_embedding\.linear_[12]$",)
 _OUTER = ("conv_in$", "conv_out$")
-# What diffusers calls classes that kohya's own U-Net has under other names.
+# diffusers' names of classes that have other names in kohya's own U-Net.
 _ALIASES = {"CrossAttention": "Attention", "SelfAttention": "Attention"}
 
 
 class Override(NamedTuple):
-    """Another algorithm, or other options of it, for layers inside of a class or with a name.
+    """Another algorithm, or other options, for layers inside of a class or with certain names.
 
-    by_class: whether `pattern` is the class around the layers, and not a pattern of names. options: LyCORIS' network
-    arguments, `algo` among them.
+    Attributes:
+        pattern: The class, or a pattern of names.
+        by_class: Whether `pattern` is a class.
+        options: LyCORIS' network arguments, including `algo`.
     """
 
     pattern: str
@@ -41,11 +43,11 @@ class Override(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """Which layers get a module.
+    """The choice of layers that get an adapter.
 
-    classes: of live modules, all layers inside of which are taken. names: patterns of further layers' paths, matched
-    from the beginning (`re.match`), or as file names are where `globs` is set. conv: whether convolutions larger than
-    1x1 are taken. exclude: patterns of paths that are left out, with all that is inside.
+    `classes` are module classes whose layers are all adapted. `names` are patterns for the paths of further layers,
+    matched from the beginning (`re.match`), or like file names if `globs` is set. `conv` says whether convolutions
+    larger than 1x1 are adapted. `exclude` are patterns of paths to leave out, with all layers inside of them.
     """
 
     classes: frozenset[str]
@@ -56,22 +58,22 @@ class Preset:
     globs: bool = field(default=False, kw_only=True)
 
     def matches(self, pattern: str, path: str) -> bool:
-        """Whether a pattern of this preset is for the path."""
+        """Whether a pattern of this preset matches the path."""
         if path == pattern:
             return True
         return fnmatch.fnmatchcase(path, pattern) if self.globs else re.match(pattern, path) is not None
 
     def names_path(self, path: str) -> bool:
-        """Whether one of `names` is for the path."""
+        """Whether one of `names` matches the path."""
         return any(self.matches(pattern, path) for pattern in self.names)
 
     def excludes(self, path: str) -> bool:
-        """Whether one of `exclude` is for the path."""
+        """Whether one of `exclude` matches the path."""
         return any(self.matches(pattern, path) for pattern in self.exclude)
 
 
 class Chosen(NamedTuple):
-    """A layer that a preset takes: its path, the layer without PEFT's around it, and the options of an override."""
+    """A layer chosen by a preset: its path, the layer without PEFT's wrapper, and the options of an override."""
 
     path: str
     layer: nn.Module
@@ -83,7 +85,7 @@ def _preset(*classes: str, names: tuple[str, ...] = (), conv: bool = True, **res
 
 
 def _b_lora(attentions: str) -> Preset:
-    """The attention of the U-Net's blocks that decide an image's content and style in SDXL."""
+    """The attentions of the SDXL U-Net's blocks that determine an image's content or style."""
     path = rf"up_blocks\.0\.attentions\.{attentions}\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)$"
     return _preset(names=(path,), conv=False)
 
@@ -110,11 +112,11 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, or in that TOML file; AdapterError if there is none."""
+    """Find a preset by name, or read it from a TOML file; AdapterError if it does not exist."""
     if name in PRESETS:
         return PRESETS[name]
     if not name.endswith(".toml"):
-        raise AdapterError(f"unknown preset {name}{nearest(name, PRESETS)}: {', '.join(PRESETS)}, or a .toml file")
+        raise AdapterError(f"unknown preset {name}{nearest(name, PRESETS)}: use {', '.join(PRESETS)} or a .toml file")
     return _read(Path(name).expanduser())
 
 
@@ -131,7 +133,7 @@ _MAPS = ("module_algo_map", "name_algo_map")
 
 @cache
 def _read(file: Path) -> Preset:
-    """A preset in LyCORIS' TOML; keys that are missing mean what they mean in the preset "full", as in LyCORIS."""
+    """Read a preset in LyCORIS' TOML format; missing keys have the values of the preset "full", as in LyCORIS."""
     try:
         table = toml_table(read_text(file))
     except (OSError, ValueError) as error:
@@ -139,11 +141,11 @@ def _read(file: Path) -> Preset:
     known = [*_LISTS, *_FLAGS, *_MAPS]
     for key, value in table.items():
         if key not in known:
-            raise AdapterError(f"preset {file}: unknown key {key}{nearest(key, known)}: {', '.join(known)} are known")
+            raise AdapterError(f"preset {file}: unknown key {key}{nearest(key, known)}: use {', '.join(known)}")
         kind = list if key in _LISTS else bool if key in _FLAGS else dict
         items = value if kind is list else value.values() if kind is dict and isinstance(value, dict) else ()
         if not isinstance(value, kind) or not all(isinstance(item, str if kind is list else dict) for item in items):
-            takes = {list: "a list of text", bool: "true or false", dict: "a table of tables"}[kind]
+            takes = {list: "a list of strings", bool: "true or false", dict: "a table of tables"}[kind]
             raise AdapterError(f"preset {file}: {key} takes {takes}")
     lists = {key: tuple(table.get(key, default)) for key, default in _LISTS.items()}
     flags = {key: table.get(key, default) for key, default in _FLAGS.items()}
@@ -167,19 +169,19 @@ def _check_pattern(file: Path, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise AdapterError(f"preset {file}: {pattern} is no regular expression ({error})") from None
+        raise AdapterError(f"preset {file}: {pattern} is not a regular expression ({error})") from None
 
 
 def chosen(model: nn.Module, preset: Preset, norms: bool = False) -> Iterator[Chosen]:
-    """The layers of a model that a preset takes.
+    """The layers of a model that a preset chooses.
 
     Args:
         model: A U-Net or a text encoder.
         preset: The preset.
-        norms: Whether normalisation layers inside of its classes are taken, too.
+        norms: Whether normalisation layers inside of its classes are included.
 
     Returns:
-        Linear layers, convolutions and normalisation layers, in the model's order; each once.
+        Linear layers, convolutions and normalisation layers, in the model's order, without duplicates.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -208,7 +210,7 @@ def chosen(model: nn.Module, preset: Preset, norms: bool = False) -> Iterator[Ch
 
 
 def _of_override(preset: Preset, path: str, name: str, named: bool, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options for what is at a path: those of an override of its name or class, or those from around it."""
+    """The options for a module: those of an override for its name or class, or those of the module that contains it."""
     for override in preset.overrides:
         if override.by_class and override.pattern == name:
             return override.options

@@ -1,7 +1,7 @@
-"""`save_lora_weights` for adapters that are more than low-rank pairs: a file as LyCORIS writes it.
+"""`save_lora_weights` for adapters that are not only low-rank pairs: they are written in LyCORIS' format.
 
-Its callers hand in the tensors of a model's state dict. What these mean is in the model (alphas, kinds), so the adapter
-is looked up there.
+The callers pass tensors of a model's state dict. Their meaning (alphas, kinds) is only known to the model, so the
+adapter is looked up in the live models.
 """
 
 import re
@@ -24,23 +24,23 @@ from lora_adapters.types.registry import is_ours
 from .adapted_models import remembered
 from .injection import extract_changes, module_named
 
-# A tensor of `types.lycoris.weights.DeltaWeights`, as PEFT names it in state dicts.
+# A tensor of `types.lycoris.weights.DeltaWeights`, with PEFT's name in state dicts.
 _FIELD = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_A\.(?!weight$)(\w+)")
-_LAYERS = "_lora_layers"  # of the arguments' names, behind the component's
+_LAYERS = "_lora_layers"  # the suffix of the argument for a component
 Tensors = dict[tuple[ModuleName, str], torch.Tensor]
 
 
 def saved(arguments: Mapping[str, Any]) -> bool:
-    """Write the file of `save_lora_weights` if tensors are of other kinds than low-rank pairs.
+    """Write the file of `save_lora_weights` if tensors belong to other kinds than low-rank pairs.
 
     Args:
         arguments: The arguments of `save_lora_weights` by name.
 
     Returns:
-        Whether it was written; False if all is plain LoRA, which diffusers saves.
+        Whether the file was written; False for plain LoRA, which diffusers saves.
 
     Raises:
-        AdapterError: The tensors belong to no adapter in memory, or the file cannot be written.
+        AdapterError: The tensors do not belong to an adapter in memory, or the file cannot be written.
     """
     models_or_states = {
         name.removesuffix(_LAYERS): value for name, value in arguments.items() if name.endswith(_LAYERS) and value
@@ -52,38 +52,38 @@ def saved(arguments: Mapping[str, Any]) -> bool:
     if not any(_FIELD.fullmatch(key) for state in states.values() for key in state):
         return False
     if not arguments.get("safe_serialization", True):
-        raise AdapterError("adapters of other kinds than LoRA are saved as safetensors: leave safe_serialization True")
+        raise AdapterError("adapters of other kinds than LoRA need safetensors: use safe_serialization=True")
     modules: dict[ModuleName, Delta] = {}
     for component, state in states.items():
         changes = _changes_with(component, _named(component, state))
         if changes is None:
             raise AdapterError(
-                f"the {component}'s tensors belong to no adapter in memory, so their meaning is unknown: save it with "
-                "Adapter.from_pipeline(pipe, adapter_name).save(path)"
+                f"the {component}'s tensors do not belong to an adapter in memory, so their meaning is unknown: save "
+                "with Adapter.from_pipeline(pipe, adapter_name).save(path)"
             )
         modules |= changes
     folder = Path(arguments["save_directory"])
     if folder.is_file():
-        raise AdapterError(f"{folder} is a file, not a folder to save in")
+        raise AdapterError(f"{folder} is a file: give a folder to save in")
     folder.mkdir(parents=True, exist_ok=True)
     Adapter(modules).save(folder / (arguments.get("weight_name") or DIFFUSERS_NAME))
     return True
 
 
 def _named(component: str, state: Mapping[str, torch.Tensor]) -> Tensors:
-    """The tensors by their modules, and the names of fields or halves."""
+    """The tensors by module and name of the field or factor."""
     tensors: Tensors = {}
     for key, tensor in state.items():
         match = _FIELD.fullmatch(key)
         place = (module_named(component, match[1]), match[2]) if match else split_key(f"{component}.{key}")
         if place is None:
-            raise AdapterError(f"{component}.{key:.120} is no tensor of an adapter")
+            raise AdapterError(f"{component}.{key:.120} is not a tensor of an adapter")
         tensors[place] = tensor
     return tensors
 
 
 def _changes_with(component: str, tensors: Tensors) -> dict[ModuleName, Delta] | None:
-    """The changes of the adapter in memory that has these tensors; None if none has."""
+    """The changes of the adapter in memory that has these tensors; None if no adapter has them."""
     for model in remembered():
         for name in getattr(model, "peft_config", {}):
             if not is_ours(model, name):
@@ -91,7 +91,7 @@ def _changes_with(component: str, tensors: Tensors) -> dict[ModuleName, Delta] |
             try:
                 changes = extract_changes(model, component, name)
             except AdapterError:
-                continue  # computed in a way of PEFT's own
+                continue  # the adapter uses an unsupported PEFT feature
             if _are_equal(_tensors_of(changes), tensors):
                 return changes
     return None
@@ -113,7 +113,7 @@ def _note(tensors: Tensors, module: ModuleName, name: str, tensor: torch.Tensor)
 
 
 def _are_equal(live: Tensors, tensors: Tensors) -> bool:
-    """Whether they are the same numbers, as far as the dtypes that are given can tell."""
+    """Whether the values are equal, after casting to the dtypes of the given tensors."""
     return live.keys() == tensors.keys() and all(
         not tensor.is_meta
         and tensor.numel() == tensors[place].numel()

@@ -1,10 +1,10 @@
 """Completes what diffusers saves of this package's adapters.
 
-Training scripts take the tensors out of a model (`get_peft_model_state_dict`), rename them
-(`convert_state_dict_to_diffusers`) and give them to `save_lora_weights`. Many leave the config out, without which alpha
-is taken to be the rank and a DyLoRA is forgotten. And only the attention's tensors are renamed, of which a loader that
-looks at the first name alone then reads a part and leaves the rest. So for adapters of this package the config is
-looked up in the models that the tensors come from, and the names are PEFT's throughout.
+Training scripts get the tensors of a model (`get_peft_model_state_dict`), rename them
+(`convert_state_dict_to_diffusers`) and pass them to `save_lora_weights`. Many do not pass the config, without which
+alpha is assumed to be the rank and DyLoRA options are lost. Besides, only the attention's tensors are renamed, so that
+a loader that recognises the format by the first name skips the others. So for adapters of this package, the config is
+looked up in the models that the tensors come from, and all names are written in PEFT's form.
 """
 
 import json
@@ -21,16 +21,16 @@ from lora_adapters.convert.deltas.low_rank import LowRank
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.names import COMPONENTS, ModuleName
 from lora_adapters.convert.formats.diffusers import split_key
-from lora_adapters.types import layers as lora_layers  # whole: it may be half loaded here
+from lora_adapters.types import layers as lora_layers  # as a module, which may be only partly loaded now
 
 from .adapted_models import remembered
 
 logger = logging.getLogger(__name__)
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")  # as PEFT names it in files
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")  # PEFT's names in files
 
 
 def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `save_lora_weights` that are to be others, for the components with adapters of this package."""
+    """The arguments of `save_lora_weights` to replace, for the components with adapters of this package."""
     changed: dict[str, Any] = {}
     for component in COMPONENTS:
         layers, name = arguments.get(f"{component}_lora_layers"), f"{component}_lora_adapter_metadata"
@@ -47,23 +47,23 @@ def completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
             for key, half in halves.items()
             if half is not None
         }
-        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles have no metadata
+        if arguments.get(name) or not arguments.get("safe_serialization", True):  # pickles cannot store metadata
             continue
         if len(configs) == 1:
             changed[name] = configs[0][0]
         else:
-            logger.warning("The %s's adapter is saved without its alphas: several in memory look like it.", component)
+            logger.warning("The %s's adapter is saved without alphas: several adapters in memory match it.", component)
     return changed
 
 
 def _peft_name(key: str, module: ModuleName, half: str) -> str:
-    """The tensor's name in PEFT's form, with the `text_model.` level where it has that."""
+    """The tensor's name in PEFT's form, with `text_model.` if the key has it."""
     path = module.path if key.startswith("text_model.") else module.path.removeprefix("text_model.")
     return f"{path}.lora_{'A' if half == 'down' else 'B'}.weight"
 
 
 def _cut(tensor: torch.Tensor, half: str, rank: int) -> torch.Tensor:
-    """The tensor without the zeros that an adapter is padded with to be swapped for larger ones."""
+    """The tensor without the padding for hot-swapping."""
     return (tensor[:rank] if half == "down" else tensor[:, :rank]).contiguous()
 
 
@@ -102,14 +102,14 @@ def cutting(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_pairs(model: nn.Module, adapter_name: str, writer: str) -> None:
-    """AdapterError if an adapter has changes that have no place in the files of PEFT or diffusers."""
+    """Raise AdapterError if an adapter has changes that files of PEFT or diffusers cannot store."""
     from lora_adapters.types.lycoris.layer import held
 
     for path, layer in lora_layers.layers(model, adapter_name):
         if (weights := held(layer, adapter_name)) is not None:
             kind = with_article(weights.change.kind)
             raise AdapterError(
-                f"adapter {adapter_name} has {kind} in {path}, for which {writer}'s files have no place: save it with "
+                f"adapter {adapter_name} has {kind} in {path}, which {writer}'s files cannot store: save it with "
                 "Adapter.from_models"
             )
 
@@ -118,9 +118,9 @@ Found = tuple[dict[str, Any], dict[ModuleName, int]]  # a config, and the rank o
 
 
 def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, Any]) -> list[Found]:
-    """The different configs of adapters with these weights; the one whose very tensors these are, if it is among them.
+    """The different configs of adapters with these weights; only one if these are the adapter's own tensors.
 
-    Copies, also in another dtype or on another device, have an adapter's weights; equal widths alone say nothing.
+    Tensors are compared by value, so that copies in another dtype or on another device match too.
     """
     if not all(halves.values()) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         return []
@@ -140,10 +140,10 @@ def _configs(component: str, tensors: Mapping[str, Any], halves: Mapping[str, An
 
 
 def _equal(pair: LowRank, stored: Mapping[Any, torch.Tensor], module: ModuleName) -> bool:
-    """Whether the pair is what is given for the module, as far as the given dtype can tell."""
+    """Whether the pair equals the tensors given for the module, after casting to their dtype."""
     for half, live in (("down", pair.down), ("up", pair.up)):
         tensor = stored.get((module, half))
-        if tensor is None or live.is_meta:  # offloaded weights are nowhere to be compared
+        if tensor is None or live.is_meta:  # offloaded weights cannot be compared
             return False
         tensor = _cut(tensor, half, pair.rank)
         if not torch.equal(live.to(tensor).reshape(-1), tensor.reshape(-1)):
@@ -152,13 +152,13 @@ def _equal(pair: LowRank, stored: Mapping[Any, torch.Tensor], module: ModuleName
 
 
 def _adapters(component: str) -> Iterator[tuple[Any, dict[ModuleName, LowRank], dict[ModuleName, int]]]:
-    """Config, pairs and widths (ranks with padding) of this package's adapters that are pairs alone, in live models."""
+    """Config, pairs and padded ranks of this package's adapters in live models that consist only of pairs."""
     from lora_adapters.types.registry import is_ours
 
     from .injection import extract_changes, is_plain, widths
 
     for model in remembered():
         for name, config in getattr(model, "peft_config", {}).items():
-            if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors go to diffusers as they are
+            if is_ours(model, name) and is_plain(model, name):  # DoRA's tensors are saved by diffusers unchanged
                 pairs: Any = extract_changes(model, component, name)
                 yield config, pairs, widths(model, component, name)

@@ -1,4 +1,4 @@
-"""Sorts the components of live adapters by size, so that the first b of them are the best adapter of rank b."""
+"""Sorts the components of live adapters by size, so that the first b components are the best adapter of rank b."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +28,10 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
     """Replace the components of adapters in live models by those of their SVD, the largest first. ΔW stays the same.
 
     Each module's pair becomes up = U·√Σ and down = √Σ·Vᵀ, written into the same tensors. A plain LoRA becomes a DyLoRA
-    of unit 1, with an adapter of each rank: `set_rank(pipe, 4)` then gives the best approximation of rank 4. A DyLoRA
-    keeps its unit, and at every rank has the scale of its full rank ("constant").
+    of unit 1, which can be used at each rank: `set_rank(pipe, 4)` then gives the best approximation of rank 4. A DyLoRA
+    keeps its unit, and has the scale of its full rank at every rank ("constant").
 
-    When training with sort_at (see `DyLoraConfig`), call this function, with the optimizer, when `set_step` returns
+    When training with sort_at (see `DyLoraConfig`), call this function with the optimizer when `set_step` returns
     True. The optimizer's state belongs to the original components. The optimizer continues to step these, and the
     sorted components change accordingly (`component_steps`), so training of the full rank continues as if nothing had
     been sorted. An optimizer that averages weights (schedule-free) restarts instead: first moments become zero, second
@@ -39,16 +39,16 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
 
     Args:
         target: A pipeline, a model, or a list of models.
-        optimizer: The optimizer that trains them; None if there is none yet.
+        optimizer: The optimizer that trains the adapters; None if none exists yet.
         adapter_name: The adapter; None for all LoRAs and DyLoRAs (adapters of other types are left unchanged).
 
     Raises:
-        AdapterError: There is no such adapter, it is not only low-rank pairs (DoRA, lora_bias, PEFT's variants), it is
-            fused, or the optimizer's state cannot be carried over. Nothing is then changed.
+        AdapterError: The adapter does not exist, does not consist only of low-rank pairs (DoRA, lora_bias, PEFT's
+            variants), is fused, or the optimizer's state cannot be converted. Nothing is changed then.
     """
     adapters = list(_adapters(target, adapter_name))
     if not adapters:
-        raise AdapterError(f"there is no LoRA {adapter_name or ''} here whose components could be sorted")
+        raise AdapterError(f"no LoRA {adapter_name or ''} was found whose components could be sorted")
     if adapter_name is None:
         adapters = [adapter for adapter in adapters if not _is_of_another_kind(*adapter)] or adapters
     for model, name in adapters:
@@ -63,7 +63,7 @@ def sort_components(target: Any, optimizer: Any = None, adapter_name: str | None
 
 @contextmanager
 def _following(optimizer: Any, parts: list[Components]) -> Iterator[None]:
-    """A context in which components are sorted, after which an optimizer goes on with them."""
+    """A context in which components are sorted; the optimizer continues with them afterwards."""
     inner = optimizer_state.unwrapped(optimizer)
     if inner is None or averages_weights(inner):
         weights = [part.weight for part in parts]
@@ -87,20 +87,20 @@ def _adapters(target: Any, adapter_name: str | None) -> Iterator[tuple[nn.Module
 
 
 def _is_of_another_kind(model: nn.Module, name: str) -> bool:
-    """Whether an adapter has changes that are no low-rank pairs."""
+    """Whether an adapter has changes that are not low-rank pairs."""
     return any(held(layer, name) is not None for _, layer in layers(model, name))
 
 
 def _check(model: nn.Module, name: str) -> None:
     for path, layer in layers(model, name):
         if held(layer, name) is not None:
-            raise AdapterError(f"{path} has another kind of change in {name} than LoRA's: it has no components to sort")
+            raise AdapterError(f"{path} is not a LoRA in {name}: it has no components to sort")
         if more := registry.beyond_deltas(layer, name):
-            raise AdapterError(f"{path} has {more} in {name}, which components cannot be sorted with")
+            raise AdapterError(f"{path} has {more} in {name}, with which components cannot be sorted")
         if name in layer.merged_adapters:
             raise AdapterError(f"{name} is fused into the weights: unfuse it first")
         if any(factor.weight.device.type == "meta" for factor in factors(layer, name)):
-            raise AdapterError(f"{name} is not in memory (offloaded): sort its file, with Adapter.sorted")
+            raise AdapterError(f"{name} is offloaded, not in memory: sort its file with Adapter.sorted")
 
 
 def _sort(model: nn.Module, name: str) -> None:
@@ -119,7 +119,7 @@ def _sort(model: nn.Module, name: str) -> None:
 
 
 def _write(layer: Any, name: str, pair: LowRank) -> None:
-    """Put a pair's factors where an adapter's are; what it is padded with stays zero."""
+    """Write a pair's factors into an adapter's; padding stays zero."""
     down, up = factors(layer, name)
     down.weight.narrow(0, 0, pair.rank).copy_(pair.down)
     up.weight.narrow(1, 0, pair.rank).copy_(pair.up)

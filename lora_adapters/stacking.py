@@ -1,8 +1,8 @@
-"""Several adapters of a layer computed as one: their factors stacked, their weights a gate between them.
+"""Computing several adapters of a layer as one: their factors are stacked, with their weights as a gate in between.
 
-Σ sᵢ·upᵢ·downᵢ·x = [up₁ up₂ ...] · diag(s₁, ..., s₂, ...) · [down₁; down₂; ...] · x, which takes two products and not
-two for each adapter. The factors are put side by side in each call, which costs next to nothing beside the products and
-takes no memory, and there is nothing that could be out of date when weights, ranks or adapters change.
+Σ sᵢ·upᵢ·downᵢ·x = [up₁ up₂ ...] · diag(s₁, ..., s₂, ...) · [down₁; down₂; ...] · x, which needs two products instead of
+two for each adapter. The factors are concatenated in each call, which is cheap compared with the products and needs no
+permanent memory, and nothing has to be updated when weights, ranks or adapters change.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ _PLAIN = (nn.Linear, nn.Conv2d)
 def stacked(stock: Method) -> Method:
     """Replacement for `forward` of PEFT's linear layers and convolutions that computes several adapters in one product.
 
-    The original is called for everything except two or more active adapters that are plain low-rank pairs: for mixed
-    batches, for training (because of dropouts and gradients), and if hooks of an offloader surround the factors.
+    It applies to two or more active adapters that are plain low-rank pairs. The original is called for everything else:
+    for mixed batches, for training (because of dropouts and gradients), and if the factors have offloading hooks.
 
     Args:
         stock: The original method.
@@ -32,7 +32,7 @@ def stacked(stock: Method) -> Method:
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not args and "input" in kwargs:  # as AnimateDiff's motion modules call theirs, and no layer of PEFT's
+        if not args and "input" in kwargs:  # AnimateDiff's motion modules use this keyword, which PEFT does not accept
             args = (kwargs.pop("input"),)
         return of_input(self, *args, **kwargs)
 
@@ -60,7 +60,7 @@ def stacked(stock: Method) -> Method:
 def _stack(
     layer: Any, names: list[str], x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-    """The stacked factors, and the gate where it is not in them; None if the adapters are not to be stacked."""
+    """The stacked factors, and the gate unless it is included in them; None if the adapters cannot be stacked."""
     if len(names) < 2 or type(x) is not torch.Tensor:
         return None
     pairs = [Factors(layer.lora_A[name], layer.lora_B[name]) for name in names]
@@ -94,13 +94,13 @@ def _stack(
 
 
 def _gate_of_variant(variant: Any, layer: Any, name: str) -> torch.Tensor | None:
-    """The gate of a type of adapter that is a low-rank pair with one; None for PEFT's variants."""
+    """The gate of an adapter type that is a low-rank pair with a gate; None for PEFT's variants."""
     gate = getattr(variant, "gate_of_all", None)
     return None if gate is None else gate(layer, name)
 
 
 def _is_of_pair(layer: Any, pair: Factors) -> bool:
-    """Whether a convolution's factors are its own kernel, then 1x1."""
+    """Whether a convolution's factors have the layer's kernel (`down`) and a 1x1 kernel (`up`)."""
     down, base = pair.down, layer.base_layer
     same = (down.kernel_size, down.stride, down.padding, down.dilation) == (
         base.kernel_size,
@@ -113,14 +113,14 @@ def _is_of_pair(layer: Any, pair: Factors) -> bool:
 
 
 def _scaled(down: torch.Tensor, scale: Any) -> torch.Tensor:
-    """The factor with each component multiplied."""
+    """`down` with each component multiplied by the scale."""
     if isinstance(scale, torch.Tensor) and scale.ndim:
         scale = scale.view(-1, *[1] * (down.ndim - 1))
     return down * (scale.to(down) if isinstance(scale, torch.Tensor) else scale)
 
 
 def _gate(layer: Any, downs: list[torch.Tensor], scales: list[Any]) -> torch.Tensor:
-    """The scale of each component, kept for the next call with the same ones."""
+    """The scale of each component, cached for the next call with the same scales."""
     ranks = tuple(len(down) for down in downs)
     key = (ranks, tuple(scales), downs[0].dtype, downs[0].device)
     kept = vars(layer).get("_lora_adapters_gate")

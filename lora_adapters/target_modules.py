@@ -1,4 +1,4 @@
-"""Which modules kohya's LoRA types adapt, and at which rank and alpha."""
+"""The modules that kohya's LoRA types adapt, and their ranks and alphas."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _CONTAINERS = {
 
 
 class Ranks(Protocol):
-    """The fields of a config that decide ranks and alphas."""
+    """The fields of a config that determine ranks and alphas."""
 
     r: int
     lora_alpha: float
@@ -35,20 +35,20 @@ class Ranks(Protocol):
     exclude_patterns: list[str] | None
     reg_dims: dict[str, int] | None
     reg_alphas: dict[str, float] | None
-    rank_pattern: dict[Any, Any] | None  # as PEFT declares them
+    rank_pattern: dict[Any, Any] | None  # PEFT's type
     alpha_pattern: dict[Any, Any] | None
 
 
 @dataclass(frozen=True)
 class RankAlpha:
-    """A module's rank (0: it is left alone) and alpha."""
+    """A module's rank (0 if it is not adapted) and alpha."""
 
     rank: int
     alpha: float
 
 
 def base_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """All linear layers and convolutions of a model. Layers that PEFT has wrapped count as what they were before.
+    """All linear layers and convolutions of a model. For layers wrapped by PEFT, the original layer is returned.
 
     Args:
         model: The model.
@@ -73,12 +73,12 @@ def base_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def is_kxk(layer: nn.Module) -> bool:
-    """Whether it is a convolution larger than 1x1, the kind that C3Lier adds and conv_dim is for."""
+    """Whether a layer is a convolution larger than 1x1, which C3Lier adapts with the rank conv_dim."""
     return isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != (1, 1)
 
 
 def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str]:
-    """The modules that kohya's LoRA adapts in a denoiser or text encoder, or those of a preset.
+    """The modules of a denoiser or text encoder that kohya's LoRA adapts, or those of a preset.
 
     LierLa adapts the linear layers and 1x1 convolutions of attention blocks, and attention and MLP of text encoders.
     C3Lier adds all layers of ResNet blocks, downsamplers and upsamplers. In a transformer both adapt the linear layers
@@ -87,7 +87,7 @@ def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str
     Args:
         model: The model.
         conv: True for C3Lier, False for LierLa.
-        preset: The name or file of a preset of LyCORIS; None for kohya's coverage.
+        preset: The name or file of a LyCORIS preset; None for kohya's modules.
 
     Returns:
         The paths.
@@ -121,7 +121,7 @@ def covered(model: nn.Module, conv: bool, preset: str | None = None) -> list[str
 
 
 def check_block_list(name: str, values: Sequence[float] | None, architecture: str) -> None:
-    """AdapterError if a list is not as long as the architecture has blocks (25; SDXL 23) or has a negative item."""
+    """Raise AdapterError if a list does not have one value for each block (25; SDXL: 23), or has a negative value."""
     if values is None:
         return
     family = by_name(architecture)
@@ -133,7 +133,7 @@ def check_block_list(name: str, values: Sequence[float] | None, architecture: st
 
 
 class RankRule:
-    """Rank and alpha of every module of one model by a config; `family` is that of a transformer, by its class."""
+    """Decides rank and alpha of the modules of a model by a config; `family` is the transformer's, by its class."""
 
     def __init__(self, ranks: Ranks, model_paths: Sequence[str], family: ModelFamily | None = None):
         self.ranks = ranks
@@ -147,10 +147,10 @@ class RankRule:
                 check_block_list(name, getattr(ranks, name), self.family.name)
 
     def __call__(self, path: str, layer: nn.Module) -> RankAlpha:
-        """The rank and alpha of the layer at `path`; block lists count in denoisers only, as in kohya's trainer.
+        """The rank and alpha of the layer at `path`; block lists apply to denoisers only, as in kohya's trainer.
 
-        A pattern of reg_dims wins over these. PEFT's own rank_pattern and alpha_pattern, which name single modules,
-        win over all ranks.
+        Patterns in reg_dims take precedence over block lists, and PEFT's rank_pattern and alpha_pattern, which are for
+        single modules, over all others.
         """
         ranks, names = self.ranks, self.names(path)
         if left_out(ranks.include_patterns, ranks.exclude_patterns, names):

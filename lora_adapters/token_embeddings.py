@@ -1,9 +1,9 @@
-"""Embeddings of tokens (textual inversions) that an adapter's file has beside its changes, in a live pipeline.
+"""Token embeddings (textual inversions) in adapter files, loaded into a live pipeline.
 
-They go into the tokenizers and text encoders with the adapter, under the names that
-`diffusers.loaders.TextualInversionLoaderMixin` gives them: a token of several vectors is `token token_1 token_2 ...`,
-which a pipeline makes of `token` in prompts. The weights of the text encoders stay as they are, in their shapes too:
-the vectors of the new ids are looked up beside them. They leave with the adapter, and so do the tokens.
+They are added to the tokenizers and text encoders together with the adapter, with the names that
+`diffusers.loaders.TextualInversionLoaderMixin` uses: a token with several vectors becomes `token token_1 token_2 ...`,
+which a pipeline substitutes for `token` in prompts. The weights of the text encoders do not change: hooks look up the
+vectors of the new ids. Tokens and vectors are removed together with the adapter.
 """
 
 import copy
@@ -19,8 +19,8 @@ from torch import nn
 from lora_adapters.convert.errors import AdapterError
 
 logger = logging.getLogger(__name__)
-_STATE = "_lora_adapters_tokens"  # the attribute of a text encoder that has such embeddings
-_ENDS = {  # of keys, and the text encoder whose embeddings they are
+_STATE = "_lora_adapters_tokens"  # the attribute of a text encoder with such embeddings
+_ENDS = {  # the suffixes of keys, and the text encoder of the embedding
     "string_to_param.*": "text_encoder",  # A1111
     "emb_params": "text_encoder",
     "clip_l": "text_encoder",
@@ -37,19 +37,19 @@ class Embedding(NamedTuple):
 
 
 class _Lookup:
-    """Vectors for the ids behind a tokenizer's own, in an embedding layer's hooks: before its forward and after it."""
+    """Hooks of an embedding layer that supply the vectors of ids after the tokenizer's own ids."""
 
     def __init__(self) -> None:
         self.first, self.vectors = 0, torch.empty(0)
         self._ids = torch.empty(0)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The ids, those of new tokens replaced by one that the layer has."""
+        """Before forward: replace the ids of new tokens by an id that the layer has."""
         self._ids = args[0]
         return (self._ids.where(self._ids < self.first, 0), *args[1:])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """The layer's vectors, (..., width), those of new tokens put in."""
+        """After forward: insert the vectors of new tokens into the output, (..., width)."""
         ids = self._ids.to(output.device)
         is_new = (ids >= self.first)[..., None]
         vectors = self.vectors.to(output)[(ids - self.first).clamp(min=0)]
@@ -58,17 +58,17 @@ class _Lookup:
 
 @dataclass
 class _State:
-    """The embeddings in a text encoder: whose they are, and what the vocabulary was without them."""
+    """The embeddings in a text encoder by adapter, and the tokenizer without them."""
 
     tokenizer: Any
     before: Any  # a copy of the tokenizer
-    legacy: list[nn.Module]  # modules that take the highest id for the end of a text
+    legacy: list[nn.Module]  # modules that treat the highest id as the end of a text
     by_adapter: dict[str, list[Embedding]] = field(default_factory=dict)
     lookup: _Lookup = field(default_factory=_Lookup)
 
     @property
     def vectors(self) -> dict[str, torch.Tensor]:
-        """The vector of each token that is not in the vocabulary without the adapters, in the order of their ids."""
+        """The vector of each token that the adapters add to the vocabulary, in the order of the ids."""
         own = self.before.get_vocab()
         parts = [part for listed in self.by_adapter.values() for part in listed]
         pairs = [pair for part in parts for pair in zip(part.tokens, part.vectors, strict=True)]
@@ -81,20 +81,20 @@ Plan = dict[str, list[Embedding]]
 def planned(
     pipe: Any, models: Mapping[str, nn.Module], embeddings: Mapping[str, torch.Tensor], replaced: str | None = None
 ) -> Plan:
-    """The embeddings of a file by the text encoders that they go into. Nothing is changed.
+    """Plan the text encoder of each embedding of a file. Nothing is changed.
 
     Args:
         pipe: The pipeline.
         models: Its models by component, without wrappers.
-        embeddings: Tensors by the ends of their keys, `<token>.<...>`. A warning lists those that no text encoder can
-            take.
-        replaced: An adapter whose own embeddings will be removed.
+        embeddings: Tensors by key without `bundle_emb.`, `<token>.<...>`. A warning lists those for which the pipeline
+            has no text encoder.
+        replaced: An adapter whose embeddings will be removed.
 
     Returns:
         The embeddings by component.
 
     Raises:
-        AdapterError: The width is that of another model, or the token already has another embedding.
+        AdapterError: The width does not match the text encoder, or the token already has another embedding.
     """
     plan: Plan = {}
     left_out = []
@@ -112,18 +112,19 @@ def planned(
         plan.setdefault(component, []).append(embedding)
     if left_out:
         logger.warning(
-            "The pipeline has no place for embeddings beside the adapter, which are left out: %s", ", ".join(left_out)
+            "The pipeline has no text encoder for embeddings of the adapter, which are left out: %s",
+            ", ".join(left_out),
         )
     return plan
 
 
 def _split(key: str) -> tuple[str, str]:
-    """The token in a key and the text encoder that it is for, "" where nobody knows."""
+    """The token in a key, and its text encoder ("" if unknown)."""
     for end, component in _ENDS.items():
         if key.endswith(f".{end}"):
             return key.removesuffix(f".{end}"), component
     token, _, rest = key.partition(".")
-    return token, "text_encoder" if rest.strip("<>") == token.strip("<>") else ""  # diffusers: named like the token
+    return token, "text_encoder" if rest.strip("<>") == token.strip("<>") else ""  # diffusers uses the token's name
 
 
 def _named(key: str, token: str, tensor: torch.Tensor) -> Embedding:
@@ -132,7 +133,7 @@ def _named(key: str, token: str, tensor: torch.Tensor) -> Embedding:
 
 
 def _check(embedding: Embedding, component: str, tokenizer: Any, model: Any, replaced: str | None) -> None:
-    """AdapterError if the embedding cannot be put there."""
+    """Raise AdapterError if the embedding cannot be added to the text encoder."""
     weight = model.get_input_embeddings().weight
     if embedding.vectors.shape[1:] != weight.shape[1:] or not len(embedding.vectors):
         raise AdapterError(
@@ -147,7 +148,7 @@ def _check(embedding: Embedding, component: str, tokenizer: Any, model: Any, rep
         present = new.get(token) if token in new else weight[vocabulary[token]] if token in vocabulary else vector
         if present is None or present.is_meta or not _are_equal(present, vector, weight.dtype):
             raise AdapterError(
-                f"the tokenizer has the token {token:.80} already, with another embedding: take that one out first, "
+                f"the tokenizer already has the token {token:.80} with another embedding: remove that one first, "
                 "or load Adapter.load(path).replaced(embeddings={})"
             )
 
@@ -161,7 +162,7 @@ def _pairs(embedding: Embedding) -> list[tuple[str, torch.Tensor]]:
 
 
 def place(pipe: Any, models: Mapping[str, nn.Module], plan: Plan, adapter_name: str) -> None:
-    """Put embeddings into tokenizers and text encoders, all of them or none."""
+    """Add embeddings to tokenizers and text encoders, all of them or none."""
     try:
         for component, parts in plan.items():
             tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"))
@@ -184,10 +185,10 @@ def _place(tokenizer: Any, model: Any, parts: list[Embedding], adapter_name: str
 
 
 def _settle(state: _State) -> None:
-    """Give the tokenizer the tokens that adapters need, behind its own, and the lookup their vectors."""
+    """Add the tokens of all adapters to the tokenizer, after its own, and their vectors to the lookup."""
     tokenizer, vectors = state.tokenizer, state.vectors
     own = vars(copy.deepcopy(state.before))
-    vars(tokenizer).clear()  # the object itself stays: other pipelines may have it, too
+    vars(tokenizer).clear()  # modified in place, since other pipelines may share the object
     vars(tokenizer).update(own)
     state.lookup.first = len(tokenizer)
     for token in vectors:
@@ -197,9 +198,10 @@ def _settle(state: _State) -> None:
 
 
 def _legacy(model: Any, tokenizer: Any) -> list[nn.Module]:
-    """The modules of CLIP that look for the end of a text at the highest id, as configs with the wrong one (2) say.
+    """CLIP's modules that find the end of a text by the highest id, as for configs with the wrong end token (2).
 
-    With ids above the end's they would take a new token for it. They look for the end itself while there are such.
+    They would mistake a new token, which has a higher id, for the end. So they use the correct end token while there
+    are new tokens.
     """
     parts = [part for part in model.modules() if getattr(part, "eos_token_id", None) == 2]
     for part in parts:
@@ -214,7 +216,7 @@ def _states(models: Mapping[str, nn.Module]) -> Iterator[tuple[Any, _State]]:
 
 
 def remove(models: Mapping[str, nn.Module], adapter_names: Collection[str] | None) -> None:
-    """Take the embeddings of adapters out, those of all where None."""
+    """Remove the embeddings of adapters; None for those of all adapters."""
     for model, state in list(_states(models)):
         before = len(state.by_adapter)
         for name in list(state.by_adapter):
@@ -234,7 +236,7 @@ def remove(models: Mapping[str, nn.Module], adapter_names: Collection[str] | Non
 
 @contextmanager
 def set_aside(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Without the embeddings of any adapter in the block; behind it they follow on the tokens that there are then."""
+    """A context without the adapters' embeddings; afterwards they are added again, after the tokens present then."""
     states = list(_states(models))
     by_adapter = [dict(state.by_adapter) for _, state in states]
     remove(models, None)
@@ -247,5 +249,5 @@ def set_aside(models: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def embeddings_of(models: Mapping[str, nn.Module], adapter_name: str) -> dict[str, torch.Tensor]:
-    """The embeddings of an adapter in the models, by the ends of their keys in a file."""
+    """The embeddings of an adapter in the models, by key without `bundle_emb.`."""
     return {part.key: part.vectors for _, state in _states(models) for part in state.by_adapter.get(adapter_name, ())}

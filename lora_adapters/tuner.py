@@ -1,4 +1,4 @@
-"""PEFT's tuners, LoRA's and the mixed one, with rank and alpha decided for every module by this package's configs."""
+"""Wrappers of PEFT's LoRA and mixed tuners, in which this package's configs decide rank and alpha of every module."""
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,7 +13,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.families.registry import by_class
 from lora_adapters.convert.formats.diffusers import lora_config as patterns_of
 
-# Whole modules: each may be half loaded when its import of peft is what loads this one.
+# Imported as modules: each may be only partly loaded, if its import of peft loads this one.
 from lora_adapters.types import base, layers, registry
 
 from . import adapted_models, grafting
@@ -25,7 +25,7 @@ _PEFT_MODEL_PREFIX = "base_model.model."  # PeftModel.add_adapter injects into i
 
 
 class _Resolved:
-    """Rank and alpha by the anchored patterns of a config that was in a model before; a plain look-up of each path."""
+    """Rank and alpha from the anchored patterns of a config that was used in a model before: a dictionary lookup."""
 
     def __init__(self, config: LoraConfig):
         self.default = RankAlpha(config.r, config.lora_alpha)
@@ -42,7 +42,7 @@ def _literal(pattern: Mapping[str, Any] | None) -> dict[str, Any]:
 
 @contextmanager
 def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) -> Iterator[None]:
-    """Where the block fails, the adapter's name is free again, and the others are as they were."""
+    """If the block fails, remove the new adapter, so that the others are unchanged."""
     trained, active, before = list[Any](), dict[Any, list[str]](), set[Any]()
     for module in model.modules():
         trained += [
@@ -69,20 +69,20 @@ def _all_or_nothing(model: Any, adapter_name: str, peft_config: dict[str, Any]) 
         if not before:
             peft_config.pop(adapter_name, None)
         if not peft_config and hasattr(model, "_hf_peft_config_loaded"):
-            model._hf_peft_config_loaded = False  # else the next adapter is looked for where there is no peft_config
+            model._hf_peft_config_loaded = False  # otherwise peft_config, which was removed, is expected to exist
         raise
 
 
 def injecting(stock: Method) -> Method:
-    """Of the `inject_adapter` of PEFT's LoRA and mixed tuners."""
+    """Wraps `inject_adapter` of PEFT's LoRA and mixed tuners."""
 
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject as PEFT does, with this package's coverage and ranks; then the layers become its type's."""
+        """Inject with this package's choice of modules and ranks, and then attach the adapter's type to the layers."""
         with adapted_models.CHANGING:
             inject_in_turn(self, model, adapter_name, *args, **kwargs)
 
     def inject_in_turn(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        registry.detach(model, adapter_name)  # what a deleted adapter of this name may have left
+        registry.detach(model, adapter_name)  # remove leftovers of a deleted adapter with this name
         config: Any = registry.restored(self.peft_config[adapter_name])
         if not isinstance(config, base.AdapterConfig):
             stock(self, model, adapter_name, *args, **kwargs)
@@ -95,7 +95,7 @@ def injecting(stock: Method) -> Method:
             try:
                 stock(self, model, adapter_name, *args, **kwargs)
             finally:
-                del self._rule  # which no pickle of the model could hold
+                del self._rule  # it cannot be pickled with the model
 
         _settle(inner, adapter_name, config, self.peft_config, inject)
 
@@ -105,11 +105,11 @@ def injecting(stock: Method) -> Method:
 def _settle(
     inner: Any, adapter_name: str, config: Any, configs: dict[str, Any], inject: Callable[[Rule], None]
 ) -> None:
-    """Inject an adapter, by `inject`, with the ranks that its config means in this model; the config learns of them."""
+    """Inject an adapter with the ranks that follow from its config for this model, and store them in the config."""
     asked = config.asked()
     try:
         with _all_or_nothing(inner, adapter_name, configs):
-            config.check_options()  # again: they may have been set since it was made
+            config.check_options()  # again, since options may have been set after the config was created
             if config.target_modules is None:
                 config.target_modules = set(registry.covered(inner, config))
             if config.resolved:
@@ -118,7 +118,7 @@ def _settle(
                 rule = RankRule(config, [path for path, _, _ in base_layers(inner)], by_class(inner))
             inject(rule)
             config.decide(_decided(inner, adapter_name, config), asked)
-            registry.type_of(config).attach(inner, adapter_name, config)  # what others put there is off already
+            registry.type_of(config).attach(inner, adapter_name, config)  # other types are already detached
     except Exception:
         config.undecide(asked)
         raise
@@ -126,16 +126,16 @@ def _settle(
 
 
 def inject_at(model: nn.Module, config: LoraConfig, adapter_name: str, paths: Collection[str]) -> bool:
-    """Inject an adapter of this package into known layers, as PEFT does, but directly.
+    """Inject an adapter of this package into known layers directly, without PEFT's search.
 
     Args:
         model: The model, without wrappers.
         config: The adapter's config, `resolved`.
-        adapter_name: Its name, which is free in the model.
+        adapter_name: Its name, which must be unused in the model.
         paths: Its layers.
 
     Returns:
-        Whether that has been done; otherwise nothing is changed, and the layers are for PEFT to make.
+        Whether the adapter was injected; if not, nothing is changed, and PEFT must inject it.
     """
     places = grafting.places(model, paths)
     if places is None:
@@ -155,21 +155,21 @@ def inject_at(model: nn.Module, config: LoraConfig, adapter_name: str, paths: Co
 
 
 def _decided(inner: Any, adapter_name: str, config: Any) -> dict[str, Any]:
-    """Target modules, ranks and alphas by the layers that the adapter has got; AdapterError if these are none."""
+    """Target modules, ranks and alphas from the injected layers; AdapterError if there are no layers."""
     decided = {
         path.removeprefix(_PEFT_MODEL_PREFIX): RankAlpha(layer.r[adapter_name], layer.lora_alpha[adapter_name])
         for path, layer in layers.layers(inner, adapter_name)
     }
     if not decided:
-        raise AdapterError(f"adapter {adapter_name} would do nothing: no module has a rank above 0")
+        raise AdapterError(f"adapter {adapter_name} would have no effect: no module has a rank above 0")
     return patterns_of(decided, config.r, config.lora_alpha)
 
 
 def unloading(stock: Method) -> Method:
-    """Of their `_unload_and_optionally_merge`."""
+    """Wraps `_unload_and_optionally_merge` of both tuners."""
 
     def _unload_and_optionally_merge(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Unload as PEFT does; what the adapters' types have put on the model leaves it too."""
+        """Unload as PEFT does, and detach the adapters' types from the model."""
         unloaded = stock(self, *args, **kwargs)
         for adapter_name in self.peft_config:
             registry.detach(unloaded, adapter_name)
@@ -179,7 +179,7 @@ def unloading(stock: Method) -> Method:
 
 
 def creating(stock: Method) -> Method:
-    """Of the `_create_and_replace` of LoRA's tuner, which the mixed one calls."""
+    """Wraps `_create_and_replace` of the LoRA tuner, which the mixed tuner calls too."""
 
     def _create_and_replace(
         self: Any,
@@ -196,8 +196,8 @@ def creating(stock: Method) -> Method:
             layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if isinstance(layer, (nn.Embedding, nn.MultiheadAttention)):
                 raise AdapterError(
-                    f"{path} is {type(layer).__name__}: {type(lora_config).__name__} is for linear layers and "
-                    "convolutions; leave it out of target_modules, or take peft.LoraConfig"
+                    f"{path} is {type(layer).__name__}, but {type(lora_config).__name__} is for linear layers and "
+                    "convolutions: remove it from target_modules, or use peft.LoraConfig"
                 )
             decided = self._rule(path, layer)
             if decided.rank == 0:
@@ -211,13 +211,13 @@ def creating(stock: Method) -> Method:
 
 
 def combining(stock: Method) -> Method:
-    """Of the `add_weighted_adapter` of LoRA's tuner."""
+    """Wraps `add_weighted_adapter` of the LoRA tuner."""
 
     def add_weighted_adapter(self: Any, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """PEFT's combination of adapters into a new one, a plain LoRA. Adapters count as they are used at present."""
+        """Combine adapters into a new plain LoRA as PEFT does, in the state in which they are currently used."""
         first: Any = self.peft_config.get(adapters[0]) if adapters else None
         try:
-            if first is not None:  # the new adapter's config is made from the first one's
+            if first is not None:  # PEFT copies the first adapter's config for the new one
                 self.peft_config[adapters[0]] = registry.type_of(first).plain(first)
             with registry.as_used(self.model, adapters):
                 stock(self, adapters, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The changes of one module's weight that adapters make: one file for each kind."""
+"""Weight changes that adapters make to one module: one file for each kind of adapter."""
 
 from .base import Delta
 from .boft import BOFT

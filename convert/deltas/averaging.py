@@ -1,7 +1,7 @@
-"""The mean of several changes of one weight, in the form that they have.
+"""The mean of several changes of one weight, as a change of the same kind.
 
-What is averaged are the changes ΔW, not the factors: the mean of `up` times the mean of `down` has products of one
-change's `up` with another's `down`, and differs for two factorisations of the same changes.
+The changes ΔW are averaged, not the factors: the mean of `up` times the mean of `down` would contain products of the
+`up` of one change with the `down` of another, and would depend on how each change is factorised.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ def mean(changes: Sequence[Delta], count: int, unit: int | None = None) -> tuple
     the alpha / rank of the first pair that has an effect. The mean of full changes and norms is exact.
 
     Args:
-        changes: At least one.
-        count: The divisor of the sum. If it is more than `len(changes)`, the others are zero.
-        unit: For DyLoRAs, the distance of the ranks that they can be cut to: the result cut to any of these ranks is
-            close to the mean of the changes cut to it. None for other changes.
+        changes: At least one change.
+        count: The divisor of the sum. If it is larger than `len(changes)`, the missing changes count as zero.
+        unit: For DyLoRAs, the step between the ranks that they can be truncated to: the result truncated to any of
+            these ranks is close to the mean of the changes truncated to it. None for other changes.
 
     Returns:
-        The mean, of the same kind, and how well it approximates the exact one.
+        The mean, of the same kind, and its approximation error.
 
     Raises:
-        AdapterError: Their kinds differ or have no mean of the same kind, they are for weights of different shapes, or
-            DyLoRAs have different ranks.
+        AdapterError: The kinds differ, the mean is not a change of the same kind, the weights have different shapes,
+            or DyLoRAs have different ranks.
     """
     pairs = [pair for change in changes if (pair := as_pair(change)) is not None]
     if len(pairs) == len(changes):
@@ -47,8 +47,8 @@ def mean(changes: Sequence[Delta], count: int, unit: int | None = None) -> tuple
         return _mean_of_full([change for change in changes if isinstance(change, Full)], count), Fit(0.0, 0.0)
     kinds = dict.fromkeys(change.kind for change in changes if not isinstance(change, LowRank | Full))
     raise AdapterError(
-        f"the mean of {' and '.join(map(with_article, kinds or ['LoRA']))} and others is not of one kind: "
-        "`lora-adapters convert --to lora --rank N` converts them to low-rank pairs, which have a mean"
+        f"cannot average {' and '.join(map(with_article, kinds or ['LoRA']))}, or changes of different kinds: "
+        "convert all to low-rank pairs first with `lora-adapters convert --to lora --rank N`"
     )
 
 
@@ -64,7 +64,7 @@ def _nested(pairs: Sequence[LowRank], count: int, unit: int) -> tuple[LowRank, F
     first = pairs[0]
     if len({pair.rank for pair in pairs}) > 1:
         ranks = ", ".join(str(pair.rank) for pair in pairs)
-        raise AdapterError(f"the DyLoRAs have the ranks {ranks}: a mean at each rank needs equal ones")
+        raise AdapterError(f"cannot average DyLoRAs of different ranks ({ranks}): they must have the same rank")
     scale = next((pair.scale for pair in pairs if pair.scale), 1.0)
     total = add_up([pair.scaled(1 / count) for pair in pairs], scale)
     ups, downs = total.matrices()
@@ -98,7 +98,7 @@ def _mean_of_full(changes: Sequence[Full], count: int) -> Full:
     def mean_of(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         there = [tensor for tensor in tensors if tensor is not None]
         if len({tensor.shape for tensor in there}) > 1:
-            raise AdapterError(f"they are for weights of {' and '.join(str(list(tensor.shape)) for tensor in there)}")
+            raise AdapterError(f"weight shapes differ: {' and '.join(str(list(tensor.shape)) for tensor in there)}")
         return torch.stack(there).sum(0) / count if there else None
 
     return replace(

@@ -1,4 +1,4 @@
-"""The change of one module's weight, whatever kind of adapter makes it."""
+"""`Delta`, the interface of every weight change, and `TensorDelta`, the base class of most kinds."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -22,70 +22,70 @@ class Delta(Protocol):
 
     @property
     def kind(self) -> str:
-        """The name that users know it by: LoRA, LoHa, LoKr, DoRA, full, norm, GLoRA, IA3, OFT or BOFT."""
+        """The name shown to users: LoRA, LoHa, LoKr, DoRA, full, norm, GLoRA, IA3, OFT or BOFT."""
 
     @property
     def rank(self) -> int | None:
-        """The rank of its factors; None for a kind without one."""
+        """The rank of the factors; None for kinds without a rank."""
 
     @property
     def out_in(self) -> tuple[int, int] | None:
-        """Output channels, and input channels (times the kernel, where it is flattened); None if it tells none."""
+        """Output and input channels (times the kernel size if it is flattened); None if they are not known."""
 
     @property
     def needs_base(self) -> bool:
-        """Whether ΔW depends on W, so that `delta` has to be given it."""
+        """Whether ΔW depends on W, so that `delta` must be called with it."""
 
     @property
     def changes_weight(self) -> bool:
-        """Whether it changes the weight, and not the bias alone."""
+        """Whether the weight changes; False if only the bias does."""
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full: a new tensor that the caller may modify.
+        """ΔW as a dense tensor, which is new: the caller may modify it.
 
         Args:
-            base_weight: W, any floating dtype. None: ΔW is returned in the shape that the file describes, which may
-                have a flattened kernel, (out, in * height * width).
+            base_weight: W, any floating dtype. If None, ΔW has the shape that follows from the file's tensors, in
+                which the kernel may be flattened: (out, in * height * width).
             dtype: The dtype of ΔW and of the arithmetic.
 
         Returns:
             ΔW, in the shape of `base_weight`.
 
         Raises:
-            AdapterError: `base_weight` is needed and missing, or has another shape than this change is for.
+            AdapterError: `base_weight` is needed and missing, or its shape does not fit this change.
         """
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias, (out,), a new tensor; None if the bias stays."""
+        """The change of the bias, (out,), as a new tensor; None if the bias does not change."""
 
     def scaled(self, weight: float) -> Self:
-        """The delta at another weight: what LyCORIS computes with `weight` as its multiplier."""
+        """The delta multiplied by `weight`, as LyCORIS does for a multiplier of `weight`."""
 
     def to(self, dtype: torch.dtype | None) -> Self:
-        """The same delta with its tensors in another dtype; None keeps them."""
+        """The same delta with its tensors in `dtype`; None keeps their dtypes."""
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it is for a weight of this shape; the 2-D and the 4-D shape of a 1x1 convolution are the same."""
+        """Whether the delta fits a weight of this shape; 2-D and 4-D shapes of a 1x1 convolution are equivalent."""
 
     def is_finite(self) -> bool:
-        """Whether no number in its tensors is NaN or infinite."""
+        """Whether all values in the tensors are finite."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors as files have them.
+        """The tensors to write to a file.
 
         Returns:
-            Tensors by the ends of their keys in the files of LyCORIS and kohya ("lora_up.weight", "alpha").
+            The tensors by the suffix of their key in LyCORIS' and kohya's files ("lora_up.weight", "alpha").
 
         Raises:
-            AdapterError: It was scaled, and files of this kind cannot store a weight.
+            AdapterError: The delta was scaled, and files of this kind cannot store a multiplier.
         """
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorDelta:
-    """What the kinds share: everything that follows from their tensors and their multiplier.
+    """Base class of the kinds: implements everything that follows from the tensors and the multiplier.
 
-    A kind has its tensors as fields and defines `shape`, `_dense` and `tensors`.
+    A subclass declares its tensors as fields and defines `shape`, `_dense` and `tensors`.
     """
 
     kind: ClassVar[str]
@@ -98,7 +98,7 @@ class TensorDelta:
 
     @property
     def rank(self) -> int | None:
-        """The rank of its factors; None for a kind without one."""
+        """The rank of the factors; None for kinds without a rank."""
         return None
 
     @property
@@ -108,17 +108,17 @@ class TensorDelta:
 
     @property
     def changes_weight(self) -> bool:
-        """Whether it changes the weight, and not the bias alone."""
+        """Whether the weight changes; False if only the bias does."""
         return True
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of ΔW as the file describes it."""
+        """The shape of ΔW that follows from the file's tensors."""
         raise NotImplementedError
 
     @property
     def out_in(self) -> tuple[int, int] | None:
-        """Output channels, and input channels (times the kernel, where it is flattened); None for a vector."""
+        """Output and input channels (times the kernel size if it is flattened); None for a vector."""
         return (self.shape[0], self.shape[1]) if len(self.shape) > 1 else None
 
     @property
@@ -126,45 +126,45 @@ class TensorDelta:
         return f"a weight of {list(self.shape)}"
 
     def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """ΔW, in any shape with as many elements as W; a new tensor."""
+        """ΔW as a new tensor, in any shape with the same number of elements as W."""
         raise NotImplementedError
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full; see `Delta.delta`."""
+        """ΔW as a dense tensor; see `Delta.delta`."""
         if base_weight is None:
             if self.needs_base:
                 kind = with_article(self.kind)
-                raise AdapterError(f"the change that {kind} module makes depends on the model's weight: pass it")
+                raise AdapterError(f"the change of {kind} module depends on the model's weight: pass base_weight")
             return self._dense(None, dtype).reshape(self.shape)
         if not self.fits(tuple(base_weight.shape)):
-            raise AdapterError(f"made for {self._made_for}, but the model's is {list(base_weight.shape)}")
+            raise AdapterError(f"made for {self._made_for}, but the model's weight is {list(base_weight.shape)}")
         return self._dense(base_weight, dtype).reshape(base_weight.shape)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias; most kinds leave it."""
+        """The change of the bias; None for most kinds."""
         return None
 
     def scaled(self, weight: float) -> Self:
-        """The delta at another weight."""
+        """The delta multiplied by `weight`."""
         return replace(self, multiplier=self.multiplier * weight)
 
     def to(self, dtype: torch.dtype | None) -> Self:
-        """The same delta with its tensors in another dtype; None keeps them."""
+        """The same delta with its tensors in `dtype`; None keeps their dtypes."""
         if dtype is None:
             return self
         tensors: dict[str, Any] = {name: tensor.to(dtype) for name, tensor in tensor_fields(self).items()}
         return replace(self, **tensors)
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it is for a weight of this shape."""
+        """Whether the delta fits a weight of this shape."""
         return without_ones(self.shape) == without_ones(weight_shape)
 
     def is_finite(self) -> bool:
-        """Whether no number in its tensors is NaN or infinite."""
+        """Whether all values in the tensors are finite."""
         return all(finite(tensor) for tensor in tensor_fields(self).values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by the ends of their keys in a file."""
+        """The tensors by the suffix of their key in a file."""
         raise NotImplementedError
 
     def _check_floating(self) -> None:
@@ -176,19 +176,19 @@ class TensorDelta:
         if self.multiplier != 1:
             raise AdapterError(
                 f"{with_article(self.kind)} at weight {self.multiplier:g} cannot be written: "
-                "files of this kind have no place for a weight"
+                "files of this kind cannot store a multiplier"
             )
 
 
 def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor], prefix: str = "") -> Any:
-    """A copy of a change with other tensors, including those of the changes inside of it.
+    """Copy a change with its tensors replaced, including those of nested changes.
 
     Args:
         change: A delta.
-        take: Called with the name of each field and its tensor; returns the new tensor, of the same shape and also
-            floating point: nothing is checked again. Fields of an inner change are named `<field>_<inner field>`,
+        take: Called with the name of each field and its tensor; returns the new tensor, which must have the same shape
+            and be floating point (this is not checked). Fields of a nested change are named `<field>_<inner field>`,
             those of the parts of a sum `parts_<number>_<field>`.
-        prefix: Is put before all names.
+        prefix: Prepended to all names.
 
     Returns:
         A delta of the same kind.
@@ -211,25 +211,25 @@ def with_tensors(change: Any, take: Callable[[str, torch.Tensor], torch.Tensor],
 
 
 def tensor_fields(delta: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a delta, by the names of their fields; not those of a delta inside of it."""
+    """The tensors of a delta by field name, without those of nested deltas."""
     values = ((item.name, getattr(delta, item.name)) for item in fields(delta))
     return {name: value for name, value in values if isinstance(value, torch.Tensor)}
 
 
 def with_article(kind: str) -> str:
-    """ "a LoRA", "an IA3": the kind in a sentence."""
+    """The kind with its indefinite article: "a LoRA", "an IA3"."""
     return f"an {kind}" if kind in ("IA3", "OFT") else f"a {kind}"
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without a 1x1 kernel, so that a 1x1 convolution and a linear layer compare equal."""
+    """The shape without trailing kernel sizes of 1, so that a 1x1 convolution and a linear layer compare equal."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return tuple(shape)
 
 
 def check_shape(name: str, tensor: torch.Tensor, *allowed: tuple[int | None, ...]) -> None:
-    """AdapterError if the tensor has none of these shapes; None in a shape is any size but 0."""
+    """Raise AdapterError unless the tensor has one of these shapes; None in a shape is any size except 0."""
     for shape in allowed:
         if len(shape) == tensor.ndim and all(
             size > 0 if want is None else size == want for size, want in zip(tensor.shape, shape, strict=True)
@@ -243,12 +243,12 @@ def check_shape(name: str, tensor: torch.Tensor, *allowed: tuple[int | None, ...
 
 
 def check_matrix_like(name: str, tensor: torch.Tensor, rows: int | None = None, columns: int | None = None) -> None:
-    """AdapterError unless the tensor is (rows, columns) or (rows, columns, 1, 1); None is any size but 0."""
+    """Raise AdapterError unless the tensor is (rows, columns) or (rows, columns, 1, 1); None is any size except 0."""
     check_shape(name, tensor, (rows, columns), (rows, columns, 1, 1))
 
 
 def alpha_in(change: Delta) -> float | None:
-    """The alpha of a change, or of the change inside of a DoRA or `WithBias`; None for a kind without alpha."""
+    """The alpha of a change, or of the change nested in a DoRA or `WithBias`; None for kinds without alpha."""
     inner = getattr(change, "change", None)
     return getattr(change, "alpha", None) if inner is None else alpha_in(inner)
 
@@ -257,17 +257,17 @@ def alpha_in(change: Delta) -> float | None:
 
 
 def check_suffixes(kind: str, tensors: Tensors, required: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """AdapterError, with their names, if tensors of a kind are missing or do not belong to it."""
+    """Raise AdapterError, with the tensors' names, if required tensors are missing or unknown ones are present."""
     required = tuple(required)
     if missing := [name for name in required if name not in tensors]:
         names = ", ".join(sorted(tensors))
-        raise AdapterError(f"{with_article(kind)} module without {', '.join(missing)}: it has only {names}")
+        raise AdapterError(f"{with_article(kind)} module lacks {', '.join(missing)}: it has only {names}")
     if unknown := sorted(set(tensors) - {*required, *optional}):
-        raise AdapterError(f"{', '.join(unknown)} cannot be read in {with_article(kind)} module")
+        raise AdapterError(f"unexpected tensors in {with_article(kind)} module: {', '.join(unknown)}")
 
 
 def scalar_of(name: str, tensor: torch.Tensor) -> float:
-    """The value of a tensor whose elements are all equal; AdapterError for other tensors, NaN and infinity."""
+    """The value of a tensor whose elements are all equal; AdapterError for other tensors and for NaN and infinity."""
     if tensor.numel() == 0 or bool((tensor != tensor.flatten()[0]).any() and not tensor.isnan().any()):
         raise AdapterError(f"{name} has the shape {list(tensor.shape)}, expected one number")
     value = float(tensor.flatten()[0])
@@ -277,15 +277,15 @@ def scalar_of(name: str, tensor: torch.Tensor) -> float:
 
 
 def alpha_of(tensors: Tensors, rank: int) -> float:
-    """A module's alpha; one that is missing or 0 means the rank, as in kohya's and LyCORIS' code."""
+    """A module's alpha; if it is missing or 0, the rank, as in kohya's and LyCORIS' code."""
     return (scalar_of("alpha", tensors["alpha"]) if "alpha" in tensors else 0.0) or float(rank)
 
 
 def times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """The tensor times a number, computed in float32, in its own dtype; the tensor itself for 1."""
+    """The tensor times a number, computed in float32 and cast back to its dtype; the tensor itself if factor is 1."""
     return tensor if factor == 1 else tensor.to(torch.float32, copy=True).mul_(factor).to(tensor.dtype)
 
 
 def present(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Those tensors that are there."""
+    """The given tensors that are not None."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -14,8 +14,8 @@ from .oft import Rotation
 class BOFT(Rotation):
     """W + ΔW = rescale · B_m · ... · B₂ · B₁ · W, with `blocks` (stages, count, size, size); see `Rotation`.
 
-    Stage i (from 0) takes pairs of rows at the distance 2ⁱ · size / 2 next to each other and multiplies each block of
-    `size` rows with its R.
+    Stage i (from 0) places rows that are 2ⁱ · size / 2 apart next to each other and multiplies each block of `size`
+    rows by its R.
     """
 
     kind: ClassVar[str] = "BOFT"
@@ -25,7 +25,10 @@ class BOFT(Rotation):
         super().__post_init__()
         stages, count, size, _ = self.blocks.shape
         if size % 2 or count % 2 ** (stages - 1):
-            raise AdapterError(f"oft_blocks has the shape {list(self.blocks.shape)}, which no butterfly has")
+            raise AdapterError(
+                f"oft_blocks has the shape {list(self.blocks.shape)}, expected (stages, count, size, size) "
+                "with an even size and a count divisible by 2 ** (stages - 1)"
+            )
 
     def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         assert base_weight is not None

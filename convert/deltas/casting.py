@@ -1,4 +1,4 @@
-"""The changes of an adapter in another dtype."""
+"""Converting the changes of an adapter to another dtype."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -16,19 +16,19 @@ Key = TypeVar("Key")
 def cast_pairs(pairs: Mapping[Key, LowRank], dtype: torch.dtype | None, keep_alpha: bool = False) -> dict[Key, LowRank]:
     """Convert the factors of low-rank pairs to another dtype.
 
-    If factors would lose small numbers, they are balanced by powers of two first, which keeps ΔW. If that is not
-    enough, all factors are multiplied by one power of two and all alphas become smaller to match.
+    If small values of a factor would underflow, both factors are first balanced by powers of two, which keeps ΔW. If
+    that is not enough, the factors of all pairs are multiplied by one power of two and their alphas reduced to match.
 
     Args:
         pairs: The pairs, by any key.
-        dtype: The new dtype; None keeps the pairs.
-        keep_alpha: Never change an alpha.
+        dtype: The new dtype; None returns the pairs unchanged.
+        keep_alpha: Do not change any alpha.
 
     Returns:
         The new pairs, by the same keys.
 
     Raises:
-        AdapterError: A number is too large for the dtype; the message begins with the key.
+        AdapterError: A value is too large for the dtype; the message begins with the key.
     """
     if dtype is None:
         return dict(pairs)
@@ -41,7 +41,7 @@ def cast_pairs(pairs: Mapping[Key, LowRank], dtype: torch.dtype | None, keep_alp
 
 
 def cast_changes(changes: Mapping[Key, Delta], dtype: torch.dtype | None, keep_alpha: bool = False) -> dict[Key, Delta]:
-    """As `cast_pairs`, of changes of any kinds: only pairs are balanced."""
+    """Like `cast_pairs`, for changes of any kind: only low-rank pairs are balanced."""
     if dtype is None:
         return dict(changes)
     pairs = {key: change for key, change in changes.items() if isinstance(change, LowRank)}
@@ -55,4 +55,4 @@ def cast_changes(changes: Mapping[Key, Delta], dtype: torch.dtype | None, keep_a
 
 def _check_finite(key: object, before: Delta, after: Delta, dtype: torch.dtype) -> None:
     if not after.is_finite() and before.is_finite():
-        raise AdapterError(f"{key} has numbers that are too large for {str(dtype).removeprefix('torch.')}")
+        raise AdapterError(f"{key} has values that are too large for {str(dtype).removeprefix('torch.')}")

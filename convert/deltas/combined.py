@@ -1,8 +1,7 @@
-"""Several changes of one weight pruned and put together: TIES, DARE and magnitude pruning.
+"""Pruning and merging several changes of one weight: TIES, DARE and magnitude pruning.
 
-The arithmetic is that of PEFT's merge_utils. It works on ΔW in full, as the papers do on the difference of weights: the
-factors of two low-rank pairs have no common basis, and pruning these would give another result for another
-factorisation of the same change.
+The arithmetic is that of PEFT's merge_utils. It is applied to the dense ΔW, as in the papers, and not to the factors
+of low-rank pairs: pruned factors would give a result that depends on how each change is factorised.
 """
 
 import hashlib
@@ -20,13 +19,16 @@ from .sum import Sum, of_one_shape
 
 @dataclass(frozen=True)
 class Combination:
-    """How changes are put together; AdapterError for values that make no sense.
+    """How several changes are merged. Invalid values raise AdapterError.
 
-    method: "magnitude_prune" keeps the largest numbers of each change and adds the weighted changes up; "dare_linear"
-    (arXiv:2311.03099) keeps random ones, divided by the density; "ties" (arXiv:2306.01708) prunes by magnitude, elects
-    a sign for each number, and takes the mean of the weighted changes that agree with it; "dare_ties" does that after
-    random pruning. density: the share of numbers that is kept, above 0 and up to 1. majority: the sign is that of the
-    sum ("total") or that of most changes ("frequency"). seed: of the random pruning.
+    Attributes:
+        method: "magnitude_prune" keeps the largest values of each change and adds up the weighted changes;
+            "dare_linear" (arXiv:2311.03099) keeps random values, divided by the density; "ties" (arXiv:2306.01708)
+            prunes by magnitude, elects a sign for each element, and takes the mean of the weighted changes with that
+            sign; "dare_ties" does the same after random pruning.
+        density: The share of values to keep, above 0 and up to 1.
+        majority: The elected sign is that of the sum of the changes ("total") or of most changes ("frequency").
+        seed: The seed of the random pruning.
     """
 
     method: str
@@ -36,19 +38,19 @@ class Combination:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise AdapterError(f"unknown method {self.method}: {', '.join(METHODS)} are known")
+            raise AdapterError(f"unknown method {self.method}: choose one of {', '.join(METHODS)}")
         if not 0 < self.density <= 1:
             raise AdapterError(f"density must be above 0 and at most 1, got {self.density:g}")
         if self.majority not in MAJORITIES:
-            raise AdapterError(f"unknown majority {self.majority}: {', '.join(MAJORITIES)} are known")
+            raise AdapterError(f"unknown majority {self.majority}: choose one of {', '.join(MAJORITIES)}")
 
     def of(self, name: str) -> "Combination":
-        """The same with a seed of its own for a module, which does not depend on what other modules there are."""
+        """The same combination with a seed that is derived from the module's name alone."""
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         return replace(self, seed=int.from_bytes(digest[:7], "little"))
 
     def __call__(self, changes: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        """One change of several, all of one shape; the tensors may be overwritten."""
+        """Merge changes of one shape; the tensors may be overwritten."""
         if self.method.startswith("dare"):
             generator = torch.Generator().manual_seed(self.seed)
             kept = [prune_at_random(change, self.density, generator) for change in changes]
@@ -61,7 +63,7 @@ class Combination:
         return total if agreed is None else total.div_(torch.stack(agreed).sum(0).clamp_min(1))
 
     def _agreed(self, kept: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """For each change, where it has the elected sign; 0 has none."""
+        """For each change, a mask of the elements with the elected sign; False for elements of 0."""
         votes = torch.zeros_like(kept[0])
         for change in kept:
             votes.add_(change if self.majority == "total" else change.sign())
@@ -70,12 +72,12 @@ class Combination:
 
 
 def prune_small(change: torch.Tensor, density: float) -> torch.Tensor:
-    """Set the smallest numbers of a change to 0, in place.
+    """Set the smallest values of a change to 0, in place.
 
     Args:
         change: Any shape.
-        density: Share of the numbers to keep, 0 to 1; their count is rounded down. Numbers that are as large as the
-            smallest one kept are also kept.
+        density: Share of the values to keep, 0 to 1; their count is rounded down. Values as large as the smallest
+            kept value are also kept.
 
     Returns:
         `change`.
@@ -91,14 +93,14 @@ def prune_small(change: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def prune_at_random(change: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
-    """The change with random numbers set to 0 and the others divided by `density`, the share that is kept; in place."""
+    """Set random values of a change to 0, in place, and divide the others by `density`, the share that is kept."""
     kept = torch.bernoulli(torch.full((change.numel(),), density), generator=generator).reshape(change.shape)
     return change.mul_(kept.to(change)).div_(density)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Combined(Sum):
-    """ΔW of several changes of one weight by a `Combination`, and the same of the biases."""
+    """Several changes of one weight, and of its bias, merged by a `Combination`."""
 
     weights: tuple[float, ...]
     combination: Combination
@@ -107,7 +109,7 @@ class Combined(Sum):
         return f"{self.combination.method}({', '.join(map(repr, self.parts))})"
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full; see `Delta.delta`."""
+        """ΔW as a dense tensor; see `Delta.delta`."""
         changing = [
             (part, weight) for part, weight in zip(self.parts, self.weights, strict=True) if part.changes_weight
         ]
@@ -123,18 +125,18 @@ class Combined(Sum):
         return self.combination([bias for bias, _ in changing], [weight for _, weight in changing])
 
     def scaled(self, weight: float) -> "Combined":
-        """The whole at another weight."""
+        """The merged change multiplied by `weight`."""
         return replace(self, weights=tuple(weight * factor for factor in self.weights))
 
     def to(self, dtype: torch.dtype | None) -> "Combined":
-        """The same changes with their tensors in another dtype; None keeps them."""
+        """The same changes with their tensors in `dtype`; None keeps their dtypes."""
         return replace(self, parts=tuple(part.to(dtype) for part in self.parts))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """AdapterError: a pruned change is no product of factors."""
-        raise AdapterError(f"a change made by {self.combination.method} cannot be written: reduce it to a rank")
+        """Raise AdapterError: a pruned change is not a product of factors."""
+        raise AdapterError(f"a change merged by {self.combination.method} cannot be written: reduce it to a rank")
 
 
 def combined(name: str, parts: Sequence[tuple[Delta, float]], combination: Combination) -> Delta:
-    """The changes of one weight, each with its weight, by a combination; `name`, the module's, makes the seed."""
+    """Merge (change, weight) pairs of one module by a combination; the seed is derived from `name`, the module's."""
     return Combined(tuple(part for part, _ in parts), tuple(weight for _, weight in parts), combination.of(name))

@@ -12,14 +12,14 @@ from .wrapper import Wrapper
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DoRA(Wrapper):
-    """W + ΔW = (W + change) · m / ‖W + change‖, where another delta makes the change.
+    """W + ΔW = (W + change) · m / ‖W + change‖, where `change` is another delta.
 
-    The magnitude m is (out, 1, ...), with a norm over each output channel (LyCORIS' `wd_on_output`, PEFT's DoRA), or
-    (1, in, ...), with a norm over each input channel.
+    The magnitude m is (out, 1, ...), with a norm for each output channel (LyCORIS' `wd_on_output`, PEFT's DoRA), or
+    (1, in, ...), with a norm for each input channel.
 
-    At another multiplier w only the factor m / ‖W + change‖ is drawn towards 1, as LyCORIS does:
-    W + ΔW = (W + change) · (1 + w · (m / ‖W + change‖ - 1)). The change itself stays whole, even at w = 0.
-    Where `scales_change`, as in files of PEFT's, it is the change that is multiplied, as PEFT does:
+    A multiplier w scales only the distance of the factor m / ‖W + change‖ from 1, as in LyCORIS:
+    W + ΔW = (W + change) · (1 + w · (m / ‖W + change‖ - 1)). The change itself is not scaled, even at w = 0.
+    With `scales_change`, as in PEFT's files, the multiplier scales the change instead, as in PEFT:
     W + ΔW = (W + w · change) · m / ‖W + w · change‖.
     """
 
@@ -36,7 +36,7 @@ class DoRA(Wrapper):
 
     @property
     def kind(self) -> str:
-        """ "DoRA", whatever makes the change."""
+        """ "DoRA", whatever the kind of the inner change."""
         return "DoRA"
 
     @property
@@ -46,18 +46,18 @@ class DoRA(Wrapper):
 
     @property
     def changes_weight(self) -> bool:
-        """True: the magnitude is of the weight."""
+        """True: the magnitude rescales the weight."""
         return True
 
     @property
     def needs_base(self) -> bool:
-        """True: the norm is that of the changed weight."""
+        """True: the norm depends on the weight."""
         return True
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full; see `Delta.delta`."""
+        """ΔW as a dense tensor; see `Delta.delta`."""
         if base_weight is None:
-            raise AdapterError("the change that a DoRA module makes depends on the model's weight: pass it")
+            raise AdapterError("the change of a DoRA module depends on the model's weight: pass base_weight")
         if self.change.fits(tuple(base_weight.shape)) and not self.fits(tuple(base_weight.shape)):
             shapes = f"{list(self.magnitude.shape)}, but the model's weight is {list(base_weight.shape)}"
             raise AdapterError(f"dora_scale has the shape {shapes}")
@@ -65,35 +65,35 @@ class DoRA(Wrapper):
         kept = 0 if self._on_output(tuple(weight.shape)) else 1
         norm = torch.linalg.vector_norm(weight, dim=[i for i in range(weight.ndim) if i != kept], keepdim=True)
         factor = self.magnitude.to(dtype).reshape(norm.shape) / (norm + torch.finfo(dtype).eps)
-        # Not in place: gradients need the norm's weight as it was.
+        # Not in place: the gradient of the norm needs the unmodified weight.
         return (weight * factor.sub(1).mul_(self.multiplier).add_(1)).sub_(base_weight)
 
     def _on_output(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether m has a number for each output channel of a weight of this shape."""
+        """Whether m has one value for each output channel of a weight of this shape."""
         return tuple(self.magnitude.shape[:2]) == (weight_shape[0], 1)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias that the other delta makes, times the multiplier."""
+        """The inner delta's change of the bias, times the multiplier."""
         bias = self.change.bias(dtype)
         return None if bias is None else bias.mul_(self.multiplier)
 
     def scaled(self, weight: float) -> Self:
-        """The delta at another weight; see the class for what that means."""
+        """The delta multiplied by `weight`, as the class describes."""
         if self.scales_change:
             return replace(self, change=self.change.scaled(weight))
         return replace(self, multiplier=self.multiplier * weight)
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether the change and the magnitude are for a weight of this shape."""
+        """Whether the change and the magnitude fit a weight of this shape."""
         if len(weight_shape) < 2 or not self.change.fits(weight_shape):
             return False
         return self._on_output(weight_shape) or tuple(self.magnitude.shape[:2]) == (1, weight_shape[1])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the change, and `dora_scale`."""
+        """The tensors of the change, and `dora_scale`."""
         if self.multiplier != 1:
             raise AdapterError(
-                f"a DoRA at weight {self.multiplier:g} cannot be written: files of this kind have no place for a weight"
+                f"a DoRA at weight {self.multiplier:g} cannot be written: files of this kind cannot store a multiplier"
             )
         return {**self.change.tensors(), "dora_scale": self.magnitude}
 

@@ -1,4 +1,4 @@
-"""GLoRA: a low-rank change, and another that the weight itself is multiplied with (arXiv:2306.07967)."""
+"""GLoRA: an additive low-rank change plus one that is multiplied by the weight itself (arXiv:2306.07967)."""
 
 import math
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ _FACTORS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 class GLoRA(TensorDelta):
     """ΔW = (alpha / rank) · (W · a1 · a2 + b1 · b2).
 
-    `a1` is (in, rank), `a2` is (rank, in), `b1` is (out, rank) and `b2` is (rank, in) or (rank, in, height, width); a
-    convolution's have two more dimensions of 1. W · a1 · a2 is over the input channels, for each place of the kernel.
-    With `bm`, (rank, rank, height, width), b1 · b2 is Tucker-decomposed.
+    `a1` is (in, rank), `a2` is (rank, in), `b1` is (out, rank) and `b2` is (rank, in) or (rank, in, height, width); for
+    a convolution they have two more dimensions of size 1. W · a1 · a2 is a product over the input channels, at each
+    kernel position. With `bm`, (rank, rank, height, width), b1 · b2 is Tucker-decomposed.
     """
 
     kind: ClassVar[str] = "GLoRA"
@@ -83,17 +83,17 @@ class GLoRA(TensorDelta):
         return added.mul_(self.alpha * self.multiplier / self.rank)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`a1.weight`, `a2.weight`, `b1.weight`, `b2.weight`, `bm.weight` where there is one, and `alpha`."""
+        """`a1.weight`, `a2.weight`, `b1.weight`, `b2.weight`, `bm.weight` (if present) and `alpha`."""
         tensors = dict(zip(_FACTORS, (self.a1, self.a2, self.b1, self.b2), strict=True))
         tensors |= present(**{"bm.weight": self.bm})
         alpha = self.alpha * self.multiplier
-        if alpha == 0:  # both products are switched off by a factor of zeros
+        if alpha == 0:  # readers take alpha 0 for the rank: disable both products by zeros in a factor of each
             tensors["a2.weight"] = torch.zeros_like(self.a2)
         return with_alpha(tensors, alpha, self.rank, "b2.weight")
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The GLoRA in a module's tensors; None if there is none."""
+        """Read the GLoRA from a module's tensors; None if they are of another kind."""
         if not any(name in tensors for name in cls.suffixes):
             return None
         check_suffixes("GLoRA", tensors, _FACTORS, ("bm.weight", "alpha"))

@@ -21,8 +21,8 @@ class Hadamard(TensorDelta):
     """ΔW = (alpha / rank) · (w1_a · w1_b) ⊙ (w2_a · w2_b).
 
     The `a` are (out, rank), the `b` are (rank, in * height * width). With the Tucker cores t1 and t2, both
-    (rank, rank, height, width), the `a` are (rank, out), the `b` are (rank, in), and each matrix is the kernel that
-    `contract` makes of them.
+    (rank, rank, height, width), the `a` are (rank, out), the `b` are (rank, in), and `contract` computes each of the
+    two kernels.
     """
 
     kind: ClassVar[str] = "LoHa"
@@ -38,7 +38,7 @@ class Hadamard(TensorDelta):
 
     def __post_init__(self) -> None:
         if (self.t1 is None) != (self.t2 is None):
-            raise AdapterError("hada_t1 and hada_t2 belong together: one of them is missing")
+            raise AdapterError("only one of hada_t1 and hada_t2 is present: a LoHa needs both or neither")
         check_shape("hada_w1_b", self.w1_b, (None, None))
         rank, columns = self.w1_b.shape
         check_shape("hada_w1_a", self.w1_a, (None, rank) if self.t1 is None else (rank, None))
@@ -54,7 +54,7 @@ class Hadamard(TensorDelta):
 
     @property
     def rank(self) -> int:
-        """The rank of each of the two matrices; that of ΔW is up to its square."""
+        """The rank of each of the two matrices; ΔW has a rank of up to its square."""
         return self.w1_b.shape[0]
 
     @property
@@ -65,25 +65,25 @@ class Hadamard(TensorDelta):
         return (self.w1_a.shape[1], self.w1_b.shape[1], *self.t1.shape[2:])
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it is for a weight of this shape; a kernel is flattened in a LoHa without Tucker cores."""
+        """Whether the LoHa fits a weight of this shape; without Tucker cores its kernel is flattened."""
         if self.t1 is None:
             return (weight_shape[0], math.prod(weight_shape[1:])) == self.shape
         return without_ones(self.shape) == without_ones(weight_shape)
 
     def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         scale = self.alpha * self.multiplier / self.rank
-        first = _product(self.w1_a.to(dtype) * scale, self.w1_b, self.t1, dtype)  # a pass over ΔW less
+        first = _product(self.w1_a.to(dtype) * scale, self.w1_b, self.t1, dtype)  # cheaper than scaling ΔW
         return first.mul_(_product(self.w2_a, self.w2_b, self.t2, dtype))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`hada_w1_a` to `hada_w2_b`, `hada_t1` and `hada_t2` where there are some, and `alpha`."""
+        """`hada_w1_a` to `hada_w2_b`, `hada_t1` and `hada_t2` (if present) and `alpha`."""
         tensors = dict(zip(_FACTORS, (self.w1_a, self.w1_b, self.w2_a, self.w2_b), strict=True))
         tensors |= present(hada_t1=self.t1, hada_t2=self.t2)
         return with_alpha(tensors, self.alpha * self.multiplier, self.rank, "hada_w1_a")
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The LoHa in a module's tensors; None if there is none."""
+        """Read the LoHa from a module's tensors; None if they are of another kind."""
         if not any(name in tensors for name in cls.suffixes):
             return None
         check_suffixes("LoHa", tensors, _FACTORS, ("hada_t1", "hada_t2", "alpha"))

@@ -1,4 +1,4 @@
-"""IA3: one factor for each input or output channel of a weight (arXiv:2205.05638)."""
+"""IA3: a factor for each input or each output channel of a weight (arXiv:2205.05638)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,9 +11,10 @@ from .base import TensorDelta, Tensors, check_shape, check_suffixes, scalar_of, 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class IA3(TensorDelta):
-    """ΔW = W · vector, for each input channel (`on_input`) or for each output channel; the bias stays.
+    """ΔW = W · vector, with one value for each input channel (`on_input`) or each output channel.
 
-    PEFT's factors of output channels scale the bias too (`scales_bias`); see `scaled_bias` for what that adds to it.
+    PEFT's factors of output channels scale the bias too (`scales_bias`; see `scaled_bias.with_base_bias`); otherwise
+    the bias does not change.
 
     `vector` is (channels,), or (1, channels, 1, 1) as LyCORIS writes it for a convolution.
     """
@@ -31,19 +32,19 @@ class IA3(TensorDelta):
 
     @property
     def needs_base(self) -> bool:
-        """True: ΔW is a part of W."""
+        """True: ΔW is W times the factors."""
         return True
 
     @property
     def out_in(self) -> None:
-        """None: it tells the channels of one side only."""
+        """None: only the input or the output channels are known."""
 
     @property
     def _made_for(self) -> str:
         return f"a weight with {self.vector.numel()} {'input' if self.on_input else 'output'} channels"
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape has as many channels."""
+        """Whether a weight of this shape has the right number of channels."""
         return len(weight_shape) > 1 and weight_shape[1 if self.on_input else 0] == self.vector.numel()
 
     def _dense(self, base_weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -54,7 +55,7 @@ class IA3(TensorDelta):
         return base_weight.to(dtype, copy=True).mul_(factors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`weight` and `on_input`, 1 or 0; PEFT's `ia3_l` where it scales the bias too."""
+        """`weight` and `on_input` (1 or 0), or PEFT's `ia3_l` if the bias is scaled too."""
         if self.scales_bias:
             factors = self.vector.float() * self.multiplier + 1
             return {"ia3_l": factors if factors.ndim > 1 else factors[:, None]}
@@ -62,7 +63,7 @@ class IA3(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The IA3 in a module's tensors; None if there is none."""
+        """Read the IA3 from a module's tensors; None if they are of another kind."""
         if "ia3_l" in tensors:
             check_suffixes("IA3", tensors, ("ia3_l",))
             return cls.of_peft(tensors["ia3_l"])
@@ -73,12 +74,11 @@ class IA3(TensorDelta):
 
     @classmethod
     def of_peft(cls, factors: torch.Tensor, on_input: bool = False) -> Self:
-        """The change of PEFT's factors, W + ΔW = W · factors.
+        """The change that PEFT's factors make: W + ΔW = W · factors.
 
         Args:
-            factors: (out, 1) or (1, in) of a linear layer, (1, channels, 1, 1) of a convolution.
-            on_input: Whether the factors of a convolution are for its input channels; PEFT's config says so, not the
-                file.
+            factors: (out, 1) or (1, in) for a linear layer, (1, channels, 1, 1) for a convolution.
+            on_input: Whether the factors of a convolution are for its input channels, which only PEFT's config tells.
 
         Returns:
             The change.

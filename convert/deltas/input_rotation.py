@@ -1,4 +1,4 @@
-"""OFT of PEFT and OneTrainer: rotations of the weight's inputs in blocks (arXiv:2306.07280, arXiv:2506.19847)."""
+"""The OFT of PEFT and OneTrainer: blockwise rotations of the weight's inputs (arXiv:2306.07280, arXiv:2506.19847)."""
 
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -11,22 +11,24 @@ from lora_adapters.convert.errors import AdapterError
 
 from .base import TensorDelta, Tensors, check_shape, check_suffixes
 
-_TERMS = 5  # of OneTrainer's series
+_TERMS = 5  # number of terms in OneTrainer's Neumann series
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class InputRotation(TensorDelta):
-    """W + ΔW = W · diag(R₁, R₂, ...)ᵀ, where R is made of a skew Q.
+    """W + ΔW = W · diag(R₁, R₂, ...)ᵀ, where each R is computed from a skew-symmetric Q.
 
-    `upper` is (blocks, size * (size - 1) / 2): each Q's numbers above the diagonal, row by row. A single block is that
-    of all groups of channels. `terms` is 0 for R = (I - Q) · (I + Q)⁻¹, else PEFT's length of the Neumann series
-    R = I + 2Q + 2Q² + ... + 2Qⁿ⁻¹ + Qⁿ, of which its last power is n = terms - 1, and at least 3 for three terms.
-    Before PEFT 0.18 the last power counts twice, too, and three terms end with Q² (`halves_last` is False).
+    Attributes:
+        upper: (blocks, size * (size - 1) / 2), the elements of each Q above the diagonal, row by row. A single block
+            is shared by all groups of channels.
+        terms: 0 for the exact R = (I - Q) · (I + Q)⁻¹, otherwise the number of terms of PEFT's Neumann series
+            R = I + 2Q + 2Q² + ... + 2Qⁿ⁻¹ + Qⁿ with n = terms - 1 (but n = 3 for three terms).
+        halves_last: False for the series of PEFT before 0.18, whose last power also has the factor 2, and which ends
+            with Q² for three terms.
+        of_kernels: True for OneTrainer, which rotates the flattened kernel of a convolution, with R instead of Rᵀ.
+            PEFT rotates the layer's input, so that its OFT is for linear layers and 1x1 convolutions only.
 
-    PEFT rotates what a layer reads, so that it is for linear layers and 1x1 convolutions. OneTrainer rotates the weight
-    of a convolution, over its flattened kernel and with R in the place of Rᵀ (`of_kernels`).
-
-    At a multiplier w each rotation is drawn towards I: w · R + (1 - w) · I.
+    A multiplier w interpolates each rotation with I: w · R + (1 - w) · I.
     """
 
     kind: ClassVar[str] = "OFT"
@@ -40,22 +42,24 @@ class InputRotation(TensorDelta):
     def __post_init__(self) -> None:
         check_shape("oft_R.weight", self.upper, (None, None))
         if self.size * (self.size - 1) // 2 != self.upper.shape[1]:
-            raise AdapterError(f"oft_R.weight has the shape {list(self.upper.shape)}, which no skew matrix has")
+            raise AdapterError(
+                f"oft_R.weight has the shape {list(self.upper.shape)}, expected (blocks, size * (size - 1) / 2)"
+            )
         self._check_floating()
 
     @property
     def size(self) -> int:
-        """Channels in a block."""
+        """The number of channels in a block."""
         return (1 + round((1 + 8 * self.upper.shape[1]) ** 0.5)) // 2
 
     @property
     def needs_base(self) -> bool:
-        """True: it is W that is rotated."""
+        """True: W is rotated."""
         return True
 
     @property
     def out_in(self) -> None:
-        """None: it tells the channels of one side only."""
+        """None: only the input channels are known."""
 
     @property
     def _made_for(self) -> str:
@@ -63,14 +67,14 @@ class InputRotation(TensorDelta):
         return f"{layer} with {len(self.upper)} blocks of {self.size} input channels"
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape has as many input channels, with its kernel."""
+        """Whether a weight of this shape has the right number of input channels (times the kernel size)."""
         if len(weight_shape) < 2 or (set(weight_shape[2:]) - {1} and not self.of_kernels):
             return False
         blocks, left = divmod(prod(weight_shape[1:]), self.size)
         return left == 0 and len(self.upper) in (1, blocks)
 
     def _rotations(self, dtype: torch.dtype) -> torch.Tensor:
-        """R - I at the multiplier, (blocks, size, size)."""
+        """(R - I) times the multiplier, (blocks, size, size)."""
         dtype = torch.promote_types(dtype, torch.float32)
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.upper.device)
         skew = torch.zeros(len(self.upper), self.size, self.size, dtype=dtype, device=self.upper.device)
@@ -98,22 +102,20 @@ class InputRotation(TensorDelta):
         return torch.einsum("ogc,gkc->ogk", groups, turns).reshape(base.shape)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`oft_R.weight`, as OneTrainer has it; AdapterError for PEFT's, whose options no file of LyCORIS' holds."""
+        """`oft_R.weight`, as OneTrainer writes it; AdapterError for PEFT's OFT, whose options need PEFT's config."""
         self._check_unscaled()
         if not self.of_kernels:
-            raise AdapterError(
-                "PEFT's OFT rotates inputs, which files of LyCORIS have no place for: keep PEFT's folder"
-            )
+            raise AdapterError("PEFT's OFT rotates inputs, which LyCORIS files cannot store: keep PEFT's folder")
         return {"oft_R.weight": self.upper}
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """OneTrainer's OFT in a module's tensors; None if there is none."""
+        """Read OneTrainer's OFT from a module's tensors; None if they are of another kind."""
         if "oft_R.weight" not in tensors:
             return None
         check_suffixes("OFT", tensors, ("oft_R.weight",), ("oft_R.scaled_oft",))
         change = cls(tensors["oft_R.weight"], _TERMS, of_kernels=True)
         if "oft_R.scaled_oft" not in tensors:
             return change
-        # The mark of a scaled OFT, which divides its numbers so that blocks of any size learn alike.
+        # `scaled_oft` marks values to be divided by 2 · √(size - 1), so that blocks of any size train alike.
         return cls(change.upper.float() / (2 * sqrt(max(change.size - 1, 1))), _TERMS, of_kernels=True)

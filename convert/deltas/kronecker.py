@@ -16,13 +16,13 @@ from .tucker import contract
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Kronecker(TensorDelta):
-    """ΔW = (alpha / rank) · w1 ⊗ w2, where each of the two is full or a product of two factors.
+    """ΔW = (alpha / rank) · w1 ⊗ w2, where w1 and w2 are each full or a product of two factors.
 
     `w1` is (a, b), or w1_a · w1_b with the shapes (a, rank) and (rank, b). `w2` is (c, d) or (c, d, height, width), or
     w2_a · w2_b with the shapes (c, rank) and (rank, d), (rank, d * height * width) or (rank, d, height, width). With
     the Tucker core t2, (rank, rank, height, width), w2_a is (rank, c) and w2_b is (rank, d). ΔW is (a * c, b * d, ...).
 
-    Where both are full there is no rank: the scale is 1, whatever alpha is.
+    If both are full, there is no rank, and the scale is 1 whatever alpha is.
     """
 
     kind: ClassVar[str] = "LoKr"
@@ -79,12 +79,12 @@ class Kronecker(TensorDelta):
 
     @property
     def scale(self) -> float:
-        """alpha / rank, or 1 without a rank, times the multiplier."""
+        """The multiplier times alpha / rank, or the multiplier alone if there is no rank."""
         return self.multiplier if self.rank is None else self.alpha * self.multiplier / self.rank
 
     @property
     def sizes(self) -> tuple[tuple[int, int], tuple[int, ...]]:
-        """The shapes of w1 and of w2, as the file describes them."""
+        """The shapes of w1 and w2 that follow from the file's tensors."""
         if self.w1_a is not None and self.w1_b is not None:
             first = (self.w1_a.shape[0], self.w1_b.shape[1])
         else:
@@ -99,23 +99,23 @@ class Kronecker(TensorDelta):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in), (out, in, height, width), or (out, in * height * width) where w2_b has a flattened kernel."""
+        """(out, in), (out, in, height, width), or (out, in * height * width) if the kernel is flattened in w2_b."""
         (rows, columns), (out, into, *kernel) = self.sizes
         return (rows * out, columns * into, *kernel)
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it is for a weight of this shape; the kernel may be flattened in w2_b."""
+        """Whether the LoKr fits a weight of this shape; the kernel may be flattened in w2_b."""
         if super().fits(weight_shape) or len(weight_shape) < 3:
             return super().fits(weight_shape)
         flat = self.w2_b is not None and self.w2_b.ndim == 2 and self.t2 is None
-        whole = weight_shape[1] % self.sizes[0][1] == 0  # a column of w1 covers whole channels
+        whole = weight_shape[1] % self.sizes[0][1] == 0  # each column of w1 must cover complete channels
         return flat and whole and (weight_shape[0], math.prod(weight_shape[1:])) == self.shape
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two factors in full, w1 multiplied by the scale; see `sizes`.
+        """Compute w1, multiplied by the scale, and w2 as dense tensors; see `sizes`.
 
         Args:
-            dtype: The dtype of both, and of the arithmetic.
+            dtype: The dtype of both tensors and of the arithmetic.
 
         Returns:
             w1 and w2.
@@ -141,7 +141,7 @@ class Kronecker(TensorDelta):
         return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, likewise of w2, `lokr_t2` where there is one, and `alpha`."""
+        """`lokr_w1` or `lokr_w1_a` and `lokr_w1_b`, the same for w2, `lokr_t2` (if present) and `alpha`."""
         values = (self.w1, self.w1_a, self.w1_b, self.w2, self.w2_a, self.w2_b, self.t2)
         tensors = present(**dict(zip(self.suffixes, values, strict=True)))
         first = "lokr_w1" if self.w1 is not None else "lokr_w1_a"
@@ -151,7 +151,7 @@ class Kronecker(TensorDelta):
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The LoKr in a module's tensors; None if there is none."""
+        """Read the LoKr from a module's tensors; None if they are of another kind."""
         if not any(name in tensors for name in cls.suffixes):
             return None
         check_suffixes("LoKr", tensors, (), (*cls.suffixes, "alpha"))

@@ -1,7 +1,7 @@
-"""The Kronecker product that is nearest to a matrix or a kernel.
+"""The nearest Kronecker product to a matrix or a convolution kernel.
 
-With the numbers of ΔW (a·c, b·d, ...) rearranged to R (a·b, c·d·...), w1 ⊗ w2 is the outer product of both: the nearest
-one is the first component of R's SVD (Van Loan and Pitsianis, "Approximation with Kronecker products", 1993).
+If ΔW (a·c, b·d, ...) is rearranged to a matrix R (a·b, c·d·...), w1 ⊗ w2 becomes the outer product of w1 and w2. The
+nearest one is the first component of R's SVD (Van Loan and Pitsianis, "Approximation with Kronecker products", 1993).
 """
 
 import torch
@@ -11,15 +11,15 @@ from .kronecker import Kronecker
 from .rank_choice import fixed
 from .svd import Fit
 
-FACTORS = (16, 8, 4, 2, 1)  # tried for a target error, from small files to large ones
+FACTORS = (16, 8, 4, 2, 1)  # tried in this order for a target error: from the smallest file to the largest
 
 
 def nearest_kronecker(delta: torch.Tensor, factor: int) -> tuple[Kronecker, Fit]:
-    """The LoKr whose ΔW is nearest to a change.
+    """The LoKr whose ΔW is nearest to a given change.
 
     Args:
         delta: (out, in) or (out, in, height, width), float32.
-        factor: w1 has the sizes that divide `out` and `in` near `factor`; see `split`.
+        factor: The wanted size of w1: its sides are divisors of `out` and `in` near `factor`; see `split`.
 
     Returns:
         The LoKr with two full factors, and its approximation error.
@@ -29,13 +29,13 @@ def nearest_kronecker(delta: torch.Tensor, factor: int) -> tuple[Kronecker, Fit]
     split_up = delta.reshape(rows, height, columns, width, *kernel)
     matrix = split_up.transpose(1, 2).reshape(rows * columns, -1)
     up, down, fit = _first_component(matrix)
-    size = float(up.norm()) ** 0.5 or 1.0  # shared by both, so that neither is too small for fp16
+    size = float(up.norm()) ** 0.5 or 1.0  # split the norm evenly, so that neither factor is too small for fp16
     first, second = (up / size).reshape(rows, columns), (down * size).reshape(height, width, *kernel)
     return Kronecker(first.cpu().contiguous(), second.cpu().contiguous(), 1.0), fit
 
 
 def nearest_within(delta: torch.Tensor, error: float) -> tuple[Kronecker, Fit]:
-    """The smallest of the nearest LoKrs with `FACTORS` whose relative error is at most `error`; factor 1 has none."""
+    """The smallest LoKr, of those for `FACTORS`, whose relative error is at most `error`; factor 1 is exact."""
     candidates = (nearest_kronecker(delta, factor) for factor in FACTORS)
     return next((change, fit) for change, fit in candidates if fit.error <= error or change.shape == _second(change))
 
@@ -43,12 +43,12 @@ def nearest_within(delta: torch.Tensor, error: float) -> tuple[Kronecker, Fit]:
 def split(side: int, factor: int) -> tuple[int, int]:
     """Two integers whose product is `side`, the smaller one first.
 
-    The smaller one is `factor` if that divides the side, otherwise the largest divisor below it. This is the split of
-    LyCORIS for the sides that models have.
+    The smaller one is `factor` if it divides `side`, otherwise the largest divisor below `factor`. For the sides that
+    occur in models, this is LyCORIS' split.
 
     Args:
         side: The number of rows or columns.
-        factor: The largest value of the smaller integer; -1 asks for the two integers that are closest to each other.
+        factor: The largest value of the smaller integer; -1 chooses the two integers that are closest to each other.
 
     Returns:
         The smaller and the larger integer.
@@ -67,7 +67,7 @@ def _second(change: Kronecker) -> tuple[int, ...]:
 
 
 def _first_component(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Fit]:
-    """up (rows, 1) and down (1, columns) of norm 1, the best pair for a matrix that may be long and narrow."""
+    """The best rank-1 approximation: up (rows, 1) and down (1, columns) of norm 1; fast if there are few rows."""
     if len(matrix) > 1024 or matrix.shape[1] < 4 * len(matrix):
         return best_approximation(matrix, fixed(1), 1)
     start = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1:]

@@ -1,4 +1,4 @@
-"""OFT: rotations of the weight's rows in blocks (arXiv:2306.07280; LyCORIS' "diag-oft")."""
+"""OFT: blockwise rotations of the weight's rows (arXiv:2306.07280; LyCORIS' "diag-oft")."""
 
 import math
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from .base import TensorDelta, Tensors, check_shape, check_suffixes, present, sc
 
 
 def rotations(blocks: torch.Tensor, limit: float, dtype: torch.dtype) -> torch.Tensor:
-    """The rotation R = (I + Q) · (I - Q)⁻¹ of each block, its Cayley transform, with Q = block - blockᵀ.
+    """The rotation of each block, the Cayley transform R = (I + Q) · (I - Q)⁻¹ with Q = block - blockᵀ.
 
     Args:
         blocks: (..., size, size).
-        limit: the largest norm that all Q together may have; 0 is no limit.
-        dtype: of the result; narrower ones than float32 are computed in float32.
+        limit: The largest norm of all Q together; 0 means no limit.
+        dtype: The dtype of the result; the computation uses at least float32.
 
     Returns:
-        The shape of `blocks`.
+        The rotations, in the shape of `blocks`.
     """
     blocks = blocks.to(torch.promote_types(dtype, torch.float32))
     skew = blocks - blocks.mT
@@ -33,12 +33,12 @@ def rotations(blocks: torch.Tensor, limit: float, dtype: torch.dtype) -> torch.T
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rotation(TensorDelta):
-    """What OFT and BOFT share: blocks that rotate rows, and a factor for each row afterwards.
+    """Base class of OFT and BOFT: blocks that rotate rows, followed by an optional factor for each row.
 
     `blocks` is (..., count, size, size) with count * size = out. `rescale` is (out, 1, ...). `constraint` limits the
-    norm of Q to constraint * out; LyCORIS' files call it alpha, and 0 is no limit.
+    norm of Q to constraint * out; 0 means no limit. LyCORIS' files store it as alpha.
 
-    At a multiplier w each rotation is drawn towards I: w · R + (1 - w) · I, as LyCORIS does; `rescale` stays whole.
+    A multiplier w interpolates each rotation with I, w · R + (1 - w) · I, as in LyCORIS; `rescale` is not affected.
     """
 
     blocks: torch.Tensor
@@ -60,7 +60,7 @@ class Rotation(TensorDelta):
 
     @property
     def needs_base(self) -> bool:
-        """True: it is W that is rotated."""
+        """True: W is rotated."""
         return True
 
     @property
@@ -69,37 +69,37 @@ class Rotation(TensorDelta):
 
     @property
     def out_in(self) -> None:
-        """None: it tells the channels of one side only."""
+        """None: only the output channels are known."""
 
     @property
     def _made_for(self) -> str:
         return f"a weight with {self._rows} output channels"
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape has as many output channels."""
+        """Whether a weight of this shape has the right number of output channels."""
         return len(weight_shape) > 1 and weight_shape[0] == self._rows
 
     def _rotations(self, dtype: torch.dtype) -> torch.Tensor:
-        """R - I at the multiplier."""
+        """(R - I) times the multiplier."""
         turns = rotations(self.blocks, self.constraint * self._rows, dtype)
         return (turns - torch.eye(turns.shape[-1], dtype=dtype, device=turns.device)).mul_(self.multiplier)
 
     def _rescaled(self, change: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """The change of the rows, rescale · (W + change) - W, from their change before; both (out, columns)."""
+        """Apply `rescale` to the change of the rows: rescale · (W + change) - W; all are (out, columns)."""
         if self.rescale is None:
             return change
         factor = self.rescale.to(change.dtype).reshape(-1, 1)
         return change.mul_(factor).add_(base * (factor - 1))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`oft_blocks`, `rescale` where there is one, and `alpha`, which is the constraint."""
+        """`oft_blocks`, `rescale` (if present) and `alpha`, which stores the constraint."""
         self._check_unscaled()
         alpha = torch.tensor(self.constraint, dtype=torch.float32)
         return {"alpha": alpha, "oft_blocks": self.blocks, **present(rescale=self.rescale)}
 
     @classmethod
     def read(cls, tensors: Tensors) -> Self | None:
-        """The rotation in a module's tensors; None if there is none of this kind."""
+        """Read the rotations from a module's tensors; None if they are of another kind."""
         if "oft_blocks" not in tensors or tensors["oft_blocks"].ndim != len(cls.block_shape):
             return None
         check_suffixes(cls.kind, tensors, ("oft_blocks",), ("rescale", "alpha"))

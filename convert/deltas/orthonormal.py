@@ -1,12 +1,12 @@
 """Orthonormal bases and singular values from Gram matrices.
 
-Products in float64 and a small symmetric eigenproblem: several times faster than a QR decomposition or an SVD, and
-exact to the rounding of float32, since directions below that are left out.
+They need products in float64 and a small symmetric eigenproblem, which is several times faster than a QR decomposition
+or an SVD. The results are exact to float32 rounding: directions below it are dropped.
 """
 
 import torch
 
-_NOTHING = 1e-14  # of the largest eigenvalue: 1e-7 of the largest singular value, the rounding of float32
+_NOTHING = 1e-14  # relative to the largest eigenvalue: 1e-7 of the largest singular value, float32's rounding
 
 
 def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,7 +23,7 @@ def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gram_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U (rows, n), singular values (n, descending) and Vᵀ (n, columns) in float64, n the numerical rank of float32."""
+    """U (rows, n), singular values (n, descending) and Vᵀ (n, columns) in float64; n is the numerical rank."""
     matrix = matrix.double()
     if matrix.shape[0] < matrix.shape[1]:
         vectors, roots = _directions(matrix @ matrix.T)
@@ -33,7 +33,7 @@ def gram_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def _directions(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvectors (size, n) and the roots of their eigenvalues (n, descending), without those that are rounding."""
+    """Eigenvectors (size, n) and square roots of the eigenvalues (n, descending), without rounding noise."""
     values, vectors = torch.linalg.eigh(gram)
     kept = (values > _NOTHING * values[-1:].clamp_min(1e-300)).flip(0)
     return vectors.flip(1)[:, kept], values.flip(0)[kept].sqrt()

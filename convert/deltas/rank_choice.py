@@ -1,4 +1,4 @@
-"""How many singular values to keep of one module: rules from its singular values (descending) to a rank."""
+"""Rules that choose the rank of one module from its singular values (in descending order)."""
 
 from collections.abc import Callable
 
@@ -8,18 +8,18 @@ from lora_adapters.convert.choices import DYNAMIC_METHODS
 from lora_adapters.convert.errors import AdapterError
 
 RankRule = Callable[[torch.Tensor], int]
-_NONE = 1e-6  # a largest singular value below this is a module without any change
+_NONE = 1e-6  # if the largest singular value is below this, the module is treated as unchanged
 
 
 def fixed(rank: int) -> RankRule:
-    """This many, or all where there are fewer."""
+    """Always this rank, or all singular values if there are fewer."""
     if rank < 1:
         raise AdapterError(f"rank must be at least 1, got {rank}")
     return lambda values: min(rank, len(values))
 
 
 def by_error(target: float, most: int | None = None) -> RankRule:
-    """The fewest whose relative error (Frobenius norm of what is missing, by that of all) is at most `target`."""
+    """The lowest rank whose relative error (in the Frobenius norm) is at most `target`, limited to `most`."""
     if not 0 <= target < 1:
         raise AdapterError(f"target_error must be at least 0 and below 1, got {target:g}")
     if most is not None:
@@ -27,7 +27,7 @@ def by_error(target: float, most: int | None = None) -> RankRule:
 
     def choose(values: torch.Tensor) -> int:
         energy = values.double().square()
-        # Summed from the small end, so that what is missing is not the difference of two large numbers.
+        # Summed from the smallest value on, to avoid the difference of two large numbers.
         missing = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
         enough = int((missing <= target**2 * missing[0]).nonzero()[0])
         return min(max(enough, 1), most or len(values), len(values))
@@ -36,26 +36,26 @@ def by_error(target: float, most: int | None = None) -> RankRule:
 
 
 def dynamic(method: str, parameter: float, most: int) -> RankRule:
-    """The rules of kohya's resize_lora (since v0.11; before, it kept one component more).
+    """The rules of kohya's resize_lora since v0.11 (earlier versions keep one component more).
 
     Args:
         method: "sv_ratio" keeps the singular values above the largest one divided by `parameter`; "sv_cumulative" keeps
-            the fewest that have this share of the sum, "sv_fro" of the Frobenius norm.
-        parameter: At least 2 for sv_ratio, 0 to 1 for the others.
+            the fewest values whose sum is the share `parameter` of the total; "sv_fro" does so for the Frobenius norm.
+        parameter: At least 2 for sv_ratio, 0 to 1 for the other methods.
         most: The largest rank to choose.
 
     Returns:
-        A function from the singular values, largest first, to the rank.
+        A function that maps the singular values, in descending order, to the rank.
 
     Raises:
         AdapterError: The method is unknown, or the parameter or `most` is out of range.
     """
     if method not in DYNAMIC_METHODS:
-        raise AdapterError(f"unknown dynamic method {method}: {', '.join(DYNAMIC_METHODS)} are known")
+        raise AdapterError(f"unknown dynamic method {method}: choose one of {', '.join(DYNAMIC_METHODS)}")
     if method == "sv_ratio" and parameter < 2:
-        raise AdapterError(f"dynamic_param {parameter:g} is too small for sv_ratio: it is 2 or more")
+        raise AdapterError(f"dynamic_param must be at least 2 for sv_ratio, got {parameter:g}")
     if method != "sv_ratio" and not 0 <= parameter <= 1:
-        raise AdapterError(f"dynamic_param {parameter:g} is too large for {method}: it is between 0 and 1")
+        raise AdapterError(f"dynamic_param must be between 0 and 1 for {method}, got {parameter:g}")
     fixed(most)
 
     def choose(values: torch.Tensor) -> int:

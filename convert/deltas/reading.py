@@ -1,4 +1,4 @@
-"""The delta in a module's tensors, whatever kind it is."""
+"""Reading the delta of a module from its tensors, for all kinds of adapters."""
 
 import math
 from collections.abc import Callable, Collection
@@ -26,7 +26,7 @@ from .tucker import Tucker, read_lora
 
 
 class Kind(NamedTuple):
-    """How a kind is found in a module's tensors (None if they are of another), and the ends of its keys."""
+    """The reader of a kind, which returns None for the tensors of other kinds, and the suffixes of its keys."""
 
     read: Callable[[Tensors], Delta | None]
     suffixes: tuple[str, ...]
@@ -54,12 +54,12 @@ _ALIASES = {
 }
 _BESIDE = ("alpha", "dora_scale", "lora_magnitude_vector", "scalar", "diff_b", "lora_up.bias")
 
-# All ends of keys that `read_module` takes.
+# All key suffixes that `read_module` accepts.
 SUFFIXES = frozenset([*_ALIASES, *_BESIDE, *(suffix for kind in KINDS for suffix in kind.suffixes)])
 
 
 def split_suffix(key: str, suffixes: Collection[str] = SUFFIXES) -> tuple[list[str], str] | None:
-    """The parts of a key before its end, and the end, the longest among `suffixes`; None if it has no such end."""
+    """Split a key at its longest suffix among `suffixes`: the parts before it, and the suffix; None without one."""
     parts = key.split(".")
     for length in (3, 2, 1):
         suffix = ".".join(parts[-length:])
@@ -69,24 +69,24 @@ def split_suffix(key: str, suffixes: Collection[str] = SUFFIXES) -> tuple[list[s
 
 
 def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
-    """The change that the tensors of a module describe. Tensors are not copied.
+    """Read the change of a module from its tensors, which are not copied.
 
-    Beside its own tensors any kind may have a `dora_scale` or PEFT's `lora_magnitude_vector` (DoRA), a `diff_b` (a
-    change of the bias) and a `scalar` (a factor of the change, which some versions of LyCORIS wrote). A LoRA may have
-    the bias of its second layer (PEFT's `lora_bias`).
+    In addition to the tensors of its kind, a module may have `dora_scale` or PEFT's `lora_magnitude_vector` (DoRA),
+    `diff_b` (a change of the bias) and `scalar` (a factor of the change, written by some versions of LyCORIS). A LoRA
+    may have a bias of its up layer (PEFT's `lora_bias`).
 
     Args:
-        tensors: The tensors by the ends of their keys, as kohya, LyCORIS and ComfyUI write them: "lora_up.weight",
+        tensors: The tensors by the suffix of their key, as kohya, LyCORIS and ComfyUI write them: "lora_up.weight",
             "hada_w1_a", "alpha".
-        rs_lora: Whether the metadata say that LyCORIS trained it with `rs_lora`. It matters for GLoRA and for LoKr with
-            two full factors, whose files do not contain the scale.
+        rs_lora: Whether LyCORIS trained the adapter with `rs_lora`, according to the metadata. This matters for GLoRA
+            and for LoKr with two full factors, whose files do not contain the scale.
 
     Returns:
         The change.
 
     Raises:
-        AdapterError: A name belongs to no kind, a tensor is missing, or the shapes do not match. The message does not
-            name the module.
+        AdapterError: A tensor name is unknown, a tensor is missing, or shapes do not match. The message does not name
+            the module.
     """
     own = _canonical(tensors)
     magnitude, of_peft = _take_magnitude(own)
@@ -99,7 +99,7 @@ def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
         change = change.scaled(scalar_of("scalar", scalar))
     if up_bias is not None:
         if not isinstance(change, LowRank):
-            raise AdapterError(f"lora_up.bias cannot be read in {with_article(change.kind)} module")
+            raise AdapterError(f"unexpected tensor in {with_article(change.kind)} module: lora_up.bias")
         change = WithBias(change, up_bias, multiplier=change.scale)
     if magnitude is not None:
         change = DoRA(change, magnitude, scales_change=of_peft)
@@ -107,25 +107,25 @@ def read_module(tensors: Tensors, rs_lora: bool = False) -> Delta:
 
 
 def _canonical(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors under the names that kohya's and LyCORIS' files have for them."""
+    """The tensors under the names that kohya's and LyCORIS' files use."""
     own: dict[str, torch.Tensor] = {}
     for suffix, tensor in tensors.items():
         name = _ALIASES.get(suffix, suffix)
         if name in own:
-            raise AdapterError(f"{suffix} and {name} stand for the same tensor")
+            raise AdapterError(f"{suffix} and {name} stand for the same tensor: keep only one")
         own[name] = tensor
     return own
 
 
 def _take_magnitude(own: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, bool]:
-    """The magnitude of a DoRA, removed from the tensors, None if there is none; and whether it is PEFT's."""
+    """Pop the magnitude of a DoRA from the tensors (None without one); also return whether it is PEFT's."""
     vector, magnitude = own.pop("lora_magnitude_vector", None), own.pop("dora_scale", None)
     if vector is None:
         if magnitude is None or magnitude.ndim != 1:
             return magnitude, False
-        vector, magnitude = magnitude, None  # under the other name: what conversions of PEFT's files make
+        vector, magnitude = magnitude, None  # PEFT's vector named dora_scale, as in converted PEFT files
     if magnitude is not None:
-        raise AdapterError("dora_scale and lora_magnitude_vector stand for the same tensor")
+        raise AdapterError("dora_scale and lora_magnitude_vector stand for the same tensor: keep only one")
     return magnitude_of_vector(vector), True
 
 
@@ -134,14 +134,14 @@ def _read_kind(own: Tensors, tensors: Tensors) -> Delta:
         change = kind.read(own)
         if change is not None:
             return change
-    raise AdapterError(f"no known kind of adapter has just these tensors: {', '.join(sorted(tensors)) or 'none'}")
+    raise AdapterError(f"tensors match no known kind of adapter: {', '.join(sorted(tensors)) or 'none'}")
 
 
 def _rank_stabilised(change: Delta) -> Delta:
-    """The change with the scale that LyCORIS trains with under `rs_lora`, alpha / √rank.
+    """Apply the scale that LyCORIS trains with under `rs_lora`, alpha / √rank.
 
-    Most kinds have it in their files already, as an alpha that is √rank times larger. Two have not: GLoRA writes its
-    alpha unchanged, and a LoKr whose factors are both full is trained with the scale √dim and writes dim · √dim.
+    Files of most kinds already contain it, as an alpha multiplied by √rank. There are two exceptions: GLoRA writes its
+    alpha unchanged, and a LoKr with two full factors is trained with the scale √dim but writes dim · √dim as alpha.
     """
     if isinstance(change, GLoRA):
         return replace(change, alpha=change.alpha * math.sqrt(change.rank))

@@ -1,4 +1,4 @@
-"""The best low-rank pairs for the changes of an adapter, of any kinds, one module at a time."""
+"""The best low-rank approximations of an adapter's changes, of any kind, one module at a time."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -34,11 +34,11 @@ def reduce_modules(
     """The best low-rank approximation of the change of every module.
 
     Args:
-        modules: Changes of weights, not of norms or biases; see `weights_only`. Pairs are reduced from their factors,
-            other kinds from ΔW in full.
+        modules: Changes of weights, not of norms or biases; see `weights_only`. Low-rank pairs are reduced from their
+            factors, other kinds from the dense ΔW.
         rules: Choose the ranks.
-        clamp_quantile: See `svd.clamp`; None does not clamp.
-        device: Where to compute; None computes where the tensors are.
+        clamp_quantile: See `svd.clamp`; None disables clamping.
+        device: The device of the computation; None for the device of the tensors.
         keep_scale: Keep alpha / rank of pairs instead of setting it to 1.
         base_weight: Returns the weight of a module in the model, for changes that depend on it.
 
@@ -46,7 +46,7 @@ def reduce_modules(
         The new pairs and their approximation errors, by module.
 
     Raises:
-        AdapterError: A number is not finite, or a change depends on the model's weight and `base_weight` is None; the
+        AdapterError: A value is not finite, or a change depends on the model's weight and `base_weight` is None; the
             message begins with the module.
     """
     results, fits = {}, {}
@@ -71,24 +71,24 @@ def approximated(
     device: torch.device | None = None,
     base_weight: Callable[[ModuleName], torch.Tensor] | None = None,
 ) -> tuple[LowRank, Fit]:
-    """The best low-rank approximation of a change of any kind, from ΔW in full.
+    """The best low-rank approximation of a change of any kind, from the dense ΔW.
 
     Args:
-        module: The module, for messages and `base_weight`.
-        change: The change, of the weight only.
+        module: The module, for error messages and `base_weight`.
+        change: The change, which must not change the bias.
         rules: Choose the rank.
-        clamp_quantile: See `svd.clamp`; None does not clamp.
-        device: Where to compute; None computes where the tensors are.
+        clamp_quantile: See `svd.clamp`; None disables clamping.
+        device: The device of the computation; None for the device of the tensors.
         base_weight: Returns the weight of a module in the model, for changes that depend on it.
 
     Returns:
         A pair in float32 on the CPU with alpha = rank, and its approximation error.
 
     Raises:
-        AdapterError: The change is of the bias too, has NaN or infinite numbers, or depends on an unknown weight.
+        AdapterError: The change includes a bias, has NaN or infinite values, or depends on a weight that is not given.
     """
     if change.bias() is not None:
-        raise AdapterError("it changes the bias too, which a low-rank pair cannot hold")
+        raise AdapterError("changes the bias too, which a low-rank pair cannot store")
     dense = _dense(module, change, base_weight)
     matrix = dense.flatten(1).to(device)
     large = dense.ndim == 4 and dense.shape[2:] != (1, 1)
@@ -107,27 +107,27 @@ def approximated(
 
 
 def _dense(module: ModuleName, change: Delta, base_weight: Callable[[ModuleName], torch.Tensor] | None) -> torch.Tensor:
-    """ΔW as a matrix or a kernel of two dimensions, all numbers finite."""
+    """ΔW as a matrix or a 4-D kernel; checks that all values are finite."""
     if not change.needs_base:
         dense = change.delta()
     elif base_weight is not None:
         dense = change.delta(base_weight(module))
     else:
         raise AdapterError(
-            f"the change that {with_article(change.kind)} module makes depends on the model's weight: "
-            "`lora-adapters convert --to lora --sd_model MODEL` makes a pair of it, as do resize and svd-merge"
+            f"the change of {with_article(change.kind)} module depends on the model's weight: "
+            "run `lora-adapters convert --to lora --sd_model MODEL`, or pass --sd_model to resize or svd-merge"
         )
     if dense.ndim == 2 and kind_of(module) == "conv3x3" and dense.shape[1] % 9 == 0:
-        dense = dense.reshape(len(dense), -1, 3, 3)  # kinds without Tucker cores have flat kernels
+        dense = dense.reshape(len(dense), -1, 3, 3)  # kinds without Tucker cores have flattened kernels
     if dense.ndim not in (2, 4):
-        raise AdapterError(f"a change of the shape {list(dense.shape)} has no rank")
+        raise AdapterError(f"a change of the shape {list(dense.shape)} has no low-rank approximation")
     if not math.isfinite(float(dense.sum())):
-        raise AdapterError("there are NaN or infinite numbers in it")
+        raise AdapterError("contains NaN or infinite values")
     return dense
 
 
 def weights_only(modules: Mapping[ModuleName, Delta]) -> tuple[dict[ModuleName, Delta], list[str]]:
-    """The changes of weights that pairs can stand for, without norms and biases; and the names of what is left out."""
+    """The changes that low-rank pairs can approximate, without norms and biases; and the names of those left out."""
     kept: dict[ModuleName, Delta] = {}
     left_out: list[str] = []
     for module, change in modules.items():
@@ -154,7 +154,7 @@ def _without_bias(change: Delta) -> Delta:
 
 
 def svd(adapter: Any, rank, conv_rank=None, target_error=None, device=None, clamp_quantile=None) -> Any:
-    """The best approximation of an adapter. Arguments, result and errors: see `Adapter.svd`."""
+    """The best low-rank approximation of an adapter; see `Adapter.svd`."""
     modules, _ = reduce_modules(
         adapter.modules, rules(rank, conv_rank, target_error), clamp_quantile, torch.device(device or "cpu")
     )
@@ -162,7 +162,7 @@ def svd(adapter: Any, rank, conv_rank=None, target_error=None, device=None, clam
 
 
 def resize(adapter: Any, rank, conv_rank=None, dynamic_rule=None) -> Any:
-    """The best approximation of an adapter at its own scales; see `Adapter.resize`."""
+    """The best low-rank approximation of an adapter that keeps its scales; see `Adapter.resize`."""
     conv = rank if conv_rank is None else conv_rank
     chosen = rules(rank, conv)
     if dynamic_rule is not None:

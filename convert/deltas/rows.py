@@ -1,8 +1,8 @@
-"""Changes of fused layers: cut into those of the layers that they consist of, and put together again.
+"""Splitting the change of a fused layer into changes of its parts, and joining them again.
 
-A fused layer has the rows of several layers, one below the other. The low-rank pair of the whole is one for each of
-them, exactly: all share `down`, and each has its own rows of `up`. Where `up` is block-diagonal, each component belongs
-to one of them, which then has a pair of a lower rank (kohya's `split_qkv`).
+The weight of a fused layer consists of the weights of several layers (its parts), concatenated along the rows. Its
+low-rank pair splits exactly into pairs of the parts, which share `down` and take their rows of `up`. If `up` is
+block-diagonal, each component belongs to one part, and the parts' pairs have lower ranks (kohya's `split_qkv`).
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from .wrapper import Wrapper
 
 
 def cut(change: Delta, rows: Sequence[slice]) -> list[Delta]:
-    """The changes of the layers that have these rows, which are all rows of the fused layer, in order."""
+    """Split the change of a fused layer into changes of its parts; `rows` are the rows of each part, in order."""
     if len(rows) == 1:
         return [change]
     if isinstance(change, LowRank):
@@ -47,12 +47,12 @@ def _cut_pair(pair: LowRank, rows: Sequence[slice]) -> list[LowRank]:
 
 
 def _own_columns(ups: Sequence[torch.Tensor]) -> list[slice] | None:
-    """The columns of each part that are its own: 0 in all other parts, and in the parts' order; None if none are."""
+    """The columns of `up` that belong to each part if `up` is block-diagonal in the parts' order, otherwise None."""
     used = torch.stack([(up != 0).flatten(1).any(0) for up in ups])
     if ups[0].shape[1] < len(ups) or not bool((used.sum(0) <= 1).all()) or not bool(used.any(1).all()):
         return None
     ends = [int(row.nonzero()[-1]) + 1 for row in used]
-    ends[-1] = used.shape[1]  # columns that are 0 in all parts belong to the part before them
+    ends[-1] = used.shape[1]  # assign columns of zeros to the part before them
     starts = [0, *ends[:-1]]
     if any(int(row.nonzero()[0]) < start or start >= end for row, start, end in zip(used, starts, ends, strict=True)):
         return None
@@ -60,12 +60,12 @@ def _own_columns(ups: Sequence[torch.Tensor]) -> list[slice] | None:
 
 
 def halves_swapped(change: Delta, out: int) -> Delta:
-    """The change of the same layer with the two halves of its `out` rows in the other order."""
+    """The change of the same layer with the two halves of its `out` rows swapped."""
     return picked(change, (slice(out // 2, out), slice(0, out // 2)))
 
 
 def picked(change: Delta, rows: tuple[slice, ...]) -> Delta:
-    """The change of a layer that has these rows of another one, in this order."""
+    """The change of a layer whose weight consists of these rows of the changed weight, in this order."""
 
     def of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[rows[0]] if len(rows) == 1 else torch.cat([tensor[span] for span in rows])
@@ -76,7 +76,7 @@ def picked(change: Delta, rows: tuple[slice, ...]) -> Delta:
         return replace(change, change=picked(change.change, rows), diff_b=of(change.diff_b))
     if isinstance(change, DoRA):
         if change.magnitude.shape[0] == 1:
-            raise AdapterError("a DoRA with a magnitude for each column of a fused layer cannot be cut into its parts")
+            raise AdapterError("cannot split a DoRA of a fused layer into its parts: its magnitude is per column")
         return replace(change, change=picked(change.change, rows), magnitude=of(change.magnitude))
     if isinstance(change, Full):
         parts = {name: None if part is None else of(part) for name, part in _tensors_of(change).items()}
@@ -90,21 +90,21 @@ def picked(change: Delta, rows: tuple[slice, ...]) -> Delta:
     if isinstance(change, Rows):
         return _picked_again(change, rows)
     if change.needs_base:
-        raise AdapterError(f"{with_article(change.kind)} of a fused layer cannot be cut into those of its parts")
+        raise AdapterError(f"cannot split {with_article(change.kind)} of a fused layer into its parts")
     return Rows(change, rows)
 
 
 def _picked_rotations(change: OFT, rows: tuple[slice, ...]) -> OFT:
     size = change.blocks.shape[1]
     if any(span.start % size or span.stop % size for span in rows):
-        raise AdapterError(f"an OFT whose blocks of {size} rows reach from one part of a fused layer into the next")
+        raise AdapterError(f"cannot split an OFT of a fused layer: blocks of {size} rows overlap two of its parts")
     blocks = torch.cat([change.blocks[span.start // size : span.stop // size] for span in rows])
     rescale = None if change.rescale is None else torch.cat([change.rescale[span] for span in rows])
     return replace(change, blocks=blocks, rescale=rescale)
 
 
 def _picked_again(change: "Rows", rows: tuple[slice, ...]) -> Delta:
-    """These rows of some rows of a change; the change itself where they are all of its rows in their order."""
+    """Select rows of a `Rows`; returns the inner change if the result is all of its rows in their order."""
     own = [number for span in change.rows for number in range(span.start, span.stop)]
     picked_rows = [number for span in rows for number in own[span]]
     ends = [n for n, (one, other) in enumerate(pairwise(picked_rows), 1) if other != one + 1]
@@ -119,16 +119,16 @@ def _picked_again(change: "Rows", rows: tuple[slice, ...]) -> Delta:
 
 
 def row_count(change: Delta) -> int | None:
-    """The number of rows of the weight that a change is for, if its `out_in` is None.
+    """The number of rows of the weight of a change whose `out_in` is None.
 
     Args:
         change: The change.
 
     Returns:
-        The number; None for a change that does not act on single rows.
+        The number of rows; None for a change that acts on the columns only.
 
     Raises:
-        AdapterError: The change does not tell.
+        AdapterError: The number does not follow from the change.
     """
     if isinstance(change, InputRotation) or (isinstance(change, IA3) and change.on_input):
         return None
@@ -138,7 +138,7 @@ def row_count(change: Delta) -> int | None:
         return change.blocks.shape[-3] * change.blocks.shape[-2]
     if isinstance(change, Full) and change.diff_b is not None:
         return len(change.diff_b)
-    raise AdapterError(f"{with_article(change.kind)} does not tell how many rows it is for")
+    raise AdapterError(f"the number of rows does not follow from {with_article(change.kind)}")
 
 
 def _tensors_of(change: Full) -> dict[str, torch.Tensor | None]:
@@ -146,24 +146,24 @@ def _tensors_of(change: Full) -> dict[str, torch.Tensor | None]:
 
 
 def joined(pairs: Sequence[LowRank | None], rows: Sequence[int]) -> LowRank:
-    """One pair for a fused layer; the inverse of `cut`.
+    """Join the pairs of the parts of a fused layer; the inverse of `cut`.
 
-    Parts with the same `down` and scale share it. The components of other parts are concatenated, and differences of
-    their scales are multiplied into `up`.
+    Parts with the same `down` and scale share their components. The components of other parts are concatenated, and
+    differences between their scales are multiplied into `up`.
 
     Args:
-        pairs: The pairs of the parts, in order; None for a part that does not change.
+        pairs: The pairs of the parts, in order; None for an unchanged part.
         rows: The number of rows of each part.
 
     Returns:
-        The pair, whose rank is the sum of the ranks of different parts.
+        The pair. Its rank is the sum of the parts' ranks, with shared components counted once.
 
     Raises:
-        AdapterError: The inputs of the parts have different widths.
+        AdapterError: The parts have different numbers of input channels.
     """
     changing = [pair for pair in pairs if pair is not None]
     if len({pair.down.shape[1:] for pair in changing}) != 1:
-        raise AdapterError("the parts of a fused layer have inputs of different widths")
+        raise AdapterError("the parts of a fused layer have different numbers of input channels")
     scale = max((abs(pair.scale) for pair in changing), default=0.0) or 1.0
     alike = all(pair.scale == changing[0].scale for pair in changing)
     scale = changing[0].scale if alike else scale
@@ -188,17 +188,17 @@ def joined(pairs: Sequence[LowRank | None], rows: Sequence[int]) -> LowRank:
 
 
 def whole(parts: Sequence[Delta | None], rows: Sequence[int]) -> Delta:
-    """The change of a fused layer, of any kind; the reverse of `cut`.
+    """Join the changes of the parts of a fused layer, of any kind; the inverse of `cut`.
 
     Args:
-        parts: The changes of its parts, in order; None for a part that does not change.
-        rows: How many rows each part has.
+        parts: The changes of the parts, in order; None for an unchanged part.
+        rows: The number of rows of each part.
 
     Returns:
         A change of the parts' kind.
 
     Raises:
-        AdapterError: The parts are not those of one change.
+        AdapterError: The changes cannot be joined to one change of their kind.
     """
     pairs = [part for part in parts if part is None or isinstance(part, LowRank)]
     if len(pairs) == len(parts):
@@ -217,7 +217,7 @@ def whole(parts: Sequence[Delta | None], rows: Sequence[int]) -> Delta:
     raise _apart(first)
 
 
-# The tensors that have a row for each row of the weight; all others are common to the parts of a fused layer.
+# Tensors with one row for each row of the weight; all other tensors must be equal in all parts of a fused layer.
 _BY_ROWS: dict[type, tuple[str, ...]] = {
     Full: ("diff", "diff_b"),
     Hadamard: ("w1_a", "w2_a"),
@@ -227,7 +227,7 @@ _BY_ROWS: dict[type, tuple[str, ...]] = {
 
 
 def _alike(parts: Sequence[Any], by_rows: tuple[str, ...]) -> Any:
-    """The first part with the rows of all; AdapterError if what they should have in common differs."""
+    """The first part with the concatenated rows of all parts; AdapterError if other tensors or fields differ."""
     first, values = parts[0], dict[str, torch.Tensor]()
     for name in (item.name for item in fields(first) if item.name != "change"):
         own = [getattr(part, name) for part in parts]
@@ -259,8 +259,8 @@ def _whole_of_rows(parts: "Sequence[Rows]", count: int) -> Delta:
 
 def _apart(part: Delta) -> AdapterError:
     return AdapterError(
-        f"{with_article(part.kind)} of one part of a fused layer cannot be written, since other parts differ: "
-        "make pairs of them (convert --to lora)"
+        f"cannot join {with_article(part.kind)} of one part of a fused layer with the other parts, which differ: "
+        "convert them to low-rank pairs (convert --to lora)"
     )
 
 
@@ -275,7 +275,7 @@ def _same_down(first: LowRank, second: LowRank) -> bool:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rows(Wrapper):
-    """Some rows of another change, of a kind whose tensors have no rows of their own (LoKr, GLoRA, ...)."""
+    """Some rows of another change, whose own tensors cannot be split into rows (such as LoKr)."""
 
     rows: tuple[slice, ...]
 
@@ -285,40 +285,42 @@ class Rows(Wrapper):
 
     @property
     def out_in(self) -> tuple[int, int] | None:
-        """Output and input channels; None if the change tells none."""
+        """Output and input channels; None if they are not known."""
         whole = self.change.out_in
         return None if whole is None else (self._count, whole[1])
 
     @property
     def needs_base(self) -> bool:
-        """False: a change that does is not cut."""
+        """False: changes that depend on the weight are never split into `Rows`."""
         return False
 
     def _of(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor[span] for span in self.rows])
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full; see `Delta.delta`."""
+        """ΔW as a dense tensor; see `Delta.delta`."""
         if base_weight is not None and not self.fits(tuple(base_weight.shape)):
-            raise AdapterError(f"made for {list(self.out_in or ())}, but the model's is {list(base_weight.shape)}")
+            raise AdapterError(
+                f"made for a weight of {list(self.out_in or ())}, but the model's weight is {list(base_weight.shape)}"
+            )
         rows = self._of(self.change.delta(None, dtype))
         return rows if base_weight is None else rows.reshape(base_weight.shape)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias; None if it stays."""
+        """The change of the bias; None if it does not change."""
         bias = self.change.bias(dtype)
         return None if bias is None else self._of(bias)
 
     def scaled(self, weight: float) -> Self:
-        """The delta at another weight."""
+        """The delta multiplied by `weight`."""
         return replace(self, change=self.change.scaled(weight))
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it is for a weight of this shape."""
+        """Whether the rows fit a weight of this shape."""
         return self.out_in is not None and tuple(weight_shape[:2]) == self.out_in
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Raises AdapterError: files have no place for a part of a fused layer's change."""
+        """Raise AdapterError: files cannot store rows of another change."""
         raise AdapterError(
-            f"{with_article(self.kind)} of a fused layer cannot be written in parts: make pairs of it (--to lora)"
+            f"cannot write a part of {with_article(self.kind)} of a fused layer: convert to low-rank pairs (--to lora)"
         )

@@ -1,4 +1,4 @@
-"""Changes that scale a layer's bias, as PEFT's IA3 of output channels does: what they are for a given bias."""
+"""Changes that scale a layer's bias (PEFT's IA3 of output channels), converted to additive changes of a given bias."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from .sum import Sum
 
 
 def scales_bias(change: Delta) -> bool:
-    """Whether it scales the bias of its layer, where that has one."""
+    """Whether the change scales the bias of its layer, if the layer has one."""
     if isinstance(change, Sum):
         return any(map(scales_bias, change.parts))
     if isinstance(change, WithBias):
@@ -20,14 +20,14 @@ def scales_bias(change: Delta) -> bool:
 
 
 def with_base_bias(change: Delta, bias: torch.Tensor) -> Delta:
-    """The same change for a layer with this bias: what it scales of it, it adds.
+    """Replace the scaling of the bias by the equivalent additive change, for a given bias.
 
     Args:
         change: A change that fits the layer's weight.
         bias: The layer's bias, (out,).
 
     Returns:
-        A change that scales no bias; the same one if it did not.
+        A change that does not scale the bias; `change` itself if it does not scale it.
     """
     if not scales_bias(change):
         return change

@@ -1,4 +1,4 @@
-"""The sum of several changes of one weight, whatever their kinds."""
+"""The sum of several changes of one weight, of any kinds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from .tucker import Tucker
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sum:
-    """ΔW = ΔW₁ + ΔW₂ + ..., each made from the same W, and the same of the biases.
+    """ΔW = ΔW₁ + ΔW₂ + ..., all computed from the same W; biases are summed likewise.
 
-    Nothing is added up before `delta` is called.
+    The sum is computed when `delta` is called.
     """
 
     parts: tuple[Delta, ...]
@@ -27,30 +27,30 @@ class Sum:
 
     @property
     def kind(self) -> str:
-        """The kinds of its parts."""
+        """The kinds of the parts, joined by " + "."""
         return " + ".join(dict.fromkeys(part.kind for part in self.parts))
 
     @property
     def rank(self) -> None:
-        """None: it is not a product of factors."""
+        """None: a sum is not a product of factors."""
 
     @property
     def out_in(self) -> tuple[int, int] | None:
-        """Output and input channels, where a part tells them."""
+        """Output and input channels; None if no part knows them."""
         return next((part.out_in for part in self.parts if part.out_in is not None), None)
 
     @property
     def needs_base(self) -> bool:
-        """Whether one of its parts depends on W."""
+        """Whether any part depends on W."""
         return any(part.needs_base for part in self.parts)
 
     @property
     def changes_weight(self) -> bool:
-        """Whether one of its parts changes the weight."""
+        """Whether any part changes the weight."""
         return any(part.changes_weight for part in self.parts)
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full; see `Delta.delta`."""
+        """ΔW as a dense tensor; see `Delta.delta`."""
         changes = (part.delta(base_weight, dtype) for part in self.parts)
         total = next(changes)
         for change in changes:
@@ -64,57 +64,57 @@ class Sum:
         return torch.stack(biases).sum(0) if biases else None
 
     def scaled(self, weight: float) -> "Sum":
-        """Each part at another weight."""
+        """The sum multiplied by `weight`."""
         return Sum(tuple(part.scaled(weight) for part in self.parts))
 
     def to(self, dtype: torch.dtype | None) -> "Sum":
-        """The same changes with their tensors in another dtype; None keeps them."""
+        """The same changes with their tensors in `dtype`; None keeps their dtypes."""
         return Sum(tuple(part.to(dtype) for part in self.parts))
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether all parts are for a weight of this shape."""
+        """Whether all parts fit a weight of this shape."""
         return all(part.fits(weight_shape) for part in self.parts)
 
     def is_finite(self) -> bool:
-        """Whether no number in its tensors is NaN or infinite."""
+        """Whether all values in the tensors are finite."""
         return all(part.is_finite() for part in self.parts)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """AdapterError: no file has a place for the sum of several kinds."""
+        """Raise AdapterError: files cannot store a sum of several kinds."""
         raise AdapterError(f"a sum of {self.kind} cannot be written: reduce it to a rank (--new_rank)")
 
 
 def of_one_shape(changes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Changes of one weight in the shape of the one with the most dimensions: a kernel may be flattened in some."""
+    """Reshape changes of one weight to the shape with the most dimensions: some may have flattened kernels."""
     first = max(changes, key=lambda change: change.ndim)
     for change in changes:
         if len(change) != len(first) or change.numel() != first.numel():
-            raise AdapterError(f"one is for a weight of {list(first.shape)}, the other of {list(change.shape)}")
+            raise AdapterError(f"weight shapes differ: {list(first.shape)} and {list(change.shape)}")
     return [change.reshape(first.shape) for change in changes]
 
 
 def as_pair(change: Delta) -> LowRank | None:
-    """The change as one low-rank pair, exactly; None for other kinds."""
+    """The change as an exactly equal low-rank pair; None for kinds that are not low-rank pairs."""
     if isinstance(change, Tucker) and change.mid.ndim == 4:
         return change.low_rank()
     return change if isinstance(change, LowRank) else None
 
 
 def pair_of(change: Delta) -> LowRank:
-    """The change as one low-rank pair, exactly; AdapterError, which names the kind, for other kinds."""
+    """The change as an exactly equal low-rank pair; AdapterError, which names the kind, for other kinds."""
     pair = as_pair(change)
     if pair is None:
         what = with_article(change.kind)
         what = f"{what} with a bias" if change.kind == "LoRA" and change.bias() is not None else what
         raise AdapterError(
             f"{what} is not a low-rank pair (LoRA, LoCon, DyLoRA), which is needed here: "
-            "`lora-adapters convert --to lora --rank N` makes pairs of it"
+            "convert it with `lora-adapters convert --to lora --rank N`"
         )
     return pair
 
 
 def added(parts: Sequence[Delta], scale: float | None = None) -> Delta:
-    """The sum of changes of one weight: exactly one pair where all are pairs (see `add_up`), else a `Sum`."""
+    """The sum of changes of one weight: an exact pair if all are low-rank pairs (see `add_up`), otherwise a `Sum`."""
     if len(parts) == 1:
         return parts[0]
     pairs = [pair for part in parts if (pair := as_pair(part)) is not None]
@@ -122,11 +122,11 @@ def added(parts: Sequence[Delta], scale: float | None = None) -> Delta:
         return add_up(pairs, scale)
     sizes = {size for part in parts if (size := _size(part)) is not None}
     if len(sizes) > 1:
-        raise AdapterError(f"they are for weights of {' and '.join(map(str, sorted(sizes)))} numbers")
+        raise AdapterError(f"weight sizes differ: {' and '.join(map(str, sorted(sizes)))} elements")
     return Sum(tuple(parts))
 
 
 def _size(change: Delta) -> int | None:
-    """How many numbers the weight has, where a pair tells it."""
+    """The number of elements of the weight, if the change is a low-rank pair."""
     pair = as_pair(change)
     return None if pair is None else prod((*pair.out_in, *pair.kernel))

@@ -1,8 +1,7 @@
-"""The best approximation of low-rank changes by fewer components, from the factors alone.
+"""The best approximation of low-rank changes by fewer components, computed from the factors alone.
 
-With downᵀ = Q · R and orthonormal columns in Q, ΔW = up · down has the singular values of the narrow matrix up · Rᵀ. No
-matrix of the size of the weight is ever made. The truncated SVD is the best approximation of its rank (Eckart and
-Young, 1936).
+With downᵀ = Q · R and orthonormal columns in Q, ΔW = up · down has the singular values of the narrow matrix up · Rᵀ, so
+that the dense ΔW is not needed. The truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
 """
 
 import math
@@ -20,28 +19,28 @@ from .low_rank import LowRank
 from .orthonormal import gram_svd, orthonormal
 from .rank_choice import RankRule, by_error, fixed
 
-_LITTLE, _SOME = 0.1, 0.3  # relative errors: 1 % and 9 % of the squared change are missing
+_LITTLE, _SOME = 0.1, 0.3  # relative errors: 1 % and 9 % of the squared norm of the change are lost
 
 
 class Fit(NamedTuple):
-    """How well a change is met: squared Frobenius norms of all of it and of what is missing."""
+    """An approximation error: the squared Frobenius norms of the exact change and of the residual."""
 
     total: float
     missing: float
 
     @property
     def error(self) -> float:
-        """The relative error, 0 to 1; 0 if there is nothing to meet."""
+        """The relative error, 0 to 1; 0 if the exact change is 0."""
         return math.sqrt(max(self.missing, 0.0) / self.total) if self.total > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules for linear layers with 1x1 convolutions, and for larger convolutions."""
+    """The rank rules for linear layers and 1x1 convolutions, and for larger convolutions."""
 
     linear: RankRule
     conv: RankRule
-    most: tuple[int | None, int | None] = (None, None)  # the largest ranks that they can choose, where that is known
+    most: tuple[int | None, int | None] = (None, None)  # the largest ranks that the two rules can choose, if known
 
     def of(self, pair: LowRank) -> RankRule:
         """The rule for one module."""
@@ -49,11 +48,11 @@ class Rules:
 
 
 def rules(rank: int | None, conv_rank: int | None = None, target_error: float | None = None) -> Rules:
-    """Fixed ranks, or with target_error the smallest that meet it (and not above rank, where that is given)."""
+    """Rules for fixed ranks or, with target_error, for the smallest ranks that meet it (limited by rank if given)."""
     if target_error is not None:
         return Rules(by_error(target_error, rank), by_error(target_error, rank if conv_rank is None else conv_rank))
     if rank is None:
-        raise AdapterError("neither a rank nor a target error is given")
+        raise AdapterError("give a rank or a target error")
     conv = rank if conv_rank is None else conv_rank
     return Rules(fixed(rank), fixed(conv), (rank, conv))
 
@@ -63,17 +62,17 @@ def decompose(pair: LowRank, device: torch.device | None = None) -> tuple[torch.
 
     Args:
         pair: A low-rank pair.
-        device: Where to compute; None computes where the factors are.
+        device: The device of the computation; None for the device of the factors.
 
     Returns:
         U (out, n), singular values (n), Vᵀ (n, in·height·width), float64; n is the rank of ΔW, at most `pair.rank`.
 
     Raises:
-        AdapterError: A factor has NaN or infinite numbers.
+        AdapterError: A factor has NaN or infinite values.
     """
     up, down = (factor.to(device) for factor in pair.matrices())
     if not (math.isfinite(float(up.sum())) and math.isfinite(float(down.sum()))):
-        raise AdapterError("there are NaN or infinite numbers in it")
+        raise AdapterError("contains NaN or infinite values")
     basis, root = orthonormal(down.T)
     u, values, vh = gram_svd(up.double() @ root.T * pair.scale)
     return u, values, vh @ basis.T
@@ -84,22 +83,22 @@ def decompose_dense(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The singular value decomposition of ΔW, computed by LAPACK from the full matrix.
 
-    The signs of singular vectors are arbitrary, and clamping depends on them: LAPACK gives the signs that kohya's tools
-    have, and takes as long as they do.
+    The signs of singular vectors are arbitrary, but clamping depends on them. LAPACK's signs are the same as in kohya's
+    tools. This is slower than `decompose`.
 
     Args:
         pair: A low-rank pair.
-        device: Where to compute; None computes where the factors are.
+        device: The device of the computation; None for the device of the factors.
 
     Returns:
-        As `decompose`, but n is the shorter side of ΔW.
+        The same as `decompose`, but n is the shorter side of ΔW.
 
     Raises:
-        AdapterError: ΔW has NaN or infinite numbers.
+        AdapterError: ΔW has NaN or infinite values.
     """
     matrix = pair.delta().flatten(1).to(device)
     if not math.isfinite(float(matrix.sum())):
-        raise AdapterError("there are NaN or infinite numbers in it")
+        raise AdapterError("contains NaN or infinite values")
     if not bool(matrix.any()):
         return matrix[:, :0], matrix[0, :0], matrix[:0]
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -107,19 +106,19 @@ def decompose_dense(
 
 
 def by_size(pair: LowRank) -> LowRank:
-    """The same change with the components of its SVD, the largest first: up = U·√Σ and down = √Σ·Vᵀ.
+    """The same change, factorised by its SVD with the largest components first: up = U·√Σ and down = √Σ·Vᵀ.
 
-    At the scale alpha/rank the first b components are the best approximation of rank b. If the rank of ΔW is lower than
-    that of the pair, the remaining components have an `up` of zeros and keep their `down`, so that they can still be
-    trained. Signs are chosen so that the largest number of each column of `up` is positive.
+    At the scale alpha/rank, the first b components are the best approximation of rank b. If ΔW has a lower rank than
+    the pair, the remaining components have zeros in `up` and keep their `down`, so that they can still be trained.
+    Signs are chosen so that the element of largest magnitude in each column of `up` is positive.
 
     Args:
         pair: The pair.
 
     Returns:
-        A pair of the same rank and alpha, on the CPU, float64.
+        A pair of the same rank and alpha, in float64 on the CPU.
     """
-    u, values, vh = decompose(LowRank(pair.down.cpu(), pair.up.cpu(), float(pair.rank)))  # at the scale 1
+    u, values, vh = decompose(LowRank(pair.down.cpu(), pair.up.cpu(), float(pair.rank)))  # with scale 1
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     up, down = pair.up.detach().cpu().double().flatten(1), pair.down.detach().cpu().double().flatten(1)
     up, down = torch.zeros_like(up), down.clone()
@@ -128,7 +127,7 @@ def by_size(pair: LowRank) -> LowRank:
 
 
 def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors cut to ± the quantile of their values taken together (with their signs), as kohya's tools do."""
+    """Clamp both factors to ± the quantile of all their (signed) values, as kohya's tools do."""
     if not 0 < quantile <= 1:
         raise AdapterError(f"clamp_quantile must be between 0 and 1, got {quantile:g}")
     high = float(torch.quantile(torch.cat([up.flatten(), down.flatten()]), quantile))
@@ -136,7 +135,7 @@ def clamp(up: torch.Tensor, down: torch.Tensor, quantile: float) -> tuple[torch.
 
 
 def product_norm_squared(up: torch.Tensor, down: torch.Tensor) -> float:
-    """‖up · down‖², from the factors or the product, whichever is smaller."""
+    """‖up · down‖², computed from the product or from Gram matrices of the factors, whichever are smaller."""
     if len(up) * down.shape[1] < up.shape[1] ** 2:
         return float((up.double() @ down.double()).square().sum())
     return float(((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum())
@@ -145,23 +144,23 @@ def product_norm_squared(up: torch.Tensor, down: torch.Tensor) -> float:
 def reduced(
     pair: LowRank, rule: RankRule, clamp_quantile: float | None = None, device: torch.device | None = None
 ) -> tuple[LowRank, Fit]:
-    """The best approximation of a change at the rank that a rule chooses.
+    """The best approximation of a pair at the rank that a rule chooses.
 
     Args:
         pair: The change.
         rule: Chooses the rank from the singular values.
-        clamp_quantile: Clamp both factors as kohya's tools do (see `clamp`), which needs the SVD of the full matrix;
-            None does not.
-        device: Where to compute; None computes where the factors are.
+        clamp_quantile: Clamp both factors as kohya's tools do (see `clamp`), which needs the SVD of the dense ΔW; None
+            disables clamping.
+        device: The device of the computation; None for the device of the factors.
 
     Returns:
         A pair in float32 on the CPU with alpha = rank, and its approximation error.
 
     Raises:
-        AdapterError: A factor has NaN or infinite numbers.
+        AdapterError: A factor has NaN or infinite values.
     """
     u, values, vh = decompose(pair, device) if clamp_quantile is None else decompose_dense(pair, device)
-    if len(values) == 0:  # no change at all: one component of zeros
+    if len(values) == 0:  # ΔW is 0: return one component of zeros
         none = pair.truncated(1)
         return LowRank(none.down.float(), torch.zeros_like(none.up).float(), 1.0), Fit(0.0, 0.0)
     rank = rule(values)
@@ -180,7 +179,7 @@ def reduced(
 def as_written(
     fits: Mapping[ModuleName, Fit], exact: Mapping[ModuleName, Delta], written: Mapping[ModuleName, Delta]
 ) -> dict[ModuleName, Fit]:
-    """The fits of what is written, where its dtype has rounded it: what that changed is missing too."""
+    """The approximation errors including the rounding to the dtype of the written changes."""
     return {
         module: Fit(fit.total, fit.missing + _distance_squared(exact[module], written[module]))
         for module, fit in fits.items()
@@ -188,7 +187,7 @@ def as_written(
 
 
 def _distance_squared(first: Delta, second: Delta) -> float:
-    """‖ΔW - ΔW'‖² of two changes of one weight, in full where they are no pairs."""
+    """‖ΔW - ΔW'‖² of two changes of one weight, from the dense ΔW unless both are low-rank pairs."""
     if not (isinstance(first, LowRank) and isinstance(second, LowRank)):
         return 0.0 if first is second else float((first.delta() - second.delta()).double().square().sum())
     if first.alpha == second.alpha and first.up is second.up and first.down is second.down:
@@ -199,17 +198,17 @@ def _distance_squared(first: Delta, second: Delta) -> float:
 
 
 def total(fits: Iterable[Fit]) -> Fit:
-    """All of them as one."""
+    """The approximation error of all modules together."""
     listed = list(fits)
     return Fit(math.fsum(fit.total for fit in listed), math.fsum(fit.missing for fit in listed))
 
 
 def report(fits: Mapping[ModuleName, Fit], more: str | None = None) -> str:
-    """The approximation errors of an adapter as text: of each component, of all, and of the worst module.
+    """Format the approximation errors of an adapter: for each component, in total, and for the worst module.
 
     Args:
         fits: The errors, by module; at least one.
-        more: Options that reduce the error, such as "a higher --new_rank"; None if there are none.
+        more: Options that reduce the error, such as "a higher --new_rank"; None to suggest nothing.
 
     Returns:
         Two lines.
@@ -228,13 +227,13 @@ def report(fits: Mapping[ModuleName, Fit], more: str | None = None) -> str:
 
 
 def verdict(error: float) -> str:
-    """What a relative error means, as text.
+    """Describe a relative error in words.
 
     Args:
         error: ‖ΔW - ΔW'‖ / ‖ΔW‖.
 
     Returns:
-        Whether it is much, and the share of the squared norm that is kept.
+        How much of the change is lost, and the share of the squared norm that is kept.
 
     >>> verdict(0.39)
     'much of the change is lost (84.79 % of its squared norm is kept)'
@@ -244,7 +243,7 @@ def verdict(error: float) -> str:
 
 
 def with_rank_facts(modules: Mapping[ModuleName, Delta], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata with ss_network_args that name the rank of the larger convolutions, where there are any."""
+    """Set ss_network_args in the metadata to the rank of the larger convolutions, if any are in the adapter."""
     conv = [change.rank for change in modules.values() if isinstance(change, LowRank) and change.kernel != (1, 1)]
     if not conv:
         return dict(metadata)

@@ -29,7 +29,7 @@ def contract(core: torch.Tensor, out_factor: torch.Tensor, in_factor: torch.Tens
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tucker(TensorDelta):
-    """ΔW = (alpha / rank) · mid ×₁ up ×₂ down, a LoRA of a convolution in three factors.
+    """ΔW = (alpha / rank) · mid ×₁ up ×₂ down: a LoRA of a convolution with three factors.
 
     `down` is (rank, in, 1, 1), `mid` is (rank, rank, height, width), `up` is (out, rank, 1, 1).
     """
@@ -62,7 +62,7 @@ class Tucker(TensorDelta):
         return (self.up.shape[0], self.down.shape[1], *self.mid.shape[2:])
 
     def low_rank(self) -> LowRank:
-        """The same ΔW as a pair of the same rank, exactly: `mid` and `down` become one (float32)."""
+        """The exact ΔW as a low-rank pair of the same rank: `mid` and `down` are multiplied, in float32."""
         down = torch.einsum("pq...,qi->pi...", self.mid.float(), self.down.float().flatten(1))
         return LowRank(down, self.up, self.alpha * self.multiplier)
 
@@ -77,13 +77,13 @@ class Tucker(TensorDelta):
 
 
 def read_lora(tensors: Tensors) -> LowRank | Tucker | None:
-    """The LoRA in a module's tensors; None if there is none."""
+    """Read the LoRA from a module's tensors; None if they are of another kind."""
     if not any(name in tensors for name in Tucker.suffixes):
         return None
     check_suffixes("LoRA", tensors, Tucker.suffixes[:2], ("lora_mid.weight", "alpha"))
     down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
     if down.ndim == 0:
-        raise AdapterError("lora_down.weight is a single number")
+        raise AdapterError("lora_down.weight is a scalar, expected a matrix or a kernel")
     alpha = alpha_of(tensors, down.shape[0])
     if "lora_mid.weight" in tensors:
         return Tucker(down, tensors["lora_mid.weight"], up, alpha)

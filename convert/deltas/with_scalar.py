@@ -1,4 +1,4 @@
-"""A change with a trained factor (LyCORIS' `use_scalar`)."""
+"""A change multiplied by a trained scalar (LyCORIS' `use_scalar`)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +12,9 @@ from .wrapper import Wrapper
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WithScalar(Wrapper):
-    """ΔW = scalar · (another delta's ΔW), where the scalar, (), is trained like the other tensors.
+    """ΔW = scalar · (inner delta's ΔW), where the scalar, of shape (), is trained like the other tensors.
 
-    Files have no place for it: as in LyCORIS' it is a part of the other delta's tensors.
+    Files do not store the scalar: as in LyCORIS, it is multiplied into the inner delta's tensors.
     """
 
     scalar: torch.Tensor
@@ -23,29 +23,29 @@ class WithScalar(Wrapper):
         check_shape("scalar", self.scalar, ())
 
     def delta(self, base_weight: torch.Tensor | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW in full; see `Delta.delta`."""
+        """ΔW as a dense tensor; see `Delta.delta`."""
         return self.change.delta(base_weight, dtype) * self.scalar.to(dtype)
 
     def bias(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        """The change of the bias, with the scalar."""
+        """The change of the bias, times the scalar."""
         bias = self.change.bias(dtype)
         return None if bias is None else bias * self.scalar.to(dtype)
 
     def scaled(self, weight: float) -> Self:
-        """The delta at another weight."""
+        """The delta multiplied by `weight`."""
         return replace(self, change=self.change.scaled(weight))
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether the other delta is for a weight of this shape."""
+        """Whether the inner delta fits a weight of this shape."""
         return self.change.fits(weight_shape)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the other delta, times the scalar."""
+        """The tensors of the inner delta, times the scalar."""
         return without_scalars(self).tensors()
 
 
 def without_scalars(change: Any) -> Any:
-    """The same change as files have it: a scalar, also one inside of a DoRA, is a part of the other tensors."""
+    """The same change as files store it: scalars, also nested ones, are multiplied into the other tensors."""
     if isinstance(change, WithScalar):
         return change.change.scaled(float(change.scalar))
     inner = getattr(change, "change", None)

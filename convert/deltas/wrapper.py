@@ -1,4 +1,4 @@
-"""What the deltas that wrap another one have in common."""
+"""`Wrapper`, the base class of deltas that contain another delta."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from .base import Delta, tensor_fields
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Wrapper:
-    """A delta made from another one, with tensors of its own; what it does not change is the other delta's."""
+    """A delta with tensors of its own that contains another delta and delegates to it by default."""
 
     change: Delta
 
@@ -21,36 +21,36 @@ class Wrapper:
 
     @property
     def kind(self) -> str:
-        """The kind of the other delta."""
+        """The kind of the inner delta."""
         return self.change.kind
 
     @property
     def rank(self) -> int | None:
-        """The rank of the other delta."""
+        """The rank of the inner delta."""
         return self.change.rank
 
     @property
     def out_in(self) -> tuple[int, int] | None:
-        """Output and input channels of the other delta; None if it does not tell them."""
+        """Output and input channels of the inner delta; None if they are not known."""
         return self.change.out_in
 
     @property
     def needs_base(self) -> bool:
-        """Whether the other delta needs the weight."""
+        """Whether the inner delta needs the weight."""
         return self.change.needs_base
 
     @property
     def changes_weight(self) -> bool:
-        """Whether the other delta changes the weight."""
+        """Whether the inner delta changes the weight."""
         return self.change.changes_weight
 
     def to(self, dtype: torch.dtype | None) -> Self:
-        """The same delta with its tensors in another dtype; None keeps them."""
+        """The same delta with its tensors in `dtype`; None keeps their dtypes."""
         if dtype is None:
             return self
         own = {name: tensor.to(dtype) for name, tensor in tensor_fields(self).items()}
         return replace(self, change=self.change.to(dtype), **own)  # type: ignore[arg-type]
 
     def is_finite(self) -> bool:
-        """Whether no number in its tensors is NaN or infinite."""
+        """Whether all values in the tensors are finite."""
         return self.change.is_finite() and all(map(finite, tensor_fields(self).values()))

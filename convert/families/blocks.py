@@ -1,4 +1,4 @@
-"""The blocks of a U-Net or a transformer as options count them, and their labels in lists of block weights."""
+"""The blocks of a U-Net or a transformer: their order in options, and their labels in lists of block weights."""
 
 import re
 from collections.abc import Mapping
@@ -12,11 +12,16 @@ LAYER = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|down
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blocks:
-    """Blocks from the input to the output.
+    """The blocks of a U-Net, from the input to the output.
 
-    sides: how many there are on the way down, in the middle and on the way up. outer: those before and behind them,
-    which no adapter changes. with_attention: labels of those that have attention. presets: names of lists of blocks.
-    Source: kohya's block_dims and block_lr_weight; the labels are those of the extension sd-webui-lora-block-weight.
+    The order is that of kohya's block_dims and block_lr_weight; the labels are those of the extension
+    sd-webui-lora-block-weight.
+
+    Attributes:
+        sides: The numbers of down, middle and up blocks.
+        with_attention: The labels of the blocks with attention.
+        outer: The number of extra blocks at each end, which no adapter changes.
+        presets: Lists of blocks by the names of the extension's presets.
     """
 
     sides: tuple[int, int, int]
@@ -26,12 +31,12 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """How many numbers a list for all blocks has."""
+        """The length of a list of numbers for all blocks."""
         return sum(self.sides) + 2 * self.outer
 
     @cached_property
     def labels(self) -> tuple[str | None, ...]:
-        """The label of each block: IN00, ..., MID, OUT00, ...; None for the outer ones."""
+        """The label of each block: IN00, ..., MID, OUT00, ...; None for the outer blocks."""
         down, middle, up = self.sides
         inner = [f"IN{n:02d}" for n in range(down)] + ["MID"] * middle + [f"OUT{n:02d}" for n in range(up)]
         outer: list[str | None] = [None] * self.outer
@@ -39,30 +44,30 @@ class Blocks:
 
     @cached_property
     def weight_lists(self) -> tuple[tuple[str, ...], ...]:
-        """The labels that lists of block weights are for: one of all blocks, one of those with attention."""
+        """The labels for the lists of block weights: one list of all blocks, one of the blocks with attention."""
         every = dict.fromkeys(label for label in self.labels if label is not None)
         return (BASE, *every), (BASE, *self.with_attention)
 
     def index(self, path: str) -> int | None:
-        """The index of the block of a U-Net module; None outside of the blocks."""
+        """The index of the block that contains a U-Net module; None outside of the blocks."""
         match = LAYER.fullmatch(path)
         if match is None:
             return None
         half, block, kind, layer, _ = match.groups()
         down, middle, _ = self.sides
-        if half == "mid":  # ResNet, attention, ResNet: three blocks, or one
+        if half == "mid":  # ResNet, attention, ResNet: counted as three blocks or as one
             return self.outer + down + (0 if middle == 1 else 2 * int(layer) if kind == "resnets" else 1)
         place = 3 * int(block) + (2 if kind in ("downsamplers", "upsamplers") else int(layer))
-        return self.outer + (down + middle + place if half == "up" else 1 + place)  # the first one is conv_in's
+        return self.outer + (down + middle + place if half == "up" else 1 + place)  # the first down block is conv_in
 
     def label(self, path: str) -> str | None:
-        """The label of the block of a U-Net module; None outside of the blocks."""
+        """The label of the block that contains a U-Net module; None outside of the blocks."""
         index = self.index(path)
         return None if index is None else self.labels[index]
 
 
 class Run(Protocol):
-    """Blocks of one kind, one after the other; see `transformer.Stack`."""
+    """A stack of blocks of the same kind; see `transformer.Stack`."""
 
     @property
     def original(self) -> str: ...
@@ -81,9 +86,14 @@ class Run(Protocol):
 class StackBlocks:
     """The blocks of a transformer, stack by stack.
 
-    stacks: of the largest model. lists: the labels of lists of numbers other than the one of all blocks. texts: the
-    labels of text encoders that have one of their own. behind: the beginnings of paths behind the blocks.
-    Source of Flux.1's labels and list: the extension sd-webui-lora-block-weight.
+    Flux.1's labels and list are those of the extension sd-webui-lora-block-weight.
+
+    Attributes:
+        stacks: The stacks of the largest model.
+        lists: The labels for further lists of numbers, besides the list of all blocks.
+        texts: The labels of text encoders with a weight of their own, by component.
+        behind: The prefixes of paths of layers after the blocks.
+        presets: Lists of blocks by the names of presets.
     """
 
     stacks: tuple[Run, ...]
@@ -94,17 +104,17 @@ class StackBlocks:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """How many blocks each stack has."""
+        """The number of blocks of each stack."""
         return tuple(stack.depth for stack in self.stacks)
 
     @property
     def outer(self) -> int:
-        """0: no list counts what is outside of the blocks."""
+        """0: there are no extra blocks at the ends."""
         return 0
 
     @property
     def count(self) -> int:
-        """How many numbers a list for all blocks has."""
+        """The length of a list of numbers for all blocks."""
         return sum(self.sides)
 
     @cached_property
@@ -114,16 +124,16 @@ class StackBlocks:
 
     @cached_property
     def weight_lists(self) -> tuple[tuple[str, ...], ...]:
-        """The labels that lists of block weights are for."""
+        """The labels for the lists of block weights."""
         return (BASE, *(label for label in self.labels if label is not None)), *self.lists
 
     @cached_property
     def order(self) -> tuple[str, ...]:
-        """All labels, from the text encoders to what is behind the blocks."""
+        """All labels in order, from the text encoders to the layers after the blocks."""
         return BASE, *self.texts.values(), "IN", *self.weight_lists[0][1:], "OUT"
 
     def index(self, path: str) -> int | None:
-        """The index of the block of a module; None outside of the blocks that the largest model has."""
+        """The index of the block that contains a module; None outside of the blocks of the largest model."""
         before = 0
         for stack in self.stacks:
             number = _number(stack, path)
@@ -133,7 +143,7 @@ class StackBlocks:
         return None
 
     def label(self, path: str) -> str:
-        """The label of the block of a module; IN and OUT before and behind the blocks."""
+        """The label of the block that contains a module; IN and OUT for layers before and after the blocks."""
         for stack in self.stacks:
             number = _number(stack, path)
             if number is not None:
@@ -141,13 +151,13 @@ class StackBlocks:
         return "OUT" if path.startswith(self.behind) else "IN"
 
     def named(self, name: str) -> str | None:
-        """The label of a block by its name in the original code or in diffusers (double_blocks.3); None for another."""
+        """The label of a block from its name in the original code or in diffusers (double_blocks.3), or None."""
         head, _, number = name.rpartition(".")
         stack = next((stack for stack in self.stacks if head in (stack.original, stack.path)), None)
         return None if stack is None or not number.isdecimal() else f"{stack.letter}{int(number):02d}"
 
 
 def _number(stack: Run, path: str) -> int | None:
-    """The number of a module's block in the stack."""
+    """The number of the block that contains a module; None if it is not in this stack."""
     head, _, rest = path.partition(".")
     return int(rest.partition(".")[0]) if head == stack.path else None

@@ -1,7 +1,7 @@
-"""Where the weights of adapted layers are in a model's files, by the names of its tensors.
+"""Finding the weights of adapted layers in a model's files by the names of the tensors.
 
-Original checkpoints   the names of the original code, as the families' layouts have them
-Diffusers folders      the layer's own path in the component's file, with or without `text_model.`
+Original checkpoints   the names of the original code, from the families' layouts
+Diffusers folders      the layer's path in the component's file, with or without `text_model.`
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -20,7 +20,7 @@ from .unet import PREFIX, UNet
 
 
 def family_of_file(keys: Collection[str]) -> ModelFamily | None:
-    """The family by the names in an original checkpoint; None if there is no denoiser of any."""
+    """Recognise the family of an original checkpoint by its tensor names; None if it has no known denoiser."""
     has_unet = any(key.startswith(PREFIX) for key in keys)
     for family in FAMILIES:
         if (has_unet or not isinstance(family.denoiser.layout, UNet)) and any(
@@ -31,7 +31,7 @@ def family_of_file(keys: Collection[str]) -> ModelFamily | None:
 
 
 def family_of_folder(components: Collection[str], keys: Iterable[str], class_name: str = "") -> ModelFamily:
-    """The family by the components of a Diffusers folder, the class of its denoiser, and the names in their files."""
+    """Recognise the family of a Diffusers folder by its components, its denoiser's class, and its tensor names."""
     keys = list(keys)
     alike = [family for family in FAMILIES if family.denoiser.name in components]
     for family in alike:
@@ -45,13 +45,13 @@ def family_of_folder(components: Collection[str], keys: Iterable[str], class_nam
 
 
 def slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> dict[ModuleName, TensorSlice]:
-    """Where an original checkpoint has the weights of all layers that it has."""
+    """Find the weights of all layers in an original checkpoint."""
     slices = {}
     for component in family.components:
         for layer in family.layers(component.name):
             part = next((part for part in layer.originals if part.key in tensors), None)
             if part is not None and not _is_unused(component.layout, layer.module.path, part):
-                with suppress(AdapterError):  # a packed weight: it is refused by its own name when it is needed
+                with suppress(AdapterError):  # a packed quantised weight is refused later, when it is needed
                     slices[layer.module] = part.placed(tuple(tensors[part.key].shape))
     return slices
 
@@ -63,7 +63,7 @@ def _is_unused(layout: object, path: str, part: TensorSlice) -> bool:
 def slices_in_component(
     tensors: Mapping[str, torch.Tensor], component: str, family: ModelFamily
 ) -> dict[ModuleName, TensorSlice]:
-    """Where a file of a Diffusers folder's component has the weights of all layers that it has."""
+    """Find the weights of all layers in a weights file of a component of a Diffusers folder."""
     slices = {}
     for layer in family.layers(component):
         path = layer.module.path
@@ -75,7 +75,7 @@ def slices_in_component(
 
 
 def other_slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> dict[ModuleName, TensorSlice]:
-    """Where an original checkpoint has the weights of normalisation layers, and all biases (see `names.bias_of`)."""
+    """Find the weights of normalisation layers and all biases (see `names.bias_of`) in an original checkpoint."""
     slices = {}
     for component in family.components:
         for path in family.norms(component.name):
@@ -90,7 +90,7 @@ def other_slices_in_file(tensors: Mapping[str, torch.Tensor], family: ModelFamil
 def other_slices_in_component(
     tensors: Mapping[str, torch.Tensor], component: str, family: ModelFamily
 ) -> dict[ModuleName, TensorSlice]:
-    """Where a file of a Diffusers folder's component has the weights of normalisation layers, and all biases."""
+    """Find the weights of normalisation layers and all biases in a weights file of a component."""
     norms = family.norms(component)
     slices = {}
     for path in family.paths(component) | norms:

@@ -1,4 +1,4 @@
-"""Chroma: Flux.1 without layers of modulation in its blocks, and T5 as its only text encoder.
+"""Chroma: like Flux.1, but without modulation layers in its blocks and with T5 as its only text encoder.
 
 Source of the original names: lodestone-rock/flow.
 """

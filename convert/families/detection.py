@@ -1,4 +1,4 @@
-"""Which models an adapter is for, and refusing to mix adapters for different ones."""
+"""Recognising the base model of an adapter, and refusing to mix adapters for different base models."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
@@ -12,7 +12,7 @@ from .released import SizedLayer, likeliest
 from .spelling import fuses
 from .unlisted import UNLISTED, check_alike
 
-# Layers whose input is as wide as the text encoder.
+# Layers whose number of input channels is the width of the text encoder.
 _READ_TEXT = (
     *("attn2.to_k", "attn2.to_v", "mlp.fc1"),
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
@@ -20,14 +20,14 @@ _READ_TEXT = (
 
 
 class Sized(Protocol):
-    """The change of a module: all that is asked of it here is its size, (out, in), None if it does not tell."""
+    """The change of a module, of which only the size (out, in) is used here; None if it is not known."""
 
     @property
     def out_in(self) -> tuple[int, int] | None: ...
 
 
 class AdapterData(Protocol):
-    """What is asked of an adapter here."""
+    """The parts of an adapter that are used here."""
 
     @property
     def modules(self) -> Mapping[ModuleName, Sized]: ...
@@ -37,7 +37,7 @@ class AdapterData(Protocol):
 
 
 def titles_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> str:
-    """What an adapter is for, in words: "SD1.x", "Flux.1 or Chroma"."""
+    """The base model of an adapter as text: "SD1.x", "Flux.1 or Chroma"."""
     candidates = candidates_of(modules, metadata)
     if len(candidates) == 1:
         return _base_model(candidates[0], modules, metadata).title
@@ -45,26 +45,26 @@ def titles_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) 
 
 
 class BaseModel(NamedTuple):
-    """What an adapter is for: a family, and one of its versions if it is known."""
+    """The base model of an adapter: a family, and its version if known."""
 
     family: ModelFamily
     version: Version | None
 
     @property
     def title(self) -> str:
-        """The version's, else the family's: "SD1.x", "SD2.x", "SDXL", "SD"."""
+        """The title of the version, or of the family if the version is unknown: "SD1.x", "SD2.x", "SDXL", "SD"."""
         return self.family.title if self.version is None else self.version.title
 
 
 def family_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> ModelFamily:
-    """The family that an adapter is for, by the names of its modules, its metadata and its widths.
+    """Recognise the family of an adapter by its module names, metadata and widths.
 
     Args:
         modules: The changes by module; only `out_in` is used.
         metadata: The metadata of the file.
 
     Returns:
-        The family. Metadata decide between families that have all of the modules.
+        The family. If several families have all of the modules, the metadata decide.
 
     Raises:
         AdapterError: No family has all of the modules.
@@ -73,15 +73,15 @@ def family_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) 
 
 
 def candidates_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> tuple[ModelFamily, ...]:
-    """The families that an adapter may be for; see `family_of`.
+    """All families that an adapter may be for; see `family_of`.
 
     Args:
         modules: The changes by module; only `out_in` is used.
         metadata: The metadata of the file.
 
     Returns:
-        The family, and behind it others that neither names, sizes nor metadata rule out: families of transformers have
-        layers of the same names.
+        The most likely family, followed by others that names, sizes and metadata do not rule out: several transformers
+        have the same layer names.
 
     Raises:
         AdapterError: No family has all of the modules.
@@ -119,7 +119,7 @@ def _has_own_width(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> 
 
 
 def reads_other_text_than(family: ModelFamily, modules: Mapping[ModuleName, Sized]) -> bool:
-    """Whether the denoiser has a layer that reads text of another width than that of all versions of the family."""
+    """Whether a denoiser layer reads text embeddings of a width that no version of the family has."""
     denoiser, widths = family.denoiser.name, {version.text_width for version in family.versions} - {None}
     layers = (
         change.out_in
@@ -130,7 +130,7 @@ def reads_other_text_than(family: ModelFamily, modules: Mapping[ModuleName, Size
 
 
 def base_model_of(modules: Mapping[ModuleName, Sized], metadata: Mapping[str, str]) -> BaseModel:
-    """The family and, by the widths of the modules or else by the metadata, the version that an adapter is for."""
+    """Recognise the family of an adapter and, from the modules' widths or else from the metadata, its version."""
     return _base_model(family_of(modules, metadata), modules, metadata)
 
 
@@ -145,7 +145,7 @@ def _base_model(family: ModelFamily, modules: Mapping[ModuleName, Sized], metada
 
 
 def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
-    """AdapterError, with their names, if two adapters are for different models."""
+    """Raise AdapterError, with the adapters' names, if two adapters are for different base models."""
     candidates = {name: candidates_of(adapter.modules, adapter.metadata) for name, adapter in adapters.items()}
     if candidates and all(families == (UNLISTED,) for families in candidates.values()):
         check_alike([(name, adapter.modules) for name, adapter in adapters.items()])
@@ -155,7 +155,7 @@ def check_one_family(adapters: Mapping[str, AdapterData]) -> None:
     models = {
         name: _base_model(candidates[name][0], adapter.modules, adapter.metadata) for name, adapter in adapters.items()
     }
-    several = len({model.family.name for model in models.values()}) > 1  # then one of unknown version is a stranger too
+    several = len({model.family.name for model in models.values()}) > 1  # then unknown versions are compared too
     known = {name: model.title for name, model in models.items() if several or model.version is not None}
     first = next(iter(known.items()), None)
     for name, title in known.items():

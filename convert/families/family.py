@@ -1,4 +1,4 @@
-"""What a family of base models is, as data: the one place that defines names, blocks, coverage and metadata."""
+"""`ModelFamily`, the description of a family of base models: names, blocks, coverage and metadata."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +16,17 @@ Role = Literal["denoiser", "text_encoder"]
 class Version(NamedTuple):
     """One version of a family's models.
 
-    title, long_title: "SD1.x", "Stable Diffusion 1.x". value: kohya's ss_base_model_version. modelspec: the beginning
-    of modelspec.architecture. resolution: of modelspec. repository: the Hub's of the model that others stem from.
-    text_width: of the text encoders' output, which the denoiser reads. prediction: what the denoiser was trained to
-    tell, epsilon or v; None: flow matching's velocity, for which modelspec has no word. projections: what the
-    attention's proj_in and proj_out are. mark: the path of a layer that only this version's denoiser has.
+    Attributes:
+        title: The title, such as "SD1.x".
+        long_title: The long title, such as "Stable Diffusion 1.x".
+        value: kohya's ss_base_model_version.
+        modelspec: The prefix of modelspec.architecture.
+        resolution: The value of modelspec.resolution.
+        repository: The Hub repository of the original model.
+        text_width: The width of the text encoders' output, which the denoiser reads.
+        prediction: The denoiser's prediction type, epsilon or v; None for flow matching, which modelspec cannot name.
+        projections: The type of the attention's proj_in and proj_out.
+        mark: The path of a layer that only this version's denoiser has.
     """
 
     title: str
@@ -36,9 +42,9 @@ class Version(NamedTuple):
 
 
 class Layout(Protocol):
-    """The layers of a component: their paths, and where an original checkpoint has each.
+    """The layers of a component, and their tensors in an original checkpoint.
 
-    paths: of linear layers and convolutions. norms: of normalisation layers.
+    `paths` gives the paths of linear layers and convolutions, `norms` those of normalisation layers.
     """
 
     def paths(self) -> Iterable[str]: ...
@@ -57,11 +63,16 @@ def _is_fused(layout: Layout, path: str) -> bool:
 
 
 class Component(NamedTuple):
-    """A part of the pipeline that adapters change.
+    """A component of the pipeline that adapters can change.
 
-    kohya: the prefix in kohya's files, without the underscore behind it. original: a path in diffusers -> the name in
-    the original code, which files may have too. kohya_original: whether kohya's trainer writes that one. others: other
-    beginnings of names in files than kohya's, whole ones.
+    Attributes:
+        name: The name in diffusers' pipelines.
+        role: Denoiser or text encoder.
+        kohya: The prefix in kohya's files, without its last underscore.
+        layout: The layers.
+        original: Maps a path in diffusers to the name in the original code, which files may use too.
+        kohya_original: Whether kohya's trainer writes the original code's names.
+        others: Other prefixes of names in files, complete ones.
     """
 
     name: str
@@ -74,10 +85,13 @@ class Component(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """The layers of an adapter type.
+    """The layers that an adapter type adapts.
 
-    title: The type's name for people. parts: The parts of the model that it adapts, and containers, the live classes
-    that these are. large_convolutions: Whether convolutions larger than 1x1 are adapted too.
+    Attributes:
+        title: The name of the type for users.
+        parts: The adapted parts of the model.
+        containers: The module classes of these parts.
+        large_convolutions: Whether convolutions larger than 1x1 are adapted too.
     """
 
     title: str
@@ -87,13 +101,18 @@ class Coverage(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What only this family's models and files have.
+    """Properties by which models and files of this family are recognised.
 
-    tensors: beginnings of names in an original checkpoint. components: folders of a Diffusers folder. keys: beginnings
-    of names in its denoiser's file. config: entries of its denoiser's config. kohya: beginnings of names in kohya's
-    files. width: whether a layer that other families have too is as wide, (out, in), as only this family's. widths: of
-    the blocks of released transformers. classes: of its live denoisers. mixins: diffusers' classes that load adapters
-    into its pipelines.
+    Attributes:
+        tensors: Prefixes of tensor names in an original checkpoint.
+        components: Subfolders of a Diffusers folder.
+        keys: Prefixes of tensor names in the denoiser's file of a Diffusers folder.
+        config: Entries of the denoiser's config.
+        kohya: Prefixes of names in kohya's files.
+        width: Whether the size (out, in) of a layer occurs only in this family, although others have the layer too.
+        widths: The widths of the blocks of released transformers.
+        classes: The classes of the denoiser.
+        mixins: diffusers' classes that load adapters into the family's pipelines.
     """
 
     tensors: tuple[str, ...] = ()
@@ -108,10 +127,14 @@ class Marks(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One layer that an adapter can have.
+    """One layer that an adapter can change.
 
-    kohya: its name in kohya's files. originals: where an original checkpoint can have it, the first one that is there
-    counts. block: the index of its block, None outside of the blocks. kind: of layer.
+    Attributes:
+        module: The module.
+        kohya: The name in kohya's files.
+        originals: Possible places of its weight in an original checkpoint; the first that exists is used.
+        block: The index of its block; None outside of the blocks.
+        kind: The kind of layer.
     """
 
     module: ModuleName
@@ -125,13 +148,25 @@ class Layer(NamedTuple):
 class ModelFamily:
     """A family of base models whose layers have the same names.
 
-    name: a short one for code and caches. title: for people. versions: the first is the one that is assumed. metadata:
-    beginnings of ss_base_model_version that mean it. part_of, kind_of: of a path in the denoiser. coverage: by adapter
-    type. formats: those of files that can hold its adapters. implementation: of modelspec. options: kohya's flags that
-    ask for it, with the beginning of the metadata value that they mean. tag: the Hub's. marks_v_prediction: whether a
-    checkpoint file says by empty tensors that its model predicts v. network_module: kohya's, in the metadata of plain
-    adapters. single_file: diffusers' pipeline that opens a model in one file; empty if it has none. vae_prefix: the
-    beginning of the VAE's names in such a file.
+    Attributes:
+        name: A short name for code and caches.
+        title: The name for users.
+        versions: The versions; the first is the default.
+        metadata: Prefixes of ss_base_model_version for this family.
+        components: The components that adapters can change.
+        blocks: The blocks of the denoiser.
+        coverage: The adapted layers of each adapter type.
+        part_of: Maps a path in the denoiser to the part of the model that contains it.
+        kind_of: Maps a path in the denoiser to the kind of layer.
+        marks: Properties by which models and files are recognised.
+        formats: The file formats that can store adapters for the family.
+        implementation: The value of modelspec.implementation.
+        options: kohya's flags for the family, with the prefix of ss_base_model_version that each stands for.
+        tag: The tag on the Hub.
+        marks_v_prediction: Whether a checkpoint file marks a model that predicts v by empty tensors.
+        network_module: kohya's ss_network_module of plain adapters.
+        single_file: diffusers' pipeline class for a single-file model; empty if it has none.
+        vae_prefix: The prefix of the VAE's names in a single file.
     """
 
     name: str
@@ -157,25 +192,25 @@ class ModelFamily:
 
     @cached_property
     def titles(self) -> tuple[str, ...]:
-        """The versions' titles, each once: ("SD1.x", "SD2.x")."""
+        """The titles of the versions without duplicates: ("SD1.x", "SD2.x")."""
         return tuple(dict.fromkeys(version.title for version in self.versions))
 
     @property
     def stated(self) -> str:
-        """The ss_base_model_version of an adapter whose version is not known."""
+        """The ss_base_model_version to write for an adapter whose version is not known."""
         return self.versions[0].value if len(self.versions) == 1 or not self.marks.classes else self.metadata[0]
 
     @cached_property
     def denoiser(self) -> Component:
-        """The component that predicts the image: the denoiser."""
+        """The component that is the denoiser."""
         return next(part for part in self.components if part.role == "denoiser")
 
     def component(self, name: str) -> Component | None:
-        """The component of that name; None if the family has none."""
+        """The component with this name; None if the family does not have it."""
         return next((part for part in self.components if part.name == name), None)
 
     def kohya_name(self, module: ModuleName) -> str:
-        """The name of a module in kohya's files, as its trainer writes it."""
+        """The name of a module in the files that kohya's trainer writes."""
         part = self.component(module.component)
         assert part is not None, module
         spelled = part.original(module.path) if part.kohya_original else module.path
@@ -185,13 +220,13 @@ class ModelFamily:
 
     @cache  # noqa: B019 (families live as long as the program)
     def paths(self, component: str) -> frozenset[str]:
-        """The paths of all layers of a component that an adapter can have; empty if there is no such component."""
+        """The paths of all layers of a component that an adapter can change; empty for an unknown component."""
         part = self.component(component)
         return frozenset() if part is None else frozenset(part.layout.paths())
 
     @cache  # noqa: B019
     def norms(self, component: str) -> frozenset[str]:
-        """The paths of all normalisation layers of a component; empty if there is no such component."""
+        """The paths of all normalisation layers of a component; empty for an unknown component."""
         part = self.component(component)
         return frozenset() if part is None else frozenset(part.layout.norms())
 
@@ -199,7 +234,7 @@ class ModelFamily:
         """The layers of a component by their names in diffusers and in the original code.
 
         Args:
-            component: The name of the component; one that the family does not have has no layers.
+            component: The name of the component; nothing is yielded for an unknown one.
             norms: Include normalisation layers.
 
         Yields:
@@ -209,12 +244,12 @@ class ModelFamily:
         if part is not None:
             for path in self.paths(component) | (self.norms(component) if norms else frozenset()):
                 yield path, path
-                if not _is_fused(part.layout, path):  # else the name stands for several
+                if not _is_fused(part.layout, path):  # the name of a fused layer stands for several paths
                     yield part.original(path), path
 
     @cache  # noqa: B019
     def layers(self, component: str) -> tuple[Layer, ...]:
-        """The layers of a component: the denoiser's in alphabetical order, text encoders' from first to last."""
+        """The layers of a component: alphabetically for the denoiser, from first to last for text encoders."""
         part = self.component(component)
         if part is None:
             return ()
@@ -233,7 +268,7 @@ class ModelFamily:
         )
 
     def has(self, modules: Iterable[ModuleName]) -> bool:
-        """Whether its models have all of these components, and their denoiser all of these layers."""
+        """Whether the family has all of these components, and its denoiser all of these layers."""
         known, denoiser = {part.name for part in self.components}, self.denoiser.name
         paths = self.paths(denoiser) | self.norms(denoiser)
         return all(
@@ -241,17 +276,17 @@ class ModelFamily:
         )
 
     def covers(self, adapter_type: str, module: ModuleName) -> bool:
-        """Whether an adapter of that type ("lierla", "c3lier") has the module."""
+        """Whether an adapter type ("lierla", "c3lier") adapts the module."""
         return self.part(module) in self.coverage[adapter_type].parts
 
     def adapter_type(self, modules: Iterable[ModuleName]) -> Coverage:
-        """The smallest coverage with all of the modules that are in blocks; the largest one if none has."""
+        """The smallest coverage that includes all modules in blocks; the largest coverage if none includes them all."""
         parts = {self.part(module) for module in modules} - {"outer"}
         coverages = tuple(self.coverage.values())
         return next((coverage for coverage in coverages if parts <= set(coverage.parts)), coverages[-1])
 
     def part(self, module: ModuleName) -> str:
-        """The part of the model that a module is in: attention, resnet, sampler, text, or outer."""
+        """The part of the model that contains a module: attention, resnet, sampler, text, or outer."""
         if module.component == self.denoiser.name:
             return self.part_of(module.path)
         return "outer" if module.path == TEXT_PROJECTION else "text"
@@ -265,11 +300,11 @@ class ModelFamily:
         return self.blocks.label(module.path) or module.component
 
     def weight_label(self, module: ModuleName) -> str:
-        """As `block_label`, with BASE for the text encoders: what lists of block weights call it."""
+        """The label in lists of block weights: the `block_label`, or BASE for the text encoders."""
         return self.block_label(module) if module.component == self.denoiser.name else BASE
 
     def text_label(self, module: ModuleName) -> str | None:
-        """What lists of block weights call a text encoder that has a weight of its own in them (CLIP, T5)."""
+        """The label of a text encoder that has its own block weight (CLIP, T5); None otherwise."""
         return self.blocks.texts.get(module.component) if isinstance(self.blocks, StackBlocks) else None
 
     # --- versions --------------------------------------------------------------------------------------------------
@@ -278,7 +313,7 @@ class ModelFamily:
         """The version of the family with these properties.
 
         Args:
-            text_width: The width of the text encoder's output, in numbers; None if it is unknown.
+            text_width: The width of the text encoder's output; None if it is unknown.
             prediction: "epsilon" or "v_prediction"; decides between versions of the same width.
 
         Returns:
@@ -294,7 +329,7 @@ class ModelFamily:
     # --- detection -------------------------------------------------------------------------------------------------
 
     def is_told_by(self, components: Collection[str], config: object) -> bool:
-        """Whether a live pipeline is of this family for sure, by its components and its denoiser's config."""
+        """Whether the components or the denoiser's config of a live pipeline identify this family."""
         marks = self.marks
         return any(name in components for name in marks.components) or any(
             getattr(config, name, None) == value for name, value in marks.config

@@ -1,4 +1,4 @@
-"""Flux.1: a transformer of double blocks (image and text apart) and single ones, and CLIP-L and T5 for the text.
+"""Flux.1: a transformer of double blocks (separate weights for image and text) and single blocks, with CLIP-L and T5.
 
 Source of the original names: black-forest-labs/flux; of XLabs': XLabs-AI/x-flux.
 """
@@ -24,7 +24,7 @@ SINGLE: Table = {
     "linear1": fused("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", square=3, others=4),
     "linear2": "proj_out",
 }
-# XLabs' names: processors of the attention, which know q, k and v only.
+# XLabs' names: attention processors, which only adapt q, k, v and the output projection.
 DOUBLE_PROCESSORS: Table = {
     "processor.qkv_lora1": IMAGE_ATTENTION,
     "processor.proj_lora1": "attn.to_out.0",
@@ -44,7 +44,7 @@ IN_OUT: Table = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_la
 
 
 def embedder(original: str, path: str) -> dict[str, str]:
-    """The two layers that embed a number or a vector."""
+    """The names of the two layers of an embedding MLP."""
     return {f"{original}.in_layer": f"{path}.linear_1", f"{original}.out_layer": f"{path}.linear_2"}
 
 

@@ -1,4 +1,4 @@
-"""Flux.2: double and single blocks as Flux.1, with gated feed-forward layers, and modulation outside of the blocks.
+"""Flux.2: double and single blocks like Flux.1, with gated feed-forward layers, and modulation outside of the blocks.
 
 Source of the original names: black-forest-labs/flux2.
 """
@@ -33,7 +33,7 @@ _TRANSFORMER = Transformer(
 
 
 def _is_own_width(name: str, out_in: tuple[int, int]) -> bool:
-    """Whether a layer is gated, and so has other widths than Flux.1's and Chroma's, whose MLPs are 4 times as wide."""
+    """Whether a layer has the size of a gated MLP, unlike Flux.1 and Chroma, whose MLPs are 4 times as wide."""
     out, width = out_in
     if name.endswith("linear1"):
         return out != 7 * width

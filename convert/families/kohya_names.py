@@ -1,9 +1,9 @@
 """kohya's flat module names.
 
 A kohya name is `<prefix>_<module path with underscores>`, with the prefix `lora_unet`, `lora_te` (one text encoder),
-`lora_te1` or `lora_te2` (two). Underscores stand for dots and for themselves, so names are looked up in tables of all
-modules of all families, never guessed. SDXL files carry the original code's U-Net names (`input_blocks_4_1_...`) or
-diffusers'; both are read, of SD1.x and SD2.x too. Paths here are diffusers' with `text_model.` kept in text encoders.
+`lora_te1` or `lora_te2` (two). An underscore can stand for a dot or for itself, so names are looked up in tables of all
+modules of all families. SDXL files use the original code's U-Net names (`input_blocks_4_1_...`) or diffusers' names;
+both are read, also for SD1.x and SD2.x. Paths here are diffusers', with `text_model.` in text encoders.
 """
 
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ from lora_adapters.convert.errors import UnknownModuleError
 from .names import Lookup, ModuleName, nearest
 from .registry import DENOISER, FAMILIES, role_of, titles
 
-_UNETS = [family for family in FAMILIES if family.denoiser.name == DENOISER]  # others: `spelling`
-# The beginnings of flat names and of dotted ones, and the component that each is of.
+_UNETS = [family for family in FAMILIES if family.denoiser.name == DENOISER]  # for the others see `spelling`
+# The prefixes of flat and of dotted names, and their components.
 PREFIXES = {
     **{f"{part.kohya}_": part.name for family in _UNETS for part in family.components},
     **{f"lycoris_{part.kohya.removeprefix('lora_')}_": part.name for family in _UNETS for part in family.components},
-    "lycoris_": DENOISER,  # what LyCORIS' own wrapper writes, of the one model that it wraps
-    "oft_unet_": DENOISER,  # of kohya's networks.oft
+    "lycoris_": DENOISER,  # written by LyCORIS' own wrapper for the model that it wraps
+    "oft_unet_": DENOISER,  # kohya's networks.oft
 }
 DOTTED = {
     **{f"{part.name}.": part.name for family in _UNETS for part in family.components},
-    "diffusion_model.": DENOISER,  # ComfyUI's
-    "model.diffusion_model.": DENOISER,  # of checkpoints
+    "diffusion_model.": DENOISER,  # ComfyUI
+    "model.diffusion_model.": DENOISER,  # checkpoints
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "clip_l.transformer.": "text_encoder",
     "clip_g.transformer.": "text_encoder_2",
-    "lora_unet.": DENOISER,  # OneTrainer's
+    "lora_unet.": DENOISER,  # OneTrainer
     "lora_te.": "text_encoder",
     "lora_te1.": "text_encoder",
     "lora_te2.": "text_encoder_2",
@@ -39,7 +39,7 @@ _OF_TEXT_ENCODERS = ("text_model_", "encoder_layers_", "text_projection", "final
 
 
 def component_of(prefix: str, rest: str, prefixes: Mapping[str, str] = PREFIXES) -> str:
-    """The component of a name with one of the prefixes; LyCORIS' wrapper has the same one for whatever it wraps."""
+    """The component of a name with one of the prefixes; LyCORIS' wrapper uses the same prefix for all components."""
     if prefix == "lycoris_" and rest.startswith(_OF_TEXT_ENCODERS):
         return "text_encoder"
     return prefixes[prefix]
@@ -55,20 +55,20 @@ def paths_by_flat_name(component: str, norms: bool = False) -> dict[str, str]:
             LyCORIS' files have both, kohya's have neither.
 
     Returns:
-        Paths by name. If two families use a name, a path in diffusers has priority over an original name.
+        Paths by name. If two families use the same name, a path in diffusers takes precedence over an original name.
     """
     spelled = [pair for family in FAMILIES for pair in family.spellings(component, norms)]
     if norms and role_of(component) == "text_encoder":
         spelled += [(name.removeprefix("text_model."), path) for name, path in spelled]
-    spelled.sort(key=lambda pair: pair[0] == pair[1])  # a path goes before another family's original name
+    spelled.sort(key=lambda pair: pair[0] == pair[1])  # paths last, so that they overwrite original names
     return {name.replace(".", "_"): path for name, path in spelled}
 
 
 def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
-    """The module of a name in kohya's files, such as `lora_unet_mid_block_attentions_0_proj_in`.
+    """Find the module for a name in kohya's files, such as `lora_unet_mid_block_attentions_0_proj_in`.
 
     Args:
-        name: The name, without the end of the tensor's key.
+        name: The name, without the suffix of the tensor.
         lookup: Called with the component and the rest of the name if no known family has the module; returns its path
             or None.
 
@@ -76,7 +76,7 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
         The module.
 
     Raises:
-        UnknownModuleError: There is no such module; the message suggests the nearest known name.
+        UnknownModuleError: The module is unknown; the message suggests the nearest known name.
     """
     for prefix in PREFIXES:
         if name.startswith(prefix):
@@ -85,7 +85,7 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
             table = paths_by_flat_name(component)
             path = table.get(flat)
             if path is None and role_of(component) == "text_encoder":
-                path = table.get(f"text_model_{flat}")  # a trainer's with transformers 5, which dropped the level
+                path = table.get(f"text_model_{flat}")  # trained with transformers 5, which removed `text_model.`
             if path is None and lookup is not None:
                 path = lookup(component, flat)
             if path is None:
@@ -98,7 +98,7 @@ def from_kohya(name: str, lookup: Lookup | None = None) -> ModuleName:
 
 
 def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
-    """The module of a path, which may be that of the original code (`input_blocks.4.1...`).
+    """Find the module for a path, which may be the original code's (`input_blocks.4.1...`).
 
     Args:
         module: The component and the path.
@@ -108,7 +108,7 @@ def check_known(module: ModuleName, lookup: Lookup | None = None) -> ModuleName:
         The module with its path in diffusers.
 
     Raises:
-        UnknownModuleError: There is no such module; the message suggests the nearest known name.
+        UnknownModuleError: The module is unknown; the message suggests the nearest known name.
     """
     table = paths_by_flat_name(module.component)
     path = table.get(module.path.replace(".", "_"))

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from lora_adapters.convert.suggestions import closest
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT_PROJECTION = "text_projection"  # of SDXL's second text encoder, beside its `text_model`
+TEXT_PROJECTION = "text_projection"  # in SDXL's second text encoder, on the same level as `text_model`
 NEAREST = "the nearest known name is"
 _NOT_BELOW_TEXT_MODEL = ("text_model.", "encoder.block.", "layers.")
 
-# What finds a module that is in none of the tables: from a component and a name in it, with dots or flat, to its path.
-# A name that it does not know either comes back as it is.
+# A function that finds modules that are in none of the tables: it maps a component and a name, dotted or flat, to the
+# path. Unknown names are returned unchanged.
 Lookup = Callable[[str, str], str]
 
 
@@ -33,7 +33,7 @@ class ModuleName(NamedTuple):
 
 
 def bias_of(module: ModuleName) -> ModuleName:
-    """The name of the bias of a module, as an entry of tables of weights.
+    """The name under which the bias of a module is listed in tables of weights.
 
     Args:
         module: The module.
@@ -48,15 +48,14 @@ def bias_of(module: ModuleName) -> ModuleName:
 
 
 def text_path(path: str) -> str:
-    """The path of a layer of CLIP's text encoders with the level `text_model.`, which some formats and transformers 5
-    omit.
+    """Add `text_model.` to the path of a layer of a CLIP text encoder; some formats and transformers 5 omit it.
 
     Args:
-        path: A path with or without it. Those of other text encoders, T5 (`encoder.block.0...`) and language models
-            (`layers.0...`), are returned unchanged.
+        path: A path with or without `text_model.`. Paths of other text encoders, T5 (`encoder.block.0...`) and language
+            models (`layers.0...`), are returned unchanged.
 
     Returns:
-        The path.
+        The path with `text_model.`.
 
     >>> text_path("encoder.layers.0.mlp.fc1"), text_path("text_projection")
     ('text_model.encoder.layers.0.mlp.fc1', 'text_projection')
@@ -65,7 +64,7 @@ def text_path(path: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name, to be put at the end of a message.
+    """A hint for an unknown name, to be appended to an error message.
 
     Args:
         name: The unknown name.
@@ -77,7 +76,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("mid_block.atentions.0.proj_in", ["mid_block.attentions.0.proj_in", "mid_block.attentions.1.proj_in"])
     '; the nearest known name is mid_block.attentions.0.proj_in'
     """
-    if len(name) > 120:  # no module's name, and difflib's time grows with its length
+    if len(name) > 120:  # no module name is so long, and difflib's time grows with the length
         return ""
     numbers = re.findall(r"\d+", name)
     near = closest(name, (candidate for candidate in known if re.findall(r"\d+", candidate) == numbers), 0.8)

@@ -1,6 +1,6 @@
-"""Tensor names of the original Stable Diffusion files, from those of a Diffusers folder's components.
+"""Mapping the tensors of a Diffusers folder to the original Stable Diffusion layout.
 
-A checkpoint in one file has the names and shapes of CompVis' and Stability's own code:
+A single-file checkpoint uses the names and shapes of CompVis' and Stability's original code:
 
 U-Net                  model.diffusion_model.input_blocks.1.1...
 VAE                    first_stage_model.encoder.down.0.block.0...; the attention's matrices are 1x1 convolutions
@@ -47,7 +47,7 @@ _UNET_RESNET = {
 _VAE_BLOCK = re.compile(
     r"(encoder|decoder)\.(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
-_VAE_ATTENTION = {  # older folders have the second spelling
+_VAE_ATTENTION = {  # older folders use the second spelling
     "group_norm": "norm",
     "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
@@ -72,11 +72,12 @@ Form = Literal["same", "stacked", "conv", "transposed", "swapped"]
 
 
 class Origin(NamedTuple):
-    """What an original tensor is made of.
+    """The source of a tensor of the original layout.
 
-    keys: the folder's tensors. form: "same" for one of them as it is; "stacked" for the rows of all, one below the
-    other; "conv" for a matrix as a 1x1 convolution; "transposed"; "swapped" for the halves of its rows in the other
-    order.
+    Attributes:
+        keys: The keys of the folder's tensors.
+        form: The transformation: "same" (a single tensor, unchanged); "stacked" (concatenated along the rows); "conv"
+            (a matrix as a 1x1 convolution); "transposed"; "swapped" (the two halves of the rows are swapped).
     """
 
     keys: tuple[str, ...]
@@ -88,7 +89,7 @@ def _unknown(key: str, what: str) -> AdapterError:
 
 
 def unet_origins(keys: Collection[str]) -> dict[str, Origin]:
-    """Original name -> tensor of a folder's U-Net. AdapterError for a U-Net of another build than SD's and SDXL's."""
+    """The sources of a U-Net's tensors by original name; AdapterError unless the architecture is SD's or SDXL's."""
     attended = {key.split(".")[1] for key in keys if key.startswith("up_blocks.") and ".attentions." in key}
     return {f"{PREFIX}{_unet_name(key, attended)}": Origin((key,)) for key in keys}
 
@@ -107,7 +108,7 @@ def _unet_name(key: str, attended: Collection[str]) -> str:
         place = f"middle_block.{2 * int(layer) if kind == 'resnets' else 1}"
     elif kind == "downsamplers":
         return f"input_blocks.{3 * int(block) + 3}.0.{rest.replace('conv', 'op')}"
-    elif kind == "upsamplers":  # behind the attention, where the block has it
+    elif kind == "upsamplers":  # after the attention, if the block has attention
         return f"output_blocks.{3 * int(block) + 2}.{2 if block in attended else 1}.{rest}"
     else:
         first, index = ("input_blocks", 1) if half == "down" else ("output_blocks", 0)
@@ -121,7 +122,7 @@ def _unet_name(key: str, attended: Collection[str]) -> str:
 
 
 def vae_origins(keys: Collection[str]) -> dict[str, Origin]:
-    """Original name -> tensor of a folder's VAE. AdapterError for one of another build."""
+    """The sources of a VAE's tensors by original name; AdapterError for another architecture."""
     ups = 1 + max((int(key.split(".")[2]) for key in keys if key.startswith("decoder.up_blocks.")), default=-1)
     made = {}
     for key in keys:
@@ -158,25 +159,24 @@ def _vae_name(key: str, ups: int) -> str:
 
 
 def _inner(key: str) -> str:
-    """A text encoder's key without `text_model.`, which newer versions of transformers leave out."""
+    """A text encoder's key without `text_model.`, which newer versions of transformers omit."""
     return key.removeprefix("text_model.")
 
 
 def clip_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
-    """Original name -> tensor of a text encoder of CLIP's own code: that of SD1.x, SDXL's first."""
+    """The sources of a CLIP text encoder's tensors (SD1.x, SDXL's first) by original name."""
     return {f"{prefix}text_model.{_inner(key)}": Origin((key,)) for key in keys}
 
 
 def open_clip_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
-    """The tensors that a text encoder has in an original checkpoint, for open_clip's: that of SD2.x, the second one of
-    SDXL.
+    """The sources of an open_clip text encoder's tensors (SD2.x, SDXL's second) by original name.
 
     Args:
         keys: The names of its tensors in the Diffusers folder.
-        prefix: The beginning of its names in the original checkpoint.
+        prefix: The prefix of its names in the original checkpoint.
 
     Returns:
-        For each name in the original checkpoint, the tensors that it is made from.
+        The source of each tensor, by the name in the original checkpoint.
 
     Raises:
         AdapterError: A tensor belongs to a text encoder of another architecture.
@@ -189,7 +189,7 @@ def open_clip_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
             made[prefix + _OPEN_CLIP_OUTER[inner]] = Origin((key,))
         elif inner == "text_projection.weight":
             made[f"{prefix}text_projection"] = Origin((key,), "transposed")
-        elif inner == "embeddings.position_ids":  # 0 to 76: a buffer that only transformers has
+        elif inner == "embeddings.position_ids":  # the buffer 0 to 76, which only transformers has
             continue
         elif match is None:
             raise _unknown(key, "text encoder")

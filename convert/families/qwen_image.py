@@ -1,4 +1,4 @@
-"""Qwen-Image: a transformer of double blocks whose names are diffusers' own, also in files for other programs."""
+"""Qwen-Image: a transformer of double blocks, for which all programs use diffusers' names."""
 
 from .blocks import StackBlocks
 from .family import Marks, ModelFamily, Version

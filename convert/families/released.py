@@ -1,4 +1,4 @@
-"""Telling families whose layers have the same names apart by the sizes of the layers."""
+"""Distinguishing families with the same layer names by the sizes of the layers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -19,19 +19,19 @@ def likeliest(
     has_own_width: Callable[[ModelFamily], bool],
     layers_of: Callable[[ModelFamily], Iterable[SizedLayer]],
 ) -> tuple[ModelFamily, ...]:
-    """The family that alone has a layer of such a width, or those that have a released model of such sizes.
+    """Narrow down families: to the one with a characteristic layer size, or to those with released models of this size.
 
     Args:
         families: The families that have all of the adapter's layers, by name.
-        has_own_width: Whether a layer of the adapter is as wide as only this family's (`Marks.width`).
-        layers_of: The layers of the denoiser that are adapted, as each family calls them.
+        has_own_width: Whether a layer of the adapter has a size that occurs only in this family (`Marks.width`).
+        layers_of: The adapted layers of the denoiser, with the family's names.
 
     Returns:
-        The families that are left, in the same order; all of them where no released model has these sizes, as of tiny
+        The remaining families, in the same order; all families if no released model has these sizes, as for tiny
         models.
 
-    The width and the number of a block tell: SD3's blocks are 1536 or 2432 wide, Flux.1's 3072, as Qwen-Image's, of
-    which there are 60 and not 19.
+    Released models differ in the width and the number of their blocks: SD3's blocks are 1536 or 2432 wide, those of
+    Flux.1 and Qwen-Image 3072, but Flux.1 has 19 blocks and Qwen-Image 60.
     """
     if len(families) < 2:
         return tuple(families)
@@ -47,11 +47,11 @@ def _is_released(family: ModelFamily, layers: Iterable[SizedLayer]) -> bool:
     assert isinstance(layout, Transformer)
     for path, out_in in layers:
         stack = next((stack for stack in layout.stacks if path.startswith(f"{stack.path}.")), None)
-        if stack is None:  # outside of the blocks layers are as wide as what they read
+        if stack is None:  # the size of layers outside of the blocks depends on their inputs
             continue
         if int(path.removeprefix(f"{stack.path}.").partition(".")[0]) >= stack.depth:
             return False
-        reads_the_stream = "norm" not in path and "mod" not in path  # or writes it, whose width is the block's
+        reads_the_stream = "norm" not in path and "mod" not in path  # reads or writes the stream, which has that width
         if out_in is not None and reads_the_stream and widths.isdisjoint(out_in):
             return False
     return True

@@ -57,7 +57,7 @@ SD = ModelFamily(
             *("IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID"),
             *(f"OUT{number:02d}" for number in range(3, 12)),
         ),
-        presets={  # the blocks at 1; the others are at 0. Source: the extension's DEF_WEIGHT_PRESET
+        presets={  # the blocks with factor 1, the others have factor 0; from the extension's DEF_WEIGHT_PRESET
             "INS": "BASE IN01 IN02 IN04",
             "IND": "BASE IN05 IN07 IN08",
             "INALL": "BASE IN01-IN08",

@@ -20,7 +20,7 @@ _BLOCK: Table = {
     "context_block.attn.proj": "attn.to_add_out",
     "context_block.mlp.fc1": "ff_context.net.0.proj",
     "context_block.mlp.fc2": "ff_context.net.2",
-    "context_block.adaLN_modulation.1": swapped("norm1_context.linear"),  # in the last block, of 2 rows for each column
+    "context_block.adaLN_modulation.1": swapped("norm1_context.linear"),  # the last block has 2 rows for each column
 }
 _OUTER: Table = {
     "x_embedder.proj": "pos_embed.proj",

@@ -7,13 +7,13 @@ from .unet import COVERAGE, OUTER, PREFIX, UNet, part_of
 from .unet import kind_of as unet_kind_of
 
 _UNET = UNet((0, 2, 10), 10, OUTER)
-_TEXT_WIDTH = 2048  # both text encoders' outputs, side by side
-# The width of an up block is what its layers put out: 1280, 640, 320, where SD's are 1280, 1280, 640, 320.
+_TEXT_WIDTH = 2048  # the concatenated outputs of both text encoders
+# The numbers of output channels of the up blocks are 1280, 640, 320 in SDXL, and 1280, 1280, 640, 320 in SD.
 _UP_WIDTHS = {"up_blocks.1": 640, "up_blocks.2": 320}
 
 
 def _is_own_width(path: str, out_in: tuple[int, int]) -> bool:
-    """Whether a U-Net layer that SD1.x and SD2.x have too is as wide as only SDXL's is."""
+    """Whether the size of a U-Net layer occurs only in SDXL, not in SD1.x and SD2.x, which have the layer too."""
     if path.endswith((".attn2.to_k", ".attn2.to_v")):
         return out_in[1] == _TEXT_WIDTH
     wide = _UP_WIDTHS.get(path[:11])

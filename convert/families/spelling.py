@@ -1,8 +1,8 @@
-"""The modules that names in files stand for, where the original code fuses layers: one name may be several modules.
+"""Finding the modules for names in files if the original code fuses layers: one name can stand for several modules.
 
-A name is a key without the end that says which tensor of the module it is, flat (`lora_unet_double_blocks_0...`) or
-dotted (`diffusion_model.double_blocks.0...`). All spellings of a family are looked up in one table: the original
-code's, diffusers', and those that the family lists as aliases; the text encoders' with and without `text_model.`.
+A name is a key without the suffix for the tensor, either flat (`lora_unet_double_blocks_0...`) or dotted
+(`diffusion_model.double_blocks.0...`). All spellings of a family are looked up in one table: the original code's,
+diffusers', and the family's aliases; those of text encoders with and without `text_model.`.
 """
 
 import re
@@ -22,9 +22,12 @@ _OF_DENOISER = ("lora_transformer_", "lycoris_", "diffusion_model.", "model.diff
 
 
 class Target(NamedTuple):
-    """A module that a name in a file stands for, and which rows of what the file has it is.
+    """A module that a name in a file stands for.
 
-    part: None for all rows. swapped: as in `TensorSlice`.
+    Attributes:
+        module: The module.
+        part: The rows of the file's layer that belong to the module; None for all rows.
+        swapped: See `TensorSlice`.
     """
 
     module: ModuleName
@@ -33,7 +36,7 @@ class Target(NamedTuple):
 
 
 def fuses(family: ModelFamily) -> bool:
-    """Whether its original code fuses layers, so that its files are read by the names here."""
+    """Whether the original code of a family fuses layers, so that this module is needed for its files."""
     return isinstance(family.denoiser.layout, Transformer)
 
 
@@ -44,7 +47,7 @@ def _transformers() -> tuple[ModelFamily, ...]:
 
 @cache
 def _beginnings(family: ModelFamily) -> tuple[tuple[str, str], ...]:
-    """The beginnings of names, and the component that each means; longer ones first."""
+    """The prefixes of names and their components, longer prefixes first."""
     beginnings: dict[str, str] = {}
     for part in family.components:
         own = _OF_DENOISER if part.role == "denoiser" else (f"{part.name}.", f"lora_{part.name}_")
@@ -55,7 +58,7 @@ def _beginnings(family: ModelFamily) -> tuple[tuple[str, str], ...]:
 
 @cache
 def _targets(family: ModelFamily, component: str) -> Mapping[str, tuple[Target, ...]]:
-    """The modules by flat names."""
+    """The modules of a component by flat name."""
     part = family.component(component)
     assert part is not None
     targets: dict[str, tuple[Target, ...]] = {}
@@ -79,19 +82,19 @@ def _flat(name: str) -> str:
 
 
 def without_wrapper(name: str) -> str:
-    """The name without PEFT's `base_model.model.`, at its beginning or behind the component."""
+    """The name without PEFT's `base_model.model.`, at the beginning or after the component."""
     component, wrapper, rest = name.partition(_PEFT_MODEL)
     return f"{component}{rest}" if wrapper and "." not in component.rstrip(".") else name
 
 
 def split(family: ModelFamily, name: str) -> list[tuple[str, str]]:
-    """(component, name in it) for each component that a name may be of."""
+    """Split a name into (component, rest), for each component that it may belong to."""
     name = without_wrapper(name)
     return [(part, name.removeprefix(start)) for start, part in _beginnings(family) if name.startswith(start)]
 
 
 def targets_of(family: ModelFamily, name: str) -> tuple[Target, ...] | None:
-    """The modules of a family that a name stands for; None if it has none of that name."""
+    """The modules of a family that a name stands for; None if the family does not have the name."""
     candidates = (_targets(family, component).get(_flat(rest)) for component, rest in split(family, name))
     return next((targets for targets in candidates if targets is not None), None)
 
@@ -103,7 +106,7 @@ def known_names(family: ModelFamily) -> Iterable[str]:
 
 @cache
 def _mark() -> re.Pattern[str]:
-    """What a module's name of one of these families begins with."""
+    """A pattern for the beginning of module names of these families."""
     starts = {f"{family.denoiser.kohya}_" for family in _transformers()} | set(_OF_DENOISER)
     names = {
         name
@@ -116,7 +119,7 @@ def _mark() -> re.Pattern[str]:
 
 
 def may_be_of_transformer(names: Collection[str], metadata: Mapping[str, str]) -> bool:
-    """Whether a file with such names, or such metadata, can be for one of these families."""
+    """Whether a file with these names and metadata may be for one of these families."""
     stated = by_metadata(metadata)
     if stated is not None:
         return fuses(stated)
@@ -124,13 +127,17 @@ def may_be_of_transformer(names: Collection[str], metadata: Mapping[str, str]) -
 
 
 def denoiser_of(names: Collection[str]) -> str:
-    """The component that names of a denoiser's modules are of, which do not begin with it."""
+    """The denoiser's component (unet or transformer) for names of its modules without a component."""
     return _transformers()[0].denoiser.name if may_be_of_transformer(names, {}) else DENOISER
 
 
 class Recognised(NamedTuple):
-    """own: the family that has all of a file's modules; None if none has. near: that, or the one that has the most
-    of them; None if none has half of them. is_alone: whether the file can be for no other family.
+    """The result of `family_of_names`.
+
+    Attributes:
+        own: The family that has all of the file's modules; None if no family has them all.
+        near: The same as `own`, or else the family with most of the modules; None if no family has more than half.
+        is_alone: Whether no other family is possible.
     """
 
     own: ModelFamily | None
@@ -139,17 +146,17 @@ class Recognised(NamedTuple):
 
 
 def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mapping[str, str]) -> Recognised:
-    """The family of a file, by the names and sizes of its modules.
+    """Recognise the family of a file by the names and sizes of its modules.
 
-    It is the first family that has all of the modules, unless the metadata state another one that has them, the width
-    of a layer occurs in only one family, or only another one has released models of these sizes.
+    It is the first family that has all of the modules, unless the metadata name another family that has them, the size
+    of a layer occurs in only one family, or only other families have released models of these sizes.
 
     Args:
-        names: (out, in) of each module, or None, by the names in the file.
+        names: The size (out, in) of each module, or None, by the name in the file.
         metadata: The metadata of the file.
 
     Returns:
-        The family, the nearest one if none fits, and whether no other fits.
+        The family or the nearest one.
     """
     fitting = [family for family in _transformers() if all(targets_of(family, name) for name in names)]
     if not fitting:
@@ -164,7 +171,7 @@ def family_of_names(names: Mapping[str, tuple[int, int] | None], metadata: Mappi
 
 
 def _layers(family: ModelFamily, names: Mapping[str, tuple[int, int] | None]) -> Iterator[SizedLayer]:
-    """The layers of the denoiser; the sizes of those that the original code fuses are those of the whole."""
+    """The layers of the denoiser; a layer that is part of a fused one is given with the size of the fused layer."""
     for name, out_in in names.items():
         targets = targets_of(family, name)
         if targets is not None and targets[0].module.component == family.denoiser.name:

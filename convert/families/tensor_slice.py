@@ -1,4 +1,4 @@
-"""The part of a checkpoint's tensor that is one layer's weight."""
+"""`TensorSlice`, the part of a checkpoint's tensor that is the weight of one layer."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from lora_adapters.convert.errors import AdapterError
 
 
 class Share(NamedTuple):
-    """The parts from `start` to `stop` (not with it) of a dimension in `of` equal parts."""
+    """The parts from `start` to `stop` (exclusive) of a dimension that consists of `of` equal parts."""
 
     start: int
     stop: int
@@ -30,20 +30,20 @@ class Share(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The rows from `start` to `stop` (not with it)."""
+    """The rows from `start` to `stop` (exclusive)."""
 
     start: int
     stop: int
 
     def within(self, size: int) -> slice:
-        """These rows, however many there are."""
+        """The rows as a slice; the size does not matter."""
         return slice(self.start, self.stop)
 
 
 class Part(NamedTuple):
-    """Part `number` of the `of` parts of a fused layer's rows, which only the layer's shape tells.
+    """Part `number` of the `of` parts of a fused layer; its rows depend on the layer's shape.
 
-    The first `square` parts have as many rows as the input is wide; the others share the rest equally.
+    The first `square` parts have as many rows as the layer has input channels; the others share the rest equally.
     """
 
     number: int
@@ -61,7 +61,7 @@ class Part(NamedTuple):
             The first row, and the one after the last.
 
         Raises:
-            AdapterError: A layer of this kind cannot have this number of rows.
+            AdapterError: The rows cannot be divided like this.
 
         >>> Part(3, 4, square=3).span(70, 10)
         Span(start=30, stop=70)
@@ -70,7 +70,7 @@ class Part(NamedTuple):
         """
         first, others = self.square * width, self.of - self.square
         if first > rows or (rows - first) % max(others, 1) or (rows > first and not others):
-            raise AdapterError(f"{rows} rows, of inputs {width} wide, are not those of {self.of} layers in one")
+            raise AdapterError(f"a weight of {rows} rows and {width} columns is not that of {self.of} fused layers")
         if self.number < self.square:
             return Span(self.number * width, (self.number + 1) * width)
         each, index = (rows - first) // others, self.number - self.square
@@ -78,11 +78,17 @@ class Part(NamedTuple):
 
 
 class TensorSlice(NamedTuple):
-    """Where a layer's weight is: in the tensor `key`, all of it or a share of its rows or columns.
+    """The place of a layer's weight: the tensor `key`, or a part of its rows or columns.
 
-    Source of the shares: open_clip stacks the weights of q, k and v (`in_proj_weight`), one third of the rows each;
-    the original code of transformers such as Flux.1 stacks layers of several widths.
-    transposed: the tensor is stored as (in, out). swapped: the two halves of its rows are in the other order.
+    open_clip stacks the weights of q, k and v (`in_proj_weight`), one third of the rows each; the original code of
+    transformers such as Flux.1 stacks layers of different sizes.
+
+    Attributes:
+        key: The key of the tensor.
+        rows: The rows that belong to the layer; None for all.
+        columns: The columns that belong to the layer; None for all.
+        transposed: Whether the tensor is stored as (in, out).
+        swapped: Whether the two halves of the rows are stored in swapped order.
     """
 
     key: str
@@ -92,26 +98,26 @@ class TensorSlice(NamedTuple):
     swapped: bool = False
 
     def placed(self, shape: tuple[int, ...]) -> "TensorSlice":
-        """The slice for a tensor of a known shape.
+        """Resolve the slice for a tensor of a known shape.
 
         Args:
             shape: The shape of the tensor.
 
         Returns:
-            The slice with parts replaced by spans. Halves stay swapped only if there are two rows for each column (a
-            shift and a scale); with six the order is the same in both layouts.
+            The slice with `Part` replaced by `Span`. `swapped` stays set only if the tensor has two rows for each
+            column (a shift and a scale); with six, the order is the same in both layouts.
 
         Raises:
             AdapterError: The slice is a part of a matrix, and the tensor is not a matrix.
         """
         if isinstance(self.rows, Part) and len(shape) != 2:
-            raise AdapterError(f"{self.key} has the shape {list(shape)}, where a matrix is expected")
+            raise AdapterError(f"{self.key} has the shape {list(shape)}, expected a matrix")
         rows = self.rows.span(shape[0], shape[1]) if isinstance(self.rows, Part) else self.rows
         return self._replace(rows=rows, swapped=self.swapped and len(shape) == 2 and shape[0] == 2 * shape[1])
 
     @property
     def bias(self) -> "TensorSlice | None":
-        """Where the layer's bias is, if it has one; None if the name of the weight does not tell.
+        """The place of the layer's bias, if it has one; None if the weight's key does not end in "weight".
 
         >>> bias = TensorSlice("attn.in_proj_weight", rows=Share(1, 2, 3)).bias
         >>> bias.key, bias.rows
@@ -122,7 +128,7 @@ class TensorSlice(NamedTuple):
         return TensorSlice(f"{self.key.removesuffix('weight')}bias", self.rows, swapped=self.swapped)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The weight of the layer in a tensor.
+        """Extract the weight of the layer from a tensor.
 
         Args:
             tensor: The tensor of the file, in its full shape.

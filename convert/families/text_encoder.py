@@ -1,7 +1,7 @@
 """The layers of CLIP text encoders: their paths in transformers, and their tensors in original checkpoints.
 
-Two codes have them: transformers' own (`text_model.encoder.layers.0...`) and open_clip's (`resblocks.0...`), where q, k
-and v are one tensor and the projection is transposed.
+Checkpoints use the layout of transformers (`text_model.encoder.layers.0...`) or of open_clip (`resblocks.0...`), where
+q, k and v are one tensor and the projection is transposed.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .names import TEXT_PROJECTION
 from .tensor_slice import Share, TensorSlice
 
-LAYERS = 32  # of the deepest one, SDXL's second; SD1.x uses 12 of them, SD2.x 23
+LAYERS = 32  # in the deepest one, SDXL's second; SD1.x has 12, SD2.x uses 23
 _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
 _OPEN_CLIP = {
     "self_attn.q_proj": ("attn.in_proj_weight", Share(0, 1, 3)),
@@ -27,7 +27,7 @@ _LAST_NORM = "text_model.final_layer_norm"
 
 
 def layer_paths() -> Iterator[str]:
-    """The paths in all layers of the deepest text encoder, layer by layer; no `text_projection`."""
+    """The paths of all layers of the deepest text encoder, block by block, without `text_projection`."""
     for layer in (f"text_model.encoder.layers.{index}" for index in range(LAYERS)):
         yield from (f"{layer}.self_attn.{part}_proj" for part in ("q", "k", "v", "out"))
         yield from (f"{layer}.mlp.{part}" for part in ("fc1", "fc2"))
@@ -36,9 +36,11 @@ def layer_paths() -> Iterator[str]:
 class TextEncoder(NamedTuple):
     """A text encoder in original checkpoints.
 
-    clip, open_clip: the beginnings of its tensors' names in either code, the first of each as it is written.
-    projection: whether it has a `text_projection`. unused_layer: the last one of open_clip's, which is in files though
-    the pipeline uses no output of it.
+    Attributes:
+        clip: The prefixes of its tensors' names in the layout of transformers; the first is used for writing.
+        open_clip: The same in the layout of open_clip.
+        projection: Whether it has a `text_projection`.
+        unused_layer: The last layer in open_clip's files, if the pipeline does not use it.
     """
 
     clip: tuple[str, ...] = ()
@@ -47,7 +49,7 @@ class TextEncoder(NamedTuple):
     unused_layer: int | None = None
 
     def paths(self) -> Iterator[str]:
-        """The path of each layer that an adapter can have."""
+        """The path of each layer that an adapter can change."""
         yield from layer_paths()
         if self.projection:
             yield TEXT_PROJECTION
@@ -59,7 +61,7 @@ class TextEncoder(NamedTuple):
         yield _LAST_NORM
 
     def slices(self, path: str) -> tuple[TensorSlice, ...]:
-        """Where the weight of a layer can be in an original checkpoint."""
+        """The possible places of a layer's weight in an original checkpoint."""
         if path == TEXT_PROJECTION:
             return tuple(TensorSlice(f"{start}text_projection", transposed=True) for start in self.open_clip)
         inner = path.removeprefix("text_model.")
@@ -73,6 +75,6 @@ class TextEncoder(NamedTuple):
         return tuple(slices)
 
     def is_unused(self, path: str, place: TensorSlice) -> bool:
-        """Whether a layer, found there, is the one that is in files only."""
+        """Whether a layer that was found at a place is the unused layer."""
         in_open_clip = place.key.startswith(self.open_clip)
         return in_open_clip and self.unused_layer is not None and f".layers.{self.unused_layer}." in path

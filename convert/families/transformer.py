@@ -1,7 +1,7 @@
-"""The layers of diffusion transformers: paths in diffusers, names in the original code, which fuses some of them.
+"""The layers of diffusion transformers: paths in diffusers, names in the original code, which fuses some layers.
 
-A fused layer of the original code is several in diffusers, one below the other in its rows: `img_attn.qkv` is to_q,
-to_k and to_v. How many rows each has follows from the shape of the layer, see `tensor_slice.Part`.
+A fused layer of the original code consists of several layers of diffusers, concatenated along the rows: `img_attn.qkv`
+is to_q, to_k and to_v. The number of rows of each follows from the shape of the layer, see `tensor_slice.Part`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from .family import Component, Coverage, Kind
 from .tensor_slice import Part, TensorSlice
 from .unet import PREFIX
 
-_NAMED = 64  # blocks of a stack whose names are known: more than any model has
+_NAMED = 64  # the number of blocks of each stack in the tables of names: more than any model has
 _TEXT_CLASSES = (
     "CLIPAttention",
     "CLIPSdpaAttention",
@@ -26,11 +26,13 @@ _TEXT_CLASSES = (
 
 
 class Fused(NamedTuple):
-    """A layer of the original code: the paths of the layers that it is in diffusers, in the order of its rows.
+    """A layer of the original code and the layers of diffusers that it consists of.
 
-    square: how many of the first have as many rows as the input is wide; the others share the rest equally. others: the
-    rows of each of the others by the width of the input, where that is the same in all models; 0 if it is not.
-    swapped: whether the halves of its rows are in the other order in diffusers, see `TensorSlice.placed`.
+    Attributes:
+        paths: The paths of diffusers' layers, in the order of the rows.
+        square: The number of first layers with as many rows as input channels; the others share the rest equally.
+        others: The rows of each other layer divided by the input channels, if all models agree; otherwise 0.
+        swapped: Whether diffusers swaps the two halves of the rows; see `TensorSlice.placed`.
     """
 
     paths: tuple[str, ...]
@@ -39,25 +41,25 @@ class Fused(NamedTuple):
     swapped: bool = False
 
     def part(self, index: int) -> Part | None:
-        """Which rows the layer of that index has; None for all of them."""
+        """The rows of the layer with this index; None for all rows."""
         return Part(index, len(self.paths), self.square) if len(self.paths) > 1 else None
 
     def below(self, prefix: str) -> "Fused":
-        """The same with paths that begin with a prefix."""
+        """The same layer with a prefix added to the paths."""
         return self._replace(paths=tuple(f"{prefix}.{path}" for path in self.paths))
 
 
 def fused(*paths: str, square: int = 0, others: int = 0) -> Fused:
-    """A layer that is several in diffusers."""
+    """A layer that consists of several layers of diffusers."""
     return Fused(paths, square, others)
 
 
 def swapped(path: str) -> Fused:
-    """A layer whose shift and scale are in the other order in diffusers."""
+    """A layer whose shift and scale are swapped in diffusers."""
     return Fused((path,), swapped=True)
 
 
-Table = Mapping[str, str | Fused]  # the name of a layer in the original code -> what it is in diffusers
+Table = Mapping[str, str | Fused]  # diffusers' path (or paths) of each layer, by the name in the original code
 
 
 def _entries(table: Table) -> Iterator[tuple[str, Fused]]:
@@ -66,12 +68,17 @@ def _entries(table: Table) -> Iterator[tuple[str, Fused]]:
 
 
 class Stack(NamedTuple):
-    """Blocks of one kind, one after the other.
+    """A stack of blocks of the same kind.
 
-    original, path: what the list of them is called in the original code and in diffusers. depth: how many the largest
-    model has. letter: of their labels. layers: of each block. aliases: other names of layers in files. outer: the
-    beginnings of the paths in a block that no adapter type adapts. norms: the tensors of a block that belong to no
-    layer, by their whole names in the original code.
+    Attributes:
+        original: The name of the list of blocks in the original code.
+        path: The name of the list of blocks in diffusers.
+        depth: The number of blocks in the largest model.
+        letter: The first letter of the blocks' labels.
+        layers: The layers of each block.
+        aliases: Other names of layers in files.
+        outer: Prefixes of paths in a block that no adapter type adapts.
+        norms: Tensors of a block that belong to no layer: diffusers' complete name by the original code's.
     """
 
     original: str
@@ -86,11 +93,15 @@ class Stack(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Transformer:
-    """A diffusion transformer: stacks of blocks, and the layers outside of them by their names in the original code.
+    """A diffusion transformer.
 
-    prefixes: the beginnings of its tensors' names in original checkpoints. convolutions: the paths of those. adapted:
-    the beginnings of paths outside of the blocks that kohya's trainer adapts too. tensors: those outside of the blocks
-    that belong to no layer, as `Stack.norms`.
+    Attributes:
+        stacks: The stacks of blocks.
+        outer: The layers outside of the blocks.
+        prefixes: The possible prefixes of tensor names in original checkpoints.
+        convolutions: The paths of convolutions.
+        adapted: Prefixes of paths outside of the blocks that kohya's trainer adapts too.
+        tensors: The tensors outside of the blocks that belong to no layer, like `Stack.norms`.
     """
 
     stacks: tuple[Stack, ...]
@@ -102,7 +113,7 @@ class Transformer:
 
     @cached_property
     def originals(self) -> Mapping[str, Fused]:
-        """What each layer of the original code is in diffusers."""
+        """The layers of diffusers for each layer of the original code."""
         targets = dict(_entries(self.outer))
         for stack in self.stacks:
             for number in range(_NAMED):
@@ -112,7 +123,7 @@ class Transformer:
 
     @cached_property
     def aliases(self) -> Mapping[str, Fused]:
-        """What other names of layers mean that files have."""
+        """The layers of diffusers for other names that occur in files."""
         return {
             f"{stack.original}.{number}.{name}": target.below(f"{stack.path}.{number}")
             for stack in self.stacks
@@ -122,7 +133,7 @@ class Transformer:
 
     @cached_property
     def _places(self) -> Mapping[str, TensorSlice]:
-        """For each path the layer of the original code, and its part of it."""
+        """The layer of the original code, and the part of it, for each path in diffusers."""
         return {
             path: TensorSlice(name, target.part(index), swapped=target.swapped)
             for name, target in self.originals.items()
@@ -131,7 +142,7 @@ class Transformer:
 
     @cached_property
     def single_tensors(self) -> Mapping[str, str]:
-        """By the name in diffusers, the name in the original code of each tensor that belongs to no layer."""
+        """The tensors that belong to no layer: the name in the original code by the name in diffusers."""
         found = {path: name for name, path in self.tensors.items()}
         for stack in self.stacks:
             for number in range(_NAMED):
@@ -140,34 +151,34 @@ class Transformer:
         return found
 
     def place(self, path: str) -> TensorSlice | None:
-        """Where the weight of a layer is in an original checkpoint without prefix; None for what is no layer."""
+        """The place of a layer's weight in an original checkpoint without prefix; None if the path is not a layer."""
         place = self._places.get(path)
         return None if place is None else place._replace(key=f"{place.key}.weight")
 
     def paths(self) -> Iterator[str]:
-        """The path of each layer that an adapter can have."""
+        """The path of each layer that an adapter can change."""
         return iter(self._places)
 
     def norms(self) -> Iterator[str]:
-        """None: adapters of these models leave the normalisation layers alone."""
+        """Empty: adapters for these models do not change normalisation layers."""
         return iter(())
 
     def original_name(self, path: str) -> str:
-        """The dotted name of a layer in the original code, of the fused one where it is part of one."""
+        """The dotted name of a layer in the original code, or of the fused layer that contains it."""
         place = self._places.get(path)
         return path if place is None else place.key
 
     def slices(self, path: str) -> tuple[TensorSlice, ...]:
-        """Where the weight of a layer can be in an original checkpoint."""
+        """The possible places of a layer's weight in an original checkpoint."""
         place = self._places[path]
         return tuple(place._replace(key=f"{prefix}{place.key}.weight") for prefix in self.prefixes)
 
     def marks(self, *names: str) -> tuple[str, ...]:
-        """Beginnings of names in original checkpoints, with each of the prefixes."""
+        """Prefixes of tensor names in original checkpoints, combined with each of `prefixes`."""
         return tuple(f"{prefix}{name}" for name in names for prefix in self.prefixes)
 
     def part_of(self, path: str) -> str:
-        """The part of the model that a layer is in: block, or outer."""
+        """The part of the model that contains a layer: block or outer."""
         for stack in self.stacks:
             if path.startswith(f"{stack.path}."):
                 inner = path.split(".", 2)[2]
@@ -175,11 +186,11 @@ class Transformer:
         return "block" if self.adapted and path.startswith(self.adapted) else "outer"
 
     def kind_of(self, path: str) -> Kind:
-        """The kind of layer: linear, but for the few that are convolutions."""
+        """The kind of layer: linear, except for the convolutions."""
         return "conv3x3" if path in self.convolutions else "linear"
 
     def denoiser(self, kohya_original: bool = True) -> Component:
-        """The component that it is; kohya_original: whether kohya's trainer writes the original code's names."""
+        """The component for this transformer; `kohya_original`: whether kohya's trainer writes the original names."""
         return Component(
             *("transformer", "denoiser", "lora_unet", self), original=self.original_name, kohya_original=kohya_original
         )
@@ -188,7 +199,7 @@ class Transformer:
         """The layers that kohya's trainers adapt: all linear layers of the blocks and of the text encoders.
 
         Args:
-            *text_classes: Classes of the text encoder's live modules whose layers are adapted; none are those of CLIP.
+            *text_classes: Classes of the text encoders' modules whose layers are adapted; by default CLIP's and T5's.
 
         Returns:
             The coverage of each adapter type.
@@ -201,10 +212,12 @@ class Transformer:
 
 
 class Encoder(NamedTuple):
-    """A text encoder of transformers' whose layers are one list, T5's or a language model's.
+    """A text encoder of transformers that is a single stack of blocks: T5 or a language model.
 
-    pattern: the path of a layer of its block, with the number of the block in it. names: what follows. prefixes: the
-    beginnings of its tensors' names in original checkpoints.
+    Attributes:
+        pattern: The path of a block, with {} for its number.
+        names: The names of the layers in a block.
+        prefixes: The possible prefixes of tensor names in original checkpoints.
     """
 
     pattern: str
@@ -212,15 +225,15 @@ class Encoder(NamedTuple):
     prefixes: tuple[str, ...] = ()
 
     def paths(self) -> Iterator[str]:
-        """The path of each layer that an adapter can have."""
+        """The path of each layer that an adapter can change."""
         return (f"{self.pattern.format(number)}.{name}" for number in range(_NAMED) for name in self.names)
 
     def norms(self) -> Iterator[str]:
-        """None."""
+        """Empty: adapters do not change normalisation layers."""
         return iter(())
 
     def slices(self, path: str) -> tuple[TensorSlice, ...]:
-        """Where the weight of a layer can be in an original checkpoint."""
+        """The possible places of a layer's weight in an original checkpoint."""
         return tuple(TensorSlice(f"{prefix}{path}.weight") for prefix in self.prefixes)
 
 

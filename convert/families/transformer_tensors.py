@@ -1,6 +1,6 @@
-"""All tensors of a diffusion transformer, not its layers alone: from the original code's names to diffusers' and back.
+"""Converting all tensors of a diffusion transformer between the original code's names and diffusers'.
 
-What a layer is in either is told by `Transformer`; biases follow their layer's weight. Names have no prefix here.
+The layers are described by `Transformer`; biases are placed like their layer's weight. Names have no prefix here.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ from .transformer import Transformer
 def from_original(
     layout: Transformer, keys: Collection[str], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of diffusers' model, made from those of an original file; views if possible.
+    """Make the tensors of diffusers' model from those of an original file, as views if possible.
 
     Args:
         layout: The layout of the transformer.
@@ -40,7 +40,7 @@ def from_original(
 
 
 def _place(layout: Transformer, key: str, shapes: Mapping[str, tuple[int, ...]]) -> TensorSlice | None:
-    """Where a tensor of diffusers' model is in an original file with tensors of these shapes."""
+    """The place of a tensor of diffusers' model in an original file with tensors of these shapes."""
     if key in layout.single_tensors:
         return TensorSlice(layout.single_tensors[key])
     path, _, kind = key.rpartition(".")
@@ -53,14 +53,14 @@ def _place(layout: Transformer, key: str, shapes: Mapping[str, tuple[int, ...]])
 
 
 def to_original(layout: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Origin]:
-    """The tensors of diffusers' model that each tensor of an original file is made from.
+    """The sources of the tensors of an original file: diffusers' tensors that each is made from.
 
     Args:
         layout: The layout of the transformer.
         shapes: The shapes of diffusers' tensors, by their names.
 
     Returns:
-        The tensors, and how they are put together, by the names in the original code.
+        The source of each tensor, by the name in the original code.
 
     Raises:
         AdapterError: A tensor has no name in the original code, or a part of a fused layer is missing.
@@ -74,7 +74,7 @@ def to_original(layout: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> d
             if not there:
                 continue
             if len(there) < len(keys):
-                raise AdapterError(f"it has {there[0]}, but no {next(key for key in keys if key not in shapes)}")
+                raise AdapterError(f"has {there[0]}, but no {next(key for key in keys if key not in shapes)}")
             weight = TensorSlice(name, swapped=target.swapped).placed(shapes[f"{target.paths[0]}.weight"])
             form: Form = "stacked" if len(keys) > 1 else "swapped" if weight.swapped else "same"
             made[f"{name}.{kind}"] = Origin(keys, form)

@@ -1,4 +1,4 @@
-"""The layers of Stable Diffusion's U-Nets: paths in diffusers, names in the original code, parts that are adapted.
+"""The layers of Stable Diffusion's U-Nets: paths in diffusers, names in the original code, adapted parts.
 
 Source of the original names: CompVis/stable-diffusion and Stability-AI/generative-models.
 """
@@ -10,14 +10,14 @@ from .blocks import LAYER
 from .family import Coverage, Kind
 from .tensor_slice import TensorSlice
 
-PREFIX = "model.diffusion_model."  # of its tensors in original checkpoints
+PREFIX = "model.diffusion_model."  # the prefix of tensor names in original checkpoints
 _RESNET = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-# Normalisation layers: the end of a layer's path beside which one is, and its own.
+# The suffixes of layers next to a normalisation layer, and the suffix of that normalisation layer.
 _NORMS = (
     (".conv1", ".norm1"),
     (".conv2", ".norm2"),
@@ -30,7 +30,7 @@ _RESNET_NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
 _NORM_OUT = {"conv_norm_out": "out.0"}
 TIME = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
 SIZE = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # SDXL and its refiner
-# Outside of the blocks: kohya's trainer leaves these alone, LyCORIS and OneTrainer do not.
+# Layers outside of the blocks: LyCORIS and OneTrainer adapt them, kohya's trainer does not.
 OUTER = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", **TIME, **SIZE}
 
 _PARTS = {
@@ -52,7 +52,7 @@ COVERAGE = {
 
 
 def part_of(path: str) -> str:
-    """The part of a U-Net that a layer is in: attention, resnet, sampler, or outer for outside of the blocks."""
+    """The part of a U-Net that contains a layer: attention, resnet, sampler, or outer (outside of the blocks)."""
     match = LAYER.fullmatch(path)
     if match is None:
         return "outer"
@@ -60,17 +60,19 @@ def part_of(path: str) -> str:
 
 
 def kind_of(path: str) -> Kind:
-    """linear, conv1x1 or conv3x3. Projections of the attention are linear in SD2.x and SDXL: `Version.projections`."""
+    """The kind of a layer. For proj_in and proj_out, which are linear in some versions, see `Version.projections`."""
     if path.endswith((".proj_in", ".proj_out", ".conv_shortcut")):
         return "conv1x1"
     return "conv3x3" if path.endswith((".conv1", ".conv2", ".conv")) or path in ("conv_in", "conv_out") else "linear"
 
 
 class UNet(NamedTuple):
-    """A U-Net with two layers a block.
+    """A U-Net with two layers in each block.
 
-    down_depths: how many transformer layers the attention of each down block has, 0 for a block without attention.
-    mid_depth: the same of the middle. outer: layers outside of the blocks, with their original names.
+    Attributes:
+        down_depths: The number of transformer layers in the attention of each down block; 0 without attention.
+        mid_depth: The same for the middle block.
+        outer: The layers outside of the blocks: the name in the original code by the path in diffusers.
     """
 
     down_depths: tuple[int, ...]
@@ -78,7 +80,7 @@ class UNet(NamedTuple):
     outer: Mapping[str, str]
 
     def paths(self) -> Iterator[str]:
-        """The path of each layer that an adapter can have."""
+        """The path of each layer that an adapter can change."""
         last = len(self.down_depths) - 1
         halves = (("down", 2, self.down_depths, "downsamplers"), ("up", 3, self.down_depths[::-1], "upsamplers"))
         for half, layers, depths, sampler in halves:
@@ -101,14 +103,14 @@ class UNet(NamedTuple):
         yield from _NORM_OUT
 
     def original_name(self, path: str) -> str:
-        """The dotted name of a layer in Stability's and CompVis' own code (`input_blocks.4.1...`)."""
+        """The dotted name of a layer in Stability's and CompVis' original code (`input_blocks.4.1...`)."""
         up_depths = self.down_depths[::-1]
         name = original_name(path, [str(block) for block, depth in enumerate(up_depths) if not depth])
         assert name, path
         return name
 
     def slices(self, path: str) -> tuple[TensorSlice, ...]:
-        """Where the weight of a layer can be in an original checkpoint."""
+        """The possible places of a layer's weight in an original checkpoint."""
         return (TensorSlice(f"{PREFIX}{self.original_name(path)}.weight"),)
 
 

@@ -1,7 +1,7 @@
-"""A model that no family describes: its layers are called what the file calls them, and nothing else is known of them.
+"""The family for adapters of an unknown model: layers keep their names in the file, and nothing else is known of them.
 
-What needs no more is done with its adapters: what they hold, sums, other ranks, averages. It is not one of
-`registry.FAMILIES`, so that no file is taken for one of these unless somebody says so.
+Only operations that need no more work on these adapters: showing their contents, sums, other ranks, averages. It is not
+in `registry.FAMILIES`, so that it is used only if the user chooses it.
 """
 
 import re
@@ -15,14 +15,14 @@ from .family import Coverage, Marks, ModelFamily, Version
 from .names import ModuleName
 from .transformer import Transformer
 
-COMPONENT = "model"  # of all modules: names do not tell which part of the pipeline they are of
+COMPONENT = "model"  # the component of all modules, since names do not tell the part of the pipeline
 _BEGINNING = re.compile(r"^(lora_unet_|lora_|lycoris_|(model\.)?diffusion_model\.|transformer\.)")
 _BLOCK = re.compile(r"(.*?)(\d+)(?=[._])")
 _TRANSFORMER = Transformer(stacks=(), outer={})
 
 
 class _Unlisted(ModelFamily):
-    """See the module; an adapter's names are whole names of files, flat or dotted."""
+    """The family of unknown models, whose modules are named by their complete names in files, flat or dotted."""
 
     def kohya_name(self, module: ModuleName) -> str:
         """The name of a module in its file."""
@@ -33,11 +33,11 @@ class _Unlisted(ModelFamily):
         return all(module.component == COMPONENT for module in modules)
 
     def adapter_type(self, modules: Iterable[ModuleName]) -> Coverage:
-        """Of all that there is."""
+        """An empty coverage, since adapter types are not known for these models."""
         return Coverage("", (), frozenset(), True)
 
     def block_label(self, module: ModuleName) -> str:
-        """The beginning of a module's name up to its first number, with two digits: `blocks.07`."""
+        """The module's name up to its first number, which is padded to two digits: `blocks.07`."""
         name = _BEGINNING.sub("", module.path)
         match = _BLOCK.match(name)
         return f"{match[1]}{int(match[2]):02d}" if match else "-"
@@ -73,24 +73,24 @@ UNLISTED = _Unlisted(
 
 
 def is_flat(name: str) -> bool:
-    """Whether a name is one of kohya's, with underscores for dots."""
+    """Whether a name is flat like kohya's, with underscores instead of dots."""
     return "." not in name
 
 
 def check_alike(adapters: Iterable[tuple[str, Iterable[ModuleName]]]) -> None:
-    """Refuse to put adapters together whose names are in different spellings, which nobody can translate here.
+    """Refuse to combine adapters whose names are spelled differently, since these cannot be matched.
 
     Args:
-        adapters: The name of each, and its modules.
+        adapters: The name and the modules of each adapter.
 
     Raises:
-        AdapterError: One has flat names, another dotted ones.
+        AdapterError: Some adapters have flat names, others dotted names.
     """
     spelled = [(name, {is_flat(module.path) for module in modules}) for name, modules in adapters]
     first, flat = spelled[0]
     for name, other in spelled[1:]:
         if flat != other:
             raise AdapterError(
-                f"{first} and {name} spell the names of layers differently (with dots and without), and the model is "
-                "not known here: bring them into one spelling with the program that knows it"
+                f"{first} and {name} spell the layer names differently (with and without dots), and the names of an "
+                "unknown model cannot be matched: convert one of them with a program that knows the model"
             )

@@ -1,6 +1,6 @@
 """Z-Image: a transformer with refiners of image and text before its layers.
 
-diffusers has the names of the original code but for the attention, which ComfyUI's files fuse.
+diffusers uses the names of the original code, except for the attention, which ComfyUI's files fuse.
 """
 
 from .blocks import StackBlocks
@@ -32,7 +32,7 @@ _TRANSFORMER = Transformer(
 
 
 def _is_own_width(name: str, out_in: tuple[int, int]) -> bool:
-    """Whether q, k and v are of one width, which in Lumina2 they are not."""
+    """Whether q, k and v have the same number of rows, unlike in Lumina2."""
     return name.endswith("attention_qkv") and out_in[0] == 3 * out_in[1]
 
 

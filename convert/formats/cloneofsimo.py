@@ -1,10 +1,9 @@
 """The format of cloneofsimo/lora: keys are positions, `unet:<n>:up`, `text_encoder:<n>:down`, and tokens, `<s1>`.
 
-Position n is the n-th layer met when the model is walked in the order in which its modules were defined, inside of
-modules of the classes that the file's metadata lists for the component. Files that were made with convolutions hold
-4-D pairs; a layer is passed over where the next pair has another number of dimensions, as the original loader does.
-The metadata also has the rank of each position and marks embeddings of new tokens (textual inversion). There is no
-alpha: the scale is 1.
+Position n is the n-th layer of the model in definition order, counting only layers inside of modules of the classes
+that the file's metadata lists for the component. Files with convolutions contain 4-D pairs; as in the original loader,
+layers are skipped until the number of dimensions matches the next pair. The metadata also contains the rank of each
+position and marks embeddings of new tokens (textual inversion). There is no alpha: the scale is 1.
 """
 
 import json
@@ -31,7 +30,7 @@ EMBEDDING = "<embed>"
 _KEY = re.compile(r"(unet|text_encoder):([0-9]{1,5}):(up|down)")
 _UNET_PARTS = {
     "CrossAttention": ("attn1", "attn2"),
-    "Attention": ("attn1", "attn2"),  # what diffusers called it later
+    "Attention": ("attn1", "attn2"),  # the later name of CrossAttention in diffusers
     "GEGLU": ("ff.net.0.proj",),
     "FeedForward": ("ff.",),
     "Transformer2DModel": ("attn1", "attn2", "ff.", "proj_in", "proj_out"),
@@ -49,13 +48,13 @@ _WRITTEN_TEXT = (("CLIPAttention",), ("CLIPAttention", "CLIPMLP"))
 
 
 def matches(keys: Collection[str]) -> bool:
-    """Whether every key is a position or a token, and there is a position."""
+    """Whether every key is a position or a token, with at least one position."""
     positions = {key for key in keys if _KEY.fullmatch(key)}
     return bool(positions) and all(key.startswith("<") for key in set(keys) - positions)
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
-    """What a file in cloneofsimo's format holds; see `read_modules`. lookup is not needed: positions have no names."""
+    """Read a file in cloneofsimo's format; see `read_modules`. `lookup` is unused, since positions have no names."""
     return Contents(read_modules(tensors, metadata), other_metadata(metadata))
 
 
@@ -68,7 +67,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 
 def _walk_unet() -> Iterator[str]:
-    """The U-Net's layers in the order in which diffusers defined them: down, up, middle; attn1, feed-forward, attn2."""
+    """The U-Net's layers in diffusers' definition order: down, up, middle; attn1, feed-forward, attn2."""
     blocks = [f"down_blocks.{n}" for n in range(4)] + [f"up_blocks.{n}" for n in range(4)] + ["mid_block"]
     block_parts = ["proj_in"]
     block_parts += [f"transformer_blocks.0.attn1.{to}" for to in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -86,7 +85,7 @@ def _walk_unet() -> Iterator[str]:
 
 
 def _widens(resnet: str) -> bool:
-    """Whether a ResNet block changes the number of channels, and so has a conv_shortcut."""
+    """Whether a ResNet block changes the number of channels and therefore has a conv_shortcut."""
     return resnet.startswith("up_blocks") or resnet in ("down_blocks.1.resnets.0", "down_blocks.2.resnets.0")
 
 
@@ -101,12 +100,12 @@ def _is_denoiser(component: str) -> bool:
 
 
 def _walk(component: str, targets: Iterable[str]) -> list[str]:
-    """The layers of a component inside of the target classes, in order."""
+    """The layers of a component inside of modules of the target classes, in order."""
     table = _UNET_PARTS if _is_denoiser(component) else _TEXT_PARTS
     targets = list(targets)
     unknown = [target for target in targets if target not in table]
     if unknown:
-        raise AdapterError(f"its {component} layers are in {unknown[0]}, where only {', '.join(table)} are known")
+        raise AdapterError(f"unknown class {unknown[0]} in the metadata for {component}: expected {', '.join(table)}")
     parts = {part for target in targets for part in table[target]}
     walked = _walk_unet() if _is_denoiser(component) else _walk_text()
     return [path for path in walked if any(f".{part}" in path for part in parts)]
@@ -117,7 +116,7 @@ def _is_conv(path: str) -> bool:
 
 
 def _may_be(path: str, dimensions: int) -> bool:
-    """Whether a layer has weights of so many dimensions; proj_in and proj_out are 4-D in SD1.x, 2-D in SD2.x."""
+    """Whether a layer can have a weight of this many dimensions; proj_in and proj_out: 4-D in SD1.x, 2-D in SD2.x."""
     return path.endswith((".proj_in", ".proj_out")) or (dimensions == 4) == _is_conv(path)
 
 
@@ -126,14 +125,14 @@ def _targets(metadata: Mapping[str, str], component: str) -> list[str]:
     try:
         listed = json_value(metadata.get(component, json.dumps(default)))
     except ValueError as error:
-        raise AdapterError(f"its metadata for {component} is not JSON ({error})") from None
+        raise AdapterError(f"the metadata for {component} is not JSON ({error})") from None
     if not isinstance(listed, list):
-        raise AdapterError(f"its metadata for {component} is not a list of classes")
+        raise AdapterError(f"the metadata for {component} is not a list of classes")
     return [str(name) for name in listed]
 
 
 def read_modules(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[ModuleName, LowRank]:
-    """The modules; AdapterError for gaps, lone halves, and pairs that no layer is left for."""
+    """Read the modules; AdapterError for missing positions, incomplete pairs, and positions without a layer."""
     halves: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
@@ -149,10 +148,10 @@ def read_modules(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         for number in numbers:
             pair = halves[component, number]
             if len(pair) != 2:
-                raise AdapterError(f"{component}:{number} has only one half, {next(iter(pair))}")
+                raise AdapterError(f"{component}:{number} is incomplete: it has only {next(iter(pair))}")
             path = next((path for path in paths if _may_be(path, pair["down"].ndim)), None)
             if path is None:
-                raise AdapterError(f"{component}:{number} has no layer of SD1.x or SD2.x left to belong to")
+                raise AdapterError(f"{component}:{number} matches no layer of SD1.x or SD2.x")
             try:
                 module = ModuleName(component, path)
                 modules[module] = LowRank(pair["down"], pair["up"], float(pair["down"].shape[0]))
@@ -173,20 +172,20 @@ def other_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _plan(component: str, present: Mapping[str, LowRank]) -> tuple[tuple[str, ...], list[str]]:
-    """The fewest target classes that hold all adapted layers of a component, and the layers in order."""
+    """The smallest set of target classes that covers all adapted layers of a component, and their layers in order."""
     for targets in _WRITTEN_UNET if _is_denoiser(component) else _WRITTEN_TEXT:
         walked = _walk(component, targets)
         if present.keys() <= set(walked):
             break
     else:
-        raise AdapterError(f"cloneofsimo's format cannot hold {component}.{min(present.keys() - set(walked))}")
-    if not _is_denoiser(component):  # 12 layers, or SD2.x's 23: as many as there are
+        raise AdapterError(f"cloneofsimo's format cannot store {component}.{min(present.keys() - set(walked))}")
+    if not _is_denoiser(component):  # SD1.x has 12 layers, SD2.x has 23: only go to the last adapted one
         last = max(int(path.split(".")[3]) for path in present)
         walked = [path for path in walked if int(path.split(".")[3]) <= last]
     missing = [path for path in walked if path not in present]
     if missing:
         raise AdapterError(
-            f"cloneofsimo's format tells layers by their position: {component}.{missing[0]} may not be missing"
+            f"cloneofsimo's format identifies layers by position and cannot skip {component}.{missing[0]}"
         )
     return targets, walked
 
@@ -194,7 +193,7 @@ def _plan(component: str, present: Mapping[str, LowRank]) -> tuple[tuple[str, ..
 def to_tensors(
     modules: Mapping[ModuleName, LowRank], architecture: str, embeddings: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and metadata of a file in cloneofsimo's format, in which alphas are multiplied into `up`.
+    """The tensors and metadata of a file in cloneofsimo's format; alphas are multiplied into `up`.
 
     Args:
         modules: The pairs.
@@ -205,7 +204,7 @@ def to_tensors(
         The tensors, and the metadata.
 
     Raises:
-        AdapterError: The family has no such files, or the format cannot skip a layer that has no pair.
+        AdapterError: The format does not support the family, or a layer that it cannot skip has no pair.
     """
     family = by_name(architecture)
     if NAME not in family.formats:

@@ -1,4 +1,4 @@
-"""What a file of an adapter holds, whatever its format."""
+"""The contents of an adapter file, independent of its format."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -23,14 +23,14 @@ T = TypeVar("T")
 
 
 def most_common(values: Iterable[T]) -> T | None:
-    """The value that occurs most often, the first of several; None if there are none."""
+    """The most frequent value, the first one if tied; None if there are no values."""
     return next((value for value, _ in Counter(values).most_common(1)), None)
 
 
 class Stored(NamedTuple):
-    """A module as its file has it: the tensors by the ends of their keys, and the change that was read from them.
+    """A module as stored in its file: the tensors by the suffix of their key, and the change that was read from them.
 
-    As long as an adapter has this very change, its tensors can be written as they were.
+    While an adapter contains this same change object, the tensors can be written back unchanged.
     """
 
     change: Delta
@@ -39,9 +39,13 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Contents:
-    """Changes of modules, the metadata of their file (all strings), and what the file has beside them.
+    """The contents of an adapter file.
 
-    embeddings: of tokens, by the ends of their keys (`bundle_emb.<token>...`). stored: modules as the file has them.
+    Attributes:
+        modules: The change of each module.
+        metadata: The metadata of the file.
+        embeddings: Token embeddings, by the part of their key after `bundle_emb.`.
+        stored: The modules as they are stored in the file, to write them back unchanged.
     """
 
     modules: Mapping[ModuleName, Delta]
@@ -51,20 +55,20 @@ class Contents:
 
     @property
     def family(self) -> ModelFamily:
-        """The family of base models that it is for, recognised by module names, metadata and widths."""
+        """The family of base models, recognised by module names, metadata and widths."""
         return self.candidates[0]
 
     @property
     def candidates(self) -> tuple[ModelFamily, ...]:
-        """The family, and others behind it that it may be for as well, since they have layers of the same names."""
+        """All families that the adapter may be for, the most likely first: several have the same layer names."""
         return candidates_of(self.modules, self.metadata)
 
     @property
     def naming_family(self) -> ModelFamily:
-        """The family whose names its modules have in kohya's files.
+        """The family that determines the module names in kohya's files.
 
         Raises:
-            AdapterError: It may be for families that have other names there.
+            AdapterError: Several families are possible, and their names differ.
         """
         family, *others = self.candidates
         for other in others:
@@ -72,44 +76,44 @@ class Contents:
             if (module := next(apart, None)) is not None:
                 titles = " or ".join(each.title for each in (family, *others))
                 raise AdapterError(
-                    f"{module} is a layer of several models ({titles}) and has another name in the files of each: "
-                    f"say which it is for (--base_model {other.name}; in Python Adapter.load(..., base_model=...))"
+                    f"{module} is a layer of several models ({titles}), each of which uses another name in its files: "
+                    f"choose the model (--base_model {other.name}; in Python Adapter.load(..., base_model=...))"
                 )
         return family
 
     @property
     def architecture(self) -> str:
-        """The name of its family: "sd" (SD1.x, SD2.x) or "sdxl"."""
+        """The name of the family, such as "sd" (SD1.x, SD2.x) or "sdxl"."""
         return self.family.name
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The components that it has modules of."""
+        """The components that have adapted modules."""
         return tuple(dict.fromkeys(module.component for module in self.modules))
 
     @property
     def rank(self) -> int:
-        """The rank (number of components) that most of its modules have; 0 if none has one."""
+        """The rank of most modules; 0 if no module has a rank."""
         return most_common(change.rank for change in self.modules.values() if change.rank is not None) or 0
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many modules are of each kind (LoRA, LoHa, DoRA, norm, ...), the most common first."""
+        """The number of modules of each kind (LoRA, LoHa, DoRA, norm, ...), the most common first."""
         counts = Counter(change.kind for change in self.modules.values())
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     @property
     def has_only_pairs(self) -> bool:
-        """Whether all of its changes are low-rank pairs, or are so in another form; see `pairs`."""
+        """Whether all changes can be expressed exactly as low-rank pairs; see `pairs`."""
         return all(as_pair(change) is not None for change in self.modules.values())
 
     @property
     def dylora(self) -> DyLora | None:
-        """Unit and rank scaling where the metadata says that it is a DyLoRA, else None."""
+        """The DyLoRA options in the metadata; None for other adapters."""
         return dylora_of(self.metadata)
 
     def replaced(self, **fields: Any) -> Self:
-        """The same with other modules, metadata, embeddings or stored ones."""
+        """A copy with other values of the given fields."""
         return replace(self, **fields)
 
     def pairs(self) -> dict[ModuleName, LowRank]:
@@ -119,7 +123,7 @@ class Contents:
             The pairs by module.
 
         Raises:
-            AdapterError: A change is of another kind; the message has the module, the kind, and how to convert it.
+            AdapterError: A change is of another kind; the message names the module, the kind, and how to convert it.
         """
         pairs = {}
         for module, change in self.modules.items():
@@ -133,7 +137,7 @@ class Contents:
         """The metadata with all entries that readers of kohya's files expect, except for the hashes.
 
         Args:
-            modelspec: Include the entries that begin with modelspec.
+            modelspec: Include the entries whose keys begin with `modelspec.`.
 
         Returns:
             The entries.
@@ -144,7 +148,7 @@ class Contents:
 
 
 class WriteOptions(NamedTuple):
-    """How a file is written. dtype: None keeps each tensor's own. tokens: embeddings for cloneofsimo's format."""
+    """Options of writing: `dtype` (None keeps each tensor's); `modelspec` entries; `tokens` for cloneofsimo's files."""
 
     dtype: torch.dtype | None = None
     modelspec: bool = True
@@ -152,20 +156,17 @@ class WriteOptions(NamedTuple):
 
 
 class Format(Protocol):
-    """A format of files: one module of this package, with a line in `registry.FORMATS`.
-
-    NAME: as users choose it.
-    """
+    """A file format: a module of this package that is listed in `registry.FORMATS`. Users choose it by its NAME."""
 
     NAME: str
 
     def matches(self, keys: Collection[str]) -> bool:
-        """Whether these are the keys of such a file."""
+        """Whether these are the keys of a file in this format."""
 
     def read(
         self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None
     ) -> Contents:
-        """What a file with these tensors holds; AdapterError if it is damaged. lookup: as in `names`."""
+        """Read the contents of a file; AdapterError if it is damaged. `lookup`: see `families.names`."""
 
     def write(self, path: Path, contents: Contents, options: WriteOptions) -> None:
-        """Write a file, whole or not at all; AdapterError if the format cannot hold it."""
+        """Write a file atomically; AdapterError if the format cannot store the contents."""

@@ -1,14 +1,14 @@
-"""diffusers' file formats: today's PEFT-like keys with `lora_adapter_metadata`, and the older processor names.
+"""diffusers' file formats: the current PEFT-like keys with `lora_adapter_metadata`, and the older processor names.
 
-    unet.<path>.lora_A.weight                                     today
+    unet.<path>.lora_A.weight                                     current
     unet.<path>.lora.down.weight                                  up to 2024
     unet.<path to attention>.processor.to_q_lora.down.weight      2023, with and without `unet.`
 
-In all of them the scale is 1 (alpha = rank) unless the metadata says otherwise. Relatives of these are read too:
+In all of them the scale is 1 (alpha = rank) unless the metadata says otherwise. These variants are read too:
 
-    unet.<path>.lora_A.<adapter>.weight                           a model's own state dict, saved by hand
-    unet.base_model.model.<path>.lora_A.weight                    the same of a PeftModel
-    unet.<path>.lora_down.weight, .lora_up.weight, .alpha         kohya's halves and alpha under a path (OneTrainer)
+    unet.<path>.lora_A.<adapter>.weight                           a model's state dict, saved by the user
+    unet.base_model.model.<path>.lora_A.weight                    the state dict of a PeftModel
+    unet.<path>.lora_down.weight, .lora_up.weight, .alpha         diffusers' paths with kohya's suffixes (OneTrainer)
     diffusion_model.<sgm path>..., text_encoders.clip_l.transformer.text_model...      ComfyUI
 """
 
@@ -40,18 +40,18 @@ from .writing import bundled, write_file
 
 NAME = "diffusers"
 METADATA_KEY = "lora_adapter_metadata"
-_CONFIGS = (METADATA_KEY, "peft_config", "adapter_config")  # entries that hold a config of PEFT's
-_CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights
+_CONFIGS = (METADATA_KEY, "peft_config", "adapter_config")  # metadata entries that contain a PEFT config
+_CHANGE_THE_BASE = ("pissa", "olora", "corda")  # values of init_lora_weights that also change the base weights
 _PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
-_COMPONENTS = {  # the beginnings of keys, and the component that each is of
+_COMPONENTS = {  # key prefixes and their components
     **{f"{component}.": component for component in COMPONENTS},
     **DOTTED,
     "clip_l.": "text_encoder",
     "clip_g.": "text_encoder_2",
 }
-# The beginnings of kohya's and LyCORIS' names, which are no paths, and of other models' components.
+# Prefixes of kohya's and LyCORIS' flat names, and of components of other models.
 _OTHERS = ("lora_", "lycoris_", "transformer.", "prior.", "decoder.", "text_encoder_3.", "text_encoders.")
-_OF_TRANSFORMERS = ("transformer.", "text_encoder_3.")  # components of models that `spelled` is for
+_OF_TRANSFORMERS = ("transformer.", "text_encoder_3.")  # components of models whose files `spelled` reads
 _PEFT_MODEL = "base_model.model."
 _NAMED_HALF = re.compile(r"(.+)\.lora_([AB])\.([^.]+)\.weight")
 _HALVES = {
@@ -69,7 +69,7 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 
 
 def split_key(key: str) -> tuple[ModuleName, str] | None:
-    """Module and half ("down", "up", "alpha") of a key in any of the formats; None for any other key."""
+    """The module and tensor ("down", "up" or "alpha") of a key in any of the formats; None for any other key."""
     component, rest = DENOISER, key
     for start, of in _COMPONENTS.items():
         if key.startswith(start):
@@ -91,7 +91,7 @@ def split_key(key: str) -> tuple[ModuleName, str] | None:
 
 
 def _path(component: str, path: str) -> str:
-    """A path as the formats spell it, as the module's own: text encoders' layers had the U-Net's names once."""
+    """The module's path from that in a key: old files name the text encoders' layers like the U-Net's."""
     if role_of(component) == "denoiser":
         return path
     head, dot, tail = text_path(path).rpartition(".")
@@ -99,17 +99,17 @@ def _path(component: str, path: str) -> str:
 
 
 def matches(keys: Collection[str]) -> bool:
-    """Whether every key is half of a low-rank pair in one of diffusers' formats."""
+    """Whether every key belongs to a low-rank pair in one of diffusers' formats."""
     return bool(keys) and all(split_key(key) is not None and not key.startswith(_OF_TRANSFORMERS) for key in keys)
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
-    """What a file in one of diffusers' formats holds; see `read_modules`."""
+    """Read a file in one of diffusers' formats; see `read_modules`."""
     return Contents(read_modules(tensors, metadata, lookup), kohya_metadata(metadata))
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:
-    """Write a file that every diffusers reads right; see `to_tensors`."""
+    """Write a file that all versions of diffusers read correctly; see `to_tensors`."""
     pairs = {module: pair.without_alpha() for module, pair in contents.pairs().items()}
     pairs = cast_pairs(pairs, options.dtype, keep_alpha=True)
     contents = replace(contents, modules=in_own_shapes(pairs, contents.metadata))
@@ -119,12 +119,12 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 
 def checked(config: Any, where: str) -> dict[str, Any]:
-    """A PEFT config from a file; AdapterError if a field that is used here has another type than PEFT writes."""
+    """Validate a PEFT config from a file; AdapterError if a field that is used here does not have PEFT's type."""
     if not isinstance(config, dict):
-        raise AdapterError(f"{where} is not a table")
+        raise AdapterError(f"{where} is not a JSON object")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGE_THE_BASE):
-        raise AdapterError(f"{where}: an adapter that was begun with {start} changes the base weights too")
+        raise AdapterError(f"{where}: init_lora_weights={start} is not supported: it changes the base weights too")
     kinds: dict[str, Any] = {
         "lora_alpha": (int, float),
         "alpha_pattern": dict,
@@ -154,18 +154,18 @@ def checked(config: Any, where: str) -> dict[str, Any]:
 
 
 def config_of(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
-    """PEFT's config of a component in the metadata of a file; {} if there is none.
+    """The PEFT config of a component in the metadata of a file; {} if it is missing.
 
     Args:
-        metadata: The metadata. Pipelines of diffusers write the configs of all components into one table, each field
-            behind the component's name; models (`save_lora_adapter`) write the fields of their one config.
+        metadata: The metadata. diffusers' pipelines write the configs of all components into one table, each field
+            prefixed by the component's name; models (`save_lora_adapter`) write the fields of a single config.
         component: The component.
 
     Returns:
         The fields of the config.
 
     Raises:
-        AdapterError: It is not JSON, a field has another type than PEFT writes, or the adapter changes the base too.
+        AdapterError: The config is not JSON, a field does not have PEFT's type, or the base weights are changed too.
     """
     entry = next((key for key in _CONFIGS if key in metadata), None)
     if entry is None:
@@ -175,7 +175,7 @@ def config_of(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     except ValueError as error:
         raise AdapterError(f"{entry} is not JSON ({error})") from None
     if not isinstance(table, dict):
-        raise AdapterError(f"{entry} is not a table")
+        raise AdapterError(f"{entry} is not a JSON object")
     start = f"{component}."
     mine = {key.removeprefix(start): value for key, value in table.items() if key.startswith(start)}
     return checked(table if "peft_type" in table else mine, f"{entry} of {component}")
@@ -185,16 +185,16 @@ def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> fl
     """Look up a module in a rank_pattern or alpha_pattern as PEFT does.
 
     Args:
-        pattern: Values by regular expressions, of which the first that matches the end of the path counts.
-        path: The path of the module. For text encoders a match with or without the level `text_model.` counts, since it
-            depends on the version of transformers.
+        pattern: Values by regular expression; the first that matches the end of the path is used.
+        path: The path of the module. It is also tried without `text_model.`, which depends on the version of
+            transformers.
         default: The value if nothing matches.
 
     Returns:
         The value.
     """
     names = (path, path.removeprefix("text_model."))
-    if all(key.startswith("^") and _literal(key) for key in pattern):  # as written here: looked up, not searched
+    if all(key.startswith("^") and _literal(key) for key in pattern):  # written by this package: a dict lookup suffices
         anchored = {f"^{name}" for name in names} | {rf"^(text_model\.)?{names[1]}"}
         return next((pattern[key] for key in anchored & pattern.keys()), default)
     return next((value for key, value in pattern.items() if any(_pattern(key).match(name) for name in names)), default)
@@ -207,18 +207,18 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 @cache
 def _literal(key: str) -> bool:
-    """Whether an anchored key is a plain path: nothing in it but its dots is special."""
+    """Whether an anchored key is a plain path, without special characters except dots."""
     return re.fullmatch(r"\^(\(text_model\\\.\)\?)?[\w.]+", key) is not None
 
 
 def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """alpha of one module by a PEFT config; its rank where there is none. rsLoRA's scale is turned into LoRA's."""
+    """The alpha of one module in a PEFT config, or its rank without a config; for rsLoRA the equivalent LoRA alpha."""
     if not config:
         return float(rank)
     pattern, default = config.get("alpha_pattern") or {}, config.get("lora_alpha")
     default = rank if default is None else default
     if not isinstance(pattern, Mapping):
-        raise AdapterError("alpha_pattern is not a table")
+        raise AdapterError("alpha_pattern is not a JSON object")
     for key in pattern:
         _check_pattern(key)
     try:
@@ -229,36 +229,36 @@ def alpha_from_config(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def alpha_of(metadata: Mapping[str, str], component: str, path: str, rank: int) -> float:
-    """alpha of one module by the metadata of a diffusers file; its rank where they tell none."""
+    """The alpha of one module in the metadata of a diffusers file; its rank if the metadata does not contain one."""
     return alpha_from_config(config_of(metadata, component), path, rank)
 
 
 @cache
 def _check_pattern(key: str) -> None:
-    """AdapterError for a key of alpha_pattern that is not an expression, or one whose matching may not come to an end.
+    """Raise AdapterError for a key of alpha_pattern that is not a regular expression or may take forever to match.
 
-    Keys are paths or short expressions. Python's `re` tries all ways to match one: their number grows exponentially
-    with repeated groups and with many optional or alternative parts, so few of these are taken.
+    Keys are paths or short expressions. Python's `re` backtracks: its time can grow exponentially with repeated groups
+    and with many optional or alternative parts, so the number of these is limited.
     """
     try:
         re.compile(rf"(.*\.)?({key})$")
     except (re.error, RecursionError, OverflowError):
-        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is not an expression") from None
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is not a regular expression") from None
     repeated = len(re.findall(r"(?<!\\)[*+{]", key))
     chosen = len(re.findall(r"(?<![\\(])\?|\|", key))
     if len(key) > 500 or repeated > 2 or chosen > 8 or re.search(r"\)[*+{]", key):
-        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}: so complex an expression is not tried")
+        raise AdapterError(f"alpha_pattern has the key {key[:60]!r}, which is too complex a regular expression")
 
 
 def kohya_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a diffusers file, as kohya's files have them.
+    """Convert the metadata of a diffusers file to that of kohya's files.
 
     Args:
         metadata: The metadata of the file.
 
     Returns:
-        The entries without those about the diffusers format, whose alphas the modules have now; and with the DyLoRA
-        options of this package's configs, which diffusers saves among the fields of the config.
+        The entries without the PEFT configs, whose alphas are already in the modules, and with the DyLoRA options that
+        this package stores in its configs.
     """
     kept = {key: value for key, value in metadata.items() if key not in (*_CONFIGS, "format")}
     options = (dylora_of_config(config_of(metadata, component)) for component in COMPONENTS)
@@ -275,7 +275,7 @@ def read_modules(
 
     Args:
         tensors: The tensors of the file; they are not copied.
-        metadata: The metadata of the file, which may have alphas. An alpha among the tensors has priority; 0 means the
+        metadata: The metadata of the file, which may contain alphas. An alpha tensor takes precedence; 0 means the
             rank, as in kohya's format.
         lookup: See `check_known`.
 
@@ -283,12 +283,12 @@ def read_modules(
         The pairs.
 
     Raises:
-        AdapterError: A module is unknown, one half of a pair is missing, shapes do not match, or there are several
+        AdapterError: A module is unknown, a pair is incomplete, shapes do not match, or the file contains several
             adapters.
     """
     names = {match[3] for key in tensors if (match := _NAMED_HALF.fullmatch(key))}
     if len(names) > 1:
-        raise AdapterError(f"it holds several adapters ({', '.join(sorted(names))[:120]}): one a file is read")
+        raise AdapterError(f"contains several adapters ({', '.join(sorted(names))[:120]}): only one is supported")
     halves: dict[ModuleName, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         split = split_key(key)
@@ -303,7 +303,7 @@ def read_modules(
     for module, pair in halves.items():
         for half in ("down", "up"):
             if half not in pair:
-                raise AdapterError(f"{module} has only one half: its {half} matrix is missing")
+                raise AdapterError(f"{module} is incomplete: its {half} matrix is missing")
         rank = pair["down"].shape[0] if pair["down"].ndim else 0
         try:
             alpha = scalar_of("alpha", pair["alpha"]) if "alpha" in pair else 0.0
@@ -315,7 +315,7 @@ def read_modules(
 
 
 class Scaled(Protocol):
-    """Anything with a rank and an alpha."""
+    """An object with a rank and an alpha."""
 
     @property
     def rank(self) -> int: ...
@@ -327,13 +327,13 @@ class Scaled(Protocol):
 def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: float | None = None) -> dict[str, Any]:
     """The fields of a PEFT config that give each module its rank and alpha.
 
-    Patterns are anchored (`^`), since one path may be the end of another. Those of text encoders match with and without
-    the level `text_model.`, which transformers 5 dropped from one of its two CLIP text models.
+    Patterns are anchored (`^`), since one path may be the suffix of another. Patterns of text encoders match with and
+    without `text_model.`, which transformers 5 removed from one of its two CLIP text models.
 
     Args:
-        modules: Rank and alpha of each path.
-        rank: `r`; None takes the most common rank.
-        alpha: `lora_alpha`; None takes the most common alpha.
+        modules: Objects with the rank and alpha of each module, by path.
+        rank: The value of `r`; None for the most common rank.
+        alpha: The value of `lora_alpha`; None for the most common alpha.
 
     Returns:
         r, lora_alpha, target_modules, rank_pattern and alpha_pattern.
@@ -357,7 +357,7 @@ def lora_config(modules: Mapping[str, Scaled], rank: int | None = None, alpha: f
 
 
 def to_tensors(modules: Mapping[ModuleName, LowRank]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and metadata of a file that all versions of diffusers read correctly, also those without metadata.
+    """The tensors and metadata of a file that all versions of diffusers read correctly, even without the metadata.
 
     Alphas are multiplied into `up`, so that the scale is 1 with and without the metadata.
 

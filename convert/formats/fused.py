@@ -1,4 +1,4 @@
-"""The names and changes that files in kohya's format have, where the original code fuses layers."""
+"""Names and changes of modules in kohya's format, which fuses some layers as the original code does."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
@@ -21,14 +21,14 @@ def named_changes(
     Args:
         modules: The changes.
         family: The family of the base model.
-        in_parts: Whether parts that cannot be joined get names of their own, those that OneTrainer gives to the layers
-            of diffusers' model (`lora_transformer_...`).
+        in_parts: Write parts that cannot be joined separately, under OneTrainer's names of diffusers' layers
+            (`lora_transformer_...`).
 
     Returns:
         The changes by name.
 
     Raises:
-        AdapterError: A part of a fused layer has no change and its size is unknown, or the parts cannot be joined.
+        AdapterError: An unchanged part of a fused layer has an unknown size, or the parts cannot be joined.
     """
     named: dict[str, Change] = {}
     apart: set[str] = set()
@@ -49,7 +49,7 @@ def named_changes(
 
 
 def _joined(module: ModuleName, layer: Fused, modules: Mapping[ModuleName, Delta], may_fail: bool) -> Delta | None:
-    """The change of a fused layer; None if that cannot be written and `may_fail` is set."""
+    """The change of a fused layer; None if `may_fail` is set and the change cannot be joined and written."""
     try:
         joined = _whole(module, layer, modules)
     except AdapterError:
@@ -60,7 +60,7 @@ def _joined(module: ModuleName, layer: Fused, modules: Mapping[ModuleName, Delta
 
 
 def _fused(part: Component | None, path: str) -> Fused | None:
-    """The layer of the original code that a path is of, where kohya's files have that."""
+    """The original code's fused (or swapped) layer that contains a path, if kohya's files use its name."""
     if part is None or not part.kohya_original or not isinstance(part.layout, Transformer):
         return None
     layer = part.layout.originals.get(part.layout.original_name(path))
@@ -82,12 +82,12 @@ def _whole(module: ModuleName, layer: Fused, modules: Mapping[ModuleName, Delta]
 
 def _size(change: Delta) -> tuple[int, int]:
     if change.out_in is None:
-        raise AdapterError(f"{with_article(change.kind)} of a fused layer cannot be written: its size is not known")
+        raise AdapterError(f"cannot write {with_article(change.kind)} of a fused layer: its size is unknown")
     return change.out_in
 
 
 def _rows(layer: Fused, parts: Sequence[Delta | None]) -> list[int]:
-    """How many rows each part has; of parts that are missing, as many as the others tell."""
+    """The number of rows of each part; those of missing parts are derived from the others."""
     width = next(_size(part)[1] for part in parts if part is not None)
     others = [_size(part)[0] for part in parts[layer.square :] if part is not None]
     rest = others[0] if others else layer.others * width
@@ -95,10 +95,10 @@ def _rows(layer: Fused, parts: Sequence[Delta | None]) -> list[int]:
     if 0 in sizes:
         missing = next(path for path, part in zip(layer.paths, parts, strict=True) if part is None)
         raise AdapterError(
-            f"kohya's format has it in one with {missing}, which the adapter leaves alone: its size is not known; "
-            "take the format diffusers"
+            f"kohya's format fuses this layer with {missing}, which the adapter does not change and whose size is "
+            "unknown: use the format diffusers"
         )
     actual = [size if part is None else _size(part)[0] for size, part in zip(sizes, parts, strict=True)]
     if actual != sizes:
-        raise AdapterError(f"parts of {actual} rows are not those of one layer, which are {sizes}")
+        raise AdapterError(f"the parts of a fused layer have {actual} rows, expected {sizes}")
     return sizes

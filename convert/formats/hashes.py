@@ -1,4 +1,4 @@
-"""The hashes by which A1111's extensions know a file, made without holding the file in memory."""
+"""The hashes by which A1111's extensions identify a file, computed without a copy of the file in memory."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-# The dtypes in the order in which the safetensors library puts tensors into a file; those of one dtype by their names.
+# The safetensors library sorts the tensors of a file by dtype, in this order, and then by name.
 _ORDER = {
     name: (number, code)
     for number, (name, code) in enumerate(
@@ -19,7 +19,7 @@ _ORDER = {
         }.items()
     )
 }  # fmt: skip
-_START, _STOP = 0x100000, 0x110000  # the bytes of a file that its short hash is of
+_START, _STOP = 0x100000, 0x110000  # the range of bytes for the legacy hash
 
 
 def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -27,11 +27,11 @@ def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
 
     Args:
         tensors: The tensors of the file.
-        metadata: Its metadata, of which the entries that begin with ss_ count.
+        metadata: The metadata of the file; only entries whose keys begin with ss_ are used.
 
     Returns:
         sshs_model_hash, the SHA-256 of all bytes after the header; sshs_legacy_hash, the first 8 digits of the SHA-256
-        of the 64 KiB from 1 MiB on in a file with no other metadata than ss_*.
+        of 64 KiB at the offset 1 MiB, for a file with only the ss_* metadata.
     """
     ss_only = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     ordered = dict(sorted(tensors.items(), key=lambda item: (*_ORDER[_name(item[1])], item[0])))

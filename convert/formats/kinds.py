@@ -1,8 +1,8 @@
-"""What a file is where it is not a plain low-rank adapter of SD or SDXL, by the names of its tensors.
+"""Recognising the kind of a file that is not a plain low-rank adapter of SD or SDXL, by the names of its tensors.
 
-The first mark that one of the keys has tells the kind. Some kinds are read by `formats.lycoris`. Which of them stock
-diffusers may load whole is marked too, for files that are not read after all: its layers hold token embeddings and
-convolutions of other dimensions, which this package's do not.
+The kind is that of the first mark that matches one of the keys. Some kinds are read by `formats.lycoris`. For files
+that this package cannot read, `Kind.diffusers` says whether stock diffusers may load them: it supports token embeddings
+and convolutions with other numbers of dimensions.
 """
 
 import logging
@@ -20,10 +20,14 @@ T = TypeVar("T")
 
 
 class Kind(NamedTuple):
-    """A kind of file: what it is called, and the mark in its keys.
+    """A kind of file.
 
-    is_read: whether the format of LyCORIS' files (`formats.lycoris`) has it. diffusers: whether diffusers' own loading
-    may be tried.
+    Attributes:
+        name: The kind with its article, for messages.
+        mark: A pattern that is searched in the keys.
+        is_read: Whether `formats.lycoris` reads the kind.
+        diffusers: Whether diffusers' own loading may be tried.
+        other_model: Whether the kind belongs to a model that is not supported.
     """
 
     name: str
@@ -75,7 +79,7 @@ KINDS = (
 
 
 def kind_of(keys: Iterable[str]) -> tuple[Kind, str] | None:
-    """The kind that the keys tell, and the key that tells it; None if none does."""
+    """The kind of a file and the key that identifies it; None if no key does."""
     keys = list(keys)
     for kind in KINDS:
         key = next((key for key in keys if kind.mark.search(key)), None)
@@ -85,18 +89,18 @@ def kind_of(keys: Iterable[str]) -> tuple[Kind, str] | None:
 
 
 def unread(keys: Iterable[str], otherwise: str) -> UnknownFormatError:
-    """The error for a file that is not read: its kind and the key that tells it, or `otherwise` where none does."""
+    """The error for an unsupported file: it names the kind and the key that identifies it, or else is `otherwise`."""
     match = kind_of(keys)
     if match is None:
         return UnknownFormatError(otherwise)
     kind, key = match
     if kind.other_model:
-        return UnknownFormatError(f"it is {kind.name}, of none that is known here ({key:.100})")
-    return UnknownFormatError(f"it is {kind.name} ({key:.100}), which is not read")
+        return UnknownFormatError(f"it is {kind.name} that is not supported ({key:.100})")
+    return UnknownFormatError(f"it is {kind.name} ({key:.100}), which is not supported")
 
 
 def may_go_to_diffusers(keys: Iterable[str]) -> bool:
-    """Whether stock diffusers may load the file whole: kinds that its layers hold, and those that nobody knows here."""
+    """Whether to let stock diffusers try to load the file: kinds that it supports, and unknown ones."""
     match = kind_of(keys)
     return match is None or match[0].diffusers
 
@@ -120,15 +124,15 @@ def split_bundled(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]
 
 
 def without_strays(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The tensors without single numbers that are no module's and mark no kind of file, such as a training's `step`."""
+    """The tensors without scalars that belong to no module and identify no kind, such as the `step` of a training."""
     strays = [key for key, one in tensors.items() if "." not in key and one.numel() <= 1 and kind_of([key]) is None]
     if not strays or len(strays) == len(tensors):
         return tensors
-    logger.info("Numbers in the file that are no module's are left out: %s", ", ".join(strays)[:200])
+    logger.info("Scalars in the file that belong to no module are ignored: %s", ", ".join(strays)[:200])
     return {key: tensor for key, tensor in tensors.items() if key not in strays}
 
 
 def warn_of_embeddings(embeddings: Mapping[str, object], where: str) -> None:
-    """Warn that a format has no place for a file's embeddings, which are left out."""
+    """Warn that a format cannot store the embeddings of a file, which are left out."""
     if embeddings:
-        logger.warning("%s has no place for embeddings, which are left out: %s", where, ", ".join(embeddings))
+        logger.warning("%s cannot store embeddings, which are left out: %s", where, ", ".join(embeddings))

@@ -1,7 +1,7 @@
 """kohya's file format: `<flat module name>.{lora_down.weight, lora_up.weight, alpha}`.
 
-LyCORIS writes its LoCon adapters in the same format, with a third factor `lora_mid.weight` where a convolution is
-Tucker-decomposed; it is folded into `down` when read.
+LyCORIS writes its LoCon adapters in the same format, with a third factor `lora_mid.weight` for Tucker-decomposed
+convolutions, which is multiplied into `down` on reading.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,7 +30,7 @@ _TENSORS = {
     "lora_up.weight": "lora_up.weight",
     "lora_mid.weight": "lora_mid.weight",
     "alpha": "alpha",
-    # Other programs' halves under kohya's names.
+    # Kohya's module names with other programs' suffixes.
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
     "lora_A.default.weight": "lora_down.weight",
@@ -45,12 +45,12 @@ _STARTS = tuple(kohya_names.PREFIXES)
 
 
 def matches(keys: Collection[str]) -> bool:
-    """Whether every key is kohya's and all are of low-rank pairs, not of DoRA, LoHa or LoKr."""
+    """Whether all keys are kohya's and belong to low-rank pairs, not to DoRA, LoHa or LoKr."""
     return bool(keys) and all(key.startswith(_STARTS) and key.partition(".")[2] in _TENSORS for key in keys)
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
-    """What a file in kohya's format holds; see `read_modules`."""
+    """Read a file in kohya's format; see `read_modules`."""
     modules = read_modules(tensors, lookup)
     return Contents(modules, with_family(metadata, tensors, modules))
 
@@ -60,7 +60,7 @@ def with_family(
 ) -> dict[str, str]:
     """Add the version of the base model to metadata, if only one family has modules of these names.
 
-    Other programs than kohya's use the names of the original code for other families, too; widths tell these apart.
+    Programs other than kohya's use the original code's names for other families too; these differ in their widths.
 
     Args:
         metadata: The metadata of the file.
@@ -68,7 +68,7 @@ def with_family(
         modules: Its modules, of which only `out_in` is used.
 
     Returns:
-        The metadata; an entry that is already there is kept.
+        The metadata; an existing entry is kept.
     """
     family = by_kohya_names(keys)
     if family is None or not family.has(modules) or reads_other_text_than(family, modules):
@@ -96,7 +96,7 @@ def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = No
         The pairs.
 
     Raises:
-        AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
+        AdapterError: A module is unknown, a pair is incomplete, or shapes do not match.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -111,7 +111,7 @@ def read_modules(tensors: Mapping[str, torch.Tensor], lookup: Lookup | None = No
         for half, other in (("down", "up"), ("up", "down")):
             if f"lora_{half}.weight" not in part:
                 beside = other if f"lora_{other}.weight" in part else "alpha"
-                raise AdapterError(f"{name} has no lora_{half}.weight beside its {beside}")
+                raise AdapterError(f"{name} is incomplete: it has {beside} but no lora_{half}.weight")
         if module in modules:
             raise AdapterError(f"{name} and another name stand for the same module {module}")
         try:
@@ -131,8 +131,8 @@ def to_tensors(modules: Mapping[ModuleName, LowRank], architecture: str) -> dict
         architecture: The name of the family.
 
     Returns:
-        The tensors. alpha has shape () and the dtype of the factors as kohya's, or float32 if that dtype would round
-        it.
+        The tensors. As in kohya's files, alpha has shape () and the dtype of the factors, or float32 if that dtype
+        would round it.
 
     Raises:
         AdapterError: An alpha is too large for float32, or the parts of a fused layer cannot be joined.

@@ -1,6 +1,6 @@
-"""Files of any kinds of changes, as LyCORIS writes them: each key is a module's name and the end of a tensor's.
+"""LyCORIS' file format, for changes of any kind: a key consists of the module's name and a suffix for the tensor.
 
-The names are read in several spellings: kohya's flat ones, ComfyUI's and diffusers' dotted ones.
+Module names are read in several spellings: kohya's flat names, ComfyUI's and diffusers' dotted names.
 """
 
 import json
@@ -31,26 +31,26 @@ from .peft_kinds import read_change
 from .writing import bundled, tensors_of, write_hashed
 
 NAME = "lycoris"
-_RS_LORA = "rs_lora"  # of LyCORIS' network arguments
-_PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's names of tensors, which are not written here
+_RS_LORA = "rs_lora"  # one of LyCORIS' network arguments
+_PEFTS = ("lora_A.", "lora_B.", "lora_magnitude_vector")  # PEFT's suffixes, which this format does not write
 
-_RAW_LEVEL = "base_model.model."  # a level of their own that PEFT's raw state dicts have
-_SCALED = ("LOHA", "LOKR")  # PEFT's types that have their scale in the config
+_RAW_LEVEL = "base_model.model."  # a prefix in PEFT's raw state dicts
+_SCALED = ("LOHA", "LOKR")  # PEFT types whose scale is in the config
 _FLAT = tuple(PREFIXES)
 _DOTTED_TEXT_ENCODER = re.compile(r"^(lora_te[12])\.")
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Split a key into the name of the module, flat or dotted, and the end.
+    """Split a key into the name of the module, flat or dotted, and the suffix.
 
     Args:
         key: The key of a tensor.
 
     Returns:
-        The name and the end.
+        The name and the suffix.
 
     Raises:
-        AdapterError: No known kind of adapter has a tensor with this end.
+        AdapterError: No known kind of adapter uses this suffix.
 
     >>> split_key("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight")
     ('lora_unet_mid_block_attentions_0_proj_in', 'lora_up.weight')
@@ -61,16 +61,16 @@ def split_key(key: str) -> tuple[str, str]:
     flat, split = key.startswith(_FLAT), split_suffix(key)
     if split is not None:
         parts, suffix = split
-        # Diffusers leaves dots in flat names when it converts magnitudes to kohya's names.
+        # diffusers' conversion to kohya's names leaves dots in the names of magnitudes.
         return ("_" if flat else ".").join(parts), suffix
     if flat:
         name, _, suffix = key.partition(".")
-        return name, suffix  # `read_module` says that there is no such tensor
-    raise AdapterError(f"{key:.200} ends in no tensor of a known kind of adapter")
+        return name, suffix  # `read_module` raises the error for the unknown suffix
+    raise AdapterError(f"{key:.200} does not end like a key of a known kind of adapter")
 
 
 def group_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """A file's tensors by their module's name and the end of their key; see `split_key`."""
+    """Group a file's tensors by module name and key suffix; see `split_key`."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, suffix = split_key(key)
@@ -82,10 +82,10 @@ def group_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, to
 
 
 def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
-    """The module of a name, flat or dotted, in the spelling of diffusers or of the original code.
+    """Find the module for a name in a file, flat or dotted, in the spelling of diffusers or of the original code.
 
     Args:
-        name: As `split_key` returns it.
+        name: The name, as returned by `split_key`.
         lookup: Called with the component and the rest of the name if no known family has the module; returns its path
             or None.
 
@@ -93,9 +93,9 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
         The module.
 
     Raises:
-        UnknownModuleError: There is no such module; the message suggests the nearest known name.
+        UnknownModuleError: The module is unknown; the message suggests the nearest known name.
     """
-    prefixes = PREFIXES | DOTTED | {"": DENOISER}  # a model's own state dict says no component
+    prefixes = PREFIXES | DOTTED | {"": DENOISER}  # state dicts of a single model have no prefix
     prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
     rest = name.removeprefix(prefix)
     component = component_of(prefix, rest, prefixes)
@@ -104,31 +104,31 @@ def resolve(name: str, lookup: Lookup | None = None) -> ModuleName:
     if path is None:
         near = nearest(flat, table)
         if not near and not prefix:
-            near = f": a name begins with {', '.join(PREFIXES | DOTTED)}"
+            near = f": names begin with {', '.join(PREFIXES | DOTTED)}"
         raise UnknownModuleError(f"unknown module {name:.100}{near}")
     return ModuleName(component, path)
 
 
 def matches(keys: Collection[str]) -> bool:
-    """Whether one of the keys is of a kind of change that this format has and the formats of pairs have not."""
+    """Whether a key belongs to a kind of change that only this format can store."""
     match = kind_of(keys)
     return match is not None and match[0].is_read
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
-    """Read a file with changes of any kinds.
+    """Read a file with changes of any kind.
 
     Args:
         tensors: The tensors of the file; they are not copied.
-        metadata: The metadata of the file, which say whether LyCORIS trained it with `rs_lora`, and have the alphas of
-            diffusers' files.
+        metadata: The metadata of the file, which say whether LyCORIS trained it with `rs_lora`, and which contain the
+            alphas of diffusers' files.
         lookup: See `resolve`.
 
     Returns:
         The changes and the metadata.
 
     Raises:
-        UnknownFormatError: A module or tensor is unknown, or shapes do not match; the message has the kind and the
+        UnknownFormatError: A module or tensor is unknown, or shapes do not match; the message names the kind and the
             module.
     """
     try:
@@ -147,7 +147,7 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
 def read_modules(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, lookup: Lookup | None = None
 ) -> dict[ModuleName, Delta]:
-    """The modules and their changes in a file's tensors; see `read`. AdapterError if they cannot be read."""
+    """Read the changes of modules from a file's tensors; see `read`. AdapterError if they cannot be read."""
     return {module: entry.change for module, entry in _stored(tensors, metadata or {}, lookup).items()}
 
 
@@ -168,7 +168,7 @@ def _stored(
             elif config.get("peft_type") == "OFT":
                 change = read_change(config, module.path, group)
             else:
-                raise AdapterError(f"it does not say {ROTATION_FACTS}: give PEFT's folder with adapter_config.json")
+                raise AdapterError(f"the file does not say {ROTATION_FACTS}: use a folder with adapter_config.json")
         except AdapterError as error:
             raise AdapterError(f"{name:.100}: {error}") from None
         modules[module] = Stored(change, group)
@@ -176,12 +176,12 @@ def _stored(
 
 
 def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's config of each component in the metadata."""
+    """The PEFT config of each component in the metadata."""
     return {component: config_of(metadata, component) for component in COMPONENTS}
 
 
 def _change(config: Mapping[str, Any], module: ModuleName, group: Mapping[str, torch.Tensor], rs_lora: bool) -> Delta:
-    """The change of a module, with the scale that PEFT's config in the metadata has for it."""
+    """The change of a module, with the scale of the PEFT config in the metadata."""
     if "alpha" in group:
         return read_module(group, rs_lora)
     if config.get("peft_type") in _SCALED:
@@ -198,11 +198,11 @@ def _is_rank_stabilised(metadata: Mapping[str, str]) -> bool:
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:
-    """Write a file with kohya's names of modules and LyCORIS' names of tensors.
+    """Write a file with kohya's module names and LyCORIS' tensor names.
 
     Args:
         path: The file.
-        contents: The changes. If all are still as they were read, the tensors are those of their file.
+        contents: The changes. If none was modified since it was read, the original tensors are written.
         options: The dtype, and which metadata to write.
 
     Raises:
@@ -223,7 +223,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 
 def _without_rank_stabilisation(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of changes whose alphas hold the whole scale, as `Delta.tensors` has them."""
+    """The metadata without `rs_lora`, since the alphas that `Delta.tensors` writes contain the whole scale."""
     if not _is_rank_stabilised(metadata):
         return dict(metadata)
     args = {name: value for name, value in network_args(metadata).items() if name != _RS_LORA}

@@ -20,12 +20,14 @@ _HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 
 @dataclass(frozen=True)
 class DyLora:
-    """The options of a DyLoRA (arXiv:2210.07558).
+    """The options of a DyLoRA (arXiv:2210.07558), which can be truncated to the first b of its R components.
 
-    The ranks are multiples of `unit`. `rank_scaling` is the scale of the first b of R components: "constant" is
-    alpha/R, "rank" is alpha/b, "sqrt" is alpha/R · √(R/b). With `freeze_lower`, only the last `unit` of the b
-    components were trained in a step. `rank_sampling` is how b was sampled: "uniform", one b for all samples of a step,
-    or "spread", one b for each sample, with low ranks and the full rank more often.
+    Attributes:
+        unit: The ranks b are multiples of it.
+        rank_scaling: The scale at rank b: "constant" is alpha/R, "rank" is alpha/b, "sqrt" is alpha/R · √(R/b).
+        freeze_lower: Whether each training step trained only the last `unit` of the b components.
+        rank_sampling: How b was sampled in training: "uniform" is one b for all samples of a step; "spread" is one b
+            for each sample, with low ranks and the full rank more often.
     """
 
     unit: int = 1
@@ -35,16 +37,16 @@ class DyLora:
 
     def __post_init__(self) -> None:
         if not isinstance(self.unit, int) or self.unit < 1 or self.rank_scaling not in RANK_SCALINGS:
-            raise AdapterError(f"a DyLoRA of unit {self.unit} and rank_scaling {self.rank_scaling} is not known")
+            raise AdapterError(f"invalid DyLoRA options: unit {self.unit}, rank_scaling {self.rank_scaling}")
         if self.rank_sampling not in RANK_SAMPLINGS:
-            raise AdapterError(f"rank_sampling {self.rank_sampling!r}: {', '.join(RANK_SAMPLINGS)} are known")
+            raise AdapterError(f"unknown rank_sampling {self.rank_sampling!r}: expected {', '.join(RANK_SAMPLINGS)}")
 
 
-DYLORA_FACTS = tuple(field.name for field in fields(DyLora))  # also names of network_args and of DyLoraConfig's fields
+DYLORA_FACTS = tuple(field.name for field in fields(DyLora))  # also used in network_args and as fields of DyLoraConfig
 
 
 def network_args(metadata: Mapping[str, str]) -> dict[str, str]:
-    """ss_network_args as a table; {} where it is missing or no JSON object."""
+    """ss_network_args as a dictionary; {} if it is missing or not a JSON object."""
     try:
         table = json_value(metadata.get("ss_network_args", "{}"))
     except ValueError:
@@ -56,11 +58,11 @@ def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
     """The DyLoRA options in the metadata of a kohya file.
 
     Args:
-        metadata: The metadata. Files of kohya's own trainer have no rank_scaling; it is "rank", since kohya's splitter
-            keeps alpha.
+        metadata: The metadata. Files of kohya's trainer do not contain rank_scaling; it is "rank" for them, since
+            kohya's splitter keeps alpha.
 
     Returns:
-        The options; None for a file of another type.
+        The options; None if the file is not a DyLoRA.
     """
     if metadata.get("ss_network_module", "") not in ("networks.dylora", "network.dylora"):
         return None
@@ -76,56 +78,56 @@ def dylora_of(metadata: Mapping[str, str]) -> DyLora | None:
 
 def _known_scaling(name: object) -> str:
     if name not in RANK_SCALINGS:
-        raise AdapterError(f"its metadata says rank_scaling {name!r}: {', '.join(RANK_SCALINGS)} are known")
+        raise AdapterError(f"unknown rank_scaling {name!r} in the metadata: expected {', '.join(RANK_SCALINGS)}")
     return str(name)
 
 
 def _known_sampling(name: object) -> str:
-    return str(name) if name in RANK_SAMPLINGS else "uniform"  # how it was trained changes nothing in how it is used
+    return str(name) if name in RANK_SAMPLINGS else "uniform"  # does not matter once the adapter is trained
 
 
 def own_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What this package wrote into a PEFT config's `auto_mapping`; {} where it wrote nothing."""
+    """This package's entries in the `auto_mapping` of a PEFT config; {} if it has none."""
     mapping = config.get("auto_mapping")
     facts = mapping.get("lora_adapters") if isinstance(mapping, Mapping) else None
     return dict(facts) if isinstance(facts, Mapping) else {}
 
 
 def dylora_of_config(config: Mapping[str, Any]) -> DyLora | None:
-    """The DyLoRA options in `auto_mapping` of a PEFT config, where this package's configs have them.
+    """The DyLoRA options in `auto_mapping` of a PEFT config, where this package stores them.
 
     Args:
         config: The config as a dictionary.
 
     Returns:
-        The options; None for a config of another type.
+        The options; None if the config is not that of a DyLoRA.
 
     Raises:
-        AdapterError: A value is impossible.
+        AdapterError: A value is invalid.
     """
     facts = own_facts(config)
     if facts.get("type") != "DyLora":
         return None
     unit = facts.get("unit", 1)
     if not isinstance(unit, int) or unit < 1:
-        raise AdapterError(f"its config says that DyLoRA's unit is {unit!r}: it is a number from 1 on")
+        raise AdapterError(f"invalid DyLoRA unit {unit!r} in the config: it must be an integer of at least 1")
     scaling = _known_scaling(facts.get("rank_scaling", "constant"))
     sampling = _known_sampling(facts.get("rank_sampling"))
     return DyLora(unit, scaling, facts.get("freeze_lower") is True, sampling)
 
 
 def dylora_metadata(dylora: DyLora, args: Mapping[str, str]) -> dict[str, str]:
-    """The entries that say so, with the other network args kept."""
+    """The metadata entries for DyLoRA options; other network args are kept."""
     facts = {name: str(value) for name, value in asdict(dylora).items()}
     return {"ss_network_module": "networks.dylora", "ss_network_args": json.dumps({**args, **facts})}
 
 
 def complete(metadata: Mapping[str, str], families: Sequence[ModelFamily], rank: int, alpha: float) -> dict[str, str]:
-    """Add the entries that readers of kohya's files expect and that are missing.
+    """Add the missing entries that readers of kohya's files expect.
 
     Args:
         metadata: The metadata; its entries are kept, except for hashes.
-        families: The families that the adapter may be for; what differs between them is not added.
+        families: The families that the adapter may be for; entries that differ between them are not added.
         rank: The rank of most modules.
         alpha: The alpha of most modules.
 
@@ -165,15 +167,16 @@ _WEIGHTS_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()) -> dict[str, str]:
-    """What a combination of adapters keeps of their metadata.
+    """The metadata that a combination of adapters keeps of its sources.
 
     Args:
-        sources: the metadata of each.
-        names: the files, folders or repositories that it is made from; without them, what the sources say they are.
+        sources: The metadata of each adapter.
+        names: The files, folders or repositories of the adapters; if empty, modelspec.merged_from of the sources is
+            used.
 
     Returns:
-        ss_tag_frequency with the tags of all counted together, modelspec.trigger_phrase with the words of all, and
-        modelspec.merged_from; each only where there is something to say.
+        ss_tag_frequency with the summed counts of all tags, modelspec.trigger_phrase with all words, and
+        modelspec.merged_from; empty entries are left out.
     """
     combined = {key: _listed([source.get(key, "") for source in sources]) for key in MERGED_FACTS[1:]}
     if names:
@@ -189,19 +192,19 @@ def merged_facts(sources: Sequence[Mapping[str, str]], names: Sequence[str] = ()
 
 
 def sum_facts(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The metadata of a sum: the base model that the first one tells, and `merged_facts` of all."""
+    """The metadata of a sum: the base model of the first source that has one, and `merged_facts` of all."""
     told = next((source for source in sources if source.get(BASE_VERSION)), sources[0])
     base = {key: told[key] for key in ("ss_v2", BASE_VERSION) if key in told}
     return {**base, **merged_facts(sources)}
 
 
 def title_of(source: str) -> str:
-    """The name of a weights file without its ending, of a folder, or of a repository."""
+    """The name of a weights file without its extension, of a folder, or of a repository."""
     path = Path(source).expanduser()
     return path.stem if path.suffix.lower() in _WEIGHTS_ENDINGS else path.resolve().name
 
 
 def _listed(texts: Iterable[str]) -> str:
-    """All that comma-separated lists name, each once."""
+    """Join comma-separated lists to one, without duplicates."""
     words = [word.strip() for text in texts for word in text.split(",")]
     return ", ".join(dict.fromkeys(word for word in words if word))

@@ -1,4 +1,4 @@
-"""PEFT's folders: `unet/`, `text_encoder/`, `text_encoder_2/`, each what `PeftModel.from_pretrained` reads."""
+"""PEFT's folders: `unet/`, `text_encoder/`, `text_encoder_2/`, each of which `PeftModel.from_pretrained` can read."""
 
 import json
 import re
@@ -43,25 +43,25 @@ _WIDTH_OF_TEXT_ENCODER, _WIDTH_OF_TEXT_ENCODER_2 = 768, 1280
 
 
 def matches(keys: Collection[str]) -> bool:
-    """Whether they are of the weights in a PEFT folder."""
+    """Whether these are the keys of the weights in a PEFT folder."""
     return bool(keys) and all(key.startswith(PREFIX) for key in keys)
 
 
 def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], lookup: Lookup | None = None) -> Contents:
-    """Read the weights of a folder without the config beside them, where they or their metadata tell everything.
+    """Read the weights file of a folder without its config, if the tensors and the metadata suffice.
 
     Args:
         tensors: The tensors; the component is recognised by their names and widths.
-        metadata: The metadata of the file, which may have the config.
+        metadata: The metadata of the file, which may contain the config.
         lookup: See `names.check_known`.
 
     Returns:
         The changes and the metadata.
 
     Raises:
-        UnknownFormatError: It is of a type that is not read, or the config has what the tensors do not tell.
+        UnknownFormatError: The kind of adapter is not supported, or the config is needed.
     """
-    said = f"these are weights of PEFT's, without the {CONFIG} beside them"
+    said = f"these are PEFT weights without their {CONFIG}"
     found = kind_of(tensors)
     if found is not None and not found[0].is_read:
         raise unread(tensors, said)
@@ -69,13 +69,13 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], looku
     if not config_of(metadata, component):
         missing = ROTATION_FACTS if open_rotation(tensors, metadata) else SCALE_FACTS if open_scale(tensors) else None
         if missing is not None:
-            raise UnknownFormatError(f"{said}, which says {missing}: put it there, or give their folder")
+            raise UnknownFormatError(f"{said}, which says {missing}: put it beside them, or use their folder")
     named = {f"{component}.{key.removeprefix(PREFIX)}": tensor for key, tensor in tensors.items()}
     return lycoris.read(named, metadata, lookup)
 
 
 def write(path: Path, contents: Contents, options: WriteOptions) -> None:
-    """Write a folder with a folder for each component."""
+    """Write a folder with a subfolder for each component."""
     pairs = cast_pairs(contents.pairs(), options.dtype)
     contents = replace(contents, modules=in_own_shapes(pairs, contents.metadata))
     warn_of_embeddings(contents.embeddings, "a PEFT folder")
@@ -85,7 +85,7 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 
 def _live_path(module: ModuleName) -> str:
-    """The path as the installed transformers names it: version 5 dropped `text_model.` from CLIPTextModel only."""
+    """The path in the installed version of transformers: version 5 removed `text_model.` from CLIPTextModel only."""
     try:
         flattened = int(version("transformers").split(".")[0]) >= 5
     except PackageNotFoundError:
@@ -94,7 +94,7 @@ def _live_path(module: ModuleName) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The folder's adapter_config.json; AdapterError if it is not a JSON table."""
+    """The folder's adapter_config.json; AdapterError if it is not a JSON object."""
     try:
         config = json_value((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -132,7 +132,7 @@ def _tensors(folder: Path) -> dict[str, Any]:
 
 
 def _component_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Whose they are, without a folder for each component: by the names of their modules, and by their widths."""
+    """Recognise the component of tensors by the names and widths of their modules."""
     groups = _by_module(tensors)
     if not any(_TEXT_LAYER.search(f"{path}.") for path in groups):
         return "text_encoder_2" if TEXT_PROJECTION in groups else denoiser_of(groups)
@@ -146,7 +146,7 @@ def _component_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _by_module(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each module, by the ends of their keys."""
+    """Group the tensors by module and key suffix."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         path, end = split_key(without_adapter_name(key.removeprefix(PREFIX)))
@@ -158,8 +158,8 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
     """Read a PEFT folder.
 
     Args:
-        folder: A folder with a folder for each component, or with a config of one component. The component is then the
-            name of the folder, or recognised by the names and widths of its modules.
+        folder: A folder with a subfolder for each component, or the folder of one component. The component is then
+            the name of the folder, or is recognised by the names and widths of its modules.
         lookup: See `names.check_known`.
 
     Returns:
@@ -181,7 +181,7 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
         if isinstance(stored, dict) and all(isinstance(text, str) for text in stored.values()):
             metadata.update(stored)
         dylora = dylora_of_config(config)
-        if dylora is not None and dylora_of(metadata) is None:  # written by PEFT itself, without kohya's metadata
+        if dylora is not None and dylora_of(metadata) is None:  # the folder was saved by PEFT, without kohya's metadata
             metadata.update(dylora_metadata(dylora, network_args(metadata)))
     return Contents(modules, metadata)
 
@@ -189,14 +189,14 @@ def read_folder(folder: Path, lookup: Lookup | None = None) -> Contents:
 def write_folder(
     folder: Path, modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str], tuner: Mapping
 ) -> None:
-    """Write a PEFT folder with a folder for each component, all of them or none.
+    """Write a PEFT folder with a subfolder for each component, all of them or none.
 
     Args:
         folder: The folder.
         modules: The pairs.
         metadata: kohya's metadata.
-        tuner: Options that restore the adapter type, such as DyLoRA's. They are in `auto_mapping`, a free-form field of
-            all PEFT configs, so that stock PEFT reads a plain LoRA.
+        tuner: Options that restore the adapter type, such as DyLoRA's. They are stored in `auto_mapping`, a free-form
+            field of all PEFT configs, so that stock PEFT reads the folder as a plain LoRA.
 
     Raises:
         AdapterError: The folder cannot be written, or the files of an earlier adapter cannot be deleted.
@@ -206,7 +206,7 @@ def write_folder(
             (own / component).mkdir()
             mine = {_live_path(module): pair for module, pair in modules.items() if module.component == component}
             _write_component(own / component, mine, metadata, tuner)
-    for component in set(COMPONENTS) - {module.component for module in modules}:  # of an adapter that was there before
+    for component in set(COMPONENTS) - {module.component for module in modules}:  # left over from an earlier adapter
         if (folder / component / CONFIG).is_file():
             for name in (CONFIG, WEIGHTS, WEIGHTS_PICKLED):
                 if not atomic.delete(folder / component / name):

@@ -1,4 +1,4 @@
-"""The changes in the tensors of a PEFT adapter, by its config: LoRA, DoRA, LoHa, LoKr, OFT, BOFT and IA3."""
+"""Reading the changes of a PEFT adapter from its tensors and config: LoRA, DoRA, LoHa, LoKr, OFT, BOFT and IA3."""
 
 import math
 from collections.abc import Mapping
@@ -20,55 +20,57 @@ from .diffusers import alpha_from_config, pattern_value
 KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 _OFT = "oft_R.weight"
 _BUTTERFLY = {"boft_R", "boft_s"}
-_BESIDE = ("bias", "modules_to_save", "trainable_token_indices")  # options that train more than the adapter
+_BESIDE = ("bias", "modules_to_save", "trainable_token_indices")  # options that train weights beside the adapter
 
 
 def check_kind(config: Mapping[str, Any]) -> None:
-    """AdapterError if a folder with this config holds what is not read."""
+    """Raise AdapterError if an adapter with this config is not supported."""
     kind = config.get("peft_type")
     if kind not in KINDS:
-        raise AdapterError(f"it holds a {kind!s:.40} adapter of PEFT's, which is not read: {', '.join(KINDS)} are")
+        raise AdapterError(f"peft_type {kind!s:.40} is not supported: expected {', '.join(KINDS)}")
     for option in _BESIDE:
         if config.get(option) not in (None, "none", [], {}):
-            raise AdapterError(f"it was trained with {option}={config[option]!s:.60}, which is beyond an adapter")
+            raise AdapterError(
+                f"trained with {option}={config[option]!s:.60}, which is not supported: it trains more than the adapter"
+            )
 
 
 def _is_among(path: str, targets: Any) -> bool:
-    """Whether a path ends in one of these, as PEFT reads a list of modules."""
+    """Whether a path ends with one of the target names, as PEFT matches a list of modules."""
     if targets is not None and not isinstance(targets, (list, tuple)):
-        raise AdapterError(f"feedforward_modules is {targets!r:.60}: only lists of names are read")
+        raise AdapterError(f"feedforward_modules is {targets!r:.60}, expected a list of names")
     return any(path == name or path.endswith(f".{name}") for name in targets or ())
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Split a key into the path of the module and the end.
+    """Split a key into the path of the module and the suffix.
 
     Args:
         key: The key of a tensor.
 
     Returns:
-        The path and the end.
+        The path and the suffix.
 
     Raises:
-        AdapterError: No known kind of adapter has a tensor with this end.
+        AdapterError: No known kind of adapter uses this suffix.
 
     >>> split_key("mid_block.attentions.0.proj_in.lora_A.weight")
     ('mid_block.attentions.0.proj_in', 'lora_A.weight')
     """
     split = split_suffix(key)
     if split is None:
-        raise AdapterError(f"{key:.200} is no tensor of an adapter that is read")
+        raise AdapterError(f"{key:.200} does not end like a key of a known kind of adapter")
     parts, suffix = split
     return ".".join(parts), suffix
 
 
 def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torch.Tensor]) -> Delta:
-    """The change of one module.
+    """Read the change of one module.
 
     Args:
-        config: PEFT's config, which has the kind and the scale.
+        config: PEFT's config, which contains the kind and the scale.
         path: The path of the module, for the patterns of the config.
-        tensors: The tensors of the module by the ends of their keys.
+        tensors: The tensors of the module by key suffix.
 
     Returns:
         The change.
@@ -81,55 +83,55 @@ def read_change(config: Mapping[str, Any], path: str, tensors: Mapping[str, torc
         return _read_oft(config, path, tensors)
     if kind == "BOFT":
         if set(tensors) != _BUTTERFLY:
-            raise AdapterError(f"a BOFT module of PEFT's has boft_R and boft_s, not {', '.join(sorted(tensors))}")
+            raise AdapterError(f"a PEFT BOFT module must have boft_R and boft_s, got {', '.join(sorted(tensors))}")
         return read_module(tensors)
     if kind == "IA3":
         if set(tensors) != {"ia3_l"}:
-            raise AdapterError(f"an IA3 module of PEFT's has ia3_l alone, not {', '.join(sorted(tensors))}")
+            raise AdapterError(f"a PEFT IA3 module must have only ia3_l, got {', '.join(sorted(tensors))}")
         return IA3.of_peft(tensors["ia3_l"], _is_among(path, config.get("feedforward_modules")))
     if kind == "LORA":
         down = tensors.get("lora_A.weight")
         rank = len(down) if down is not None and down.ndim else 0
         alpha = alpha_from_config(config, path, rank)
         change = read_module({**tensors, "alpha": torch.tensor(alpha, dtype=torch.float64)})
-        return change.scaled(0.0) if alpha == 0 and isinstance(change, LowRank) else change  # a 0 is read as the rank
+        return change.scaled(0.0) if alpha == 0 and isinstance(change, LowRank) else change  # 0 was read as the rank
     dim: Any = pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8))
     dim_alpha: Any = pattern_value(config.get("alpha_pattern") or {}, path, config.get("alpha", 8))
     try:
         scale = float(dim_alpha) / float(dim)
     except (TypeError, ValueError, ZeroDivisionError):
-        raise AdapterError(f"the config's alpha {dim_alpha!s:.20} and rank {dim!s:.20} are no scale") from None
+        raise AdapterError(f"invalid alpha {dim_alpha!s:.20} or rank {dim!s:.20} in the config") from None
     return read_module(tensors).scaled(scale)
 
 
 def _read_oft(config: Mapping[str, Any], path: str, tensors: Mapping[str, torch.Tensor]) -> Delta:
-    """The change of an OFT module; the names of its tensors tell which versions of PEFT wrote it."""
+    """Read the change of an OFT module; its tensor names depend on the version of PEFT that wrote it."""
     if set(tensors) == {_OFT}:
         terms = int(config.get("num_cayley_neumann_terms", 5)) if config.get("use_cayley_neumann", False) else 0
-        # Configs name PEFT's version since 0.18, which also computes the series in another way.
+        # Since 0.18, PEFT writes its version into configs and computes the series in another way.
         change = InputRotation(tensors[_OFT], terms, halves_last=config.get("peft_version") is not None)
-        # The norm that is limited is that of a skew matrix, which has each number twice.
+        # The limit is for the norm of the skew matrix, in which each value occurs twice.
         return replace(change, upper=_limited(config, change.upper, 1 / math.sqrt(2)))
     if "oft_r" not in tensors or set(tensors) - {"oft_r", "oft_s"} or tensors["oft_r"].ndim != 3:
-        raise AdapterError(f"an OFT module of PEFT's has {_OFT} or oft_r, not {', '.join(sorted(tensors))}")
+        raise AdapterError(f"a PEFT OFT module must have {_OFT} or oft_r, got {', '.join(sorted(tensors))}")
     blocks, factors = tensors["oft_r"], tensors.get("oft_s")
     if factors is None:  # before PEFT 0.14
         blocks = _limited(config, blocks, blocks.shape[1] ** 2)
         shared = int(pattern_value(config.get("rank_pattern") or {}, path, config.get("r", 8)))
         return read_module({"oft_r": blocks.expand(shared, -1, -1) if config.get("block_share") else blocks})
     if config.get("coft") and config.get("block_share"):
-        raise AdapterError("an OFT of PEFT 0.14 or 0.15 with coft and block_share does not tell its limit")
+        raise AdapterError("an OFT of PEFT 0.14 or 0.15 with coft and block_share has an unknown limit of the norm")
     blocks = _limited(config, blocks, math.ceil(len(factors) / len(blocks)) ** 2)
     return read_module({"oft_r": blocks, "oft_s": factors})
 
 
 def _limited(config: Mapping[str, Any], blocks: torch.Tensor, times: float) -> torch.Tensor:
-    """The blocks (count, ...) of an OFT, none above the norm that `coft` allows, eps · times / √count."""
+    """Scale the blocks (count, ...) of an OFT down to the norm that `coft` allows, eps · times / √count."""
     if not config.get("coft"):
         return blocks
     try:
         limit = float(config.get("eps", 6e-5)) * times / math.sqrt(len(blocks))
     except (TypeError, ValueError):
-        raise AdapterError(f"the config's eps is {config.get('eps')!r:.40}, no number") from None
+        raise AdapterError(f"eps in the config is {config.get('eps')!r:.40}, expected a number") from None
     norms = torch.linalg.vector_norm(blocks.float().flatten(1), dim=1).clamp(min=limit)
     return blocks * (limit / norms).reshape(-1, *[1] * (blocks.ndim - 1))

@@ -1,4 +1,4 @@
-"""The attention's proj_in and proj_out as an adapter's own model has them: linear layers or 1x1 convolutions."""
+"""Converting proj_in and proj_out of attentions to their type in the base model: linear layers or 1x1 convolutions."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,15 @@ from lora_adapters.convert.families.names import ModuleName
 
 
 def in_own_shapes(modules: Mapping[ModuleName, LowRank], metadata: Mapping[str, str]) -> Mapping[ModuleName, LowRank]:
-    """Give proj_in and proj_out the shapes that they have in the version of the base model.
+    """Reshape the pairs of proj_in and proj_out to the shapes of the base model.
 
-    They are linear in SD2.x and SDXL, and 1x1 convolutions in SD1.x. kohya's trainer writes those of SD2.x as
+    They are linear layers in SD2.x and SDXL, and 1x1 convolutions in SD1.x. kohya's trainer writes those of SD2.x as
     convolutions, which stock diffusers and PEFT do not accept.
 
     Args:
         modules: The pairs.
-        metadata: The metadata of the file. If several versions have these modules, widths must decide, not metadata,
-            since small models of any version have either shape.
+        metadata: The metadata of the file. They are ignored if several versions have these modules, in which case only
+            the widths are used, since small models of any version can have either shape.
 
     Returns:
         The pairs; unchanged if the version is unknown.

@@ -1,4 +1,4 @@
-"""The formats that are known, in the order in which a file's keys are tried."""
+"""The known formats, in the order in which they are tried for the keys of a file."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,36 +18,36 @@ from .kinds import split_bundled, unread, without_strays
 
 FORMATS: tuple[Format, ...] = tuple(import_module(f"{__package__}.{name}") for name in choices.FORMATS)  # type: ignore
 
-_HINT = f"; of a model that is not known here: --base_model {UNLISTED.name}"
+_HINT = f"; for an unknown model, use --base_model {UNLISTED.name}"
 
 
 def by_name(name: str) -> Format:
-    """The format of that name; AdapterError if there is none."""
+    """Find a format by name; AdapterError if it is unknown."""
     format_ = next((candidate for candidate in FORMATS if name == candidate.NAME), None)
     if format_ is None:
-        raise AdapterError(f"unknown format {name}: {', '.join(choices.FORMATS)} are known")
+        raise AdapterError(f"unknown format {name}: choose one of {', '.join(choices.FORMATS)}")
     return format_
 
 
 def to_write(name: str | None, contents: Contents) -> Format:
-    """The format to write an adapter in.
+    """Choose the format to write an adapter in.
 
     Args:
-        name: As users choose it; None: kohya's, LyCORIS' if some changes are no low-rank pairs, or the file's own
-            spelling where the model is not known.
+        name: The user's choice. None means the file's own spelling if the model is not known, otherwise kohya's format,
+            or LyCORIS' if some changes are not low-rank pairs.
         contents: The adapter.
 
     Returns:
         The format.
 
     Raises:
-        AdapterError: There is no format of that name, or it needs to know the model.
+        AdapterError: The name is unknown, or the format requires a known model.
     """
     if contents.modules and contents.family is UNLISTED:
         if name is not None:
             raise AdapterError(
-                f"it cannot be written in the format {name}: the adapter was read with --base_model {UNLISTED.name}, "
-                "and its model is not known here"
+                f"cannot write the format {name}, which needs a known model: the adapter was read with "
+                f"--base_model {UNLISTED.name}"
             )
         return unlisted  # type: ignore[return-value]
     return by_name(name or ("kohya" if contents.has_only_pairs else "lycoris"))
@@ -64,19 +64,19 @@ def read(
     Args:
         tensors: The tensors of the file; they are not copied.
         metadata: The metadata of the file.
-        lookup: Finds modules that no known family has, in a live model.
-        family: The family of the live model, or that somebody says; None recognises that of the file.
+        lookup: Finds modules that no known family has in a live model.
+        family: The family of the live model, or the user's choice; None recognises it from the file.
 
     Returns:
         The changes, metadata and embeddings.
 
     Raises:
-        AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
+        AdapterError: A module is unknown, a pair is incomplete, or shapes do not match.
         UnknownFormatError: The keys belong to no known format.
     """
     rest, embeddings = split_bundled(without_strays(tensors))
     if not rest:
-        raise AdapterError("there are no tensors in it")
+        raise AdapterError("contains no tensors")
     if family is UNLISTED:
         return replace(unlisted.read(rest, metadata), embeddings=embeddings)
     try:

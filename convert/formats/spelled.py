@@ -1,8 +1,8 @@
-"""Files of adapters for diffusion transformers, in any of the spellings that trainers have for them.
+"""Adapter files for diffusion transformers, in any of the spellings that trainers use.
 
-A key is the name of a module and the end that says which tensor of it it is. Names are flat or dotted, the original
-code's or diffusers' (see `families.spelling`), and so are the ends kohya's, PEFT's or older ones; any kind of change is
-read. A layer that the original code fuses becomes those that it is in diffusers (see `deltas.rows`).
+A key consists of a module name and a suffix for the tensor. Names are flat or dotted, from the original code or from
+diffusers (see `families.spelling`); suffixes are kohya's, PEFT's or older ones. Changes of any kind are read. The
+change of a layer that the original code fuses is split into those of diffusers' layers (see `deltas.rows`).
 """
 
 import re
@@ -33,7 +33,7 @@ from .diffusers import METADATA_KEY, alpha_of, kohya_metadata
 from .kinds import unread
 from .peft_files import ROTATION_FACTS, open_rotation, without_adapter_name
 
-_FLAT = ("lora_", "lycoris_")  # the beginnings of names without dots
+_FLAT = ("lora_", "lycoris_")  # prefixes of names without dots
 _ENDS = {
     **{end: end for end in SUFFIXES},
     **{
@@ -46,13 +46,13 @@ _XLABS = re.compile(r"(.+\.processor\.\w+_lora[12]?)\.(down|up)\.weight")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Split a key into the name of the module and the end.
+    """Split a key into the name of the module and the suffix.
 
     Args:
         key: The key of a tensor.
 
     Returns:
-        The name, and the end as kohya or PEFT has it; None for a key that belongs to no adapter.
+        The name, and kohya's or PEFT's suffix; None for a key that does not belong to an adapter.
 
     >>> split_key("transformer.proj_out.lora_A.default.weight")
     ('transformer.proj_out', 'lora_A.weight')
@@ -79,20 +79,20 @@ def read(
 
     Args:
         tensors: The tensors of the file; they are not copied.
-        metadata: The metadata of the file, which may state the family, and alphas.
-        lookup: Finds modules that the family does not have, in a live model.
-        family: The family of the live model; None recognises that of the file.
+        metadata: The metadata of the file, which may contain the family and alphas.
+        lookup: Finds modules that the family does not have in a live model.
+        family: The family of the live model; None recognises it from the file.
 
     Returns:
-        The changes and the metadata; None for a file for another kind of model.
+        The changes and the metadata; None if the file is not for a diffusion transformer.
 
     Raises:
-        AdapterError: A module is unknown, one half of a pair is missing, or shapes do not match.
-        UnknownFormatError: A key belongs to no adapter, neither the family nor the live model has a module, or two
-            names stand for one module with different changes.
+        AdapterError: A module is unknown, a pair is incomplete, or shapes do not match.
+        UnknownFormatError: A key does not belong to an adapter, neither the family nor the live model has a module, or
+            two names stand for the same module but have different changes.
     """
     if (family is None or not fuses(family)) and (family is not None or lookup is not None):
-        return None  # it is read for a live model of another kind
+        return None  # the live model is not a diffusion transformer
     splits = {key: split_key(key) for key in tensors}
     names = {parts[0] if parts else key for key, parts in splits.items()}
     if family is None and not may_be_of_transformer(names, metadata):
@@ -102,15 +102,15 @@ def read(
     if strange is not None:
         if family is None:
             return None
-        raise unread(tensors, f"{strange:.120} is no key of an adapter's file")
+        raise unread(tensors, f"{strange:.120} is not a key of an adapter file")
     groups = group_tensors(tensors, splits)
     if family is None and family_of_names(dict.fromkeys(groups), metadata).near is None:
         return None
     unknown = open_rotation(tensors, metadata)
     if unknown is not None:
         raise AdapterError(
-            f"{unknown:.120} is an OFT of PEFT's, and the file does not say {ROTATION_FACTS}: "
-            "give PEFT's folder with adapter_config.json"
+            f"{unknown:.120} is a PEFT OFT, and the file does not say {ROTATION_FACTS}: "
+            "use PEFT's folder with adapter_config.json"
         )
     changes = {name: change_of(name, group) for name, group in groups.items()}
     own, near, is_alone = family_of_names({name: change.out_in for name, change in changes.items()}, metadata)
@@ -124,31 +124,31 @@ def read(
             change = change_of(name, {**groups[name], "alpha": alpha})
         for target, part in zip(targets, _parts(name, change, targets), strict=True):
             if not _same(modules.setdefault(target.module, part), part):
-                said = f"{name:.120} and another name stand for the same module {target.module}, with other changes"
+                said = f"{name:.120} and another name stand for the same module {target.module}, but have other changes"
                 raise UnknownFormatError(said)
     stated = {BASE_VERSION: chosen.stated} if family is not None or is_alone else {}
     return Contents(modules, {**stated, **kohya_metadata(metadata)})
 
 
 def _same(first: Delta, second: Delta) -> bool:
-    """Whether two changes are one: files may have a layer under two names, fused and in parts."""
+    """Whether two changes are equal up to rounding: a file may contain a layer twice, fused and split into parts."""
     if first is second:
         return True
     if first.needs_base or second.needs_base or first.out_in != second.out_in or first.out_in is None:
         return False
     one, other = first.delta(), second.delta()
-    return one.shape == other.shape and bool((one - other).norm() <= 1e-3 * one.norm())  # rounded apart
+    return one.shape == other.shape and bool((one - other).norm() <= 1e-3 * one.norm())  # they may differ in rounding
 
 
 def _is_weight(parts: tuple[str, str], gated: Collection[str]) -> bool:
-    """Whether a tensor is a model's own weight, and not that of an (IA)3, which says what it scales."""
+    """Whether a tensor is a model's weight; an (IA)3 also uses the suffix `weight`, together with `on_input`."""
     return parts[1] == "weight" and parts[0] not in gated
 
 
 def group_tensors(
     tensors: Mapping[str, torch.Tensor], splits: Mapping[str, tuple[str, str] | None]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each module by the ends of their keys, which `split_key` has split."""
+    """Group the tensors by module and key suffix; `splits` are the results of `split_key`."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, end = splits[key] or ("", "")
@@ -160,17 +160,17 @@ def group_tensors(
 
 
 def change_of(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
-    """The change that a module's tensors describe; see `read_module`.
+    """Read the change of a module from its tensors; see `read_module`.
 
     Args:
         name: The module's name in the file.
-        group: Its tensors by the ends of their keys.
+        group: Its tensors by key suffix.
 
     Returns:
         The change.
 
     Raises:
-        AdapterError: They describe none; the message begins with the name.
+        AdapterError: The tensors cannot be read; the message begins with the name.
     """
     try:
         return read_module(group)
@@ -179,22 +179,22 @@ def change_of(name: str, group: Mapping[str, torch.Tensor]) -> Delta:
 
 
 def _alpha(module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> torch.Tensor | None:
-    """The alpha that diffusers' metadata have for a pair without one; None if there is none to add."""
+    """The alpha in diffusers' metadata for a pair without an alpha tensor; None if there is nothing to add."""
     return None if METADATA_KEY not in metadata else missing_alpha(module, group, metadata)
 
 
 def missing_alpha(
     module: ModuleName, group: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> torch.Tensor | None:
-    """The alpha of a pair that has none among its tensors.
+    """The alpha of a pair without an alpha tensor.
 
     Args:
-        module: The module, as PEFT's config in the metadata calls it.
-        group: The module's tensors by the ends of their keys.
-        metadata: The metadata of the file; without a config in them it is the rank.
+        module: The module, with the name in the PEFT config of the metadata.
+        group: The module's tensors by key suffix.
+        metadata: The metadata of the file; if they contain no config, alpha is the rank.
 
     Returns:
-        The alpha, a number; None for a module that has one, or is no pair.
+        The alpha as a scalar tensor; None for a module that has an alpha tensor or is not a low-rank pair.
     """
     down = group.get("lora_A.weight", group.get("lora_down.weight"))
     if down is None or not down.ndim or "alpha" in group:
@@ -209,7 +209,7 @@ def _targets(
     lookup: Lookup | None,
     tensors: Mapping[str, torch.Tensor],
 ) -> tuple[Target, ...]:
-    """The modules that a name stands for: in the family, else in the live model, else in the family of its own file."""
+    """The modules that a name stands for: in the family, or in the live model, or in the family of the file."""
     targets = targets_of(family, name)
     if targets is None and lookup is not None:
         for component, rest in split(family, name):
@@ -222,12 +222,12 @@ def _targets(
     if targets is not None:
         return targets
     near = nearest(split(family, name)[-1][1].replace(".", "_"), known_names(family))
-    said = f"unknown module {name:.120}{near}; {family.title} modules are known"
+    said = f"unknown module {name:.120} for {family.title}{near}"
     raise UnknownModuleError(said) if lookup is None else UnknownFormatError(said)
 
 
 def _parts(name: str, change: Delta, targets: tuple[Target, ...]) -> list[Delta]:
-    """The change of each of the modules that a name stands for."""
+    """Split a change into those of the modules that its name stands for."""
     size = change.out_in
     try:
         if size is None:
@@ -242,7 +242,7 @@ def _parts(name: str, change: Delta, targets: tuple[Target, ...]) -> list[Delta]
 
 
 def _parts_of_rows(change: Delta, targets: tuple[Target, ...]) -> list[Delta]:
-    """The same of a change that does not tell how wide the layer's input is."""
+    """The same as `_parts`, for a change that does not contain the number of input channels."""
     if len(targets) == 1 and not targets[0].swapped:
         return [change]
     rows = row_count(change)
@@ -251,7 +251,7 @@ def _parts_of_rows(change: Delta, targets: tuple[Target, ...]) -> list[Delta]:
     parts = [target.part for target in targets]
     if any(target.swapped for target in targets) or any(part is None or part.square for part in parts):
         raise AdapterError(
-            f"{with_article(change.kind)} tells no width of the layer's input, which its rows are cut or swapped by"
+            f"cannot split {with_article(change.kind)} of a fused layer: the number of input channels is unknown"
         )
     spans = [part.span(rows, 0) for part in parts if part is not None]
     return cut(change, [slice(*span) for span in spans])

@@ -1,8 +1,8 @@
-"""Files of adapters for a model that is not known here: names of layers stay as they are in the file.
+"""Adapter files for an unknown model: the layer names of the file are kept.
 
-Any kind of change is read. Files are written in the spelling of their names: flat ones with kohya's tensors
-(`lora_down`, `lora_up`, `alpha`), dotted ones with PEFT's (`lora_A`, `lora_B`) and alphas folded into the weights,
-which is what programs read of these.
+Changes of any kind are read. The spelling of a name decides how it is written: flat names with kohya's tensors
+(`lora_down`, `lora_up`, `alpha`), dotted names with PEFT's (`lora_A`, `lora_B`) and alphas multiplied into the weights,
+as other programs expect.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _HALVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight
 
 
 def is_of_known_model(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a known family has more than half of a file's modules, or the file is something else than an adapter."""
+    """Whether a known family has more than half of a file's modules, or the file is not an adapter."""
     splits = {key: split_key(key) for key in tensors}
     names = dict.fromkeys(parts[0] for parts in splits.values() if parts is not None)
     if None in splits.values():
@@ -41,7 +41,7 @@ def is_of_known_model(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _is_of_unet(name: str) -> bool:
-    """Whether a name is that of a layer of a U-Net or its text encoders."""
+    """Whether a name belongs to a layer of a U-Net or its text encoders."""
     try:
         resolve(name)
     except UnknownModuleError:
@@ -54,18 +54,18 @@ def read(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Co
 
     Args:
         tensors: The tensors of the file; they are not copied.
-        metadata: The metadata of the file, which may have alphas.
+        metadata: The metadata of the file, which may contain alphas.
 
     Returns:
-        The changes, whose modules have the component `model` and the names of the file, and the metadata.
+        The changes, whose modules have the component `model` and the names in the file, and the metadata.
 
     Raises:
-        AdapterError: A key is no adapter's, one half of a pair is missing, or shapes do not match.
+        AdapterError: A key does not belong to an adapter, a pair is incomplete, or shapes do not match.
     """
     splits = {key: split_key(key) for key in tensors}
     strange = next((key for key, parts in splits.items() if parts is None), None)
     if strange is not None:
-        raise unread(tensors, f"{strange:.120} is no key of an adapter's file")
+        raise unread(tensors, f"{strange:.120} is not a key of an adapter file")
     modules: dict[ModuleName, Delta] = {}
     for name, group in group_tensors(tensors, splits).items():
         alpha = missing_alpha(ModuleName(*name.split(".", 1)), group, metadata) if "." in name else None
@@ -89,13 +89,13 @@ def write(path: Path, contents: Contents, options: WriteOptions) -> None:
 
 
 def _with_pefts_ends(name: str, pair: LowRank) -> dict[str, torch.Tensor]:
-    """A pair's tensors by their keys, without an alpha: the scale is 1."""
+    """A pair's tensors under PEFT's keys, without an alpha: the scale is 1."""
     tensors = tensors_of({name: pair.without_alpha()})
     return {f"{name}.{end}": tensors[f"{name}.{half}"] for half, end in _HALVES.items()}
 
 
 def _facts(contents: Contents, changes: Mapping[str, Delta]) -> dict[str, str]:
-    """What programs that read kohya's files ask the metadata for."""
+    """The metadata entries that readers of kohya's files need."""
     module = "networks.lora" if contents.has_only_pairs else "lycoris.kohya"
     alpha = most_common(alpha for change in changes.values() if (alpha := alpha_in(change)) is not None) or 0.0
     return {"ss_network_module": module, "ss_network_dim": str(contents.rank), "ss_network_alpha": str(float(alpha))}

@@ -1,4 +1,4 @@
-"""What the formats that are one file share when they write."""
+"""Writing tensors to a single file, shared by the formats."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ from lora_adapters.convert.storage.files import replacing, save_pickle
 
 from .hashes import hashes
 
-_BUNDLED = "bundle_emb."  # the beginning of the keys of embeddings that a file carries beside its adapter
+_BUNDLED = "bundle_emb."  # the key prefix of embeddings that are stored in an adapter file
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors, whole or not at all: .safetensors with the metadata, else torch's pickle without."""
+    """Write tensors atomically: as .safetensors with metadata, or else as torch's pickle without metadata."""
     table = apart(tensors)
     with replacing(path, durable=True) as partial:
         if path.suffix == ".safetensors":
@@ -26,7 +26,7 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 def write_hashed(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """As `write_file`, with the hashes of the tensors in the metadata."""
+    """Like `write_file`, with the hashes of the tensors added to the metadata."""
     table = apart(tensors)
     write_file(path, table, {**metadata, **hashes(table, metadata)})
 
@@ -35,14 +35,14 @@ def tensors_of(changes: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
     """The tensors of changes by their keys in a file.
 
     Args:
-        changes: The changes by the names that their modules have in the file.
+        changes: The changes by the name of their module in the file.
 
     Returns:
-        The tensors, in the dtypes of the changes. alpha has no dimensions and the dtype of the weights, or float32 if
-        that would round it.
+        The tensors, in the dtypes of the changes. alpha is a scalar tensor with the dtype of the weights, or float32 if
+        that dtype would round it.
 
     Raises:
-        AdapterError: A change cannot be written; the message names it.
+        AdapterError: A change cannot be written; the message names its module.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, change in changes.items():
@@ -54,7 +54,7 @@ def tensors_of(changes: Mapping[str, Delta]) -> dict[str, torch.Tensor]:
 
 
 def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, each whole in memory of its own: parts of a fused layer share their `down`."""
+    """The tensors, contiguous and without shared memory: the parts of a fused layer share their `down`."""
     table: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():

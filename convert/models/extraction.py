@@ -1,4 +1,4 @@
-"""Extracts an adapter from two models: the best approximation of the difference of their weights."""
+"""Extracting an adapter from two models: the best approximation of the difference of their weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from lora_adapters.convert.families.registry import BASE_VERSION, is_v2, role_of
 from lora_adapters.convert.progress import progress
 from lora_adapters.convert.storage.checkpoint import Checkpoint
 
-_ROWS = 256  # that are widened at a time
-Approximate = Callable[[torch.Tensor], tuple[Delta, Fit]]  # of a difference that is not all 0
+_ROWS = 256  # the number of rows that are cast at a time
+Approximate = Callable[[torch.Tensor], tuple[Delta, Fit]]  # approximates a difference that is not zero
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The changes and metadata of an adapter, the approximation error of each module, and what was left out.
+    """The result of comparing two models: changes, metadata, and the approximation error of each module (`fits`).
 
-    largest: the largest absolute difference in each text encoder; left_out: the text encoders that are equal.
+    `largest` is the largest absolute difference in each text encoder; `left_out` are the text encoders that are equal.
     """
 
     modules: Mapping[ModuleName, Delta]
@@ -55,19 +55,19 @@ def approximate_difference(
 
     Args:
         base: The base model, a checkpoint file or a Diffusers folder.
-        tuned: The fine-tuned model, likewise.
+        tuned: The fine-tuned model, a checkpoint file or a Diffusers folder.
         rank: The rank of linear layers and 1x1 convolutions; None is allowed with `target_error`.
         conv_rank: The rank of larger convolutions. ResNet blocks and samplers are then included (LoRA-C3Lier); None
             excludes both (LoRA-LierLa).
         target_error: Use the smallest ranks that reach this relative error, at most `rank` and `conv_rank` if these are
             given.
-        min_diff: A text encoder is left out if no number of it differs by more.
-        clamp_quantile: See `svd.clamp`; None does not clamp.
-        device: Where to compute; None is the CPU.
+        min_diff: A text encoder is left out if no value differs by more than this.
+        clamp_quantile: See `svd.clamp`; None disables clamping.
+        device: The device of the computation; None for the CPU.
         v_prediction: Record that the base model is trained for v-prediction.
 
     Returns:
-        The changes, their approximation errors, and what was left out.
+        The changes, their approximation errors, and the text encoders that were left out.
 
     Raises:
         AdapterError: The models are of different kinds, or equal.
@@ -98,26 +98,26 @@ def approximate_otherwise(
 
     Args:
         base: The base model, a checkpoint file or a Diffusers folder.
-        tuned: The fine-tuned model, likewise.
+        tuned: The fine-tuned model, a checkpoint file or a Diffusers folder.
         algo: "lokr" (the nearest Kronecker products) or "full" (the exact differences).
         factor: For LoKr; see `nearest_kronecker.split`.
         target_error: Use the smallest LoKr that reaches this relative error, instead of `factor`.
-        min_diff: A text encoder is left out if no number of it differs by more.
-        device: Where to compute; None is the CPU.
+        min_diff: A text encoder is left out if no value differs by more than this.
+        device: The device of the computation; None for the CPU.
         v_prediction: Record that the base model is trained for v-prediction.
 
     Returns:
-        The changes, their approximation errors, and what was left out.
+        The changes, their approximation errors, and the text encoders that were left out.
 
     Raises:
         AdapterError: The algorithm is unknown, or the models are of different kinds, or equal.
     """
     if algo not in EXTRACTED:
-        raise AdapterError(f"unknown algo {algo}: {', '.join(EXTRACTED)} are known")
+        raise AdapterError(f"unknown algo {algo}: choose one of {', '.join(EXTRACTED)}")
     if algo == "full":
         approximated: Approximate = _full
     elif target_error is not None:
-        by_error(target_error)  # checks it
+        by_error(target_error)  # only to validate it
         approximated = partial(nearest_within, error=target_error)
     else:
         approximated = partial(nearest_kronecker, factor=factor)
@@ -147,7 +147,7 @@ def _approximate(
         delta = difference(module)
         if bool(delta.any()):
             changes[module], fits[module] = approximated(delta.to(target))
-        del delta  # before the next one is made
+        del delta  # free it before the next one is computed
     if not changes:
         raise AdapterError(f"{base} and {tuned} have the same weights: there is nothing to extract")
     version = first.version
@@ -169,17 +169,17 @@ def _check_alike(first: Checkpoint, second: Checkpoint) -> None:
 
 
 def _difference(first: Checkpoint, second: Checkpoint, ours, theirs, module: ModuleName) -> torch.Tensor:
-    """tuned - base in float32; subtracted in float64 where a model is."""
+    """tuned - base in float32; subtracted in float64 if one of the models is."""
     old, new = first.read(module, ours[module]), second.read(module, theirs[module])
     if old.numel() != new.numel() or old.shape[:2] != new.shape[:2]:
         raise AdapterError(f"{module} is {list(old.shape)} in {first.path}, but {list(new.shape)} in {second.path}")
     wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
     delta = new.reshape(old.shape).to(wide, copy=True)
-    for part, rows in zip(delta.split(_ROWS), old.split(_ROWS), strict=True):  # never two wide copies
+    for part, rows in zip(delta.split(_ROWS), old.split(_ROWS), strict=True):  # avoids a second wide copy
         part.sub_(rows.to(wide))
     delta = delta.to(torch.float32)
     if not bool(torch.isfinite(delta.sum())):
-        raise AdapterError(f"{module} has NaN or infinite numbers in {first.path} or {second.path}")
+        raise AdapterError(f"{module} has NaN or infinite values in {first.path} or {second.path}")
     return delta
 
 
@@ -201,7 +201,7 @@ def _full(delta: torch.Tensor) -> tuple[Full, Fit]:
 def _low_rank(
     delta: torch.Tensor, chosen: Rules, most: tuple[int | None, int | None], clamp_quantile: float | None
 ) -> tuple[LowRank, Fit]:
-    """The best pair; most: the largest ranks that the rules can choose, of linear layers and of larger convolutions."""
+    """The best pair. `most` are the largest ranks that the rules can choose for linear layers and convolutions."""
     matrix = delta.reshape(len(delta), -1)
     large = delta.ndim == 4 and delta.shape[2:] != (1, 1)
     rule, direct = chosen.conv if large else chosen.linear, clamp_quantile is not None

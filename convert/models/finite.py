@@ -1,4 +1,4 @@
-"""Whether the numbers of an adapter are numbers."""
+"""Checking that the values of an adapter are finite."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from lora_adapters.convert.families.names import ModuleName
 
 
 def check_finite(modules: Mapping[ModuleName, Delta], where: str = "") -> None:
-    """AdapterError, with the module, if a number is NaN or infinite."""
+    """Raise AdapterError, which names the module, if a value is NaN or infinite."""
     for module, change in modules.items():
         if isinstance(change, LowRank):
             for half, factor in (("down", change.down), ("up", change.up)):
                 if not finite(factor):
-                    raise AdapterError(f"{where}{module}: {half} has NaN or infinite numbers")
+                    raise AdapterError(f"{where}{module}: {half} has NaN or infinite values")
         elif not change.is_finite():
-            raise AdapterError(f"{where}{module}: the {change.kind} has NaN or infinite numbers")
+            raise AdapterError(f"{where}{module}: the {change.kind} has NaN or infinite values")

@@ -51,25 +51,26 @@ def with_weights(
 
     Args:
         adapters: The adapters by their names in error messages.
-        weights: One for each adapter. At 0 a change is left out, except for DoRA, whose change at 0 is not 0.
+        weights: One for each adapter. At 0, changes that depend on the model's weights are left out, since a DoRA would
+            still add its inner change.
 
     Returns:
         (change, weight) pairs by module.
 
     Raises:
-        AdapterError: There are no adapters or not as many weights, a number is not finite, or the adapters are for
-            different models.
+        AdapterError: There are no adapters, the number of weights differs, a value is not finite, or the adapters are
+            for different models.
     """
     if not adapters:
-        raise AdapterError("there are no adapters to add up")
+        raise AdapterError("no adapters were given")
     if len(weights) != len(adapters):
-        raise AdapterError(f"{len(weights)} ratios for {len(adapters)} adapters: one for each is needed")
+        raise AdapterError(f"{len(weights)} ratios for {len(adapters)} adapters: give one for each adapter")
     check_one_family(adapters)
     parts: dict[ModuleName, list[tuple[Delta, float]]] = {}
     for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
         check_finite(adapter.modules, f"{name}: ")
         for module, change in adapter.modules.items():
-            if weight or not change.needs_base:  # a DoRA's change at 0 is what its magnitude does not scale
+            if weight or not change.needs_base:  # left out at 0, where a DoRA would still add its change
                 parts.setdefault(module, []).append((change, weight))
     return parts
 
@@ -96,7 +97,7 @@ def combined_changes(
 
 def _adding(parts: Sequence[Delta]) -> Change:
     def change(weight: torch.Tensor) -> torch.Tensor:
-        total = added(parts)  # only now: all of them together would need the memory of all adapters
+        total = added(parts)  # computed on demand, since all sums together would need too much memory
         if not isinstance(total, LowRank):
             return weight.add_(total.delta(weight, weight.dtype))
         up, down = total.matrices(weight.dtype)
@@ -118,7 +119,7 @@ def _adding_to_bias(parts: Sequence[Delta]) -> Change:
 
 
 def _changes(parts: Mapping[ModuleName, Sequence[Delta]], known: Collection[ModuleName]) -> dict[ModuleName, Change]:
-    """What makes the new weights and biases that are known, one at a time; biases are named by `names.bias_of`."""
+    """The functions that compute the known weights and biases; biases are named by `names.bias_of`."""
     changes: dict[ModuleName, Change] = {}
     for module, listed in parts.items():
         of_weight = [part for part in listed if part.changes_weight]
@@ -204,21 +205,21 @@ def _check_fits(
         shape = tuple(checkpoint.weight(module, known[module]).shape)
         if not delta.fits(shape):
             raise AdapterError(
-                f"{name} is for a {module} of {_made_for(delta)}, but in {checkpoint.path} it is {list(shape)}: "
+                f"{name} expects {module} of {_made_for(delta)}, but in {checkpoint.path} it is {list(shape)}: "
                 "they are for different versions of the model"
             )
         _check_bias(checkpoint, name, module, delta, known)
 
 
 def _may_be_for(checkpoint: Checkpoint, adapter: AdapterData) -> bool:
-    """Whether only the names of the modules tell the family, and the model's family has all of them."""
+    """Whether the adapter's family follows only from its module names, and the model's family has all of them."""
     stated = by_metadata(adapter.metadata) if adapter.metadata.get(BASE_VERSION) else None
     family = checkpoint.family
     return stated is None and fuses(family) and family.has(adapter.modules)
 
 
 def _made_for(change: Delta) -> str:
-    """The shape of the weight that a change is for, as far as it tells one."""
+    """The shape of the weight that a change expects, as far as it is known."""
     if isinstance(change, LowRank):
         return str([*change.out_in, *change.kernel][: 4 if change.kernel != (1, 1) else 2])
     return repr(change)
@@ -235,4 +236,4 @@ def _check_bias(
     known[bias].check(bias)
     shape = tuple(checkpoint.weight(bias, known[bias]).shape)
     if tuple(difference.shape) != shape:
-        raise AdapterError(f"{name} is for a {bias} of {list(difference.shape)}, in {checkpoint.path} {list(shape)}")
+        raise AdapterError(f"{name} has {bias} of {list(difference.shape)}, but {checkpoint.path} has {list(shape)}")

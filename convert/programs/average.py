@@ -20,14 +20,14 @@ def average_files(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read, or does not fit the others.
     """
     path = output_file(args.save_to)
     if len(args.models) < 2:
-        raise UsageError("one file is its own average: name two or more")
+        raise UsageError("average needs two or more files")
     if twice := next((name for name in args.models if args.models.count(name) > 1), None):
-        raise UsageError(f"{twice} is named twice")
+        raise UsageError(f"{twice} is given twice")
     exact, fits = average(
         {name: load(name, skip_unknown=args.skip_unknown, base_model=args.base_model) for name in args.models}
     )

@@ -1,4 +1,4 @@
-"""The command convert: an adapter in another format."""
+"""The command convert: convert an adapter to another format."""
 
 import re
 from argparse import Namespace
@@ -27,7 +27,7 @@ from lora_adapters.convert.tools.summary import written
 
 
 def save_embeddings(embeddings: dict[str, torch.Tensor], folder: Path, stem: str) -> list[str]:
-    """Write each token's embedding to a file of its own in the folder; their names begin with the stem."""
+    """Write each token's embedding to a separate file in the folder; the file names begin with the stem."""
     written: list[str] = []
     for token, tensor in embeddings.items():
         word = re.sub(r"[^\w-]+", "_", token).strip("_") or "token"
@@ -40,7 +40,7 @@ def save_embeddings(embeddings: dict[str, torch.Tensor], folder: Path, stem: str
 
 
 def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The embeddings in files of one token each."""
+    """Read embeddings from files, each of which contains one token."""
     embeddings: dict[str, torch.Tensor] = {}
     for file in files:
         tensors, _ = read_tensors(Path(file).expanduser())
@@ -52,25 +52,25 @@ def read_embeddings(files: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def _check_target(args: Namespace) -> None:
-    """Check the options that say what is written; --to lora is kohya's format unless another is given."""
+    """Check the options for the output; the default format of --to lora is kohya's."""
     if args.to is None and any(value is not None for value in (args.rank, args.conv_rank, args.sd_model)):
-        raise UsageError("--rank, --conv_rank and --sd_model go with --to lora (resize gives a LoRA another rank)")
+        raise UsageError("--rank, --conv_rank and --sd_model require --to lora (use resize to reduce a LoRA's rank)")
     if args.to is not None and args.rank is None:
-        raise UsageError("--to lora needs --rank, the rank of the pairs that it makes")
+        raise UsageError("--to lora needs --rank, the rank of the LoRA")
     if args.format is None and args.to is None:
         raise UsageError(f"--format is needed: {', '.join(FORMATS)}")
-    if args.base_model != OTHER:  # else it is the file's own spelling
+    if args.base_model != OTHER:  # for other models, the file's own spelling is used
         args.format = args.format or "kohya"
 
 
 def as_lora(
     adapter: Adapter, name: str, rank: int, conv_rank: int | None = None, sd_model: str | None = None
 ) -> Adapter:
-    """Approximate changes of other kinds, and pairs of higher rank, by pairs of a rank. The relative error is printed.
+    """Approximate changes of other kinds, and pairs of higher rank, by pairs of a rank, and print the relative error.
 
     Args:
         adapter: The adapter.
-        name: Its name, for messages.
+        name: Its name in messages.
         rank: The rank of linear layers and 1x1 convolutions.
         conv_rank: The rank of larger convolutions; None takes `rank`.
         sd_model: The base model, for changes that depend on its weights.
@@ -79,7 +79,7 @@ def as_lora(
         An adapter of low-rank pairs.
 
     Raises:
-        AdapterError: A change depends on the model's weights, and there is no model or a different one.
+        AdapterError: A change depends on the model's weights, and the model is missing or does not fit.
     """
     base = BaseWeights.of(sd_model)
     adapter = weights_alone(adapter, name, base)
@@ -108,13 +108,13 @@ def convert(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read, or does not fit the model.
     """
     _check_target(args)
     path = Path(args.save_to).expanduser() if args.format == "peft" else output_file(args.save_to)
     if args.embeddings and args.format != "cloneofsimo":
-        raise UsageError("--embeddings can only be put into cloneofsimo's format")
+        raise UsageError("--embeddings requires cloneofsimo's format")
     if args.fold_alpha and args.format != "kohya":
         raise UsageError(f"--fold_alpha is for kohya's format; {args.format} does not need it")
     source = locate(args.model)
@@ -131,7 +131,7 @@ def convert(args: Namespace) -> None:
         adapter.save(path, args.format, dtype, args.fold_alpha, embeddings or None)
         names = []
     else:
-        with all_or_none(path.parent) as folder:  # if the adapter cannot be written, the embeddings are not either
+        with all_or_none(path.parent) as folder:  # write embeddings only if the adapter can be written
             names = save_embeddings(embeddings, folder, path.stem)
             adapter.save(path, args.format, dtype, args.fold_alpha)
     say(written(path, adapter))

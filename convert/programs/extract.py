@@ -1,4 +1,4 @@
-"""The command extract: the adapter between two models."""
+"""The command extract: extract an adapter from two models."""
 
 from argparse import Namespace
 
@@ -20,8 +20,8 @@ def extract_adapter(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read, or the models do not fit.
     """
     path, device = output_file(args.save_to), device_of(args.device)
     _check_options(args)
@@ -47,22 +47,22 @@ def extract_adapter(args: Namespace) -> None:
 
 
 def _check_options(args: Namespace) -> None:
-    """UsageError for options that the kind of adapter has no use for."""
+    """Raise UsageError for options that the kind of adapter does not use."""
     unfit = {"lora": ["factor"], "lokr": ["dim", "conv_dim", "clamp_quantile"]}
     unfit["full"] = [*unfit["lora"], *unfit["lokr"], "target_error"]
     for name in unfit[args.algo]:
         if getattr(args, name) is not None:
-            raise UsageError(f"--{name} does not go with --algo {args.algo}")
+            raise UsageError(f"--{name} cannot be used with --algo {args.algo}")
     if args.factor is not None and args.target_error is not None:
-        raise UsageError("--factor and --target_error are two ways to choose the size of a LoKr: give one")
+        raise UsageError("--factor and --target_error both choose the size of a LoKr: give only one")
     if args.factor is not None and args.factor < 1 and args.factor != -1:
         raise UsageError(f"--factor must be -1, or at least 1, got {args.factor}")
 
 
 def _check_version(args: Namespace) -> None:
-    """AdapterError if the model is another one than a flag such as --v2 says."""
+    """Raise AdapterError if the model is not the one required by a flag such as --v2."""
     for option, start in {option: start for family in FAMILIES for option, start in family.options.items()}.items():
         if getattr(args, option):
             version = Checkpoint.open(args.model_org).base_version
             if not asked_by(option, version):
-                raise AdapterError(f"{args.model_org} is {version}, not {start} as the options say")
+                raise AdapterError(f"{args.model_org} is {version}, but the options require {start}")

@@ -1,4 +1,4 @@
-"""The command info: what a LoRA file is."""
+"""The command info: show what a LoRA file contains."""
 
 import hashlib
 import json
@@ -35,15 +35,15 @@ _TRAINING = (
 )  # fmt: skip
 
 
-_LYCORIS_HASH = "0x"  # how LyCORIS' hashes begin; others are bare hexadecimal digits
+_LYCORIS_HASH = "0x"  # the prefix of LyCORIS' hashes; others have no prefix
 
 
-_NUMBERS = ("alpha", "scalar", "on_input")  # tensors that are one number each
+_NUMBERS = ("alpha", "scalar", "on_input")  # scalar tensors
 
 
 def _place(block: str) -> tuple[int, str]:
     """The position of a block in tables: text encoders first, then the denoiser from its input to its output."""
-    kinds = ("text_encoder", "IN", "", "OUT", *denoisers())  # MID, and the blocks of transformers, are between the two
+    kinds = ("text_encoder", "IN", "", "OUT", *denoisers())  # MID and the blocks of transformers are between IN and OUT
     return next((number for number, kind in enumerate(kinds) if kind and block.startswith(kind)), 2), block
 
 
@@ -55,7 +55,7 @@ def _ordered_blocks(adapter: Adapter) -> dict[str, list[Delta]]:
 
 
 def block_norms(adapter: Adapter) -> dict[str, float]:
-    """The Frobenius norm of the change in each block; NaN where a change depends on the model's weights."""
+    """The Frobenius norm of the change in each block; NaN if a change depends on the model's weights."""
     blocks = _ordered_blocks(adapter)
     return {block: math.sqrt(sum(map(_norm_squared, changes))) for block, changes in blocks.items()}
 
@@ -82,17 +82,17 @@ def _kind(adapter: Adapter) -> str:
 
 
 def hash_is_right(file: Path, metadata: Mapping[str, str]) -> bool | None:
-    """Whether the content of a file matches the SHA-256 in its metadata.
+    """Whether the contents of a file match the SHA-256 in its metadata.
 
-    LyCORIS computes its hash over the tensors in the order of training, which the file does not have, so it is not
-    checked.
+    LyCORIS' hash is not checked, since it depends on the order of the tensors in training, which the file does not
+    contain.
 
     Args:
         file: The file.
         metadata: Its metadata.
 
     Returns:
-        None if there is no hash, or one of LyCORIS.
+        Whether they match; None if the file has no hash, or LyCORIS' hash.
     """
     declared = metadata.get("sshs_model_hash")
     if declared is None or declared.startswith(_LYCORIS_HASH) or not is_safetensors(file):
@@ -117,7 +117,7 @@ def _count(values: Sequence[Any]) -> dict[str, int]:
 
 
 def read(path: Path) -> tuple[Adapter, list[str]]:
-    """The adapter of a file or PEFT folder, and the file's modules that no known model has."""
+    """Read the adapter of a file or PEFT folder, and the names of the file's modules that no known model has."""
     if path.is_dir() or (path.parent / peft.CONFIG).is_file():
         return Adapter.load(path), []
     tensors, metadata = read_tensors(path)
@@ -128,7 +128,7 @@ def read(path: Path) -> tuple[Adapter, list[str]]:
 
 
 def facts(adapter: Adapter, path: Path, unknown: Sequence[str] = ()) -> dict[str, Any]:
-    """What there is to say about an adapter, fit for JSON. unknown: modules of its file that are not in it."""
+    """Information about an adapter, for JSON. `unknown` are modules of the file that could not be read."""
     parts = _tensors(adapter)
     norms = block_norms(adapter)
     tensors = read_tensors(path)[0] if path.is_file() else {}
@@ -177,7 +177,7 @@ def _shown(counts: Mapping[str, int]) -> str:
 
 
 def as_text(about: Mapping[str, Any]) -> str:
-    """The facts as a few lines and a table."""
+    """Format the facts as a few lines and a table."""
     modules = ", ".join(f"{count} in {component}" for component, count in about["modules"].items())
     hashed = "LyCORIS' own, not of the file's bytes" if about["hash"] == "lycoris" else about["hash"]
     width = max([16, *(len(row["block"]) + 1 for row in about["blocks"])])
@@ -194,7 +194,7 @@ def as_text(about: Mapping[str, Any]) -> str:
         kinds = f"  {_shown(row['kinds'])}" if set(about["kinds"]) != {"LoRA"} else ""
         lines.append(f"  {row['block']:<{width}}{row['modules']:>8}{norm:>10}  {ranks} / {alphas}{kinds}")
     if about["unknown_modules"]:
-        lines.append(f"  left out here, in no known model: {', '.join(about['unknown_modules'])}")
+        lines.append(f"  skipped modules, which no known model has: {', '.join(about['unknown_modules'])}")
     if about["zero_alphas"]:
         lines.append(f"  alpha is 0 in {about['zero_alphas']} modules, shown as their rank")
     lines += [f"  {key}: {value}" for key, value in about["training"].items()]
@@ -202,7 +202,7 @@ def as_text(about: Mapping[str, Any]) -> str:
 
 
 def plot(adapters: Mapping[str, Adapter], path: Path) -> None:
-    """Draw the norm of the change in each block, a bar for each adapter; blocks that it does not change have none."""
+    """Plot the norm of the change in each block, with a bar for each adapter that changes the block."""
     try:
         import matplotlib
     except ImportError:
@@ -235,8 +235,8 @@ def info(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read.
     """
     places = {model: locate(model) for model in args.models}
     loaded = {model: read(path) for model, path in places.items()}

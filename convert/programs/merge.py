@@ -1,4 +1,4 @@
-"""The command merge: LoRAs into a model, or several LoRAs into one."""
+"""The command merge: merge LoRAs into a model, or several LoRAs into one."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from lora_adapters.convert.tools.merge import fitting, merge_into_model, weighte
 from lora_adapters.convert.tools.model_arguments import read_arguments
 from lora_adapters.convert.tools.summary import written
 
-MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # of the adapters', for a checkpoint's header
+MODEL_FACTS = ("modelspec.merged_from", "modelspec.trigger_phrase")  # entries copied to a merged checkpoint's header
 
 
 def load_all(
@@ -38,30 +38,30 @@ def load_all(
     """Load the adapters of a command line.
 
     Args:
-        models: Paths, which may have a weight and block weights behind them; see `model_arguments`.
-        ratios: A weight for each; None takes those behind the paths, or 1.
-        lbws: Block weights for each; None takes those behind the paths, or none.
+        models: Paths, optionally followed by a weight and block weights; see `model_arguments`.
+        ratios: A weight for each; None uses the weights after the paths, or 1.
+        lbws: Block weights for each; None uses those after the paths, if any.
         skip_unknown: Leave out modules that no known model has.
-        base_model: The family that they are for; None takes the one that each file tells.
+        base_model: The family of the base model; None recognises it from each file.
 
     Returns:
         The adapters by name, scaled by their block weights; and the ratios.
 
     Raises:
-        UsageError: There are not as many ratios or block weights as models, or one is given twice.
+        UsageError: The number of ratios or block weights is not that of models, or a weight is given twice.
         AdapterError: A file cannot be read.
     """
     arguments = read_arguments(models)
     for what, listed in (("ratios", ratios), ("lbws", lbws)):
         if listed is not None and len(listed) != len(arguments):
-            raise UsageError(f"{len(arguments)} models, but {len(listed)} {what}: one for each is needed")
+            raise UsageError(f"{len(arguments)} models, but {len(listed)} {what}: give one for each model")
     adapters: dict[str, Adapter] = {}
     weights: list[float] = []
     for place, argument in enumerate(arguments):
         if ratios is not None and argument.unet is not None:
-            raise UsageError(f"{argument.source} has a weight behind it and one in --ratios: give one of them")
+            raise UsageError(f"{argument.source} has a weight both after the path and in --ratios: give only one")
         if lbws is not None and argument.blocks is not None:
-            raise UsageError(f"{argument.source} has block weights behind it and in --lbws: give one of them")
+            raise UsageError(f"{argument.source} has block weights both after the path and in --lbws: give only one")
         adapter, ratio = argument.applied(load(argument.source, None, skip_unknown, base_model))
         if lbws is not None:
             adapter = weighted(adapter, parse(lbws[place]))
@@ -71,14 +71,14 @@ def load_all(
 
 
 def merged_metadata(merged: Adapter, adapters: Mapping[str, Adapter], no_metadata: bool) -> dict[str, str]:
-    """The metadata of a sum: its own, and those of its sources with their names, unless no_metadata is set."""
+    """The metadata of a sum: its own, and those of its sources with their names unless no_metadata is set."""
     if no_metadata:
         return {key: text for key, text in merged.metadata.items() if key not in MERGED_FACTS}
     return {**merged.metadata, **merged_facts([adapter.metadata for adapter in adapters.values()], _sources(adapters))}
 
 
 def _sources(adapters: Mapping[str, Adapter]) -> list[str]:
-    """Where the adapters of `load_all` are from, without the number that tells one that is given twice."""
+    """The sources of the adapters of `load_all`, without the number that is added to duplicates."""
     plain = [name.rpartition(" (")[0] for name in adapters]
     return [short if short in adapters else name for name, short in zip(adapters, plain, strict=True)]
 
@@ -90,8 +90,8 @@ def merge(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read, or does not fit.
     """
     dtype, how = dtype_of(args.save_precision, args.precision), combination_of(args)
     if args.sd_model is None:
@@ -99,12 +99,12 @@ def merge(args: Namespace) -> None:
         return
     for flag in ("new_rank", "new_conv_rank", "concat", "shuffle"):
         if getattr(args, flag) not in (None, False):
-            raise UsageError(f"--{flag} is for merging LoRAs into one: leave out --sd_model")
+            raise UsageError(f"--{flag} is for merging LoRAs into one: remove --sd_model")
     checkpoint = Checkpoint.open(args.sd_model)
     if not checkpoint.is_folder:
         output_file(args.save_to)
     if args.v2 and not is_v2(checkpoint.base_version):
-        raise AdapterError(f"{args.sd_model} is not SD2.x, as --v2 says, but {checkpoint.base_version}")
+        raise AdapterError(f"{args.sd_model} is {checkpoint.base_version}, but --v2 requires SD2.x")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown, args.base_model)
     if args.skip_unknown:
         adapters = _fitting(checkpoint, adapters)
@@ -130,7 +130,7 @@ def merge(args: Namespace) -> None:
 
 
 def _how_to_load(path: Path, words: str | None, family: ModelFamily) -> str:
-    """What to do with a merged model, which needs no adapter."""
+    """How to load a merged model, as text."""
     lines = [f"  trigger words: {words}"] if words else []
     if path.is_dir():
         lines.append(f'  to load it: DiffusionPipeline.from_pretrained("{path}")')
@@ -161,13 +161,13 @@ def _report_ema(checkpoint: Checkpoint, chosen: str) -> None:
 def _into_one(args: Namespace, dtype: torch.dtype | None, how: Combination | None) -> None:
     path = output_file(args.save_to)
     if args.v2 or (args.new_conv_rank is not None and args.new_rank is None):
-        raise UsageError("--v2 goes with --sd_model, --new_conv_rank with --new_rank")
+        raise UsageError("--v2 requires --sd_model, --new_conv_rank requires --new_rank")
     if args.concat and args.new_rank is not None:
-        raise UsageError("--concat keeps all ranks, --new_rank reduces them: give one of them")
+        raise UsageError("--concat keeps all ranks, --new_rank reduces them: give only one")
     if how is not None and args.new_rank is None:
-        raise UsageError(f"--method {args.method} leaves changes of every rank: give --new_rank (or --sd_model)")
+        raise UsageError(f"--method {args.method} gives changes of full rank: give --new_rank (or --sd_model)")
     if args.ema != "keep":
-        raise UsageError("--ema goes with --sd_model: LoRAs have no averaged weights")
+        raise UsageError("--ema requires --sd_model: LoRAs have no averaged weights")
     adapters, ratios = load_all(args.models, args.ratios, args.lbws, args.skip_unknown, args.base_model)
     if args.new_rank is None:
         merged = weighted_sum(adapters, ratios).to(dtype or torch.float32)

@@ -1,4 +1,4 @@
-"""The command resize: a LoRA with a smaller rank."""
+"""The command resize: reduce the rank of a LoRA."""
 
 from argparse import Namespace
 
@@ -17,11 +17,11 @@ from lora_adapters.convert.tools.summary import written
 
 
 def chosen_rules(args: Namespace) -> Rules:
-    """The rules that the options ask for."""
+    """The rank rules for the options."""
     if (args.dynamic_method is None) != (args.dynamic_param is None):
-        raise UsageError("--dynamic_method and --dynamic_param go together")
+        raise UsageError("--dynamic_method and --dynamic_param require each other")
     if args.dynamic_method and args.target_error is not None:
-        raise UsageError("--dynamic_method and --target_error are two ways to choose ranks: give one")
+        raise UsageError("--dynamic_method and --target_error both choose ranks: give only one")
     if args.target_error is not None:
         return rules(args.new_rank, args.new_conv_rank, args.target_error)
     rank = 4 if args.new_rank is None else args.new_rank
@@ -39,8 +39,8 @@ def resize(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read, or does not fit the model.
     """
     path, device, chosen = output_file(args.save_to), device_of(args.device), chosen_rules(args)
     base = BaseWeights.of(args.sd_model)

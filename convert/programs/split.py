@@ -1,4 +1,4 @@
-"""The command split: a DyLoRA into one LoRA for each rank."""
+"""The command split: split a DyLoRA into one LoRA for each rank."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -14,7 +14,7 @@ from lora_adapters.convert.tools.inputs import load
 
 
 def ranks_of(adapter: Adapter, asked: str | None) -> list[int]:
-    """The ranks to write: all that the adapter can be cut to, or those asked for."""
+    """The ranks to write: the requested ones, or all ranks to which the adapter can be truncated."""
     highest = max(pair.rank for pair in adapter.pairs().values())
     unit = (adapter.dylora or DyLora()).unit
     if highest % unit:
@@ -34,8 +34,8 @@ def split(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read or written.
     """
     path = output_file(args.save_to)
     adapter = load(args.model, skip_unknown=args.skip_unknown, base_model=args.base_model)
@@ -44,13 +44,13 @@ def split(args: Namespace) -> None:
     if args.unit is not None and args.unit < 1:
         raise UsageError(f"--unit must be at least 1, got {args.unit}")
     if dylora is None and args.unit is None:
-        raise AdapterError(f"{args.model} does not say that it is a DyLoRA: give its --unit, or --sort")
+        raise AdapterError(f"{args.model} is not marked as a DyLoRA: give its --unit, or --sort")
     if dylora is None:
-        dylora = DyLora(rank_scaling="rank")  # such a file can only be kohya's, cut as kohya's script does
+        dylora = DyLora(rank_scaling="rank")  # unmarked files are kohya's: use the scaling of kohya's script
     adapter = adapter.as_dylora(replace(dylora, unit=args.unit or dylora.unit))
     ranks = ranks_of(adapter, args.ranks)
     names = [f"{path.stem}-{rank:04d}{path.suffix}" for rank in ranks]
-    with all_or_none(path.parent) as folder:  # a rank that cannot be cut, or Ctrl-C, leaves no half of the set
+    with all_or_none(path.parent) as folder:  # after an error or Ctrl-C, no incomplete set of files is left
         for rank, name in progress(zip(ranks, names, strict=True), "splitting", len(ranks)):
             adapter.truncate(rank).save(folder / name)
     for name in names:

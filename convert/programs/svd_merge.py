@@ -1,4 +1,4 @@
-"""The command svd-merge: LoRAs into one of a given rank."""
+"""The command svd-merge: merge LoRAs into one of a given rank."""
 
 from argparse import Namespace
 
@@ -22,8 +22,8 @@ def svd_merge(args: Namespace) -> None:
         args: The options of the script's parser.
 
     Raises:
-        UsageError: Options that do not go together.
-        AdapterError: Files that cannot be read, or do not fit.
+        UsageError: The options contradict each other.
+        AdapterError: A file cannot be read, or does not fit the others.
     """
     path, device, how = output_file(args.save_to), device_of(args.device), combination_of(args)
     rank = 4 if args.new_rank is None and args.target_error is None else args.new_rank

@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there, under the rules of Linux, macOS and Windows.
+"""Atomic writing, replacing and deleting of files and folders on Linux, macOS and Windows.
 
-Windows lets nobody replace or delete a file that a program has open or mapped into memory, asks for a writable handle
-to flush a file, and may refuse links. All of that is handled here; other modules write, replace and delete through
-these functions. They raise OSError.
+Windows does not allow a file to be replaced or deleted while a program has it open or mapped into memory, needs a
+writable handle to flush a file, and may refuse links. This module handles all of that; other modules write, replace and
+delete files through its functions, which raise OSError.
 """
 
 import atexit
@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCKING = os.name == "nt"  # files that are open or mapped cannot be replaced or deleted
-_WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds; virus scanners and indexers hold new files for a moment
-_LONGEST_NAME = 255  # bytes on Linux; others count UTF-16 units, of which a name never has more
-_LONGEST_PATH = 259  # characters on Windows, unless its user allows longer ones
+_WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds between retries: virus scanners and indexers briefly open new files
+_LONGEST_NAME = 255  # bytes on Linux; other systems allow 255 UTF-16 units, which is never less
+_LONGEST_PATH = 259  # characters on Windows, unless long paths are enabled
 _leftovers: set[Path] = set()
 
 
 def aside(target: Path, ending: str) -> Path:
-    """A hidden, unused name beside `target`: `.<name>.<random>.<ending>`, the name cut where it would be too long."""
+    """A hidden, unused path beside `target`: `.<name>.<random>.<ending>`, with the name truncated if it is too long."""
     tail = f".{secrets.token_hex(4)}.{ending}"
     room = _LONGEST_NAME - len(tail) - 1
     if LOCKING:
@@ -37,11 +37,10 @@ def aside(target: Path, ending: str) -> Path:
 
 @contextmanager
 def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
-    """Write a file whole or not at all: under another name first, renamed to `target` when the block ends without an
-    error.
+    """Write a file atomically: to a temporary path, renamed to `target` when the block ends without an error.
 
-    The parent folder is created if it is missing. Until the rename an existing target stays unchanged; its permissions
-    are kept.
+    The parent folder is created if it is missing. An existing target stays unchanged until the rename, and its
+    permissions are kept.
 
     Args:
         target: The file to write or replace.
@@ -56,11 +55,11 @@ def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file in it", str(target))
+        raise IsADirectoryError(errno.EISDIR, "is a folder: give a file in it", str(target))
     partial = aside(target, "partial")
     try:
         partial.touch()
-        # As the umask or the old file has it; safetensors creates files that only the user can read.
+        # The mode of the old file or of the umask: safetensors creates files that only the user can read.
         mode = stat.S_IMODE((target if target.exists() else partial).stat().st_mode)
         yield partial
         if durable:
@@ -75,14 +74,13 @@ def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
 def replacing_folder(
     target: Path, keep: Callable[[Path], Iterable[str]] = lambda made: (), file_by_file: bool = False
 ) -> Iterator[Path]:
-    """Write a folder whole or not at all: under another name first, renamed to `target` when the block ends without an
-    error.
+    """Write a folder atomically: to a temporary path, renamed to `target` when the block ends without an error.
 
-    A process that is killed during the exchange leaves the old folder under `aside(target, "old")`.
+    If the process is killed during the exchange, the old folder is left under the name `aside(target, "old")`.
 
     Args:
         target: The folder to write or replace.
-        keep: Called with the filled folder; returns the names in the old folder that are moved to the new one.
+        keep: Called with the new folder; returns the names of the entries to move from the old folder to the new one.
         file_by_file: Replace the files one at a time if Windows refuses to rename the old folder because files in it
             are mapped.
 
@@ -90,7 +88,7 @@ def replacing_folder(
         A path in the same folder to create files in. It is deleted if the block raises.
 
     Raises:
-        OSError: The folder cannot be written or exchanged; the old one is then in its place.
+        OSError: The folder cannot be written or exchanged; the old folder is then kept.
     """
     partial, old, kept = aside(target, "partial"), aside(target, "old"), []
     try:
@@ -121,7 +119,7 @@ def replacing_folder(
 
 
 def _replace_files(target: Path, made: Path, kept: Iterable[str]) -> None:
-    """The files of `made` in place of those of `target`, one by one: a folder with mapped files cannot be renamed."""
+    """Replace the files of `target` by those of `made`, one by one: a folder with mapped files cannot be renamed."""
     new = {path.relative_to(made) for path in made.rglob("*")}
     for inner in sorted(new):
         if (made / inner).is_dir():
@@ -140,8 +138,8 @@ def _replace_files(target: Path, made: Path, kept: Iterable[str]) -> None:
 def move(source: Path, target: Path) -> None:
     """Rename a file, replacing `target`.
 
-    If Windows refuses because the old file is mapped, the old file is renamed to a hidden name, which Windows allows,
-    and deleted as soon as possible: now, when the next file is replaced, or at exit.
+    If Windows refuses because the old file is mapped, the old file is renamed to a hidden name, which Windows allows.
+    It is deleted as soon as possible: now, when the next file is replaced, or at exit.
 
     Args:
         source: The file to rename.
@@ -169,7 +167,7 @@ def move(source: Path, target: Path) -> None:
 
     _delete_leftovers()
     _patiently(attempt)
-    if LOCKING:  # also those of programs that were killed
+    if LOCKING:  # also delete files left by programs that were killed
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
             if old.is_file():
                 delete(old)
@@ -178,17 +176,17 @@ def move(source: Path, target: Path) -> None:
 def delete(file: Path) -> bool:
     """Delete a file if it exists.
 
-    A mapped file is renamed to a hidden name on Windows, and deletion is tried again later, at exit at the latest.
+    On Windows, a mapped file is renamed to a hidden name and deleted later, at exit at the latest.
 
     Args:
         file: The file.
 
     Returns:
-        Whether nothing is left under this name.
+        Whether no file with this name is left.
     """
     try:
         if LOCKING and file.exists():
-            file.chmod(stat.S_IWRITE | stat.S_IREAD)  # Windows keeps files that are read-only
+            file.chmod(stat.S_IWRITE | stat.S_IREAD)  # Windows does not delete read-only files
         file.unlink(missing_ok=True)
     except OSError:
         if not LOCKING:
@@ -206,7 +204,7 @@ def delete(file: Path) -> bool:
 
 
 def delete_folder(folder: Path) -> bool:
-    """Delete a folder with all that is in it, if there is one; False where something in it cannot be deleted now."""
+    """Delete a folder and its contents if it exists; False if something in it cannot be deleted now."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         for file in [path for path in folder.rglob("*") if not path.is_dir()]:
@@ -216,7 +214,7 @@ def delete_folder(folder: Path) -> bool:
 
 
 def remove(path: Path) -> bool:
-    """Delete a file or a folder, which a kill leaves under another name; False if it is in use."""
+    """Delete a file or a folder (which is renamed first, so that a kill leaves no partial one); False if in use."""
     if not path.is_dir():
         return delete(path)
     gone = aside(path, "partial")
@@ -229,14 +227,14 @@ def remove(path: Path) -> bool:
 
 
 def sync(file: Path) -> None:
-    """Bring a written file's contents to the disk, so that a rename after it cannot come first."""
-    with file.open("r+b") as opened:  # Windows flushes writable handles only
+    """Flush a written file to the disk, so that a later rename cannot reach the disk before the contents."""
+    with file.open("r+b") as opened:  # Windows only flushes writable handles
         os.fsync(opened.fileno())
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same contents under a second name: a hard link where the system has them and a link locks nothing."""
-    if not LOCKING:  # an open link locks the file under its other names too
+    """Make a hard link, or a copy if links are not supported or would lock the file."""
+    if not LOCKING:  # with locking, opening one link locks the file under all of its names
         try:
             os.link(source, target)
             return

@@ -1,4 +1,4 @@
-"""New tensors of a checkpoint: changed, in another dtype, with or without a scale."""
+"""Computing the new tensors of a checkpoint: changed, cast to another dtype, or requantised."""
 
 import math
 from collections.abc import Callable
@@ -12,54 +12,54 @@ from lora_adapters.convert.families.tensor_slice import TensorSlice
 
 from .scaled_weights import dequantised, requantised
 
-Change = Callable[[torch.Tensor], torch.Tensor]  # a module's weight -> the new one, same shape and dtype
+Change = Callable[[torch.Tensor], torch.Tensor]  # maps a module's weight to the new one, of the same shape and dtype
 
 
 class Requantised:
-    """A changed scaled weight. Its scale is known once the weight has been made."""
+    """A changed scaled weight. Its new scale is known once the weight has been computed."""
 
     def __init__(self, make: Callable[[], torch.Tensor], dtype: torch.dtype, scale: torch.Tensor, key: str) -> None:
         self._make, self._dtype, self._old, self._key = make, dtype, scale, key
         self._new: torch.Tensor | None = None
 
     def weight(self) -> torch.Tensor:
-        """The quantised weight; each call computes it again."""
+        """Compute the quantised weight, anew on each call."""
         number, self._new = requantised(self._make(), self._dtype, self._old, self._key)
         return number
 
     def scale(self) -> torch.Tensor:
-        """The scale of the weight that was computed last."""
+        """The scale of the last computed weight."""
         assert self._new is not None
         return self._new
 
 
 def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, *_: object, **__: object) -> torch.Tensor:
-    """The float32 values of a scaled weight, as a replacement for `tensor.to`; see `dequantised`."""
+    """The float32 values of a scaled weight; takes the arguments of `tensor.to`; see `dequantised`."""
     return dequantised(tensor, scale, key)
 
 
 def cast(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another dtype; AdapterError if a finite number would become infinite (or NaN, in float8)."""
+    """Cast a tensor to another dtype; AdapterError if a finite value would become infinite (or NaN, in float8)."""
     new = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and not finite(new) and bool((tensor.isfinite() & ~new.to(torch.float32).isfinite()).any()):
-        raise AdapterError(f"{key} has numbers that are too large for {dtype}; choose another precision")
+        raise AdapterError(f"{key} has values that are too large for {dtype}; choose another precision")
     return new
 
 
 def changed(
     read: Callable[..., torch.Tensor], changes: list[tuple[TensorSlice, Change, ModuleName]], dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
-    """A function that makes the new tensor of a checkpoint from the old one.
+    """Make a function that computes the new tensor of a checkpoint from the old one.
 
     Args:
         read: Returns a new tensor that may be modified; takes the same arguments as `tensor.to` (dtype, copy).
-        changes: At least one; for each, the rows or columns that it changes, the change, and the module for messages.
-        dtype: Of the new tensor. Changes are computed in float32, or in float64 if that is the dtype.
+        changes: At least one; for each, the slice that it changes, the change, and the module for error messages.
+        dtype: The dtype of the new tensor. Changes are computed in float32, or in float64 if that is the dtype.
 
     Returns:
         A function without arguments that returns the new tensor, in the shape of the old one. It raises AdapterError if
-        a number is NaN, infinite or too large for the dtype.
+        a value is NaN, infinite or too large for the dtype.
     """
     module = changes[0][2]
 
@@ -70,9 +70,9 @@ def changed(
             new = change(part)
             if place.swapped or new.data_ptr() != part.data_ptr():
                 place.put(value, new)
-        lowest, highest = (float(end) for end in value.aminmax())  # one pass; NaN comes through
+        lowest, highest = (float(end) for end in value.aminmax())  # a single pass, which also propagates NaN
         if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise AdapterError(f"{module}: the changed weight has NaN or infinite numbers")
+            raise AdapterError(f"{module}: the changed weight has NaN or infinite values")
         if max(-lowest, highest) > torch.finfo(dtype).max:
             raise AdapterError(f"{module}: the changed weight is too large for {dtype}; choose another precision")
         return value.to(dtype)

@@ -1,4 +1,4 @@
-"""Base models as files: one checkpoint, or a Diffusers folder; read by mapping, written by streaming."""
+"""Base models on disk: a single checkpoint file or a Diffusers folder, memory-mapped for reading, streamed to write."""
 
 import os
 import shutil
@@ -39,25 +39,26 @@ from .weights_writing import Planned, write
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """One file of a model: its tensors (mapped, not read), and where the modules' weights are among them.
+    """One file of a model, with memory-mapped tensors.
 
-    others: where the weights of normalisation layers are, and biases, named by `names.bias_of`.
+    `places` maps modules to the slices of tensors that are their weights; `others` does the same for normalisation
+    layers and for biases (named by `names.bias_of`). `shards` has the tensors of the other files of the same variant.
     """
 
     path: Path
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     metadata: Mapping[str, str]
     places: Mapping[ModuleName, TensorSlice] = field(repr=False)
-    shards: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False)  # the other files of its variant
+    shards: tuple[Mapping[str, torch.Tensor], ...] = field(default=(), repr=False)
     others: Mapping[ModuleName, TensorSlice] = field(default_factory=dict, repr=False)
 
     def slice_of(self, module: ModuleName) -> TensorSlice:
-        """Where a module's weight, or a bias, is."""
+        """The slice that is the weight of a module, or a bias."""
         return self.places[module] if module in self.places else self.others[module]
 
     @cached_property
     def neighbours(self) -> Neighbours:
-        """Scales and other tensors that change what weights mean."""
+        """The scales, and other tensors that change the meaning of weights."""
         own = neighbours(self.tensors)
         if not self.shards:
             return own
@@ -70,17 +71,17 @@ class WeightsFile:
         return frozenset(self.neighbours.scales.values())
 
     def is_changed_by(self, changes: Mapping[ModuleName, Change]) -> bool:
-        """Whether one of these changes applies to a tensor in it."""
+        """Whether one of these changes applies to a tensor in this file."""
         return any(module in self.places or module in self.others for module in changes)
 
     def check(self, module: ModuleName) -> None:
-        """AdapterError if a module's weight is quantised in a way that cannot be read."""
+        """Raise AdapterError if a module's weight is quantised in an unsupported way."""
         key = self.slice_of(module).key
         refuse(self.neighbours.foreign, [key], str(self.path))
         if not self.tensors[key].is_floating_point():
             raise AdapterError(
-                f"{self.path}: {key} is {self.tensors[key].dtype}: a quantised weight cannot be read or changed; take "
-                "the model in fp16 or bf16"
+                f"{self.path}: {key} is {self.tensors[key].dtype}: quantised weights are not supported; use the model "
+                "in fp16 or bf16"
             )
 
     def write(
@@ -96,25 +97,25 @@ class WeightsFile:
         Args:
             target: The file to write.
             changes: For each module to change, the function that computes the new weight.
-            dtype: Of all floating point tensors; None keeps the dtype of each.
-            metadata: Of the new file.
+            dtype: The dtype of all floating point tensors; None keeps the dtype of each.
+            metadata: The metadata of the new file.
             replaces: See `weights_writing.write`.
 
         Raises:
-            AdapterError: A weight to change cannot be read, or a number does not fit the dtype.
+            AdapterError: A weight to change is not supported, or a value is too large for the dtype.
         """
         metadata = metadata if dtype is None else without_scales(metadata)
         write(target, self.planned(changes, dtype), metadata, self.path.suffix != ".bin", replaces)
 
     def planned(self, changes: Mapping[ModuleName, Change], dtype: torch.dtype | None) -> dict[str, Planned]:
-        """Its tensors as `write` would write them, each made only when its turn comes."""
+        """The tensors that `write` would write, each computed on demand."""
         by_key: dict[str, list[tuple[TensorSlice, Change, ModuleName]]] = {}
         for module, place in (*self.places.items(), *self.others.items()):
             if module in changes:
                 self.check(module)
                 by_key.setdefault(place.key, []).append((place, changes[module], module))
         if dtype is not None:
-            refuse(self.neighbours.foreign, self.neighbours.foreign, f"{self.path}: no other precision")
+            refuse(self.neighbours.foreign, self.neighbours.foreign, f"{self.path} cannot be cast")
         planned: dict[str, Planned] = {}
         for key, stored in self.tensors.items():
             planned.update(self._planned(key, stored, by_key.get(key, []), dtype))
@@ -128,10 +129,10 @@ class WeightsFile:
         changes: list[tuple[TensorSlice, Change, ModuleName]],
         dtype: torch.dtype | None,
     ) -> dict[str, Planned]:
-        """What becomes of one tensor; of a scaled weight also of its scale, of a scale nothing."""
+        """Plan one tensor; a scaled weight is planned together with its scale, so that scales alone give nothing."""
         scales = self.neighbours.scales
         if key in self._scale_keys or (dtype is not None and key in self.neighbours.extras):
-            return {}  # with its weight, or no longer needed
+            return {}  # planned with its weight, or no longer needed
         to = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         shape = tuple(tensor.shape)
         if key not in scales:
@@ -155,23 +156,23 @@ class WeightsFile:
 
 
 class _Whole:
-    """Watches that a mapped file keeps its size: reading beyond its end would kill the process."""
+    """Checks that a mapped file is not truncated while it is read, which would kill the process."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.before = file, file.stat()
 
     def checked(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor that is made from the file; AdapterError if the file was cut short meanwhile."""
-        with suppress(OSError):  # renamed or removed: what is mapped stays
+        """Compute a tensor from the file; AdapterError if the file has been truncated."""
+        with suppress(OSError):  # the file was renamed or deleted: the mapping stays valid
             now = self.file.stat()
             if os.path.samestat(now, self.before) and now.st_size < self.before.st_size:
-                raise AdapterError(f"{self.file} was cut short while it was read")
+                raise AdapterError(f"{self.file} was truncated while it was read")
         return make()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk, and its family."""
+    """A base model on disk and its family."""
 
     path: Path
     family: ModelFamily
@@ -182,13 +183,13 @@ class Checkpoint:
         """Open a checkpoint file (.safetensors, .ckpt) or a Diffusers folder.
 
         Args:
-            source: The file or folder; `~` is the home folder.
+            source: The file or folder; `~` is expanded.
 
         Returns:
-            The checkpoint. Tensors are mapped into memory and read when they are used.
+            The checkpoint. Tensors are memory-mapped and read when they are used.
 
         Raises:
-            AdapterError: It is missing or damaged, or has no denoiser of a known family.
+            AdapterError: The source is missing or damaged, or has no denoiser of a known family.
         """
         path = Path(source).expanduser()
         if path.is_dir():
@@ -197,8 +198,8 @@ class Checkpoint:
         family = family_of_file(tensors)
         if family is None:
             raise AdapterError(
-                f"{path} is not a checkpoint of {titles('or')}: it has neither model.diffusion_model tensors nor those "
-                "of one of these transformers"
+                f"{path} is not a checkpoint of {titles('or')}: it has no tensors of a U-Net (model.diffusion_model) "
+                "or of one of these transformers"
             )
         places, others = slices_in_file(tensors, family), other_slices_in_file(tensors, family)
         return cls(path, family, (WeightsFile(path, tensors, metadata, places, others=others),))
@@ -229,7 +230,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        """The name of its family."""
+        """The name of the family."""
         return self.family.name
 
     @property
@@ -239,12 +240,12 @@ class Checkpoint:
 
     @property
     def modules(self) -> dict[ModuleName, WeightsFile]:
-        """All modules that an adapter can have here, with the file of each."""
+        """All modules that an adapter can change, with the file of each."""
         return {module: file for file in reversed(self.files) for module in file.places}
 
     @property
     def parameters(self) -> dict[ModuleName, WeightsFile]:
-        """As `modules`, with normalisation layers, and biases as `names.bias_of` names them."""
+        """`modules` plus normalisation layers and biases (named by `names.bias_of`)."""
         return {module: file for file in reversed(self.files) for module in (*file.places, *file.others)}
 
     def weight(self, module: ModuleName, file: WeightsFile | None = None) -> torch.Tensor:
@@ -254,7 +255,7 @@ class Checkpoint:
         return place.of(file.tensors[place.key])
 
     def check_absent(self) -> None:
-        """AdapterError where quantised weights are stored under other names, so that modules seem to be missing."""
+        """Raise AdapterError if modules seem to be missing because quantised weights have other names."""
         for file in self.files:
             foreign = file.neighbours.foreign
             refuse(foreign, (key for key in foreign if key not in file.tensors), str(file.path))
@@ -262,7 +263,7 @@ class Checkpoint:
     def read(self, module: ModuleName, file: WeightsFile) -> torch.Tensor:
         """The weight of a module, as stored, or dequantised to float32 if it has a scale.
 
-        The file is mapped for this tensor only, so that reading many tensors does not keep the whole file in memory.
+        The file is mapped for this tensor only. Otherwise, reading many tensors would keep the whole file in memory.
 
         Args:
             module: The module.
@@ -272,7 +273,7 @@ class Checkpoint:
             The weight, (out, in) or (out, in, height, width).
 
         Raises:
-            AdapterError: The weight is quantised in another way, or the file has changed since it was opened.
+            AdapterError: The weight is quantised in an unsupported way, or the file has changed since it was opened.
         """
         file.check(module)
         place = file.places[module]
@@ -289,7 +290,7 @@ class Checkpoint:
 
     @property
     def version(self) -> Version:
-        """The version of the family: by the width of the text encoder, and by the scheduler of a folder."""
+        """The version of the family, from the width of the text encoder and from the scheduler of a folder."""
         for version in self.family.versions:
             if version.mark and ModuleName(self.family.denoiser.name, version.mark) in self.modules:
                 return version
@@ -304,7 +305,7 @@ class Checkpoint:
 
     @property
     def base_version(self) -> str:
-        """kohya's ss_base_model_version, such as sd_v1, or sd_v2_v where the folder says so."""
+        """kohya's ss_base_model_version, such as sd_v1, or sd_v2_v if a folder's scheduler predicts v."""
         return self.version.value
 
     def write(
@@ -314,20 +315,20 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write the model with changed weights, whole or not at all: a file as a file, a folder as a folder.
+        """Write the model with changed weights, atomically: a file as a file, a folder as a folder.
 
         Args:
             target: The file or folder to write.
             changes: For each module to change, a function from its old weight (float32) to the new one, in the same
-                shape; it may work in place. The result has the old dtype, or `dtype`.
-            dtype: Of all floating point tensors; None keeps the dtype of each.
-            metadata: Entries to add to the metadata; None also removes those of the source.
+                shape; it may work in place. The result is cast to the old dtype, or to `dtype`.
+            dtype: The dtype of all floating point tensors; None keeps the dtype of each.
+            metadata: Entries to add to the metadata; None also removes the metadata of the source.
 
         Returns:
             The path that was written.
 
         Raises:
-            AdapterError: A changed weight cannot be read, or does not fit the dtype.
+            AdapterError: A weight to change is not supported, or a value is too large for the dtype.
         """
         target = Path(target).expanduser()
         if not self.is_folder:
@@ -346,7 +347,7 @@ class Checkpoint:
                     facts = dict(file.metadata) if metadata is None else {**file.metadata, **metadata}
                     file.write(copy, changes, dtype, facts, target.exists())
                     before = target / source.relative_to(self.path)
-                    if before.exists():  # who may read it stays as it was
+                    if before.exists():  # keep the permissions
                         copy.chmod(before.stat().st_mode)
                 else:
                     _copy(source, copy)
@@ -354,7 +355,7 @@ class Checkpoint:
 
 
 def _class_name(file: Path) -> str:
-    """The class that a component's config names; "" where it names none."""
+    """The class name in a component's config; "" if it has none."""
     try:
         config = json_value(read_text(file))
     except (OSError, ValueError):
@@ -365,7 +366,7 @@ def _class_name(file: Path) -> str:
 def _copy(source: Path, target: Path) -> None:
     try:
         source.open("rb").close()
-    except OSError as error:  # not to be taken for one of the target
+    except OSError as error:  # checked first, so that the message does not blame the target
         raise AdapterError(f"{source} cannot be read ({error.strerror or error})") from None
     shutil.copy2(source, target)
 
@@ -377,16 +378,13 @@ def _same_set(first: tuple[str, Path], second: tuple[str, Path]) -> bool:
 
 @contextmanager
 def _replacing_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to fill; takes its place when the block ends well, removed when it does not.
-
-    What is in the old one and no part of a model moves to the new one.
-    """
+    """Like `atomic.replacing_folder`, for a Diffusers folder; other files in the old one are kept."""
     if target.exists() and not target.is_dir():
-        raise AdapterError(f"{target} is a file: a Diffusers folder is written as a folder")
-    target = target.resolve()  # a link stays one
+        raise AdapterError(f"{target} is a file, but a Diffusers folder is to be written: give another name")
+    target = target.resolve()  # keep a link as a link
     there = target.is_dir() and any(target.iterdir())
     if there and not (target / INDEX).is_file() and not any(weights_of(target / name) for name in denoisers()):
-        raise AdapterError(f"{target} is a folder of something else: name a new one, or one of a Diffusers model")
+        raise AdapterError(f"{target} is not a Diffusers folder: give a new folder, or a Diffusers folder to replace")
 
     def kept(made: Path) -> list[str]:
         return [str(name) for name in other_entries(target) if not (made / name).exists()]

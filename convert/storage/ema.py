@@ -1,6 +1,6 @@
-"""Averaged weights (EMA) in checkpoints: a twin of each of the U-Net's tensors, `model_ema.` and its name without dots.
+"""Averaged weights (EMA) in checkpoints: a second copy of the U-Net, named `model_ema.<name without dots>`.
 
-Most programs read the other tensors, and those are what an adapter is merged into.
+Most programs use the tensors that are not averaged, which adapters are merged into by default.
 """
 
 from dataclasses import replace
@@ -17,17 +17,17 @@ _START, _MODEL = "model_ema.", "model."
 
 
 def ema_keys(checkpoint: Checkpoint) -> list[str]:
-    """The names of the averaged tensors in a checkpoint file."""
+    """The keys of the averaged tensors in a checkpoint file."""
     return [key for file in checkpoint.files for key in file.tensors if key.startswith(_START)]
 
 
 def has_twin(module: ModuleName) -> bool:
-    """Whether a module can have averaged weights: those of the denoiser can."""
+    """Whether a module can have averaged weights: only modules of the denoiser can."""
     return role_of(module.component) == "denoiser"
 
 
 def twin(module: ModuleName) -> ModuleName:
-    """What a module of the U-Net is called among the places of its averaged weights."""
+    """The name of the averaged copy of a module."""
     return module._replace(component="unet_ema")
 
 
@@ -36,17 +36,17 @@ def with_ema(checkpoint: Checkpoint, chosen: str) -> Checkpoint:
 
     Args:
         checkpoint: The checkpoint.
-        chosen: "keep" (nothing is changed), "drop" (without them), or "merge" (they become modules that changes apply
-            to).
+        chosen: "keep" (the checkpoint is returned unchanged), "drop" (without the averaged weights), or "merge" (the
+            averaged weights become modules, so that changes apply to them too).
 
     Returns:
         A checkpoint of the same path.
 
     Raises:
-        AdapterError: The choice is unknown, or there are no averaged weights to drop or merge.
+        AdapterError: The choice is unknown, or the checkpoint has no averaged weights to drop or merge.
     """
     if chosen not in EMA:
-        raise AdapterError(f"ema {chosen}: {', '.join(EMA)} are known")
+        raise AdapterError(f"unknown value {chosen} of ema: choose one of {', '.join(EMA)}")
     if chosen == "keep":
         return checkpoint
     if not ema_keys(checkpoint):

@@ -1,4 +1,4 @@
-"""Reading tensors from files without trusting them, and writing files that are whole or not there."""
+"""Safe reading of tensors from untrusted files, and atomic writing of files."""
 
 import re
 import secrets
@@ -23,7 +23,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 def check_regular(file: Path) -> None:
-    """AdapterError if there is no file, or it is a folder, a pipe or a device, whose reading may never end."""
+    """Raise AdapterError if the file is missing, a folder, or a pipe or device, which could block forever."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -33,7 +33,7 @@ def check_regular(file: Path) -> None:
     if stat.S_ISDIR(mode):
         raise AdapterError(f"{file} is a folder, not a file")
     if not stat.S_ISREG(mode):
-        raise AdapterError(f"{file} is a pipe or a device: name a regular file")
+        raise AdapterError(f"{file} is a pipe or a device: give a regular file")
 
 
 def read_text(file: Path) -> str:
@@ -46,12 +46,12 @@ def read_text(file: Path) -> str:
 
 
 def is_index(file: Path) -> bool:
-    """Whether it is the index of weights that are split into several files (`<name>.safetensors.index.json`)."""
+    """Whether the file is an index of weights that are split into several files (`<name>.safetensors.index.json`)."""
     return file.name.endswith(".index.json")
 
 
 def shards(index: Path) -> list[Path]:
-    """The files beside an index that it names; AdapterError if it is none, or names files elsewhere."""
+    """The files listed in an index; AdapterError if it is not an index, or lists files in other folders."""
     try:
         places = json_value(read_text(index))["weight_map"]
         names = sorted(set(places.values()))
@@ -59,21 +59,21 @@ def shards(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError):
         plain = False
     if not plain:
-        raise AdapterError(f"{index} is no index of weights: it needs a weight_map of names to files beside it")
+        raise AdapterError(f"{index} is not an index of weights: it needs a weight_map with files in the same folder")
     return [index.parent / name for name in names]
 
 
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read the tensors of a .safetensors file or a PyTorch pickle, memory-mapped.
 
-    The first bytes decide which of the two a file is, not its name. For an index (.index.json) all files that it lists
-    are read. Pickles are read without executing anything (`weights_only`).
+    The type of the file is recognised by its first bytes, not by its name. For an index (.index.json), all listed files
+    are read. Pickles are read without executing any code (`weights_only`).
 
     Args:
         file: The file.
 
     Returns:
-        The tensors by their names, and the metadata (empty for a pickle).
+        The tensors by name, and the metadata (empty for a pickle).
 
     Raises:
         AdapterError: The file is missing, truncated, contains anything but named tensors, or is a pickle named
@@ -84,45 +84,45 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         parts = [read_tensors(shard) for shard in shards(file)]
         joined = {name: tensor for tensors, _ in parts for name, tensor in tensors.items()}
         if len(joined) != sum(len(tensors) for tensors, _ in parts):
-            raise AdapterError(f"{file}: two of its files hold a tensor of the same name")
+            raise AdapterError(f"{file}: two of its files contain a tensor of the same name")
         return joined, {key: text for _, metadata in parts for key, text in metadata.items()}
     try:
         if is_safetensors(file):
             with safe_open(file, framework="pt") as opened:
-                names = opened.keys()  # not a dict: it has no iterator of its own
+                names = opened.keys()  # the file object itself is not iterable
                 return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise AdapterError(f"{file} is truncated or no safetensors file ({first_line(error)})") from None
+        raise AdapterError(f"{file} is truncated or not a safetensors file ({first_line(error)})") from None
     except OSError as error:
         raise AdapterError(f"{file} cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a type of number that this PyTorch has not, a name that is no text
-        raise AdapterError(f"{file} holds what cannot be read ({first_line(error)})") from None
+    except Exception as error:  # such as a dtype that this PyTorch does not have, or a name that is not text
+        raise AdapterError(f"{file} has contents that cannot be read ({first_line(error)})") from None
     if file.suffix.lower() == ".safetensors":
         if _is_pickle(file):
-            raise AdapterError(f"{file} is called .safetensors, but is a PyTorch pickle: give it the ending .ckpt")
-        raise AdapterError(f"{file} is truncated or no safetensors file")
+            raise AdapterError(f"{file} is a PyTorch pickle despite its name: rename it to .ckpt")
+        raise AdapterError(f"{file} is truncated or not a safetensors file")
     loaded = load_plain(file)
     if isinstance(loaded, dict):
         loaded = loaded.get("state_dict", loaded)
     if not isinstance(loaded, dict):
-        raise AdapterError(f"{file} holds {_described(loaded)}, no table of named tensors")
+        raise AdapterError(f"{file} contains {_described(loaded)}, not a dictionary of tensors")
     loaded = _tensors_of(loaded)
     for name, tensor in loaded.items():
         if not isinstance(tensor, torch.Tensor):
-            raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: take it out of the file")
+            raise AdapterError(f"{file}: {name!s:.80} is {_described(tensor)}, not a tensor: remove it from the file")
         if not isinstance(name, str) or not _is_plain(tensor):
-            raise AdapterError(f"{file}: {name!s:.80} is not a plain tensor under a name")
-    # Views that conjugate or negate what is stored have no bytes; both calls return other tensors unchanged.
+            raise AdapterError(f"{file}: {name!s:.80} is not a dense tensor with a text as its name")
+    # Materialise lazily conjugated or negated views; both calls return other tensors unchanged.
     return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}, {}
 
 
-_DEEPEST = 4  # tables in tables, of which the innermost has the tensors
+_DEEPEST = 4  # the maximum number of nested dictionaries around the tensors
 
 
 def _tensors_of(table: dict[Any, Any]) -> dict[Any, Any]:
-    """A pickle's tensors: of the one table of tensors in it, where it has none itself; alphas that are numbers too.
+    """The tensors of a pickle, which may be in a nested dictionary; alphas that are numbers become tensors.
 
-    Numbers, texts and None beside tensors, under names without a dot, are a training's notes (`epoch`): left out.
+    Numbers, strings and None under names without a dot, such as `epoch`, are notes of the training and are left out.
     """
     for _ in range(_DEEPEST):
         if any(isinstance(value, torch.Tensor | Array) for value in table.values()):
@@ -149,42 +149,42 @@ def _holds_tensors(table: dict[Any, Any]) -> bool:
 
 
 def _described(value: object) -> str:
-    """A value of a foreign file, in a few words."""
-    name = "a training program's object" if isinstance(value, Inert) else f"of the type {type(value).__name__}"
+    """Describe a value for an error message."""
+    name = "an object of a training program" if isinstance(value, Inert) else f"of the type {type(value).__name__}"
     return f"{name} ({value!s:.40})" if isinstance(value, int | float | str) else name
 
 
 def is_safetensors(file: Path) -> bool:
-    """Whether a file begins as a safetensors file does: the length of its header (8 bytes), and a brace."""
+    """Whether a file begins like a safetensors file: with the length of the header (8 bytes) and a brace."""
     with file.open("rb") as opened:
         start = opened.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
 
 
 def _is_pickle(file: Path) -> bool:
-    """Whether a file begins as torch.save's do: as a zip archive's, or before PyTorch 1.6 as a pickle of protocol 2."""
+    """Whether a file begins like one of torch.save: a zip archive, or, before PyTorch 1.6, a pickle of protocol 2."""
     with file.open("rb") as opened:
         return opened.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
 def load_plain(file: Path, mapped: bool = True) -> Any:
-    """Load a PyTorch pickle to the CPU without executing anything in it.
+    """Load a PyTorch pickle to the CPU without executing any code in it.
 
     Args:
         file: The file.
-        mapped: Map tensors into memory if the file allows it.
+        mapped: Memory-map the tensors if the file allows it.
 
     Returns:
-        The object in it: usually a dictionary.
+        The object in the file, usually a dictionary.
 
     Raises:
-        AdapterError: It cannot be read, or contains objects that are not plain data.
+        AdapterError: The file cannot be read, or contains objects that are not plain data.
     """
     check_regular(file)
     try:
         with file.open("rb") as opened:
             if opened.read(4) == b"GGUF":
-                raise AdapterError(f"{file} is a GGUF file, of quantised weights: take the model in fp16 or bf16")
+                raise AdapterError(f"{file} is a GGUF file with quantised weights: use the model in fp16 or bf16")
         with torch.serialization.safe_globals(STAND_INS):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and _can_be_mapped(file))
     except AdapterError:
@@ -195,35 +195,36 @@ def load_plain(file: Path, mapped: bool = True) -> Any:
         reason = first_line(error)
         if "weights_only" in str(error):
             strange = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it holds {strange[1] if strange else 'something'} that is no weights and might run code"
-            reason += "" if strange else "; files of torch.save and .safetensors are read"
+            reason = f"it contains {strange[1] if strange else 'an object'}, which is not data and could run code"
+            reason += "" if strange else "; supported are .safetensors and files of torch.save"
         raise AdapterError(f"{file} cannot be read as plain weights ({reason})") from None
 
 
-_MOST_UNPACKED = 256 << 20  # bytes that compressed members may have in any file; larger ones in a large file
-_MOST_TIMES = 8  # of the file's own size: weights never compress so well
+# Limits of the unpacked size of compressed members: the larger of 256 MiB and 8 times the size of the file.
+_MOST_UNPACKED = 256 << 20  # bytes
+_MOST_TIMES = 8  # weights never compress so well
 
 
 def _can_be_mapped(file: Path) -> bool:
-    """Whether a pickle's storages are the bytes of the file: in a zip archive (since PyTorch 1.6), not compressed.
+    """Whether a pickle can be memory-mapped: it must be an uncompressed zip archive (since PyTorch 1.6).
 
-    AdapterError for an archive with passwords, and for one that would unpack to far more than its size.
+    Raises AdapterError for an archive with a password, and for one that would unpack to far more than its size.
     """
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     if any(member.flag_bits & 1 for member in members):
-        raise AdapterError(f"{file} is an archive with a password")
+        raise AdapterError(f"{file} is an archive with a password, which is not supported")
     packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
     size = sum(member.file_size for member in packed)
     if size > max(_MOST_UNPACKED, _MOST_TIMES * file.stat().st_size):
-        raise AdapterError(f"{file} is compressed and would unpack to {size / 1e9:.1f} GB: no weights do that")
+        raise AdapterError(f"{file} would unpack to {size / 1e9:.1f} GB, far more than weights can: it is not read")
     return not packed
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is dense and holds as many numbers as it says; a few bytes may stand for terabytes (stride 0)."""
+    """Whether a tensor is dense and stores all of its values: with stride 0 a few bytes can pose as terabytes."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -231,14 +232,14 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
-    """As `atomic.replacing`; AdapterError if the folder cannot be written to or the disk is full."""
+    """Like `atomic.replacing`; AdapterError if the folder cannot be written to or the disk is full."""
     if target.exists() and not target.is_file() and not target.is_dir():
-        raise AdapterError(f"{target} is a pipe or a device: name a regular file")
+        raise AdapterError(f"{target} is a pipe or a device: give a regular file")
     try:
         with atomic.replacing(target, durable) as partial:
             yield partial
     except IsADirectoryError:
-        raise AdapterError(f"{target} is a folder: name a file in it") from None
+        raise AdapterError(f"{target} is a folder: give a file in it") from None
     except SafetensorError as error:
         raise AdapterError(f"{target} cannot be written ({error})") from None
     except OSError as error:
@@ -249,17 +250,17 @@ def replacing(target: Path, durable: bool = False) -> Iterator[Path]:
 def all_or_none(folder: Path) -> Iterator[Path]:
     """Write several files into a folder, all of them or none.
 
-    They replace files of the same name, in folders of the same name.
+    They replace existing files of the same name.
 
     Args:
         folder: The folder; created if it is missing.
 
     Yields:
-        An empty folder in `folder` to write to. Its files are moved to `folder` when the block ends without an error,
-        and deleted otherwise.
+        An empty temporary folder in `folder` to write to. Its files are moved to `folder` when the block ends without
+        an error, and deleted otherwise.
 
     Raises:
-        AdapterError: The folder cannot be written to, or has a folder under the name of a new file.
+        AdapterError: The folder cannot be written to, or contains a folder with the name of a new file.
     """
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     own = folder / f".{secrets.token_hex(4)}.partial"
@@ -272,7 +273,7 @@ def all_or_none(folder: Path) -> Iterator[Path]:
             if file.is_dir():
                 target.mkdir(exist_ok=True)
             elif target.is_dir():
-                raise AdapterError(f"{target} is a folder: a file of that name is to be written")
+                raise AdapterError(f"{target} is a folder, but a file of that name is to be written")
         for file in [file for file in own.rglob("*") if file.is_file()]:
             target = folder / file.relative_to(own)
             if target.exists():
@@ -283,14 +284,14 @@ def all_or_none(folder: Path) -> Iterator[Path]:
     finally:
         atomic.delete_folder(own)
         with suppress(OSError):
-            for part in made:  # folders that were made for nothing
+            for part in made:  # delete the folders that were created before the error
                 part.rmdir()
 
 
 def save_pickle(table: Any, file: Path) -> None:
-    """`torch.save`, with an OSError if the disk is full. The file is closed then, and can be deleted."""
+    """`torch.save`, with an OSError if the disk is full; the file is then closed, so that it can be deleted."""
     with file.open("wb") as opened:
         try:
             torch.save(table, opened)
-        except RuntimeError as error:  # its own way to report that
+        except RuntimeError as error:  # raised by torch.save if the disk is full
             raise OSError(f"the disk may be full: {first_line(error)}") from error

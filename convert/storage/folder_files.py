@@ -1,4 +1,4 @@
-"""What in a Diffusers folder is part of its pipeline: the components that it names, and the files that these need."""
+"""The files of a Diffusers folder that belong to its pipeline: those that its components need."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -12,7 +12,7 @@ from .files import read_text
 from .folder_weights import stem_of, variant, weights_of
 
 INDEX = "model_index.json"
-_USUAL = (  # where there is no index to name them
+_USUAL = (  # the components of a folder without an index
     *COMPONENTS, "vae", "tokenizer", "tokenizer_2", "scheduler", "feature_extractor", "safety_checker", "image_encoder",
 )  # fmt: skip
 _NEEDED = {
@@ -20,14 +20,14 @@ _NEEDED = {
     "processor_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
 }  # fmt: skip
-_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)[^/]*", re.IGNORECASE)  # a copy of the model has to carry them
+_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)[^/]*", re.IGNORECASE)  # must be included in a copy of the model
 _ANY_WEIGHTS = re.compile(
     r".+\.(safetensors|bin|ckpt|pt|pth|msgpack|onnx|onnx_data|pb|h5|xml|mlmodel|tflite)(\.index(\..+)?\.json)?"
 )
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """What the folder's model_index.json says; {} where there is none that can be read."""
+    """The contents of the folder's model_index.json; {} if it is missing or cannot be read."""
     try:
         index = json_value(read_text(folder / INDEX))
     except (OSError, ValueError):
@@ -36,7 +36,7 @@ def index_of(folder: Path) -> dict[str, Any]:
 
 
 def _components(folder: Path) -> dict[str, str | None]:
-    """The components of the pipeline, each with the module that its class is from."""
+    """The components of the pipeline and the Python module of each component's class."""
     index = index_of(folder)
     named = {
         name: value[0]
@@ -47,13 +47,13 @@ def _components(folder: Path) -> dict[str, str | None]:
 
 
 def pipeline_files(folder: Path) -> Iterator[Path]:
-    """The files that the pipeline of a Diffusers folder needs: its index, those of its components, its licence.
+    """The files that the pipeline of a Diffusers folder needs: its index, the files of its components, its licence.
 
-    Not included: other files in the folder or in that of a component, and weights that are not read (of other
-    frameworks, or .bin beside .safetensors of the same variant).
+    Other files in the folder and in the components' folders are not included, nor are weights that are not read (those
+    of other frameworks, or .bin files if the same variant exists as .safetensors).
 
     Args:
-        folder: The Diffusers folder; components may be links.
+        folder: The Diffusers folder; the components' folders may be links.
 
     Yields:
         Paths of files below `folder`.
@@ -63,7 +63,7 @@ def pipeline_files(folder: Path) -> Iterator[Path]:
         yield index
     yield from (file for file in folder.glob("*") if _LEGAL.fullmatch(file.name) and file.is_file())
     own = index_of(folder).get("_class_name")
-    if isinstance(own, list) and own:  # a pipeline with code of its own
+    if isinstance(own, list) and own:  # a pipeline with custom code
         yield from (file for file in folder.glob("*.py") if file.name == f"{own[0]}.py")
     for component, module in _components(folder).items():
         place = folder / component
@@ -91,7 +91,7 @@ def _is_index(file: Path, weights: Collection[Path]) -> bool:
 def other_entries(folder: Path) -> list[Path]:
     """Entries of a Diffusers folder that do not belong to the model: images, .git, checkpoints, notes.
 
-    All weights in the folder of a component belong to the model, even those that no pipeline would read.
+    All weights in the folder of a component belong to the model, even those that no pipeline reads.
 
     Args:
         folder: The folder; it need not exist.
@@ -108,7 +108,7 @@ def other_entries(folder: Path) -> list[Path]:
             continue
         if entry.name not in components:
             others.append(entry)
-        elif entry.is_dir() and not entry.is_symlink():  # what a link leads to is not the folder's
+        elif entry.is_dir() and not entry.is_symlink():  # the target of a link is outside of the folder
             others += [inner for inner in entry.iterdir() if inner.is_dir() or not _of_the_model(inner.name)]
     return [entry.relative_to(folder) for entry in others]
 

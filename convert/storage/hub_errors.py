@@ -1,7 +1,7 @@
-"""What `huggingface_hub` means, in one line: its errors run over many, with request numbers and addresses.
+"""Errors of `huggingface_hub` as messages of one line: the library's own messages have several, with URLs and ids.
 
-The versions before 1.0, which transformers 4 requires, use requests instead of httpx and have fewer errors; what
-differs is handled here.
+Versions before 1.0, which transformers 4 requires, use requests instead of httpx and have fewer error classes; both are
+handled here.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ _TRY_AGAIN = (408, 409, 412, 425, 429)  # timeouts, a concurrent commit, too man
 
 
 class HubError(AdapterError):
-    """The Hub refused, has not got what was asked for, or cannot be reached; `__cause__` is the library's own error."""
+    """The Hub refused a request, does not have the file, or cannot be reached; `__cause__` is the library's error."""
 
     @property
     def transient(self) -> bool:
-        """Whether the same may work a little later: no connection, a busy or broken server."""
+        """Whether a retry may succeed: there was no connection, or the server was busy or failed."""
         return any(_is_transient(error) for error in _chain(self.__cause__))
 
 
@@ -30,20 +30,20 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_missing_there(error: BaseException | None) -> bool:
-    """Whether the Hub answered that the repository has no such file."""
+    """Whether the Hub answered that the repository does not have the file."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
 def incomplete_snapshot(error: BaseException) -> Path | None:
-    """The cached folder of a repository that is there in part; None of any other error, and before version 1.0."""
+    """The folder of a partly cached repository; None for other errors, and for versions before 1.0."""
     path = getattr(error, "snapshot_path", None)
     return Path(path) if path is not None else None
 
 
 def _network_error() -> type[Exception]:
-    """The base of what goes wrong on the way to the Hub: httpx's HTTPError, or requests' RequestException."""
+    """The base class of network errors: httpx's HTTPError or requests' RequestException."""
     from huggingface_hub.errors import HTTPError
 
     return next((base for base in HTTPError.__mro__ if base.__name__ == "RequestException"), HTTPError)
@@ -56,7 +56,7 @@ def _status(error: BaseException) -> int | None:
 def _is_transient(error: BaseException) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    # That a file is not in the cache says nothing: its cause does. Before version 1.0 it is an HTTPError, too.
+    # A cache miss is not transient, but its cause may be. Before version 1.0 the miss is an HTTPError too.
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return False
     status = _status(error)
@@ -66,20 +66,20 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """What the server said, or the first line of the message."""
+    """The server's message, or the error's own, joined to one line."""
     said = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return " ".join(line.strip() for line in str(said).splitlines() if line.strip())[:300].rstrip(".")
 
 
 def meaning(error: BaseException, repo: str, revision: str | None = None, file: str | None = None) -> str:
-    """One line for an error of `huggingface_hub` about a repository."""
+    """Describe an error of `huggingface_hub` about a repository in one line."""
     from huggingface_hub import errors
 
     what = f"{repo}/{file}" if file else repo
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: ask for access on its page on the Hub, then {_LOG_IN} ({_line(error)})"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the Hub has no repository {repo}, or it is private and the token does not open it: {_LOG_IN}"
+        return f"the Hub has no repository {repo}, or it is private and the token has no access: {_LOG_IN}"
     if isinstance(error, errors.DisabledRepoError):
         return f"the Hub has disabled {repo}"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -87,7 +87,7 @@ def meaning(error: BaseException, repo: str, revision: str | None = None, file: 
     if is_missing_there(error):
         return f"{repo} has no file {file}" if file else f"{repo}: {_line(error)}"
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return f"{repo} needs a token and there is none: {_LOG_IN}"
+        return f"{repo} needs a token, but none is set: {_LOG_IN}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         below = error.__cause__
         if below is None or isinstance(below, errors.OfflineModeIsEnabled):
@@ -95,15 +95,13 @@ def meaning(error: BaseException, repo: str, revision: str | None = None, file: 
         why = meaning(below, repo, revision, file)
         return why if _status(below) == 404 else f"{what} is not in the local cache, and {why}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{repo} is out of reach in offline mode (HF_HUB_OFFLINE=1)"
-    if _status(error) == 404:  # without a word on what is missing, as mirrors and proxies answer
-        return (
-            f"the Hub was reached and has no {what}, or it is private and the token does not open it (404): {_LOG_IN}"
-        )
+        return f"{repo} cannot be reached in offline mode (HF_HUB_OFFLINE=1)"
+    if _status(error) == 404:  # mirrors and proxies do not say what is missing
+        return f"the Hub was reached and has no {what}, or it is private and the token has no access (404): {_LOG_IN}"
     if _status(error) == 401:
         return f"the Hub does not accept the token for {repo}, or needs one: {_LOG_IN} ({_line(error)})"
     if _status(error) == 403:
-        return f"the token may not do this to {repo} ({_line(error)})"
+        return f"the token does not permit this for {repo} ({_line(error)})"
     if _status(error) is None and isinstance(error, (_network_error(), ConnectionError, TimeoutError)):
         return f"the Hub cannot be reached for {repo} ({_line(error)})"
     if _status(error) is not None:
@@ -113,7 +111,7 @@ def meaning(error: BaseException, repo: str, revision: str | None = None, file: 
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None, file: str | None = None) -> Iterator[None]:
-    """Errors of `huggingface_hub` in the block become a HubError of one line."""
+    """Convert errors of `huggingface_hub` in the block to a HubError with a message of one line."""
     try:
         yield
     except AdapterError:

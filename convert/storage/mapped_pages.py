@@ -1,7 +1,7 @@
-"""The memory that mapped files take, given back while what they hold is copied.
+"""Releasing the memory of mapped files while their contents are copied.
 
-A page of a mapped file counts as memory of the process from its first use until the file is unmapped. To copy a whole
-file so takes twice its size, although a page that has been copied is not needed any more.
+A page of a mapped file counts as memory of the process from its first use until the file is unmapped. Copying a whole
+file would therefore take twice its size, although pages that have been copied are not needed any more.
 """
 
 import ctypes
@@ -14,19 +14,19 @@ import torch
 
 from lora_adapters.convert.deltas.base import Delta, tensor_fields
 
-_MAPS = Path("/proc/self/maps")  # of Linux alone, which alone drops pages at once
-_MOST = 4 << 20  # bytes that are used between two times of giving back
+_MAPS = Path("/proc/self/maps")  # exists on Linux only, the only system that releases pages at once
+_MOST = 4 << 20  # bytes to copy before the pages are released
 
 
 class MappedPages:
-    """The pages of mapped files that the tensors of an adapter lie in.
+    """The pages of mapped files that contain the tensors of an adapter.
 
-    The tensors stay as they are: what is used again is read from the file again. Their numbers must not have been
-    changed in place, since such changes are in the pages and not in the file. Where the system is not Linux, or the
-    tensors are not mapped, there are no pages, and nothing happens.
+    The tensors stay valid after a release: their values are read from the file again when needed. They must not have
+    been modified in place, since such changes are in the pages only and would be lost. On other systems than Linux, and
+    for tensors that are not mapped, this class does nothing.
 
     Args:
-        spans: Of each mapping the first address and the one after its last.
+        spans: The first address of each mapping and the address after its last one.
     """
 
     def __init__(self, spans: Iterable[tuple[int, int]] = ()):
@@ -34,10 +34,10 @@ class MappedPages:
 
     @classmethod
     def of(cls, path: Path, changes: Collection[Delta]) -> "MappedPages":
-        """The pages of changes that were read from a file or folder.
+        """Find the pages of changes that were read from a file or folder.
 
         Args:
-            path: The file, or the folder, which may have one for each component.
+            path: The file, or the folder, which may have subfolders for components.
             changes: The changes that were read.
 
         Returns:
@@ -46,28 +46,28 @@ class MappedPages:
         return cls(span for span in _mapped(path) if _holds(span, changes))
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in these pages."""
+        """Whether a tensor is in these pages."""
         return any(start <= tensor.data_ptr() < end for start, end in self._spans)
 
     def use(self, count: int) -> None:
-        """Count what was copied; after every 4 MiB of it, all pages are given back.
+        """Count copied bytes, and release all pages after every 4 MiB.
 
         Args:
-            count: The number of bytes.
+            count: The number of bytes that were copied.
         """
         self._used += count
         if self._used >= _MOST:
             self.give_back()
 
     def give_back(self) -> None:
-        """Give back all pages that are in memory at present."""
+        """Release all pages that are in memory."""
         self._used = 0
         for start, end in self._spans:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _mapped(path: Path) -> list[tuple[int, int]]:
-    """Where the file, or files of the folder, are mapped."""
+    """The address ranges in which the file, or the files of the folder, are mapped."""
     try:
         lines = _MAPS.read_bytes().splitlines()
     except OSError:
@@ -76,7 +76,7 @@ def _mapped(path: Path) -> list[tuple[int, int]]:
     names = {os.fsencode(os.path.realpath(file)) for file in files}
     found = []
     for line in lines:
-        # addresses, rights ("p": changes stay in this process), offset, device, inode, path
+        # addresses, permissions ("p": private, copy on write), offset, device, inode, path
         parts = line.split(maxsplit=5)
         if len(parts) == 6 and parts[5] in names and parts[1].endswith(b"p"):
             start, end = (int(address, 16) for address in parts[0].split(b"-"))
@@ -85,6 +85,6 @@ def _mapped(path: Path) -> list[tuple[int, int]]:
 
 
 def _holds(span: tuple[int, int], changes: Iterable[Delta]) -> bool:
-    """Whether a tensor of a change lies there."""
+    """Whether a tensor of one of the changes is in an address range."""
     tensors = (tensor for change in changes for tensor in tensor_fields(change).values())
     return any(span[0] <= tensor.untyped_storage().data_ptr() < span[1] for tensor in tensors)

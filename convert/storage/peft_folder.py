@@ -1,4 +1,4 @@
-"""The files of PEFT's folders: one folder, or one for each component, with a config and weights in it."""
+"""The files of a PEFT folder: a config and weights, in the folder itself or in a subfolder for each component."""
 
 from pathlib import Path
 
@@ -8,5 +8,5 @@ CONFIG, WEIGHTS, WEIGHTS_PICKLED = "adapter_config.json", "adapter_model.safeten
 
 
 def is_peft_folder(folder: Path) -> bool:
-    """Whether the folder, or one of its component folders, holds a PEFT adapter."""
+    """Whether the folder, or one of its components' subfolders, contains a PEFT adapter."""
     return any((folder / part / CONFIG).is_file() for part in ("", *COMPONENTS))

@@ -1,12 +1,12 @@
-"""Weights that other tensors scale: scaled fp8, which can be changed, and kinds that cannot.
+"""Weights with separate scale tensors: scaled fp8, which is supported, and other quantised weights, which are refused.
 
-A scaled weight is `weight * scale`, with one scale for the tensor or one for each row:
+The value of a scaled weight is `weight * scale`, with one scale for the tensor or one for each row:
 
     <module>.scale_weight, <module>.scale_input, scaled_fp8      ComfyUI, kohya
     <module>.weight_scale, <module>.input_scale, comfy_quant     ComfyUI since 2025, compressed-tensors
 
-bitsandbytes, quanto, GPTQ, block scales and the like put other tensors beside a weight. An adapter can only be added to
-the numbers that a weight stands for, so these are recognised and refused rather than changed as if they were plain.
+bitsandbytes, quanto, GPTQ, block scales and others store other tensors beside a weight. An adapter must be added to the
+dequantised values, so these weights are recognised and refused, rather than changed as if they were not quantised.
 """
 
 import re
@@ -18,14 +18,14 @@ import torch
 from lora_adapters.convert.errors import AdapterError
 from lora_adapters.convert.parsing import json_value
 
-MARKER = "scaled_fp8"  # an empty tensor: the file has scaled weights
+MARKER = "scaled_fp8"  # an empty tensor, which marks files with scaled weights
 METADATA_KEY = "_quantization_metadata"
 _SCALES = ("scale_weight", "weight_scale")
-_ACTIVATIONS = ("scale_input", "input_scale", "scale_output", "output_scale")  # of the layer's input, not its weight
+_ACTIVATIONS = ("scale_input", "input_scale", "scale_output", "output_scale")  # scales of activations, not of weights
 _RECIPE = "comfy_quant"
-_WORTH_IT = 0.8  # of the squared error: a new scale that gains less is not taken
+_WORTH_IT = 0.8  # a new scale is used only if it reduces the squared error at least to this share
 _ANY, _INTEGER = "rescaled", "quantised integer"
-_VAGUE = (_ANY, _INTEGER)  # another neighbour may tell more
+_VAGUE = (_ANY, _INTEGER)  # replaced if another neighbour identifies the kind more precisely
 _KINDS = (
     (r"absmax|quant_map|quant_state", "bitsandbytes 4-bit"),
     (r"SCB|weight_format|\bCB\b", "bitsandbytes 8-bit"),
@@ -38,10 +38,12 @@ _KINDS = (
 
 
 class Neighbours(NamedTuple):
-    """The tensors beside weights that change their meaning.
+    """The tensors beside weights that change the weights' meaning.
 
-    scales: the key of each scaled weight -> the key of its scale; extras: keys that belong to scaled weights only;
-    foreign: the key of a weight that is not what its numbers say -> the key of the neighbour, and its kind.
+    Attributes:
+        scales: The key of the scale of each scaled weight, by the weight's key.
+        extras: Keys of other tensors that are needed only with scaled weights.
+        foreign: By the key of each unsupported quantised weight, the key of the neighbour that shows it, and the kind.
     """
 
     scales: dict[str, str]
@@ -50,7 +52,7 @@ class Neighbours(NamedTuple):
 
 
 def neighbours(tensors: Mapping[str, torch.Tensor]) -> Neighbours:
-    """Find the tensors that change the meaning of others."""
+    """Find the tensors that change the meaning of weights."""
     scales: dict[str, str] = {}
     extras: set[str] = set()
     foreign: dict[str, tuple[str, str]] = {}
@@ -75,7 +77,7 @@ def neighbours(tensors: Mapping[str, torch.Tensor]) -> Neighbours:
 
 
 def _owner(key: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str | None, str]:
-    """The weight that a tensor may belong to, and the tensor's name beside it; None for weights and biases."""
+    """The key of the weight that a tensor may belong to (None for weights and biases), and the tensor's own name."""
     if match := re.fullmatch(r"(.+\.(?:\w+_)?weight)\.(.+)", key):  # to_q.weight.absmax
         return match[1], f"weight.{match[2]}"
     parent, _, name = key.rpartition(".")
@@ -92,17 +94,17 @@ def _owner(key: str, tensors: Mapping[str, torch.Tensor]) -> tuple[str | None, s
 
 
 def _kind(name: str, weight: torch.Tensor | None) -> str | None:
-    """The kind of quantisation that a neighbour's name tells, None if it tells none."""
+    """The kind of quantisation indicated by the name of a neighbour; None if it indicates none."""
     kind = next((label for pattern, label in _KINDS if re.search(pattern, name)), None)
     if kind != _ANY:
         return kind
-    if weight is None:  # nothing but a name with such a word in it, as CLIP's logit_scale
+    if weight is None:  # another parameter whose name happens to match, such as CLIP's logit_scale
         return None
     return kind if weight.is_floating_point() else _INTEGER
 
 
 def _recipe(tensor: torch.Tensor) -> str:
-    """The format that a `comfy_quant` tensor names: JSON as bytes."""
+    """The format in a `comfy_quant` tensor, which contains JSON as bytes."""
     try:
         table = json_value(bytes(tensor.flatten().tolist()).decode())
         return str(table["format"])
@@ -111,33 +113,33 @@ def _recipe(tensor: torch.Tensor) -> str:
 
 
 def aligned(scale: torch.Tensor, weight: torch.Tensor, key: str) -> torch.Tensor:
-    """A scale in a shape that broadcasts to the weight.
+    """Reshape a scale so that it broadcasts to the weight.
 
     Args:
-        scale: One number, or one for each row; any dtype.
+        scale: One value, or one for each row; any dtype.
         weight: (out, ...), the quantised weight.
-        key: The name of the scale, for messages.
+        key: The name of the scale, for error messages.
 
     Returns:
         The scale in float32, of shape () or (out, 1, ...).
 
     Raises:
-        AdapterError: The scale has another shape (one for each block or column), or NaN or infinite numbers.
+        AdapterError: The scale has another shape (one for each block or column), or NaN or infinite values.
     """
     rows = len(weight) if weight.ndim else 1
     if scale.numel() != 1 and not (scale.ndim and len(scale) == scale.numel() == rows):
         raise AdapterError(
             f"{key} is a scale of {list(scale.shape)} for a weight of {list(weight.shape)}: scales of blocks or columns"
-            " cannot be read; take the model in fp16 or bf16"
+            " are not supported; use the model in fp16 or bf16"
         )
     wide = scale.to(torch.float32)
     if not bool(wide.isfinite().all()):
-        raise AdapterError(f"{key} has NaN or infinite numbers")
+        raise AdapterError(f"{key} has NaN or infinite values")
     return wide.reshape(()) if scale.numel() == 1 else wide.reshape(rows, *(1 for _ in weight.shape[1:]))
 
 
 def dequantised(weight: torch.Tensor, scale: torch.Tensor, key: str) -> torch.Tensor:
-    """The numbers that a scaled weight stands for, float32; key is the scale's, for errors."""
+    """The values of a scaled weight in float32; `key` is the scale's, for error messages."""
     return weight.to(torch.float32, copy=True).mul_(aligned(scale, weight, key))
 
 
@@ -146,20 +148,20 @@ def requantised(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise a changed weight.
 
-    The new scale is the old one, or the one that maps the largest number to the end of the range of `dtype` if that is
-    much more precise, as after an overflow. Scales of rows are chosen for each row.
+    The old scale is kept unless one that maps the largest value to the maximum of `dtype` is much more precise, as
+    after an overflow. With one scale for each row, this is decided for each row.
 
     Args:
         value: (out, ...), the weight in float32.
         dtype: The float8 dtype to quantise to.
-        scale: The old scale: () or one number, or one for each row.
-        key: The name of the scale, for messages.
+        scale: The old scale: one value, or one for each row.
+        key: The name of the scale, for error messages.
 
     Returns:
         The quantised weight, and its scale in the dtype and shape of the old scale.
 
     Raises:
-        AdapterError: The old scale cannot be read; see `aligned`.
+        AdapterError: The old scale is not supported; see `aligned`.
     """
     most = torch.finfo(dtype).max
     old = aligned(scale, value, key)
@@ -176,22 +178,22 @@ def requantised(
             continue
         better = lost < _WORTH_IT * least
         chosen = torch.where(better, candidate, chosen)
-        best = torch.where(better, number.view(torch.uint8), best.view(torch.uint8)).view(dtype)  # no `where` of float8
+        best = torch.where(better, number.view(torch.uint8), best.view(torch.uint8)).view(dtype)  # no float8 `where`
     assert best is not None
     return best, chosen.to(scale.dtype).reshape(scale.shape)
 
 
 def without_scales(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of a file whose scaled weights became plain ones."""
+    """The metadata for a file whose scaled weights were dequantised."""
     return {key: value for key, value in metadata.items() if key != METADATA_KEY}
 
 
 def refuse(foreign: Mapping[str, tuple[str, str]], keys: Iterable[str], where: str) -> None:
-    """AdapterError if one of the weights is not what its numbers say."""
+    """Raise AdapterError if one of the weights is quantised in an unsupported way."""
     for key in keys:
         if key in foreign:
             neighbour, kind = foreign[key]
             raise AdapterError(
-                f"{where}: {key} is a {kind} weight (see {neighbour}), which cannot be read or changed: take the model "
-                "in fp16 or bf16"
+                f"{where}: {key} is a {kind} weight (see {neighbour}), which is not supported: use the model in fp16 "
+                "or bf16"
             )

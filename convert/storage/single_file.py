@@ -1,4 +1,4 @@
-"""A Diffusers folder written as one checkpoint file in the original layout, which A1111 and ComfyUI open."""
+"""Writing a Diffusers folder as one checkpoint file in the original layout, which A1111 and ComfyUI can open."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -31,13 +31,13 @@ from .weights_writing import Planned, write
 
 ENDINGS = (".safetensors", ".ckpt")
 Shapes = Mapping[str, tuple[int, ...]]
-Naming = Callable[[Shapes], dict[str, Origin]]  # a component's tensors -> original names
-_OPEN_CLIP_WIDTH = 1024  # of the one in SD2.x; CLIP's has 768
-_UNSUPPORTED = ("image_encoder", "image_normalizer")  # weights that images depend on, without a place in the layout
+Naming = Callable[[Shapes], dict[str, Origin]]  # maps a component's tensors to their original names
+_OPEN_CLIP_WIDTH = 1024  # the width of SD2.x's text encoder; that of CLIP is 768
+_UNSUPPORTED = ("image_encoder", "image_normalizer")  # components that images depend on but the layout does not include
 
 
 def is_single_file(target: str | Path) -> bool:
-    """Whether a model's target is named as one weights file."""
+    """Whether the path to write a model to is that of a single weights file."""
     return Path(target).suffix.lower() in (*ENDINGS, ".pt", ".pth", ".bin")
 
 
@@ -48,15 +48,16 @@ def write_single_file(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a Diffusers folder as one file, with changed weights; whole or not at all.
+    """Write a Diffusers folder as one file, with changed weights, atomically.
 
-    The file has the U-Net, the VAE and the text encoders. Tokenizers, scheduler and safety checker have no place in it.
+    The file contains the denoiser, the VAE and the text encoders. The layout does not include tokenizers, the scheduler
+    and the safety checker.
 
     Args:
         checkpoint: An opened Diffusers folder.
         target: The file, .safetensors or .ckpt.
         changes: For each module to change, a function from its old weight to the new one; see `Checkpoint.write`.
-        dtype: Of all floating point tensors; None keeps the dtype of each.
+        dtype: The dtype of all floating point tensors; None keeps the dtype of each.
         metadata: Entries for the header of a .safetensors file.
 
     Returns:
@@ -67,16 +68,16 @@ def write_single_file(
     """
     target = Path(target).expanduser()
     if target.suffix not in ENDINGS:
-        raise AdapterError(f"{target}: a checkpoint in the original layout ends in {' or '.join(ENDINGS)}")
+        raise AdapterError(f"{target}: a checkpoint in the original layout must end in {' or '.join(ENDINGS)}")
     if not _is_known(checkpoint):
         raise AdapterError(
-            f"{checkpoint.path} is a folder of {checkpoint.family.title}, which is written as a folder only: give "
-            "--save_to the name of one"
+            f"{checkpoint.path} is a folder of {checkpoint.family.title}, which can only be written as a folder: give "
+            "--save_to the name of a folder"
         )
     extra = [name for name in _UNSUPPORTED if weights_of(checkpoint.path / name)]
     if extra:
         raise AdapterError(
-            f"{checkpoint.path} has {extra[0]}, which a file in the original layout cannot hold: "
+            f"{checkpoint.path} has {extra[0]}, which a file in the original layout cannot contain: "
             "give --save_to the name of a folder"
         )
     planned: dict[str, Planned] = {}
@@ -97,7 +98,7 @@ def write_single_file(
 
 
 def _components(checkpoint: Checkpoint) -> list[tuple[str, Naming]]:
-    """Each component that goes into the file, with what names its tensors."""
+    """The components of the file, each with the function that names its tensors."""
     denoiser = checkpoint.family.denoiser
     layout = denoiser.layout
     transformer = isinstance(layout, Transformer)
@@ -106,7 +107,7 @@ def _components(checkpoint: Checkpoint) -> list[tuple[str, Naming]]:
     listed: list[tuple[str, Naming]] = [(denoiser.name, naming), ("vae", vae)]
     for part in checkpoint.family.components:
         if transformer and part.role == "text_encoder":
-            if (checkpoint.path / part.name).is_dir():  # SD3 does without T5
+            if (checkpoint.path / part.name).is_dir():  # T5 is optional in SD3
                 listed.append((part.name, partial(_comfy_origins, prefix=part.others[0])))
         elif isinstance(part.layout, TextEncoder):
             listed.append((part.name, _text_naming(checkpoint, part.name, part.layout)))
@@ -114,7 +115,7 @@ def _components(checkpoint: Checkpoint) -> list[tuple[str, Naming]]:
 
 
 def _is_known(checkpoint: Checkpoint) -> bool:
-    """Whether the original layout has names for all of the model's tensors."""
+    """Whether the original layout's names of all tensors are known."""
     layout = checkpoint.family.denoiser.layout
     return isinstance(layout, UNet) or (isinstance(layout, Transformer) and any(stack.norms for stack in layout.stacks))
 
@@ -124,7 +125,7 @@ def _transformer_origins(layout: Transformer, shapes: Shapes) -> dict[str, Origi
 
 
 def _comfy_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
-    """A text encoder's tensors as ComfyUI's files have them: CLIP's with `text_model.`, T5's as they are."""
+    """ComfyUI's names of a text encoder's tensors: CLIP's with `text_model.`, T5's unchanged."""
     clip = any(".self_attn." in key for key in keys)
     bare = ("text_model.", "text_projection.")
     levels = {key: "text_model." if clip and not key.startswith(bare) else "" for key in keys}
@@ -136,32 +137,32 @@ def _vae_origins(keys: Collection[str], prefix: str) -> dict[str, Origin]:
 
 
 def _text_naming(checkpoint: Checkpoint, component: str, layout: TextEncoder) -> Naming:
-    """What names a text encoder's tensors, in the code that its weights are for where the family has both."""
+    """The function that names a text encoder's tensors, as in CLIP or in open_clip."""
     if layout.open_clip and (not layout.clip or _is_open_clip(checkpoint, component)):
         return partial(open_clip_origins, prefix=layout.open_clip[0])
     return partial(clip_origins, prefix=layout.clip[0])
 
 
 def _main_files(checkpoint: Checkpoint, component: str) -> list[WeightsFile]:
-    """The weights files of a component in its main variant, or in the only one that there is."""
+    """The weights files of a component in its main variant, or in its only variant."""
     files = [file for file in checkpoint.files if file.path.parent.name == component]
     if component == "vae":
         files = [WeightsFile(path, *read_tensors(path), {}) for path in weights_of(checkpoint.path / "vae")]
     if not files:
         raise AdapterError(
-            f"{checkpoint.path} has no {component} with weights: one file holds the U-Net, the VAE and the text "
-            "encoders; give --save_to the name of a folder"
+            f"{checkpoint.path} has no {component} with weights, but a single file needs the U-Net, the VAE and the "
+            "text encoders: give --save_to the name of a folder"
         )
     variants = sorted({variant(file.path) for file in files})
     if len(variants) > 1 and variants[0] != "":
         raise AdapterError(
-            f"{checkpoint.path / component} has several variants and no main one: {', '.join(variants)}; leave one"
+            f"{checkpoint.path / component} has several variants and no main one ({', '.join(variants)}): keep only one"
         )
     return [file for file in files if variant(file.path) == variants[0]]
 
 
 def _is_open_clip(checkpoint: Checkpoint, component: str) -> bool:
-    """Whether a text encoder is open_clip's, as in SD2.x: it has another activation, so the layout says which."""
+    """Whether a text encoder is open_clip's, as in SD2.x; its activation function and layout differ from CLIP's."""
     config = _config(checkpoint.path / component / "config.json")
     if "hidden_act" in config:
         return config["hidden_act"] == "gelu"
@@ -170,7 +171,7 @@ def _is_open_clip(checkpoint: Checkpoint, component: str) -> bool:
 
 
 def _prediction_marks(checkpoint: Checkpoint) -> dict[str, Planned]:
-    """Empty tensors by which A1111 and ComfyUI know an SDXL model that predicts v, and one of zero terminal SNR."""
+    """Empty tensors that tell A1111 and ComfyUI that an SDXL model predicts v, and that it has zero terminal SNR."""
     scheduler = _config(checkpoint.path / "scheduler" / "scheduler_config.json")
     if not checkpoint.family.marks_v_prediction or scheduler.get("prediction_type") != "v_prediction":
         return {}
@@ -187,7 +188,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _combined(name: str, parts: Sequence[Planned], form: str) -> Planned:
-    """The original tensor of those in a folder, made when its turn comes."""
+    """Plan a tensor of the original layout that consists of one or several tensors of the folder."""
     first = parts[0]
     if form == "same" or (form == "conv" and len(first.shape) != 2):
         return first

@@ -1,4 +1,4 @@
-"""Where an adapter is: a file, a folder, or a repository on the Hub."""
+"""Locating an adapter: a file, a folder, or a repository on the Hub."""
 
 import filecmp
 import re
@@ -18,16 +18,16 @@ _ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 class SeveralFilesError(AdapterError):
-    """A folder or repository in which one file has to be named."""
+    """A folder or repository contains several adapters, so that a file name is needed."""
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether it is written as owner/name of a repository, and not as a weights file."""
+    """Whether a name looks like a repository (owner/name) and not like a weights file."""
     return _REPO_ID.fullmatch(name) is not None and not name.lower().endswith(_ENDINGS)
 
 
 def _choose(names: list[str], place: str) -> str:
-    """The one weights file among the names, or the one that diffusers would take."""
+    """Choose the only weights file among the names, or the one that diffusers would choose."""
     index = next((name for name in sorted(names) if name.endswith(".index.json")), None)
     names = [name for name in names if name.lower().endswith(".safetensors")] or [
         name for name in names if name.lower().endswith(_ENDINGS)
@@ -39,19 +39,19 @@ def _choose(names: list[str], place: str) -> str:
     if index is not None and len(names) > 1:
         return index
     if not names:
-        raise AdapterError(f"{place} holds no adapter (no {', '.join(_ENDINGS)} file and no {peft_folder.CONFIG})")
+        raise AdapterError(f"{place} contains no adapter (no {', '.join(_ENDINGS)} file and no {peft_folder.CONFIG})")
     shown = [f"{name:.48}" for name in sorted(names)[:4]] + (["..."] if len(names) > 4 else [])
-    raise SeveralFilesError(f"{place} holds {len(names)} weights files, name one with weight_name: {', '.join(shown)}")
+    raise SeveralFilesError(f"{place} has {len(names)} weights files, choose one with weight_name: {', '.join(shown)}")
 
 
 def locate(source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:
-    """The local path of an adapter; a repository is downloaded to the Hub's cache.
+    """Find the local path of an adapter; a repository is downloaded to the Hub's cache.
 
     Args:
         source: A file, a folder, or owner/name of a repository.
-        weight_name: The file in the folder or repository. None chooses it: the name that diffusers looks for, a PEFT
+        weight_name: The file in the folder or repository. If None, it is the file with diffusers' default name, a PEFT
             folder, or the only weights file.
-        subfolder: The folder in the folder or repository.
+        subfolder: A subfolder of the folder or repository.
         **hub: Options of `huggingface_hub.hf_hub_download` (token, revision, cache_dir, local_files_only, endpoint,
             ...).
 
@@ -59,7 +59,7 @@ def locate(source: str | Path, weight_name: str | None = None, subfolder: str | 
         The path of a file or a PEFT folder.
 
     Raises:
-        AdapterError: There is no such source, no adapter in it, or several to choose from.
+        AdapterError: The source does not exist, contains no adapter, or contains several.
         HubError: The repository cannot be downloaded: missing, private, gated, no such revision, offline. It is an
             AdapterError whose cause is the error of huggingface_hub.
     """
@@ -67,12 +67,12 @@ def locate(source: str | Path, weight_name: str | None = None, subfolder: str | 
     if path.exists():
         return _in_folder(path / (subfolder or ""), weight_name)
     if not is_repo_id(str(source)):
-        raise AdapterError(f"{source} does not exist (no such file or folder, and no owner/name of a repository)")
+        raise AdapterError(f"{source} does not exist (it is not a file, a folder, or the owner/name of a repository)")
     return _in_repository(str(source), weight_name, subfolder, {key: hub[key] for key in hub if hub[key] is not None})
 
 
 def _in_folder(path: Path, weight_name: str | None) -> Path:
-    """The file, or the folder itself where it is PEFT's and has no file of the name that diffusers picks."""
+    """Find the adapter in a folder: the file, or the folder itself if it is PEFT's without a file for diffusers."""
     if not path.is_dir():
         return path
     if weight_name is not None:
@@ -90,7 +90,7 @@ def _in_folder(path: Path, weight_name: str | None) -> Path:
         weights = sorted(name for name in files if name.lower().endswith(_ENDINGS))
         if not all(filecmp.cmp(path / weights[0], path / name, shallow=False) for name in weights[1:]):
             raise error from None
-        return path / weights[0]  # one adapter under several names
+        return path / weights[0]  # all files have the same contents
 
 
 def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, options: dict[str, Any]) -> Path:
@@ -107,7 +107,7 @@ def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, op
     try:
         return download(DIFFUSERS_NAME)
     except HubError as error:
-        if isinstance(error.__cause__, LocalEntryNotFoundError):  # offline: what is in the cache may do
+        if isinstance(error.__cause__, LocalEntryNotFoundError):  # offline: try files in the cache
             return _cached(repo, subfolder, options, error)
         if not is_missing_there(error.__cause__):
             raise
@@ -115,7 +115,7 @@ def _in_repository(repo: str, weight_name: str | None, subfolder: str | None, op
 
 
 def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download: Any) -> Path:
-    """What the repository holds where it has no file of diffusers' name: PEFT's folders, or the one file there is."""
+    """Download an adapter that does not have diffusers' default name: a PEFT folder or the only weights file."""
     from huggingface_hub import HfApi, snapshot_download
 
     start = f"{subfolder}/" if subfolder else ""
@@ -140,7 +140,7 @@ def _listed(repo: str, subfolder: str | None, options: dict[str, Any], download:
 
 
 def _cached(repo: str, subfolder: str | None, options: dict[str, Any], error: HubError) -> Path:
-    """An adapter of the repository that was downloaded before; else the error that says why it cannot be now."""
+    """An adapter of the repository in the cache; if it is not there, the error of the failed download is raised."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -148,7 +148,7 @@ def _cached(repo: str, subfolder: str | None, options: dict[str, Any], error: Hu
     try:
         folder = Path(snapshot_download(repo, local_files_only=True, **local))
     except LocalEntryNotFoundError as nothing:
-        incomplete = incomplete_snapshot(nothing)  # files that are no part of the adapter were never fetched
+        incomplete = incomplete_snapshot(nothing)  # only the adapter's files were downloaded
         if incomplete is None:
             raise error from error.__cause__
         folder = incomplete

@@ -1,8 +1,8 @@
-"""What stands in for foreign objects in pickles, so that weights beside them are read and no code of theirs is run.
+"""Replacements for foreign classes in pickles, so that weights can be read without executing foreign code.
 
-A pickle names classes and functions, and what to call these with. PyTorch calls the harmless ones of its own alone;
-here are others that weights come with: numpy's numbers and arrays, which become plain numbers and tensors, and the
-notes of training programs, which become nothing.
+A pickle contains names of classes and functions to call. PyTorch's safe reader only allows harmless ones of PyTorch
+itself. This module replaces others that occur in files with weights: numpy's scalars and arrays become plain numbers
+and tensors, and objects of training programs become empty objects.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _DTYPES = {
 
 
 class Inert:
-    """An object of a training program, without what it held."""
+    """An object of a training program, without its contents."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -32,7 +32,7 @@ class Inert:
 
 
 class Array(Inert):
-    """A numpy array. `value` is its tensor, or None for a dtype that PyTorch has not."""
+    """A numpy array. `value` is its tensor, or None for a dtype that PyTorch does not have."""
 
     value: torch.Tensor | None = None
 
@@ -43,12 +43,12 @@ class Array(Inert):
             if values is not None:
                 sizes = tuple(shape)
                 self.value = values.reshape(sizes[::-1]).T if is_fortran and len(sizes) == 2 else values.reshape(sizes)
-        except (TypeError, ValueError, RuntimeError):  # a state of another version, or one that was made up
+        except (TypeError, ValueError, RuntimeError):  # the state is from another version, or invalid
             self.value = None
 
 
 class _DType(Inert):
-    """A numpy dtype: its name, such as "f4", for numbers in the order of bytes that all usual machines have."""
+    """A numpy dtype: `name` is its name, such as "f4", or "" for big-endian values."""
 
     def __init__(self, name: object = "", *_: object) -> None:
         self.name = str(name)
@@ -59,7 +59,7 @@ class _DType(Inert):
 
 
 def _values(dtype: object, data: object) -> torch.Tensor | None:
-    """The numbers in the bytes of an array or scalar, in one dimension; None if they are of no known dtype."""
+    """Decode the bytes of an array or scalar to a 1-D tensor; None for an unknown dtype."""
     kind = _DTYPES.get(dtype.name) if isinstance(dtype, _DType) else None
     if kind is None or not isinstance(data, bytes):
         return None
@@ -67,7 +67,7 @@ def _values(dtype: object, data: object) -> torch.Tensor | None:
 
 
 def _scalar(dtype: object = None, data: object = b"", *_: object) -> Any:
-    """A numpy number, as Python's; an inert object for other scalars."""
+    """A numpy scalar as a Python number; an inert object for other scalars."""
     values = _values(dtype, data)
     return Inert() if values is None or values.numel() != 1 else values.item()
 
@@ -77,12 +77,12 @@ def _reconstructed(*_: object) -> Array:
 
 
 def _encoded(text: object = "", encoding: object = "", *_: object) -> object:
-    """The bytes that pickles of old protocols write as text."""
+    """Bytes, which pickles of old protocols store as text."""
     return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else Inert()
 
 
 def _no_bytes(*_: object) -> bytes:
-    """What pickles of old protocols write for an array without numbers."""
+    """Empty bytes, as pickles of old protocols store them for an empty array."""
     return b""
 
 
@@ -110,7 +110,7 @@ _TABLES = (
     "lightning.fabric.utilities.data.AttributeDict",
 )
 
-# What PyTorch's reading of pickles takes: what stands in, and the name that it stands for.
+# The argument of torch.serialization.safe_globals: the replacements, and the names that they replace.
 STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *((of, f"{home}.{name}") for home in ("numpy.core", "numpy._core") for name, of in _OF_NUMPY.items()),
     (Array, "numpy.ndarray"),

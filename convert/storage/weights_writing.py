@@ -1,6 +1,6 @@
-"""Writing large weights files tensor by tensor, so that memory does not grow with the file.
+"""Writing large weights files tensor by tensor, so that memory use does not grow with the file.
 
-The layout of .safetensors: 8 bytes with the header's length, the header (JSON, padded with spaces), the tensors' bytes.
+A .safetensors file consists of the header's length (8 bytes), the header (JSON, padded with spaces), and the tensors.
 """
 
 import errno
@@ -32,12 +32,12 @@ if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7
 
 
 class Planned(NamedTuple):
-    """A tensor to be written: what it will be, and how to get it when its turn comes."""
+    """A tensor to write: its dtype and shape, and a function that computes it when it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], torch.Tensor]
-    late: bool = False  # made after all others: another tensor has to be made first
+    late: bool = False  # computed after all others, because it depends on another one
 
     @classmethod
     def copy(cls, tensor: torch.Tensor) -> "Planned":
@@ -46,7 +46,7 @@ class Planned(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
@@ -55,7 +55,7 @@ def _header(tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> byte
     at = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
-            raise AdapterError(f"{name} is {tensor.dtype}, which .safetensors cannot hold")
+            raise AdapterError(f"{name} is {tensor.dtype}, which .safetensors cannot store")
         offsets = [at, at + tensor.size]
         table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         at = offsets[1]
@@ -65,7 +65,7 @@ def _header(tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> byte
 
 
 class _Flusher:
-    """Brings what was written to the disk in the background, so that a last fsync has little left to wait for."""
+    """Flushes written data to the disk in the background, so that the last fsync is fast."""
 
     def __init__(self, descriptor: int, every: int = 128 << 20) -> None:
         self.descriptor, self.every, self.waiting = descriptor, every, 0
@@ -86,8 +86,8 @@ class _Flusher:
 
 
 def stream(file: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file, making each tensor only when its turn comes."""
-    # Wide types first: every tensor's bytes are then aligned to its type, as readers that map the file like it.
+    """Write a .safetensors file, computing each tensor only when it is written."""
+    # Wide dtypes first, so that all tensors are aligned to their dtype, for readers that map the file.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     with file.open("wb") as out, _Flusher(out.fileno()) as flusher:
         header = _header(ordered, metadata)
@@ -109,8 +109,8 @@ def _write_bytes(out: BinaryIO, tensor: torch.Tensor, name: str) -> None:
     try:
         out.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:
-        if error.errno == errno.EFAULT:  # the system found nothing where a mapped file should be
-            raise AdapterError(f"{name} cannot be read: its file was cut short meanwhile") from None
+        if error.errno == errno.EFAULT:  # a mapped source file was truncated
+            raise AdapterError(f"{name} cannot be read: its file was truncated meanwhile") from None
         raise
 
 
@@ -128,11 +128,11 @@ def write(
 
     Args:
         target: The file to write.
-        tensors: What to write, by name; each tensor is made when it is written.
+        tensors: The tensors by name; each is computed when it is written.
         metadata: Entries for the header of a .safetensors file; pickles have none.
         wrapped: Put the tensors of a pickle under the key `state_dict`, as in the checkpoints of Stable Diffusion.
-        replaces: Flush the new file to the disk before the rename, because something else is deleted for it. None: if
-            `target` exists.
+        replaces: Flush the new file to the disk before the rename, because an old file is deleted for it. None means
+            True if `target` exists.
 
     Raises:
         AdapterError: A tensor has a dtype that .safetensors does not support, or its source changed while it was read.
@@ -151,10 +151,10 @@ def _write_pickle(file: Path, tensors: Mapping[str, Planned], wrapped: bool) -> 
     try:
         stream(streamed, tensors, {})
         read, _ = read_tensors(streamed)
-        # torch.save refuses empty tensors that are mapped: all seem to be at the same place.
+        # torch.save fails for mapped empty tensors, which all seem to share their memory.
         table.update((name, read[name] if read[name].numel() else read[name].clone()) for name in tensors)
         read.clear()
         save_pickle({"state_dict": table} if wrapped else table, file)
     finally:
-        table.clear()  # a mapped file cannot be deleted everywhere
+        table.clear()  # Windows cannot delete a mapped file
         delete(streamed)

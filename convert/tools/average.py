@@ -17,15 +17,15 @@ def average(adapters: Mapping[str, Adapter]) -> tuple[Adapter, dict[ModuleName, 
     """The mean of the changes of adapters, at their ranks.
 
     Args:
-        adapters: The adapters by their names in error messages. A module that one does not have is not changed by it.
+        adapters: The adapters by their name in error messages. A module that an adapter lacks counts as a change of 0.
 
     Returns:
-        The average, a DyLoRA where all are (see `deltas.averaging.mean`), and how well each module of it meets the
-        exact mean.
+        The average, a DyLoRA if all adapters are (see `deltas.averaging.mean`), and the approximation error of each
+        module.
 
     Raises:
-        AdapterError: they are for different models, of kinds that have no mean of the same kind, or DyLoRAs that can be
-            cut to different ranks.
+        AdapterError: The adapters are for different models, of kinds that cannot be averaged, or DyLoRAs with different
+            options.
     """
     dylora = _dylora(adapters)
     modules: dict[ModuleName, Delta] = {}
@@ -46,16 +46,16 @@ def average(adapters: Mapping[str, Adapter]) -> tuple[Adapter, dict[ModuleName, 
 
 
 def _dylora(adapters: Mapping[str, Adapter]) -> DyLora | None:
-    """What all of them say about their ranks; None if none is a DyLoRA."""
+    """The common DyLoRA options of all adapters; None if none is a DyLoRA. AdapterError if they differ."""
     (first, *others), (name, *names) = [adapter.dylora for adapter in adapters.values()], adapters
     for other, dylora in zip(names, others, strict=True):
         ours, theirs = (adapter and (adapter.unit, adapter.rank_scaling) for adapter in (first, dylora))
         if ours != theirs:
-            raise AdapterError(f"{name} is {_said(first)}, but {other} is {_said(dylora)}: they have no average")
+            raise AdapterError(f"{name} is {_said(first)}, but {other} is {_said(dylora)}: they cannot be averaged")
     return first
 
 
 def _said(dylora: DyLora | None) -> str:
     if dylora is None:
-        return "no DyLoRA"
+        return "not a DyLoRA"
     return f"a DyLoRA of unit {dylora.unit} and rank_scaling {dylora.rank_scaling}"

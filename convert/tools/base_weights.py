@@ -1,4 +1,4 @@
-"""The weights of a model that some kinds of changes depend on."""
+"""The weights of the base model, on which some kinds of changes depend."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class BaseWeights:
         model: A checkpoint file or a Diffusers folder.
 
     Raises:
-        AdapterError: It cannot be read.
+        AdapterError: The model cannot be read.
     """
 
     def __init__(self, model: str | Path):
@@ -27,17 +27,17 @@ class BaseWeights:
 
     @classmethod
     def of(cls, model: str | None) -> "BaseWeights | None":
-        """Those of the model that `--sd_model` names; None if it names none."""
+        """The weights of the model given by `--sd_model`; None if no model is given."""
         return None if model is None else cls(model)
 
     def __call__(self, module: ModuleName) -> torch.Tensor:
         """The weight of a module; AdapterError if the model does not have it."""
         if module not in self._modules:
-            raise AdapterError(f"{self._checkpoint.path} does not have it")
+            raise AdapterError(f"{self._checkpoint.path} does not have this module")
         return self._checkpoint.read(module, self._modules[module]).to(torch.float32)
 
     def with_biases(self, adapter: Adapter) -> Adapter:
-        """The adapter for this model: what scales a bias that the model has, is a change of it; see `scaled_bias`."""
+        """The adapter with changes that scale a bias replaced by additive ones for this model; see `scaled_bias`."""
         modules = dict(adapter.modules)
         for module, change in adapter.modules.items():
             if not scales_bias(change) or (bias := bias_of(module)) not in self._parameters:

@@ -1,6 +1,6 @@
 """Block weights ("lbw"): one factor for the text encoders (BASE) and one for each block of the denoiser.
 
-Written as numbers, as kohya's scripts and the sd-webui-lora-block-weight extension of A1111 take them, as one of the
+They can be given as numbers, as in kohya's scripts and A1111's extension sd-webui-lora-block-weight, as one of the
 extension's presets (MIDD), or as names of blocks (IN02, IN04-OUT05, NOT MID).
 """
 
@@ -17,7 +17,7 @@ from lora_adapters.convert.families.registry import FAMILIES, by_name
 from lora_adapters.convert.parsing import json_value, number
 
 AnAdapter = TypeVar("AnAdapter", bound=Adapter)
-BLOCKS = FAMILIES[0].blocks.weight_lists[0]  # names of a U-Net's blocks are those of the family that has the most
+BLOCKS = FAMILIES[0].blocks.weight_lists[0]  # the block names of the U-Net with the most blocks
 _ORDERS = (BLOCKS, *(family.blocks.order for family in FAMILIES if isinstance(family.blocks, StackBlocks)))
 _LISTS = {
     len(blocks): (family, blocks) for family in reversed(FAMILIES) for blocks in reversed(family.blocks.weight_lists)
@@ -28,10 +28,10 @@ _NAME = r"(?:[A-Z0-9]+|[a-z_]+\.\d+)"  # IN02, D07, double_blocks.7
 
 
 class BlockWeights(dict[str, float]):
-    """The factor of each block by its name.
+    """The factor of each block, by block name.
 
-    `rest` is that of all others, `architecture` what a list of numbers is for first, as several families may have lists
-    of its length.
+    `rest` is the factor of all other blocks. `architecture` is set for a list of numbers: the first family with lists
+    of that length.
     """
 
     def __init__(self, factors: dict[str, float], rest: float = 1.0, architecture: str | None = None) -> None:
@@ -39,7 +39,7 @@ class BlockWeights(dict[str, float]):
         self.rest, self.architecture = rest, architecture
 
     def of(self, family: ModelFamily) -> "BlockWeights":
-        """The weights by the names of the family's blocks; AdapterError if they are for another one's."""
+        """The weights by block names of a family; AdapterError if they are for another family."""
         if self.architecture is None:
             known = {BASE, *(label for order in family.blocks.weight_lists for label in order), *_order(family)}
             if self and not known & self.keys():
@@ -57,17 +57,17 @@ def _order(family: ModelFamily) -> tuple[str, ...]:
 
 
 def block_name(module: ModuleName, architecture: str) -> str:
-    """The label of a module's block in a family of that name; see `ModelFamily.block_label`."""
+    """The label of a module's block in the family with this name; see `ModelFamily.block_label`."""
     return by_name(architecture).block_label(module)
 
 
 def parse(text: str, rest: float = 1.0) -> BlockWeights:
     """Read block weights from numbers, a preset or names of blocks.
 
-    Numbers are a JSON list or have commas between them: 12, 17, 20 or 26 of them, 61 or 58 for Flux.1, and for other
+    Numbers are a JSON list or separated by commas: 12, 17, 20 or 26 of them, 61 or 58 for Flux.1, and for other
     transformers one for the text encoders and one for each block. Presets are those of the extension LoRA Block Weight.
-    Names are of the blocks that keep the change, which all others lose: "IN02", "IN04-OUT05", "BASE MID", "D00-D18",
-    "double_blocks.3"; "NOT IN02" and "NIN02" are all blocks but these.
+    Names select the blocks with factor 1; all others have factor 0: "IN02", "IN04-OUT05", "BASE MID", "D00-D18",
+    "double_blocks.3". "NOT IN02" and "NIN02" invert the selection.
 
     Args:
         text: The numbers, the preset or the names.
@@ -77,7 +77,7 @@ def parse(text: str, rest: float = 1.0) -> BlockWeights:
         The block weights.
 
     Raises:
-        AdapterError: The text is none of these.
+        AdapterError: The text is not numbers, a preset or names of blocks.
     """
     named = _named(text.strip())
     if named is not None:
@@ -102,10 +102,10 @@ def listed(numbers: Sequence[float], rest: float = 1.0) -> BlockWeights:
 
 
 def _right_lengths() -> str:
-    """How many numbers are right for which models."""
+    """The numbers of block weights that each model accepts, as text."""
     lengths = {family: " or ".join(map(str, sorted(map(len, family.blocks.weight_lists)))) for family in FAMILIES}
     first, *others = [(text, "/".join(family.titles)) for family, text in lengths.items()]
-    return ", ".join([f"{first[0]} are right for {first[1]}", *(f"{text} for {title}" for text, title in others)])
+    return ", ".join([f"expected {first[0]} for {first[1]}", *(f"{text} for {title}" for text, title in others)])
 
 
 def _named(text: str) -> BlockWeights | None:
@@ -124,16 +124,16 @@ def _named(text: str) -> BlockWeights | None:
 
 
 def _span(first: str, last: str, part: str) -> tuple[str, ...]:
-    """All blocks from one to another, of the first family that has both."""
+    """All blocks from one to another, in the first family that has both."""
     order = next((order for order in _ORDERS if first in order and last in order), None)
     if order is None:
-        raise AdapterError(f"block weights: {part:.60} are blocks of different models")
+        raise AdapterError(f"block weights: no model has both blocks of {part:.60}")
     ends = order.index(first), order.index(last)
     return order[min(ends) : max(ends) + 1]
 
 
 def _block(name: str) -> str:
-    """A block's label, by its name in any spelling (IN02, IN2, MID, M00, D7, double_blocks.7)."""
+    """The label of a block from its name in any spelling (IN02, IN2, MID, M00, D7, double_blocks.7)."""
     match = re.fullmatch(r"([A-Z]+)(\d{1,2})", name)
     full = "MID" if name in ("M00", "MID00") else f"{match[1]}{int(match[2]):02d}" if match else name
     full = name if any(name in order for order in _ORDERS) else full  # T5
@@ -142,8 +142,8 @@ def _block(name: str) -> str:
     if not any(full in order for order in _ORDERS):
         letters = sorted({label[0] for order in _ORDERS[1:] for label in order if label[1:].isdigit()})
         raise AdapterError(
-            f"block weights: {name:.40} is not a block or preset: there are BASE, IN00 to IN11, MID, OUT00 to OUT11, "
-            f"{', '.join(f'{letter}00' for letter in letters)} and so on of transformers, "
+            f"block weights: {name:.40} is not a block or preset: known are BASE, IN00 to IN11, MID, OUT00 to OUT11, "
+            f"for transformers {', '.join(f'{letter}00' for letter in letters)} and so on, and the presets "
             f"{', '.join([*_EVERYWHERE, *_PRESETS])}"
         )
     return full
@@ -154,7 +154,7 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
 
     Args:
         adapter: The adapter.
-        weights: What `parse` returns, or 12, 17, 20 or 26 numbers as described there.
+        weights: The result of `parse`, or a list of numbers as described there.
 
     Returns:
         The scaled adapter.
@@ -174,6 +174,6 @@ def weighted(adapter: AnAdapter, weights: BlockWeights | Sequence[float]) -> AnA
         {
             module: change.scaled(factors[module])
             for module, change in adapter.modules.items()
-            if factors[module] or not change.needs_base  # a DoRA's change at 0 is what its magnitude does not scale
+            if factors[module] or not change.needs_base  # left out at 0, where a DoRA would still add its change
         }
     )

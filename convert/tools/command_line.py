@@ -1,4 +1,4 @@
-"""What the command-line programs share: their one `main`, errors in one line, dtypes."""
+"""Code shared by the command-line programs: the common `main`, error messages of one line, dtype options."""
 
 import argparse
 import logging
@@ -19,12 +19,12 @@ from lora_adapters.convert.terminal import own_quiet, say, say_error
 from lora_adapters.convert.tools.launchers import tell_launcher
 from lora_adapters.convert.tools.parser import Parser, called_as, refuse
 
-if TYPE_CHECKING:  # --help does without it
+if TYPE_CHECKING:  # imported late, so that --help is fast
     import torch
 
-__all__ = ["Parser", "called_as", "refuse"]  # with what is here
+__all__ = ["Parser", "called_as", "refuse"]  # re-exported
 
-DTYPES = {  # names in kohya's scripts: PyTorch's
+DTYPES = {  # PyTorch's dtype names, by the names in kohya's scripts
     "float": "float32",
     "float32": "float32",
     "fp32": "float32",
@@ -36,7 +36,7 @@ DTYPES = {  # names in kohya's scripts: PyTorch's
 
 
 def add_dtype(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
-    """An option for a dtype, under the names that kohya's scripts take; None if it is not given."""
+    """Add an option for a dtype, with the names of kohya's scripts; its default is None."""
     parser.add_argument(flag, choices=sorted(DTYPES), default=None, metavar="{float,fp16,bf16}", help=help)
 
 
@@ -50,7 +50,7 @@ def rank_option(text: str) -> int:
         The rank, at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: It is not a whole number, or below 1.
+        argparse.ArgumentTypeError: The value is not an integer, or below 1.
     """
     try:
         number = int(text)
@@ -62,14 +62,14 @@ def rank_option(text: str) -> int:
 
 
 def add_skip_unknown(parser: argparse.ArgumentParser) -> None:
-    """An option to leave out what a model does not have."""
+    """Add --skip_unknown, which leaves out modules that the model does not have."""
     parser.add_argument(
         "--skip_unknown", action="store_true", help="skip modules that the base model does not have, and list them"
     )
 
 
 def add_base_model(parser: argparse.ArgumentParser) -> None:
-    """An option that says what adapters are for."""
+    """Add --base_model, the family of the base model."""
     parser.add_argument(
         "--base_model",
         choices=(*FAMILIES, OTHER),
@@ -79,7 +79,7 @@ def add_base_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base_weights(parser: argparse.ArgumentParser) -> None:
-    """An option that names the model from whose weights pairs of some kinds are made."""
+    """Add --sd_model, the model whose weights are needed to convert some kinds of changes."""
     parser.add_argument("--sd_model", help="the model whose weights DoRA, GLoRA, (IA)3, OFT and BOFT change")
 
 
@@ -106,7 +106,7 @@ def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
     Args:
         where: The adapter's name.
         modules: The names of the modules.
-        why: What they do, to follow "modules left out, which".
+        why: The end of the sentence "modules left out, which ...".
     """
     listed = list(modules)
     if listed:
@@ -115,14 +115,14 @@ def report_left_out(where: str, modules: Iterable[str], why: str) -> None:
 
 
 def dtype_of(*names: str | None) -> "torch.dtype | None":
-    """The dtype of the first of these names that is not None; None if all are."""
+    """The dtype for the first name that is not None; None if all names are None."""
     import torch
 
     return next((getattr(torch, DTYPES[name]) for name in names if name is not None), None)
 
 
 def printable(text: str) -> str:
-    r"""Text from another program's file on one line, with control and formatting characters as escapes.
+    r"""Escape control and formatting characters in text from untrusted files, so that it is one line.
 
     Args:
         text: The text.
@@ -142,24 +142,24 @@ def output_file(path: str) -> Path:
     """The path of a weights file to write.
 
     Args:
-        path: As on the command line; `~` is the home folder.
+        path: The path on the command line; `~` is expanded.
 
     Returns:
         The path.
 
     Raises:
-        UsageError: Its suffix is not that of a weights file.
+        UsageError: The suffix is not that of a weights file.
     """
     endings = (".safetensors", ".ckpt", ".pt", ".pth")
     if not path.endswith(endings):
-        raise UsageError(f"{path} has no ending of a weights file: {', '.join(endings)} can be written")
+        raise UsageError(f"{path} must have the ending of a weights file: {', '.join(endings)}")
     return Path(path).expanduser()
 
 
 def _stopping() -> dict[int, Any]:
-    """Let SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does; returns the previous handlers.
+    """Make SIGTERM and SIGHUP (a closed terminal) end the program like Ctrl-C; returns the previous handlers.
 
-    Unfinished files are then removed on the way out. A signal that is ignored, as under nohup, stays so.
+    Unfinished files are then removed. Signals that are already ignored, as with nohup, stay ignored.
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -178,20 +178,20 @@ def _stopping() -> dict[int, Any]:
 
 
 class _NothingKept(logging.Filter):
-    """Drops diffusers' warning about modules to be kept in float32 where its list of these is empty."""
+    """Drops diffusers' warning about modules to keep in float32 if its list of modules is empty."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "should be kept in float32: []" not in record.getMessage()
 
 
 def _quiet() -> None:
-    """Silence what libraries print when they are imported, which no user of these programs can act on.
+    """Silence messages that libraries print on import and that users cannot act on.
 
-    Variables that the environment sets already are left as they are.
+    Environment variables that are already set are not changed.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn whenever a data worker starts
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else two warnings if torchvision is not installed
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # else one about 4-bit layers, on CPUs
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # avoids a warning for each data worker
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # avoids two warnings if torchvision is not installed
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # avoids one about 4-bit layers on CPUs
     models = logging.getLogger("diffusers.models.modeling_utils")
     if not any(isinstance(added, _NothingKept) for added in models.filters):
         models.addFilter(_NothingKept())
@@ -205,17 +205,17 @@ def run(
     stopped: str = "stopped; nothing was written",
     traceback: bool = False,
 ) -> int:
-    """Run a program's body; every `main` of this package is a call of this.
+    """Run the body of a program; every `main` of this package calls this function.
 
     Args:
-        program: The body, which takes `argv`. What it raises is printed as one line on stderr.
-        argv: The words of the command line; None takes those of this process.
-        memory: What to do if the device has too little memory.
+        program: The body, which takes `argv`. Its errors are printed as one line on stderr.
+        argv: The arguments of the command line; None for those of this process.
+        memory: The advice in the message if the device runs out of memory.
         stopped: The message after Ctrl-C, SIGTERM and SIGHUP.
-        traceback: Let RuntimeErrors that are not about memory through, with their traceback.
+        traceback: Do not catch RuntimeErrors except those about memory.
 
     Returns:
-        The exit status: 0; 1 for a failure; 2 for wrong usage; what a StoppedError has as its status.
+        The exit status: 0 for success, 1 for a failure, 2 for wrong usage, or the status of a StoppedError.
     """
     _quiet()
     tolerant_console()
@@ -251,7 +251,7 @@ def _status(error: BaseException) -> int:
 
 
 def _said(error: BaseException, memory: str, stopped: str, traceback: bool) -> str | None:
-    """The message for an error; None if it is a fault of the program, which needs its traceback."""
+    """The message for an error; None for a bug in the program, which needs its traceback."""
     if isinstance(error, OneLineError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -262,7 +262,7 @@ def _said(error: BaseException, memory: str, stopped: str, traceback: bool) -> s
         return f"the device has too little memory: {memory}"
     if isinstance(error, MemoryError):
         return "there is too little memory"
-    if isinstance(error, RuntimeError):  # PyTorch's, its CPU allocator's among them
+    if isinstance(error, RuntimeError):  # from PyTorch, including its CPU allocator
         message = first_line(error)
         if "DefaultCPUAllocator" in message or "not enough memory" in message:
             return "there is too little memory"
@@ -271,24 +271,24 @@ def _said(error: BaseException, memory: str, stopped: str, traceback: bool) -> s
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device has too little memory. Without torch there is no such error, and it need not be imported."""
+    """Whether a device ran out of memory; does not import torch, which must have raised the error."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _output_is_closed() -> bool:
-    """Whether nobody reads stdout any more, as behind `| head`; what is left for it is then dropped."""
+    """Whether the reader of stdout is gone, as in `... | head`; the remaining output is then discarded."""
     try:
         sys.stdout.flush()
         if not hasattr(select, "poll"):  # Windows
             return False
         output = select.poll()
-        output.register(sys.stdout.fileno(), 0)  # errors are reported without being asked for
+        output.register(sys.stdout.fileno(), 0)  # errors are always reported
         closed = any(event & select.POLLERR for _, event in output.poll(0))
     except BrokenPipeError:
         closed = True
-    except (OSError, ValueError):  # not a file of the system's
+    except (OSError, ValueError):  # stdout is not an OS-level file
         return False
     if closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids an error message at exit
     return closed

@@ -1,4 +1,4 @@
-"""Extracts an adapter from two models: the best approximation of the difference of their weights."""
+"""Extracting an adapter from two models: the best approximation of the difference of their weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,13 @@ from lora_adapters.convert.models.extraction import Difference, approximate_diff
 
 @dataclass(frozen=True)
 class Extraction:
-    """An extracted adapter, the approximation error of each module, and what was left out.
+    """The result of an extraction.
 
-    largest: the largest absolute difference in each text encoder; left_out: the text encoders that are equal.
+    Attributes:
+        adapter: The extracted adapter.
+        fits: The approximation error of each module.
+        largest: The largest absolute difference in each text encoder.
+        left_out: The text encoders that are equal in both models.
     """
 
     adapter: Adapter
@@ -36,7 +40,7 @@ def extract(
         **options: target_error, min_diff, clamp_quantile, device and v_prediction of `approximate_difference`.
 
     Returns:
-        The adapter, its approximation errors, and what was left out.
+        The adapter, its approximation errors, and the text encoders that were left out.
 
     Raises:
         AdapterError: The models are of different families, or equal.

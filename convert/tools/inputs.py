@@ -1,4 +1,4 @@
-"""Adapters as the programs of this folder take them: what is doubtful or broken is refused, with the file's name."""
+"""Loading adapters for the programs: ambiguous or damaged files are refused with a message that names the file."""
 
 import re
 from collections.abc import Mapping
@@ -27,15 +27,16 @@ def load(
 
     Args:
         model: A file, a PEFT folder or a Hub repository.
-        zero_alpha: What an alpha of 0 means: the "rank", or no effect ("none"). None refuses it, since programs differ.
+        zero_alpha: The meaning of an alpha of 0: alpha = rank ("rank") or no effect ("none"). None raises an error for
+            it, since programs disagree.
         skip_unknown: Whether to leave out modules that no known model has; they are listed on stdout.
-        base_model: The family that it is for, where the file does not tell; None takes the one that the file tells.
+        base_model: The family of the base model; None recognises it from the file.
 
     Returns:
         The adapter.
 
     Raises:
-        AdapterError: It cannot be read, or has values that are not finite; the message begins with the file.
+        AdapterError: The adapter cannot be read, or has values that are not finite; the message begins with the file.
     """
     path, family = locate(model), None if base_model is None else by_name(base_model)
     if path.is_dir():
@@ -56,7 +57,7 @@ def load(
             raise AdapterError(f"--base_model {base_model}: {path}: {error}") from None
     if zeros and zero_alpha is None:
         raise AdapterError(
-            f"{path}: the alpha of {zeros[0]} is 0, which is the rank to kohya's trainer and no effect to other "
+            f"{path}: the alpha of {zeros[0]} is 0, which means alpha = rank in kohya's trainer and no effect in other "
             "programs: choose one with `lora-adapters convert --zero_alpha rank` (or none)"
         )
     check_finite(adapter.modules, f"{path}: ")
@@ -70,27 +71,27 @@ def load(
 
 
 def weights_alone(adapter: Adapter, name: str, base: BaseWeights | None = None) -> Adapter:
-    """The adapter without changes of norms and biases, which low-rank pairs cannot hold.
+    """Remove changes of norms and biases, which low-rank pairs cannot represent.
 
     Args:
         adapter: The adapter.
-        name: Its name in messages. What is left out is listed on stdout.
-        base: The model's weights, if they are known; they tell which biases are scaled.
+        name: Its name in messages. The removed changes are listed on stdout.
+        base: The model's weights, if known: with them, changes that scale biases are removed and listed too.
 
     Returns:
-        The adapter, the same one if nothing is left out.
+        The adapter; the same object if nothing is removed.
 
     Raises:
-        AdapterError: Nothing is left of it.
+        AdapterError: The adapter changes only norms and biases.
     """
     kept, left_out = weights_only((adapter if base is None else base.with_biases(adapter)).modules)
-    report_left_out(name, left_out, "low-rank pairs cannot hold")
+    report_left_out(name, left_out, "low-rank pairs cannot represent")
     if not kept:
-        raise AdapterError(f"{name} changes norms and biases alone, which low-rank pairs cannot hold")
+        raise AdapterError(f"{name} changes only norms and biases, which low-rank pairs cannot represent")
     return adapter.with_modules(kept)
 
 
-_ANOTHER_MODELS = 20  # unknown modules in a row from the start: an adapter for another kind of model
+_ANOTHER_MODELS = 20  # if the first modules are all unknown, this many mean that the adapter is for an unknown model
 _MODULE_END = re.compile(
     r"\.(lora_|lora[.]|alpha$|dora_scale$|diff|processor\.|hada_|lokr_|oft_|rescale$|scalar$|[wb]_norm$|on_input$"
     r"|weight$|[ab][12]\.weight$|bm\.weight$)|_lora\.|\.lora$"
@@ -107,8 +108,8 @@ def without_unknown(
         metadata: The file's metadata.
 
     Returns:
-        The other tensors, and the names of the unknown modules. If the adapter is for another kind of model altogether:
-        all tensors, and no names.
+        The other tensors, and the names of the unknown modules. If the adapter seems to be for an unknown model, all
+        tensors and no names.
     """
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -122,10 +123,10 @@ def without_unknown(
         except AdapterError as error:
             if isinstance(error, UnknownModuleError) or isinstance(error.__cause__, UnknownModuleError):
                 unknown.append(name)
-                if len(unknown) == _ANOTHER_MODELS and not kept:  # the error of reading all of them says what it is
+                if len(unknown) == _ANOTHER_MODELS and not kept:  # reading all tensors raises a better error
                     return dict(tensors), []
                 continue
-        kept |= group  # what else is wrong with it is found when all of them are read
+        kept |= group  # other errors are raised when all tensors are read
     return kept, unknown
 
 

@@ -1,4 +1,4 @@
-"""The reason why a program ended, for the launcher that started it: torchrun, or `accelerate launch`."""
+"""Reporting a program's error to the launcher that started it: torchrun or `accelerate launch`."""
 
 import json
 import os
@@ -16,13 +16,13 @@ NOTICE = (
 
 
 def tell_launcher(message: str) -> None:
-    """Pass an error on to the launcher, if there is one.
+    """Pass an error message on to the launcher, if the program was started by one.
 
-    torchrun, and `accelerate launch` for several processes, print last what they find in a file. `accelerate launch`
-    for one process prints a traceback of its own after the error, unless it is `--quiet`: a line says so before it.
+    torchrun, and `accelerate launch` with several processes, print the contents of an error file. `accelerate launch`
+    with one process prints a traceback of its own after the error, unless it is `--quiet`; a notice announces it.
 
     Args:
-        message: The error, one line, without "error: ".
+        message: The error message, one line, without "error: ".
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
@@ -34,13 +34,13 @@ def tell_launcher(message: str) -> None:
 
 
 def prints_traceback(words: Sequence[str]) -> bool:
-    """Whether `accelerate launch` prints a traceback when its one process fails, which it does without --quiet.
+    """Whether `accelerate launch` prints a traceback when its only process fails: it does unless --quiet is given.
 
     Args:
-        words: The command line, without the options of the program that it starts.
+        words: The command line of the launcher, without the options of the program that it starts.
 
     Returns:
-        False also for other launchers.
+        Whether it prints one; False for other launchers.
 
     >>> prints_traceback(["python", "/usr/bin/accelerate", "launch", "train/train_network.py"])
     True
@@ -51,10 +51,10 @@ def prints_traceback(words: Sequence[str]) -> bool:
 
 
 def _words_of_parent() -> list[str]:
-    """The command line of the process that started this one, without what it passed on; [] if it cannot be read."""
+    """The command line of the parent process without this program's arguments; [] if it cannot be read."""
     try:
         import psutil
-    except ImportError:  # without accelerate, which needs it
+    except ImportError:  # accelerate, which requires psutil, is not installed
         return []
     try:
         words = psutil.Process(os.getppid()).cmdline()

@@ -33,7 +33,7 @@ def weighted_sum(adapters: Mapping[str, Adapter], weights: Sequence[float]) -> A
     """
     modules, parts_of = {}, gathered(adapters, weights)
     pairs = (as_pair(part) for parts in parts_of.values() for part in parts)
-    scale = common_scale(pair for pair in pairs if pair is not None)  # one for all: see `low_rank.to_narrow`
+    scale = common_scale(pair for pair in pairs if pair is not None)  # the same for all modules: see `to_narrow`
     for module, parts in parts_of.items():
         try:
             modules[module] = added(parts, scale)

@@ -1,4 +1,4 @@
-"""Adapters as they are named on a command line: a path with a weight behind it, or A1111's `<lora:...>`.
+"""Parsing adapters on a command line: a path followed by a weight, or A1111's `<lora:...>`.
 
 a.safetensors          a.safetensors:0.8          a.safetensors:0.8:lbw=MIDD
 <lora:a:0.8>           <lora:a:0.8:0.5>           <lora:a:te=0.8:unet=0.5:lbw=1,0,0,...>
@@ -41,7 +41,7 @@ class ModelArgument:
     blocks: BlockWeights | None = None
 
     def applied(self, adapter: AnAdapter) -> tuple[AnAdapter, float]:
-        """The adapter with its block weights, and the weight that is left to apply (1 where none is given)."""
+        """The adapter with its block weights applied, and the weight that remains to be applied (1 by default)."""
         if self.blocks is not None:
             adapter = weighted(adapter, self.blocks)
         if self.text == self.unet:
@@ -58,13 +58,13 @@ def read_arguments(texts: Sequence[str]) -> list[ModelArgument]:
     """Read the adapters of a command line.
 
     Args:
-        texts: Paths with weights behind them, or A1111's tags, of which one argument may hold several.
+        texts: Paths followed by weights, or A1111's tags; one argument may contain several tags.
 
     Returns:
         One entry for each adapter, in order.
 
     Raises:
-        AdapterError: An argument cannot be read; it is in the message.
+        AdapterError: An argument cannot be parsed; the message contains it.
     """
     arguments = []
     for text in texts:
@@ -74,18 +74,18 @@ def read_arguments(texts: Sequence[str]) -> list[ModelArgument]:
             continue
         between = _TAG.sub("", text).strip()
         if between:
-            raise AdapterError(f"{text:.120}: there is {between[:60]!r} beside <lora:...>; give only the adapters")
+            raise AdapterError(f"{text:.120}: unexpected {between[:60]!r} beside <lora:...>; give only the adapters")
         arguments += [_of_tag(tag) for tag in tags]
     return arguments
 
 
 def _of_path(text: str) -> ModelArgument:
-    """A path, weights behind it; a colon that belongs to the path (`C:\\a.safetensors`, a file's name) stays there."""
+    """Parse a path followed by weights; colons can also be part of the path (`C:\\a.safetensors`, a file's name)."""
     if ":" not in text or Path(text).expanduser().exists():
         return ModelArgument(text)
     drive = text[:2] if re.match(r"[A-Za-z]:[\\/]", text) else ""
     source, *items = text.removeprefix(drive).split(":")
-    while items and not _is_item(items[0]):  # still of the name
+    while items and not _is_item(items[0]):  # still part of the path
         source = f"{source}:{items.pop(0)}"
     return _argument(text, drive + source, items)
 
@@ -99,12 +99,12 @@ def _of_tag(inner: str) -> ModelArgument:
     name, *items = inner.removeprefix(drive).split(":")
     name = drive + name.strip().strip('"')
     if not name:
-        raise AdapterError(f"<lora:{inner:.80}> names no adapter")
+        raise AdapterError(f"<lora:{inner:.80}> has no adapter name")
     return _argument(f"<lora:{inner}>", _with_ending(name), items)
 
 
 def _with_ending(name: str) -> str:
-    """The file of a name without its ending, as A1111's tags have it; the name itself where there is none."""
+    """The file for a name without its extension, as in A1111's tags; the name itself if no such file exists."""
     there = [name + ending for ending in ("", *_ENDINGS) if Path(name + ending).expanduser().exists()]
     return there[0] if there else name
 
@@ -121,12 +121,12 @@ def _argument(whole: str, source: str, items: list[str]) -> ModelArgument:
         elif "lbw" not in options:  # the extension's older form: <lora:a:0.8:MIDD>
             options["lbw"] = item
         else:
-            raise AdapterError(f"{whole:.120}: {item[:60]!r} cannot be read: write {source}:weight:lbw=weights")
+            raise AdapterError(f"{whole:.120}: {item[:60]!r} cannot be parsed: write {source}:weight:lbw=weights")
     for key in options:
         if key in _OF_STEPS:
-            raise AdapterError(f"{whole:.120}: {key}= is about sampling steps: leave it out")
+            raise AdapterError(f"{whole:.120}: {key}= depends on sampling steps, which is not supported: leave it out")
         if key not in ("te", "unet", "lbw"):
-            raise AdapterError(f"{whole:.120}: {key:.40}= is not known: te=, unet= and lbw= are")
+            raise AdapterError(f"{whole:.120}: unknown option {key:.40}=: use te=, unet= or lbw=")
     try:
         text = number(options["te"]) if "te" in options else weights[0] if weights else None
         unet = number(options["unet"]) if "unet" in options else weights[1] if len(weights) > 1 else text

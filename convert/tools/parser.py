@@ -1,4 +1,4 @@
-"""The command-line parser of all programs: --help in a fixed form, errors that say what may have been meant."""
+"""The command-line parser of all programs: --help in a fixed form, and errors that suggest similar options."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ _CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
 
 @contextmanager
 def called_as(name: str) -> Iterator[None]:
-    """Within it, programs call themselves `name` in their help, instead of by their script's name."""
+    """Within the block, programs use `name` in their help instead of the script's name."""
     token = _called_as.set(name)
     try:
         yield
@@ -26,16 +26,16 @@ def called_as(name: str) -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are raised as `failure`, so that they are shown as all others are.
+    """An ArgumentParser that raises errors as `failure`, so that they are shown like all other errors.
 
-    Its help has the usage in one line, what the program does, an example, the options with their defaults, and last the
-    names of options that are refused.
+    Its help consists of the usage in one line, the description, examples, the options with their defaults, and the
+    names of options that are not supported.
 
     Args:
         prog: The script's name; see `called_as`.
-        description: What the program does.
+        description: The description of the program.
         examples: Command lines, without the program's name.
-        options: What argparse.ArgumentParser takes.
+        options: Arguments of argparse.ArgumentParser.
     """
 
     failure: type[UsageError] = UsageError
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-q", "--quiet", action=_Quiet, help="print only warnings, errors and requested output")
 
     def format_help(self) -> str:
-        """The whole help."""
+        """The help text."""
         needed = [_written(action) for action in self._actions if action.required]
         self.usage = " ".join(["%(prog)s", *(word.replace("%", "%%") for word in needed), "[options]"])
         if self.refused:
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         raise self.failure(f"{message}{self._near(message)} (--help shows the options)")
 
     def _near(self, message: str) -> str:
-        """What may have been meant by options and choices that there are not."""
+        """Suggest the nearest option or choice for an unknown one."""
         if choice := _CHOICE.search(message):
             near = closest(choice[1], re.findall(r"[^\s',]+", choice[2]), 0.6)
             return f"; did you mean {near}?" if near else ""
@@ -72,13 +72,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse(parser: Parser, flag: str, why: str) -> None:
-    """An option with a value that is refused with a reason; --help names it last."""
+    """Add an option whose use raises an error with a reason; --help lists it as not supported."""
     parser.add_argument(flag, action=_Refused, const=why, help=argparse.SUPPRESS)
     parser.refused.append(flag)
 
 
 class _Quiet(argparse.Action):
-    """--quiet, which is no option of any one program: it is not in what parsing gives."""
+    """The action of --quiet, which takes effect at once and is not in the parsed arguments."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
@@ -88,14 +88,14 @@ class _Quiet(argparse.Action):
 
 
 class _Refused(argparse.Action):
-    """An option of kohya's scripts that there is no use for here: giving it is an error that says why."""
+    """An option of kohya's scripts that is not supported: using it raises an error with the reason."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         raise UsageError(f"{self.option_strings[0]} is not supported: {self.const}")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one, where its help does not say it already."""
+    """Adds the default of every option to its help, unless the help mentions it."""
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, max_help_position=32, **options)
@@ -107,7 +107,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return text if says or not action.option_strings else f"{text} (default: {default})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Paragraphs are filled; lines that begin with a space, as examples do, stay as they are."""
+        """Wrap paragraphs, except those with lines that begin with a space, such as examples."""
         parts = [
             part if "\n " in part else argparse.HelpFormatter._fill_text(self, part, width, indent)
             for part in text.split("\n\n")
@@ -116,7 +116,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _written(action: argparse.Action) -> str:
-    """How a required option or argument is written."""
+    """A required option or argument as text for the usage line."""
     value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     word = f"{value} ..." if action.nargs in ("+", "*") else value
     return f"{action.option_strings[-1]} {word}" if action.option_strings else word

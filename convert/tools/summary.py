@@ -1,4 +1,4 @@
-"""What a program says of the adapter that it has written: the file, its size, ranks, trigger words, how to load it."""
+"""The summary of a written adapter that programs print: file, size, ranks, trigger words, how to load it."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB")
 
 
 def shown_size(count: float) -> str:
-    """A number of bytes in a suitable unit.
+    """Format a number of bytes in a suitable unit.
 
     Args:
-        count: The bytes.
+        count: The number of bytes.
 
     Returns:
         The number and the unit.
@@ -32,8 +32,8 @@ def written(path: Path, adapter: Adapter, trigger_words: str | None = None) -> s
 
     Args:
         path: The file, or the PEFT folder.
-        adapter: What it holds.
-        trigger_words: Those of the training, if the metadata have none.
+        adapter: The adapter in it.
+        trigger_words: The trigger words of the training, used if the metadata contain none.
 
     Returns:
         A few lines.
@@ -47,7 +47,7 @@ def written(path: Path, adapter: Adapter, trigger_words: str | None = None) -> s
     if words:
         lines.append(f"  trigger words: {words}")
     if adapter.modules and adapter.architecture == OTHER:
-        return "\n".join([*lines, "  to load it: in the programs that load those that it was made from"])
+        return "\n".join([*lines, "  to load it: use a program that loads the adapters that it was made from"])
     if path.is_dir():
         lines.append(f'  to load it: Adapter.load("{path}"), or PeftModel.from_pretrained with a subfolder')
         return "\n".join(lines)

@@ -21,7 +21,7 @@ REPO_TYPES = ("model", "dataset", "space")
 
 @dataclass(frozen=True)
 class FailedPush:
-    """A file or folder that could not be pushed. It is still where it was saved."""
+    """A file or folder that could not be pushed. It remains where it was saved."""
 
     path: Path
     reason: str
@@ -33,7 +33,7 @@ class FailedPush:
 @dataclass(frozen=True)
 class _Job:
     path: Path  # as it was saved
-    kept: Path  # the same content under a name that nobody changes
+    kept: Path  # the same contents under a private name, so that nothing changes them
     send: Callable[[Path], None]
 
 
@@ -45,12 +45,12 @@ class BackgroundPush:
             ...
         for failed in push.failures: ...
 
-    The repository is created at once, so that a wrong name or token shows before hours of training. After that nothing
-    raises: what still fails after all attempts is in `failures`, and `close` logs it. Files are kept by hard links
-    (copies on file systems without them) until they are sent, so that training may replace or remove its own.
+    The repository is created at once, so that a wrong name or token is reported before hours of training. After that,
+    nothing raises: pushes that fail after all attempts are in `failures`, and `close` logs them. Files are kept by hard
+    links (or copies on file systems without links) until they are sent, so that training can replace or delete them.
 
-    The thread is a daemon, which `HfApi.run_as_future`'s is not: an upload that hangs must not keep a program from
-    ending.
+    The thread is a daemon, unlike that of `HfApi.run_as_future`: an upload that hangs must not prevent the program from
+    exiting.
 
     Args:
         repo_id: The repository, owner/name.
@@ -58,11 +58,11 @@ class BackgroundPush:
         private: Whether a new repository is private; None is the account's default.
         path_in_repo: The folder in the repository.
         revision: The branch, which is created if it is missing; None is main.
-        token: The access token, if not the one that is logged in.
-        endpoint: The Hub's address, if not the usual one.
-        background: False: each call returns when its push is done or has failed.
-        attempts: How often a push that fails for a passing reason is tried, in all.
-        wait: Seconds before the second attempt; each further wait is twice as long.
+        token: The access token; None uses the saved one.
+        endpoint: The Hub's address; None uses the default.
+        background: If False, each call returns when its push is done or has failed.
+        attempts: The total number of attempts for a push that fails temporarily.
+        wait: Seconds before the second attempt; the time is doubled for each further attempt.
 
     Raises:
         HubError: The Hub refuses the repository, or cannot be reached.
@@ -101,7 +101,7 @@ class BackgroundPush:
                 self._api.create_branch(self.repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         self._closing, self._closed = threading.Event(), False
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
-        self._waiting: list[_Job] = []  # not yet done, in order
+        self._waiting: list[_Job] = []  # unfinished jobs, in order
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True) if background else None
         if self._thread is not None:
@@ -141,17 +141,17 @@ class BackgroundPush:
         Args:
             path: The adapter's file.
             message: The commit's message.
-            **content: What the card shows: see `lora_adapters.hub.repository.write_folder`.
+            **content: The contents of the card; see `lora_adapters.hub.repository.write_folder`.
 
         Raises:
-            AdapterError: The repository is not one of models.
+            AdapterError: The repository is not a model repository.
         """
         from lora_adapters.convert.adapter import Adapter
 
         from .repository import push_to_hub
 
         if self.repo_type != "model":
-            raise AdapterError(f"{self.repo_id} is a {self.repo_type}: an adapter with its card goes to a model")
+            raise AdapterError(f"{self.repo_id} is a {self.repo_type}: adapters need a model repository")
         path = Path(path)
 
         def send(kept: Path) -> None:
@@ -162,10 +162,10 @@ class BackgroundPush:
         self._add(path, send)
 
     def close(self, timeout: float | None = None) -> list[FailedPush]:
-        """Wait for the pushes that are not done, and log those that failed.
+        """Wait for unfinished pushes, and log the failed ones.
 
         Args:
-            timeout: Seconds to wait at most, in all; what is not done by then has failed.
+            timeout: The maximum time to wait in seconds; pushes that are not done by then have failed.
 
         Returns:
             The failed pushes.
@@ -223,13 +223,13 @@ class BackgroundPush:
         finally:
             shutil.rmtree(job.kept.parent, ignore_errors=True)
         with self._lock:
-            if job in self._waiting:  # otherwise `close` has counted it as failed
+            if job in self._waiting:  # otherwise `close` has already counted it as failed
                 self._waiting.remove(job)
                 if reason is not None:
                     self.failures.append(FailedPush(job.path, reason))
 
     def _try(self, job: _Job) -> str | None:
-        """Push, with further attempts after passing failures; returns the reason if it failed."""
+        """Push, with further attempts after temporary failures; returns the reason if the push failed."""
         reason, delay = "", self.wait
         for attempt in range(1, self.attempts + 1):
             try:
@@ -243,7 +243,7 @@ class BackgroundPush:
                 if self._closing.wait(delay):
                     break
                 delay *= 2
-            except Exception as error:  # a fault of ours or of a library must not end the thread and with it all pushes
+            except Exception as error:  # a bug here or in a library must not end the thread and all later pushes
                 logger.exception("pushing %s", job.path.name)
                 return f"{type(error).__name__}: {error}"
             else:
@@ -252,7 +252,7 @@ class BackgroundPush:
 
 
 def _held(path: Path) -> Path:
-    """The content of a file or folder under a hidden name beside it, by hard links if the file system has them."""
+    """A copy of a file or folder under a hidden name beside it, made of hard links if the file system supports them."""
     place = Path(tempfile.mkdtemp(prefix=".push-", dir=path.parent))
     kept = place / path.name
     try:
@@ -270,17 +270,17 @@ def download_state(place: str, *, token: str | bool | None = None, endpoint: str
     """Download a training state from the Hub to the Hub library's cache.
 
     Args:
-        place: `owner/name/folder[:revision[:repo_type]]`, as kohya's --resume takes it with --resume_from_huggingface.
+        place: `owner/name/folder[:revision[:repo_type]]`, as for kohya's --resume with --resume_from_huggingface. The
             revision defaults to main, repo_type to model.
-        token: The access token, if not the one that is logged in.
-        endpoint: The Hub's address, if not the usual one.
+        token: The access token; None uses the saved one.
+        endpoint: The Hub's address; None uses the default.
 
     Returns:
         The local folder.
 
     Raises:
-        AdapterError: place is not of that form, or there is no such folder.
-        HubError: The Hub refuses, or cannot be reached.
+        AdapterError: `place` does not have this form, or the folder does not exist.
+        HubError: The Hub refuses the request, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
 

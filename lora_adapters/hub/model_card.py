@@ -1,4 +1,4 @@
-"""The model card of an adapter: what the Hub shows of it, and what its page says."""
+"""The model card of an adapter: the metadata and the text of its page on the Hub."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from lora_adapters.convert.families import detection
 from lora_adapters.convert.families.registry import BASE_VERSION, version_named
 from lora_adapters.convert.formats.metadata import DYLORA_FACTS, network_args
 
-# A card with this line was written here and is replaced by each push; one without it belongs to the user.
+# A card with this line was written by this package and is replaced by each push; other cards belong to the user.
 MARK = "<!-- Written by lora-adapters. Take this line out, and later pushes leave this card as it is. -->"
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
-_METADATA = {  # entries that the card shows, and their labels
+_METADATA = {  # the metadata entries in the card, and their labels
     "ss_sd_model_name": "Trained on",
     "ss_num_train_images": "Training images",
     "ss_num_reg_images": "Regularization images",
@@ -44,14 +44,14 @@ _METADATA = {  # entries that the card shows, and their labels
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that the card shows: its path in the repository, and its prompt."""
+    """An image in the card: its path in the repository, and its prompt."""
 
     path: str
     prompt: str = "-"
 
 
 def kind(adapter: Adapter) -> str:
-    """The adapter's type: LierLa, C3Lier or DyLoRA; or the kinds of its changes where these are no pairs."""
+    """The adapter's type: LierLa, C3Lier or DyLoRA, or the kinds of its changes if they are not low-rank pairs."""
     if adapter.dylora is not None:
         return "DyLoRA"
     if not adapter.has_only_pairs:
@@ -63,11 +63,11 @@ def family(adapter: Adapter) -> tuple[str, str]:
     """The base model of an adapter, for its model card.
 
     Args:
-        adapter: The adapter. The metadata state the version; otherwise the width of the text encoder's output tells
-            SD1.x (768) from SD2.x (1024).
+        adapter: The adapter. If the metadata do not contain the version, the width of the text encoder's output decides
+            between SD1.x (768) and SD2.x (1024).
 
     Returns:
-        The title of the version, and the Hub repository of its first model.
+        The title of the version, and the Hub repository of its original model.
     """
     base = detection.base_model_of(adapter.modules, adapter.metadata)
     declared = version_named(adapter.metadata.get(BASE_VERSION, ""))
@@ -76,7 +76,7 @@ def family(adapter: Adapter) -> tuple[str, str]:
 
 
 def base_model_of(adapter: Adapter) -> str:
-    """The repository of its base model: the one that the metadata name, else its family's."""
+    """The repository of the base model: the one named in the metadata, or else the family's."""
     from lora_adapters.convert.storage.sources import is_repo_id
 
     name = adapter.metadata.get("ss_sd_model_name", "")
@@ -84,7 +84,7 @@ def base_model_of(adapter: Adapter) -> str:
 
 
 def _ranks(adapter: Adapter) -> str:
-    """ "4", or the range of ranks with how many modules have them, the most common first."""
+    """The ranks as text: "4", or several ranks with the number of modules of each, the most common first."""
     known = (change.rank for change in adapter.modules.values() if change.rank is not None)
     ranks = Counter(known).most_common()
     if not ranks:
@@ -101,13 +101,13 @@ def _alphas(adapter: Adapter) -> str:
 
 
 def _usable_ranks(adapter: Adapter) -> list[int]:
-    """The ranks that a DyLoRA can be used at."""
+    """The ranks at which a DyLoRA can be used."""
     highest, unit = max(pair.rank for pair in adapter.pairs().values()), adapter.dylora.unit if adapter.dylora else 1
     return [*range(unit, highest, unit), highest]
 
 
 def _cell(text: str) -> str:
-    """Text from a file's metadata, fit for a cell of a Markdown table."""
+    """Escape text from a file's metadata for a cell of a Markdown table."""
     flat = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -174,15 +174,14 @@ def model_card(
     Args:
         adapter: The adapter.
         repo_id: Its repository, owner/name.
-        base_model: The base model's repository; None is the one that the adapter's metadata name, else the first of its
-            family.
+        base_model: The base model's repository; None uses the one named in the metadata, or else the family's original.
         trigger_words: Words that the prompt needs.
         description: Text below the title, in Markdown.
         license: The license's identifier on the Hub.
-        samples: Images of one prompt each, for the Hub's gallery.
-        grid: The path of one image of many samples.
+        samples: Images with their prompts, for the Hub's gallery.
+        grid: The path of an image that contains several samples.
         tags: Further tags.
-        subfolder: The adapter's folder in the repository; None is its top.
+        subfolder: The adapter's folder in the repository; None for the root.
 
     Returns:
         A `huggingface_hub.ModelCard`.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CARD, GRID = "README.md", "samples.png"
-# Files of components, which an earlier adapter may have had in a repository and a later one has not.
+# Files of components in a repository: an earlier adapter may have had some that the new one does not have.
 _OF_COMPONENTS = [f"{part}/{file}" for part in COMPONENTS for file in (CONFIG, WEIGHTS)]
 
 
@@ -101,7 +101,7 @@ def _write_weights(adapter: Adapter, folder: Path, base_model: str, dtype: torch
 def _write_images(
     samples: "Mapping[str, str | Path | Image]", grid: "str | Path | Image | None", folder: Path
 ) -> list[Sample]:
-    """Write images, by their prompts, below `folder`/images, and the grid; returns the samples of the card."""
+    """Write images (by prompt) to `folder`/images, and the grid; returns the samples for the card."""
     if grid is not None:
         _write_image(grid, folder / GRID)
     written = []
@@ -155,10 +155,10 @@ def push_to_hub(
     content["subfolder"] = path_in_repo or None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_folder(adapter, folder, repo_id, **content)  # what cannot be written must not leave an empty repository
+        write_folder(adapter, folder, repo_id, **content)  # fail before an empty repository is created
         name = _make_repository(api, repo_id, private, revision)
         if name != repo_id:
-            write_folder(adapter, folder, name, **content)  # the card names the whole repository
+            write_folder(adapter, folder, name, **content)  # again, since the card contains the full repository name
         if not _card_is_ours(api, name, revision, f"{path_in_repo}/{CARD}" if path_in_repo else CARD):
             (folder / CARD).unlink()
         with hub_errors(name, revision):
@@ -183,7 +183,7 @@ def _make_repository(api: Any, repo_id: str, private: bool | None, revision: str
 
 
 def _card_is_ours(api: Any, repo_id: str, revision: str | None, place: str) -> bool:
-    """Whether the card may be replaced: there is none, or this package wrote it."""
+    """Whether the card may be replaced: it does not exist, or this package wrote it."""
     try:
         with hub_errors(repo_id, revision, place):
             card = api.hf_hub_download(repo_id, place, revision=revision)

@@ -1,13 +1,13 @@
-"""The adapter types: a folder and a line here for each.
+"""The adapter types: each has a subfolder and an entry in `REGISTERED`.
 
-A type's folder holds `config.py`, with its config and `TYPE` (see `adapter_type.AdapterType`), and `layer.py` where its
-forward pass is its own. Everything else finds it by its line: the tuner, `--network_module`, saving and restoring, the
-optimizer groups, the public names and the API reference.
+The folder contains `config.py`, with the config and `TYPE` (see `adapter_type.AdapterType`), and `layer.py` if the type
+has its own forward pass. Everything else uses the entry to find the type: the tuner, `--network_module`, saving and
+restoring, the optimizer groups, the public names and the API reference.
 """
 
-# Folder -> what `lora_adapters` exports of it, and the module of the folder that has it. Light: nothing is imported.
+# The names that `lora_adapters` exports from each folder, and their module. Nothing is imported here.
 REGISTERED: dict[str, dict[str, str]] = {
-    "lierla": {"LierLaConfig": "config"},  # the first: plain LoRA, as which an adapter without a type is read
+    "lierla": {"LierLaConfig": "config"},  # must be first: plain LoRA, the type of adapters without a type
     "c3lier": {"C3LierConfig": "config"},
     "lycoris": {"LycorisConfig": "config"},
     "dylora": {"DyLoraConfig": "config", "set_rank": "rank_controller", "set_step": "rank_controller"},

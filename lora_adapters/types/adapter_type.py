@@ -1,4 +1,4 @@
-"""What the rest of the package asks an adapter type for."""
+"""`AdapterType`, the interface of adapter types."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class NetworkArg(NamedTuple):
-    """An option of kohya's --network_args: how its text is read, and what it takes, for the error where it does not."""
+    """An option of kohya's --network_args: a parser of its text, and a description of valid values for messages."""
 
     parse: Callable[[str], Any]
     takes: str
@@ -31,19 +31,19 @@ def flag(text: str) -> bool:
 
 
 class AdapterType:
-    """One type of adapter. The methods here are plain LoRA's; a type overrides those in which it differs.
+    """One type of adapter. The methods implement plain LoRA; other types override some of them.
 
     Attributes:
         name: The name in files, which is the config's class name without "Config".
         title: The name in messages.
-        config: The class of its configs.
-        network_modules: Its names in kohya's --network_module, the usual one first.
+        config: The class of the configs.
+        network_modules: The names in kohya's --network_module, the default one first.
         network_args: Options of --network_args that only this type has; each is a field of the config.
-        with_conv: The name of the type that --network_module means where a rank for larger convolutions is given;
-            None: this one.
-        variant: The class by which PEFT computes its layers; None: as plain LoRA. With a method `gate_of_all(layer,
-            adapter_name)` it is stacked with others, as plain LoRA is: what its components are multiplied with between
-            down and up, (components,), or None if there is more to a call.
+        with_conv: The name of the type to use for the same --network_module if a rank for larger convolutions is given;
+            None for this type.
+        variant: The PEFT variant class that computes the layers; None for plain LoRA. If it has a method
+            `gate_of_all(layer, adapter_name)`, it can be stacked with other adapters like plain LoRA: the method
+            returns the factors of the components between down and up, (components,), or None if stacking is impossible.
     """
 
     name: ClassVar[str]
@@ -55,24 +55,24 @@ class AdapterType:
     variant: ClassVar[type | None] = None
 
     def training_args(self, args: Mapping[str, str]) -> dict[str, str]:
-        """The --network_args of a training, with those that differ from the config's defaults unless they are given."""
+        """The --network_args of a training, completed by defaults that differ from those of the config."""
         return dict(args)
 
     # --- in files ------------------------------------------------------------------------------------------------
 
     def facts_of(self, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-        """The type's own fields by kohya's metadata; None if it does not say that the adapter is of this type."""
+        """The type's own fields from kohya's metadata; None if the adapter is not of this type."""
         return None
 
     def metadata(self, config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
-        """Entries of kohya's metadata that say that an adapter of `config` is of this type."""
+        """Entries of kohya's metadata that identify the type of an adapter with this config."""
         return {}
 
     def config_options(self, modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a `LoraConfig` with the rank and alpha of each module, and the type's own fields.
 
         Args:
-            modules: What has a rank and an alpha, by the module's path.
+            modules: Objects with a rank and an alpha, by the module's path.
             facts: The type's own fields.
 
         Returns:
@@ -81,11 +81,11 @@ class AdapterType:
         return {**lora_config(modules), "facts": dict(facts)}
 
     def fields(self, network_module: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of the config that the name of --network_module decides.
+        """Fields of the config that depend on --network_module.
 
         Args:
             network_module: One of `network_modules`.
-            given: The fields from the other network options.
+            given: The fields that follow from the other network options.
 
         Returns:
             Fields to add or to replace.
@@ -93,37 +93,37 @@ class AdapterType:
         return {}
 
     def idle(self, network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
-        """Options of this type that change nothing beside others of `network_args`, each with the reason."""
+        """Options of this type that have no effect together with the others in `network_args`, each with the reason."""
         return {}
 
     # --- in models -----------------------------------------------------------------------------------------------
 
     def covered(self, model: nn.Module, config: Any) -> list[str]:
-        """Paths of the layers that an adapter of `config` has without target_modules; see `target_modules.covered`."""
+        """Paths of the layers to adapt if `config` has no target_modules; see `target_modules.covered`."""
         return covered(model, config.conv, config.preset)
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
-        """Make the LoRA layers of an adapter, which are in the model, compute what this type does."""
+        """Make the existing LoRA layers of an adapter compute this type."""
 
     def detach(self, model: nn.Module, adapter_name: str) -> None:
-        """Make an adapter of this type plain LoRA again; nothing if it is of another type."""
+        """Make an adapter of this type a plain LoRA again; does nothing for other types."""
 
     def refit(self, model: nn.Module) -> None:
-        """Follow layers whose factors have been padded."""
+        """Adjust to layers whose factors have been padded."""
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
-        """The change of weight of an adapter in a layer, as a file has it; see `layers.low_rank`."""
+        """The change of an adapter in a layer, as stored in a file; see `layers.low_rank`."""
         return layers.low_rank(layer, adapter_name, stabilized)
 
     def parts(self, layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of an adapter in a layer that may be trained.
+        """The trainable modules of an adapter in a layer.
 
         Args:
             layer: A layer that has the adapter.
             adapter_name: The name of the adapter.
 
         Yields:
-            (kind, module); LoRA+ has another learning rate for the kind "up".
+            (kind, module); LoRA+ uses another learning rate for the kind "up".
         """
         down, up = layers.factors(layer, adapter_name)
         yield "down", down
@@ -132,9 +132,9 @@ class AdapterType:
         yield "up", up
 
     def as_used(self, model: nn.Module, adapter_names: list[str]) -> AbstractContextManager[None]:
-        """A block in which the factors of adapters of this type are, as plain LoRA, what the layers compute now."""
+        """A context in which the factors, read as plain LoRA, give the current change of the layers."""
         return nullcontext()
 
     def plain(self, config: Any) -> Any:
-        """The config of the plain LoRA that such factors are."""
+        """The config of the plain LoRA with the factors of `as_used`."""
         return config

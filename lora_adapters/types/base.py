@@ -1,8 +1,8 @@
 """The base class of the configs of all adapter types.
 
 The configs are `LoraConfig`s that need no target_modules, since they know which modules kohya's LoRA types adapt. Their
-PEFT type is LORA, and `to_dict` and `adapter_config.json` contain nothing that stock PEFT does not know: options beyond
-LoRA are stored in `auto_mapping`, a free-form field, from which `registry.restored` restores the type.
+PEFT type is LORA, and stock PEFT can read their `to_dict` and `adapter_config.json`: other options than LoRA's are
+stored in `auto_mapping`, a free-form field, from which `registry.restored` restores the type.
 """
 
 import copy
@@ -19,12 +19,12 @@ from lora_adapters.presets import Preset, find_preset
 DEFAULT_CONV_DIM = 4
 FACTS = "lora_adapters"  # the key in auto_mapping
 _DECIDED = ("target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "resolved")  # filled in by a model
-# Variants of a LoRA layer that older releases of PEFT do not mark as such in their configs.
+# Options for variants of LoRA layers that older releases of PEFT do not mark as such in their configs.
 _UNMARKED_VARIANTS = ("use_dora", "use_qalora", "alora_invocation_tokens", "arrow_config")
 
 
 def check(condition: bool, message: str) -> None:
-    """AdapterError with the message unless the condition holds."""
+    """Raise AdapterError with the message unless the condition holds."""
     if not condition:
         raise AdapterError(message)
 
@@ -82,47 +82,53 @@ class AdapterConfig(LoraConfig):
         check(self.conv_dim is None or self.conv_dim >= 1, f"conv_dim is {self.conv_dim}: a rank is at least 1")
         for name in ("block_dims", "conv_block_dims"):
             for value in getattr(self, name) or ():
-                check(isinstance(value, int) and value >= 0, f"{name} has the value {value}: ranks are whole, 0 skips")
+                check(
+                    isinstance(value, int) and value >= 0,
+                    f"{name} has the value {value}: ranks are integers of at least 0 (0 skips a block)",
+                )
         for name in ("include_patterns", "exclude_patterns", "reg_dims", "reg_alphas"):
             check_patterns(name, getattr(self, name))
         for pattern, rank in (self.reg_dims or {}).items():
-            check(isinstance(rank, int) and rank >= 0, f"reg_dims {pattern}={rank}: ranks are whole, 0 skips")
-        if self.preset is not None and not self.resolved:  # else it may be a file that is no longer there
+            check(
+                isinstance(rank, int) and rank >= 0,
+                f"reg_dims {pattern}={rank}: ranks are integers of at least 0 (0 skips a module)",
+            )
+        if self.preset is not None and not self.resolved:  # for a resolved config, the preset's file may not exist
             self.check_preset(find_preset(self.preset))
         self.check_options()
 
     def check_preset(self, preset: Preset) -> None:
-        """AdapterError for a preset that adapters of this type cannot have."""
+        """Raise AdapterError for a preset that this type does not support."""
         check(
             not preset.overrides,
-            f"preset {self.preset} has options for single modules, which {type(self).__name__} has not",
+            f"preset {self.preset} has options for single modules, which {type(self).__name__} does not support",
         )
 
     def check_options(self) -> None:
-        """AdapterError for options of `LoraConfig` that adapters of this type cannot have."""
+        """Raise AdapterError for options of `LoraConfig` that this type does not support."""
         check(
             not self.target_parameters,
-            f"target_parameters: {type(self).__name__} is for linear layers and convolutions; take peft.LoraConfig",
+            f"target_parameters: {type(self).__name__} is for linear layers and convolutions; use peft.LoraConfig",
         )
 
     def for_model(self) -> "AdapterConfig":
-        """The config to put into a model: this one, or a copy as it was asked for where a model has it already."""
+        """The config for a model: this one, or a copy of the original config if another model already uses it."""
         if self._before is None:
             return self
         asked, decided = self._before
         fresh = copy.copy(self)
         fresh._before = None  # type: ignore[misc]
         for name, value in asked.items():
-            if getattr(self, name) == decided[name]:  # else it has been set to something else since
+            if getattr(self, name) == decided[name]:  # otherwise the user has changed it since
                 setattr(fresh, name, copy.deepcopy(value))
         return fresh
 
     def asked(self) -> dict[str, Any]:
-        """The fields that a model fills in, as they are now."""
+        """The current values of the fields that a model fills in."""
         return {name: copy.deepcopy(getattr(self, name)) for name in _DECIDED}
 
     def decide(self, decided: Mapping[str, Any], asked: dict[str, Any] | None = None) -> None:
-        """Fill in what a model has decided; `asked` is what `asked()` gave before, None if it is known already."""
+        """Fill in fields decided by a model; `asked` is the earlier result of `asked()`, None to keep the known one."""
         if asked is None:
             asked = self._before[0] if self._before is not None else self.asked()
         for name, value in decided.items():
@@ -131,14 +137,14 @@ class AdapterConfig(LoraConfig):
         self._before = asked, self.asked()  # type: ignore[misc]
 
     def undecide(self, asked: Mapping[str, Any]) -> None:
-        """Make it what it was before a model that could not take it."""
+        """Restore the config after a model could not be adapted."""
         for name, value in asked.items():
             setattr(self, name, value)
         self._before = None  # type: ignore[misc]
 
     @property
     def conv(self) -> bool:
-        """Whether convolutions larger than 1x1, and everything else in ResNet blocks, are covered."""
+        """Whether convolutions larger than 1x1, and all other layers of ResNet blocks, are adapted."""
         return self.covers_conv or self.conv_dim is not None or self.conv_block_dims is not None
 
     def facts(self) -> dict[str, Any]:
@@ -149,20 +155,20 @@ class AdapterConfig(LoraConfig):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The equal plain LoRA's config, with the type's own facts in `auto_mapping`."""
+        """The config of the equivalent plain LoRA, with the type's own facts in `auto_mapping`."""
         own = fields_beyond(type(self), LoraConfig)
         plain = {key: value for key, value in super().to_dict().items() if key not in own}
         return {**plain, "auto_mapping": {**(self.auto_mapping or {}), FACTS: self.facts()}}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json; PEFT's own `auto_mapping` entries and this type's facts both go into it."""
+        """Write adapter_config.json, with both PEFT's `auto_mapping` entries and this type's facts."""
         if kwargs.get("auto_mapping_dict") is not None:
             kwargs["auto_mapping_dict"] = {**kwargs["auto_mapping_dict"], FACTS: self.facts()}
         super().save_pretrained(save_directory, **kwargs)
 
 
 def variants(config: LoraConfig) -> list[str]:
-    """The options of the config by which PEFT computes a layer in another way than plain LoRA (its LoRA variants)."""
+    """The options of the config that select one of PEFT's LoRA variants."""
     known = {field.name: field.metadata for field in fields(LoraConfig)}
     marked = [name for name, facts in known.items() if facts.get("is_lora_variant") or name in _UNMARKED_VARIANTS]
     active = [name for name in marked if getattr(config, name)]
@@ -172,6 +178,6 @@ def variants(config: LoraConfig) -> list[str]:
 
 
 def fields_beyond(config: type, other: type) -> list[str]:
-    """Names of the fields of a config class that the other one does not have."""
+    """The names of the fields of a config class that another class does not have."""
     known = {field.name for field in fields(other)}
     return [field.name for field in fields(config) if field.name not in known]

@@ -1,4 +1,4 @@
-"""PEFT's layers in a model, cached as long as the model does not change."""
+"""Finding PEFT's layers in a model, with a cache that is valid until the model changes."""
 
 import weakref
 from collections.abc import Iterator
@@ -10,10 +10,9 @@ from torch import nn
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model as `named_modules` lists them, except for those inside of PEFT's layers that belong to
-    adapters.
+    """The modules of a model like `named_modules`, but without the adapters' modules inside of PEFT's layers.
 
-    A layer with several adapters has dozens of these, and only PEFT's layers themselves and what they wrap are needed.
+    A layer with several adapters has dozens of these, but only PEFT's layers and the wrapped layers are needed.
 
     Args:
         model: The model.
@@ -34,7 +33,7 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
-    """The submodules of a module; of PEFT's layers only the wrapped one."""
+    """The submodules of a module; for PEFT's layers only the wrapped layer."""
     inner = module._modules
     if isinstance(module, BaseTunerLayer) and "base_layer" in inner:
         return [("base_layer", inner["base_layer"])]
@@ -42,14 +41,14 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether it is one of torch's layers, in which nothing is ever put."""
+    """Whether a module is one of torch's layers, which never get submodules."""
     return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
         module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     )
 
 
 class _Found:
-    """The layers of one model, and what says whether they are still all of them."""
+    """The layers found in a model, and the information to check whether the model has changed."""
 
     def __init__(self, model: nn.Module):
         self.layers: list[tuple[str, weakref.ref[Any]]] = []
@@ -63,7 +62,7 @@ class _Found:
                 self.structure.append((weakref.ref(module), tuple(map(id, module._modules.values()))))
 
     def are_all(self) -> bool:
-        """Whether the model has the same modules as when they were looked for."""
+        """Whether the model has the same modules as at the time of the search."""
         for reference, children in self.structure:
             module = reference()
             if module is None or tuple(map(id, module._modules.values())) != children:
@@ -79,7 +78,7 @@ _found: "weakref.WeakKeyDictionary[nn.Module, _Found]" = weakref.WeakKeyDictiona
 
 
 def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """(path, layer) of every layer of PEFT, of whatever type, as `named_modules` has them."""
+    """(path, layer) of every PEFT layer of any type, with the paths of `named_modules`."""
     known = _found.get(model)
     if known is None or not known.are_all():
         known = _found[model] = _Found(model)
@@ -90,4 +89,4 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path, layer) of every LoRA layer; the path is the adapted layer's own."""
     for path, layer in tuner_layers(model):
         if isinstance(layer, LoraLayer):
-            yield path.replace(".base_layer", ""), layer  # in a mixed model another adapter's layer may be around it
+            yield path.replace(".base_layer", ""), layer  # in a mixed model, it may be wrapped by another PEFT layer

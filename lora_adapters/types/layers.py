@@ -1,4 +1,4 @@
-"""The parts of an adapter in the LoRA layers of a model. No other file but a type's own names these parts."""
+"""Access to the parts of an adapter in LoRA layers. Only this file and the types' own files use their names."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ from lora_adapters.convert.deltas.low_rank import LowRank
 
 from .found_layers import lora_layers
 
-# What a layer of PEFT's keeps of its adapters, by their names.
+# The attributes in which a PEFT layer stores the parts of its adapters.
 HELD = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-DOWN_HELD = ("lora_A", "lora_embedding_A")  # those that a layer's scaling belongs to
-ADDED = tuple(f".{name}" for name in (*HELD, "lora_dropout", "base_layer"))  # what PEFT adds below a layer's path
+DOWN_HELD = ("lora_A", "lora_embedding_A")  # the `down` factors
+ADDED = tuple(f".{name}" for name in (*HELD, "lora_dropout", "base_layer"))  # names that PEFT adds below a layer's path
 
 
 class Factors(NamedTuple):
-    """The modules of one adapter in one layer, each with a `weight`: x goes through `down`, then `up`."""
+    """The modules of one adapter in one layer, each with a `weight`: `down` is applied first, then `up`."""
 
     down: Any
     up: Any
@@ -40,18 +40,18 @@ def factors(layer: Any, adapter_name: str) -> Factors:
 
 
 def magnitude(layer: Any, adapter_name: str) -> nn.Module | None:
-    """DoRA's magnitudes of an adapter in a layer, where it has them."""
-    held = layer.lora_magnitude_vector  # a ModuleDict or a dict, by the version
+    """DoRA's magnitudes of an adapter in a layer; None if it has none."""
+    held = layer.lora_magnitude_vector  # a ModuleDict or a dict, depending on the version
     return held[adapter_name] if adapter_name in held else None  # noqa: SIM401
 
 
 def width(layer: Any, adapter_name: str) -> int:
-    """The number of components that there is room for: the rank, or more where the factors are padded with zeros."""
+    """The allocated number of components: the rank, or more if the factors are padded with zeros."""
     return layer.lora_A[adapter_name].weight.shape[0]
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter of this name (see `named_parameters`) is a factor of an adapter."""
+    """Whether a parameter with this name (see `named_parameters`) is a factor of an adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -70,8 +70,8 @@ def low_rank(layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank
     rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
     if stabilized:
         alpha *= rank**0.5
-    # An adapter that is prepared to be swapped is padded with zeros; one that PEFT has combined may be narrower than
-    # the rank that its alpha belongs to.
+    # An adapter prepared for hot-swapping is padded with zeros; an adapter combined by PEFT may be narrower than the
+    # rank for which its alpha was chosen.
     held = min(rank, down.shape[0])
     return LowRank(down[:held], up[:, :held], alpha * held / rank)
 
@@ -88,8 +88,8 @@ def put(layer: Any, adapter_name: str, pair: LowRank, device: torch.device, dtyp
     """
     up = pair.up if pair.alpha else torch.zeros_like(pair.up)
     for part, values in zip(factors(layer, adapter_name), (pair.down, up), strict=True):
-        # A copy, so that the model does not hang on a memory-mapped file.
+        # A copy, so that the model does not depend on a memory-mapped file.
         values = values.to(device, dtype, copy=True).contiguous()
-        # Put there directly: a model that another thread opens has torch.nn.Module patched so that what is assigned
-        # to a module's attribute has no memory.
+        # Set directly: while another thread loads a model, torch.nn.Module may be patched so that parameters assigned
+        # to attributes have no memory.
         part._parameters["weight"] = nn.Parameter(values, part.weight.requires_grad)

@@ -1,4 +1,4 @@
-"""Finding the adapter type of a name, a config, a layer or a file's metadata."""
+"""Finding the adapter type for a name, a config, a layer or a file's metadata."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ from torch import nn
 from lora_adapters.convert.deltas.base import Delta, with_article
 from lora_adapters.convert.deltas.low_rank import LowRank
 
-# Whole modules: each may be half loaded when its import of peft is what loads this one.
+# Imported as modules: each may be only partly loaded, if its import of peft loads this one.
 from . import REGISTERED, base, layers
 
 if TYPE_CHECKING:
@@ -27,23 +27,23 @@ def types() -> "tuple[AdapterType, ...]":
 
 
 def plain() -> "AdapterType":
-    """The type of an adapter that says nothing else."""
+    """The default type."""
     return types()[0]
 
 
 def type_named(name: str) -> "AdapterType | None":
-    """The type that has this name in files."""
+    """The type with this name in files; None if it is unknown."""
     return next((kind for kind in types() if kind.name == name), None)
 
 
 def type_of(config: Any) -> "AdapterType":
-    """The type of a config; plain LoRA's for configs of PEFT."""
+    """The type of a config; plain LoRA for PEFT's own configs."""
     by_config = {kind.config: kind for kind in types()}
     return next((by_config[cls] for cls in type(config).__mro__ if cls in by_config), plain())
 
 
 def type_in(layer: Any, adapter_name: str) -> "AdapterType | None":
-    """The type by which an adapter is computed in a layer; None for LoRA variants of PEFT."""
+    """The type of an adapter in a layer; None for PEFT's LoRA variants."""
     variant = layer.lora_variant.get(adapter_name)
     if variant is None:
         return plain()
@@ -59,7 +59,7 @@ def is_ours(model: nn.Module, adapter_name: str) -> bool:
 
 
 def restored(config: LoraConfig) -> LoraConfig:
-    """The config as the type that `auto_mapping` names; unchanged if it belongs to PEFT."""
+    """Convert a config to the type named in `auto_mapping`; PEFT's own configs are returned unchanged."""
     facts = dict((config.auto_mapping or {}).get(base.FACTS) or {})
     kind = type_named(facts.pop("type", ""))
     if kind is None or isinstance(config, base.AdapterConfig):
@@ -70,14 +70,14 @@ def restored(config: LoraConfig) -> LoraConfig:
 
 
 def facts_of_config(config: Any) -> dict[str, Any]:
-    """The type of a config and its values of the fields that only this type has; plain LoRA where there are none."""
+    """The type of a config and the values of the type's own fields; plain LoRA by default."""
     kind = type_of(config)
     facts = {name: getattr(config, name) for name in base.fields_beyond(kind.config, base.AdapterConfig)}
     return {"type": kind.name if facts else plain().name, **facts}
 
 
 def facts_of_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The type that kohya's metadata says, and its own fields; plain LoRA where it says none."""
+    """The type in kohya's metadata and the values of the type's own fields; plain LoRA by default."""
     for kind in types():
         if (facts := kind.facts_of(metadata)) is not None:
             return {"type": kind.name, **facts}
@@ -85,14 +85,14 @@ def facts_of_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def facts_for(config: Any, metadata: Mapping[str, str], explicit: Collection[str]) -> dict[str, Any]:
-    """The facts of a config's type: of the `given` fields those of the config, of the others those of the metadata."""
+    """The facts of a config's type: `explicit` fields are taken from the config, the others from the metadata."""
     kind, own = type_of(config), facts_of_config(config)
     of_file = kind.facts_of(metadata)
     return own if of_file is None else {**own, **of_file, **{name: own[name] for name in own if name in explicit}}
 
 
 def metadata_of(config: Any, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Entries of kohya's metadata that say of which type an adapter of `config` is."""
+    """Entries of kohya's metadata that identify the type of a config."""
     return type_of(config).metadata(config, metadata)
 
 
@@ -101,10 +101,10 @@ def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
 
     Args:
         modules: An object with rank and alpha for each path.
-        facts: The type and its fields, as `facts_of_metadata` returns them.
+        facts: The type and its fields, as returned by `facts_of_metadata`.
 
     Returns:
-        Options, from which `restored` makes a config of the type.
+        The options, from which `restored` creates a config of the type.
     """
     own = {name: value for name, value in facts.items() if name != "type"}
     kind = type_named(facts["type"]) or plain()
@@ -114,7 +114,7 @@ def config_options(modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
 
 
 def covered(model: nn.Module, config: Any) -> list[str]:
-    """Paths of the layers that an adapter of `config` has in a model; AdapterError if there are none."""
+    """Paths of the layers of a model that `config` adapts; AdapterError if there are none."""
     return type_of(config).covered(model, config)
 
 
@@ -122,7 +122,7 @@ def covered(model: nn.Module, config: Any) -> list[str]:
 
 
 def attach(model: nn.Module, adapter_name: str, config: Any) -> None:
-    """Make an adapter, whose LoRA layers are in the model, compute what its config's type does, and no other."""
+    """Attach the type of a config to the LoRA layers of an adapter, and detach other types."""
     kind = type_of(config)
     for other in types():
         if other is not kind:
@@ -131,19 +131,19 @@ def attach(model: nn.Module, adapter_name: str, config: Any) -> None:
 
 
 def detach(model: nn.Module, adapter_name: str) -> None:
-    """Take what a type has put on the layers of an adapter off again."""
+    """Detach the type of an adapter from its layers."""
     for kind in types():
         kind.detach(model, adapter_name)
 
 
 def refit(model: nn.Module) -> None:
-    """Follow layers whose factors have been padded."""
+    """Adjust to layers whose factors have been padded."""
     for kind in types():
         kind.refit(model)
 
 
 def delta_of(layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
-    """The change of an adapter in a layer, as a file has it.
+    """The change of an adapter in a layer, as stored in a file.
 
     Args:
         layer: A LoRA layer that has the adapter.
@@ -157,12 +157,12 @@ def delta_of(layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
 
 
 def parts_of(layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
-    """(kind, module) of everything of an adapter in a layer that may be trained; see `AdapterType.parts`."""
+    """(kind, module) of all trainable modules of an adapter in a layer; see `AdapterType.parts`."""
     return (type_in(layer, adapter_name) or plain()).parts(layer, adapter_name)
 
 
 def beyond_lora(layer: Any, adapter_name: str) -> str | None:
-    """What the adapter does in the layer that no low-rank pair can hold; None where pairs are all that it is."""
+    """The feature of an adapter in a layer that low-rank pairs cannot represent; None for plain low-rank pairs."""
     more = beyond_deltas(layer, adapter_name)
     if more is None and not isinstance(change := delta_of(layer, adapter_name), LowRank):
         more = with_article(change.kind)
@@ -170,7 +170,7 @@ def beyond_lora(layer: Any, adapter_name: str) -> str | None:
 
 
 def beyond_deltas(layer: Any, adapter_name: str) -> str | None:
-    """What the adapter does in the layer that no type of this package computes; None where `delta_of` is all of it."""
+    """The feature of an adapter in a layer that no type of this package supports; None if `delta_of` is complete."""
     if layers.magnitude(layer, adapter_name) is not None:
         return "DoRA's magnitudes"
     if getattr(layers.factors(layer, adapter_name).up, "bias", None) is not None:
@@ -181,7 +181,7 @@ def beyond_deltas(layer: Any, adapter_name: str) -> str | None:
 
 @contextmanager
 def as_used(model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
-    """In the block, the factors of the adapters are, as plain LoRA, what their layers compute now."""
+    """A context in which the factors of the adapters, read as plain LoRA, give the current change of their layers."""
     with ExitStack() as stack:
         for kind in types():
             stack.enter_context(kind.as_used(model, adapter_names))

@@ -88,8 +88,8 @@ def test_merge_into_a_model_and_extraction(tmp_path, capsys):
     assert Adapter.load(lora).metadata["ss_base_model_version"] == "sd_v1"
     assert json.loads(Adapter.load(lora).metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "4.0"}
     said = fails(capsys, "merge", "--sd_model", base, "--save_to", tuned, "--models", c3lier, "--v2")
-    assert "not SD2.x" in said
-    assert "not sdxl" in fails(
+    assert "--v2 requires SD2.x" in said
+    assert "the options require sdxl" in fails(
         capsys, "extract", "--model_org", base, "--model_tuned", tuned, "--save_to", lora, "--sdxl"
     )
 
@@ -151,7 +151,9 @@ def test_resize(tmp_path, capsys):
     assert Adapter.load(out).metadata["ss_network_dim"] == "Dynamic"
     said = run(capsys, "resize", "--model", source, "--save_to", out, "--target_error", 0.4)
     assert float(said.split("largest: ")[1].split()[0]) <= 0.4
-    assert "go together" in misused(capsys, "resize", "--model", source, "--save_to", out, "--dynamic_method", "sv_fro")
+    assert "require each other" in misused(
+        capsys, "resize", "--model", source, "--save_to", out, "--dynamic_method", "sv_fro"
+    )
 
 
 def cloneofsimo_file(path):
@@ -205,13 +207,13 @@ def test_cloneofsimos_format_both_ways(tmp_path, capsys):
 
 def test_cloneofsimos_format_has_no_place_for_some(tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    for model, said in (("sdxl/lierla_xl", "SDXL"), ("sd15/lr_weight_zero_blocks", "may not be missing")):
+    for model, said in (("sdxl/lierla_xl", "SDXL"), ("sd15/lr_weight_zero_blocks", "cannot skip")):
         words = ["--model", GOLDEN / f"{model}.safetensors", "--save_to", out, "--format", "cloneofsimo"]
         assert said in fails(capsys, "convert", *words)
     source = tmp_path / "in.safetensors"
     tensors = cloneofsimo_file(source)
     for change, said in (
-        ({"unet:3:up": None}, "unet:3 has only one half"),
+        ({"unet:3:up": None}, "unet:3 is incomplete"),
         ({"unet:3:up": None, "unet:3:down": None}, "positions of unet are missing"),
         ({"unet:144:up": torch.zeros(2, 1), "unet:144:down": torch.zeros(1, 2)}, "no layer"),
     ):
@@ -292,7 +294,7 @@ def test_kohyas_other_flags(tmp_path, capsys):
     extract = ["extract", "--model_org", SD15, "--model_tuned", model, "--save_to", out]
     for words, said in (
         (["merge", "--sd_model", model, "--models", lora, "--save_to", out, "--concat"], "--concat is for"),
-        (["merge", "--models", lora, "--save_to", out, "--concat", "--new_rank", "2"], "give one of them"),
+        (["merge", "--models", lora, "--save_to", out, "--concat", "--new_rank", "2"], "give only one"),
         ([*extract, "--load_precision", "fp16"], "--load_precision is not supported: models are read as they are"),
         ([*extract, "--load_tuned_model_to", "cuda"], "models stay on the disk"),
     ):

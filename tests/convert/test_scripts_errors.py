@@ -218,7 +218,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
     lora, out = SD15 / "lierla.safetensors", tmp_path / "out.safetensors"
     for words, said in (
         (["merge"], "required"),
-        (["merge", "--save_to", "out.txt", "--models", lora], "out.txt has no ending"),
+        (["merge", "--save_to", "out.txt", "--models", lora], "out.txt must have the ending"),
         (["merge", "--save_to", out, "--models", lora, lora, "--ratios", "1"], "2 models, but 1 ratios"),
         (["merge", "--save_to", out, "--models", lora, "--ratios", "x"], "invalid number"),
         (["merge", "--save_to", tmp_path, "--models", lora], "ending"),

@@ -63,5 +63,5 @@ def test_convert_imports_none_of_the_layers() -> None:
 
 def test_convert_without_the_rest_says_so(monkeypatch) -> None:
     monkeypatch.setattr(live, "_load", None)
-    with pytest.raises(AdapterError, match="need the whole of lora_adapters"):
+    with pytest.raises(AdapterError, match="need all of lora_adapters"):
         Adapter.from_pipeline(None)

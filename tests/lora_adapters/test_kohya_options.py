@@ -114,7 +114,7 @@ def test_block_lists_alone_count_too() -> None:
         ({"network_module": "dylora", "network_args": {"unit": "0"}}, "unit is 0"),
         ({"network_module": "dylora", "network_args": {"rank_scaling": "big"}}, "one of"),
         ({"network_args": {"mid_lr_weight": "much"}}, "give numbers with commas"),
-        ({"network_module": "networks.lora_fa"}, "give networks.lora, which trains both"),
+        ({"network_module": "networks.lora_fa"}, "give networks.lora, which trains both factors"),
         ({"network_module": "networks.dylroa"}, "the nearest known name is networks.dylora"),
     ],
 )

@@ -204,7 +204,7 @@ def test_read_put_into_a_pipeline_saved_and_read(pipeline, tmp_path):
     assert first.keys() == third.keys()
     assert all(torch.equal(first[key].flatten(), third[key].flatten()) for key in first)
     changed = {key: tensor + 1 for key, tensor in states["unet_lora_layers"].items()}
-    with pytest.raises(AdapterError, match="the unet's tensors belong to no adapter in memory"):
+    with pytest.raises(AdapterError, match="the unet's tensors do not belong to an adapter in memory"):
         pipe.save_lora_weights(tmp_path / "changed", unet_lora_layers=changed)
     assert not (tmp_path / "changed").exists()
 
@@ -223,7 +223,7 @@ def test_swapped_where_shapes_allow(pipeline):
     query = next(iter(KINDS))
     other = two.with_modules({**two.modules, query: random_change("LoKr", base_of(plain, query))})
     fewer = two.with_modules({name: change for name, change in two.modules.items() if name != query})
-    for adapter, said in ((other, "another kind or shape"), (fewer, "a LoHa in a, which a swap would leave behind")):
+    for adapter, said in ((other, "another kind or shape"), (fewer, "a LoHa in a, which a swap would not replace")):
         with pytest.raises(AdapterError, match=said):
             pipe.load_lora_weights(adapter, adapter_name="a", hotswap=True)
     assert error(outputs(pipe, golden), by_hand(plain, (two, 0.5)), base) < 1e-4
@@ -301,7 +301,7 @@ def test_combining_needs_pairs(pipeline):
     adapter.to_pipeline(pipe, "b")
     from peft.tuners.lora import LoraModel
 
-    with pytest.raises(AdapterError, match="which no low-rank pair stands for"):
+    with pytest.raises(AdapterError, match="which is not a low-rank pair"):
         LoraModel(pipe.unet, pipe.unet.peft_config, "a").add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", "cat")
 
 
@@ -309,9 +309,9 @@ def test_what_peft_saves_has_no_place_for_other_kinds(pipeline, tmp_path):
     pipe = pipeline()
     mixed(pipe).to_pipeline(pipe, "default")
     model = PeftModel(pipe.unet, LycorisConfig(r=1, target_modules=["conv_in"]), "more")
-    with pytest.raises(AdapterError, match=r"has an? \w+ in .*, for which PEFT's files have no place"):
+    with pytest.raises(AdapterError, match=r"has an? \w+ in .*, which PEFT's files cannot store"):
         model.save_pretrained(tmp_path, selected_adapters=["default"])
-    with pytest.raises(AdapterError, match=r"has an? \w+ in .*, for which save_lora_adapter's files have no place"):
+    with pytest.raises(AdapterError, match=r"has an? \w+ in .*, which save_lora_adapter's files cannot store"):
         pipe.unet.save_lora_adapter(tmp_path / "unet")
     assert not list(tmp_path.rglob("*.safetensors"))
     pipe.unet.save_lora_adapter(tmp_path / "unet", "more", weight_name="more.safetensors")  # a plain one, as before

@@ -97,12 +97,12 @@ def test_rates_by_pattern() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"exclude_patterns": "['(']"}, "exclude_patterns [(]: it is no regular expression"),
+        ({"exclude_patterns": "['(']"}, "exclude_patterns [(] is not a regular expression"),
         ({"include_patterns": "[1]"}, "include_patterns=.1.: it takes a list of regular expressions"),
         ({"network_reg_dims": "a"}, "network_reg_dims=a: it takes pattern=rank"),
         ({"network_reg_dims": "a=x"}, "network_reg_dims=a=x: it takes pattern=rank"),
-        ({"network_reg_dims": "a=-1"}, "reg_dims a=-1: ranks are whole, 0 skips"),
-        ({"network_reg_lrs": "(=1e-4"}, "network_reg_lrs [(]: it is no regular expression"),
+        ({"network_reg_dims": "a=-1"}, "reg_dims a=-1: ranks are integers of at least 0"),
+        ({"network_reg_lrs": "(=1e-4"}, "network_reg_lrs [(] is not a regular expression"),
         ({"network_reg_lrs": "a=-1"}, "network_reg_lrs=a=-1: a learning rate is at least 0"),
         ({"preset": "fll"}, "unknown preset fll"),
     ],

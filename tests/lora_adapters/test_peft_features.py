@@ -168,7 +168,7 @@ def test_add_adapter_leaves_a_model_as_its_own_method_does() -> None:
     for key, parameter in ours.named_parameters():
         assert torch.equal(parameter, wanted[key]), key
         assert parameter.requires_grad == wanted[key].requires_grad, key
-    with pytest.raises(AdapterError, match="an adapter a already"):
+    with pytest.raises(AdapterError, match="already has an adapter a"):
         add_adapter(ours, LierLaConfig(r=2), "a")
 
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_swapped_leaves_all_as_it_was(tmp_path) -> None:
     biased = LoraConfig(r=8, lora_alpha=4, target_modules=["body.0"], lora_bias=True)
     fill(get_peft_model(copy.deepcopy(base), biased)).save_pretrained(tmp_path / "biased")
     wanted, was = call(model), copy.deepcopy(model.peft_config["default"])
-    with pytest.raises(AdapterError, match="rank 8: give a target_rank of 8"):
+    with pytest.raises(AdapterError, match="rank 8: use a target_rank of 8"):
         prepare_model_for_compiled_hotswap(model, target_rank=4)
     for folder, line in (
         ("more", "model.head is not adapted by default"),

@@ -249,7 +249,7 @@ def test_an_adapter_that_is_more_than_pairs_is_not_taken_for_one(extra, pipeline
     pipe = pipeline()
     pipe.unet.add_adapter(LierLaConfig(r=2, **{extra: True}), "more")
     said = {"use_dora": "DoRA's magnitudes", "lora_bias": r"biases \(lora_bias\)"}[extra]
-    with pytest.raises(AdapterError, match=rf"adapter more is more than plain LoRA: unet\.\S+ has {said}$"):
+    with pytest.raises(AdapterError, match=rf"adapter more is not a plain LoRA: unet\.\S+ has {said}$"):
         Adapter.from_pipeline(pipe, "more")
     pipe.unet.add_adapter(LierLaConfig(r=2), "plain")
     assert {one.rank for one in Adapter.from_pipeline(pipe, "plain").modules.values()} == {2}
@@ -305,7 +305,7 @@ def test_models_in_parallel_training_are_saved_whole_and_loaded_into_when_they_a
             pipe.unet, inner = wrapped["unet"], pipe.unet
             assert Adapter.from_pipeline(pipe, "a").modules.keys() == modules.keys()
             with pytest.raises(
-                AdapterError, match=rf"the unet is in a {wrap.__name__}, .* pipe.unet = pipe.unet.module$"
+                AdapterError, match=rf"the unet is wrapped in a {wrap.__name__}, .* pipe.unet = pipe.unet.module$"
             ):
                 pipe.load_lora_weights(GOLDEN / "sd15" / "c3lier.safetensors", adapter_name="b")
             assert set(pipe.text_encoder.peft_config) == {"a"}

@@ -83,5 +83,5 @@ def test_peft_that_injects_otherwise(monkeypatch) -> None:
 
     monkeypatch.delattr(LoraModel, "inject_adapter")
     monkeypatch.delattr(BaseTuner, "inject_adapter")
-    with pytest.raises(ImportError, match="injects its layers in another way"):
+    with pytest.raises(ImportError, match="injects layers in an unsupported way"):
         plugin._into_peft(peft)

@@ -112,8 +112,8 @@ def test_a_preset_in_a_file(tmp_path) -> None:
     [
         ("unet_target_modul = []", "unknown key unet_target_modul; the nearest known name is unet_target_module"),
         ("enable_conv = 1", "enable_conv takes true or false"),
-        ("unet_target_name = [1]", "unet_target_name takes a list of text"),
-        ("exclude_name = ['(']", "[(] is no regular expression"),
+        ("unet_target_name = [1]", "unet_target_name takes a list of strings"),
+        ("exclude_name = ['(']", "[(] is not a regular expression"),
         ("[module_algo_map]\nX = 1", "module_algo_map takes a table of tables"),
         ("a = ", "cannot be read"),
     ],
@@ -130,7 +130,9 @@ def test_names_that_are_no_presets(tmp_path) -> None:
         find_preset("b-lra")
     with pytest.raises(AdapterError, match="cannot be read"):
         find_preset(str(tmp_path / "missing.toml"))
-    with pytest.raises(AdapterError, match="preset ia3 has options for single modules, which LierLaConfig has not"):
+    with pytest.raises(
+        AdapterError, match="preset ia3 has options for single modules, which LierLaConfig does not support"
+    ):
         LierLaConfig(preset="ia3")
 
 

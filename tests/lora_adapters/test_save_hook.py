@@ -77,7 +77,7 @@ def test_a_copy_of_equal_adapters_is_saved_without_alphas(pipeline, tmp_path, ca
     second.unet.load_state_dict(state)
     copies = {key: value.clone() for key, value in get_peft_model_state_dict(first.unet).items()}
     StableDiffusionPipeline.save_lora_weights(tmp_path, copies)
-    assert "several in memory look like it" in caplog.text
+    assert "several adapters in memory match it" in caplog.text
 
 
 def test_a_foreign_lora_of_the_same_form_gets_no_alpha_of_ours(pipeline, tmp_path) -> None:

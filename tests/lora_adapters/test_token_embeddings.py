@@ -154,7 +154,7 @@ def test_what_cannot_be_put_there_changes_nothing(sd):
     with pytest.raises(AdapterError, match=rf"mytok.emb_params has the shape \[1, {width + 1}\], but .* {width} wide"):
         sd.load_lora_weights(wide)
     sd.load_lora_weights({**tensors, "bundle_emb.mytok.emb_params": torch.zeros(1, width)}, adapter_name="a")
-    with pytest.raises(AdapterError, match="has the token mytok already, with another embedding"):
+    with pytest.raises(AdapterError, match="already has the token mytok with another embedding"):
         sd.load_lora_weights({**tensors, "bundle_emb.mytok.emb_params": torch.ones(1, width)}, adapter_name="b")
     assert list(sd.unet.peft_config) == ["a"]
     sd.load_lora_weights({**tensors, "bundle_emb.mytok.emb_params": torch.ones(1, width)}, "a", hotswap=True)

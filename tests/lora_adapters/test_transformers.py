@@ -165,7 +165,7 @@ def test_what_only_diffusers_knows_is_loaded_by_it(norms):
 
 def test_what_diffusers_does_not_load_either_is_an_error():
     pipe = flux()
-    with pytest.raises(AdapterError, match="is no key of an adapter's file"):
+    with pytest.raises(AdapterError, match="is not a key of an adapter file"):
         pipe.load_lora_weights({"nothing.known.weight": torch.zeros(2, 2)}, adapter_name="a")
     assert not hasattr(pipe.transformer, "peft_config")
 

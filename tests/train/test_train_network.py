@@ -61,7 +61,7 @@ BEFORE_THE_MODEL = [
         {"mixed_precision": "fp16", "xformers": True},
         "fp16 and --xformers need a CUDA device; use --mixed_precision bf16 or no and --sdpa",
     ),
-    ({"network_module": "networks.lora_fa"}, "LoRA-FA, which trains `up` alone, is not supported; give networks"),
+    ({"network_module": "networks.lora_fa"}, "LoRA-FA, which trains only `up`, is not supported; give networks"),
     ({"network_module": "networks.lroa"}, "networks.lroa; the nearest known name is networks.lora"),
     ({"train_data_dir": "/nowhere/data"}, "/nowhere/data"),
     ({"base_weights": "nowhere.safetensors"}, "--base_weights nowhere.safetensors does not exist"),

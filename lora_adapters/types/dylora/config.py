@@ -1,4 +1,4 @@
-"""DyLoRA: one training run gives an adapter of every rank."""
+"""DyLoRA: one training run gives adapters of every rank."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -26,8 +26,8 @@ from lora_adapters.types.lierla.config import LierLaConfig
 from . import rank_controller
 from .layer import DyLoraVariant
 
-SORTED_SCALING = "constant"  # at which the first of sorted components are the best adapter of their rank
-# What the rank study found: the share of the steps, and the power of the components' learning rates.
+SORTED_SCALING = "constant"  # with this scaling, the first sorted components are the best adapter of their rank
+# The results of the rank study: the share of the steps, and the power of the components' learning rates.
 SORT_AT, RATE_POWER = "0.3", "0.25"
 
 
@@ -81,35 +81,34 @@ class DyLoraConfig(LierLaConfig):
         super().__post_init__()
         if self.rank_scaling is None:
             self.rank_scaling = SORTED_SCALING if self.sort_at else DyLora.rank_scaling
-        check(0 <= self.sort_at < 1, f"sort_at is {self.sort_at}: it is a share of the steps, at least 0 and below 1")
+        check(0 <= self.sort_at < 1, f"sort_at is {self.sort_at}: it must be a share of the steps, from 0 to below 1")
         check(
             not self.sort_at or self.rank_scaling == SORTED_SCALING,
-            f"sort_at needs rank_scaling {SORTED_SCALING}, at which sorted components are cut, not "
-            f"{self.rank_scaling}; sort_at=0 goes with any",
+            f"sort_at needs rank_scaling {SORTED_SCALING}, not {self.rank_scaling}; use that, or sort_at=0",
         )
         check(
             0 <= self.rate_power <= 1,
-            f"rate_power is {self.rate_power}: it is at least 0, where all components learn alike, and at most 1",
+            f"rate_power is {self.rate_power}: it must be from 0 (the same rate for all components) to 1",
         )
         check(
             not self.rate_power or self.sort_at > 0,
-            f"rate_power {self.rate_power} is for sorted components: give sort_at, or take rate_power=0",
+            f"rate_power {self.rate_power} requires sort_at: give sort_at, or use rate_power=0",
         )
-        check(self.unit >= 1, f"unit is {self.unit}: it is at least 1")
+        check(self.unit >= 1, f"unit is {self.unit}: it must be at least 1")
         for name in ("r", "conv_dim"):
             rank = getattr(self, name)
             check(rank is None or rank % self.unit == 0, f"unit {self.unit} does not divide {name} {rank}")
         for name, known in (("rank_scaling", RANK_SCALINGS), ("rank_sampling", RANK_SAMPLINGS)):
             value = getattr(self, name)
-            check(value in known, f"{name} is {value!r}: it is one of {', '.join(known)}")
+            check(value in known, f"{name} is {value!r}: it must be one of {', '.join(known)}")
 
     def check_options(self) -> None:
-        """As for LierLa; and AdapterError for whatever computes a LoRA's layers in another way than DyLoRA does."""
+        """The checks of LierLa; also AdapterError for PEFT's LoRA variants, which cannot be combined with DyLoRA."""
         super().check_options()
-        check(not self.use_dora, "use_dora: a DyLoRA has no magnitudes that would be right at every rank")
-        check(not self.lora_bias, "lora_bias: a DyLoRA has no biases that would be right at every rank")
+        check(not self.use_dora, "use_dora is not supported: no magnitudes of a DyLoRA would be right at every rank")
+        check(not self.lora_bias, "lora_bias is not supported: no biases of a DyLoRA would be right at every rank")
         for option in variants(self):
-            check(False, f"{option}: it computes the layers in its own way, as a DyLoRA does; take one of the two")
+            check(False, f"{option} cannot be combined with DyLoRA, since both replace the forward pass of layers")
 
     @property
     def dylora(self) -> DyLora:
@@ -133,13 +132,13 @@ class DyLoraType(AdapterType):
     variant = DyLoraVariant
 
     def training_args(self, args: Mapping[str, str]) -> dict[str, str]:
-        """With the study's sort_at and rate_power, unless a scale is given at which sorted components cannot be cut."""
+        """Add the study's sort_at and rate_power, unless a rank_scaling that does not allow sorting is given."""
         if args.get("rank_scaling", SORTED_SCALING) != SORTED_SCALING:
             return dict(args)
         sort_at = args.get("sort_at", SORT_AT)
         try:
             sorts = float(sort_at) > 0
-        except ValueError:  # it is reported with the other arguments
+        except ValueError:  # reported later, with the other arguments
             sorts = False
         return {"sort_at": SORT_AT, **({"rate_power": RATE_POWER} if sorts else {}), **args}
 
@@ -165,7 +164,7 @@ class DyLoraType(AdapterType):
         return dylora_metadata(config.dylora, {**network_args(metadata), **of_training})
 
     def config_options(self, modules: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """As for LoRA, with an r and a unit that fit each other: the unit of a file need not divide its ranks."""
+        """As for LoRA, with an r that unit divides: the unit of a file need not divide its ranks."""
         highest = max(module.rank for module in modules.values())
         unit = facts["unit"] if highest % facts["unit"] == 0 else 1
         rank = lora_config(modules)["r"]
@@ -173,7 +172,7 @@ class DyLoraType(AdapterType):
         return {**options, "facts": {**facts, "unit": unit}}
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
-        """The model samples ranks whenever it is called in training; see `rank_controller.attach`."""
+        """Make the model sample ranks at each call in training; see `rank_controller.attach`."""
         rank_controller.attach(model, adapter_name, config.dylora, config.sort_at, config.rate_power)
 
     def detach(self, model: nn.Module, adapter_name: str) -> None:
@@ -185,16 +184,16 @@ class DyLoraType(AdapterType):
         rank_controller.refit(model)
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> LowRank:
-        """As for LoRA; sorted, as long as the training has not come to that, since nothing else may be cut."""
+        """As for LoRA; sorted if training has not reached the sorting step, so that it can be truncated."""
         pair = layers.low_rank(layer, adapter_name, stabilized)
         return by_size(pair).to(pair.up.dtype) if layer.lora_variant[adapter_name].controller.unsorted else pair
 
     def as_used(self, model: nn.Module, adapter_names: list[str]) -> AbstractContextManager[None]:
-        """A block in which components above the current rank are zero."""
+        """A context in which components above the current rank are zero."""
         return rank_controller.cut_to_rank(model, adapter_names)
 
     def plain(self, config: Any) -> LierLaConfig:
-        """The same without what makes it a DyLoRA."""
+        """The same config without the DyLoRA options."""
         kept = {part.name: getattr(config, part.name) for part in fields(LierLaConfig) if part.init}
         return LierLaConfig(**kept)
 

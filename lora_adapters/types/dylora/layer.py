@@ -1,4 +1,4 @@
-"""DyLoRA's layer arithmetic: a PEFT variant of a LoRA layer, gated by the rank controller of its model."""
+"""DyLoRA's forward pass: a PEFT variant of a LoRA layer, gated by the rank controller of its model."""
 
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def refuse_unfit(model: nn.Module, adapter_name: str) -> None:
-    """AdapterError where a layer's adapter has a variant of PEFT's already, or its layers cannot have any."""
+    """Raise AdapterError if a layer already has a PEFT variant for the adapter, or does not support variants."""
     for path, layer in layers(model, adapter_name):
         variant = layer.lora_variant.get(adapter_name)
         if variant is not None and not isinstance(variant, DyLoraVariant):
             raise AdapterError(
-                f"{path} has PEFT's {type(variant).__name__} in adapter {adapter_name}, which a DyLoRA would replace: "
-                "take one of the two"
+                f"{path} has PEFT's {type(variant).__name__} in adapter {adapter_name}, which cannot be combined with "
+                "DyLoRA: use only one of them"
             )
         if "lora_variant" not in inspect.unwrap(type(layer).forward).__code__.co_names:
             kind = f"{type(layer).__module__}.{type(layer).__name__}"
@@ -39,12 +39,12 @@ def _frozen_below(layer: Any, start: int, dim: int, x: torch.Tensor) -> torch.Te
 
 
 class DyLoraVariant(LoraVariant):
-    """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, in place of a LoRA layer's alpha/r · up · down · x. One a layer.
+    """ΔW_b x = scale(b) · up[:, :b] · down[:b] · x, instead of a LoRA layer's alpha/r · up · down · x.
 
-    The components from b on are gated to zero between the two factors: the weights are used through their own modules,
-    so that offloading, sharding and quantisation hooks on these keep working. The gate holds the layer's scaling too,
-    as it was when the adapter was attached. `full` is the layer's rank; its factors are wider than that where an
-    adapter is padded to be swapped for larger ones.
+    Each layer has its own instance. The components from b on are multiplied by a gate of zeros between the two factors:
+    the factors are called as modules, so that their hooks for offloading, sharding and quantisation keep working. The
+    gate also contains the layer's scaling at the time when the adapter was attached. `full` is the layer's rank; its
+    factors are wider if the adapter is padded for hot-swapping.
     """
 
     def __init__(self, controller: "RankController", layer: Any, adapter_name: str):
@@ -54,23 +54,23 @@ class DyLoraVariant(LoraVariant):
         controller.add(self)
 
     def fit(self, layer: Any, adapter_name: str, width: int | None = None) -> None:
-        """Take over the layer's present rank, width (that of its weight, where none is given) and scaling."""
+        """Adopt the layer's current rank, width (by default that of its weight) and scaling."""
         weight = layer.lora_A[adapter_name].weight
         self.full, self.length = layer.r[adapter_name], weight.shape[0] if width is None else width
         self.trailing = weight.ndim - 2  # a convolution's channels are not last
         scaling = layer.scaling[adapter_name]
-        # A tensor, as layers have that are ready for hot-swapping, is multiplied in at each call: a number here that
-        # changes with the adapter would make a compiled model compile again.
+        # A tensor (in layers prepared for hot-swapping) is multiplied in at each call instead: a number here that
+        # changes with the adapter would make a compiled model recompile.
         self.scaling = 1.0 if isinstance(scaling, torch.Tensor) else float(scaling) or 1.0
 
     @torch.compiler.disable
     def refit(self, layer: Any, adapter_name: str, width: int) -> None:
-        """Follow a layer whose factors have been padded without the controller's knowledge."""
+        """Adjust to a layer whose factors have been padded without notifying the controller."""
         self.fit(layer, adapter_name, width)
         self.controller.fill()
 
     def values(self, rank: int) -> torch.Tensor:
-        """The scale's factor for each component at that rank: (length,), with zeros from the rank on."""
+        """The gate at a rank: (length,), the factor of the scale for each component, with zeros from the rank on."""
         rank = min(rank, self.full)
         gate = torch.zeros(self.length)
         gate[:rank] = self.controller.factor(rank, self.full)
@@ -86,25 +86,25 @@ class DyLoraVariant(LoraVariant):
         if controller.freezes_lower:
             start = min(controller.now[0], self.full) - controller.dylora.unit
         hidden = _frozen_below(down, start, 0, x) if start > 0 else down(x)
-        length = hidden.shape[-1 - self.trailing]  # not the weight's: that may be sharded, and whole only in its module
+        length = hidden.shape[-1 - self.trailing]  # not from the weight, which may be sharded outside of its module
         if length != self.length:
             self.refit(module, active_adapter, length)
         gate = self.gate if len(controller.now) == 1 else self._of_samples(hidden)
         scaling = module.scaling[active_adapter]
         if isinstance(scaling, torch.Tensor) or scaling != self.scaling:  # the adapter's weight has been set since
             gate = gate * (scaling / self.scaling)
-        hidden = hidden * gate.to(hidden, copy=True)  # the gradient needs its present values
+        hidden = hidden * gate.to(hidden, copy=True)  # copied, since the gradient needs the current values
         return result + (_frozen_below(up, start, 1, hidden) if start > 0 else up(hidden))
 
     def gate_of_all(self, module: Any, adapter: str) -> torch.Tensor | None:
-        """The gate (length,) with the scaling in it, where all samples have the same one and nothing is trained."""
+        """The gate (length,) including the scaling; None if samples have different ranks, or in training."""
         width = module.lora_A[adapter].weight.shape[0]
         if self.controller.drawn or len(self.controller.now) != 1 or self.length != width:
             return None
         return self.gate.flatten() * (module.scaling[adapter] / self.scaling)
 
     def shaped(self, gate: torch.Tensor, dimensions: int) -> torch.Tensor:
-        """A gate (samples or 1, length), ready to be multiplied with activations of so many dimensions."""
+        """Reshape a gate (samples or 1, length) to broadcast to activations with this number of dimensions."""
         if len(gate) == 1:
             return gate.view(-1, *[1] * self.trailing)
         if self.trailing:
@@ -112,11 +112,11 @@ class DyLoraVariant(LoraVariant):
         return gate.view(len(gate), *[1] * (dimensions - 2), -1)
 
     def _of_samples(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The gate where each sample has a rank of its own; AdapterError where samples do not come first."""
+        """The gate if each sample has its own rank; AdapterError if the first dimension is not that of samples."""
         if len(self.gate) != len(hidden):
             raise AdapterError(
-                f"a DyLoRA's layer got {list(hidden.shape)} in a batch of {len(self.gate)}: where samples do not come "
-                "first, each cannot have a rank of its own; take rank_sampling='uniform'"
+                f"a DyLoRA layer got the shape {list(hidden.shape)} in a batch of {len(self.gate)}: a rank for each "
+                "sample requires that samples are the first dimension; use rank_sampling='uniform'"
             )
         return self.gate if self.gate.ndim == hidden.ndim else self.shaped(self.gate.flatten(1), hidden.ndim)
 
@@ -129,15 +129,15 @@ class DyLoraVariant(LoraVariant):
         return delta.to(weight)
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The weight with the change of the present rank added."""
+        """The weight with the change of the current rank added."""
         return orig_weight + self._delta(module, active_adapter, orig_weight)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:  # type: ignore[override]
-        """Add the change of the present rank in place."""
+        """Add the change of the current rank in place."""
         orig_weight.data += self._delta(module, active_adapter, orig_weight)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The weight with the change of the present rank taken away."""
+        """The weight with the change of the current rank taken away."""
         return orig_weight.data - self._delta(module, active_adapter, orig_weight)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The rank controller of a DyLoRA, which holds its current rank; attaching and detaching it."""
+"""The rank controller of a DyLoRA, which stores its current rank; attaching and detaching controllers."""
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,15 +19,15 @@ from .rank_sampling import ranks_of_step
 
 
 class RankController:
-    """The rank that one DyLoRA adapter works at in one model, shared by all of its layers.
+    """The current rank of one DyLoRA adapter in one model, shared by all of its layers.
 
-    In training the ranks of step n's samples are a function of (seed, n) alone, the same in the U-Net and in the text
-    encoders. They are drawn when the model is called, not when a layer is, and come back when the gradient of that call
-    begins, so that gradient checkpointing, which calls layers again, computes with the same ranks again, whatever the
-    model was called for in between. In evaluation there is one, `rank`.
+    In training, the ranks of the samples of step n depend only on (seed, n), and are the same in the U-Net and in the
+    text encoders. They are sampled when the model is called, and restored when the backward pass of that call begins.
+    So gradient checkpointing, which calls layers again, uses the same ranks, even if the model was called in between.
+    In evaluation, the same rank, `rank`, is used for all samples.
 
-    The layers see the ranks as numbers in `gates`, a tensor (samples, components of all layers) that is changed in
-    place: a compiled model follows without being compiled again.
+    The layers read the ranks from `gates`, a tensor (samples, components of all layers) that is modified in place, so
+    that a compiled model is not recompiled.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class RankController:
     ):
         self.adapter_name, self.highest, self.dylora, self.seed = adapter_name, highest, dylora, seed
         self.sort_at, self.rate_power = sort_at, rate_power
-        self.rates_of: Any = None  # the optimizer whose steps are scaled by component, see `component_rates`
-        self.nested_from: int | None = 0 if sort_at == 0 else None  # the step from which ranks are drawn
-        self.unsorted = False  # whether the full rank alone has been trained, and the components are in no order yet
+        self.rates_of: Any = None  # the optimizer whose steps are scaled by component; see `component_rates`
+        self.nested_from: int | None = 0 if sort_at == 0 else None  # the step from which ranks are sampled
+        self.unsorted = False  # whether only the full rank has been trained so far, so that components are not sorted
         self.rank = highest
         self.step = 0
-        self.batch: tuple[range, int] | None = None  # the samples that are here, of how many in all processes
+        self.batch: tuple[range, int] | None = None  # the samples of this process, and the number in all processes
         self.now = [highest]
         self.drawn = False
         self.variants: list[DyLoraVariant] = []
@@ -54,31 +54,31 @@ class RankController:
         self._settings: dict[int, torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the gates are laid out anew, and the optimizer is not that of the copy."""
+        """The state for copies and pickles, without the gates, which are recreated, and without the optimizer."""
         return {**self.__dict__, "gates": torch.zeros(0, 0, device=self.gates.device), "rates_of": None}
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks that it can be set to, in order."""
+        """The valid ranks, in ascending order."""
         return [*range(self.dylora.unit, self.highest, self.dylora.unit), self.highest]
 
     @property
     def freezes_lower(self) -> bool:
-        """Whether the components below the last unit are to get no gradient now."""
+        """Whether the components below the last unit get no gradient in this call."""
         return self.dylora.freeze_lower and self.drawn and not self.unsorted
 
     def _is_before_sorting(self) -> bool:
-        """Whether this step trains the full rank alone; AdapterError where that, or the sorting, has been left out."""
+        """Whether this step trains only the full rank; AdapterError if the caller forgot total_steps or the sorting."""
         if self.nested_from is None:
             raise AdapterError(
-                f"sort_at={self.sort_at} is a share of the training of adapter {self.adapter_name}: give set_step the "
-                "number of all steps (total_steps), or take sort_at=0"
+                f"adapter {self.adapter_name} has sort_at={self.sort_at}, a share of all steps: pass the number of "
+                "steps to set_step (total_steps), or use sort_at=0"
             )
         if self.step < self.nested_from:
             return True
         if self.unsorted:
             raise AdapterError(
-                f"the components of adapter {self.adapter_name} are to be sorted before step {self.nested_from}: call "
+                f"the components of adapter {self.adapter_name} must be sorted before step {self.nested_from}: call "
                 "sort_components with the models and the optimizer"
             )
         return False
@@ -89,7 +89,7 @@ class RankController:
             return [self.highest]
         samples, total = self.batch or (range(rows), rows)
         if rows % len(samples):
-            raise AdapterError(f"a batch of {rows} came where one of {len(samples)} was announced to the DyLoRA")
+            raise AdapterError(f"the model got a batch of {rows}, but set_step was called for {len(samples)} samples")
         if self.dylora.freeze_lower or self.dylora.rank_sampling == "uniform":
             samples, total = range(1), 1
         sampling, ordered = self.dylora.rank_sampling, self.sort_at > 0
@@ -97,12 +97,12 @@ class RankController:
         return drawn if len(drawn) == 1 else [rank for rank in drawn for _ in range(rows // len(drawn))]
 
     def set_step(self, step: int, seed: int, samples: range | None, total: int | None) -> None:
-        """What comes next; see the function `set_step`."""
+        """Set the next step; see the function `set_step`."""
         self.step, self.seed = step, seed
         self.batch = None if samples is None else (samples, len(samples) if total is None else total)
 
     def set_rank(self, rank: int) -> None:
-        """The rank for evaluation; AdapterError, with the valid ones, where it is none of `ranks`."""
+        """Set the rank for evaluation; AdapterError, which lists the valid ranks, for other ranks."""
         if rank not in self.ranks:
             ranks = self.ranks if len(self.ranks) <= 16 else [*self.ranks[:8], "...", *self.ranks[-2:]]
             raise AdapterError(f"rank {rank} is not one of adapter {self.adapter_name}'s: {', '.join(map(str, ranks))}")
@@ -111,9 +111,9 @@ class RankController:
         self._turn([self.rank])
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the model: draws the ranks of this step, or goes back to that of evaluation."""
+        """Forward pre-hook of the model: samples the ranks of this step, or sets the rank for evaluation."""
         if self.adapter_name not in getattr(model, "peft_config", ()) and not any(layers(model, self.adapter_name)):
-            detach(model, self.adapter_name)  # the adapter has been deleted by a library that knows no controllers
+            detach(model, self.adapter_name)  # another library has deleted the adapter, but not its controller
             return
         training = model.training and torch.is_grad_enabled()
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
@@ -124,11 +124,11 @@ class RankController:
             self._move(samples.device)
 
     def keep(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the model: the ranks of this call come back when the gradient of its output arrives."""
+        """Forward hook of the model: restores the ranks of this call when its backward pass begins."""
         if self.drawn:
             self._keep(output)
 
-    # Nothing of this is for a compiler to look into: it would compile anew for every rank and step.
+    # Excluded from compilation, since it would be recompiled for every rank and step.
     @torch.compiler.disable
     def _keep(self, output: Any) -> None:
         ranks = list(self.now)
@@ -159,22 +159,22 @@ class RankController:
         self._turn(self.now)
 
     def add(self, variant: DyLoraVariant) -> None:
-        """Take a layer in; `fill` is to be called when all are in."""
+        """Add a layer; `fill` must be called after the last one."""
         self.variants.append(variant)
 
     def fill(self) -> None:
-        """Lay the gates out anew, after layers or their ranks have changed."""
+        """Recreate the gates after layers or their ranks have changed."""
         self._settings = {}
         if any(variant.gate.numel() != variant.length * len(self.gates) for variant in self.variants):
             self._lay_out(len(self.now), self.gates.device)
         self._turn(self.now)
 
     def _lay_out(self, rows: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
+        with torch.inference_mode(False):  # inference tensors cannot be modified outside of inference mode
             self.gates = torch.zeros(rows, sum(variant.length for variant in self.variants), device=device)
         start = 0
         for variant in self.variants:
-            variant.gate = variant.shaped(self.gates[:, start : start + variant.length], 3)  # most layers see sequences
+            variant.gate = variant.shaped(self.gates[:, start : start + variant.length], 3)  # most inputs are sequences
             start += variant.length
 
     def _turn(self, ranks: list[int]) -> None:
@@ -187,7 +187,7 @@ class RankController:
         self.gates.copy_(torch.stack([self._settings[rank] for rank in ranks]))
 
     def factor(self, rank: int, full: int) -> float:
-        """What the scale alpha/full is multiplied with when `rank` of `full` components are used."""
+        """The factor of the scale alpha/full if `rank` of `full` components are used."""
         return (full / rank) ** RANK_SCALINGS[self.dylora.rank_scaling]
 
 
@@ -204,7 +204,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None]:
-    """In the block, the components of the DyLoRAs among the adapters that are above the current rank are zero."""
+    """A context in which the components of DyLoRA adapters above the current rank are zero."""
     whole = []
     for name in set(adapter_names):
         for _, layer in layers(model, name):
@@ -224,9 +224,9 @@ def cut_to_rank(model: nn.Module, adapter_names: Iterable[str]) -> Iterator[None
 
 
 def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float = 0.0, rate_power: float = 0.0) -> None:
-    """Make a LoRA adapter in a model a DyLoRA. From then on the model draws a rank whenever it is called in training.
+    """Make a LoRA adapter in a model a DyLoRA. From then on, each call of the model in training samples a rank.
 
-    If it is a DyLoRA already, its controller stays, with the present ranks of the layers, at the highest rank.
+    If the adapter is already a DyLoRA, its controller is updated to the layers' ranks and set to the highest rank.
 
     Args:
         model: The model.
@@ -236,7 +236,7 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float =
         rate_power: See `component_rates`.
 
     Raises:
-        AdapterError: A layer computes the adapter in another way (see `refuse_unfit`); nothing is changed.
+        AdapterError: A layer does not support DyLoRA (see `refuse_unfit`); nothing is changed then.
     """
     refuse_unfit(model, adapter_name)
     mine = [layer for _, layer in layers(model, adapter_name)]
@@ -262,7 +262,7 @@ def attach(model: nn.Module, adapter_name: str, dylora: DyLora, sort_at: float =
 
 
 def refit(model: nn.Module) -> None:
-    """Adjust the controllers to the present widths and scalings of their layers; the ranks stay as they are."""
+    """Adjust the controllers to the current widths and scalings of their layers; the ranks do not change."""
     for controller in controllers(model):
         for _, layer in layers(model, controller.adapter_name):
             layer.lora_variant[controller.adapter_name].fit(layer, controller.adapter_name)
@@ -270,8 +270,8 @@ def refit(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module, adapter_name: str) -> None:
-    """Make a DyLoRA adapter a plain LoRA of its full rank again (as far as it is one)."""
-    for _, layer in lora_layers(model):  # also of a deleted adapter of this name: old PEFT leaves its variant there
+    """Make a DyLoRA adapter a plain LoRA of its full rank again; does nothing for other adapters."""
+    for _, layer in lora_layers(model):  # also for a deleted adapter, whose variant old versions of PEFT leave behind
         if isinstance(layer.lora_variant.get(adapter_name), DyLoraVariant):
             del layer.lora_variant[adapter_name]
     for key, hook in list(model._forward_pre_hooks.items()):
@@ -332,7 +332,7 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
     matching = controllers(target, adapter_name)
     if not matching:
         name = f"{adapter_name} is not a DyLoRA adapter here" if adapter_name else "there is no DyLoRA adapter here"
-        raise AdapterError(f"{name}: plain LoRA has one rank; cut it with Adapter.svd")
+        raise AdapterError(f"{name}: plain LoRA has one rank; reduce it with Adapter.svd")
     for model in models_of(target):
         for _, layer in lora_layers(model):
             if any(
@@ -342,7 +342,7 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
                 raise AdapterError(f"{', '.join(layer.merged_adapters)} is fused into the weights: unfuse it first")
     highest = max(controller.highest for controller in matching)
     valid = sorted({valid_rank for controller in matching for valid_rank in controller.ranks})
-    for controller in matching:  # a text encoder's or a smaller adapter's controller stops at its own highest rank
+    for controller in matching:  # the controller of a text encoder or a smaller adapter uses its highest rank instead
         if rank not in controller.ranks and not (rank in valid and rank > controller.highest and rank <= highest):
             controller.set_rank(rank)  # raises
     for controller in matching:
@@ -350,7 +350,7 @@ def set_rank(target: Any, rank: int, adapter_name: str | None = None) -> None:
 
 
 def sorting_step(sort_at: float, total_steps: int) -> int:
-    """The step, of so many from 0 on, before which the components are sorted."""
+    """The step (counted from 0) before which the components are sorted."""
     return round(sort_at * total_steps)
 
 
@@ -383,9 +383,9 @@ def set_step(
         AdapterError: samples and total do not match, or `scale_component_rates` was not called for a rate_power.
     """
     if samples is None and total is not None:
-        raise AdapterError("total is the number of samples in all processes: give samples, those of this one, too")
+        raise AdapterError("total, the number of samples in all processes, requires samples, those of this process")
     if samples is not None and not (len(samples) and min(samples) >= 0 and max(samples) < (total or max(samples) + 1)):
-        raise AdapterError(f"samples {samples} are none of a batch of {total}: they are numbered from 0")
+        raise AdapterError(f"samples {samples} are not in a batch of {total}, which is numbered from 0")
     matching = controllers(target)
     for controller in matching:
         if controller.rate_power and controller.rates_of is None:

@@ -1,4 +1,4 @@
-"""Which ranks a DyLoRA trains at in a step."""
+"""Sampling the ranks that a DyLoRA trains in a step."""
 
 import math
 import random
@@ -6,15 +6,15 @@ from bisect import bisect
 from functools import lru_cache
 from itertools import accumulate
 
-# What the rank study found best, for components that are trained from the start and for components that were sorted:
-# the shares are in proportion to b**-power, and the full rank gets `full` of the samples besides.
+# The best distribution in the rank study, for unsorted and for sorted components: the shares of ranks are proportional
+# to b**-power, and the full rank gets an additional share `full` of the samples.
 _POWER_AND_FULL = {False: (1.0, 1 / 8), True: (1.5, 0.3)}
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @lru_cache
 def _shares(ranks: tuple[int, ...], sorted_components: bool) -> list[float]:
-    """The cumulative shares of the ranks, without what the last one gets besides."""
+    """The cumulative shares of the ranks, without the additional share of the full rank."""
     power, full = _POWER_AND_FULL[sorted_components]
     weights = [rank**-power for rank in ranks]
     return list(accumulate((1 - full) * weight / sum(weights) for weight in weights))
@@ -37,12 +37,12 @@ def ranks_of_step(
             (arXiv:2210.07558). "spread": each sample has its own rank, spread evenly over a distribution that prefers
             low ranks and the highest, so that a larger batch trains low, middle and full ranks in every step; in small
             batches, neighbouring steps complete each other (a golden-ratio sequence).
-        seed: Of the run.
-        step: Number of the step.
-        samples: This process' samples of the batch.
-        total: Samples in the batch of all processes.
-        sorted_components: Whether the components have been sorted in this training; "spread" prefers the lowest ranks
-            and the highest even more then.
+        seed: The seed of the run.
+        step: The number of the step.
+        samples: The indices of this process' samples in the batch.
+        total: The number of samples in the batch of all processes.
+        sorted_components: Whether the components have been sorted in this training; "spread" then prefers the lowest
+            ranks and the highest rank even more.
 
     Returns:
         One rank for each of `samples`.

@@ -1,4 +1,4 @@
-"""Adapters of any type: LoHa, LoKr, DoRA, full, norms, GLoRA, IA3, OFT, BOFT, and mixtures of them."""
+"""Adapters with changes of any kind: LoHa, LoKr, DoRA, full, norms, GLoRA, IA3, OFT, BOFT, and mixtures of them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,18 +27,17 @@ from .operations import norms
 _ALGO_OF = {"networks.loha": "loha", "networks.lokr": "lokr", "loha": "loha", "lokr": "lokr"}
 _OPTIONS = tuple(option.name for option in fields(AlgorithmOptions) if option.name not in ("algo", "train_on_input"))
 _FLAGS = (*(name for name in _OPTIONS if name not in ("factor", "constraint")), "train_norm")
-# Tensors that kohya's trainer has LoRA+'s rate for, by the kind of change.
+# The tensors that LoRA+'s rate applies to in kohya's trainer, by the kind of change.
 _UP = {"LoRA": ("up",), "LoHa": ("w2_a",), "LoKr": ("w1", "w1_a", "w1_b")}
 
 
 @dataclass
 class LycorisConfig(AdapterConfig):
-    """An adapter whose modules can be of different types: LoHa, LoKr, DoRA, full, norm and others.
+    """An adapter whose modules can be of different kinds: LoHa, LoKr, DoRA, full, norm and others.
 
-    With `algo`, each module is initialised with a change of that type that is zero. Without it, the type of a module's
-    change is stored in the layer (see `layer.hold`), and modules for which none is stored are plain LoRA. The options
-    have the names and meanings of LyCORIS' network arguments; see `initial.AlgorithmOptions`. Source: LyCORIS
-    (arXiv:2309.14859).
+    With `algo`, each module is initialised with a change of that kind with ΔW = 0. Without it, changes are set for each
+    layer (see `layer.hold`), and the other layers are plain LoRA. The options have the names and meanings of LyCORIS'
+    network arguments; see `initial.AlgorithmOptions`. Source: LyCORIS (arXiv:2309.14859).
     """
 
     algo: str | None = field(
@@ -71,12 +70,12 @@ class LycorisConfig(AdapterConfig):
         super().__post_init__()
         self.use_rslora = self.rs_lora
         self._register_custom_module(dict.fromkeys(norms(), NormLayer))
-        check(not self.train_norm or self.preset is not None, "train_norm needs a preset, which says where")
+        check(not self.train_norm or self.preset is not None, "train_norm needs a preset, which chooses the layers")
         if self.algo is not None:
             AlgorithmOptions(self.algo, **{name: getattr(self, name) for name in _OPTIONS})
 
     def check_preset(self, preset: Preset) -> None:
-        """AdapterError for algorithms and options of single modules that there are not."""
+        """Raise AdapterError for unknown algorithms and options of single modules in a preset."""
         check(self.algo is not None or not preset.overrides, f"preset {self.preset} needs an algo")
         for override in preset.overrides:
             try:
@@ -85,7 +84,7 @@ class LycorisConfig(AdapterConfig):
                 raise AdapterError(f"preset {self.preset}: {override.pattern}: {error}") from None
 
     def options_for(self, own: Mapping[str, Any]) -> AlgorithmOptions:
-        """The options of a module: its `own`, and of the others those that its algorithm has."""
+        """The options of a module: its `own` options, completed by those of the config that its algorithm has."""
         algo = own.get("algo", self.algo)
         check(algo in OPTIONS, f"unknown algo {algo}: {', '.join(OPTIONS)} are known")
         common = {name: getattr(self, name) for name in _OPTIONS if name in OPTIONS[algo]}
@@ -97,7 +96,7 @@ class LycorisConfig(AdapterConfig):
 
 
 class LycorisType(AdapterType):
-    """Changes of any kinds, with plain LoRA for the pairs among them."""
+    """Changes of any kind; low-rank pairs are computed as plain LoRA."""
 
     name, title, config = "Lycoris", "LyCORIS", LycorisConfig
     network_modules = ("lycoris.kohya", "lycoris", *_ALGO_OF)
@@ -110,7 +109,7 @@ class LycorisType(AdapterType):
     variant = DeltaVariant
 
     def fields(self, network_module: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """networks.loha and networks.lokr have kohya's coverage, LyCORIS' own module has its own defaults."""
+        """networks.loha and networks.lokr adapt kohya's modules; lycoris.kohya has LyCORIS' defaults."""
         own = _ALGO_OF.get(network_module)
         if own is not None:
             asked = given.get("algo", own)
@@ -122,19 +121,19 @@ class LycorisType(AdapterType):
         return {name: value for name, value in defaults.items() if name not in given}
 
     def idle(self, network_module: str, network_args: Mapping[str, str]) -> dict[str, str]:
-        """Options that the algorithm has not; LyCORIS ignores them."""
+        """Options that the algorithm does not have, which LyCORIS ignores."""
         algo = _ALGO_OF.get(network_module) or str(network_args.get("algo", "lora")).lower()
         foreign = self.network_args.keys() - {*OPTIONS.get(algo, _OPTIONS), "algo", "train_norm"}
         return {name: f"algo {algo} has no such option" for name in network_args if name in foreign}
 
     def covered(self, model: nn.Module, config: Any) -> list[str]:
-        """As of all types; and normalisations with train_norm."""
+        """As for all types, plus normalisation layers with train_norm."""
         if not config.train_norm:
             return super().covered(model, config)
         return [layer.path for layer in chosen(model, find_preset(config.preset), norms=True)]
 
     def attach(self, model: nn.Module, adapter_name: str, config: Any) -> None:
-        """With an `algo`: the layers get the changes that a training begins with; see `initial`."""
+        """With `algo`, set the initial changes of the layers; see `initial`."""
         if config.algo is None:
             return
         preset = find_preset(config.preset) if config.preset else None
@@ -147,11 +146,11 @@ class LycorisType(AdapterType):
                 change = initial_change(layer.get_base_layer(), rank, alpha, config.options_for(options))
             except AdapterError as error:
                 raise AdapterError(f"{path}: {error}") from None
-            if not (isinstance(change, LowRank) and rank == layer.r[adapter_name]):  # else PEFT's layer begins so too
+            if not (isinstance(change, LowRank) and rank == layer.r[adapter_name]):  # else PEFT's own layer suffices
                 hold(layer, adapter_name, change)
 
     def detach(self, model: nn.Module, adapter_name: str) -> None:
-        """Drop the variants of an adapter that is no longer in its layers, which old releases of PEFT leave."""
+        """Remove the variants of a deleted adapter, which old releases of PEFT leave in its layers."""
         for layer in model.modules():
             if not isinstance(layer, LoraLayer) or not isinstance(layer.lora_variant.get(adapter_name), DeltaVariant):
                 continue
@@ -159,20 +158,20 @@ class LycorisType(AdapterType):
                 del layer.lora_variant[adapter_name]
 
     def delta(self, layer: Any, adapter_name: str, stabilized: bool = False) -> Delta:
-        """The change in a layer, as files have it.
+        """The change in a layer, as stored in files.
 
         Args:
             layer: A layer that has the adapter.
             adapter_name: The name of the adapter.
-            stabilized: Not used; it is for rsLoRA.
+            stabilized: Unused; it is for rsLoRA.
 
         Returns:
-            A change whose tensors are the live parameters without gradients. A trained scalar is multiplied into them.
+            A change with the live parameters as tensors, detached. A trained scalar is multiplied into them.
         """
         return without_scalars(with_tensors(layer.lora_A[adapter_name].change, lambda _, tensor: tensor.detach()))
 
     def parts(self, layer: Any, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
-        """Each tensor of the change; "up" are those that kohya's trainer has LoRA+'s rate for."""
+        """Each tensor of the change; the kind "up" is for tensors to which kohya's trainer applies LoRA+'s rate."""
         weights = layer.lora_A[adapter_name]
         change, prefix = weights.change, ""
         while hasattr(change, "change"):
@@ -183,12 +182,12 @@ class LycorisType(AdapterType):
 
     @contextmanager
     def as_used(self, model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
-        """AdapterError if an adapter has a change that is no pair: factors alone cannot stand for it."""
+        """Raise AdapterError if an adapter has a change that is not a low-rank pair, since factors do not suffice."""
         for name in adapter_names:
             for path, layer in layers(model, name):
                 if (weights := held(layer, name)) is not None:
                     kind = weights.change.kind
-                    raise AdapterError(f"adapter {name} has a {kind} in {path}, which no low-rank pair stands for")
+                    raise AdapterError(f"adapter {name} has a {kind} in {path}, which is not a low-rank pair")
         yield
 
 

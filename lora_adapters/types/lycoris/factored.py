@@ -1,8 +1,8 @@
-"""f(x; ΔW) from the factors of ΔW, where that takes fewer operations than to make ΔW and multiply with it.
+"""Computing f(x; ΔW) from the factors of ΔW, if that needs fewer operations than computing ΔW.
 
 A Kronecker product is applied as two small products: (w1 ⊗ w2) x is w1 X w2ᵀ, where X is x as a matrix. The elementwise
-product of two matrices of rank r is a pair of rank r², whose factors have the products of the rows or columns of theirs
-(the Khatri-Rao product; FedPara, arXiv:2108.06098, proposition 1). A full difference is its own only factor.
+product of two matrices of rank r is a low-rank pair of rank r², whose factors contain the products of their rows or
+columns (the Khatri-Rao product; FedPara, arXiv:2108.06098, proposition 1). A full difference is applied directly.
 """
 
 import math
@@ -18,21 +18,21 @@ from lora_adapters.convert.deltas.with_scalar import WithScalar
 
 from .operations import applied, weight_shape
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # products of factors may be too small for float16
-_WORTH = 0.5  # of the multiplications with ΔW
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # products of factors may underflow in float16
+_WORTH = 0.5  # use the factors if they need at most this share of the multiplications with ΔW
 
 
 def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torch.Tensor | float | None:
-    """What a layer makes of x with a change in the place of its weight and bias.
+    """The output of a layer for x if its weight and bias are replaced by those of a change.
 
     Args:
-        layer: The layer: of normalisations full differences are applied alone.
+        layer: The layer; for normalisations, only full differences are supported.
         x: (..., in), or (batch, in, height, width).
-        change: The change, at its multiplier.
+        change: The change, with its multiplier.
 
     Returns:
-        (..., out) or (batch, out, height, width), in x's dtype, or 0.0 if nothing changes; None if ΔW has to be
-        computed, or computing it is as fast.
+        (..., out) or (batch, out, height, width), in x's dtype, or 0.0 if the change is zero; None if ΔW must be
+        computed, or if that is as fast.
     """
     if isinstance(change, Full):
         return _full(layer, x, change)
@@ -49,7 +49,7 @@ def applied_in_factors(layer: nn.Module, x: torch.Tensor, change: Delta) -> torc
 
 
 def _full(layer: Any, x: torch.Tensor, change: Full) -> torch.Tensor | float:
-    """With the difference itself, which is not copied where it is in x's dtype; what comes out is multiplied."""
+    """Apply the difference itself, without a copy if it has x's dtype; the output is multiplied by the multiplier."""
     weight = None if change.diff is None else change.diff.to(x.dtype).reshape(weight_shape(layer))
     bias = None if change.diff_b is None else change.diff_b.to(x.dtype)
     made = applied(layer, x, weight, bias)
@@ -57,7 +57,7 @@ def _full(layer: Any, x: torch.Tensor, change: Full) -> torch.Tensor | float:
 
 
 def _is_plain(layer: Any, x: torch.Tensor) -> bool:
-    """Whether it is a linear layer, or a convolution of a batch without groups or padding of another kind."""
+    """Whether this is a linear layer, or a convolution of a batch without groups and with zero padding."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and x.ndim == 4
     return isinstance(layer, nn.Linear)

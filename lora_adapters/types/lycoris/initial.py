@@ -1,4 +1,4 @@
-"""What a training of each of LyCORIS' algorithms starts with: changes of the right shapes that change nothing yet.
+"""The initial changes of LyCORIS' algorithms for training: they have the right shapes, and ΔW = 0.
 
 Shapes and random values are those of LyCORIS (github.com/KohakuBlueleaf/LyCORIS, `lycoris/modules`).
 """
@@ -25,12 +25,20 @@ Shape = tuple[int, ...]
 class AlgorithmOptions:
     """An algorithm and its options, with LyCORIS' names and meanings.
 
-    algo: lora (or locon), loha, lokr, full, ia3, glora, diag-oft or boft. factor: for LoKr, see `factorization`.
-    decompose_both: LoKr's w1 may be low-rank too. full_matrix: LoKr's w1 and w2 are never low-rank.
-    unbalanced_factorization: LoKr's w1 has the larger part of the output channels. use_tucker: use Tucker decomposition
-    for kernels. use_scalar: train a scalar that starts at 0, instead of a matrix of zeros. dora_wd: DoRA magnitudes of
-    the output channels, or of the input channels if wd_on_output is False. rs_lora: scale by alpha/√rank.
-    train_on_input: IA3 scales input channels. constraint and rescaled: for OFT and BOFT.
+    Attributes:
+        algo: lora (or locon), loha, lokr, full, ia3, glora, diag-oft or boft.
+        factor: LoKr: see `factorization`.
+        decompose_both: LoKr: w1 may be low-rank too.
+        full_matrix: LoKr: w1 and w2 are never low-rank.
+        unbalanced_factorization: LoKr: w1 has the larger part of the output channels.
+        use_tucker: Use Tucker decomposition for kernels.
+        use_scalar: Train a scalar that starts at 0, instead of a matrix of zeros.
+        dora_wd: Train DoRA magnitudes.
+        wd_on_output: Magnitudes are for output channels, otherwise for input channels.
+        rs_lora: Scale by alpha/√rank.
+        train_on_input: IA3: scale input channels.
+        constraint: OFT and BOFT: the limit of the rotations; 0 for no limit.
+        rescaled: OFT and BOFT: train a scale for each row.
     """
 
     algo: str = "lora"
@@ -49,11 +57,11 @@ class AlgorithmOptions:
 
     def __post_init__(self) -> None:
         if self.algo not in ALGORITHMS:
-            raise AdapterError(f"unknown algo {self.algo}: {', '.join(ALGORITHMS)} are known")
+            raise AdapterError(f"unknown algo {self.algo}: choose one of {', '.join(ALGORITHMS)}")
         if self.factor == 0 or self.factor < -1:
-            raise AdapterError(f"factor is {self.factor}: it is at least 1, or -1 for factors of about the same size")
+            raise AdapterError(f"factor is {self.factor}: it must be at least 1, or -1 for factors of similar size")
         if self.constraint < 0:
-            raise AdapterError(f"constraint is {self.constraint}: it is at least 0 (0: none)")
+            raise AdapterError(f"constraint is {self.constraint}: it must be at least 0 (0 means no limit)")
         own = OPTIONS[self.algo]
         for option in fields(self):
             if option.name not in ("algo", *own) and getattr(self, option.name) != option.default:
@@ -77,24 +85,24 @@ OPTIONS = {
 
 
 def initial_change(layer: nn.Module, rank: int, alpha: float, options: AlgorithmOptions) -> Delta:
-    """The change that a training of a layer begins with; ΔW and Δb are 0.
+    """The change of a layer at the start of a training; ΔW and Δb are 0.
 
     Args:
-        layer: A linear layer or convolution, or a normalisation, which is changed in full whatever the algorithm is.
-        rank: LyCORIS' dim; OFT and BOFT make a block size of it.
-        alpha: 0 is the rank. OFT, IA3, full changes and norms have none.
+        layer: A linear layer, a convolution, or a normalisation (which gets a full difference with all algorithms).
+        rank: LyCORIS' dim; OFT and BOFT derive the block size from it.
+        alpha: The alpha; 0 means the rank. OFT, IA3, full differences and norms have no alpha.
         options: The algorithm and its options.
 
     Returns:
         A change with float32 tensors on the layer's device.
 
     Raises:
-        AdapterError: The layer is of another type, or the algorithm cannot divide its channels.
+        AdapterError: The layer has an unsupported type, or the algorithm cannot divide its channels.
     """
     if isinstance(layer, NORMS):
         return _norm(layer)
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        raise AdapterError(f"{type(layer).__name__} is no linear layer, convolution or normalisation")
+        raise AdapterError(f"{type(layer).__name__} is not a linear layer, convolution or normalisation")
     alpha = alpha or float(rank)
     scaled = alpha * math.sqrt(rank) if options.rs_lora else alpha
     with torch.device(_device(layer)):
@@ -112,12 +120,12 @@ def initial_magnitude(layer: nn.Module, on_output: bool) -> torch.Tensor:
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Two factors of a size, as LyCORIS chooses them.
+    """Split a size into two factors, as LyCORIS does.
 
     Args:
         size: The number to factor.
         factor: One of the factors if it divides the size; otherwise the largest allowed value of the smaller factor. -1
-            asks for factors of about the same size.
+            chooses factors of similar size.
 
     Returns:
         The smaller and the larger factor.
@@ -134,14 +142,14 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
 
 
 def butterfly_factors(size: int, factor: int) -> tuple[int, int] | None:
-    """The block size of BOFT: the largest even one for which the number of blocks is a power of two.
+    """The block size of BOFT: the largest even size for which the number of blocks is a power of two.
 
     Args:
         size: The number of output channels.
         factor: The largest block size.
 
     Returns:
-        The block size and the number of blocks; None if there are none.
+        The block size and the number of blocks; None if no block size is possible.
 
     >>> butterfly_factors(320, 16), butterfly_factors(36, 4), butterfly_factors(7, 4)
     ((10, 32), None, None)
@@ -172,7 +180,7 @@ def _normal(std: float, *shape: int) -> torch.Tensor:
 
 
 def _sizes(layer: Any, options: AlgorithmOptions) -> tuple[int, int, Shape, bool]:
-    """Output and input channels, the kernel, and whether that is Tucker-decomposed."""
+    """Output and input channels, the kernel, and whether the kernel is Tucker-decomposed."""
     out, into, *kernel = weight_shape(layer)
     return out, into, tuple(kernel), options.use_tucker and math.prod(kernel) > 1
 
@@ -213,7 +221,7 @@ def _lokr(layer: Any, rank: int, alpha: float, options: AlgorithmOptions) -> Del
     else:
         parts |= {"w2_a": _kaiming(rows[1], rank), "w2_b": zeros(rank, columns[1] * math.prod(kernel))}
     if parts["w1"] is not None and parts["w2"] is not None:
-        alpha = float(rank)  # what LyCORIS writes: without a low-rank factor the scale is 1
+        alpha = float(rank)  # as LyCORIS writes it: without a low-rank factor the scale is 1
     return Kronecker(alpha=alpha, **parts)
 
 
@@ -257,8 +265,8 @@ def _boft(layer: Any, rank: int, alpha: float, options: AlgorithmOptions) -> Del
     factors = butterfly_factors(out, rank)
     if factors is None:
         raise AdapterError(
-            f"algo boft with rank {rank}: {out} output channels are no even block size of at most {rank} times a power "
-            "of two; give another network_dim"
+            f"algo boft with rank {rank}: {out} output channels are not an even block size of at most {rank} times a "
+            "power of two; use another network_dim"
         )
     size, count = factors
     stages = (count - 1).bit_count() + 1

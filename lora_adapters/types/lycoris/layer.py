@@ -1,4 +1,4 @@
-"""Changes of any kinds in a live layer: a PEFT variant of a LoRA layer, whose factors are a change's tensors."""
+"""Changes of any kind in a live layer: a PEFT variant of a LoRA layer, whose parameters are the change's tensors."""
 
 from functools import partial
 from typing import Any
@@ -15,12 +15,11 @@ from .weights import DeltaWeights
 
 
 class DeltaVariant(LoraVariant):
-    """y = f(x; W, b) + f(x; ΔW, Δb), where a `DeltaWeights` in the layer's `lora_A` makes ΔW and Δb.
+    """y = f(x; W, b) + f(x; ΔW, Δb), where a `DeltaWeights` in the layer's `lora_A` computes ΔW and Δb.
 
-    f is what the layer computes: a linear map, a convolution, a normalisation. ΔW is not made where its factors are
-    quicker (`factored`). The weight of the adapter (PEFT's
-    `scaling`) is what LyCORIS calls the multiplier; at 0 nothing changes. W is that of the innermost layer without any
-    adapter. It takes no part in the gradient.
+    f is the layer's operation: a linear map, a convolution or a normalisation. ΔW is not computed if using its factors
+    is faster (`factored`). The weight of the adapter (PEFT's `scaling`) is LyCORIS' multiplier; at 0 nothing changes. W
+    is the weight of the innermost layer, without any adapter, and gets no gradient.
     """
 
     def forward(  # type: ignore[override]
@@ -48,7 +47,7 @@ class DeltaVariant(LoraVariant):
     # --- fusing ------------------------------------------------------------------------------------------------------
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The weight with the change added; the bias is changed in place. ValueError if numbers are not finite."""
+        """The weight with the change added; the bias is changed in place. ValueError if values are not finite."""
         weight, bias = self._merged(module, active_adapter, orig_weight)
         for part in (weight, bias):
             if part is not None and not torch.isfinite(part).all():
@@ -65,7 +64,7 @@ class DeltaVariant(LoraVariant):
         self._put_bias(module, bias)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """The weight as it was before the change was added; the bias is changed back in place."""
+        """The weight before the change was added; the bias is restored in place."""
         kept = module._caches.pop(before_key(active_adapter))
         if kept["bias"] is not None:
             module.get_base_layer().bias.data.copy_(kept["bias"])
@@ -75,9 +74,9 @@ class DeltaVariant(LoraVariant):
         return orig_weight.data if change is None else (computable(orig_weight.data) - change).to(orig_weight.dtype)
 
     def _merged(self, module: Any, adapter: str, orig_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight with the change added, a new tensor, and the bias; None if that stays.
+        """The weight with the change added, as a new tensor, and the bias; None if it does not change.
 
-        What cannot be computed backwards is kept for `unmerge`.
+        Values that cannot be recomputed by `unmerge` are kept.
         """
         multiplier, base = float(module.scaling[adapter]), module.get_base_layer()
         if multiplier == 0:
@@ -103,7 +102,7 @@ class DeltaVariant(LoraVariant):
 
 
 def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
-    """What holds the adapter's change in a LoRA layer; None if the layer computes it from LoRA's factors."""
+    """The module with the adapter's change in a LoRA layer; None if the layer computes plain LoRA."""
     if adapter_name not in layer.lora_A:
         return None
     weights = layer.lora_A[adapter_name]
@@ -111,29 +110,29 @@ def held(layer: Any, adapter_name: str) -> DeltaWeights | None:
 
 
 def hold(layer: Any, adapter_name: str, change: Delta, dtype: torch.dtype | None = None) -> None:
-    """Make an adapter be a change of any kind in a LoRA layer, in the place of its factors there.
+    """Replace an adapter's factors in a LoRA layer by a change of any kind.
 
-    The tensors of the change become parameters that are trained where the factors before were. To train a new adapter,
-    inject it with a `LycorisConfig` and then give each of its layers (`types.layers.layers(model, adapter_name)`) the
-    change to begin with; `layer.lora_A[adapter_name].parameters()` are what an optimizer takes, and
-    `layer.lora_A[adapter_name].change` is the change with its present tensors.
+    The tensors of the change become parameters, which are trainable if the factors were. To train a new adapter, inject
+    it with a `LycorisConfig` and then set the initial change of each of its layers
+    (`types.layers.layers(model, adapter_name)`). `layer.lora_A[adapter_name].parameters()` are the parameters for an
+    optimizer, and `layer.lora_A[adapter_name].change` is the change with its current tensors.
 
     Args:
-        layer: A LoRA layer that has the adapter: PEFT's for a linear layer or convolution, `NormLayer`.
+        layer: A LoRA layer that has the adapter: PEFT's for a linear layer or convolution, or `NormLayer`.
         adapter_name: The adapter's name.
-        change: Its change, which fits the layer's weight, on the device and in the dtype that it is to have.
-        dtype: The model's, where tensors of the change may wait in another (see `DeltaWeights`).
+        change: The change, which fits the layer's weight, with its final device and dtype.
+        dtype: The model's dtype, if tensors of the change may stay in another one (see `DeltaWeights`).
     """
     trained = [parameter.requires_grad for parameter in layer.lora_A[adapter_name].parameters()]
     weights = DeltaWeights(change, dtype).requires_grad_(all(trained))
-    weights.training = layer.training  # as PEFT leaves new layers, also of models that nobody trains
+    weights.training = layer.training  # the mode of the layer, which PEFT sets for new layers too
     layer.lora_A[adapter_name], layer.lora_B[adapter_name] = weights, nn.Identity()
     layer.lora_variant[adapter_name] = DeltaVariant()
     layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = 1, 1.0, 1.0
 
 
 def before_key(adapter_name: str) -> str:
-    """The key in a layer's `_caches` of what was overwritten when the adapter was fused."""
+    """The key in a layer's `_caches` for the values that fusing the adapter overwrote."""
     return f"{adapter_name}-before"
 
 
@@ -141,7 +140,7 @@ def before_key(adapter_name: str) -> str:
 def _computed(
     module: Any, adapter: str, multiplier: float, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """ΔW and Δb for a layer whose weight is this one, with what is fused into it."""
+    """ΔW and Δb for a layer with this weight, which includes fused adapters."""
     weight = computable(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weights = module.lora_A[adapter]
@@ -170,5 +169,5 @@ def _without_fused(module: Any, weight: torch.Tensor) -> torch.Tensor:
         else:
             weight = variant.unmerge(module, name, weight)
     module._caches.clear()
-    module._caches.update(caches)  # which PEFT's variants take out of it
+    module._caches.update(caches)  # PEFT's variants remove them
     return weight

@@ -1,4 +1,4 @@
-"""A LoRA layer around a normalisation, for which PEFT has none."""
+"""A LoRA layer for normalisations, which PEFT does not support."""
 
 import warnings
 from typing import Any
@@ -12,33 +12,33 @@ from lora_adapters.convert.errors import AdapterError
 
 
 class NormLayer(nn.Module, LoraLayer):
-    """A LayerNorm or GroupNorm whose adapters are changes of its weight and bias; see `layer.DeltaVariant`.
+    """A LayerNorm or GroupNorm whose adapters change its weight and bias; see `layer.DeltaVariant`.
 
-    It is a LoRA layer for all that PEFT and diffusers do with adapters: naming, weighting, fusing, deleting.
+    PEFT and diffusers treat it as a LoRA layer for naming, weighting, fusing and deleting adapters.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any):
         super().__init__()
-        with warnings.catch_warnings():  # of a layer without in_features
+        with warnings.catch_warnings():  # PEFT warns about layers without in_features
             warnings.simplefilter("ignore")
             LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Make room for an adapter; `layer.hold` puts its change there."""
+        """Prepare the layer for an adapter; `layer.hold` then sets its change."""
         self.r[adapter_name], self.lora_alpha[adapter_name], self.scaling[adapter_name] = 1, 1, 1.0
         self.lora_bias[adapter_name] = False
-        if hasattr(self, "use_rslora"):  # PEFT's older versions have no such attribute
+        if hasattr(self, "use_rslora"):  # older versions of PEFT do not have this attribute
             self.use_rslora[adapter_name] = False
         self.lora_dropout[adapter_name] = nn.Identity()
         self.lora_A[adapter_name], self.lora_B[adapter_name] = nn.Identity(), nn.Identity()
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x normalised, (..., channels) or (batch, channels, ...); with the active adapters' changes."""
+        """Normalise x, (..., channels) or (batch, channels, ...), with the active adapters' changes."""
         if kwargs.pop("adapter_names", None) is not None:
-            raise AdapterError("an adapter for each sample is not possible where adapters change normalisations")
+            raise AdapterError("adapters that change normalisations do not support an adapter for each sample")
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
@@ -51,7 +51,7 @@ class NormLayer(nn.Module, LoraLayer):
         return result.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fuse adapters into the base layer, the active ones where none are named."""
+        """Fuse adapters into the base layer; by default the active ones."""
         base: Any = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_variant:
@@ -63,7 +63,7 @@ class NormLayer(nn.Module, LoraLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take all fused adapters out of the base layer."""
+        """Unfuse all fused adapters from the base layer."""
         base: Any = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()

@@ -1,4 +1,4 @@
-"""What layers compute with a weight and a bias, and what their own weight is."""
+"""The operations of layers with a given weight and bias, and access to their own weights."""
 
 import sys
 from typing import Any
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from lora_adapters.convert.errors import AdapterError, first_line
 
 NORMS = (nn.LayerNorm, nn.GroupNorm)
-_RMS_NORMS = (  # those of libraries, by the modules that have them
+_RMS_NORMS = (  # the RMS norms of libraries, by module
     ("torch.nn", "RMSNorm"),
     ("diffusers.models.normalization", "RMSNorm"),
     ("transformers.models.t5.modeling_t5", "T5LayerNorm"),
@@ -21,7 +21,7 @@ _RMS_NORMS = (  # those of libraries, by the modules that have them
 
 
 def norms() -> tuple[type[nn.Module], ...]:
-    """The classes of normalisations, of libraries that are imported already: a model's are."""
+    """The classes of normalisations of libraries that are already imported, as those of a model must be."""
     homes = ((sys.modules.get(home), name) for home, name in _RMS_NORMS)
     return (*NORMS, *(getattr(home, name) for home, name in homes if hasattr(home, name)))
 
@@ -32,14 +32,14 @@ def layers() -> tuple[type[nn.Module], ...]:
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
-    """(out, in), (out, in, height, width) or (channels,), also of quantised layers, whose weights are packed."""
+    """(out, in), (out, in, height, width) or (channels,), also for quantised layers with packed weights."""
     if isinstance(layer, nn.Linear):
         return (layer.out_features, layer.in_features)
     return tuple(layer.weight.shape)
 
 
 def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
-    """The weight of a layer, also of one that is offloaded or quantised.
+    """The weight of a layer, which may be offloaded or quantised.
 
     Args:
         layer: The layer.
@@ -49,7 +49,7 @@ def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
         The weight in its full shape and in floating point, without a gradient.
 
     Raises:
-        AdapterError: It is quantised in a way that cannot be read.
+        AdapterError: The weight is quantised in an unsupported way.
     """
     with align_module_device(layer):
         try:
@@ -62,19 +62,19 @@ def base_weight(layer: nn.Module, device: torch.device) -> torch.Tensor:
 
 
 def base_bias(layer: Any) -> torch.Tensor:
-    """A copy of the bias of a layer that has one, on the CPU, also of one that is offloaded."""
+    """A copy of a layer's bias on the CPU; the layer must have a bias, which may be offloaded."""
     with align_module_device(layer):
         copy: torch.Tensor = layer.bias.detach().to("cpu", copy=True)
     return copy
 
 
 def computable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; in float32 if it is in an 8-bit floating point, in which torch adds and multiplies nothing."""
+    """The tensor, cast to float32 if it is in an 8-bit dtype, for which torch has no arithmetic."""
     return tensor.to(torch.float32) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def is_quantised(parameter: torch.Tensor) -> bool:
-    """Whether a tensor of a class of its own holds codes in place of numbers (GGUF, torchao, quanto)."""
+    """Whether a tensor is of a subclass that stores quantised codes instead of values (GGUF, torchao, quanto)."""
     return _is_gguf(parameter) or type(parameter).dequantize is not torch.Tensor.dequantize
 
 
@@ -83,10 +83,10 @@ def _is_gguf(parameter: torch.Tensor | None) -> bool:
 
 
 def _dequantised(layer: Any) -> torch.Tensor:
-    """The weight in numbers. The layer keeps its own: PEFT puts a copy there, without the scales of 8-bit layers."""
+    """The dequantised weight. The layer's own is restored, since PEFT replaces it by a copy without 8-bit scales."""
     own = layer._parameters.get("weight")
     numbers: torch.Tensor
-    if _is_gguf(own):  # which PEFT does not know, and the next kind neither
+    if _is_gguf(own):  # PEFT supports neither this kind nor the next one
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
         numbers = dequantize_gguf_tensor(own)
@@ -101,7 +101,7 @@ def _dequantised(layer: Any) -> torch.Tensor:
 def applied(
     layer: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor | float:
-    """What the layer makes of x with another weight and bias; None is all zeros."""
+    """The layer's output for x with another weight and bias; None stands for zeros."""
     if weight is None:
         if bias is None:
             return 0.0
@@ -110,12 +110,12 @@ def applied(
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     if isinstance(layer, nn.Conv2d):
-        return layer._conv_forward(x, weight, bias)  # with the layer's way of padding
+        return layer._conv_forward(x, weight, bias)  # with the layer's padding mode
     if isinstance(layer, nn.LayerNorm):
         return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
     if isinstance(layer, nn.GroupNorm):
         return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
-    if isinstance(layer, norms()):  # divided by the root of the mean square: each library has a precision of its own
+    if isinstance(layer, norms()):  # RMS norms, for which each library uses another precision
         parts = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         return functional_call(layer, parts, (x,))
-    raise TypeError(f"no operation of {type(layer).__name__} is known")
+    raise TypeError(f"the operation of {type(layer).__name__} is not known")

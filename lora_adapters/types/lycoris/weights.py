@@ -14,19 +14,19 @@ from lora_adapters.convert.deltas.base import Delta, with_tensors
 class DeltaWeights(nn.Module):
     """A change of any kind (`lora_adapters.convert.deltas.Delta`), whose tensors are this module's parameters.
 
-    A parameter is named like the field that it is, with the fields above it: "w1_a" of a LoHa, "change_w1_a" and
-    "magnitude" of a DoRA around one. Gradients flow through the change's own arithmetic to all of them; what is no
-    tensor (alpha, a multiplier, a constraint) is not trained.
+    A parameter is named like its field, prefixed by the enclosing fields: "w1_a" for a LoHa, "change_w1_a" and
+    "magnitude" for a DoRA with a LoHa. Gradients flow through the change's own arithmetic to all of them; other fields
+    (alpha, a multiplier, a constraint) are not trained.
 
-    What is needed of the parameters is computed in `forward`, so that hooks on this module (offloading, sharding) see
-    it.
+    Everything that uses the parameters is computed in `forward`, so that hooks on this module (offloading, sharding)
+    work.
 
-    A large tensor may stay in its file's dtype, where the file is mapped and the model has another dtype that takes as
-    many bytes or more: it is converted at each use, layer by layer, for as long as nobody trains or exchanges it.
+    A large tensor may stay in its file's dtype, if the file is mapped and the model's dtype needs at least as many
+    bytes. It is then converted at each use, layer by layer, until it is trained or replaced.
 
     Args:
         change: The change.
-        dtype: The model's; None: no tensor waits.
+        dtype: The model's dtype; None if no tensor may stay in its file's dtype.
     """
 
     model_like: torch.Tensor | None
@@ -50,9 +50,10 @@ class DeltaWeights(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The largest tensor: by this name PEFT asks a layer's factor for its dtype and device.
+        """The largest tensor. PEFT uses this name to get the dtype and device of a layer's factor.
 
-        Where it waits in another dtype, one that takes no memory, in the model's: PEFT would round the inputs to its.
+        If the tensor is still in its file's dtype, an empty tensor in the model's dtype is returned instead, since PEFT
+        would cast the inputs to the file's dtype.
         """
         largest = self.get_parameter(self._largest)
         if self._waits(largest):
@@ -61,11 +62,11 @@ class DeltaWeights(nn.Module):
         return largest
 
     def _waits(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is in its file's dtype yet."""
+        """Whether a tensor is still in its file's dtype."""
         return self.model_like is not None and _waits(tensor, self.model_like.dtype)
 
     def train(self, mode: bool = True) -> Self:
-        """As of all modules; what is trained is in the model's dtype."""
+        """As for all modules; for training, tensors are converted to the model's dtype."""
         for parameter in self._parameters.values():
             if mode and parameter is not None and self._waits(parameter):
                 assert self.model_like is not None
@@ -75,12 +76,12 @@ class DeltaWeights(nn.Module):
     @property
     def change(self) -> Delta:
         """The change, with the parameters as its tensors."""
-        if not all(map(is_, self._parameters.values(), self._tensors)):  # replaced, as offloading does
+        if not all(map(is_, self._parameters.values(), self._tensors)):  # parameters were replaced, as by offloading
             self._keep(with_tensors(self._change, lambda name, _: self.get_parameter(name)))
         return self._change
 
     def at(self, multiplier: float) -> Delta:
-        """The change at a weight of the adapter, as LyCORIS multiplies with it."""
+        """The change with a multiplier, as in LyCORIS."""
         change = self.change
         if multiplier == 1.0:
             return change
@@ -90,28 +91,28 @@ class DeltaWeights(nn.Module):
 
     @property
     def is_altered(self) -> bool:
-        """Whether hooks (dropouts) change ΔW and Δb, so that these have to be made."""
+        """Whether hooks (dropouts) modify ΔW and Δb, so that these must be computed."""
         return bool(self._forward_hooks)
 
     def applied(self, multiplier: float, apply: Callable[[Delta], torch.Tensor | None]) -> torch.Tensor | None:
-        """What a function makes of the change at a multiplier, called in `forward`, so that offloading sees it."""
+        """Call a function with the change at a multiplier, within `forward`, so that offloading hooks run."""
         return self((), multiplier, None, torch.float32, apply)
 
     @torch.no_grad()
     def replace(self, change: Delta) -> None:
-        """Make it another change of the same kind and shapes, in place; see `like`."""
+        """Replace the change in place by another one of the same kind and shapes; see `is_like`."""
         new: dict[str, torch.Tensor] = {}
         with_tensors(change, lambda name, tensor: new.setdefault(name, tensor))
         for name, parameter in self._parameters.items():
             assert parameter is not None
-            if self._waits(parameter):  # in a dtype that might be too coarse for the new numbers
+            if self._waits(parameter):  # its dtype may be too coarse for the new values
                 assert self.model_like is not None
                 parameter.data = torch.empty_like(parameter, dtype=self.model_like.dtype)
             parameter.copy_(new[name])
         self._keep(with_tensors(change, lambda name, _: self.get_parameter(name)))
 
     def is_like(self, change: Delta) -> bool:
-        """Whether `replace` can take it: a change of the same kind, whose tensors have the same shapes."""
+        """Whether `replace` accepts the change: it must be of the same kind, with tensors of the same shapes."""
         return _shapes(change) == _shapes(self.change)
 
     def forward(
@@ -126,7 +127,7 @@ class DeltaWeights(nn.Module):
 
         Args:
             shape: The shape of the weight W.
-            multiplier: The weight of the adapter, as LyCORIS multiplies with it.
+            multiplier: The weight of the adapter, used as LyCORIS' multiplier.
             base_weight: W, on the device of the parameters; None if ΔW does not depend on it.
             dtype: The dtype of the results and of the arithmetic.
             apply: See `applied`; its result is returned, and no ΔW is computed.
@@ -144,12 +145,12 @@ class DeltaWeights(nn.Module):
 
 
 def _waits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether it is in another dtype than a model's and no wider; a wider one was made so to be trained."""
+    """Whether a tensor is in another dtype than the model's, but not a wider one, which is chosen for training."""
     return tensor.dtype != dtype and tensor.element_size() <= dtype.itemsize
 
 
 def _shapes(change: Delta) -> Any:
-    """The kinds of a change and of those inside of it, and the shapes of its tensors."""
+    """The kinds of a change and its nested changes, and the shapes of the tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def note(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -88,11 +88,11 @@ def test_what_cannot_be_done():
     change = read_module(
         {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(4, 2), "dora_scale": torch.ones(4, 1)}
     )
-    with pytest.raises(AdapterError, match="a DoRA module makes depends on the model's weight"):
+    with pytest.raises(AdapterError, match="the change of a DoRA module depends on the model's weight"):
         change.delta()
     with pytest.raises(AdapterError, match=r"a DoRA at weight 0.5 cannot be written"):
         change.scaled(0.5).tensors()
-    with pytest.raises(AdapterError, match=r"\[4, 3\], but the model's is \[4, 5\]"):
+    with pytest.raises(AdapterError, match=r"\[4, 3\], but the model's weight is \[4, 5\]"):
         change.delta(torch.ones(4, 5))
     assert not change.fits((4, 5))
     wrong = DoRA(change.change, torch.ones(3, 1))

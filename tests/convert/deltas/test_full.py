@@ -57,7 +57,7 @@ def test_only_the_bias_changes():
     assert not change.fits((3, 2))
     with pytest.raises(AdapterError, match="depends on the model's weight"):
         change.delta()
-    with pytest.raises(AdapterError, match=r"made for a bias of \[2\], but the model's is \[3, 2\]"):
+    with pytest.raises(AdapterError, match=r"made for a bias of \[2\], but the model's weight is \[3, 2\]"):
         change.delta(torch.ones(3, 2))
 
 

@@ -62,5 +62,5 @@ def test_tucker_decomposed():
 def test_shapes_that_do_not_fit(name, shape, said):
     with pytest.raises(AdapterError, match=said):
         GLoRA(alpha=1.0, **{**parts(), name: torch.ones(shape)})
-    with pytest.raises(AdapterError, match=r"made for a weight of \[4, 5\], but the model's is \[5, 5\]"):
+    with pytest.raises(AdapterError, match=r"made for a weight of \[4, 5\], but the model's weight is \[5, 5\]"):
         GLoRA(alpha=1.0, **parts()).delta(torch.ones(5, 5))

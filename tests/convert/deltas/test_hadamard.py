@@ -37,7 +37,7 @@ def test_delta_in_numbers():
     assert one.fits((5, 3, 2, 2))
     assert not one.fits((5, 3, 3, 3))
     assert "rank 2" in repr(one)
-    with pytest.raises(AdapterError, match=r"made for a weight of \[5, 12\], but the model's is \[5, 11\]"):
+    with pytest.raises(AdapterError, match=r"made for a weight of \[5, 12\], but the model's weight is \[5, 11\]"):
         one.delta(torch.zeros(5, 11))
 
 
@@ -52,7 +52,7 @@ def test_a_weight_of_0_is_read_as_no_change():
         ({"w2_a": torch.ones(6, 2)}, r"hada_w2_a has the shape \[6, 2\], expected \[5, 2\]"),
         ({"w2_b": torch.ones(2, 11)}, r"hada_w2_b has the shape \[2, 11\], expected \[2, 12\]"),
         ({"w1_b": torch.ones(2)}, r"hada_w1_b has the shape \[2\]"),
-        ({"t1": torch.ones(2, 2, 3, 3)}, "hada_t1 and hada_t2 belong together"),
+        ({"t1": torch.ones(2, 2, 3, 3)}, "only one of hada_t1 and hada_t2 is present"),
         ({"alpha": float("inf")}, "alpha is inf"),
         ({"w1_a": torch.ones(5, 2, dtype=torch.int8)}, "w1_a must be floating point, not torch.int8"),
     ],

@@ -26,7 +26,7 @@ def test_delta_in_numbers():
     assert weight.tolist() == [[0, 1, 2], [3, 4, 5]]
     again = read_module(columns.scaled(2).tensors())
     assert torch.equal(again.delta(weight), columns.scaled(2).delta(weight))
-    with pytest.raises(AdapterError, match=r"a weight with 3 input channels, but the model's is \[2, 4\]"):
+    with pytest.raises(AdapterError, match=r"a weight with 3 input channels, but the model's weight is \[2, 4\]"):
         columns.delta(torch.ones(2, 4))
 
 

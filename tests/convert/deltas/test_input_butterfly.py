@@ -80,8 +80,8 @@ def test_oft_of_peft_0_14_and_0_15_rotates_inputs(count):
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"boft_R": torch.ones(1, 2, 4, 4)}, "a BOFT module without boft_s"),
-        ({"boft_R": torch.ones(2, 3, 4, 4), "boft_s": torch.ones(5, 1)}, "which no butterfly has"),
+        ({"boft_R": torch.ones(1, 2, 4, 4)}, "a BOFT module lacks boft_s"),
+        ({"boft_R": torch.ones(2, 3, 4, 4), "boft_s": torch.ones(5, 1)}, r"expected \(stages, count, size, size\)"),
         ({"boft_R": torch.ones(1, 2, 4, 4), "boft_s": torch.ones(5)}, r"boft_s has the shape \[5\]"),
         ({"oft_r": torch.ones(4, 4)}, r"oft_r has the shape \[4, 4\]"),
     ],

@@ -47,7 +47,7 @@ def test_spellings_of_1x1_are_one_thing():
     linear = conv.shaped_like((5, 6))
     assert linear.down.shape == (4, 6)
     assert torch.equal(linear.shaped_like((5, 6, 1, 1)).delta(), conv.delta())
-    with pytest.raises(AdapterError, match=r"\[5, 6\], but the model's is \[5, 7\]"):
+    with pytest.raises(AdapterError, match=r"\[5, 6\], but the model's weight is \[5, 7\]"):
         conv.shaped_like((5, 7))
 
 

@@ -38,7 +38,7 @@ def test_delta_is_the_sum_over_both_ranks():
     torch.testing.assert_close(one.scaled(-3).low_rank().delta(), -3 * dense)
     assert one.fits((4, 5, 3, 2))
     assert not one.fits((4, 5, 2, 3))
-    with pytest.raises(AdapterError, match=r"made for a weight of \[4, 5, 3, 2\], but the model's is \[4, 5, 3, 3\]"):
+    with pytest.raises(AdapterError, match=r"a weight of \[4, 5, 3, 2\], but the model's weight is \[4, 5, 3, 3\]"):
         one.delta(torch.zeros(4, 5, 3, 3))
 
 

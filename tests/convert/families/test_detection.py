@@ -117,7 +117,7 @@ def test_names_that_differ_between_families_are_not_guessed(tmp_path) -> None:
         assert found["ss_base_model_version"] == of_family.family.stated
         again = Adapter.load(tmp_path / f"{name}.safetensors")
         assert set(again.modules) >= set(adapter.modules)  # and other parts of fused layers
-    with pytest.raises(AdapterError, match=r"is no module of Z-Image"):
+    with pytest.raises(AdapterError, match=r"is not a module of Z-Image"):
         Adapter.load(tmp_path / "a.safetensors", base_model="zimage")
 
 

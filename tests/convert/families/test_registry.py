@@ -72,7 +72,7 @@ def test_a_family_is_found_by_its_metadata():
     assert by_metadata({"ss_base_model_version": "sdxl_base_v0-9"}) is by_name("sdxl")
     assert by_metadata({"ss_base_model_version": "flux1"}) is by_name("flux")
     assert by_metadata({"ss_base_model_version": "hunyuan-image-2.1"}) is by_metadata({}) is None
-    with pytest.raises(AdapterError, match=r"unknown architecture 'dit': sd \(SD1.x, SD2.x\) and sdxl"):
+    with pytest.raises(AdapterError, match=r"unknown architecture 'dit': expected sd \(SD1.x, SD2.x\) and sdxl"):
         by_name("dit")
     assert titles("or").startswith("SD1.x, SD2.x, SDXL, Flux.1, ")
 

@@ -90,7 +90,7 @@ def test_bundled_embeddings_are_kept_where_there_is_a_place_for_them(caplog, tmp
     assert list(Adapter.load(adapter.save(tmp_path / "a.safetensors")).embeddings) == list(adapter.embeddings)
     assert not caplog.text
     weighted_sum({"a": adapter, "b": adapter}, [1.0, 1.0])
-    assert "the sum of adapters (b) has no place for embeddings" in caplog.text
+    assert "the sum of adapters (b) cannot store embeddings" in caplog.text
 
 
 # --- spellings of plain pairs -------------------------------------------------------------------------------------

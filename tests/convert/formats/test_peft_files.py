@@ -94,10 +94,10 @@ def test_a_config_in_the_metadata_says_the_scale(start):
     ("tensors", "said"),
     [
         ({f"base_model.model.{PATH}.oft_R.weight": UPPER}, r"which says how it rotates \(use_cayley_neumann"),
-        ({f"unet.{PATH}.oft_R.default.weight": UPPER}, "does not say how it rotates .* give PEFT's folder"),
+        ({f"unet.{PATH}.oft_R.default.weight": UPPER}, "does not say how it rotates .* use a folder with"),
         ({"transformer.transformer_blocks.0.attn.to_q.oft_R.weight": UPPER}, "does not say how it rotates"),
         ({f"base_model.model.{PATH}.lora_A.default.weight": UPPER}, r"which says the scale \(r and alpha\): put it"),
-        ({f"base_model.model.{PATH}.hada_w1_a": UPPER}, r"which says the scale \(r and alpha\): put it there"),
+        ({f"base_model.model.{PATH}.hada_w1_a": UPPER}, r"which says the scale \(r and alpha\): put it beside them"),
         ({f"unet.{PATH}.oft_R.weight": UPPER, f"unet.{PATH}.oft_R.clipped_oft": UPPER}, "an OFT adapter"),
     ],
 )
@@ -110,7 +110,7 @@ def test_one_line_says_what_is_missing(tensors, said):
 def test_an_adapter_that_was_begun_from_the_base_is_refused_in_a_file_too():
     pair = {f"unet.{PATH}.lora_A.weight": torch.ones(1, 2), f"unet.{PATH}.lora_B.weight": torch.ones(2, 1)}
     metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 1, "unet.init_lora_weights": "pissa_niter_4"})}
-    with pytest.raises(AdapterError, match="begun with pissa_niter_4 changes the base weights too"):
+    with pytest.raises(AdapterError, match="pissa_niter_4 is not supported: it changes the base weights too"):
         Adapter.from_tensors(pair, metadata)
 
 

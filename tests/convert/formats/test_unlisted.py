@@ -127,7 +127,7 @@ def test_embeddings_and_float16_are_kept(tmp_path) -> None:
 def test_what_needs_the_model_is_refused(tmp_path) -> None:
     path = make(tmp_path / "a.safetensors", FLAT)
     adapter = Adapter.load(path, base_model="other")
-    with pytest.raises(AdapterError, match=r"cannot be written in the format peft: .*model is not known here"):
+    with pytest.raises(AdapterError, match="cannot write the format peft, which needs a known model"):
         adapter.save(tmp_path / "folder", format="peft")
     with pytest.raises(AdapterError, match=r"is for another model, but .* is SD1.x"):
         adapter.merge_into("examples/tiny-sd", tmp_path / "merged")
@@ -138,15 +138,15 @@ def test_two_spellings_are_not_put_together(tmp_path, capsys) -> None:
     a, b = make(tmp_path / "a.safetensors", FLAT), make(tmp_path / "b.safetensors", DOTTED)
     words = ["merge", "--models", a, b, "--base_model", "other", "--save_to", tmp_path / "sum.safetensors"]
     assert cli.main(list(map(str, words))) == 1
-    assert "spell the names of layers differently" in capsys.readouterr().err
-    with pytest.raises(AdapterError, match="spell the names of layers differently"):
+    assert "spell the layer names differently" in capsys.readouterr().err
+    with pytest.raises(AdapterError, match="spell the layer names differently"):
         Adapter.load(a, base_model="other") + Adapter.load(b, base_model="other")
 
 
 @pytest.mark.parametrize("spelling", [FLAT, DOTTED])
 def test_nothing_is_taken_for_another_model_unless_somebody_says_so(tmp_path, spelling) -> None:
     path = make(tmp_path / "a.safetensors", spelling)
-    with pytest.raises(AdapterError, match=r"unknown module .*not known here: --base_model other$"):
+    with pytest.raises(AdapterError, match=r"unknown module .*for an unknown model, use --base_model other$"):
         Adapter.load(path)
     tensors = {"lora_unet_mid_block_attentions_0_proj_inn.lora_down.weight": torch.ones(1, 4)}
     with pytest.raises(AdapterError, match="nearest known name") as caught:

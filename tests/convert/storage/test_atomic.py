@@ -50,7 +50,7 @@ def test_what_goes_wrong_leaves_the_old_file_alone(tmp_path):
     with pytest.raises(FileNotFoundError), atomic.replacing(tmp_path / "x") as partial:
         partial.with_name("missing").rename(partial)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError, match="name a file in it"), atomic.replacing(tmp_path / "folder"):
+    with pytest.raises(IsADirectoryError, match="give a file in it"), atomic.replacing(tmp_path / "folder"):
         raise AssertionError("the block must not run")
     assert content(tmp_path) == {"x": "old"}
 

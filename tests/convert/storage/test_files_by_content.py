@@ -41,7 +41,7 @@ def test_pickles_under_any_other_name(zipped, name, tmp_path) -> None:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_is_called_safetensors(zipped, name, tmp_path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(AdapterError, match=r"is called \.safetensors, but is a PyTorch pickle: .*\.ckpt"):
+    with pytest.raises(AdapterError, match=r"is a PyTorch pickle despite its name: .*\.ckpt"):
         read_tensors(tmp_path / name)
 
 
@@ -51,7 +51,7 @@ def test_a_pickle_that_is_called_safetensors(zipped, name, tmp_path) -> None:
 def test_neither(content, tmp_path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(content)
-    with pytest.raises(AdapterError, match="is truncated or no safetensors file"):
+    with pytest.raises(AdapterError, match="is truncated or not a safetensors file"):
         read_tensors(file)
     other = file.rename(tmp_path / "a.pt")
     with pytest.raises(AdapterError, match="cannot be read as plain weights"):

@@ -63,7 +63,7 @@ def test_shards_of_a_variant_come_after_the_main_file(name, pattern, tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [([*SHARDS, "gone.safetensors"], "names gone.safetensors"), (["../x.safetensors"], "names ../x"), ([], "no files")],
+    [([*SHARDS, "gone.safetensors"], "lists gone.safetensors"), (["../x.safetensors"], "lists ../x"), ([], "no files")],
 )
 def test_an_index_that_cannot_be_followed(names, said, tmp_path):
     touch(tmp_path, *SHARDS)

@@ -63,7 +63,7 @@ def test_what_is_no_part_of_the_model_stays(model, adapter, in_place, tmp_path):
 def test_a_folder_that_only_has_a_subfolder_unet_is_none_of_a_model(adapter, tmp_path):
     (tmp_path / "mine" / "unet").mkdir(parents=True)
     (tmp_path / "mine" / "unet" / "mine.txt").write_text("x")
-    with pytest.raises(AdapterError, match="a folder of something else"):
+    with pytest.raises(AdapterError, match="is not a Diffusers folder: give a new folder"):
         adapter.merge_into(GOLDEN / "sd15", tmp_path / "mine")
     assert (tmp_path / "mine" / "unet" / "mine.txt").exists()
 

@@ -69,7 +69,7 @@ def test_a_folder_with_both_forms_is_read_as_its_repository_would_be(tmp_path) -
         ("me/x", {"revision": "v9"}, "me/x has no revision v9", RevisionNotFoundError),
         ("me/x", {"weight_name": "no.safetensors"}, "me/x has no file no.safetensors", None),
         ("me/x", {"token": "hf_wrong"}, "does not accept the token for me/x.*Invalid credentials", None),
-        ("me/empty", {}, "me/empty holds no adapter", None),
+        ("me/empty", {}, "me/empty contains no adapter", None),
     ],
 )
 def test_what_is_said(hub, name, options, line, cause) -> None:

@@ -71,9 +71,12 @@ class Command:
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        (lambda: pair(np.array([3], dtype=object)), "alpha is a training program's object"),
-        (lambda: pair(np.float32(3), np.array([[1, 2]], dtype=">f4")), "lora_down.weight is a training program's obj"),
-        (lambda: pair(argparse.Namespace(a=1)), "alpha is a training program's object, not a tensor"),
+        (lambda: pair(np.array([3], dtype=object)), "alpha is an object of a training program"),
+        (
+            lambda: pair(np.float32(3), np.array([[1, 2]], dtype=">f4")),
+            "lora_down.weight is an object of a training program",
+        ),
+        (lambda: pair(argparse.Namespace(a=1)), "alpha is an object of a training program, not a tensor"),
         (lambda: pair(Command()), "cannot be read as plain weights"),
         (lambda: {**pair(), "args": {"lr": Command()}}, "cannot be read as plain weights"),
     ],

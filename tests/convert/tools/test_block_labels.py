@@ -71,7 +71,7 @@ def test_blocks_of_another_model_are_an_error(flux):
         factors(flux, "IN02")
     with pytest.raises(AdapterError, match="17 block weights are for sd, the adapter is flux"):
         factors(flux, ",".join(["1"] * 17))
-    with pytest.raises(AdapterError, match="D00-J03 are blocks of different models"):
+    with pytest.raises(AdapterError, match="no model has both blocks of D00-J03"):
         factors(flux, "D00-J03")
 
 

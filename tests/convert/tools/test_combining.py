@@ -58,12 +58,12 @@ def test_into_one(tmp_path, capsys):
 def test_options_that_do_not_fit(tmp_path, capsys):
     out = ["--save_to", tmp_path / "never.safetensors"]
     for words, said in (
-        ([*PRUNED], "--density goes with a --method"),
-        (["--models", A, "--seed", "3"], "--seed goes with a --method"),
+        ([*PRUNED], "--density requires a --method"),
+        (["--models", A, "--seed", "3"], "--seed requires a --method"),
         (["--models", A, "--method", "ties"], "needs --density"),
         ([*PRUNED, "--method", "ties"], "give --new_rank"),
-        ([*PRUNED, "--method", "ties", "--seed", "3"], "ties draws nothing"),
-        ([*PRUNED, "--method", "dare_linear", "--majority_sign_method", "total"], "elects no sign"),
+        ([*PRUNED, "--method", "ties", "--seed", "3"], "ties is not random"),
+        ([*PRUNED, "--method", "dare_linear", "--majority_sign_method", "total"], "does not elect signs"),
     ):
         assert said in misused(capsys, "merge", *words, *out)
     assert not list(tmp_path.iterdir())

@@ -138,10 +138,10 @@ def test_kronecker_products(tmp_path, capsys, options):
 
 def test_options_of_other_kinds_are_refused(tmp_path, capsys):
     for words, said in (
-        (["--algo", "lokr", "--dim", "4"], "--dim does not go with --algo lokr"),
-        (["--algo", "full", "--target_error", "0.1"], "--target_error does not go with --algo full"),
-        (["--factor", "4"], "--factor does not go with --algo lora"),
-        (["--algo", "lokr", "--factor", "4", "--target_error", "0.1"], "give one"),
+        (["--algo", "lokr", "--dim", "4"], "--dim cannot be used with --algo lokr"),
+        (["--algo", "full", "--target_error", "0.1"], "--target_error cannot be used with --algo full"),
+        (["--factor", "4"], "--factor cannot be used with --algo lora"),
+        (["--algo", "lokr", "--factor", "4", "--target_error", "0.1"], "give only one"),
         (["--algo", "lokr", "--factor", "0"], "--factor must be -1, or at least 1, got 0"),
     ):
         models = ["--model_org", GOLDEN / "sd15", "--model_tuned", GOLDEN / "sd15"]

@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     q = ModuleName("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     for width, family in ((768, "SD1.x"), (1024, "SD2.x"), (99, "")):
         adapter = Adapter({q: LowRank(torch.zeros(2, width), torch.zeros(1280, 2), 1.0)})
-        with pytest.raises(AdapterError, match=rf"is for a {q} of \[1280, {width}\]"):
+        with pytest.raises(AdapterError, match=rf"expects {q} of \[1280, {width}\]"):
             adapter.merge_into(GOLDEN / "sd15", tmp_path / "out")
         if family == "SD2.x":
             with pytest.raises(AdapterError, match=r"SD1.x, but b is for SD2.x"):

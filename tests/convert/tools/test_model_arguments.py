@@ -130,12 +130,12 @@ def test_several_tags_and_files_without_their_endings(tmp_path, monkeypatch):
     ("text", "said"),
     [
         ("a cat <lora:x:1>", "'a cat'"),
-        ("<lora:x:1:stop=10>", "stop= is about sampling steps"),
-        ("x:1:strength=2", "strength= is not known"),
-        ("<lora::1>", "names no adapter"),
+        ("<lora:x:1:stop=10>", "stop= depends on sampling steps"),
+        ("x:1:strength=2", "unknown option strength="),
+        ("<lora::1>", "has no adapter name"),
         ("<lora:x:te=high>", "high"),
         ("<lora:x:1:lbw=[1,2]>", "2 block weights"),
-        ("<lora:x:1:1:MIDD:OUTD>", "'OUTD' cannot be read"),
+        ("<lora:x:1:1:MIDD:OUTD>", "'OUTD' cannot be parsed"),
         ("<lora:x:inf>", "no block or preset|block weights"),
     ],
 )

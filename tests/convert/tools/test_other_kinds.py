@@ -185,7 +185,7 @@ def distance(adapter, made):
 def test_convert_to_lora(linear, tmp_path, capsys):
     (adapter, path), out = linear, tmp_path / "out.safetensors"
     said = run(capsys, "convert", "--model", path, "--save_to", out, "--to", "lora", "--rank", "8")
-    assert "1 modules left out, which low-rank pairs cannot hold" in said
+    assert "1 modules left out, which low-rank pairs cannot represent" in said
     assert "to_out.0.bias" in said
     assert "relative error" in said
     made = Adapter.load(out)
@@ -229,7 +229,7 @@ def test_a_change_that_depends_on_the_weights_is_one_line(tmp_path, capsys):
         ("svd-merge", "--models", path, path, "--new_rank", "2"),
     ):
         said = fails(capsys, *words, "--save_to", out)
-        assert "to_q: the change that a DoRA module makes depends on the model's weight" in said
+        assert "to_q: the change of a DoRA module depends on the model's weight" in said
         assert not out.exists()
 
 
@@ -250,8 +250,8 @@ def test_options_of_convert(linear, tmp_path, capsys):
     (_, path), out = linear, tmp_path / "out.safetensors"
     words = ("convert", "--model", path, "--save_to", out)
     assert "needs --rank" in fails(capsys, *words, "--to", "lora", status=2)
-    assert "go with --to lora" in fails(capsys, *words, "--rank", "4", "--format", "kohya", status=2)
-    assert "go with --to lora" in fails(capsys, *words, "--sd_model", path, "--format", "kohya", status=2)
+    assert "require --to lora" in fails(capsys, *words, "--rank", "4", "--format", "kohya", status=2)
+    assert "require --to lora" in fails(capsys, *words, "--sd_model", path, "--format", "kohya", status=2)
     assert "--format is needed" in fails(capsys, *words, status=2)
     assert "convert --to lora" in fails(capsys, *words, "--format", "kohya")
     run(capsys, *words, "--format", "lycoris")
@@ -343,7 +343,7 @@ def test_pairs_of_kinds_that_depend_on_the_models_weights(command, tmp_path, cap
     assert "depends on the model's weight" in fails(capsys, *words)
     assert not out.exists()
     said = run(capsys, *words, "--sd_model", checkpoint.path)
-    assert f"1 modules left out, which low-rank pairs cannot hold:\n  {biased}.bias\n" in said
+    assert f"1 modules left out, which low-rank pairs cannot represent:\n  {biased}.bias\n" in said
     pairs = Adapter.load(out).modules
     for module, change in made.items():
         wanted = change.delta(weights[module])

@@ -118,7 +118,7 @@ def test_close_does_not_wait_for_ever(hub, output) -> None:
 def test_a_wrong_token_shows_before_training(hub) -> None:
     with pytest.raises(HubError, match="log in with"):
         BackgroundPush("me/x")
-    with pytest.raises(HubError, match="may not do this"):
+    with pytest.raises(HubError, match="does not permit this"):
         BackgroundPush("me/x", token="hf_reader")
     with pytest.raises(AdapterError, match="repo_type must be one of model, dataset, space, got models"):
         push(repo_type="models")

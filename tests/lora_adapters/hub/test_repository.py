@@ -148,8 +148,8 @@ def test_a_branch_is_made(hub) -> None:
     ("repo", "token", "line"),
     [
         ("me/x", None, "does not accept the token for me/x, or needs one: log in with `hf auth login`"),
-        ("me/x", "hf_wrong", "the token may not do this to me/x"),
-        ("me/x", "hf_reader", "the token may not do this to me/x .*rights to create"),
+        ("me/x", "hf_wrong", "the token does not permit this for me/x"),
+        ("me/x", "hf_reader", "the token does not permit this for me/x .*rights to create"),
         ("me/x/y", TOKEN, "me/x/y is not a repository"),
         ("me/-x", TOKEN, "me/-x is not a repository"),
     ],
@@ -180,7 +180,7 @@ def test_a_hub_in_trouble(hub, monkeypatch) -> None:
 
 def test_offline_push(hub, monkeypatch) -> None:
     set_offline(monkeypatch, True)
-    with pytest.raises(HubError, match="me/x is out of reach in offline mode") as caught:
+    with pytest.raises(HubError, match="me/x cannot be reached in offline mode") as caught:
         golden("lierla").push_to_hub("me/x", token=TOKEN)
     assert not caught.value.transient
 

@@ -128,7 +128,7 @@ def test_windows_of_a_caption_have_its_rank(pipeline):
     now = controllers(model)[0].now
     assert now == [now[0]] * 3 + [now[3]] * 3
     set_step(model, 2, samples=range(4))
-    with pytest.raises(AdapterError, match="a batch of 6 came where one of 4 was announced"):
+    with pytest.raises(AdapterError, match="a batch of 6, but set_step was called for 4 samples"):
         model(expected("sd15")["input_ids"][:1].repeat(6, 1))
 
 
@@ -144,7 +144,7 @@ def test_a_model_whose_samples_do_not_come_first_needs_one_rank_for_all():
     def model(**options):
         return inject_adapter_in_model(DyLoraConfig(r=4, target_modules=["linear"], **options), Turned()).train()
 
-    with pytest.raises(AdapterError, match=r"got \[5, 3, 4\] in a batch of 3.*rank_sampling='uniform'"):
+    with pytest.raises(AdapterError, match=r"got the shape \[5, 3, 4\] in a batch of 3.*rank_sampling='uniform'"):
         model()(torch.ones(3, 5, 4))
     assert model(rank_sampling="uniform")(torch.ones(3, 5, 4)).shape == (3, 5, 4)
 
@@ -184,9 +184,9 @@ def test_configs_check_their_fields():
         ({"r": 8, "unit": 0}, "unit is 0"),
         ({"r": 8, "conv_dim": 6, "unit": 4}, "unit 4 does not divide conv_dim 6"),
         ({"rank_scaling": "none"}, "rank_scaling is 'none'"),
-        ({"rank_sampling": "often"}, "rank_sampling is 'often': it is one of uniform, spread"),
+        ({"rank_sampling": "often"}, "rank_sampling is 'often': it must be one of uniform, spread"),
         ({"r": 0}, "r is 0"),
-        ({"lora_bias": True}, "lora_bias: a DyLoRA has no biases"),
+        ({"lora_bias": True}, "lora_bias is not supported: no biases"),
     ):
         with pytest.raises(AdapterError, match=said):
             DyLoraConfig(**options)
@@ -239,7 +239,7 @@ def test_a_config_that_leaves_no_module_leaves_its_name_free(kind, first, pipeli
     if not first:
         unet.add_adapter(LierLaConfig(r=2), "other")
     was = {name: one.requires_grad for name, one in unet.named_parameters()}
-    with pytest.raises(AdapterError, match=r"^adapter mine would do nothing: no module has a rank above 0$"):
+    with pytest.raises(AdapterError, match=r"^adapter mine would have no effect: no module has a rank above 0$"):
         unet.add_adapter(kind(block_dims=[0] * 25), "mine")
     assert {name: one.requires_grad for name, one in unet.named_parameters()} == was
     assert first or unet.active_adapters() == ["other"]

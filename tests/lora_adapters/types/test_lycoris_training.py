@@ -126,7 +126,7 @@ def test_loraplus_raises_the_rate_of_those_that_kohya_names(options, plus) -> No
 def test_loraplus_where_nothing_is_up() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     inject_adapter_in_model(LycorisConfig(r=2, target_modules=["0"], algo="full"), model)
-    with pytest.raises(AdapterError, match=r"LoRA[+]'s ratio: no module of the adapter has an `up`"):
+    with pytest.raises(AdapterError, match=r"LoRA[+]'s ratio has no effect: no module of the adapter has an `up`"):
         param_groups(model, lr=1.0, loraplus_lr_ratio=4.0)
 
 
@@ -205,7 +205,10 @@ def test_an_old_name_of_an_option() -> None:
 
 def test_options_without_effect_are_said() -> None:
     reasons = without_effect("networks.loha", {"factor": "4", "bypass_mode": "True", "rank_dropout": "0.1"})
-    assert reasons == {"factor": "algo loha has no such option", "bypass_mode": "it is another way to the same numbers"}
+    assert reasons == {
+        "factor": "algo loha has no such option",
+        "bypass_mode": "it only changes how the same result is computed",
+    }
     assert without_effect("lycoris.kohya", {"algo": "lokr", "factor": "4", "preset": "full"}) == {}
     reasons = without_effect("networks.lora", {"dora_wd": "True"})
     assert reasons == {"dora_wd": "it is for LyCORIS: give network_module lycoris.kohya"}

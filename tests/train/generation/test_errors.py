@@ -121,9 +121,9 @@ EARLY = {
     "--ckpt {sd1} --prompt x --image_path {files}/image.png --W 64": "only one of width and height is given",
     # adapters
     "--ckpt {sd1} --prompt x --network_weights nowhere.safetensors": "nowhere.safetensors does not exist",
-    "--ckpt {sd1} --prompt x --network_weights {files}/broken.safetensors": "truncated or no safetensors file",
+    "--ckpt {sd1} --prompt x --network_weights {files}/broken.safetensors": "truncated or not a safetensors file",
     "--ckpt {sd1} --prompt x --network_weights {lora}:1:lbw=IN99": "IN99 is not a block or preset",
-    "--ckpt {sd1} --prompt x --network_weights {dial} --rank 5": "rank 5 is not one that this adapter can be cut to",
+    "--ckpt {sd1} --prompt x --network_weights {dial} --rank 5": "the adapter cannot be truncated to rank 5",
     "--ckpt {sd1} --prompt x --network_weights {lora} --rank 4": "none of --network_weights is a DyLoRA",
     "--ckpt {sd1} --prompt x --network_weights {xl}": "xl.safetensors is for SDXL, but",
     "--ckpt {sdxl} --prompt x --network_weights {lora}": "lora.safetensors is for SD, but",
@@ -250,7 +250,7 @@ def test_more_of_it(sd1, files, capsys, tmp_path):
     for way in ((), ("--network_merge",), ("--network_pre_calc",)):
         message = error(capsys, *common, "--network_weights", wide, *way)
         assert f"error: {wide}: " in message
-        assert "made for a weight of [9, 7], but the model's is" in message
+        assert "made for a weight of [9, 7], but the model's weight is" in message
     assert not (tmp_path / "out").exists()
 
 

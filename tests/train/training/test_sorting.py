@@ -59,7 +59,7 @@ def test_a_scale_that_does_not_fit_is_refused(basics) -> None:
     args = {"sort_at": "0.3", "rank_scaling": "sqrt"}
     with pytest.raises(AdapterError, match="sort_at needs rank_scaling constant"):
         prepare(settings(**{**basics, **DYLORA, "network_args": args}))
-    with pytest.raises(AdapterError, match=r"rate_power 0.5 is for sorted components: give sort_at"):
+    with pytest.raises(AdapterError, match=r"rate_power 0.5 requires sort_at: give sort_at"):
         prepare(settings(**{**basics, **DYLORA, "network_args": {"sort_at": "0", "rate_power": "0.5"}}))
 
 

@@ -127,7 +127,7 @@ def test_pushes_finish_also_where_training_fails(hub, basics, monkeypatch) -> No
 def test_a_wrong_repository_or_token_shows_before_anything_is_loaded(hub, basics, monkeypatch) -> None:
     monkeypatch.setattr("lora_adapters.train.training.setup.load_base_models", lambda *args: pytest.fail("loaded"))
     for wrong, line in {
-        ("me/x", "hf_reader"): "--huggingface_repo_id: the token may not do this to me/x",
+        ("me/x", "hf_reader"): "--huggingface_repo_id: the token does not permit this for me/x",
         ("me/x", None): "log in with",
         ("a/b/c", TOKEN): "--huggingface_repo_id: a/b/c",
     }.items():
