@@ -132,7 +132,7 @@ EARLY = {
     "--ckpt {sd1} --prompt x --sweep weight=1": "--sweep weight: there is no adapter to change",
     "--ckpt {sd1} --prompt x --network_weights {lora} --network_merge --sweep weight=1": "no adapter to change",
     "--ckpt {sd1} --prompt x --network_weights {lora} --sweep rank=4": "no adapter that is not merged is a DyLoRA",
-    "--ckpt {sd1} --prompt x --network_weights {dial} --sweep rank=4,5": "rank 5 is not one",
+    "--ckpt {sd1} --prompt x --network_weights {dial} --sweep rank=4,5": "cannot be truncated to rank 5",
     "--ckpt {sd1} --prompt x --sweep sampler=fast": "unknown sampler fast",
 }
 
