@@ -8,6 +8,7 @@ All adapters of a layer are fused in one addition, by stacking their factors. Th
 pipelines and models; PEFT's own functions merge as before.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -75,10 +76,12 @@ def keep(layer: Any, kept: Any) -> None:
 def fusing(stock: Method) -> Method:
     """Wraps diffusers' functions that fuse layers, so that they fuse as described in this module."""
 
-    def fuse(model: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_layers(model, _names(args, kwargs))
+    def fuse(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
+        if given:  # the model is the first argument, whatever its name
+            _check_layers(next(iter(given.values())), given.get("adapter_names"))
         with _keeping(_keeps.get() is not False):
-            return stock(model, *args, **kwargs)
+            return stock(*args, **kwargs)
 
     return fuse
 
@@ -86,21 +89,16 @@ def fusing(stock: Method) -> Method:
 def fusing_pipelines(stock: Method) -> Method:
     """Wraps the `fuse_lora` of pipelines."""
 
-    def fuse_lora(self: Any, components: Any = None, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
-        for name in components or ():  # check all of them before the first is changed
+    def fuse_lora(self: Any, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
+        given = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
+        for name in given.get("components") or ():  # check all of them before the first is changed
             model = getattr(self, name, None)
             if isinstance(model, nn.Module):
-                _check_layers(model, _names(args, kwargs))
+                _check_layers(model, given.get("adapter_names"))
         with _keeping(keep_weights):
-            return stock(self, components, *args, **kwargs)
+            return stock(self, *args, **kwargs)
 
     return fuse_lora
-
-
-def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
-    """The argument `adapter_names` in a call of diffusers' functions, where it may be positional."""
-    names: list[str] | None = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
-    return names
 
 
 def _check_layers(model: nn.Module, adapter_names: list[str] | None) -> None:

@@ -12,7 +12,7 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.fusing import fusing
 from lora_adapters.injection import match_to_model, place
 
-from .transformers import CONFIGS
+from .transformers import CONFIGS, flux
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -140,7 +140,10 @@ def test_nothing_of_a_model_is_fused_where_one_layer_cannot_be() -> None:
     assert packed
     model.add_adapter(LoraConfig(r=2, target_modules=[*plain[:2], packed[-1]], init_lora_weights=False))
     before = {path: model.get_submodule(path).get_base_layer().weight.clone() for path in plain[:2]}
-    with pytest.raises(AdapterError, match=f"{packed[-1]} is quantised"):
-        model.fuse_lora()
+    pipe = flux(text=False)
+    pipe.register_modules(transformer=model)
+    for fuse in (model.fuse_lora, lambda: pipe.fuse_lora(["transformer"]), pipe.fuse_lora):
+        with pytest.raises(AdapterError, match=f"{packed[-1]} is quantised"):
+            fuse()
     for path, weight in before.items():
         assert torch.equal(model.get_submodule(path).get_base_layer().weight, weight)
