@@ -105,6 +105,11 @@ def files(tmp_path_factory, quickstart_file):  # noqa: F811
     kohya.save(folder / "kohya.safetensors")
     kohya.save(folder / "cloneofsimo.safetensors", format="cloneofsimo")
     save_file({"<s1>": torch.randn(1, 32)}, folder / "kohya.s1.safetensors")
+    query = "diffusion_model.blocks.0.self_attn.q"  # a layer of Wan
+    save_file(
+        {f"{query}.lora_A.weight": torch.randn(2, 16), f"{query}.lora_B.weight": torch.randn(16, 2)},
+        folder / "wan.safetensors",
+    )
     for name in NAMES:
         (folder / f"{name}.safetensors").symlink_to(quickstart_file)
     return folder
