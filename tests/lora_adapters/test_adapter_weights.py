@@ -178,11 +178,11 @@ assert unscale_lora_layers.stock is stock
     [
         ({"dwon": 0.5}, r"unknown 'dwon' in the weights of an adapter; did you mean 'down'?"),
         ({"down": {"blok_1": 0.5}}, r"unknown 'blok_1' in the weights of an adapter's down; did you mean 'block_1'"),
-        ({"up": {"block_9": 0.5}}, r"unknown 'block_9' in the weights of an adapter's up; there are block_0, "),
+        ({"up": {"block_9": 0.5}}, r"unknown 'block_9' in the weights of an adapter's up; known names are block_0, "),
         ({"mid": "half"}, r"the weight of an adapter's mid is 'half', which is not a number"),
         ({"down": None}, r"the weight of an adapter's down is None, which is not a number"),
         ({"up": {"block_1": [0.5, "1"]}}, r"the weight of an adapter's up\.block_1 is '1', which is not a number"),
-        ({"sideways": 1}, r"unknown 'sideways' in the weights of an adapter; there are down, mid, up"),
+        ({"sideways": 1}, r"unknown 'sideways' in the weights of an adapter; known names are down, mid, up"),
     ],
 )
 def test_a_misspelt_block_is_named(weights, line, pipeline) -> None:
