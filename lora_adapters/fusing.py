@@ -75,10 +75,12 @@ def keep(layer: Any, kept: Any) -> None:
 
 def fusing(stock: Method) -> Method:
     """Wraps diffusers' functions that fuse layers, so that they fuse as described in this module."""
+    signature = inspect.signature(stock)
 
     def fuse(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
-        if given:  # the model is the first argument, whatever its name
+        given = signature.bind_partial(*args, **kwargs).arguments
+        # The model is the first argument, whatever its name. A pipeline's `fuse_lora` has checked it already.
+        if given and _keeps.get() is None:
             _check_layers(next(iter(given.values())), given.get("adapter_names"))
         with _keeping(_keeps.get() is not False):
             return stock(*args, **kwargs)
@@ -88,9 +90,10 @@ def fusing(stock: Method) -> Method:
 
 def fusing_pipelines(stock: Method) -> Method:
     """Wraps the `fuse_lora` of pipelines."""
+    signature = inspect.signature(stock)
 
     def fuse_lora(self: Any, *args: Any, keep_weights: bool = True, **kwargs: Any) -> Any:
-        given = inspect.signature(stock).bind_partial(self, *args, **kwargs).arguments
+        given = signature.bind_partial(self, *args, **kwargs).arguments
         for name in given.get("components") or ():  # check all of them before the first is changed
             model = getattr(self, name, None)
             if isinstance(model, nn.Module):
@@ -143,7 +146,8 @@ def merging(stock: Method) -> Method:
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         keeps, base = _keeps.get(), self.get_base_layer()
         names = self.active_adapters if adapter_names is None else adapter_names
-        _check(self, f"a {type(base).__name__}")
+        if keeps is None:  # otherwise all layers were checked before the first one was merged
+            _check(self, f"a {type(base).__name__}")
         if keeps is None or not _is_plain(base) or not any(name in self.lora_A for name in names):
             stock(self, safe_merge, adapter_names)
             return

@@ -12,28 +12,8 @@ from lora_adapters.convert.errors import AdapterError
 from lora_adapters.fusing import fusing
 from lora_adapters.injection import match_to_model, place
 
+from .changes import KINDS
 from .transformers import CONFIGS, flux
-
-
-def numbers(*shape: int) -> torch.Tensor:
-    return 0.2 * torch.randn(shape)
-
-
-KINDS = {
-    "LoRA": lambda: {"lora_down.weight": numbers(4, 64), "lora_up.weight": numbers(128, 4)},
-    "LoKr": lambda: {"lokr_w1": numbers(4, 4), "lokr_w2": numbers(32, 16)},
-    "full": lambda: {"diff": numbers(128, 64), "diff_b": numbers(128)},
-    "DoRA": lambda: {**KINDS["LoRA"](), "dora_scale": 1 + numbers(128, 1).abs()},
-    "IA3": lambda: {"weight": numbers(128), "on_input": torch.tensor(0)},
-    "OFT": lambda: {"oft_blocks": numbers(32, 4, 4)},
-    "GLoRA": lambda: dict(
-        zip(
-            ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
-            (numbers(64, 4), numbers(4, 64), numbers(128, 4), numbers(4, 64)),
-            strict=True,
-        )
-    ),
-}
 
 
 def gguf(model: nn.Module) -> nn.Module:

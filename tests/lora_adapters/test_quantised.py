@@ -11,6 +11,7 @@ from lora_adapters.convert.deltas import read_module
 from lora_adapters.injection import match_to_model, place
 from lora_adapters.types.lycoris.operations import base_weight
 
+from .changes import KINDS
 from .conftest import GOLDEN, expected, make_pipeline
 from .golden_outputs import outputs
 from .peft_models import CONFIGS, MODELS, config, fill
@@ -104,34 +105,15 @@ def test_a_layer_adds_its_change_to_what_the_quantised_one_does(kind, bits) -> N
             torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-def numbers(*shape):
-    return 0.2 * torch.randn(shape)
-
-
-OTHER_KINDS = {
-    "LoHa": lambda: dict(zip(HADA, (numbers(128, 2), numbers(2, 64), numbers(128, 2), numbers(2, 64)), strict=True)),
-    "LoKr": lambda: {"lokr_w1": numbers(4, 4), "lokr_w2": numbers(32, 16)},
-    "full": lambda: {"diff": numbers(128, 64), "diff_b": numbers(128)},
-    "DoRA": lambda: {
-        "lora_down.weight": numbers(4, 64),
-        "lora_up.weight": numbers(128, 4),
-        "dora_scale": 1 + numbers(128, 1).abs(),
-    },
-    "IA3": lambda: {"weight": numbers(128), "on_input": torch.tensor(0)},
-    "OFT": lambda: {"oft_blocks": numbers(32, 4, 4)},
-}
-HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"LoRA"}))
 def test_other_kinds_change_what_the_quantised_weight_stands_for(kind, bits) -> None:
     """Those that depend on the model's weight depend on the dequantised one."""
     torch.manual_seed(0)
     model = quantised(nn.Sequential(nn.Linear(64, 128)).eval(), bits)
     layer, x = model[0], torch.randn(3, 64)
-    before, change = model(x), read_module(OTHER_KINDS[kind]())
+    before, change = model(x), read_module(KINDS[kind]())
     weight = base_weight(layer, torch.device("cpu"))
     place(model, match_to_model(model, "unet", {"0": change}), "a", {})
     wanted = before + x @ change.delta(weight if change.needs_base else None).reshape(weight.shape).T
